@@ -1,24 +1,24 @@
-# make demo       set up, fine-tune on real handwritten digits, load the result back, show what it predicts
-# make cards      make the models of scripts/recipes/ anew, and their cards in model_cards/
-# make test-quick tests that start no processes and no browser, in under 90 s on two cores
-# make test       set up, lint, type-check, run the tests (with `make browser`: what CI runs)
-# make test-all   the slow tests too
-# make test-floor the tests on the lowest versions that pyproject.toml allows
-# make browser    install a Chromium for the tests of pages, which are skipped without one
+# make demo       set up, fine-tune on real handwritten digits, load the result back, show its predictions
+# make cards      train the models of scripts/recipes/ again, and update their cards in model_cards/
+# make test-quick run the tests that start no processes and no browser, in under 90 s on two cores
+# make test       set up, lint, check types, run the tests that are not slow (CI runs `make browser test`)
+# make test-all   like `make test`, with the slow tests
+# make test-floor run the tests on the lowest versions that pyproject.toml allows
+# make browser    install Chromium for the tests of HTML pages, which are skipped without it
 # make docs       test the documentation: links, flags and code blocks
-# make gpu        on a machine with a CUDA device: tests and benchmarks, written to docs/speed-gpu.md
+# make gpu        run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Test processes, for two cores: tests also wait for servers, browsers and the processes that they start.
+# Number of test processes on two cores: tests also wait for servers, browsers and the processes that they start.
 WORKERS ?= 3
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
-# One thread per test process: more threads would only wait for each other.
+# One thread per test process: with more threads than cores, the threads wait for each other.
 test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 
-# Libraries are compiled once: tests start processes by the dozen, and each would spend seconds on it.
+# Let Python cache bytecode: otherwise, every process that a test starts spends seconds on compiling libraries.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
@@ -26,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup
 	$(RUN) scripts/demo.py
 
-# The runs that model_cards/ describes. Another one alone: make cards RECIPES=digits
+# The runs that model_cards/ describes. For one of them: make cards RECIPES=digits
 RECIPES ?= digits fashion-mnist
 
 cards: setup
@@ -40,7 +40,7 @@ cards: setup
 test-quick: setup
 	$(RUN) -m pytest -n 2 --dist loadfile --quick
 
-# Types are checked while the tests run, which leave a core idle now and then; errors of mypy come last.
+# mypy runs at the same time as the tests, which do not always use all cores. Its errors are printed last.
 test: TESTS := -m "not slow"
 test test-all: lint
 	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
@@ -55,14 +55,14 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Pages are tested in a real Chromium. It is installed by the system's package manager or by playwright.
+# HTML pages are tested in Chromium. It is installed by the system's package manager or by playwright.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 browser: setup
 	@[ -n "$$(which $(BROWSERS) 2>/dev/null)" ] || ls -d $(HOME)/.cache/ms-playwright/chromium* >/dev/null 2>&1 \
 		|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
 		|| $(RUN) -m playwright install chromium >/dev/null 2>&1 \
-		|| echo "No Chromium was found, and none could be installed: the tests of pages will be skipped"
+		|| echo "Chromium was not found and could not be installed: the tests of HTML pages will be skipped"
 
 docs: setup
 	$(RUN) -m pytest tests/integration/test_docs.py
@@ -73,7 +73,7 @@ gpu: setup
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ": run make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "modeling_vitcls requires Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Run make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet uv
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[test]"

@@ -158,6 +158,7 @@ class StudyRunner:
     jobs: int = 1  # maximum number of runs at a time
     threads: int = 1  # threads per run
     memory_limit: float | None = None  # total memory of all runs in GiB; a run starts only if the largest would fit
+    dataset: str | None = None  # dataset for all subsets, instead of the dataset in the study file
     largest_run: float = 0.0  # largest peak memory of the runs so far, in bytes
     seconds: list[float] = field(default_factory=list)  # durations of the runs of this process
 
@@ -281,7 +282,7 @@ class StudyRunner:
     def write_subsets(self) -> None:
         """Write the training subsets as Parquet files: `num_images` random images of the split `train`. The other
         splits are copied completely."""
-        from datasets import load_dataset
+        from datasets import disable_progress_bars, load_dataset
 
         for name, subset in self.study.subsets.items():
             folder = self.get_subset_folder(name)
@@ -290,9 +291,10 @@ class StudyRunner:
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            source = os.path.expandvars(subset["dataset"])
+            source = os.path.expandvars(self.dataset or subset["dataset"])
             files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
             data = load_dataset("parquet", data_files=files) if files else load_dataset(source)
+            disable_progress_bars()  # for local files; downloads are finished
             for split, images in data.items():
                 if split == "train":
                     images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
@@ -340,7 +342,7 @@ def compute_interval(values: list[float]) -> tuple[float, float]:
 
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
     """Write README.md and its plots, and return its path."""
-    from .system import get_versions
+    from .system import get_processor_name, get_versions
 
     study = runner.study
     finished = [row for row in rows if row["status"] == "finished"]
@@ -352,15 +354,15 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     for metric in study.metrics:
         groups = group_values(study, finished, metric)
         if groups:
-            image = Path("images") / f"{to_file_name(metric)}.png"
+            image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
             draw_groups(groups, metric, runner.folder / image)
             table = format_table(study, groups, metric)
             parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
     parts.append(
         f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
-        f"minutes of training in total, {runner.threads} thread(s) per run. A value is the mean over seeds with its "
-        "95 % confidence interval (Student's t). Differences are paired by seed. "
+        f"minutes of training in total, {runner.threads} thread(s) per run, on {get_processor_name()}. A value is the "
+        "mean over seeds with its 95 % confidence interval (Student's t). Differences are paired by seed. "
         "Each test image is used once per finished run.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())

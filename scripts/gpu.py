@@ -5,18 +5,22 @@ Without a CUDA device, the script prints a message and exits with status 0.
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
 from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
 from modeling_vitcls.benchmarking.work import compare
+from modeling_vitcls.files import read_json
 from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import count_training_flops
 
@@ -30,6 +34,7 @@ BATCH_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # name -> mode of torch.compile; max-autotune uses CUDA graphs
 MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
+FLASH = "eager, flash attention"  # raises an error if PyTorch would use another kernel; half precision only
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference to fp32 on the CPU / largest logit
 REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
@@ -49,6 +54,8 @@ def main() -> None:
         format_table(("precision", "mode", "tokens", "images/s", "difference"), measure_forward_passes("cuda")),
         f"## Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
         format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
+        "## Sharded training (FSDP2)",
+        run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml", torch.cuda.device_count()),
         "## Compared with transformers and timm",
         format_markdown(comparisons),
     ]
@@ -77,14 +84,16 @@ def measure_forward_passes(device: str) -> Rows:
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
             pixel_values = images.to(device, dtype)
-            for mode, compile_mode in MODES.items():
+            modes = MODES if precision == "fp32" else MODES | {FLASH: None}
+            for mode, compile_mode in modes.items():
                 predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
-                with torch.inference_mode():
+                with torch.inference_mode(), select_attention(mode):
                     logits = predict(pixel_values).logits[:2].float().cpu()
                 difference = ((logits - expected).abs().max() / expected.abs().max()).item()
                 if not difference <= LIMITS[precision]:
                     raise ValueError(f"{precision}, {mode}: logits differ from the CPU logits by {difference:.1e}")
-                speed = measure_throughput(torch.inference_mode()(partial(predict, pixel_values)), BATCH_SIZE)
+                with select_attention(mode):
+                    speed = measure_throughput(torch.inference_mode()(partial(predict, pixel_values)), BATCH_SIZE)
                 yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
 
 
@@ -108,6 +117,28 @@ def measure_steps(device: str) -> Rows:
 
             speed = measure_throughput(step, BATCH_SIZE)
             yield mode, tokens, f"{speed:,.0f}", f"{speed * count_training_flops(model) / peak:.0%}"
+
+
+def select_attention(mode: str) -> AbstractContextManager:
+    """Return a context that allows only the flash attention kernel if the mode is FLASH."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH else nullcontext()
+
+
+def run_fsdp2(settings: Path, num_processes: int) -> str:
+    """Train a small model with sharded weights, and return one sentence with the loss.
+
+    Raises:
+        subprocess.CalledProcessError: If the run fails. Its output was printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", num_processes]
+        flags = ["--config", "digits", "--max-steps", 10, "--no-report", "--output-dir", folder, "--overwrite"]
+        command = [sys.executable, *launch, "-m", "modeling_vitcls.cli", "finetune", *flags]
+        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True)
+        results = read_json(Path(folder, "results.json"))
+    return (
+        f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: loss {results['loss']:.3f}"
+    )
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:

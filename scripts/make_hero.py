@@ -1,10 +1,10 @@
 """Draw the image of README.md: digits, their patches as colors, and the attention of CLS and register tokens.
 
     python scripts/make_hero.py                       trains the model first (a few minutes on one CPU thread)
-    python scripts/make_hero.py --model runs/hero     draws with a model that was trained before
+    python scripts/make_hero.py --model runs/hero     draws with an existing model
 
-The model is the model of the digits recipe, with patches of 4 instead of 8 pixels. Its head reads the CLS token, so
-the patches and registers of the last layer are not read: their features and maps are taken from the layer before it.
+The model is trained with the digits recipe, but with a patch size of 4 instead of 8 pixels. Its head uses only the CLS
+token of the last layer, so the features and maps of patches and registers are taken from the layer before it.
 """
 
 import subprocess
@@ -37,7 +37,7 @@ class HeroOptions:
     model: Path = Path("runs", "hero")
     """Folder of the model. It is trained if the folder does not exist."""
     output: Path = Path("docs", "images", "hero.png")
-    """The image."""
+    """Image file to write."""
 
 
 def main() -> None:

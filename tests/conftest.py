@@ -1,9 +1,9 @@
-"""Fixtures of all tests, the browser, and the tiers of tests.
+"""Fixtures of all tests, the browser, and the test tiers.
 
-Tests are `integration` if they start processes, a compiler, a browser or a Hub on this machine or train a model,
-themselves or through fixtures and helpers, or compare with other projects. The mark is set here, and by hand for tests
-that take seconds. With --quick, integration, slow and page tests are left out, and of each test with parameters only
-the first case runs.
+A test is marked `integration` if the test, its fixtures or its helpers start processes, a compiler, a browser or a
+local Hub, or train a model, or if it compares with other projects. This file sets the mark; tests that take seconds
+for other reasons are marked by hand. --quick deselects integration, slow and page tests, and runs only the first case
+of each parametrized test.
 """
 
 import functools
@@ -28,14 +28,15 @@ from warm_processes import READY
 
 
 TESTS = Path(__file__).parent
-# Folders of tests that are all integration: export/ runs compilers, peers/ the test suites of other projects.
+# Folders in which all tests are integration tests: export/ runs compilers, peers/ runs the test suites of other
+# projects.
 FOLDERS = {"export", "integration", "peers"}
-PAGE_TESTS = {"test_report.py", "test_space.py", "test_static_space.py"}  # draw pages, most of them in a browser
-NO_BROWSER = "no Chromium for the tests of pages: install one with `make browser`"
+PAGE_TESTS = {"test_report.py", "test_space.py", "test_static_space.py"}  # test HTML pages, most of them in a browser
+NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 60_000  # milliseconds that are waited for what is expected of a page; a busy machine takes seconds
+PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 
 
 # Tiers ---------------------------------------------------------------------------------------------------------------
@@ -54,12 +55,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that start something outside this process as integration; for --quick, select tests."""
-    known: dict[FunctionType, bool] = {}
+    cache: dict[FunctionType, bool] = {}
     for item in items:
         info = getattr(item, "_fixtureinfo", None)
         definitions = [fixture for fixtures in info.name2fixturedefs.values() for fixture in fixtures] if info else []
         functions = [getattr(item, "function", None), *(fixture.func for fixture in definitions)]
-        if FOLDERS & set(item.path.relative_to(TESTS).parts) or any(starts(each, known) for each in functions):
+        if FOLDERS & set(item.path.relative_to(TESTS).parts) or any(uses_starter(each, cache) for each in functions):
             item.add_marker(pytest.mark.integration)
     for item in get_later_cases([item for item in items if item.get_closest_marker("slow_cases")]):
         item.add_marker(pytest.mark.slow)
@@ -77,7 +78,7 @@ def get_later_cases(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item in items if first_cases.setdefault(item.nodeid.partition("[")[0], item) is not item]
 
 
-def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
+def uses_starter(function: Any, cache: dict[FunctionType, bool]) -> bool:
     """Return whether a function of the tests uses one of `get_starters`, itself or through other functions."""
     function = getattr(function, "__wrapped__", function)
     function = getattr(function, "__func__", function)
@@ -85,17 +86,18 @@ def starts(function: Any, known: dict[FunctionType, bool]) -> bool:
         return False
     if not Path(function.__code__.co_filename).is_relative_to(TESTS):
         return False
-    if function not in known:
-        known[function] = False  # for functions that call each other
+    if function not in cache:
+        cache[function] = False  # for functions that call each other
         names = get_names(function.__code__)
         used = [function.__globals__.get(name) for name in names]
         modules = [each for each in used if isinstance(each, ModuleType)]
         used += [vars(module).get(name) for module in modules for name in names]  # torch.compile
         methods = [method for each in used if isinstance(each, type) for method in vars(each).values()]
-        known[function] = any(
-            any(each is starter for starter in get_starters()) or starts(each, known) for each in [*used, *methods]
+        cache[function] = any(
+            any(each is starter for starter in get_starters()) or uses_starter(each, cache)
+            for each in [*used, *methods]
         )
-    return known[function]
+    return cache[function]
 
 
 @functools.cache
@@ -115,13 +117,13 @@ def get_names(code: CodeType) -> set[str]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember the tests that were skipped because no browser is installed."""
+    """Record the tests that were skipped because no browser is installed."""
     if report.skipped and NO_BROWSER in str(report.longrepr):
         skipped_pages.append(report.nodeid)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Say at the very end that tests were skipped because no browser is installed."""
+    """Print the number of tests that were skipped because no browser is installed."""
     if skipped_pages and not hasattr(config, "workerinput"):
         print(f"{len(skipped_pages)} tests were skipped: {NO_BROWSER}")
 
@@ -131,7 +133,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Each test draws its own random numbers, always the same ones, whichever tests ran before it."""
+    """Seed each test with a hash of its id, so that its random numbers do not depend on other tests."""
     set_seed(zlib.crc32(item.nodeid.encode()))
 
 
@@ -153,15 +155,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.L
 
 
 @pytest.fixture(autouse=True, scope="session")
-def ctrl_c_is_heard() -> None:
-    """A shell's background jobs ignore Ctrl-C, and so would every process that a test sends one to."""
+def enable_ctrl_c() -> None:
+    """Restore the default handler of SIGINT: background jobs of a shell, and their child processes, ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new processes that verify what was pushed have torch at once."""
+def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify pushed models in forks that have already imported torch."""
 
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
@@ -171,13 +173,15 @@ def verified_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Start a Chromium without a window; `make browser` installs one."""
+    """Start a headless Chromium; `make browser` installs one."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
         try:
-            running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=2 * PATIENCE)
+            running = playwright.chromium.launch(
+                executable_path=found, args=["--no-sandbox"], timeout=2 * PAGE_TIMEOUT
+            )
         except Error as error:
             pytest.skip(f"{NO_BROWSER} ({str(error).splitlines()[0]})")
-        expect.set_options(timeout=PATIENCE)
+        expect.set_options(timeout=PAGE_TIMEOUT)
         yield running
         running.close()

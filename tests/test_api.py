@@ -1,4 +1,6 @@
-"""The commands as Python functions: the same results as with flags, data in memory, and errors that name the flag."""
+"""The commands as Python functions: equal results to the command line, datasets in memory, and errors that name the
+flag.
+"""
 
 import inspect
 import json
@@ -43,7 +45,7 @@ def get_digits() -> list[tuple[Image.Image, str]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A model that was fine-tuned on digits in memory, and what the function returned."""
+    """Return a model that was fine-tuned on digits in memory, and the return value of the function."""
     reset_accelerate()
     folder = tmp_path_factory.mktemp("api") / "run"
     return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
@@ -71,6 +73,7 @@ class TorchDigits(Dataset):
         return get_digits()[index]
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_pretrain_and_torch_datasets(tmp_path: Path) -> None:
     results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)

@@ -1,6 +1,7 @@
-"""The vitcls command: its help, version, errors and completion, and what importing the package loads."""
+"""The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
+import importlib.metadata
 import os
 import runpy
 import subprocess
@@ -29,7 +30,7 @@ WRAPPERS = {
     "space": "push_space",
     "study": "study",
 }
-# The command as a program of its own, then the names of loaded libraries on stderr.
+# Runs the command in a new process, then prints the loaded libraries to stderr.
 COMMAND = """
 import sys
 sys.argv[:1] = ["vitcls"]
@@ -42,7 +43,7 @@ finally:
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `vitcls` in a new process that has loaded nothing."""
+    """Run `vitcls` in a new process."""
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
 
 
@@ -57,7 +58,7 @@ def run_here(*arguments: str) -> int:
 
 @pytest.fixture
 def closed_pipe() -> Iterator[TextIO]:
-    """A pipe whose reader has closed it."""
+    """Return a pipe whose reader is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
@@ -67,7 +68,7 @@ def closed_pipe() -> Iterator[TextIO]:
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("--help",), ("env",), ("finetune", "--help")])
-def test_a_closed_pipe_ends_the_program_quietly(
+def test_commands_exit_quietly_on_a_closed_pipe(
     arguments: tuple[str, ...], unbuffered: str, closed_pipe: TextIO
 ) -> None:
     command = [sys.executable, "-m", "modeling_vitcls.cli", *arguments]
@@ -143,7 +144,7 @@ def test_flags_of_all_commands_have_help(capsys: pytest.CaptureFixture[str]) -> 
         assert f"usage: vitcls {name} " in capsys.readouterr().out
 
 
-def test_completion_knows_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("completion", "bash") == 0
     script = capsys.readouterr().out
     assert all(name in script for name in cli.COMMANDS)
@@ -157,6 +158,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr().out
     facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["modeling_vitcls"] == __version__ and {"torch", "transformers", "devices"} <= facts.keys()
+    assert facts["timm"] == importlib.metadata.version("timm")
     assert "hf_secret" not in printed
 
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
@@ -170,7 +172,7 @@ def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
     assert find_recipe(Path("none")) == Path("none")
-    Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file here has precedence
+    Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
     assert find_recipe(Path("digits")) == Path("digits")
 
 
@@ -199,14 +201,15 @@ print(*sys.modules)
 
 
 def get_imported(module: str) -> set[str]:
-    """Return the libraries that a module imports, of those that not everybody needs."""
+    """Return the optional libraries that importing a module loads."""
     ran = subprocess.run([sys.executable, "-c", IMPORTED.format(module)], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     return OPTIONAL_LIBRARIES & set(ran.stdout.split())
 
 
-def test_importing_the_package_loads_no_more_than_transformers_does() -> None:
-    """transformers' base class of models imports accelerate by itself."""
+@pytest.mark.slow
+def test_importing_the_package_loads_only_what_transformers_loads() -> None:
+    """Exclude accelerate, which transformers' PreTrainedModel imports."""
     assert get_imported("modeling_vitcls") <= get_imported("transformers.modeling_utils") <= {"accelerate"}
 
 
@@ -215,8 +218,8 @@ def test_importing_the_package_registers_the_auto_classes() -> None:
     assert run_fresh("-c", code, environment=os.environ).stdout.split() == ["ViTCLSConfig"]
 
 
-def test_the_command_registers_the_auto_classes_once_flags_are_right(tmp_path: Path) -> None:
-    """A model in a folder that is loaded by the command through an Auto class, without trust_remote_code."""
+def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:
+    """Check that the command loads a model folder through an Auto class without trust_remote_code."""
     code = COMMAND.replace("finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n").replace(
         "print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING"
     )
@@ -224,7 +227,7 @@ def test_the_command_registers_the_auto_classes_once_flags_are_right(tmp_path: P
     assert ran.returncode == 1 and ran.stderr.splitlines()[-1] == "True", ran.stderr
 
 
-def test_public_names_are_those_that_type_checkers_see() -> None:
+def test_public_names_are_visible_to_type_checkers() -> None:
     tree = ast.parse(Path(modeling_vitcls.__file__).read_text(encoding="utf-8"))
     (checked,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {

@@ -9,8 +9,8 @@ import modeling_vitcls
 
 PACKAGE = Path(modeling_vitcls.__file__).parent
 
-# From the bottom up: a folder imports only what is above it in this table. Files at the top level of the package, such
-# as system.py, come after the files that are copied to the Hub.
+# From the bottom up: a folder may import only entries before it in this tuple. Top-level files such as system.py come
+# after the files that are copied to the Hub.
 ORDER = (
     ("*_vitcls.py",),
     ("top level",),
@@ -49,7 +49,7 @@ def load_import_graph() -> dict[str, set[str]]:
     return graph
 
 
-def get_place(module: str) -> str:
+def get_layer(module: str) -> str:
     """Return the entry of ORDER for a module."""
     parts = module.split(".")
     if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith((".cli", ".api")):
@@ -64,7 +64,7 @@ def test_folders_import_only_lower_folders() -> None:
     wrong = []
     for module, imported in graph.items():
         for other in imported - {"modeling_vitcls"}:
-            mine, theirs = get_place(module), get_place(other)
+            mine, theirs = get_layer(module), get_layer(other)
             if mine != theirs and RANK[mine] <= RANK[theirs]:
                 wrong.append(f"{module} imports {other}")
     assert not wrong, sorted(wrong)

@@ -11,7 +11,15 @@ import yaml
 from pyarrow import parquet
 from scipy import stats
 
-from modeling_vitcls.study import Study, StudyRunner, compute_interval, format_table, group_values, load_study
+from modeling_vitcls.study import (
+    Study,
+    StudyRunner,
+    compute_interval,
+    format_table,
+    group_values,
+    load_study,
+    run_study,
+)
 
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -112,7 +120,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_run_does_not_stop_the_others_and_nothing_is_repeated(tmp_path: Path) -> None:
+def test_failed_runs_do_not_stop_others_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     factors = {"pooling": {"cls": {}, "wrong": {"pooling": "median"}}}
     file, output = write_study(tmp_path, factors=factors, seeds=[0]), tmp_path / "out"
     process = start_study(file, output)
@@ -132,9 +140,8 @@ def test_other_flags_require_another_folder(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "study.json").write_text("{}")
-    process = start_study(write_study(tmp_path), output)
-    _, error = process.communicate()
-    assert process.returncode == 1 and "a study with different flags" in error.splitlines()[-1]
+    with pytest.raises(ValueError, match="a study with different flags"):
+        run_study(load_study(write_study(tmp_path)), output, "vitcls study")
 
 
 @pytest.mark.slow
@@ -162,4 +169,7 @@ def test_the_study_of_digits(tmp_path: Path) -> None:
     assert process.returncode == 0, error
     rows = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
     assert len(rows) == 9 and min(row["accuracy"] for row in rows) > 0.5
-    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == ["accuracy.png", "loss.png"]
+    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == [
+        "pooling-accuracy.png",
+        "pooling-loss.png",
+    ]

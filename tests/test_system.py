@@ -1,4 +1,4 @@
-"""A run on CPUs keeps the memory that its tensors free."""
+"""Training on CPUs reuses memory of freed tensors."""
 
 import os
 import platform
@@ -9,7 +9,8 @@ from fresh_processes import run_fresh
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
 
-# Three tensors of 40 MB, made and freed again and again: how many pages the system had to clear for them.
+# Repeatedly allocates and frees three tensors of 40 MB, and prints the number of pages that the system cleared for
+# them.
 CODE = """
 import resource
 import sys
@@ -31,7 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def pages_cleared(*arguments: str, **variables: str) -> int:
+def count_cleared_pages(*arguments: str, **variables: str) -> int:
     ran = run_fresh("-c", CODE, *arguments, environment={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables})
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout)
@@ -39,9 +40,9 @@ def pages_cleared(*arguments: str, **variables: str) -> int:
 
 @pytest.mark.slow
 def test_memory_is_kept() -> None:
-    assert pages_cleared() < 1_000
-    assert pages_cleared("as it is") > 1_000
+    assert count_cleared_pages() < 1_000
+    assert count_cleared_pages("as it is") > 1_000
 
 
-def test_what_the_user_has_set_stays() -> None:
-    assert pages_cleared(MALLOC_TRIM_THRESHOLD_="131072") > 1_000
+def test_settings_of_the_user_are_kept() -> None:
+    assert count_cleared_pages(MALLOC_TRIM_THRESHOLD_="131072") > 1_000

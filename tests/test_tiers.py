@@ -64,12 +64,12 @@ def call_each_other() -> Any:
     ],
 )
 def test_functions_that_start_something_are_found(function: Any) -> None:
-    assert conftest.starts(function, {})
+    assert conftest.uses_starter(function, {})
 
 
 @pytest.mark.parametrize("function", [compute, call_each_other, len, None])
 def test_other_functions_start_nothing(function: Any) -> None:
-    assert not conftest.starts(function, {})
+    assert not conftest.uses_starter(function, {})
 
 
 def test_this_file_is_marked(request: pytest.FixtureRequest) -> None:
@@ -78,4 +78,4 @@ def test_this_file_is_marked(request: pytest.FixtureRequest) -> None:
 
 
 def test_the_browser_makes_a_test_integration() -> None:
-    assert conftest.starts(conftest.browser, {}) and not conftest.starts(conftest.ctrl_c_is_heard, {})
+    assert conftest.uses_starter(conftest.browser, {}) and not conftest.uses_starter(conftest.enable_ctrl_c, {})

@@ -20,6 +20,8 @@ class StudyOptions:
     """Study file, or the name of a study of the package, such as study_digits."""
     output_dir: Path
     """Folder for the runs and the page. Finished runs in it are not repeated."""
+    dataset: str | None = None
+    """Dataset for all subsets, instead of the dataset in the study file."""
     jobs: int = 1
     """Maximum number of runs at a time."""
     threads: int = 1
@@ -40,7 +42,9 @@ def run(options: StudyOptions) -> None:
     """Execute the study. Exits with status 1 if runs failed."""
     from ..study import load_study, run_study
 
-    flags = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
+    flags: dict[str, object] = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
+    if options.dataset:
+        flags["--dataset"] = options.dataset
     command = shlex.join(["vitcls", "study", *(str(item) for pair in flags.items() for item in pair)])
     rows = run_study(
         load_study(find_recipe(options.config)),
@@ -49,6 +53,7 @@ def run(options: StudyOptions) -> None:
         jobs=options.jobs,
         threads=options.threads,
         memory_limit=options.memory_limit,
+        dataset=options.dataset,
     )
     num_unfinished = sum(row["status"] != "finished" for row in rows)
     if num_unfinished:

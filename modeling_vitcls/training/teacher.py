@@ -5,7 +5,7 @@
 `FOLDER` or a Hub id     any image classifier with a class in transformers or this package; no other code is executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
 `timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
-FILE                     a published state dict with a classifier, which is converted once (conversion/any_checkpoint.py)
+FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
 
 The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
 processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.

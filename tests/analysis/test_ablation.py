@@ -5,9 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LAYOUTS, TASKS, each_layout, images, largest_difference, raises_one_line, tiny_config
+from tiny_models import (
+    LAYOUTS,
+    TASKS,
+    build_images,
+    build_tiny_config,
+    each_layout,
+    get_largest_difference,
+    raises_one_line,
+)
 from torch import nn
-from varied_models import collect_findings, with_varied_answers
+from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
@@ -33,7 +41,7 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
-PIXELS = images(6)
+PIXELS = build_images(6)
 LABELS = 12  # many, so that answers differ
 
 
@@ -51,8 +59,8 @@ class Batches:
 
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
-    config = tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
-    return with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+    config = build_tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
+    return center_logits(ViTCLSForImageClassification(config), PIXELS)
 
 
 def mean_states(model: Any) -> torch.Tensor:
@@ -86,14 +94,14 @@ def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
     model = classifier(**layout)
     means = mean_states(model)
     before = logits_by_hand(model, None, means)
-    assert largest_difference(collect_predictions(model, Batches()).logits, before) <= 1e-5
+    assert get_largest_difference(collect_predictions(model, Batches()).logits, before) <= 1e-5
     found = compute_ablation_effects(model, Batches(), means)
     assert list(found) == get_token_keys(model.config.token_layout)
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for place, name in enumerate(found):
         after = logits_by_hand(model, place, means)
         with hold_tokens(model, [place], means[:, [place]]):
-            assert largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
+            assert get_largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[name].logit_change == pytest.approx(change, abs=1e-5)
         changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()
@@ -117,7 +125,7 @@ def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
     for place in range(4):
         with hold_tokens(model, [place], means[:, [place]]):
             found = collect_predictions(model, Batches()).logits
-        assert largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
+        assert get_largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
 
 
 def test_a_token_that_is_all_that_the_head_reads() -> None:
@@ -129,7 +137,7 @@ def test_a_token_that_is_all_that_the_head_reads() -> None:
     right[0] = (right[0] + 1) % LABELS
     with hold_tokens(model, [0], means[:, [0]]):
         logits = collect_predictions(model, Batches()).logits
-    assert largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
+    assert get_largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
     found = compute_ablation_effects(model, Batches(right), means)["cls[0]"]
     answer = logits[0].argmax()
     assert len(own.unique()) > 1
@@ -150,8 +158,8 @@ def test_a_token_that_nobody_attends_to() -> None:
 
 def test_tasks_have_an_answer_each() -> None:
     """In alphabetical order, age before species; each has its own CLS token."""
-    config = tiny_config(num_cls_tokens=2, tasks={"species": 9, "age": 7})
-    model = with_varied_answers(ViTCLSForMultiTaskClassification(config), PIXELS)
+    config = build_tiny_config(num_cls_tokens=2, tasks={"species": 9, "age": 7})
+    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
     found = collect_predictions(model, Batches())
@@ -234,7 +242,7 @@ def test_chance_is_the_most_frequent_answer() -> None:
 
 def test_one_label_is_a_question_of_its_own() -> None:
     """As where answers are shown: yes from a probability of 0.5 on, whatever the problem is called."""
-    config = tiny_config(num_labels=1)
+    config = build_tiny_config(num_labels=1)
     logits = torch.tensor([[-0.1], [0.1], [3.0]])
     assert get_predicted_labels([logits], config).tolist() == [[0], [1], [1]]
     shown = [len(build_image_predictions(one[None], config)[0].labels) for one in logits]
@@ -247,7 +255,7 @@ def test_one_label_is_a_question_of_its_own() -> None:
         [1],
         [0],
     ]
-    model = with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+    model = center_logits(ViTCLSForImageClassification(config), PIXELS)
     assert 0 < collect_predictions(model, Batches()).predicted.float().mean() < 1
 
 
@@ -312,7 +320,7 @@ def test_compiled_models() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    encoder = randomize_weights(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"])))
+    encoder = randomize_weights(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"])))
     with raises_one_line("Use a classifier"):
         compute_ablation_effects(encoder, Batches(), mean_states(encoder))
     model = classifier()
@@ -326,12 +334,12 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 
 def test_labels_of_datasets_become_right_answers() -> None:
-    plain = tiny_config()
+    plain = build_tiny_config()
     assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
-    several = tiny_config(problem_type="multi_label_classification")
+    several = build_tiny_config(problem_type="multi_label_classification")
     assert encode_label([0.0, 1.0, 1.0], several).tolist() == [0, 1, 1]
     assert encode_label(None, several).tolist() == [IGNORED_LABEL] * 3
-    tasks = tiny_config(num_cls_tokens=2, tasks=TASKS)
+    tasks = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
     assert encode_label({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
     assert encode_label({"species": 3}, tasks).tolist() == [IGNORED_LABEL, 3]
     assert encode_label(None, tasks).tolist() == [IGNORED_LABEL] * 2
@@ -348,8 +356,8 @@ def test_redrawn_tokens_keep_their_norms() -> None:
         means, outputs = collect_mean_states(model, Batches(), [0, 1, 2])
     assert torch.allclose(means[0].norm(dim=-1).float(), own[0].norm(dim=-1), rtol=1e-5)
     assert torch.allclose(means[0, 0].float(), own[0, 0], atol=1e-5)
-    assert largest_difference(means[0, 1:].float(), own[0, 1:]) > 0.1
-    assert largest_difference(outputs.logits, collect_predictions(model, Batches()).logits) > 1e-2
+    assert get_largest_difference(means[0, 1:].float(), own[0, 1:]) > 0.1
+    assert get_largest_difference(outputs.logits, collect_predictions(model, Batches()).logits) > 1e-2
 
 
 @pytest.mark.parametrize("layout", [{"num_register_tokens": 3}, {"num_cls_tokens": 3}], ids=str)
@@ -391,22 +399,23 @@ def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
     assert ablation.effect.num_images == 6
 
 
-def test_hidden_tokens_are_read_by_no_token() -> None:
+@pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
+def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
     """Their own values change nothing then; each of the others reads the same as without them."""
-    model = classifier(num_register_tokens=2)
-    hidden = collect_outputs(model, Batches(), [1, 2])
+    model, batches = classifier(num_register_tokens=2), Batches(pixels=pixels)
+    hidden = collect_outputs(model, batches, [1, 2])
     with torch.no_grad():
         model.vitcls.embeddings.register_tokens.normal_()
-    assert largest_difference(collect_outputs(model, Batches(), [1, 2]).logits, hidden.logits) <= 1e-5
-    assert largest_difference(collect_outputs(model, Batches(), [1]).logits, hidden.logits) > 1e-3
+    assert get_largest_difference(collect_outputs(model, batches, [1, 2]).logits, hidden.logits) <= 1e-5
+    assert get_largest_difference(collect_outputs(model, batches, [1]).logits, hidden.logits) > 1e-3
 
 
 def test_features_of_encoders_are_compared_by_cosines() -> None:
-    encoder = randomize_weights(ViTCLSModel(tiny_config(num_register_tokens=1)))
-    before = collect_outputs(encoder, lambda: [(images(20), None)])
+    encoder = randomize_weights(ViTCLSModel(build_tiny_config(num_register_tokens=1)))
+    before = collect_outputs(encoder, lambda: [(build_images(20), None)])
     assert set(before.vectors) == {"cls", "pooled", "patches"} and len(before) == 20
-    with hold_tokens(encoder, [1], collect_findings(encoder, images(20)).mean_states[:, [1]]):
-        after = collect_outputs(encoder, lambda: [(images(20), None)])
+    with hold_tokens(encoder, [1], collect_findings(encoder, build_images(20)).mean_states[:, [1]]):
+        after = collect_outputs(encoder, lambda: [(build_images(20), None)])
     found = compute_effect(before, after)
     for name, rows in before.vectors.items():
         cosines = [

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import images, tiny_config
-from varied_models import collect_findings, with_varied_answers
+from tiny_models import build_images, build_tiny_config
+from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.artifacts import diagnose_patches, find_second_mode
 from modeling_vitcls.analysis.token_statistics import Findings
 
 
-PIXELS = images(16)
+PIXELS = build_images(16)
 
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
-    config = tiny_config(num_labels=8, **{"num_hidden_layers": 3, **fields})
-    return with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+    config = build_tiny_config(num_labels=8, **{"num_hidden_layers": 3, **fields})
+    return center_logits(ViTCLSForImageClassification(config), PIXELS)
 
 
 def findings_of(model: Any) -> Findings:

@@ -9,12 +9,12 @@ from tiny_models import (
     LAYOUTS,
     TASKS,
     assert_no_recording,
+    build_images,
+    build_tiny_config,
     each_layout,
-    filled,
-    images,
-    largest_difference,
+    get_largest_difference,
     raises_one_line,
-    tiny_config,
+    randomize,
 )
 from torch import nn
 
@@ -73,7 +73,7 @@ each_head = pytest.mark.parametrize(("fields", "special", "patches"), HEADS.valu
 
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
-    return filled(ViTCLSForImageClassification(tiny_config(**LAYERS | fields)))
+    return randomize(ViTCLSForImageClassification(build_tiny_config(**LAYERS | fields)))
 
 
 def eager(model: Any, pixels: torch.Tensor) -> Any:
@@ -134,7 +134,7 @@ def shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.
 def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within the tolerance of all comparisons here, and of the largest value: some are small."""
     assert expected.max() > 0
-    assert largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
+    assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 
 
 # Rollout -------------------------------------------------------------------------------------------------------------
@@ -143,41 +143,41 @@ def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementation: str) -> None:
-    model = filled(ViTCLSModel(tiny_config(**LAYERS | layout)))
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | layout)))
     model.set_attn_implementation(implementation)
     num_special = model.config.token_layout.num_prefix_tokens
     for size in SIZES:
-        found = compute_attention_rollout(model, images(2, *size))
-        expected = rollout_by_products(model, images(2, *size))[:, :num_special]
-        assert largest_difference(found, expected) <= TOLERANCE
-        assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
+        found = compute_attention_rollout(model, build_images(2, *size))
+        expected = rollout_by_products(model, build_images(2, *size))[:, :num_special]
+        assert get_largest_difference(found, expected) <= TOLERANCE
+        assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
         assert not found.requires_grad
 
 
 @each_kind_of_layers
 def test_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(**LAYERS | fields)))
-    found = compute_attention_rollout(model, images())
-    expected = rollout_by_products(model, images())[:, : found.shape[1]]
-    assert largest_difference(found, expected) <= TOLERANCE
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | fields)))
+    found = compute_attention_rollout(model, build_images())
+    expected = rollout_by_products(model, build_images())[:, : found.shape[1]]
+    assert get_largest_difference(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 1.0, 2.0])
 def test_rollout_of_differential_attention(share: float) -> None:
     """What a head takes away does not flow; two maps that are one leave nothing, and the token keeps itself."""
-    model = filled(ViTCLSModel(tiny_config(**LAYERS, attention_type="differential")))
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.second_share.fill_(share)
-    found = compute_attention_rollout(model, images())
-    assert largest_difference(found, rollout_by_products(model, images())[:, :1]) <= TOLERANCE
-    assert largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
+    found = compute_attention_rollout(model, build_images())
+    assert get_largest_difference(found, rollout_by_products(model, build_images())[:, :1]) <= TOLERANCE
+    assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
                 part.weight.zero_()
                 part.bias.zero_()
-    same = compute_attention_rollout(model, images())
+    same = compute_attention_rollout(model, build_images())
     assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
 
 
@@ -186,14 +186,14 @@ def test_rollout_of_every_class(name: str) -> None:
     """Those whose heads read few tokens compute the last layer for them alone, but not here."""
     models: dict[str, nn.Module] = {
         "classifier": classifier(num_register_tokens=2),
-        "tasks": ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)),
-        "masked": ViTCLSForMaskedImageModeling(tiny_config()),
-        "backbone": ViTCLSBackbone(tiny_config(out_indices=[0, 2])),
+        "tasks": ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
+        "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
+        "backbone": ViTCLSBackbone(build_tiny_config(out_indices=[0, 2])),
     }
-    model = filled(models[name])
-    found = compute_attention_rollout(model, images())
+    model = randomize(models[name])
+    found = compute_attention_rollout(model, build_images())
     assert found.shape[1] == model.config.token_layout.num_prefix_tokens > 0
-    assert largest_difference(found, rollout_by_products(model, images())[:, : found.shape[1]]) <= TOLERANCE
+    assert get_largest_difference(found, rollout_by_products(model, build_images())[:, : found.shape[1]]) <= TOLERANCE
 
 
 # Attribution ---------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_attribution_is_from_what_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str, size: tuple[int, int]
 ) -> None:
     model = classifier(**fields)
-    found = compute_attribution(model, images(2, *size), target=1)
-    relevance, sequence = relevance_by_products(model, images(2, *size), target=1)
+    found = compute_attribution(model, build_images(2, *size), target=1)
+    relevance, sequence = relevance_by_products(model, build_images(2, *size), target=1)
     expected = (shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
     assert found.min() >= 0 and not found.requires_grad
@@ -217,26 +217,26 @@ def test_attribution_is_from_what_the_head_reads(
 def test_attribution_of_every_kind_of_layers(fields: dict[str, Any], implementation: str) -> None:
     model = classifier(**fields)
     model.set_attn_implementation(implementation)
-    found = compute_attribution(model, images(), target=2)
-    expected = relevance_by_products(model, images(), target=2)[0][:, 0]
+    found = compute_attribution(model, build_images(), target=2)
+    expected = relevance_by_products(model, build_images(), target=2)[0][:, 0]
     assert_same_relevance(found, expected)
 
 
 def test_attribution_of_tasks() -> None:
     """Each reads its own CLS token; they stand in alphabetical order."""
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
     for place, task in enumerate(["age", "species"]):
-        found = compute_attribution(model, images(), target=1, task=task)
-        assert_same_relevance(found, relevance_by_products(model, images(), 1, task)[0][:, place])
-    assert largest_difference(found, compute_attribution(model, images(), target=1, task="age")) > 1e-3
+        found = compute_attribution(model, build_images(), target=1, task=task)
+        assert_same_relevance(found, relevance_by_products(model, build_images(), 1, task)[0][:, place])
+    assert get_largest_difference(found, compute_attribution(model, build_images(), target=1, task="age")) > 1e-3
 
 
 def test_targets() -> None:
     model = classifier()
-    pixels = images(3)
+    pixels = build_images(3)
     of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
     chosen = model(pixels).logits.argmax(dim=-1)
-    assert largest_difference(of_each[0], of_each[1]) > 1e-3
+    assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
     assert torch.equal(compute_attribution(model, pixels), of_each[chosen, torch.arange(3)])
     for wanted in (torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.int32)):
         assert torch.equal(compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
@@ -246,32 +246,32 @@ def test_what_cannot_be_attributed_is_said() -> None:
     model = classifier()
     for target in (3, -1, torch.tensor([0, 3])):
         with raises_one_line("target", "0 to 2"):
-            compute_attribution(model, images(), target)
+            compute_attribution(model, build_images(), target)
     with raises_one_line("target", "3 classes", "2 images"):
-        compute_attribution(model, images(), torch.tensor([0, 1, 2]))
+        compute_attribution(model, build_images(), torch.tensor([0, 1, 2]))
     with raises_one_line("'age'", "no tasks"):
-        compute_attribution(model, images(), task="age")
+        compute_attribution(model, build_images(), task="age")
     with raises_one_line("Use a classifier"):
-        compute_attribution(filled(ViTCLSModel(tiny_config())), images())
-    tasks = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+        compute_attribution(randomize(ViTCLSModel(build_tiny_config())), build_images())
+    tasks = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     for task in (None, "colour"):
         with raises_one_line(repr(task), "age, species"):
-            compute_attribution(tasks, images(), task=task)
+            compute_attribution(tasks, build_images(), task=task)
     assert_no_recording(model, tasks)
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
 def test_weights_are_left_alone(frozen: str) -> None:
     """Frozen ones are no obstacle, none gets a gradient, and gradients need not be switched on."""
-    expected = compute_attribution(classifier(), images(), target=0)
+    expected = compute_attribution(classifier(), build_images(), target=0)
     model = classifier()
     part: nn.Module = {"all": model, "encoder": model.vitcls, "none": nn.Module()}[frozen]
     part.requires_grad_(False)
-    pixels = images()
+    pixels = build_images()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = compute_attribution(model, pixels, target=0)
-        assert largest_difference(found, expected) <= TOLERANCE
+        assert get_largest_difference(found, expected) <= TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None and not pixels.requires_grad
     assert [parameter.requires_grad for parameter in part.parameters()] == [False] * len(list(part.parameters()))
@@ -281,11 +281,11 @@ def test_weights_are_left_alone(frozen: str) -> None:
 def test_the_mode_of_each_part_stays() -> None:
     """Dropout is left out, and frozen parts, which are in evaluation mode while others train, stay so."""
     model = classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
-    expected = compute_attention_rollout(model, images()), compute_attribution(model, images())
+    expected = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     model.train()
     model.vitcls.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    found = compute_attention_rollout(model, images()), compute_attribution(model, images())
+    found = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert {name: module.training for name, module in model.named_modules()} == before
@@ -297,22 +297,22 @@ def test_the_mode_of_each_part_stays() -> None:
 @pytest.mark.integration
 def test_compiled_models() -> None:
     model = classifier(num_register_tokens=1)
-    expected = compute_attention_rollout(model, images()), compute_attribution(model, images())
+    expected = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     model.compile(backend="eager")
-    model(images())  # compiled without recorders
-    found = compute_attention_rollout(model, images()), compute_attribution(model, images())
+    model(build_images())  # compiled without recorders
+    found = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     for one, other in zip(found, expected, strict=True):
-        assert largest_difference(one, other) <= TOLERANCE
+        assert get_largest_difference(one, other) <= TOLERANCE
 
 
 @torch.no_grad()
 def test_recorded_maps_in_half_precision_sum_to_one() -> None:
     model = classifier().bfloat16()
     with record_attention_layers(model) as layers:
-        model(images())
+        model(build_images())
     assert len(layers) == 3
     for layer in layers:
         weights = layer.weights()
         assert weights.dtype == torch.float32
-        assert largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
+        assert get_largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
     assert_no_recording(model)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
-from tiny_models import TASKS, filled, images, tiny_config
-from varied_models import collect_findings, with_varied_answers
+from tiny_models import TASKS, build_images, build_tiny_config, randomize
+from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import NUM_NULL, compute_ablations, compute_null_limit
@@ -30,7 +30,7 @@ from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
 
 
-PIXELS = images(MIN_IMAGES)
+PIXELS = build_images(MIN_IMAGES)
 TOKENS: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 3}
 KEYS = ["cls[0]", "distillation[0]", "registers[0]", "registers[1]", "registers[2]"]
 NAMES = ["CLS", "distillation", "register 1", "register 2", "register 3"]
@@ -38,9 +38,9 @@ EFFECTS = {"effect beyond the null", "no measurable effect"}
 
 
 def classifier(seed: int = 0, **fields: Any) -> ViTCLSForImageClassification:
-    config = tiny_config(num_labels=8, **{"num_hidden_layers": 3, **TOKENS, **fields})
+    config = build_tiny_config(num_labels=8, **{"num_hidden_layers": 3, **TOKENS, **fields})
     torch.manual_seed(seed)
-    return with_varied_answers(ViTCLSForImageClassification(config), PIXELS)
+    return center_logits(ViTCLSForImageClassification(config), PIXELS)
 
 
 def findings_of(model: Any, pixels: torch.Tensor = PIXELS) -> Findings:
@@ -238,7 +238,7 @@ def test_rare_false_alarms_of_random_tokens() -> None:
     verdicts = [
         found[name]
         for seed in range(20)
-        for found in [judged(reseeded(seed), pixels=images(MIN_IMAGES, seed=seed))]
+        for found in [judged(reseeded(seed), pixels=build_images(MIN_IMAGES, seed=seed))]
         for name in NAMES[2:]
     ]
     beyond = [verdict.word for verdict in verdicts if verdict.word == "effect beyond the null"]
@@ -248,7 +248,7 @@ def test_rare_false_alarms_of_random_tokens() -> None:
 
 def reseeded(seed: int) -> Any:
     """A model of random weights, and registers in random directions."""
-    return filled(classifier(), seed)
+    return randomize(classifier(), seed)
 
 
 # Single faults in models with random weights -------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_two_identical_registers() -> None:
 @pytest.mark.parametrize("is_encoder", [False, True])
 def test_a_huge_channel_that_all_share_makes_no_two_tokens_one(is_encoder: bool) -> None:
     """Nor one token the same for all images."""
-    model = classifier() if not is_encoder else filled(ViTCLSModel(tiny_config(**TOKENS)))
+    model = classifier() if not is_encoder else randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
 
     def shift(mlp: torch.nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
         return added + size * torch.eye(added.shape[-1])[3]
@@ -360,8 +360,8 @@ def test_a_huge_channel_that_all_share_makes_no_two_tokens_one(is_encoder: bool)
 
 
 def test_two_identical_cls_tokens_of_tasks() -> None:
-    config = tiny_config(num_cls_tokens=2, tasks=TASKS, num_hidden_layers=3)
-    model = with_varied_answers(ViTCLSForMultiTaskClassification(config), PIXELS)
+    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, num_hidden_layers=3)
+    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         embeddings = model.vitcls.embeddings
         for tokens in (embeddings.cls_token, embeddings.position_embeddings.cls):
@@ -394,7 +394,7 @@ def test_few_images_are_no_basis(number: int) -> None:
 
 
 def test_no_tokens_no_verdicts() -> None:
-    none = filled(ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean")))
+    none = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     assert judged(none) == {} and describe_depth(none.config, findings_of(none)) == []
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from tiny_models import TASKS, filled, images, raises_one_line, tiny_config
+from tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from torch import nn
 
 from modeling_vitcls import (
@@ -75,13 +75,13 @@ LAYOUTS = {
 
 
 def test_the_palette_has_a_color_for_each_group():
-    assert list(GROUP_COLORS) == [name for name, _ in tiny_config().token_layout.items()]
+    assert list(GROUP_COLORS) == [name for name, _ in build_tiny_config().token_layout.items()]
     assert len(set(GROUP_COLORS.values())) == len(GROUP_COLORS)
 
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_layout_names_every_token_in_order_and_the_patches(fields):
-    config = tiny_config(**fields)
+    config = build_tiny_config(**fields)
     figure = plot_token_layout(config)
     names = [name.replace(" (", "\n(") for name in get_token_names(config)]
     written = texts(figure)
@@ -98,7 +98,7 @@ def test_the_layout_names_every_token_in_order_and_the_patches(fields):
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_layout_is_readable_at_800_pixels(fields):
-    figure = plot_token_layout(tiny_config(**fields))
+    figure = plot_token_layout(build_tiny_config(**fields))
     renderer = drawn(figure).get_renderer()
     assert (renderer.width, renderer.height) == (800, 290)
     places = []
@@ -113,7 +113,7 @@ def test_the_layout_is_readable_at_800_pixels(fields):
 
 
 def test_the_layout_draws_some_of_very_many_tokens():
-    config = tiny_config(num_register_tokens=100)
+    config = build_tiny_config(num_register_tokens=100)
     figure = plot_token_layout(config)
     assert len(boxes_of(figure, "registers")) == 12
     assert {"register 1", "…", "register 100", "registers\n100"} <= set(texts(figure))
@@ -139,10 +139,10 @@ POOLINGS = {
 @pytest.mark.parametrize("fields", POOLINGS.values(), ids=POOLINGS)
 def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
     """Those that its answers change with: their gradient behind the encoder is not zero."""
-    config = tiny_config(**fields)
+    config = build_tiny_config(**fields)
     kinds = {"tasks": ViTCLSForMultiTaskClassification, "architectures": ViTCLSForMaskedImageModeling}
     kind = next((kinds[name] for name in kinds if name in fields), ViTCLSForImageClassification)
-    model = filled(kind(config))
+    model = randomize(kind(config))
     sequences: list[torch.Tensor] = []
 
     def note(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
         sequences.append(sequence)
 
     model.vitcls.layernorm.register_forward_hook(note)
-    answers = model(images(batch=1))
+    answers = model(build_images(batch=1))
     answers = answers.reconstruction if kind is ViTCLSForMaskedImageModeling else answers.logits
     parts = answers.values() if isinstance(answers, dict) else [answers]
     torch.stack([part.square().sum() for part in parts]).sum().backward()
@@ -254,7 +254,7 @@ def test_attention_that_does_not_fit_is_refused():
 
 
 def test_figures_leave_nothing_in_pyplot():
-    plot_token_layout(tiny_config())
+    plot_token_layout(build_tiny_config())
     plot_confusion_matrix([[1]], ["a"])
     assert not matplotlib.pyplot.get_fignums()
 
@@ -286,8 +286,8 @@ def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
 
 
 def test_a_classifier_gets_all_images_and_stays_as_it_was(tmp_path):
-    config = tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
-    model = filled(ViTCLSForImageClassification(config)).train()
+    config = build_tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
+    model = randomize(ViTCLSForImageClassification(config)).train()
     results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
     paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, digits())
     assert paths == {
@@ -301,8 +301,8 @@ def test_a_classifier_gets_all_images_and_stays_as_it_was(tmp_path):
 
 
 def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
-    model = filled(
-        ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks={"age": 2, "kind": 60, "x": 2}))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks={"age": 2, "kind": 60, "x": 2}))
     )
     results = {
         "age_confusion_matrix": [[3, 1], [0, 2]],
@@ -316,26 +316,26 @@ def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
 def test_an_encoder_shows_attention_without_answers(model_class):
-    model = filled(model_class(tiny_config()))
+    model = randomize(model_class(build_tiny_config()))
     processor = ViTCLSImageProcessor(**FITTING)
     assert [look.title for look in build_attention_samples(model, processor, digits(3))] == ["0", "1", "2"]
 
 
 def test_images_of_an_earlier_model_do_not_stay(tmp_path):
     processor = ViTCLSImageProcessor(**FITTING)
-    classifier = filled(ViTCLSForImageClassification(tiny_config(num_labels=1)))
+    classifier = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=1)))
     write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())
     (tmp_path / "pictures" / "mine.png").write_bytes(b"")
-    no_tokens = filled(ViTCLSForImageClassification(tiny_config(num_cls_tokens=0, pooling="mean")))
+    no_tokens = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     assert set(write_card_images(tmp_path, no_tokens, processor, {}, digits())) == {"token_layout"}
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
 
 
 def test_looks_are_the_attention_of_the_last_layer_that_is_read_with_label_and_answer():
     fields = {"num_distillation_tokens": 1, "num_register_tokens": 2, "patch_size": [8, 4]}
-    config = tiny_config(**fields, hidden_dropout_prob=0.5)
+    config = build_tiny_config(**fields, hidden_dropout_prob=0.5)
     config._attn_implementation = "eager"
-    model = filled(ViTCLSForImageClassification(config)).train()
+    model = randomize(ViTCLSForImageClassification(config)).train()
     processor = ViTCLSImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=[33, 38])
     picture = Image.fromarray(load_sample_images().images[0])
     look = next(build_attention_samples(model, processor, [(picture, None)]))
@@ -352,7 +352,7 @@ def test_looks_are_the_attention_of_the_last_layer_that_is_read_with_label_and_a
 
 
 def test_samples_that_the_model_cannot_take_are_left_out():
-    model = filled(ViTCLSForImageClassification(tiny_config(num_channels=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_channels=1)))
     samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *digits(1)]
     looks = list(build_attention_samples(model, ViTCLSImageProcessor(**FITTING, **GREY), samples))
     assert [look.title[:12] for look in looks] == ["0, predicted"]
@@ -384,7 +384,7 @@ def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
     photograph = Image.fromarray(load_sample_images().images[0]).resize((4000, 3000), Image.Resampling.BILINEAR)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (750, 1000, 3)).astype(np.uint8))
     samples: list[Sample] = [(noise, None), (photograph, None)]
-    model = filled(ViTCLSForImageClassification(tiny_config(**MANY)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**MANY)))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=32)
     opened = written(tmp_path, write_card_images(tmp_path, model, processor, {}, samples))
     assert opened["attention"].width > 400

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny_models import LAYOUTS, TASKS, filled, images, raises_one_line, tiny_config
+from tiny_models import LAYOUTS, TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from varied_models import collect_findings
 
 from modeling_vitcls import (
@@ -48,8 +48,8 @@ TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_token
 
 def measured(**fields: Any) -> tuple[Any, Findings]:
     """Configuration and findings of a small random model, of three layers unless it says otherwise."""
-    model = filled(ViTCLSModel(tiny_config(**{"num_hidden_layers": 3} | fields)))
-    return model.config, collect_findings(model, images(4))
+    model = randomize(ViTCLSModel(build_tiny_config(**{"num_hidden_layers": 3} | fields)))
+    return model.config, collect_findings(model, build_images(4))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def reading_of(model: Any) -> Any:
 
 
 def test_a_image_over_depth_has_a_tile_per_layer_and_token() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, num_hidden_layers=3)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, num_hidden_layers=3)))
     reading = reading_of(model)
     figure = plot_attention_by_layer(model.config, reading)
     titles = [axes.get_title() for axes in figure.axes if axes.images]
@@ -256,7 +256,7 @@ def test_a_image_over_depth_has_a_tile_per_layer_and_token() -> None:
 
 
 def test_every_task_is_explained() -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     titles = [
         axes.get_title() for axes in plot_attention_by_layer(model.config, reading_of(model)).axes if axes.images
     ]
@@ -290,7 +290,7 @@ def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
         else:
             with raises_one_line("special tokens"):
                 draw(config, findings)
-    is_readable(plot_attention_by_layer(config, reading_of(filled(ViTCLSModel(config)))))
+    is_readable(plot_attention_by_layer(config, reading_of(randomize(ViTCLSModel(config)))))
 
 
 def test_nothing_stays_in_pyplot_and_a_figure_becomes_a_image(found: Any) -> None:

@@ -14,7 +14,7 @@ import timm
 from fresh_processes import run_fresh
 from local_hub import local_hub, point_client_at
 from PIL import Image
-from tiny_models import TASKS, filled, raises_one_line, tiny_config
+from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -40,8 +40,10 @@ def saved(folder: Path, model: Any) -> str:
 
 
 def labelled(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
-    return filled(
-        ViTCLSForImageClassification(tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields))
+    return randomize(
+        ViTCLSForImageClassification(
+            build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
+        )
     )
 
 
@@ -103,6 +105,7 @@ def options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOp
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
+@pytest.mark.slow
 def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved(tmp_path / "model", labelled(DIGITS))
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
@@ -134,7 +137,7 @@ def test_converted_models(name: str, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_on_a_dataset(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", filled(ViTCLSModel(tiny_config(num_register_tokens=1))))
+    model = saved(tmp_path / "model", randomize(ViTCLSModel(build_tiny_config(num_register_tokens=1))))
     found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=5))
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
 
@@ -158,10 +161,11 @@ def test_a_revision_of_a_model_on_the_hub(
     assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2. Set")
 
 
+@pytest.mark.slow
 def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
     """Folders cannot say the labels of several tasks."""
-    tasks = ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS))
-    found = inspect_tokens(options(saved(tmp_path / "model", filled(tasks)), tmp_path, pictures / "owl"))
+    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    found = inspect_tokens(options(saved(tmp_path / "model", randomize(tasks)), tmp_path, pictures / "owl"))
     assert found.accuracy is None and [verdict.token for verdict in found.verdicts] == ["CLS age", "CLS species"]
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
-from tiny_models import images, tiny_config
-from varied_models import with_varied_answers
+from tiny_models import build_images, build_tiny_config
+from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks
@@ -13,8 +13,8 @@ from modeling_vitcls.analysis.map_checks import FRACTIONS, check_maps, measure_c
 
 def test_curves_replace_the_highest_patches_first() -> None:
     """By the mean color, patch by patch; insertion keeps those that deletion replaces."""
-    model = with_varied_answers(ViTCLSForImageClassification(tiny_config(patch_size=[8, 16])), images())
-    pixels = images(1, 32, 40)  # the last 8 columns fill no patch
+    model = center_logits(ViTCLSForImageClassification(build_tiny_config(patch_size=[8, 16])), build_images())
+    pixels = build_images(1, 32, 40)  # the last 8 columns fill no patch
     values = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2).float()
     deletion, insertion = measure_curves(model, pixels, values, target=1)
     for index, fraction in enumerate(FRACTIONS):
@@ -32,7 +32,7 @@ def test_curves_replace_the_highest_patches_first() -> None:
 
 
 def test_shuffled_weights_are_the_same_values_elsewhere() -> None:
-    model = with_varied_answers(ViTCLSForImageClassification(tiny_config()), images())
+    model = center_logits(ViTCLSForImageClassification(build_tiny_config()), build_images())
     shuffled = shuffle_weights(model, torch.Generator().manual_seed(0))
     weight, other = (each.vitcls.layers[0].mlp.fc1.weight for each in (model, shuffled))
     assert not torch.equal(weight, other) and torch.equal(
@@ -63,6 +63,6 @@ def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_a_token_that_the_head_reads_there_is_no_rollout() -> None:
-    config = tiny_config(num_cls_tokens=0, num_register_tokens=1, pooling="mean")
-    model = with_varied_answers(ViTCLSForImageClassification(config), images())
-    assert set(check_maps(model, [images(1)])) == {"attribution"}
+    config = build_tiny_config(num_cls_tokens=0, num_register_tokens=1, pooling="mean")
+    model = center_logits(ViTCLSForImageClassification(config), build_images())
+    assert set(check_maps(model, [build_images(1)])) == {"attribution"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import filled, images, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSConfig,
@@ -48,7 +48,7 @@ NAMES = {
 
 @pytest.mark.parametrize(("fields", "names"), NAMES.values(), ids=NAMES)
 def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, names):
-    config = tiny_config(**fields)
+    config = build_tiny_config(**fields)
     assert get_token_names(config) == names
     assert len(names) == config.token_layout.num_prefix_tokens
 
@@ -57,10 +57,10 @@ def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, 
 
 
 def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
-    config = tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4])
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4])
     config._attn_implementation = "eager"
-    model = filled(ViTCLSModel(config))
-    pixel_values = images(height=24, width=41)  # 3 x 10 patches, and a pixel too many
+    model = randomize(ViTCLSModel(config))
+    pixel_values = build_images(height=24, width=41)  # 3 x 10 patches, and a pixel too many
     with torch.no_grad():
         maps = extract_patch_maps(model.token_attention(pixel_values), config, (24, 41))
         attentions = model(pixel_values, output_attentions=True).attentions
@@ -73,14 +73,14 @@ def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
 
 
 def test_maps_of_another_image_size_are_refused():
-    config = tiny_config(num_register_tokens=2)
+    config = build_tiny_config(num_register_tokens=2)
     with raises_one_line("16 patches", "64 x 32", "8 x 4"):
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
 
 
 def test_a_model_without_special_tokens_has_no_maps():
-    config = tiny_config(num_cls_tokens=0, pooling="mean")
-    rows = ViTCLSForImageClassification(config).token_attention(images())
+    config = build_tiny_config(num_cls_tokens=0, pooling="mean")
+    rows = ViTCLSForImageClassification(config).token_attention(build_images())
     maps = extract_patch_maps(rows, config, (32, 32))
     assert maps.shape == (2, 2, 2, 0, 4, 4)
     assert upsample_maps(maps, (50, 60), VisibleRegion(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)

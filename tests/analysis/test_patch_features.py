@@ -5,7 +5,7 @@ import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
 from PIL import Image
-from tiny_models import filled, images, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.maps import VisibleRegion
@@ -27,8 +27,8 @@ def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor
 
 @pytest.mark.parametrize("fields", [{}, {"num_cls_tokens": 0, "pooling": "mean"}, {"num_register_tokens": 2}], ids=str)
 def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
-    pixels = images(2, 24, 40)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    pixels = build_images(2, 24, 40)
     features = compute_patch_features(model, pixels)
     with torch.no_grad():
         states = model.vitcls(pixels, output_hidden_states=True).hidden_states
@@ -64,6 +64,16 @@ def test_the_foreground_is_what_differs_from_the_border() -> None:
     for colors in compute_patch_colors(features, foreground=True):
         is_shown = ~colors.isnan().any(dim=-1)
         assert is_shown[2:4, 2:5].all() and is_shown.sum() == 6
+
+
+def test_an_object_at_two_borders_is_the_foreground() -> None:
+    """It covers most patches of two borders, but fewer of all four borders than of the interior."""
+    (features,) = draw_features((6, 6))
+    features *= 0.1
+    features[:4, :4, 0] += 500
+    (colors,) = compute_patch_colors([features], foreground=True)
+    is_shown = ~colors.isnan().any(dim=-1)
+    assert is_shown[:4, :4].all() and is_shown.sum() == 16
 
 
 def test_few_patches_and_channels_have_colors_too() -> None:
@@ -105,6 +115,6 @@ def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:
 
 
 def test_models_that_merge_patches_have_no_features() -> None:
-    model = filled(ViTCLSModel(tiny_config(merged_patches_per_layer=2)))
+    model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=2)))
     with raises_one_line("merged_patches_per_layer=0"):
-        compute_patch_features(model, images())
+        compute_patch_features(model, build_images())

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_models import TASKS, filled, raises_one_line, tiny_config
+from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from varied_models import with_varied_answers
+from varied_models import center_logits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -27,10 +27,10 @@ from modeling_vitcls.analysis.patch_sizes import (
 )
 
 
-NUM_PICTURES = 6
+NUM_IMAGES = 6
 
 
-def pictures(height: int = 40, width: int = 40, count: int = NUM_PICTURES) -> list[Image.Image]:
+def pictures(height: int = 40, width: int = 40, count: int = NUM_IMAGES) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (count, height // 8, width // 8, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(one.numpy()).resize((width, height)) for one in noise]
@@ -41,9 +41,9 @@ def processor_for(height: int = 32, width: int = 32) -> ViTCLSImageProcessor:
 
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
-    config = tiny_config(num_labels=20, **fields)
+    config = build_tiny_config(num_labels=20, **fields)
     (pixels,) = processor_for()(pictures(), return_tensors="pt").values()
-    return with_varied_answers(ViTCLSForImageClassification(config), pixels)
+    return center_logits(ViTCLSForImageClassification(config), pixels)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
         there = answers(model.eval().adapt(patch_size=row.patch_size), processor)
         assert row.accuracy == pytest.approx((there == torch.tensor(labels)).float().mean().item())
         assert row.agreement == pytest.approx((there == own).float().mean().item())
-        assert row.milliseconds > 0 and row.device and row.num_images == NUM_PICTURES
+        assert row.milliseconds > 0 and row.device and row.num_images == NUM_IMAGES
         assert 0 < row.attention_share < 1
     assert by_size(rows)[8].agreement == 1 and by_size(rows)[8].accuracy == pytest.approx(5 / 6)
     assert min(row.agreement for row in rows) < 1
@@ -127,7 +127,7 @@ def test_operations_are_those_of_the_real_model(fields: dict[str, Any]) -> None:
 
 
 def test_operations_of_a_plain_model_by_hand() -> None:
-    model = ViTCLSModel(tiny_config(), add_pooling_layer=False)
+    model = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     tokens, width, hidden, patches = 17, 16, 24, 16
     maps = 2 * 2 * tokens * tokens * width
     layer = 2 * tokens * (4 * width * width + 2 * width * hidden)
@@ -136,7 +136,7 @@ def test_operations_of_a_plain_model_by_hand() -> None:
 
 def test_kinds_of_models() -> None:
     """Several tasks and several labels have answers; an encoder has none, but a cost."""
-    tasks = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    tasks = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = [{"species": 1, "age": 0}, {"age": 1}, {}, None, {"species": 2}, {"age": 1, "species": -100}]
     rows = compare_patch_sizes(tasks, processor_for(), pictures(), labels, [4])
     assert all(0 <= row.accuracy <= 1 for row in rows) and rows[1].agreement == 1
@@ -147,7 +147,7 @@ def test_kinds_of_models() -> None:
     with torch.no_grad():
         right = (several(pixels).logits > 0) == torch.tensor([False, True] * 10)
     assert rows[1].accuracy == pytest.approx(right.float().mean().item())
-    rows = compare_patch_sizes(filled(ViTCLSModel(tiny_config())), processor_for(), pictures(), [0] * 6, [4])
+    rows = compare_patch_sizes(randomize(ViTCLSModel(build_tiny_config())), processor_for(), pictures(), [0] * 6, [4])
     assert [row.accuracy for row in rows] == [row.agreement for row in rows] == [None, None]
     assert rows[0].gflops > rows[1].gflops and len(describe_patch_sizes(rows)) == 2
 
@@ -241,7 +241,7 @@ def test_cost_is_weighed_against_accuracy() -> None:
 
 def test_much_attention_is_said() -> None:
     """Small patches of large images: most of the compute is then in the maps."""
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     rows = compare_patch_sizes(model, processor_for(), pictures(count=1), None, [1])
     assert rows[0].patch_size == 1 and rows[0].attention_share > 0.5
     assert "attention maps" in describe_patch_sizes(rows)[1] and isinstance(model.vitcls, nn.Module)

@@ -11,9 +11,9 @@ import torch
 from fresh_processes import run_fresh
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_models import filled, images, tiny_config
+from tiny_models import build_images, build_tiny_config, randomize
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from varied_models import with_varied_answers
+from varied_models import center_logits
 
 import modeling_vitcls.analysis as analysis
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
@@ -60,8 +60,8 @@ class Mine(ViTCLSForImageClassification):
 
 
 def classifier(kind: type = ViTCLSForImageClassification) -> Any:
-    config = tiny_config(num_register_tokens=1, num_labels=5, num_hidden_layers=3)
-    return with_varied_answers(kind(config), images(4)).eval()
+    config = build_tiny_config(num_register_tokens=1, num_labels=5, num_hidden_layers=3)
+    return center_logits(kind(config), build_images(4)).eval()
 
 
 def with_lora(model: Any) -> Any:
@@ -110,7 +110,7 @@ def test_each_function_takes_wrapped_models(name: str) -> None:
     model = WRAPPERS[name]()
     plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
-    pixels = images(2)
+    pixels = build_images(2)
     assert torch.allclose(
         analysis.compute_attention_rollout(model, pixels), analysis.compute_attention_rollout(plain, pixels)
     )
@@ -134,6 +134,6 @@ def test_code_of_a_repository_has_classes_of_its_own(tmp_path: Path) -> None:
 
 
 def test_encoders_and_regressions_are_no_classifiers() -> None:
-    assert not is_classifier(filled(ViTCLSModel(tiny_config())))
-    assert not is_classifier(ViTCLSForImageClassification(tiny_config(problem_type="regression")))
-    assert not is_classifier(ViTCLSForImageClassification(tiny_config(num_labels=0)))
+    assert not is_classifier(randomize(ViTCLSModel(build_tiny_config())))
+    assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(problem_type="regression")))
+    assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(num_labels=0)))

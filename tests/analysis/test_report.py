@@ -15,8 +15,8 @@ import torch
 from peers.transformers_cases import CASES
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
-from tiny_models import LAYOUTS, TASKS, filled, raises_one_line, tiny_config
-from varied_models import with_varied_answers
+from tiny_models import LAYOUTS, TASKS, build_tiny_config, raises_one_line, randomize
+from varied_models import center_logits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -80,7 +80,7 @@ def pixels() -> torch.Tensor:
 
 def classifier(**fields: Any) -> ViTCLSForImageClassification:
     fields = {"num_labels": NUM_LABELS, "num_hidden_layers": 3, "num_register_tokens": 3} | fields
-    return with_varied_answers(ViTCLSForImageClassification(tiny_config(**fields)), pixels())
+    return center_logits(ViTCLSForImageClassification(build_tiny_config(**fields)), pixels())
 
 
 @torch.no_grad()
@@ -644,7 +644,7 @@ def luminance(colour: str) -> float:
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
     found = write_report(tmp_path / "report.html", model, processor(), pictures())
     num_tokens = model.config.token_layout.num_prefix_tokens
     assert len(found.verdicts) == len(found.depth) == num_tokens
@@ -661,7 +661,7 @@ def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) ->
 
 
 def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = [{"species": 1, "age": -100}, {"species": 0, "age": 1}, {"species": -100, "age": -100}]
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
     assert found.accuracy is not None
@@ -674,7 +674,7 @@ def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
 
 def test_several_labels(browser: Browser, tmp_path: Path) -> None:
     fields = {"problem_type": "multi_label_classification", "num_register_tokens": 1}
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     labels = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
     with torch.no_grad():
@@ -688,7 +688,7 @@ def test_several_labels(browser: Browser, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
 def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: type) -> None:
-    model = filled(model_class(tiny_config(num_register_tokens=1)))
+    model = randomize(model_class(build_tiny_config(num_register_tokens=1)))
     found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=[0, 1, 2])
     assert found.effects is None and found.accuracy is None
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
@@ -700,7 +700,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
 
 
 def test_differential_attention_has_two_maps_per_head(browser: Browser, tmp_path: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(attention_type="differential")))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(attention_type="differential")))
     write_report(tmp_path / "report.html", model, processor(), pictures())
     with opened(browser, tmp_path / "report.html") as page:
         options = page.locator("#head option").all_inner_texts()

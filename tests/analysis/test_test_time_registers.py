@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from fresh_processes import run_fresh
-from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.test_time_registers import (
@@ -34,7 +41,7 @@ def planted(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -
 
     That channel is zero at all other tokens up to layer 1. The neuron writes far along channel 2.
     """
-    model = filled(model_class(tiny_config(**SIZES, **fields)))
+    model = randomize(model_class(build_tiny_config(**SIZES, **fields)))
     base = model.base_model
     base.embeddings.patch_embeddings.projection.weight.mul_(0.1)
     layer = base.layers[LAYER]
@@ -74,23 +81,23 @@ def _outer(mlp: Any) -> torch.nn.Linear:
 @all_mlps
 def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     model = planted(**fields)
-    assert compute_outlier_fraction(model, images()) == 2 / 16
-    neurons = find_register_neurons(model, images(), num_neurons=2)
+    assert compute_outlier_fraction(model, build_images()) == 2 / 16
+    neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
     better = add_test_time_register(model, neurons)
-    assert compute_outlier_fraction(better, images()) == 0.0
+    assert compute_outlier_fraction(better, build_images()) == 0.0
     assert better.config.num_register_tokens == 1
     assert better.config.register_neurons == neurons
     with torch.no_grad():
-        norms = better(images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
+        norms = better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
     register = better.config.token_layout.registers
     assert (norms[:, register] > 3 * norms.median()).all()  # where the artifacts are now
-    assert compute_outlier_fraction(model, images()) == 2 / 16  # the model given stays as it was
+    assert compute_outlier_fraction(model, build_images()) == 2 / 16  # the model given stays as it was
 
 
 @all_mlps
 def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> None:
-    found = find_register_neurons(planted(**fields), images(8), num_neurons=10)
+    found = find_register_neurons(planted(**fields), build_images(8), num_neurons=10)
     assert len(found) == 10
     assert sorted(found[:2]) == [[LAYER, neuron] for neuron in PLANTED]
     assert all(layer <= LAYER for layer, _ in found)  # none behind the layer where outliers arise
@@ -98,21 +105,23 @@ def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> Non
 
 def test_a_layer_can_be_named() -> None:
     model = planted()
-    assert all(layer == 0 for layer, _ in find_register_neurons(model, images(), last_layer=0))
+    assert all(layer == 0 for layer, _ in find_register_neurons(model, build_images(), last_layer=0))
 
 
 def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
     """A gated MLP can write an artifact with a negative activation."""
     model = planted(mlp_type="swiglu", sign=-1.0)
-    neurons = find_register_neurons(model, images(), num_neurons=2)
+    neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
     better = add_test_time_register(model, neurons)
-    assert compute_outlier_fraction(better, images()) == 0.0
+    assert compute_outlier_fraction(better, build_images()) == 0.0
     before = _activations(model)[:, model.config.token_layout.patches]
     after = _activations(better)[:, better.config.token_layout.registers]
     for neuron, patch in zip(PLANTED, PATCHES, strict=True):
         assert before[:, patch, neuron].max() < -5
-        assert largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1  # attention has changed a little
+        assert (
+            get_largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1
+        )  # attention has changed a little
 
 
 @all_mlps
@@ -149,32 +158,33 @@ def test_the_register_of_a_gated_group_is_open() -> None:
     model = planted().adapt(num_register_tokens=2, gate_new_tokens=True)
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
-    assert compute_outlier_fraction(better, images()) == 0.0
+    assert compute_outlier_fraction(better, build_images()) == 0.0
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
 def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path) -> None:
     model = planted(model_class)
-    neurons = find_register_neurons(model, images(), num_neurons=2)
+    neurons = find_register_neurons(model, build_images(), num_neurons=2)
     better = add_test_time_register(model, neurons)
-    again = reloaded(better, tmp_path)
+    again = save_and_load(better, tmp_path)
     assert again.config.register_neurons == neurons
-    assert compute_outlier_fraction(again, images()) == 0.0
+    assert compute_outlier_fraction(again, build_images()) == 0.0
     with torch.no_grad():
-        found, wanted = (one(images(), output_hidden_states=True).hidden_states for one in (again, better))
+        found, wanted = (one(build_images(), output_hidden_states=True).hidden_states for one in (again, better))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_loads_without_the_package(tmp_path: Path) -> None:
     better = add_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")
-    torch.save(images(), tmp_path / "images.pt")
+    torch.save(build_images(), tmp_path / "images.pt")
     child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
     assert child.returncode == 0, child.stderr[-2000:]
     found = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
-        wanted = better(images()).last_hidden_state
-    assert largest_difference(found, wanted) < 1e-6
+        wanted = better(build_images()).last_hidden_state
+    assert get_largest_difference(found, wanted) < 1e-6
 
 
 CHILD = """
@@ -196,8 +206,8 @@ with torch.no_grad():
 
 def test_a_model_keeps_its_mode_and_has_no_hooks_left() -> None:
     model = planted().train()
-    compute_outlier_fraction(model, images())
-    find_register_neurons(model, images())
+    compute_outlier_fraction(model, build_images())
+    find_register_neurons(model, build_images())
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.layers.modules())
 
@@ -208,9 +218,9 @@ def test_images_without_outliers_do_not_count() -> None:
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
         model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now a patch is recognized by its brightness
-    bright = images(1, seed=3) * 0.01
+    bright = build_images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
-    dark = images(1, seed=4) * 0.01
+    dark = build_images(1, seed=4) * 0.01
     assert compute_outlier_fraction(model, bright) == 1 / 16
     assert compute_outlier_fraction(model, dark) == 0
     both = torch.cat([bright, dark])
@@ -218,11 +228,11 @@ def test_images_without_outliers_do_not_count() -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    healthy = filled(ViTCLSModel(tiny_config()))
+    healthy = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("no patch", "ratio"):
-        find_register_neurons(healthy, images())
+        find_register_neurons(healthy, build_images())
     with raises_one_line("num_neurons is 65", "64"):
-        find_register_neurons(planted(), images(), num_neurons=65)
+        find_register_neurons(planted(), build_images(), num_neurons=65)
     with raises_one_line("[1, 99]"):
         add_test_time_register(healthy, [[1, 99]])
     better = add_test_time_register(planted(), [[LAYER, 5]])
@@ -238,6 +248,6 @@ def _activations(model: ViTCLSModel) -> torch.Tensor:
     mlp = model.layers[LAYER].mlp
     hook = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     with torch.no_grad():
-        model(images())
+        model(build_images())
     hook.remove()
     return caught[0]

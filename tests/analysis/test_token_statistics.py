@@ -8,12 +8,12 @@ import torch
 from tiny_models import (
     LAYOUTS,
     assert_no_recording,
+    build_images,
+    build_tiny_config,
     each_layout,
-    filled,
-    images,
-    largest_difference,
+    get_largest_difference,
     raises_one_line,
-    tiny_config,
+    randomize,
 )
 from torch import nn
 from varied_models import collect_findings
@@ -109,15 +109,15 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
 
 @each_layout
 def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(**PATCH | layout)))
-    image = images(1, 24, 32)
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | layout)))
+    image = build_images(1, 24, 32)
     found = collect_findings(model, image)
     assert found.num_images == 1
     check_maps(found, model, image[0])
     check_states(found, model, image[0])
     num_special = model.config.token_layout.num_prefix_tokens
     assert found.mean_states.shape == (4, num_special, 16)
-    assert largest_difference(found.mean_states, eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
+    assert get_largest_difference(found.mean_states, eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
     assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is no other image
     assert found.entropy.shape == (3, 2, num_special)
     assert found.patch_distance.shape == (3, 2)
@@ -125,79 +125,79 @@ def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> N
 
 def test_figures_over_images_are_means() -> None:
     """Of single images, whatever the batches; images of several sizes too."""
-    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
-    pixels, oblong = images(5), images(2, 24, 40)
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
+    pixels, oblong = build_images(5), build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)
     assert together.num_images == 7
     for batches in ((pixels[:1], pixels[1:4], pixels[4:], oblong), (oblong[:1], pixels, oblong[1:])):
         found = collect_findings(model, *batches)
         for name, value in vars(together).items():
             if (isinstance(value, torch.Tensor) and not name.startswith("patch_")) or name == "patch_distance":
-                assert largest_difference(getattr(found, name), value) <= TOLERANCE, name
+                assert get_largest_difference(getattr(found, name), value) <= TOLERANCE, name
         assert found.uniform == pytest.approx(together.uniform)
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
-        assert all(largest_difference(one, other) <= 1e-4 for one, other in by_size)
+        assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
     for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
         expected = mean([getattr(single, name) for single in singles])
-        assert largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
+        assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
     for name in together.uniform:
         assert together.uniform[name] == pytest.approx(mean([single.uniform[name] for single in singles]).item())
 
 
 def test_variation_is_the_distance_from_the_mean() -> None:
-    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
-    found = collect_findings(model, images(4)[:3], images(4)[3:])
-    states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
+    found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
+    states = torch.stack([eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
     expected = distances / means.norm(dim=-1)
     by_channel = (states - means).square().mean(dim=0).sqrt() / means.abs()  # [L + 1, S, D]
-    assert largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values) <= 1e-4
-    assert largest_difference(found.variation.double(), expected) <= TOLERANCE
-    assert largest_difference(found.mean_states.double(), means) <= TOLERANCE
+    assert get_largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values) <= 1e-4
+    assert get_largest_difference(found.variation.double(), expected) <= TOLERANCE
+    assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
     assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings know no image
 
 
 def test_tokens_are_apart_by_their_mean_distance() -> None:
     """Over images, and over all channels alike."""
-    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     with torch.no_grad():
         model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
-    found = collect_findings(model, images(4)[:3], images(4)[3:])
-    states = torch.stack([eager(model, image)[1][:, :6] for image in images(4)]).double()  # [B, L + 1, S, D]
+    found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
+    states = torch.stack([eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     for one, other in ((0, 1), (2, 5), (3, 4)):
         expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
-        assert largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
+        assert get_largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
         assert torch.equal(found.apart[:, one, other], found.apart[:, other, one])
     assert found.apart[:, 3, 5].max() == 0 < 0.1 < found.apart[:, 3, 4].min()
 
 
 def test_one_huge_channel_does_not_hide_what_varies() -> None:
     """The same in all images and tokens, as in large models (massive activations)."""
-    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
 
     def shift(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
         return added + 1e4 * torch.eye(16)[3]
 
-    plain = collect_findings(model, images(4))
+    plain = collect_findings(model, build_images(4))
     with model.layers[-1].mlp.register_forward_hook(shift):
-        found = collect_findings(model, images(4))
+        found = collect_findings(model, build_images(4))
     assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
-    assert largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
+    assert get_largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
     assert found.channel_variation[-1].min() > 0.05
 
 
 def test_small_variation_is_not_lost_to_rounding() -> None:
     """Of a token with a large norm: a difference of squares in single precision would drown it."""
-    model = filled(ViTCLSModel(tiny_config(**PATCH)))
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
     with torch.no_grad():
         model.embeddings.cls_token += 1000
         for layer in model.layers:
             for part in (layer.attention.o_proj, layer.mlp.fc2):
                 part.weight *= 0.1
-    found = collect_findings(model, images(4))
-    states = torch.stack([eager(model, image)[1][:, 0] for image in images(4)]).double()
+    found = collect_findings(model, build_images(4))
+    states = torch.stack([eager(model, image)[1][:, 0] for image in build_images(4)]).double()
     expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(dim=-1)
     assert 1e-7 < expected[-1] < 1e-3
     assert found.variation[-1, 0].item() == pytest.approx(expected[-1].item(), rel=0.05)
@@ -205,13 +205,13 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
 
 @each_layout
 def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(**PATCH | layout)))
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | layout)))
     with torch.no_grad():
         for layer in model.layers:
             for part in (layer.attention.q_proj, layer.attention.k_proj):
                 part.weight.zero_()
                 part.bias.zero_()
-    found = collect_findings(model, images(3, 24, 40))
+    found = collect_findings(model, build_images(3, 24, 40))
     num_special, points = model.config.token_layout.num_prefix_tokens, places(24, 40)
     assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
     middle = math.dist(points[0], points[-1]) / 2
@@ -220,22 +220,22 @@ def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
     assert found.uniform["patch_distance"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
     for name in ("entropy", "spread"):
         figures = getattr(found, name)
-        assert largest_difference(figures, torch.full_like(figures, found.uniform[name])) <= 1e-5
-    assert largest_difference(found.patch_distance, torch.full((3, 2), found.uniform["patch_distance"])) <= 1e-5
+        assert get_largest_difference(figures, torch.full_like(figures, found.uniform[name])) <= 1e-5
+    assert get_largest_difference(found.patch_distance, torch.full((3, 2), found.uniform["patch_distance"])) <= 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
     """The second CLS token sees a quarter of the patches, and all special tokens."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 1, "cls_scopes": ["image", [2, 2, 0, 1]]}
-    model = filled(ViTCLSModel(tiny_config(**fields)))
+    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.q_proj.weight.zero_()
             layer.attention.q_proj.bias.zero_()
     with torch.compiler.set_stance("force_eager"):  # of flex attention: the same mathematics
-        found = collect_findings(model, images(2), images(1))
+        found = collect_findings(model, build_images(2), build_images(1))
     alike = found.uniform_by_token
     assert alike["entropy"].tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     corner = [(8 * row + 4.0, 8 * column + 4.0) for row in (0, 1) for column in (2, 3)]
@@ -243,14 +243,14 @@ def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
     assert alike["spread"][0].item() == pytest.approx(found.uniform["spread"])
     for name in ("entropy", "spread"):
         figures = getattr(found, name)
-        assert largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
+        assert get_largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
 
 
 def test_gated_tokens_and_biases_hide_nothing() -> None:
     fields = [{"gated_tokens": {"registers": 2}, "num_register_tokens": 2}, {"relative_position_bias": "layer"}]
     for one in fields:
-        model = filled(ViTCLSModel(tiny_config(**one)))
-        found = collect_findings(model, images(2))
+        model = randomize(ViTCLSModel(build_tiny_config(**one)))
+        found = collect_findings(model, build_images(2))
         entropies = found.uniform_by_token["entropy"]
         assert entropies.tolist() == pytest.approx([found.uniform["entropy"]] * len(entropies))
 
@@ -264,8 +264,8 @@ def test_attention_of_each_patch_to_itself_reaches_nowhere() -> None:
 
 def test_outliers_are_counted_after_each_layer() -> None:
     """One patch of sixteen, in half of the images, gets a huge state in layer 2."""
-    model = filled(ViTCLSModel(tiny_config(num_hidden_layers=3, num_register_tokens=2)))
-    pixels = images(4)
+    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3, num_register_tokens=2)))
+    pixels = build_images(4)
 
     def plant(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
         added = added.clone()
@@ -288,8 +288,8 @@ def test_outliers_are_counted_after_each_layer() -> None:
 )
 def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     """A register that all patches attend to keeps one patch's norm down: hidden, it stands out."""
-    model = filled(ViTCLSModel(tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})))
-    pixels = images(4)
+    model = randomize(ViTCLSModel(build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})))
+    pixels = build_images(4)
     first = model.config.token_layout.patches.start
     registers = model.config.token_layout.registers
     masks = []
@@ -312,51 +312,56 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
 
 
 def test_without_registers_there_is_nothing_to_hide() -> None:
-    assert collect_findings(filled(ViTCLSModel(tiny_config())), images()).outliers_without_registers is None
+    assert (
+        collect_findings(randomize(ViTCLSModel(build_tiny_config())), build_images()).outliers_without_registers
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", ["classifier", "masked", "backbone"])
 def test_every_class_has_statistics(name: str) -> None:
     models: dict[str, nn.Module] = {
-        "classifier": ViTCLSForImageClassification(tiny_config(num_register_tokens=2)),
-        "masked": ViTCLSForMaskedImageModeling(tiny_config()),
-        "backbone": ViTCLSBackbone(tiny_config(out_indices=[1])),
+        "classifier": ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)),
+        "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
+        "backbone": ViTCLSBackbone(build_tiny_config(out_indices=[1])),
     }
-    model = filled(models[name])
+    model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    found = collect_findings(model.train(), images())
+    found = collect_findings(model.train(), build_images())
     assert model.training and found.entropy.isfinite().all()
-    encoder = filled(ViTCLSModel(model.config))
+    encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
-    assert largest_difference(found.entropy, collect_findings(encoder, images()).entropy) <= TOLERANCE
+    assert get_largest_difference(found.entropy, collect_findings(encoder, build_images()).entropy) <= TOLERANCE
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert_no_recording(model)
 
 
 def test_half_precision() -> None:
-    model = filled(ViTCLSModel(tiny_config(**PATCH | TOKENS)))
-    expected = collect_findings(model, images(3))
-    found = collect_findings(model.bfloat16(), images(3))
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
+    expected = collect_findings(model, build_images(3))
+    found = collect_findings(model.bfloat16(), build_images(3))
     for name in ("entropy", "mass", "received", "between_tokens"):
         assert getattr(found, name).dtype == torch.float32
-        assert largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
-    assert largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+        assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
+    assert get_largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
 
 
 def test_norms_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_statistics, "MAX_NORMS", 40)
-    model = filled(ViTCLSModel(tiny_config()))
-    found = collect_findings(model, images(2), images(2), images(2))
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    found = collect_findings(model, build_images(2), build_images(2), build_images(2))
     assert found.patch_norms.shape == (3, 40)
-    everything = torch.stack([eager(model, image)[1][:, 1:].norm(dim=-1) for image in images(2)], dim=1).flatten(1)
-    assert largest_difference(found.patch_norms[:, :32], everything) <= 1e-4
+    everything = torch.stack([eager(model, image)[1][:, 1:].norm(dim=-1) for image in build_images(2)], dim=1).flatten(
+        1
+    )
+    assert get_largest_difference(found.patch_norms[:, :32], everything) <= 1e-4
 
 
 def test_no_images_are_an_error() -> None:
-    collected = TokenStatistics(filled(ViTCLSModel(tiny_config(**LAYOUTS["three_cls"]))))
+    collected = TokenStatistics(randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"]))))
     with raises_one_line("no images"):
         collected.compute()
     with raises_one_line("pixel_values has 4"):
-        collected.update(images(channels=4))
+        collected.update(build_images(channels=4))
     with raises_one_line("no images"):
         collected.compute()

@@ -85,6 +85,7 @@ def check_file(file: Path, num_pairs: int) -> list[dict[str, Any]]:
     return results["comparisons"]
 
 
+@pytest.mark.slow
 def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
     file, table = tmp_path / "folder" / "results.json", tmp_path / "other" / "table.md"
     row = "fp32, batch 1"
@@ -344,6 +345,18 @@ def test_a_suspended_run_runs_only_in_its_turns(tmp_path: Path) -> None:
         assert run.take_turn() > 0
         assert run.count_lines() >= before + 1 + DIGITS.lines_per_turn
     assert run.process.poll() is not None
+
+
+def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def process_batch() -> None:
+        calls.append(None)
+        clock[0] += 8.0 if len(calls) == 1 else 0.5
+
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+    assert measure_throughput(process_batch, num_images=4, seconds=1.5) == 8.0  # images per second
+    assert len(calls) == 4
 
 
 def test_ratios_are_of_pairs() -> None:

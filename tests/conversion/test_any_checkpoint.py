@@ -13,8 +13,8 @@ import transformers
 import yaml
 from accelerate_state import reset_accelerate
 from huggingface_hub import constants
-from source_checkpoints import saved, vit_classifier
-from tiny_models import filled, tiny_config
+from source_checkpoints import build_vit_classifier, save_checkpoint
+from tiny_models import build_tiny_config, randomize
 from tiny_options import PLAIN
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
@@ -43,7 +43,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The folder of a small ViT of transformers, with a classifier."""
-    saved(vit_classifier(), tmp_path / "source")
+    save_checkpoint(build_vit_classifier(), tmp_path / "source")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
@@ -53,7 +53,7 @@ def cached_on_the_hub(tmp_path: Path) -> str:
     """The id of a vitcls model that is in the cache of the Hub, at COMMIT."""
     repository = tmp_path / "cache" / "hub" / "models--ann--mine"
     snapshot = repository / "snapshots" / COMMIT
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(snapshot)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(snapshot)
     ViTCLSImageProcessor(size=32).save_pretrained(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
@@ -106,7 +106,7 @@ def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkey
 
 
 def test_vitcls_folders_are_used_as_they_are(tmp_path: Path) -> None:
-    filled(ViTCLSModel(tiny_config())).save_pretrained(tmp_path / "mine")
+    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
     assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
 

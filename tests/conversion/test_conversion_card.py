@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 from huggingface_hub import ModelCard
-from source_checkpoints import NAMES, SIZES, saved, vit_classifier
+from source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
 
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.analysis.card_images import write_card_images
@@ -32,7 +32,7 @@ def convert_and_load_card(source: str, output: Path, **options: Any) -> ModelCar
 
 def save_source(folder: Path, card: str = "") -> str:
     """Save a classifier of transformers with its image processor and optionally a card, and return the source name."""
-    source = saved(vit_classifier(), folder)
+    source = save_checkpoint(build_vit_classifier(), folder)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     if card:
         (folder / "README.md").write_text(card)
@@ -49,7 +49,7 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     assert "`theirs` as a ViTCLS model" in text and "was not trained further" in text
     assert "[ CLS x 1 | patch x 16 ]\n\n17 tokens of width 32 for an image of 32 x 32 pixels" in text
     assert "![The token sequence: 1 CLS and 16 patch tokens](pictures/token_layout.png)\n" in text
-    num_parameters = vit_classifier().num_parameters()
+    num_parameters = build_vit_classifier().num_parameters()
     assert f"with the same outputs. It has {num_parameters:,} parameters and was not trained further." in text
     assert "heads. Other sizes work as well." in text
     assert "| | 32 x 32 pixels | 24 x 48 pixels | largest value |" in text
@@ -133,8 +133,8 @@ def test_classifier_choices(options: dict[str, Any], sentence: str, remade: str,
 def test_an_encoder_without_pooler_and_processor(tmp_path: Path) -> None:
     """The card names the missing classifier, image processor and pooler."""
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, id2label=NAMES), add_pooling_layer=False)
-    card = convert_and_load_card(saved(randomize_weights(model), tmp_path / "theirs"), tmp_path / "mine")
-    assert "an encoder, as its source is" in card.text and "lassifier" not in card.text
+    card = convert_and_load_card(save_source(randomize_weights(model), tmp_path / "theirs"), tmp_path / "mine")
+    assert "an encoder, like its source" in card.text and "lassifier" not in card.text
     assert "image processor is ASSUMED, because the source has no image processor. Check its settings" in card.text
     assert "Note: the checkpoint has no pooler, so the converted model has none." in card.text
 

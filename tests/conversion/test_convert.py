@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -24,7 +25,7 @@ from fresh_processes import run_fresh
 from safetensors.torch import load_file, save_file
 from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_image
-from source_checkpoints import NAMES, SIZES, WIDTHS, saved, vit_classifier
+from source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
 from timm.data import create_transform, resolve_data_config
 from tiny_models import raises_one_line
 from transformers import AutoImageProcessor
@@ -79,7 +80,7 @@ def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
     """Return the folder, the printed text and the source for a checkpoint of transformers."""
     base = tmp_path_factory.mktemp("transformers")
-    saved(vit_classifier(), base / "source")
+    save_checkpoint(build_vit_classifier(), base / "source")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base / "source")
     done = run("--source", f"transformers:{base / 'source'}", "--output", base / "converted")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -340,7 +341,9 @@ CHOICES = [
 def test_the_classifier(
     options: dict[str, Any], outcome: str, compared: set[str], shape: tuple[int, int] | None, tmp_path: Path
 ) -> None:
-    made = convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", **options)
+    made = convert_checkpoint(
+        save_checkpoint(build_vit_classifier(), tmp_path / "source"), tmp_path / "made", **options
+    )
     assert made.classifier == outcome
     assert made.comparisons[0].differences.keys() == {"cls", "patches"} | compared
     weights = load_file(tmp_path / "made" / "model.safetensors")
@@ -350,7 +353,9 @@ def test_the_classifier(
 
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
-        convert_checkpoint(saved(vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7)
+        convert_checkpoint(
+            save_checkpoint(build_vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7
+        )
     assert not (tmp_path / "made").exists()
 
 
@@ -358,7 +363,7 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
     clip = randomize_weights(transformers.CLIPModel(config))
-    made = convert_checkpoint(saved(clip, tmp_path / "source"), tmp_path / "made")
+    made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
     assert made.source_class == "CLIPVisionModel"
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
@@ -369,7 +374,7 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
 
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    made = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "made")
+    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
     assert "no pooler" in made.notes[0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
@@ -377,7 +382,7 @@ def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
 def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
     """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    source = saved(encoder, folder)
+    source = save_checkpoint(encoder, folder)
     weights = load_file(folder / "model.safetensors")
     weights = {names.get(name, name): value for name, value in weights.items() if not name.startswith("pooler.")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -394,7 +399,9 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
 
 
 def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
-    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    source = save_checkpoint(
+        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
+    )
     file = tmp_path / "source" / "model.safetensors"
     save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
     made = convert_checkpoint(source, tmp_path / "made")
@@ -428,7 +435,9 @@ class RunWhenUnpickled:
 
 
 def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
-    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    source = save_checkpoint(
+        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
+    )
     (tmp_path / "source" / "model.safetensors").unlink()
     torch.save({"layernorm.weight": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "source" / "pytorch_model.bin")
     with raises_one_line("is a pickle with objects other than tensors", "safetensors", error=ConversionError):
@@ -436,12 +445,24 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
 
 
+def test_the_cause_of_a_loading_error_may_be_a_pickle() -> None:
+    """transformers may raise an error of its own."""
+    error = OSError("cannot load the weights")
+    error.__cause__ = pickle.UnpicklingError("Weights only load failed")
+    with raises_one_line("weights.bin is a pickle", error=ConversionError):
+        source_models.check_not_pickled_code("weights.bin", error)
+    error.__cause__ = None
+    source_models.check_not_pickled_code("weights.bin", error)
+
+
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is asked, either: transformers would read the answer from the standard input."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
-    source = saved(randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source")
+    source = save_checkpoint(
+        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
+    )
     (tmp_path / "source" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
     references = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "evil.Evil")
     settings = {"model_type": "evil", "image_processor_type": "Evil", "auto_map": references}
@@ -461,7 +482,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    saved(encoder, tmp_path)
+    save_checkpoint(encoder, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
     with pytest.raises(
@@ -472,16 +493,18 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_kept_if_it_is_exact(tmp_path: Path) -> None:
-    half = vit_classifier().to(torch.bfloat16)
-    made = convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "made")
+    half = build_vit_classifier().to(torch.bfloat16)
+    made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
     assert max(made.comparisons[0].differences.values()) <= LIMIT
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    convert_checkpoint(saved(half, tmp_path / "source"), tmp_path / "new", classifier="new")
+    convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "new", classifier="new")
     assert {w.dtype for w in load_file(tmp_path / "new" / "model.safetensors").values()} == {torch.bfloat16}
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "mlp_ratio": 2.0, "patch_size": 8}
     radio = transformers.RadioModel(transformers.RadioConfig(**sizes, image_size=32, max_img_size=64))
-    made = convert_checkpoint(saved(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made")
+    made = convert_checkpoint(
+        save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made"
+    )
     assert "written in float32" in made.notes[0]  # its normalization of pixels is folded into the patch projection
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -493,12 +516,12 @@ def test_a_difference_over_the_limit_fails_also_if_values_are_large(tmp_path: Pa
     with torch.no_grad():
         randomize_weights(aim).rms_norm.weight.mul_(300)
     with pytest.raises(ConversionError, match="the limit is 1e-05"):
-        convert_checkpoint(saved(aim, tmp_path / "source"), tmp_path / "made")
+        convert_checkpoint(save_checkpoint(aim, tmp_path / "source"), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
 UNSUPPORTED: dict[str, Callable[[Path], str]] = {
-    "SwinModel cannot be converted": lambda folder: saved(
+    "SwinModel cannot be converted": lambda folder: save_checkpoint(
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
     "timm 1.* has no model vit_huuge. Did you mean": lambda folder: "timm:vit_huuge",

@@ -9,7 +9,7 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
-from tiny_models import KINDS, filled, images, raises_one_line, tiny_config
+from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -27,7 +27,7 @@ DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 
 def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
     model_class, needed, _ = KINDS[kind]
     needed = needed if kind != "classifier" else {}
-    filled(model_class(tiny_config(**needed | fields))).save_pretrained(folder)
+    randomize(model_class(build_tiny_config(**needed | fields))).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
     return folder
@@ -43,7 +43,7 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
     original = ViTCLSForImageClassification.from_pretrained(folder)
     with torch.no_grad():
-        assert (native(images()).logits - original(images()).logits).abs().max() <= 1e-5
+        assert (native(build_images()).logits - original(build_images()).logits).abs().max() <= 1e-5
     assert native.config.id2label == original.config.id2label
     processors = AutoImageProcessor.from_pretrained(tmp_path / "native"), ViTCLSImageProcessor.from_pretrained(folder)
     pixels = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
@@ -82,7 +82,8 @@ def test_what_no_class_supports_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "native").exists()
 
 
-@pytest.mark.usefixtures("verified_quickly")
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_verification")
 def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     pushed = push_folder(tmp_path / "native", "ann/native")
@@ -96,7 +97,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub
     assert verify("ann/native", pushed.commit).is_native
 
 
-@pytest.mark.usefixtures("verified_quickly")
+@pytest.mark.usefixtures("fast_verification")
 def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     config = tmp_path / "native" / "config.json"

@@ -1,11 +1,18 @@
-"""Heads of any width, and differential attention: its formula, the implementations of it, and what is refused."""
+"""Attention heads of any width, and differential attention: its formula, its implementations and its errors."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.variants_vitcls import ViTCLSDifferentialAttention
@@ -19,9 +26,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def test_differential_attention_is_the_difference_of_two_maps() -> None:
-    """The formula of arXiv 2410.05258, equation 1, written out for each head."""
-    config = tiny_config(attention_type="differential", attn_implementation="eager")
-    attention = filled(ViTCLSDifferentialAttention(config))
+    """Check equation 1 of arXiv 2410.05258, written out for each head."""
+    config = build_tiny_config(attention_type="differential", attn_implementation="eager")
+    attention = randomize(ViTCLSDifferentialAttention(config))
     tokens = torch.randn(2, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     heads = []
     width = config.head_dim
@@ -34,41 +41,41 @@ def test_differential_attention_is_the_difference_of_two_maps() -> None:
         heads.append(mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * attention.head_norm.weight)
     expected = attention.o_proj(torch.cat(heads, dim=-1))
     got, maps = attention(tokens)
-    assert largest_difference(got, expected) <= 1e-5
+    assert get_largest_difference(got, expected) <= 1e-5
     assert maps.shape == (2, 2 * config.num_attention_heads, 5, 5)
 
 
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_implementations_agree_and_models_reload(fields: dict[str, Any], tmp_path: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
-    pixels = images()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    pixels = build_images()
     with torch.no_grad():
         expected = model(pixels).logits
         for implementation in ("eager", "sdpa"):
-            again = reloaded(model, tmp_path / implementation, attn_implementation=implementation)
-            assert largest_difference(again(pixels).logits, expected) <= 1e-6
+            again = save_and_load(model, tmp_path / implementation, attn_implementation=implementation)
+            assert get_largest_difference(again(pixels).logits, expected) <= 1e-6
 
 
 def test_a_new_differential_model_starts_as_in_the_paper() -> None:
-    attention = ViTCLSModel(tiny_config(attention_type="differential")).layers[0].attention
+    attention = ViTCLSModel(build_tiny_config(attention_type="differential")).layers[0].attention
     assert attention.second_share.item() == pytest.approx(0.8)
     assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
 
 
-def test_head_width_is_free_of_the_models() -> None:
-    model = ViTCLSModel(tiny_config(hidden_size=18, num_attention_heads=4, attention_head_size=8))
+def test_head_width_is_independent_of_hidden_size() -> None:
+    model = ViTCLSModel(build_tiny_config(hidden_size=18, num_attention_heads=4, attention_head_size=8))
     assert model.layers[0].attention.q_proj.weight.shape == (32, 18)
     assert model.layers[0].attention.o_proj.weight.shape == (18, 32)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_unsupported_options_are_errors() -> None:
     with raises_one_line("attention_head_size"):
-        tiny_config(attention_head_size=0)
+        build_tiny_config(attention_head_size=0)
     with raises_one_line("differential", "rope_2d"):
-        tiny_config(attention_type="differential", position_embedding_type="rope_2d")
+        build_tiny_config(attention_type="differential", position_embedding_type="rope_2d")
     with raises_one_line("differential", "relative_position_bias"):
-        tiny_config(attention_type="differential", relative_position_bias="layer")
+        build_tiny_config(attention_type="differential", relative_position_bias="layer")
     with raises_one_line("differential", "even head size", "7"):
-        tiny_config(attention_type="differential", attention_head_size=7)
+        build_tiny_config(attention_type="differential", attention_head_size=7)
     with raises_one_line("attention_pool_heads=3", "hidden_size=16"):
-        tiny_config(attention_head_size=4, num_attention_heads=3, pooling="attention")
+        build_tiny_config(attention_head_size=4, num_attention_heads=3, pooling="attention")

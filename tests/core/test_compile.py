@@ -1,10 +1,10 @@
-"""The default model compiles as one graph, also after transformers has installed hooks to record hidden states."""
+"""The default model compiles to one graph, also after transformers has installed hooks that record hidden states."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import TASKS, filled, images, largest_difference, tiny_config
+from tiny_models import TASKS, build_images, build_tiny_config, get_largest_difference, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
@@ -24,13 +24,13 @@ each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(),
 
 @pytest.fixture(autouse=True)
 def no_compiled_code() -> None:
-    """Compile anew in each test."""
+    """Reset the compiler before each test."""
     torch._dynamo.reset()
 
 
 def build_model(model_class: Any, fields: dict[str, Any], has_kernels: bool) -> Any:
     """Return a model with random weights."""
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     if not has_kernels:
         uninstall_cpu_kernels(model)
     return model
@@ -41,7 +41,7 @@ def assert_one_graph(model: Any, **kwargs: Any) -> None:
     for is_training in (False, True):
         model.train(is_training)
         with torch.set_grad_enabled(is_training):
-            explained = torch._dynamo.explain(model)(images(), **kwargs)
+            explained = torch._dynamo.explain(model)(build_images(), **kwargs)
         assert explained.graph_break_count == 0, explained.break_reasons
         assert explained.graph_count == 1
         assert explained.op_count > 20
@@ -62,7 +62,7 @@ def test_there_is_no_graph_break(model_class: Any, fields: dict[str, Any], has_k
 def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
     model = build_model(*MODELS[name], has_kernels=True)
     with torch.no_grad():
-        model(images(), output_hidden_states=True)
+        model(build_images(), output_hidden_states=True)
     assert model.base_model.layers[0]._forward_hooks
     assert_one_graph(model)
     assert_one_graph(model, output_hidden_states=True)
@@ -73,10 +73,10 @@ def test_there_is_no_graph_break_with_recorded_hidden_states(name: str) -> None:
 def test_compiled_values() -> None:
     model = build_model(ViTCLSForImageClassification, {"num_register_tokens": 2}, has_kernels=True)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    logits = model(images()).logits
-    assert largest_difference(compiled(images()).logits, logits) <= 1e-5 * logits.abs().max().item()
-    model(images(), output_hidden_states=True)  # the hooks of transformers cannot be installed while compiling
-    recorded = compiled(images(), output_hidden_states=True)
+    logits = model(build_images()).logits
+    assert get_largest_difference(compiled(build_images()).logits, logits) <= 1e-5 * logits.abs().max().item()
+    model(build_images(), output_hidden_states=True)  # transformers cannot install its hooks during compilation
+    recorded = compiled(build_images(), output_hidden_states=True)
     assert [state.shape for state in recorded.hidden_states] == [(2, 19, 16)] * 3
-    assert largest_difference(recorded.logits, logits) <= 1e-5 * logits.abs().max().item()
-    assert largest_difference(compiled(images()).logits, logits) <= 1e-5 * logits.abs().max().item()
+    assert get_largest_difference(recorded.logits, logits) <= 1e-5 * logits.abs().max().item()
+    assert get_largest_difference(compiled(build_images()).logits, logits) <= 1e-5 * logits.abs().max().item()

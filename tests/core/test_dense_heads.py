@@ -1,10 +1,10 @@
-"""Dense prediction heads of transformers on `ViTCLSBackbone`: every patch arrives, at its place."""
+"""Dense prediction heads of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
 
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import filled, images, largest_difference, record_outputs, tiny_config
+from tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
@@ -25,13 +25,13 @@ TOKENS: dict[str, dict[str, int]] = {
 each_layout = pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 
 
-def backbone_config(**fields: Any) -> ViTCLSConfig:
-    return tiny_config(out_indices=[1, 2], reshape_hidden_states=False, **fields)
+def build_backbone_config(**fields: Any) -> ViTCLSConfig:
+    return build_tiny_config(out_indices=[1, 2], reshape_hidden_states=False, **fields)
 
 
 def build_dpt(config: ViTCLSConfig) -> Any:
     sizes = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [2, 1], "fusion_hidden_size": 8}
-    return filled(DPTForDepthEstimation(DPTConfig(backbone_config=config, neck_ignore_stages=[], **sizes)))
+    return randomize(DPTForDepthEstimation(DPTConfig(backbone_config=config, neck_ignore_stages=[], **sizes)))
 
 
 def build_depth_anything(config: ViTCLSConfig) -> Any:
@@ -39,31 +39,31 @@ def build_depth_anything(config: ViTCLSConfig) -> Any:
     settings = DepthAnythingConfig(
         backbone_config=config, patch_size=8, reassemble_hidden_size=16, head_hidden_size=8, **sizes
     )
-    return filled(DepthAnythingForDepthEstimation(settings))
+    return randomize(DepthAnythingForDepthEstimation(settings))
 
 
 @each_layout
 @pytest.mark.parametrize("build", [build_dpt, build_depth_anything])
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
 def test_depth(build: Any, tokens: dict[str, int], size: tuple[int, int]) -> None:
-    """The head receives the CLS token and the patches of each stage, row by row."""
-    model = build(backbone_config(**tokens))
+    """Check that the head receives the CLS token and the patches of each stage, row by row."""
+    model = build(build_backbone_config(**tokens))
     received = record_outputs(model.backbone)
-    depth = model(images(2, *size)).predicted_depth
+    depth = model(build_images(2, *size)).predicted_depth
     assert depth.shape[0] == 2 and depth.isfinite().all() and depth.std() > 0
     encoder = ViTCLSModel(model.config.backbone_config, add_pooling_layer=False).eval()
     encoder.load_state_dict(model.backbone.state_dict())
-    expected = encoder(images(2, *size)).tokens
+    expected = encoder(build_images(2, *size)).tokens
     last = received[0].feature_maps[-1]
-    assert largest_difference(last[:, 0], expected["cls"][:, 0]) <= 1e-6
-    assert largest_difference(last[:, 1:], expected["patches"]) <= 1e-6
+    assert get_largest_difference(last[:, 0], expected["cls"][:, 0]) <= 1e-6
+    assert get_largest_difference(last[:, 1:], expected["patches"]) <= 1e-6
 
 
 @each_layout
 @pytest.mark.parametrize("build", [build_dpt, build_depth_anything])
 def test_each_patch_affects_the_depth(build: Any, tokens: dict[str, int]) -> None:
-    """Also the first and the last one, which a wrong number of tokens would cut off."""
-    model = build(backbone_config(**tokens))
+    """Check all patches: with a wrong number of tokens, the first or the last patch would be missing."""
+    model = build(build_backbone_config(**tokens))
     maps = []
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> Any:
@@ -75,19 +75,19 @@ def test_each_patch_affects_the_depth(build: Any, tokens: dict[str, int]) -> Non
 
     forward = model.backbone.forward
     model.backbone.forward = keep_gradients
-    model(images()).predicted_depth.sum().backward()
+    model(build_images()).predicted_depth.sum().backward()
     for feature_map in maps:
         assert (feature_map.grad[:, 1:].abs().sum(dim=-1) > 0).all()
 
 
 @each_layout
 def test_segmentation_with_upernet(tokens: dict[str, int]) -> None:
-    config = tiny_config(out_indices=[1, 2], **tokens)
+    config = build_tiny_config(out_indices=[1, 2], **tokens)
     settings = UperNetConfig(
         backbone_config=config, hidden_size=16, pool_scales=[1, 2], num_labels=3, use_auxiliary_head=False
     )
-    model = filled(UperNetForSemanticSegmentation(settings))
+    model = randomize(UperNetForSemanticSegmentation(settings))
     received = record_outputs(model.backbone)
-    logits = model(images(2, 24, 48)).logits
+    logits = model(build_images(2, 24, 48)).logits
     assert logits.shape == (2, 3, 24, 48) and torch.isfinite(logits).all() and logits.std() > 0
     assert [list(feature_map.shape) for feature_map in received[0].feature_maps] == [[2, 16, 3, 6]] * 2

@@ -1,7 +1,8 @@
-"""Our model against independent implementations with the same, entirely random weights.
+"""Compare with independent implementations with the same, entirely random weights.
 
-Every parameter of the other model is random, so that no zero bias or LayerScale of 1e-5 can hide a difference. Tokens,
-logits and losses agree within 1e-5 in float32, at the native size and, where the other model can, at a rectangle.
+Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide a difference.
+Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the other model supports it, at a
+rectangular size.
 """
 
 import math
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
-from tiny_models import SIZES, filled, images, largest_difference, tiny_config
+from tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
@@ -25,7 +26,7 @@ TOLERANCE = 1e-5
 NATIVE, RECTANGLE = (32, 32), (24, 56)
 Weights = dict[str, torch.Tensor]
 
-# Each table: what a name of the other model becomes in ours, by regular expression, applied in order.
+# Rules (regular expression, replacement) that map parameter names of the other model to ours, applied in order.
 VIT = {r"^(vit|deit)\.": "vitcls.", r"^cls_classifier": "classifier"}
 DINOV2 = {
     r"^dinov2_with_registers\.": "vitcls.",
@@ -76,8 +77,8 @@ TIMM = {
 }
 
 
-def renamed(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
-    """The weights under our names."""
+def rename_weights(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
+    """Return the weights under our names."""
     result = {}
     for name, weight in weights.items():
         for pattern, replacement in rules.items():
@@ -87,7 +88,7 @@ def renamed(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> We
 
 
 def split_positions(weights: Weights, name: str, **counts: int) -> None:
-    """Cut one table of positions [1, N, D] into ours: `counts` per group, the rest for the patches."""
+    """Split one position table [1, N, D] into ours: `counts` tokens per group, then the patches."""
     positions = weights.pop(name)
     prefix = "vitcls." if any(key.startswith("vitcls.") for key in weights) else ""
     parts = positions.split([*counts.values(), positions.shape[1] - sum(counts.values())], dim=1)
@@ -96,63 +97,65 @@ def split_positions(weights: Weights, name: str, **counts: int) -> None:
 
 
 def split_projection(weights: Weights, fused: str, separate: str) -> None:
-    """Cut every `fused` projection (`in_proj_weight`, `qkv.weight`) into `separate` ones for q, k and v."""
+    """Split every `fused` projection (`in_proj_weight`, `qkv.weight`) into `separate` projections for q, k and v."""
     for name in [name for name in weights if re.search(fused, name)]:
         for letter, part in zip("qkv", weights.pop(name).chunk(3), strict=True):
             weights[re.sub(fused, separate.replace("?", letter), name)] = part.clone()
 
 
 def assert_same_tokens(ours: ViTCLSModel, peer: nn.Module, sizes: list[tuple[int, int]], **inputs: Any) -> None:
-    """Every token after every layer, and after the last norm."""
+    """Check every token after every layer, and after the last norm."""
     for height, width in sizes:
-        pixels = images(2, height, width)
+        pixels = build_images(2, height, width)
         with torch.no_grad():
             expected = peer(pixels, output_hidden_states=True, **inputs)
             got = ours(pixels, output_hidden_states=True)
-        assert largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
+        assert get_largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
         for our_state, peer_state in zip(got.hidden_states, expected.hidden_states, strict=True):
-            assert largest_difference(our_state, peer_state) <= TOLERANCE
+            assert get_largest_difference(our_state, peer_state) <= TOLERANCE
 
 
-def peer_sizes(**changes: Any) -> dict[str, Any]:
+def build_peer_sizes(**changes: Any) -> dict[str, Any]:
     return {**SIZES, **changes}
 
 
 def test_vit() -> None:
-    peer = filled(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
-    weights = renamed(peer.state_dict(), VIT)
+    peer = randomize(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
-    ours = ViTCLSForImageClassification(tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
+    ours = ViTCLSForImageClassification(build_tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
 
     assert_same_tokens(ours.vitcls, peer.vit, [NATIVE, RECTANGLE], interpolate_pos_encoding=True)
     for size in (NATIVE, RECTANGLE):
-        pixels = images(2, *size)
+        pixels = build_images(2, *size)
         expected = peer(pixels, interpolate_pos_encoding=True, labels=torch.tensor([0, 2]))
         got = ours(pixels, labels=torch.tensor([0, 2]))
-        assert largest_difference(got.logits, expected.logits) <= TOLERANCE
-        assert largest_difference(got.loss, expected.loss) <= TOLERANCE
+        assert get_largest_difference(got.logits, expected.logits) <= TOLERANCE
+        assert get_largest_difference(got.loss, expected.loss) <= TOLERANCE
 
 
 def test_vit_attentions() -> None:
-    peer = filled(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    weights = renamed(peer.state_dict(), VIT)
+    peer = randomize(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "embeddings.position_embeddings", cls=1)
-    ours = ViTCLSModel(tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
+    ours = ViTCLSModel(build_tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
     for model in (ours, peer):
         model.set_attn_implementation("eager")
-    got, expected = (model(images(), output_attentions=True).attentions for model in (ours, peer))
+    got, expected = (model(build_images(), output_attentions=True).attentions for model in (ours, peer))
     for our_weights, peer_weights in zip(got, expected, strict=True):
-        assert largest_difference(our_weights, peer_weights) <= TOLERANCE
+        assert get_largest_difference(our_weights, peer_weights) <= TOLERANCE
 
 
-def test_vit_of_a_rectangle() -> None:
-    peer = filled(transformers.ViTModel(transformers.ViTConfig(**peer_sizes(image_size=RECTANGLE, patch_size=(8, 4)))))
-    weights = renamed(peer.state_dict(), VIT)
+def test_vit_on_a_rectangle() -> None:
+    peer = randomize(
+        transformers.ViTModel(transformers.ViTConfig(**build_peer_sizes(image_size=RECTANGLE, patch_size=(8, 4))))
+    )
+    weights = rename_weights(peer.state_dict(), VIT)
     weights = {name: weight for name, weight in weights.items() if not name.startswith("pooler")}
     split_positions(weights, "embeddings.position_embeddings", cls=1)
-    config = tiny_config(image_size=RECTANGLE, patch_size=[8, 4], layer_norm_eps=peer.config.layer_norm_eps)
+    config = build_tiny_config(image_size=RECTANGLE, patch_size=[8, 4], layer_norm_eps=peer.config.layer_norm_eps)
     ours = ViTCLSModel(config).eval()
     ours.load_state_dict(weights)
     assert_same_tokens(ours, peer, [RECTANGLE])
@@ -160,19 +163,21 @@ def test_vit_of_a_rectangle() -> None:
 
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_dinov2_with_registers(swiglu: bool) -> None:
-    """Registers, LayerScale, antialiased positions, the mean of the patches next to the CLS token, the mask token."""
+    """Check registers, LayerScale, antialiased positions, the mean of the patches next to the CLS token, the mask
+    token.
+    """
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     peer_config = transformers.Dinov2WithRegistersConfig(
         **sizes, mlp_ratio=2, num_register_tokens=3, use_swiglu_ffn=swiglu
     )
-    peer = filled(transformers.Dinov2WithRegistersForImageClassification(peer_config))
-    weights = renamed(peer.state_dict(), DINOV2)
+    peer = randomize(transformers.Dinov2WithRegistersForImageClassification(peer_config))
+    weights = rename_weights(peer.state_dict(), DINOV2)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
     weights["vitcls.embeddings.mask_token"] = weights["vitcls.embeddings.mask_token"][None]
     for name in [name for name in weights if "mlp.weights_in" in name]:  # before 5.23
         gate, up = weights.pop(name).chunk(2)
         weights |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
-    config = tiny_config(
+    config = build_tiny_config(
         num_register_tokens=3,
         pooling="cls_mean",
         layer_scale_init_value=1.0,
@@ -187,23 +192,29 @@ def test_dinov2_with_registers(swiglu: bool) -> None:
 
     assert_same_tokens(ours.vitcls, peer.dinov2_with_registers, [NATIVE, RECTANGLE, (16, 24)])
     for size in (NATIVE, RECTANGLE):
-        assert largest_difference(ours(images(2, *size)).logits, peer(images(2, *size)).logits) <= TOLERANCE
+        assert (
+            get_largest_difference(ours(build_images(2, *size)).logits, peer(build_images(2, *size)).logits)
+            <= TOLERANCE
+        )
     mask = torch.arange(32).view(2, 16) % 3 == 0
-    masked = peer.dinov2_with_registers(images(), bool_masked_pos=mask).last_hidden_state
-    assert largest_difference(ours.vitcls(images(), bool_masked_pos=mask).last_hidden_state, masked) <= TOLERANCE
+    masked = peer.dinov2_with_registers(build_images(), bool_masked_pos=mask).last_hidden_state
+    assert (
+        get_largest_difference(ours.vitcls(build_images(), bool_masked_pos=mask).last_hidden_state, masked)
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)])
 def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
-    """Stages, norm and order of the feature maps. The peer keeps its registers in maps that are not reshaped."""
+    """Check stages, norm and order of the feature maps. DINOv2 keeps its registers in maps that are not reshaped."""
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     options = {"apply_layernorm": apply_layernorm, "reshape_hidden_states": reshape, "out_indices": [0, 1]}
     peer_config = transformers.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3, **options)
-    peer = filled(transformers.Dinov2WithRegistersBackbone(peer_config))
-    weights = renamed(peer.state_dict(), DINOV2)
+    peer = randomize(transformers.Dinov2WithRegistersBackbone(peer_config))
+    weights = rename_weights(peer.state_dict(), DINOV2)
     split_positions(weights, "embeddings.position_embeddings", cls=1)
     weights["embeddings.mask_token"] = weights["embeddings.mask_token"][None]
-    config = tiny_config(
+    config = build_tiny_config(
         num_register_tokens=3,
         layer_scale_init_value=1.0,
         use_mask_token=True,
@@ -215,21 +226,21 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
     ours = ViTCLSBackbone(config).eval()
     ours.load_state_dict(weights)
     for size in (NATIVE, RECTANGLE):
-        got, expected = ours(images(2, *size)).feature_maps, peer(images(2, *size)).feature_maps
+        got, expected = ours(build_images(2, *size)).feature_maps, peer(build_images(2, *size)).feature_maps
         for our_map, peer_map in zip(got, expected, strict=True):
             if not reshape:
                 peer_map = torch.cat([peer_map[:, :1], peer_map[:, 4:]], dim=1)
-            assert largest_difference(our_map, peer_map) <= TOLERANCE
+            assert get_largest_difference(our_map, peer_map) <= TOLERANCE
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_dinov3(gated: bool) -> None:
-    """Rotary positions that leave special tokens alone, biases without one for keys, the gated MLP."""
+    """Check rotary positions without special tokens, biases for all but keys, the gated MLP."""
     peer_config = transformers.DINOv3ViTConfig(
         **SIZES, num_register_tokens=4, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", rope_theta=50.0
     )
-    peer = filled(transformers.DINOv3ViTModel(peer_config))
-    config = tiny_config(
+    peer = randomize(transformers.DINOv3ViTModel(peer_config))
+    config = build_tiny_config(
         num_register_tokens=4,
         position_embedding_type="rope_2d",
         rope_theta=50.0,
@@ -240,50 +251,50 @@ def test_dinov3(gated: bool) -> None:
         layer_norm_eps=peer_config.layer_norm_eps,
     )
     ours = ViTCLSModel(config).eval()
-    ours.load_state_dict(renamed(peer.state_dict(), DINOV3 if gated else DINOV3_PLAIN_MLP))
+    ours.load_state_dict(rename_weights(peer.state_dict(), DINOV3 if gated else DINOV3_PLAIN_MLP))
     for size in (NATIVE, RECTANGLE, (8, 40)):
-        got, expected = (model(images(2, *size)) for model in (ours, peer))
-        assert largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
-        assert largest_difference(got.pooler_output, expected.pooler_output) <= TOLERANCE
+        got, expected = (model(build_images(2, *size)) for model in (ours, peer))
+        assert get_largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
+        assert get_largest_difference(got.pooler_output, expected.pooler_output) <= TOLERANCE
     mask = torch.arange(32).view(2, 16) % 3 == 0
-    got, expected = (model(images(), bool_masked_pos=mask).last_hidden_state for model in (ours, peer))
-    assert largest_difference(got, expected) <= TOLERANCE
+    got, expected = (model(build_images(), bool_masked_pos=mask).last_hidden_state for model in (ours, peer))
+    assert get_largest_difference(got, expected) <= TOLERANCE
 
 
 def test_deit_distilled() -> None:
-    """Positions for the distillation token, and the mean of two heads."""
+    """Check positions of the distillation token, and the mean of two heads."""
     peer_config = transformers.DeiTConfig(**SIZES)
-    peer = filled(transformers.DeiTForImageClassificationWithTeacher(peer_config))
-    weights = renamed(peer.state_dict(), VIT)
+    peer = randomize(transformers.DeiTForImageClassificationWithTeacher(peer_config))
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1, distillation=1)
     options = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
-    ours = ViTCLSForImageClassification(tiny_config(**options, layer_norm_eps=peer_config.layer_norm_eps)).eval()
+    ours = ViTCLSForImageClassification(build_tiny_config(**options, layer_norm_eps=peer_config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
 
     assert_same_tokens(ours.vitcls, peer.deit, [NATIVE, RECTANGLE], interpolate_pos_encoding=True)
-    got, expected = ours(images()), peer(images())
+    got, expected = ours(build_images()), peer(build_images())
     for name in ("logits", "cls_logits", "distillation_logits"):
-        assert largest_difference(getattr(got, name), getattr(expected, name)) <= TOLERANCE
-    assert largest_difference(got.cls_logits, got.distillation_logits) > 0.01
+        assert get_largest_difference(getattr(got, name), getattr(expected, name)) <= TOLERANCE
+    assert get_largest_difference(got.cls_logits, got.distillation_logits) > 0.01
 
 
 @pytest.mark.parametrize("choice", ["cls", "distillation"])
-def test_one_head_of_deit_can_answer_alone(choice: str) -> None:
-    config = tiny_config(num_distillation_tokens=1, distillation_inference=choice)
-    output = filled(ViTCLSForImageClassification(config))(images())
+def test_deit_with_one_head(choice: str) -> None:
+    config = build_tiny_config(num_distillation_tokens=1, distillation_inference=choice)
+    output = randomize(ViTCLSForImageClassification(config))(build_images())
     assert torch.equal(output.logits, getattr(output, f"{choice}_logits"))
-    assert largest_difference(output.cls_logits, output.distillation_logits) > 0.01
+    assert get_largest_difference(output.cls_logits, output.distillation_logits) > 0.01
 
 
 def test_siglip() -> None:
-    """Attention pooling (MAP head), tanh GELU, positions over patches alone."""
+    """Check attention pooling (MAP head), tanh GELU, positions of patches only."""
     peer_config = transformers.SiglipVisionConfig(**SIZES, hidden_act="gelu_pytorch_tanh")
-    peer = filled(transformers.SiglipVisionModel(peer_config))
-    weights = renamed(peer.state_dict(), CLIP)
+    peer = randomize(transformers.SiglipVisionModel(peer_config))
+    weights = rename_weights(peer.state_dict(), CLIP)
     positions = weights.pop("embeddings.position_embedding.weight")
     weights["embeddings.position_embeddings.patches"] = positions[None]
     split_projection(weights, r"in_proj_(weight|bias)", r"?_proj.\1")
-    config = tiny_config(
+    config = build_tiny_config(
         num_cls_tokens=0,
         pooling="attention",
         position_embedding_tokens="patches",
@@ -294,30 +305,30 @@ def test_siglip() -> None:
     ours.load_state_dict(weights)
     assert_same_tokens(ours, peer, [NATIVE, RECTANGLE], interpolate_pos_encoding=True)
     for size in (NATIVE, RECTANGLE):
-        expected = peer(images(2, *size), interpolate_pos_encoding=True).pooler_output
-        assert largest_difference(ours(images(2, *size)).pooler_output, expected) <= TOLERANCE
+        expected = peer(build_images(2, *size), interpolate_pos_encoding=True).pooler_output
+        assert get_largest_difference(ours(build_images(2, *size)).pooler_output, expected) <= TOLERANCE
 
 
 def test_clip() -> None:
-    """A norm before the first layer, no bias of the patch projection, quick GELU."""
+    """Check a norm before the first layer, a patch projection without bias, quick GELU."""
     peer_config = transformers.CLIPVisionConfig(**SIZES, hidden_act="quick_gelu")
-    peer = filled(transformers.CLIPVisionModel(peer_config))
-    weights = renamed(peer.state_dict(), CLIP)
+    peer = randomize(transformers.CLIPVisionModel(peer_config))
+    weights = rename_weights(peer.state_dict(), CLIP)
     weights.pop("embeddings.position_ids", None)
     weights["embeddings.cls_token"] = weights["embeddings.cls_token"].view(1, 1, -1)
     weights["embeddings.position_embeddings"] = weights.pop("embeddings.position_embedding.weight")[None]
     split_positions(weights, "embeddings.position_embeddings", cls=1)
-    config = tiny_config(
+    config = build_tiny_config(
         pre_norm=True, patch_bias=False, hidden_act="quick_gelu", layer_norm_eps=peer_config.layer_norm_eps
     )
     ours = ViTCLSModel(config).eval()
     ours.load_state_dict(weights)
     for size in (NATIVE, RECTANGLE):
-        got = ours(images(2, *size), output_hidden_states=True)
-        expected = peer(images(2, *size), output_hidden_states=True, interpolate_pos_encoding=True)
-        assert largest_difference(got.pooler_output, expected.pooler_output) <= TOLERANCE
+        got = ours(build_images(2, *size), output_hidden_states=True)
+        expected = peer(build_images(2, *size), output_hidden_states=True, interpolate_pos_encoding=True)
+        assert get_largest_difference(got.pooler_output, expected.pooler_output) <= TOLERANCE
         for our_state, peer_state in zip(got.hidden_states, expected.hidden_states, strict=True):
-            assert largest_difference(our_state, peer_state) <= TOLERANCE
+            assert get_largest_difference(our_state, peer_state) <= TOLERANCE
 
 
 def test_timm_with_qk_norm_and_positions_for_registers() -> None:
@@ -335,10 +346,10 @@ def test_timm_with_qk_norm_and_positions_for_registers() -> None:
         qkv_bias=False,
         dynamic_img_size=True,
     )
-    weights = renamed(filled(peer).state_dict(), TIMM)
+    weights = rename_weights(randomize(peer).state_dict(), TIMM)
     split_positions(weights, "pos_embed", cls=1, registers=2)
     split_projection(weights, r"qkv\.(weight|bias)", r"?_proj.\1")
-    config = tiny_config(
+    config = build_tiny_config(
         num_register_tokens=2,
         qk_norm=True,
         qkv_bias=False,
@@ -349,17 +360,19 @@ def test_timm_with_qk_norm_and_positions_for_registers() -> None:
     )
     ours = ViTCLSForImageClassification(config).eval()
     ours.load_state_dict(weights)
-    # qk_norm takes its epsilon from the layer's norm in timm too
+    # In timm, the epsilon of qk_norm is also the epsilon of the layer norm.
     assert peer.blocks[0].attn.q_norm.eps == 1e-6
     for size in (NATIVE, RECTANGLE):
-        pixels = images(2, *size)
-        assert largest_difference(ours.vitcls(pixels).last_hidden_state, peer.forward_features(pixels)) <= TOLERANCE
-        assert largest_difference(ours(pixels).logits, peer(pixels)) <= TOLERANCE
+        pixels = build_images(2, *size)
+        assert (
+            get_largest_difference(ours.vitcls(pixels).last_hidden_state, peer.forward_features(pixels)) <= TOLERANCE
+        )
+        assert get_largest_difference(ours(pixels).logits, peer(pixels)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
 def test_sincos_positions(size: tuple[int, int]) -> None:
-    """Against a loop over the formula of MoCo v3 and MAE: half of the channels say x, half y."""
+    """Compare with a loop over the formula of MoCo v3 and MAE: half of the channels encode x, half y."""
     quarter = 4
     rows, columns = size[0] // 8, size[1] // 8
     expected = np.zeros((rows * columns, 16))
@@ -373,35 +386,35 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
                 vector[2 * quarter + channel] = math.sin(row * frequency)
                 vector[3 * quarter + channel] = math.cos(row * frequency)
     fields = {"position_embedding_type": "sincos_2d", "num_register_tokens": 2}
-    with_positions = filled(ViTCLSModel(tiny_config(**fields))).embeddings(images(1, *size))
-    without = filled(ViTCLSModel(tiny_config(**fields | {"position_embedding_type": "none"}))).embeddings(
-        images(1, *size)
+    with_positions = randomize(ViTCLSModel(build_tiny_config(**fields))).embeddings(build_images(1, *size))
+    without = randomize(ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"}))).embeddings(
+        build_images(1, *size)
     )
     added = (with_positions - without)[0]
     assert torch.equal(added[:3], torch.zeros(3, 16))
-    assert largest_difference(added[3:], torch.tensor(expected, dtype=torch.float32)) <= TOLERANCE
+    assert get_largest_difference(added[3:], torch.tensor(expected, dtype=torch.float32)) <= TOLERANCE
 
 
-def test_masked_image_modeling_is_simmim() -> None:
+def test_masked_image_modeling_equals_simmim() -> None:
     peer_config = transformers.ViTConfig(**SIZES, encoder_stride=8)
-    peer = filled(transformers.ViTForMaskedImageModeling(peer_config))
-    weights = renamed(peer.state_dict(), VIT)
+    peer = randomize(transformers.ViTForMaskedImageModeling(peer_config))
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
     weights["decoder.projection.weight"] = weights.pop("decoder.0.weight").flatten(1)
     weights["decoder.projection.bias"] = weights.pop("decoder.0.bias")
-    ours = ViTCLSForMaskedImageModeling(tiny_config(layer_norm_eps=peer_config.layer_norm_eps)).eval()
+    ours = ViTCLSForMaskedImageModeling(build_tiny_config(layer_norm_eps=peer_config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
     mask = torch.arange(32).view(2, 16) % 3 == 0
-    got, expected = (model(images(), bool_masked_pos=mask) for model in (ours, peer))
-    assert largest_difference(got.reconstruction, expected.reconstruction) <= TOLERANCE
-    assert largest_difference(got.loss, expected.loss) <= TOLERANCE
+    got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
+    assert get_largest_difference(got.reconstruction, expected.reconstruction) <= TOLERANCE
+    assert get_largest_difference(got.loss, expected.loss) <= TOLERANCE
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_squared_pixel_loss_is_that_of_mae(normalised: bool) -> None:
-    peer = filled(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)))
-    expected = peer(images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)))
-    config = tiny_config(mim_loss="l2", norm_pixel_target=normalised)
+def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
+    peer = randomize(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)))
+    expected = peer(build_images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)))
+    config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
-    loss = masked_pixel_loss(reconstruction, images(), expected.mask, config)
+    loss = masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
     assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)

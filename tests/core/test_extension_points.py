@@ -1,4 +1,4 @@
-"""What other code may read or replace: MLP activations, attention inputs, and kernels from the Hub."""
+"""Extension points: MLP activations, attention inputs, and kernels from the Hub."""
 
 import ast
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fresh_processes import run_fresh
-from tiny_models import filled, images, largest_difference, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from transformers import AutoModelForImageClassification
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_kernels_available
@@ -29,7 +29,7 @@ HUB_KERNEL = "kernels-community/flash-attn2"
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("mlp_type", ["mlp", "glu", "swiglu"])
 def test_activations_of_an_mlp(mlp_type: str, has_kernels: bool) -> None:
-    model = filled(ViTCLSModel(tiny_config(mlp_type=mlp_type, mlp_norm=True)))
+    model = randomize(ViTCLSModel(build_tiny_config(mlp_type=mlp_type, mlp_norm=True)))
     if not has_kernels:
         uninstall_cpu_kernels(model)
     mlp: Any = model.layers[0].mlp
@@ -41,9 +41,9 @@ def test_activations_of_an_mlp(mlp_type: str, has_kernels: bool) -> None:
         gate = ACT2FN["silu" if mlp_type == "swiglu" else "gelu"](tokens @ mlp.gate_proj.weight.T + mlp.gate_proj.bias)
         expected = gate * (tokens @ mlp.up_proj.weight.T + mlp.up_proj.bias)
         output = mlp.norm(expected) @ mlp.down_proj.weight.T + mlp.down_proj.bias
-    assert largest_difference(mlp.get_activations(tokens), expected) <= 1e-5 * expected.abs().max().item()
-    assert largest_difference(mlp.project(expected), output) <= 1e-5 * output.abs().max().item()
-    assert largest_difference(mlp(tokens), output) <= 1e-5 * output.abs().max().item()
+    assert get_largest_difference(mlp.get_activations(tokens), expected) <= 1e-5 * expected.abs().max().item()
+    assert get_largest_difference(mlp.project(expected), output) <= 1e-5 * output.abs().max().item()
+    assert get_largest_difference(mlp(tokens), output) <= 1e-5 * output.abs().max().item()
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -61,33 +61,33 @@ def test_activations_of_an_mlp(mlp_type: str, has_kernels: bool) -> None:
     ids=["default", "rotary", "scopes"],
 )
 def test_recorded_attention(fields: dict[str, Any], implementation: str) -> None:
-    """The weights that follow from queries, keys and mask are those of eager attention."""
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2, **fields)))
+    """The weights computed from queries, keys and mask equal those of eager attention."""
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2, **fields)))
     model.set_attn_implementation("eager")
-    expected = model(images(), output_attentions=True).attentions
+    expected = model(build_images(), output_attentions=True).attentions
     model.set_attn_implementation(implementation)
     recorded: list[tuple[Any, ...]] = []
     for layer in model.layers:
         layer.attention.recorder = lambda *values: recorded.append(values)
-    model(images())
+    model(build_images())
     assert len(recorded) == 2
     for (query, key, value, mask, scaling, attended), weights in zip(recorded, expected, strict=True):
         scores = query @ key.transpose(2, 3) * scaling
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        assert largest_difference(scores.softmax(-1), weights) <= 1e-5
+        assert get_largest_difference(scores.softmax(-1), weights) <= 1e-5
         mixed = (weights @ value).transpose(1, 2)
-        assert largest_difference(attended, mixed) <= 1e-5 * mixed.abs().max().item()
+        assert get_largest_difference(attended, mixed) <= 1e-5 * mixed.abs().max().item()
 
 
 @torch.no_grad()
-def test_a_recorder_sees_all_queries() -> None:
-    """Also in the last layer, of which a classifier reads one token only."""
-    model = filled(ViTCLSForImageClassification(tiny_config()))
-    logits, queries = model(images()).logits, []
+def test_recorders_record_all_queries() -> None:
+    """Check also the last layer, of which a classifier reads only one token."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    logits, queries = model(build_images()).logits, []
     for layer in model.vitcls.layers:
         layer.attention.recorder = lambda query, *others: queries.append(query.shape[2])
-    assert largest_difference(model(images()).logits, logits) <= 1e-5 * logits.abs().max().item()
+    assert get_largest_difference(model(build_images()).logits, logits) <= 1e-5 * logits.abs().max().item()
     assert queries == [17, 17]
 
 
@@ -109,13 +109,14 @@ def find_hooked_modules() -> list[tuple[Path, str]]:
     ]
 
 
-# `module` is the embeddings or a layer (ablation.py).
+# `module` is the embedding layer or an encoder layer (ablation.py).
 HOOKED = ("model.base_model", "model.base_model.embeddings", "layer", "layer.mlp", "module")
 
 
 def test_only_modules_that_compute_are_hooked() -> None:
-    """Hooks are on whole models, embeddings, layers and MLPs, which exist in every model, not on modules that pass
-    values on."""
+    """Hooks are on whole models, embeddings, layers and MLPs, which exist in every model, but not on modules that
+    return their input.
+    """
     hooked = find_hooked_modules()
     assert hooked  # the search finds them
     for file, expression in hooked:
@@ -123,9 +124,9 @@ def test_only_modules_that_compute_are_hooked() -> None:
 
 
 def test_an_encoder_contains_no_identity() -> None:
-    """There is nothing to hook that happens to be there."""
+    """Identity modules exist only for some options, so hooks on them would not be called in all models."""
     for fields in ({}, {"layer_scale_init_value": 0.1, "qk_norm": True, "drop_path_rate": 0.1}):
-        model = ViTCLSModel(tiny_config(**fields))
+        model = ViTCLSModel(build_tiny_config(**fields))
         assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Identity)]
 
 
@@ -135,21 +136,21 @@ def test_an_encoder_contains_no_identity() -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Return the folder of a saved classifier."""
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path / "checkpoint")
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
 @torch.no_grad()
 def test_use_kernels(checkpoint: Path) -> None:
-    """Without a mapping for `ViTCLSMLP`, nothing is replaced. Without the package kernels there is one line."""
-    logits = ViTCLSForImageClassification.from_pretrained(checkpoint)(images()).logits
+    """Without a mapping for `ViTCLSMLP`, nothing is replaced. Without the package `kernels`, the error is one line."""
+    logits = ViTCLSForImageClassification.from_pretrained(checkpoint)(build_images()).logits
     if not is_kernels_available():
         with raises_one_line("Kernels are not available", "pip install kernels"):
             ViTCLSForImageClassification.from_pretrained(checkpoint, use_kernels=True)
         return
     model = ViTCLSForImageClassification.from_pretrained(checkpoint, use_kernels=True)
     assert model.use_kernels
-    assert torch.equal(model(images()).logits, logits)
+    assert torch.equal(model(build_images()).logits, logits)
 
 
 def test_an_attention_kernel_that_cannot_be_loaded(checkpoint: Path) -> None:
@@ -161,7 +162,7 @@ def test_an_attention_kernel_that_cannot_be_loaded(checkpoint: Path) -> None:
         ViTCLSForImageClassification.from_pretrained(checkpoint, attn_implementation=HUB_KERNEL, image_size=48)
 
 
-# Loads a classifier while the package kernels is installed and has kernels that cannot be downloaded.
+# Loads a classifier while a fake package `kernels` is installed whose kernels cannot be downloaded.
 OFFLINE = """
 import sys
 from transformers import modeling_utils

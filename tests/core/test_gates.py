@@ -1,4 +1,6 @@
-"""Tokens that are added without influence: answers stay, gradients arrive, and training opens the gates."""
+"""Tokens that are added with closed gates: outputs stay the same, gradients are not zero, and training opens the
+gates.
+"""
 
 import copy
 from pathlib import Path
@@ -6,9 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adaptation_cases import adapted_by, logged
+from adaptation_cases import adapt_with_loader, get_logged_lines
 from sklearn.datasets import load_digits
-from tiny_models import filled, images, largest_difference, raises_one_line, reloaded, tiny_config
+from tiny_models import (
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+    save_and_load,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -29,31 +38,32 @@ GATED = {
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("fields", GATED.values(), ids=GATED)
 def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementation: str, tmp_path: Path) -> None:
-    saved = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         options = {"num_register_tokens": 4, "attn_implementation": implementation}
         gated = loader.from_pretrained(tmp_path, gate_new_tokens=True, **options)
         with torch.no_grad():
-            wanted, found = saved.vitcls(images()), gated.vitcls(images())
-            assert largest_difference(gated(images()).logits, saved(images()).logits) < 1e-5
+            wanted, found = saved.vitcls(build_images()), gated.vitcls(build_images())
+            assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
             for group in ("cls", "patches"):
-                assert largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
-            open_tokens = loader.from_pretrained(tmp_path, **options)  # the test would not see dead tokens
-            assert largest_difference(open_tokens(images()).logits, saved(images()).logits) > 1e-3
+                assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
+            # otherwise, the test could not detect unused tokens
+            open_tokens = loader.from_pretrained(tmp_path, **options)
+            assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
 
 
 def test_several_kinds_of_tokens_can_be_gated() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
     gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
     assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
     assert gated.vitcls.gates.indices == [1, 2, 3, 5, 6]
     with torch.no_grad():
-        assert largest_difference(gated(images()).cls_logits, model(images()).logits) < 1e-5
+        assert get_largest_difference(gated(build_images()).cls_logits, model(build_images()).logits) < 1e-5
 
 
-def test_gates_respect_a_mask_of_the_caller() -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+def test_gates_work_with_attention_masks_of_the_caller() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
     gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
     mask, longer = torch.ones(2, 17), torch.ones(2, 19)
     mask[:, 10:] = 0
@@ -62,16 +72,16 @@ def test_gates_respect_a_mask_of_the_caller() -> None:
         model.set_attn_implementation(implementation)
         gated.set_attn_implementation(implementation)
         with torch.no_grad():
-            wanted, found = model(images(), attention_mask=mask), gated(images(), attention_mask=longer)
-        assert largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
+            wanted, found = model(build_images(), attention_mask=mask), gated(build_images(), attention_mask=longer)
+        assert get_largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
-    """The gate's gradient is as large as that of an open token's gate, and points to where the loss falls."""
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
-    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
-    pixels, labels = images().double(), torch.tensor([0, 2])
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a finite difference
+    pixels, labels = build_images().double(), torch.tensor([0, 2])
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(of(pixels).logits, labels)
@@ -91,38 +101,40 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 
 
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
-def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> None:
-    """Adam's first step is as long as the learning rate, whatever the gradient: half of all gates go below zero."""
-    gated = filled(ViTCLSForImageClassification(tiny_config())).adapt(num_register_tokens=4, gate_new_tokens=True)
+def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
+    """Adam's first step has the size of the learning rate for any gradient, so half of all gates become negative."""
+    gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
+        num_register_tokens=4, gate_new_tokens=True
+    )
     with torch.no_grad():
         gated.vitcls.gates.gates.fill_(value)
-    gated(images(), labels=torch.tensor([0, 2])).loss.backward()
+    gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
-def test_attention_that_takes_no_bias_is_refused_in_one_line(implementation: str) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
-    gated.config._attn_implementation_internal = implementation  # flash's own package need not be installed
+def test_attention_without_bias_support_is_an_error(implementation: str) -> None:
+    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
+    gated.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
     with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
-        gated(images())
+        gated(build_images())
 
 
 def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
-    gated = filled(ViTCLSModel(tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
+    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.1, 0.5, 2.0]))
-    again = reloaded(gated, tmp_path)
+    again = save_and_load(gated, tmp_path)
     assert again.config.gated_tokens == {"registers": 3}
     assert torch.equal(again.gates.gates, gated.gates.gates)
     with torch.no_grad():
-        assert torch.equal(again(images()).last_hidden_state, gated(images()).last_hidden_state)
+        assert torch.equal(again(build_images()).last_hidden_state, gated(build_images()).last_hidden_state)
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Two open registers, then two with gates; one CLS, then one with a gate."""
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
+    """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
@@ -135,8 +147,8 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
         "another group": {"num_distillation_tokens": 1},
     }.items():
         caplog.clear()
-        changed = adapted_by(gated, loader, tmp_path, **change)
-        gate_lines = [line for line in logged(caplog) if "gates" in line]
+        changed = adapt_with_loader(gated, loader, tmp_path, **change)
+        gate_lines = [line for line in get_logged_lines(caplog) if "gates" in line]
         found[name] = changed.config.gated_tokens, changed.gates.get_gate_values().tolist(), gate_lines
     assert found == {
         "more": (
@@ -155,12 +167,15 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
     }
 
 
-def test_gates_that_are_asked_for_by_name() -> None:
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=4)))
+def test_explicit_gates() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=4)))
     gated = model.adapt(gated_tokens={"registers": 3})
-    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had none stay open
+    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had no gates stay open
     with torch.no_grad():
-        assert largest_difference(gated(images()).last_hidden_state, model(images()).last_hidden_state) < 1e-6
+        assert (
+            get_largest_difference(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state)
+            < 1e-6
+        )
         gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
     assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx(
         [0.3], abs=2e-7
@@ -175,18 +190,18 @@ def test_gates_that_are_asked_for_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Real handwritten digits, [1797, 1, 8, 8] from -1 to 1, and which they are, [1797]."""
+    """Return real handwritten digits, [1797, 1, 8, 8] in [-1, 1], and their labels, [1797]."""
     data = load_digits()
     return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
 
 
 @pytest.fixture(scope="module")
 def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClassification:
-    """A small model that has begun to learn them."""
+    """Return a small model after a few training steps on the digits."""
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
-    model = ViTCLSForImageClassification(tiny_config(**sizes, num_labels=10))
-    trained(model, *digits, num_steps=150)
+    model = ViTCLSForImageClassification(build_tiny_config(**sizes, num_labels=10))
+    train(model, *digits, num_steps=150)
     return model
 
 
@@ -196,59 +211,59 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:
     pixels, labels = digits
-    gated = with_gated_registers(digit_model, pixels)
+    gated = add_gated_registers(digit_model, pixels)
     before = copy.deepcopy(gated.vitcls.embeddings.register_tokens)
-    losses = trained(gated, pixels, labels, num_steps=250)
+    losses = train(gated, pixels, labels, num_steps=250)
     assert sum(losses[-50:]) < sum(losses[:50])
-    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the start
+    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the initial value
     assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
-    assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
+    assert measure_effect_of_registers(gated, pixels) > 0.01  # a thousand times the initial effect
 
 
 @pytest.mark.integration
-def test_registers_that_alone_may_learn_do(
+def test_training_only_new_registers_lowers_the_loss(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:
-    """With all else frozen they are the only way to a lower loss on inverted images, and take it."""
+    """Train only the registers on inverted images; all other parameters are frozen."""
     pixels, labels = -digits[0], digits[1]
-    gated = with_gated_registers(digit_model, pixels).requires_grad_(False)
+    gated = add_gated_registers(digit_model, pixels).requires_grad_(False)
     gated.vitcls.gates.requires_grad_(True)
     gated.vitcls.embeddings.register_tokens.requires_grad_(True)
-    losses = trained(gated, pixels, labels, num_steps=200)
+    losses = train(gated, pixels, labels, num_steps=200)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
     assert gated.vitcls.gates.get_gate_values().min() > 1
-    assert change_without_registers(gated, pixels) > 0.5
+    assert measure_effect_of_registers(gated, pixels) > 0.5
 
 
-def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
-    """The same answers, with four more tokens."""
+def add_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
+    """Return a model with the same outputs and four more tokens."""
     torch.manual_seed(1)
     gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
-        assert largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
+        assert get_largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
     return gated
 
 
-def change_without_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
-    """How far the logits move when the gates are shut again."""
+def measure_effect_of_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
+    """Return the largest change of the logits if the gates are closed again."""
     shut = copy.deepcopy(model)
     with torch.no_grad():
         shut.vitcls.gates.gates.zero_()
-        return largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
+        return get_largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
 
 
-def trained(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
-    """Train by AdamW, batches of 64; returns the loss of each step."""
+def train(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
+    """Train with AdamW on batches of 64 images, and return the loss of each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     generator, losses = torch.Generator().manual_seed(0), []
     model.train()
     for _ in range(num_steps):
         batch = torch.randint(0, len(labels), (64,), generator=generator)
         loss = model(pixels[batch], labels=labels[batch]).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     model.eval()
     return losses

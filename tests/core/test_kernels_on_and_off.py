@@ -1,4 +1,4 @@
-"""Models with and without CPU kernels agree, every switch turns the kernels off, and a bad CPU has none."""
+"""Models with and without CPU kernels agree, every switch disables the kernels, and so does a faulty processor."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from peft import LoraConfig, get_peft_model
-from tiny_models import assert_same_outputs, filled, images, tiny_config
+from tiny_models import assert_same_outputs, build_images, build_tiny_config, randomize
 from torch import nn
 from torch.profiler import profile
 from torchao import quantization
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("low_thresholds")
 ONEDNN = "mkldnn::_linear_pointwise"
 FUSED_ATTENTION = "aten::scaled_dot_product_attention"
 KERNELS = set(KERNEL_CLASSES.values())
-NUM_MODELS = 8  # models over which rounding errors in half precision are compared
+NUM_MODELS = 8  # number of models over which rounding errors in half precision are compared
 
 has_onednn = bool(cpu_kernels_vitcls.MIN_WORK)
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="no oneDNN kernel is faster on this CPU")
@@ -59,7 +59,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 
 def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
     """Return two classifiers with equal weights, with and without CPU kernels."""
-    fast, plain = (filled(ViTCLSForImageClassification(tiny_config(**fields)), seed) for _ in range(2))
+    fast, plain = (randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2))
     uninstall_cpu_kernels(plain)
     assert count_kernels(fast) and not count_kernels(plain)
     return fast, plain
@@ -83,9 +83,9 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
 @each_variant
 def test_float32(fields: dict[str, Any]) -> None:
     fast, plain = build_models(**fields)
-    assert_equal_in_float32(run_step(fast, images()), run_step(plain, images()))
+    assert_equal_in_float32(run_step(fast, build_images()), run_step(plain, build_images()))
     with torch.no_grad():
-        logits = [{"logits": model(images()).logits} for model in (fast, plain)]
+        logits = [{"logits": model(build_images()).logits} for model in (fast, plain)]
     assert_equal_in_float32(*logits)
 
 
@@ -94,7 +94,7 @@ def test_training_mode() -> None:
     steps = []
     for model in (fast, plain):
         torch.manual_seed(0)  # the same features are dropped
-        steps.append(run_step(model.train(), images()))
+        steps.append(run_step(model.train(), build_images()))
     assert_equal_in_float32(*steps)
 
 
@@ -112,20 +112,20 @@ def compare_in_half_precision(run: Callable[[Any, torch.dtype], Tensors], dtype:
 @torch.no_grad()
 def infer(model: Any, dtype: torch.dtype) -> Tensors:
     """Return logits and final hidden state of a model in a dtype."""
-    pixel_values = images().to(dtype)
+    pixel_values = build_images().to(dtype)
     hidden_state = model.to(dtype).vitcls(pixel_values).last_hidden_state
     return {"logits": model(pixel_values).logits, "last_hidden_state": hidden_state}
 
 
 def train(model: Any, dtype: torch.dtype) -> Tensors:
     """Return logits and gradients of a model in a dtype."""
-    return run_step(model.to(dtype), images().to(dtype))
+    return run_step(model.to(dtype), build_images().to(dtype))
 
 
 def train_under_autocast(model: Any, dtype: torch.dtype) -> Tensors:
     """Return logits and gradients of a model in float32 under autocast."""
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        return run_step(model, images())
+        return run_step(model, build_images())
 
 
 @each_dtype
@@ -151,7 +151,7 @@ def get_gradients_per_image(model: Any, dtype: torch.dtype) -> Tensors:
     def compute_loss(weights: Tensors, image: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(model, weights, (image[None],)).logits.square().sum()
 
-    return torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0))(weights, images().to(dtype))
+    return torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0))(weights, build_images().to(dtype))
 
 
 @pytest.mark.parametrize("name", ["default", "swiglu", "differential"])
@@ -170,21 +170,21 @@ def test_torch_func_in_half_precision(dtype: torch.dtype) -> None:
 def test_compiled(backend: str) -> None:
     fast, plain = build_models(num_register_tokens=2)
     compiled = torch.compile(fast, backend=backend, fullgraph=True)
-    assert_equal_in_float32(run_step(fast, images(), forward=compiled), run_step(plain, images()))
+    assert_equal_in_float32(run_step(fast, build_images(), forward=compiled), run_step(plain, build_images()))
     with torch.no_grad():
-        assert_equal_in_float32({"logits": compiled(images()).logits}, {"logits": plain(images()).logits})
+        assert_equal_in_float32({"logits": compiled(build_images()).logits}, {"logits": plain(build_images()).logits})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_exported(dtype: torch.dtype) -> None:
-    """An exported program is the one of plain PyTorch: it may run on another machine."""
+    """An exported program is the program of plain PyTorch, because it may run on another machine."""
     fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
-    programs = [torch.export.export(model, (images().to(dtype),)) for model in (fast, plain)]
+    programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
     assert operators[0] == operators[1]
     assert not any("mkldnn" in name for name in operators[0])
-    pixel_values = images(seed=1).to(dtype)
+    pixel_values = build_images(seed=1).to(dtype)
     logits = [program.module()(pixel_values).logits for program in programs]
     assert torch.equal(*logits) and torch.equal(logits[1], plain(pixel_values).logits)
 
@@ -203,11 +203,11 @@ def test_lora() -> None:
         adapted.append(adapter)
     fast, plain = adapted
     assert count_kernels(fast) and not count_kernels(plain)
-    steps = [run_step(model, images()) for model in adapted]
+    steps = [run_step(model, build_images()) for model in adapted]
     assert all("lora_" in name for name in steps[0] if name != "logits") and len(steps[0]) > 1
     assert_equal_in_float32(*steps)
     with torch.no_grad():
-        merged = [{"logits": model.merge_and_unload()(images()).logits} for model in adapted]
+        merged = [{"logits": model.merge_and_unload()(build_images()).logits} for model in adapted]
     assert_equal_in_float32(*merged)
     assert_equal_in_float32(merged[0], {"logits": steps[1]["logits"]})
 
@@ -220,7 +220,7 @@ def test_int8(name: str) -> None:
         quantization.quantize_(model, getattr(quantization, name)())
     assert type(fast.classifier.weight) is not nn.Parameter
     assert ONEDNN not in list_operators(fast.vitcls.layers[0].mlp.fc1, torch.randn(2, 32))
-    assert_equal_in_float32({"logits": fast(images()).logits}, {"logits": plain(images()).logits})
+    assert_equal_in_float32({"logits": fast(build_images()).logits}, {"logits": plain(build_images()).logits})
 
 
 @pytest.mark.slow
@@ -248,19 +248,19 @@ def test_copies(copy_model: Callable[[Any], Any]) -> None:
     fast, plain = build_models()
     copied = copy_model(fast)
     assert [type(module) for module in copied.modules()] == [type(module) for module in fast.modules()]
-    assert_equal_in_float32(run_step(copied, images()), run_step(plain, images()))
+    assert_equal_in_float32(run_step(copied, build_images()), run_step(plain, build_images()))
     uninstall_cpu_kernels(copied)
     assert count_kernels(copied) == 0 and count_kernels(fast) > 0
-    assert_same_outputs(run_step(copied, images()), run_step(plain, images()))
+    assert_same_outputs(run_step(copied, build_images()), run_step(plain, build_images()))
 
 
-def test_a_pickled_model_is_plain_where_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_model_is_plain_if_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, plain = build_models()
     pickled = pickle.dumps(fast)
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     found = pickle.loads(pickled)
     assert [type(module) for module in found.modules()] == [type(module) for module in plain.modules()]
-    assert_same_outputs(run_step(found, images()), run_step(plain, images()))
+    assert_same_outputs(run_step(found, build_images()), run_step(plain, build_images()))
 
 
 def test_modules_are_those_of_plain_pytorch() -> None:
@@ -287,18 +287,18 @@ def test_kernels_are_installed_by_default() -> None:
 
 @needs_onednn
 def test_kernels_compute_by_default() -> None:
-    """Otherwise the tests of the switches would pass without kernels."""
+    """Without this check, the tests of the switches would pass without kernels."""
     model, _ = build_models()
     with torch.no_grad():
-        assert ONEDNN in list_operators(model, images())
-    assert {"KernelLinear", "OneDNNGELULinear"} <= list_operators(run_step, model, images())
+        assert ONEDNN in list_operators(model, build_images())
+    assert {"KernelLinear", "OneDNNGELULinear"} <= list_operators(run_step, model, build_images())
 
 
 def assert_plain(model: Any) -> None:
     """Check that inference and training execute no kernel, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        pixel_values = images().to(dtype)
+        pixel_values = build_images().to(dtype)
         with torch.no_grad():
             operators = list_operators(model, pixel_values)
         operators |= list_operators(run_step, model, pixel_values)
@@ -310,7 +310,7 @@ def assert_plain(model: Any) -> None:
 @torch.no_grad()
 def test_attention_is_chunked_by_default_in_bfloat16() -> None:
     model, _ = build_models()
-    assert FUSED_ATTENTION not in list_operators(model.bfloat16(), images().bfloat16())
+    assert FUSED_ATTENTION not in list_operators(model.bfloat16(), build_images().bfloat16())
 
 
 def test_uninstalling() -> None:
@@ -328,7 +328,7 @@ def test_pytorchs_switch() -> None:
         assert_plain(model)
     fast, _ = build_models()
     with torch.backends.mkldnn.flags(enabled=False):
-        assert_same_outputs(run_step(fast, images()), run_step(plain, images()))
+        assert_same_outputs(run_step(fast, build_images()), run_step(plain, build_images()))
 
 
 # Prints the classes of modules, and the operators of inference.
@@ -357,14 +357,14 @@ def test_environment_variable(value: str) -> None:
     assert (ONEDNN in ran.stdout) == (is_on and has_onednn)
 
 
-# Bad processors ------------------------------------------------------------------------------------------------------
+# Faulty processors ---------------------------------------------------------------------------------------------------
 
 BAD_PROCESSORS = ["unknown_cpu", "operator_raises", "operator_is_wrong"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Bad processor -> results on it."""
+    """Return faulty processor -> results on it."""
     return load_with_altered_pytorch(tmp_path_factory.mktemp("bad_processors"), BAD_PROCESSORS)
 
 

@@ -8,11 +8,11 @@ from tiny_models import (
     BLOCKS,
     TASKS,
     assert_same_outputs,
-    filled,
-    images,
-    largest_difference,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    randomize,
     record_outputs,
-    tiny_config,
 )
 from torch.nn.functional import cross_entropy
 
@@ -22,7 +22,7 @@ from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 
-# Fields, and the number of tokens that are read of them; None is all.
+# Fields, and the number of tokens that the classifiers read; None means all.
 READ: dict[str, tuple[dict[str, Any], int | None]] = {
     "one CLS": ({}, 1),
     "one CLS, registers": ({"num_register_tokens": 3}, 1),
@@ -58,64 +58,66 @@ MASK = torch.ones(2, 6 + 16, dtype=torch.long)
 MASK[1, 10:14] = 0
 
 
-def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Outputs and, with respect to every parameter, gradients of a loss on both heads."""
+def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Return the outputs, and the gradients of a loss on both heads with respect to every parameter."""
     model.zero_grad()
-    output = model(images(), **inputs)
+    output = model(build_images(), **inputs)
     heads = [logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None]
     torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    assert all(gradient is not None for gradient in gradients)  # DDP waits for every one
+    assert all(gradient is not None for gradient in gradients)  # DDP waits for the gradients of all parameters
     return (output.logits, output.cls_logits, output.distillation_logits), gradients
 
 
 @each_config
-def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
+def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert get_num_tokens_read(model.vitcls, {}) == num_read
     masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         for mask in masks:
             outputs = record_outputs(model.vitcls.layers[-1])
-            found = losses_and_gradients(model, attention_mask=mask)
-            wanted = losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
+            found = compute_losses_and_gradients(model, attention_mask=mask)
+            wanted = compute_losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
             num_tokens = model.config.token_layout.num_prefix_tokens + 16
             assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
-                assert largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
+                assert get_largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
 
 
 @torch.no_grad()
-def test_all_tokens_are_there_for_those_who_ask() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    encoded = model.vitcls(images())
+def test_requested_hidden_states_contain_all_tokens() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    encoded = model.vitcls(build_images())
     assert encoded.last_hidden_state.shape == (2, 22, 16)
     assert encoded.tokens["registers"].shape == (2, 3, 16) and encoded.tokens["patches"].shape == (2, 16, 16)
-    hidden_states = model(images(), output_hidden_states=True).hidden_states
-    assert largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
+    hidden_states = model(build_images(), output_hidden_states=True).hidden_states
+    assert get_largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
     model.set_attn_implementation("eager")
-    assert [each.shape for each in model(images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
+    assert [each.shape for each in model(build_images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
     model.config.output_hidden_states = True
-    assert model(images()).hidden_states[-1].shape == (2, 22, 16)
+    assert model(build_images()).hidden_states[-1].shape == (2, 22, 16)
 
 
 @torch.no_grad()
-def test_other_attention_implementations_get_all_tokens() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    expected, outputs = model(images()).logits, record_outputs(model.vitcls.layers[-1])
+def test_other_attention_implementations_receive_all_tokens() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    expected, outputs = model(build_images()).logits, record_outputs(model.vitcls.layers[-1])
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
-        assert largest_difference(model(images()).logits, expected) <= 1e-5
+        assert get_largest_difference(model(build_images()).logits, expected) <= 1e-5
     assert [output.shape[1] for output in outputs] == [22]
 
 
 @torch.no_grad()
 def test_several_tasks() -> None:
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)))
+    model = randomize(
+        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS))
+    )
     outputs = record_outputs(model.vitcls.layers[-1])
-    found, wanted = model(images()), model(images(), output_hidden_states=True)
+    found, wanted = model(build_images()), model(build_images(), output_hidden_states=True)
     assert [output.shape[1] for output in outputs] == [2, 21]
     assert_same_outputs(found.logits, wanted.logits, 1e-6)
 
@@ -124,18 +126,19 @@ def test_several_tasks() -> None:
 def test_gradient_checkpointing(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         outputs = record_outputs(model.vitcls.layers[-1])
-        gradients.append(losses_and_gradients(model)[1])
-        assert [output.shape[1] for output in outputs] == [3]  # not the recomputation, which is inside of `forward`
+        gradients.append(compute_losses_and_gradients(model)[1])
+        # does not count the recomputation, which happens inside `forward`
+        assert [output.shape[1] for output in outputs] == [3]
     assert_same_outputs(*gradients, 1e-6)
 
 
 @torch.no_grad()
 def test_other_image_sizes_and_batches_of_one() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
     for size in ((24, 56), (8, 8)):
-        found, wanted = (model(images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
-        assert largest_difference(found, wanted) <= 1e-6
+        found, wanted = (model(build_images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
+        assert get_largest_difference(found, wanted) <= 1e-6

@@ -1,4 +1,4 @@
-"""Token merging: groups of patches, sizes that count, special tokens that stay; nothing of it where it is off."""
+"""Token merging: groups of patches, weighting by size, unmerged special tokens; without it, nothing changes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny_models import (
     assert_same_outputs,
-    filled,
-    images,
-    largest_difference,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
     raises_one_line,
+    randomize,
     record_outputs,
-    reloaded,
-    tiny_config,
+    save_and_load,
 )
 from torch.nn.functional import normalize
 
@@ -29,12 +29,14 @@ from modeling_vitcls.variants_vitcls import MergedGroups, MergingAttention, Merg
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
-PREFIX = 6  # of these
+PREFIX = 6  # register tokens among them
 
 
-def classifier(number: int, **fields: Any) -> Any:
-    """A model that merges `number` patches per layer, with the same weights for any number."""
-    return filled(ViTCLSForImageClassification(tiny_config(**(TOKENS | fields), merged_patches_per_layer=number)))
+def build_classifier(number: int, **fields: Any) -> Any:
+    """Return a model that merges `number` patches per layer, with the same weights for any number."""
+    return randomize(
+        ViTCLSForImageClassification(build_tiny_config(**(TOKENS | fields), merged_patches_per_layer=number))
+    )
 
 
 def record_groups(model: Any) -> list[list[tuple[torch.Tensor, MergedGroups]]]:
@@ -42,21 +44,21 @@ def record_groups(model: Any) -> list[list[tuple[torch.Tensor, MergedGroups]]]:
     return [record_outputs(layer) for layer in model.base_model.layers]
 
 
-def two_colours(seed: int = 0) -> torch.Tensor:
-    """Images [2, 3, 32, 32] whose 16 patches, in random places, are of two kinds."""
+def build_two_color_images(seed: int = 0) -> torch.Tensor:
+    """Return images [2, 3, 32, 32] with 16 patches of two colors at random positions."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randn(2, 3, 8, 8, generator=generator)
     places = torch.randint(0, 2, (2, 4, 4), generator=generator)
     return kinds[places].permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
 
 
-def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # not called
-    model = ViTCLSModel(tiny_config())
-    model(images())
+def test_zero_merged_patches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # must not be called
+    model = ViTCLSModel(build_tiny_config())
+    model(build_images())
     assert {type(layer) for layer in model.layers} == {ViTCLSLayer}
     assert not any(isinstance(layer.attention, MergingAttention) for layer in model.layers)
-    assert [*model.state_dict()] == [*ViTCLSModel(tiny_config(merged_patches_per_layer=2)).state_dict()]
+    assert [*model.state_dict()] == [*ViTCLSModel(build_tiny_config(merged_patches_per_layer=2)).state_dict()]
 
 
 @torch.no_grad()
@@ -64,28 +66,29 @@ def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("number", [1, 4])
 def test_merging_equal_patches_changes_nothing(pooling: str, implementation: str, number: int) -> None:
-    """Only with averages weighted by size, and attention in proportion to it."""
+    """This requires averages weighted by size, and attention proportional to size."""
     fields: dict[str, Any] = {"position_embedding_type": "none", "pooling": pooling, "num_hidden_layers": 3}
-    plain, merging = (classifier(merged, **fields) for merged in (0, number))
+    plain, merging = (build_classifier(merged, **fields) for merged in (0, number))
     for model in (plain, merging):
         model.set_attn_implementation(implementation)
     outputs = record_groups(merging)
-    equal = images(2, 8, 8).repeat(1, 1, 4, 4)
-    for pixel_values in (equal, two_colours()):
+    equal = build_images(2, 8, 8).repeat(1, 1, 4, 4)
+    for pixel_values in (equal, build_two_color_images()):
         found, wanted = (model(pixel_values, output_hidden_states=True) for model in (merging, plain))
         assert_same_outputs(found.hidden_states, wanted.hidden_states, 2e-5)
         assert_same_outputs(found.logits, wanted.logits, 2e-5)
-        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)  # the last layer for some tokens only
+        # the last layer computes only some tokens
+        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)
     assert [states.shape[1] for states, _ in outputs[2]] == 2 * ([22, 3] if pooling == "cls" else [22, 22])
     _, groups = outputs[2][0]
     assert groups.sizes.max() > 1 and groups.sizes.shape == (2, PREFIX + 16 - 3 * number)
 
 
 @torch.no_grad()
-def test_patches_of_one_color_are_found() -> None:
-    """Of two kinds of patches no two of different kinds are joined."""
-    model = classifier(4, position_embedding_type="none")
-    outputs, pixel_values = record_groups(model), two_colours()
+def test_patches_of_one_color_are_merged() -> None:
+    """Patches of different colors are never merged."""
+    model = build_classifier(4, position_embedding_type="none")
+    outputs, pixel_values = record_groups(model), build_two_color_images()
     model(pixel_values, output_hidden_states=True)
     kinds = pixel_values[:, 0, ::8, ::8].flatten(1)  # [2, 16]
     token_index = outputs[-1][0][1].token_index[:, PREFIX:]
@@ -95,10 +98,10 @@ def test_patches_of_one_color_are_found() -> None:
 
 
 @torch.no_grad()
-def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
-    model = classifier(3, num_hidden_layers=4)
+def test_special_tokens_are_kept_and_merged_patches_share_a_state() -> None:
+    model = build_classifier(3, num_hidden_layers=4)
     outputs = record_groups(model)
-    states = model(images(), output_hidden_states=True).hidden_states
+    states = model(build_images(), output_hidden_states=True).hidden_states
     for index, (((_, group),), state) in enumerate(zip(outputs, states[1:], strict=True)):
         left = 16 - 3 * (index + 1)
         assert group.sizes.shape == (2, PREFIX + left) and group.sizes.sum(1).tolist() == [PREFIX + 16] * 2
@@ -110,13 +113,13 @@ def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
         assert group.position_index.diff(dim=1).min() > 0  # tokens keep their order
 
 
-def test_matching_and_averages_are_those_of_the_paper() -> None:
-    """Against loops over single tokens, on two rounds of merging."""
-    tokens, groups = images(2, 11, 5, channels=1)[:, 0], None
+def test_matching_and_averages_equal_the_paper() -> None:
+    """Compare with loops over single tokens, for two rounds of merging."""
+    tokens, groups = build_images(2, 11, 5, channels=1)[:, 0], None
     groups = MergedGroups.from_tokens(tokens)
     members = [[[place] for place in range(11)] for _ in range(2)]
     for seed, num_pairs in ((0, 3), (1, 4)):
-        keys = images(2, tokens.shape[1], 7, channels=1, seed=seed)[:, 0]
+        keys = build_images(2, tokens.shape[1], 7, channels=1, seed=seed)[:, 0]
         sources, targets = match_similar_patches(keys, num_pairs)
         merged, after = groups.merge(tokens, sources, targets)
         for image in range(2):
@@ -142,7 +145,7 @@ def test_matching_and_averages_are_those_of_the_paper() -> None:
                 for group in new
             ]
             wanted = torch.stack([total / len(group) for total, group in zip(sums, new, strict=True)])
-            assert largest_difference(merged[image], wanted) <= 1e-6
+            assert get_largest_difference(merged[image], wanted) <= 1e-6
             assert after.sizes[image].tolist() == [len(group) for group in new]
             for token, group in enumerate(new):
                 assert (after.token_index[image] == token).nonzero().flatten().tolist() == group
@@ -152,36 +155,38 @@ def test_matching_and_averages_are_those_of_the_paper() -> None:
 
 
 @torch.no_grad()
-def test_every_model_has_its_shapes(tmp_path: Path) -> None:
-    plain, model = classifier(0), classifier(4)
-    assert largest_difference(model(images()).logits, plain(images()).logits) > 1e-4
-    again = reloaded(model, tmp_path)
-    assert_same_outputs(again(images()), model(images()))
+def test_every_model_class_keeps_its_shapes(tmp_path: Path) -> None:
+    plain, model = build_classifier(0), build_classifier(4)
+    assert get_largest_difference(model(build_images()).logits, plain(build_images()).logits) > 1e-4
+    again = save_and_load(model, tmp_path)
+    assert_same_outputs(again(build_images()), model(build_images()))
     assert (tmp_path / "variants_vitcls.py").is_file()
     off = ViTCLSForImageClassification.from_pretrained(tmp_path, merged_patches_per_layer=0)
-    assert_same_outputs(off(images()), plain(images()))
-    for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more than the model was made for
-        assert model(images(1, *size)).logits.shape == (1, 3)
+    assert_same_outputs(off(build_images()), plain(build_images()))
+    for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more patches than the native image size has
+        assert model(build_images(1, *size)).logits.shape == (1, 3)
     fields = {"merged_patches_per_layer": 5, "image_size": [32, 16]}
-    backbone = filled(ViTCLSBackbone(tiny_config(**fields, out_indices=[0, 1, 2])))
-    assert [each.shape for each in backbone(images(2, 32, 16)).feature_maps] == [(2, 16, 4, 2)] * 3
-    masked = filled(ViTCLSForMaskedImageModeling(tiny_config(**fields)))
-    assert masked(images(2, 32, 16), bool_masked_pos=torch.arange(16).view(2, 8) % 2).reconstruction.shape[2:] == (
+    backbone = randomize(ViTCLSBackbone(build_tiny_config(**fields, out_indices=[0, 1, 2])))
+    assert [each.shape for each in backbone(build_images(2, 32, 16)).feature_maps] == [(2, 16, 4, 2)] * 3
+    masked = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**fields)))
+    assert masked(build_images(2, 32, 16), bool_masked_pos=torch.arange(16).view(2, 8) % 2).reconstruction.shape[
+        2:
+    ] == (
         32,
         16,
     )
-    assert classifier(4).bfloat16()(images().bfloat16()).logits.isfinite().all()
+    assert build_classifier(4).bfloat16()(build_images().bfloat16()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool) -> None:
+def test_training_with_gradient_checkpointing_and_patch_dropout(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = classifier(3, patch_drop_rate=0.25, pooling="cls_mean").train()
+        model = build_classifier(3, patch_drop_rate=0.25, pooling="cls_mean").train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
-        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         assert all(gradient is not None for gradient in gradients[-1])
     assert_same_outputs(*gradients, 1e-6)
@@ -190,13 +195,13 @@ def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_it_is_compiled_as_one_graph(backend: str) -> None:
-    """For other batches and sizes too."""
+def test_compiling_to_one_graph(backend: str) -> None:
+    """Check also other batch sizes and image sizes."""
     assert ViTCLSForImageClassification._can_compile_fullgraph
-    model = classifier(3)
+    model = build_classifier(3)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for pixel_values in (images(2), images(3), images(2, 48, 32)):
+    for pixel_values in (build_images(2), build_images(3), build_images(2, 48, 32)):
         assert_same_outputs(compiled(pixel_values).logits, model(pixel_values).logits, 1e-5)
 
 
@@ -214,10 +219,10 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("fields", IMPOSSIBLE, ids=str)
-def test_what_does_not_combine(fields: dict[str, Any]) -> None:
-    tiny_config(**fields)
+def test_incompatible_options_are_errors(fields: dict[str, Any]) -> None:
+    build_tiny_config(**fields)
     with raises_one_line("merged_patches_per_layer=2", [*fields][-1]):
-        tiny_config(**fields, merged_patches_per_layer=2)
+        build_tiny_config(**fields, merged_patches_per_layer=2)
 
 
 @pytest.mark.parametrize("number", [-1, 1.0, "2", None, True])
@@ -227,19 +232,19 @@ def test_wrong_numbers(number: Any) -> None:
 
 
 @torch.no_grad()
-def test_attention_is_not_read_masked_or_left_to_kernels_without_bias() -> None:
-    model = classifier(2)
+def test_unsupported_attention_is_an_error() -> None:
+    model = build_classifier(2)
     with raises_one_line("attention_mask", "merged_patches_per_layer=0"):
-        model(images(), attention_mask=torch.tensor([[1] * 22, [1] * 20 + [0] * 2]))
+        model(build_images(), attention_mask=torch.tensor([[1] * 22, [1] * 20 + [0] * 2]))
     with raises_one_line("merged_patches_per_layer=0"):
-        model.token_attention(images())
+        model.token_attention(build_images())
     model.set_attn_implementation("eager")
     for as_argument in (True, False):
         model.config.output_attentions = not as_argument
         with raises_one_line("merged_patches_per_layer=0"):
-            model(images(), **({"output_attentions": True} if as_argument else {}))
+            model(build_images(), **({"output_attentions": True} if as_argument else {}))
     model.config.output_attentions = False
-    model.config._attn_implementation = "flash_attention_2"  # need not be installed
+    model.config._attn_implementation = "flash_attention_2"  # the package need not be installed
     with raises_one_line("merged_patches_per_layer", "flash_attention_2"):
-        model(images())
+        model(build_images())
     assert type(model.vitcls.layers[0]) is MergingLayer

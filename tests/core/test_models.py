@@ -1,6 +1,6 @@
 """The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
 
-Special tokens are in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
+Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
 compilation in test_runtime.py, equality with other implementations in test_exactness.py.
 """
 
@@ -16,15 +16,15 @@ from tiny_models import (
     BLOCKS,
     TASKS,
     assert_same_outputs,
+    build_images,
+    build_tiny_config,
     each_block,
     each_kind,
     each_layout,
-    filled,
-    images,
-    largest_difference,
+    get_largest_difference,
     raises_one_line,
-    reloaded,
-    tiny_config,
+    randomize,
+    save_and_load,
 )
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -43,8 +43,8 @@ from modeling_vitcls import (
 
 @each_layout
 def test_the_model(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout)
-    output = ViTCLSModel(config).eval()(images(), output_hidden_states=True)
+    config = build_tiny_config(**layout)
+    output = ViTCLSModel(config).eval()(build_images(), output_hidden_states=True)
     length = config.token_layout.num_prefix_tokens + 16
     assert output.last_hidden_state.shape == (2, length, 16)
     assert output.pooler_output.shape == (2, config.pooled_size)
@@ -54,8 +54,8 @@ def test_the_model(layout: dict[str, Any]) -> None:
 
 @each_layout
 def test_the_classifier(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout)
-    output = ViTCLSForImageClassification(config).eval()(images(), labels=torch.tensor([0, 2]))
+    config = build_tiny_config(**layout)
+    output = ViTCLSForImageClassification(config).eval()(build_images(), labels=torch.tensor([0, 2]))
     assert output.loss.shape == ()
     assert output.logits.shape == output.cls_logits.shape == (2, 3)
     if config.has_distillation_head:
@@ -67,29 +67,29 @@ def test_the_classifier(layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("head_hidden_size", [None, 7])
 def test_the_mlp_head(head_hidden_size: int | None) -> None:
-    config = tiny_config(head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean")
-    model = filled(ViTCLSForImageClassification(config))
+    config = build_tiny_config(head_type="mlp", head_hidden_size=head_hidden_size, pooling="cls_mean")
+    model = randomize(ViTCLSForImageClassification(config))
     first, activation, second = model.classifier
     assert (first.in_features, first.out_features, second.out_features) == (32, head_hidden_size or 16, 3)
     assert isinstance(activation, nn.GELU)
-    pooled = model.vitcls(images()).pooler_output
-    assert torch.equal(model(images()).logits, second(nn.functional.gelu(first(pooled))))
+    pooled = model.vitcls(build_images()).pooler_output
+    assert torch.equal(model(build_images()).logits, second(nn.functional.gelu(first(pooled))))
 
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "cls_mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
 @pytest.mark.parametrize("num_distillation_tokens", [0, 1])
-def test_a_classifier_without_labels_gives_the_pooled_vector(
+def test_a_classifier_without_labels_returns_the_pooled_vector(
     fields: dict[str, Any], num_distillation_tokens: int
 ) -> None:
-    config = tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
-    model = filled(ViTCLSForImageClassification(config))
-    assert largest_difference(model(images()).cls_logits, model.vitcls(images()).pooler_output) <= 1e-6
+    config = build_tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
+    model = randomize(ViTCLSForImageClassification(config))
+    assert get_largest_difference(model(build_images()).cls_logits, model.vitcls(build_images()).pooler_output) <= 1e-6
 
 
 @each_kind
 def test_outputs_as_tuples(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
-    as_dict, as_tuple = model(images(), **inputs), model(images(), **inputs, return_dict=False)
+    model = randomize(model_class(build_tiny_config(**fields)))
+    as_dict, as_tuple = model(build_images(), **inputs), model(build_images(), **inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert_same_outputs(as_dict, as_tuple)
 
@@ -98,20 +98,20 @@ def test_outputs_as_tuples(model_class: type, fields: dict[str, Any], inputs: di
 def test_hidden_states_and_attentions_on_request(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    config = tiny_config(**fields)
-    model = filled(model_class(config))
+    config = build_tiny_config(**fields)
+    model = randomize(model_class(config))
     model.set_attn_implementation("eager")
-    output = model(images(), **inputs, output_hidden_states=True, output_attentions=True)
+    output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
     length = config.token_layout.num_prefix_tokens + 16
     assert [state.shape for state in output.hidden_states] == [(2, length, 16)] * 3
     assert [weights.shape for weights in output.attentions] == [(2, 2, length, length)] * 2
-    plain = model(images(), **inputs)
+    plain = model(build_images(), **inputs)
     assert (plain.hidden_states, plain.attentions) == (None, None)
 
 
 def test_a_model_without_pooler() -> None:
-    model = ViTCLSModel(tiny_config(pooling="attention"), add_pooling_layer=False)
-    assert model(images()).pooler_output is None
+    model = ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False)
+    assert model(build_images()).pooler_output is None
     assert not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
@@ -119,8 +119,8 @@ def test_a_model_without_pooler() -> None:
 
 
 def test_initial_weights() -> None:
-    """Norms do nothing, biases are zero, all else is normal with the configured deviation."""
-    config = tiny_config(
+    """Norms are identities, biases are zero, and other weights are normal with the configured standard deviation."""
+    config = build_tiny_config(
         hidden_size=64,
         image_size=64,
         pooling="attention",
@@ -138,17 +138,19 @@ def test_initial_weights() -> None:
         elif "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # of the deviation of so many numbers
+            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # standard error of the deviation of so many values
             assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
             seen.append(name.split(".")[-1])
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
 
 @pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
-def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Loading builds the model without memory first: what is not in the file has to be filled afterwards."""
+def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Models are built without memory before loading, so missing weights are initialized afterwards."""
     torch.manual_seed(0)
-    config = tiny_config(num_register_tokens=2, hidden_size=64, **fields)
+    config = build_tiny_config(num_register_tokens=2, hidden_size=64, **fields)
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = dict(ViTCLSForImageClassification.from_pretrained(tmp_path).named_parameters())
@@ -164,10 +166,10 @@ def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(fields: dict[st
 @each_block
 def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields))).train()
-    model(images(16), labels=torch.arange(16) % 3).loss.backward()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
+    model(build_images(16), labels=torch.arange(16) % 3).loss.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    # the last layer computes nothing with the queries of tokens that are not pooled, but with those that are
+    # The last layer does not use the queries of tokens that are not pooled, but it uses those of pooled tokens.
     assert not unused
 
 
@@ -185,12 +187,12 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     ],
     ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked"],
 )
-def test_every_parameter_takes_part_in_every_step(
+def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    """Or distributed training stops with an error about parameters that did not."""
-    model = filled(model_class(tiny_config(**fields))).train()
-    model(images(), **inputs).loss.backward()
+    """Otherwise, distributed training stops with an error about unused parameters."""
+    model = randomize(model_class(build_tiny_config(**fields))).train()
+    model(build_images(), **inputs).loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
@@ -208,7 +210,7 @@ def test_every_parameter_takes_part_in_every_step(
     ],
 )
 def test_biases_are_separate(fields: dict[str, Any], biased: str) -> None:
-    model = ViTCLSModel(tiny_config(**fields))
+    model = ViTCLSModel(build_tiny_config(**fields))
     attention, mlp = model.layers[1].attention, model.layers[1].mlp
     modules = {
         "q": attention.q_proj,
@@ -224,43 +226,46 @@ def test_biases_are_separate(fields: dict[str, Any], biased: str) -> None:
 
 @pytest.mark.parametrize("mlp_bias", [True, False])
 def test_biases_of_swiglu(mlp_bias: bool) -> None:
-    mlp = ViTCLSModel(tiny_config(mlp_type="swiglu", mlp_bias=mlp_bias)).layers[1].mlp
+    mlp = ViTCLSModel(build_tiny_config(mlp_type="swiglu", mlp_bias=mlp_bias)).layers[1].mlp
     assert [module.bias is not None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [mlp_bias] * 3
 
 
-def test_the_norm_epsilon_is_everywhere() -> None:
-    config = tiny_config(layer_norm_eps=1e-3, pre_norm=True, qk_norm=True, pooling="attention")
+def test_the_norm_epsilon_is_used_everywhere() -> None:
+    config = build_tiny_config(layer_norm_eps=1e-3, pre_norm=True, qk_norm=True, pooling="attention")
     norms = [module for module in ViTCLSModel(config).modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * (2 + 2) + 3  # per layer before, after, q, k; before all, after all, in the pooler
+    # per layer: before attention, before MLP, q, k; embeddings, final norm, pooler
+    assert len(norms) == 2 * (2 + 2) + 3
     assert {norm.eps for norm in norms} == {1e-3}
 
 
 @pytest.mark.parametrize(("name", "function"), [("relu", torch.relu), ("gelu", nn.functional.gelu)])
 def test_the_hidden_activation(name: str, function: Callable) -> None:
-    mlp = filled(ViTCLSModel(tiny_config(hidden_act=name))).layers[0].mlp
-    states = images(1).view(-1, 16)
+    mlp = randomize(ViTCLSModel(build_tiny_config(hidden_act=name))).layers[0].mlp
+    states = build_images(1).view(-1, 16)
     assert torch.equal(mlp(states), mlp.fc2(function(mlp.fc1(states))))
 
 
 def test_layer_scale_starts_at_its_value() -> None:
-    model = ViTCLSModel(tiny_config(layer_scale_init_value=1e-5))
+    model = ViTCLSModel(build_tiny_config(layer_scale_init_value=1e-5))
     for layer in model.layers:
         for scale in (layer.layer_scale1, layer.layer_scale2):
             assert torch.equal(scale.lambda1, torch.full((16,), 1e-5))
 
 
-def test_drop_path_rises_linearly_over_the_layers() -> None:
-    layers = ViTCLSModel(tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).layers
+def test_drop_path_increases_linearly_over_the_layers() -> None:
+    layers = ViTCLSModel(build_tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).layers
     rates = [getattr(layer.drop_path, "rate", 0.0) for layer in layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_drop_path_drops_whole_branches_of_single_images() -> None:
-    """In training the change of the last layer is, per image, that of either branch, scaled, or nothing."""
+    """In training, the last layer adds to each image one of the scaled branches, both, or nothing."""
     torch.manual_seed(0)
-    model = filled(ViTCLSModel(tiny_config(drop_path_rate=0.5))).train()
-    states = model(images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
-    assert largest_difference(states[1], states[1][:1].expand_as(states[1])) < 1e-6  # the first layer drops nothing
+    model = randomize(ViTCLSModel(build_tiny_config(drop_path_rate=0.5))).train()
+    states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
+    assert (
+        get_largest_difference(states[1], states[1][:1].expand_as(states[1])) < 1e-6
+    )  # the first layer drops nothing
     change = (states[2] - states[1]).flatten(1)
     kinds = change.round(decimals=3).unique(dim=0)
     assert len(kinds) == 4  # neither, attention, MLP, both
@@ -268,16 +273,16 @@ def test_drop_path_drops_whole_branches_of_single_images() -> None:
     assert untouched == pytest.approx(0.25, abs=0.08)
     layer = model.layers[1]
     branch = 2 * layer.attention(layer.layernorm_before(states[1][:1]))[0]
-    assert any(largest_difference(kind, branch.flatten()) < 2e-3 for kind in kinds)
+    assert any(get_largest_difference(kind, branch.flatten()) < 2e-3 for kind in kinds)
 
 
 def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer() -> None:
     torch.manual_seed(0)
-    model = filled(ViTCLSModel(tiny_config(hidden_dropout_prob=0.5))).train()
+    model = randomize(ViTCLSModel(build_tiny_config(hidden_dropout_prob=0.5))).train()
     branches: list[torch.Tensor] = []
     for layer in model.layers:
         layer.dropout.register_forward_hook(lambda module, inputs, output: branches.append(output))
-    embedded = model(images(), output_hidden_states=True).hidden_states[0]
+    embedded = model(build_images(), output_hidden_states=True).hidden_states[0]
     assert len(branches) == 4
     for dropped in (embedded, *branches):
         assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
@@ -286,68 +291,73 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer() -> No
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dropout_of_attention_weights(implementation: str) -> None:
     torch.manual_seed(0)
-    model = filled(ViTCLSModel(tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1)))
+    model = randomize(ViTCLSModel(build_tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1)))
     model.set_attn_implementation(implementation)
     attention = model.layers[0].attention
-    states = images().view(2, -1, 16)
+    states = build_images().view(2, -1, 16)
     whole = attention(states)[0]
-    # over many draws the dropped ones average to the whole, and single draws differ from it
+    # The mean over many draws is the full value, but single draws differ from it.
     draws = torch.stack([attention.train()(states)[0] for _ in range(400)])
-    assert largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
+    assert get_largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
     assert draws.std(dim=0).min() > 0
 
 
-def test_drop_path_and_dropout_rest_in_evaluation() -> None:
+def test_drop_path_and_dropout_are_disabled_in_evaluation() -> None:
     fields = BLOCKS["dropout"] | BLOCKS["drop_path"]
-    regularised, plain = filled(ViTCLSModel(tiny_config(**fields))), filled(ViTCLSModel(tiny_config()))
-    assert_same_outputs(regularised(images()), plain(images()))
+    regularised, plain = (
+        randomize(ViTCLSModel(build_tiny_config(**fields))),
+        randomize(ViTCLSModel(build_tiny_config())),
+    )
+    assert_same_outputs(regularised(build_images()), plain(build_images()))
     regularised.train()
-    assert largest_difference(*(regularised(images()).last_hidden_state for _ in range(2))) > 0.01
+    assert get_largest_difference(*(regularised(build_images()).last_hidden_state for _ in range(2))) > 0.01
 
 
-# Saving, and loading one class's checkpoint with another
+# Saving, and loading a checkpoint with another class
 
 
 @each_kind
 def test_saved_and_loaded_models_are_equal(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = filled(model_class(tiny_config(**fields)))
-    assert_same_outputs(reloaded(model, tmp_path)(images(), **inputs), model(images(), **inputs), 1e-6)
+    model = randomize(model_class(build_tiny_config(**fields)))
+    assert_same_outputs(
+        save_and_load(model, tmp_path)(build_images(), **inputs), model(build_images(), **inputs), 1e-6
+    )
 
 
 @each_block
 def test_saved_and_loaded_options_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**fields)))
-    assert_same_outputs(reloaded(model, tmp_path)(images()), model(images()), 1e-6)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    assert_same_outputs(save_and_load(model, tmp_path)(build_images()), model(build_images()), 1e-6)
 
 
-def test_multi_task_models_keep_their_cls_tokens_through_saving(tmp_path: Path) -> None:
-    """Names that sort differently from how they were given."""
+def test_saving_keeps_the_cls_tokens_of_multi_task_models(tmp_path: Path) -> None:
+    """Use names whose sorted order differs from the given order."""
     tasks = {"species": 3, "age": 3, "colour": 3}
-    model = filled(ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=3, tasks=tasks)))
-    loaded = reloaded(model, tmp_path)(images()).logits
-    for name, logits in model(images()).logits.items():
-        assert largest_difference(loaded[name], logits) <= 1e-6
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=tasks)))
+    loaded = save_and_load(model, tmp_path)(build_images()).logits
+    for name, logits in model(build_images()).logits.items():
+        assert get_largest_difference(loaded[name], logits) <= 1e-6
 
 
 @each_kind
 def test_copies_are_equal(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """As averaging of weights copies models, after they have run."""
-    model = filled(model_class(tiny_config(**fields)))
-    expected = model(images(), **inputs)
-    assert_same_outputs(copy.deepcopy(model)(images(), **inputs), expected, 1e-6)
+    """Weight averaging copies models after they have run."""
+    model = randomize(model_class(build_tiny_config(**fields)))
+    expected = model(build_images(), **inputs)
+    assert_same_outputs(copy.deepcopy(model)(build_images(), **inputs), expected, 1e-6)
 
 
 @pytest.mark.parametrize("saver", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling])
 @pytest.mark.parametrize("loader", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
-def test_any_class_loads_the_encoder_of_any_other(saver: type, loader: type, tmp_path: Path) -> None:
-    saved = filled(saver(tiny_config(num_register_tokens=2)))
+def test_every_class_loads_the_encoder_of_every_other_class(saver: type, loader: type, tmp_path: Path) -> None:
+    saved = randomize(saver(build_tiny_config(num_register_tokens=2)))
     saved.save_pretrained(tmp_path)
     loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
     assert not [name for name in info["missing_keys"] if "classifier" not in name]
     encoders = [getattr(model, "vitcls", model) for model in (saved, loaded)]
-    states = [encoder(images(), output_hidden_states=True).hidden_states for encoder in encoders]
+    states = [encoder(build_images(), output_hidden_states=True).hidden_states for encoder in encoders]
     assert_same_outputs(*states)
 
 
@@ -357,60 +367,60 @@ def test_any_class_loads_the_encoder_of_any_other(saver: type, loader: type, tmp
 @each_layout
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)], ids=str)
 def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) -> None:
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config(**layout)))
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**layout)))
     mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
-    output = model(images(2, *size), bool_masked_pos=mask)
+    output = model(build_images(2, *size), bool_masked_pos=mask)
     assert output.loss.shape == ()
     assert output.reconstruction.shape == (2, 3, *size)
 
 
-def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config(patch_size=[4, 8], num_channels=1)))
-    output = model(images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
+def test_reconstructions_of_rectangular_patches_and_gray_images() -> None:
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(patch_size=[4, 8], num_channels=1)))
+    output = model(build_images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
     assert output.reconstruction.shape == (2, 1, 12, 16)
-    expected = (output.reconstruction - images(2, 15, 17, 1)[:, :, :12, :16]).abs().mean()
+    expected = (output.reconstruction - build_images(2, 15, 17, 1)[:, :, :12, :16]).abs().mean()
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_masked_pixels_are_not_seen() -> None:
-    model = filled(ViTCLSForMaskedImageModeling(tiny_config()))
+def test_masked_pixels_have_no_effect() -> None:
+    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, 5] = True  # row 1, column 1
-    other = images()
+    other = build_images()
     other[:, :, 8:16, 8:16] += 1.0
-    first, second = (model(pixels, bool_masked_pos=mask).reconstruction for pixels in (images(), other))
+    first, second = (model(pixels, bool_masked_pos=mask).reconstruction for pixels in (build_images(), other))
     assert torch.equal(first, second)
     other[:, :, 0, 0] += 1.0
     assert not torch.equal(first, model(other, bool_masked_pos=mask).reconstruction)
 
 
 @each_kind
-def test_calls_without_images_are_refused(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = model_class(tiny_config(**fields))
+def test_calls_without_images_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = model_class(build_tiny_config(**fields))
     for pixel_values, words in (
         (None, "pixel_values is a NoneType: pass a tensor"),
-        (images().numpy(), "pixel_values is a ndarray: pass a tensor"),
-        ([images()], "pixel_values is a list: pass a tensor"),
-        (images()[:0], "pixel_values has shape (0, 3, 32, 32): pass images"),
-        (images()[0], "pixel_values has shape (3, 32, 32): pass images"),
+        (build_images().numpy(), "pixel_values is a ndarray: pass a tensor"),
+        ([build_images()], "pixel_values is a list: pass a tensor"),
+        (build_images()[:0], "pixel_values has shape (0, 3, 32, 32): pass images"),
+        (build_images()[0], "pixel_values has shape (3, 32, 32): pass images"),
     ):
         with raises_one_line(words, "channels, height, width]" if "shape" in words else "[B, C, H, W]"):
             model(pixel_values, **inputs)
 
 
-def test_the_callers_configuration_is_left_alone() -> None:
-    config = tiny_config()
+def test_the_configuration_of_the_caller_is_not_changed() -> None:
+    config = build_tiny_config()
     ViTCLSForMaskedImageModeling(config)
     assert not config.use_mask_token
 
 
-def test_masks_that_do_not_fit_are_an_error() -> None:
-    model = ViTCLSForMaskedImageModeling(tiny_config())
+def test_masks_of_a_wrong_shape_are_errors() -> None:
+    model = ViTCLSForMaskedImageModeling(build_tiny_config())
     for shape in ((2, 15), (1, 16), (2, 4, 4)):
         with raises_one_line("bool_masked_pos", str(shape), "(2, 16)"):
-            model(images(), bool_masked_pos=torch.ones(shape, dtype=torch.bool))
+            model(build_images(), bool_masked_pos=torch.ones(shape, dtype=torch.bool))
     with raises_one_line("bool_masked_pos", "use_mask_token=True"):
-        ViTCLSModel(tiny_config())(images(), bool_masked_pos=torch.ones(2, 16, dtype=torch.bool))
+        ViTCLSModel(build_tiny_config())(build_images(), bool_masked_pos=torch.ones(2, 16, dtype=torch.bool))
 
 
 # Backbone
@@ -418,39 +428,39 @@ def test_masks_that_do_not_fit_are_an_error() -> None:
 
 @each_layout
 def test_feature_maps(layout: dict[str, Any]) -> None:
-    config = tiny_config(**layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False)
-    backbone = filled(ViTCLSBackbone(config))
+    config = build_tiny_config(**layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False)
+    backbone = randomize(ViTCLSBackbone(config))
     assert backbone.stage_names == ["stem", "stage1", "stage2"]
     assert backbone.channels == [16, 16, 16]
-    maps = backbone(images(2, 24, 56)).feature_maps
+    maps = backbone(build_images(2, 24, 56)).feature_maps
     assert [feature_map.shape for feature_map in maps] == [(2, 16, 3, 7)] * 3
-    # pixel (1, 2) of a map is the patch at row 1, column 2
-    states = filled(ViTCLSModel(config))(images(2, 24, 56), output_hidden_states=True)
+    # Pixel (1, 2) of a map is the patch at row 1, column 2.
+    states = randomize(ViTCLSModel(config))(build_images(2, 24, 56), output_hidden_states=True)
     patch = config.token_layout.num_prefix_tokens + 1 * 7 + 2
     for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
-        assert largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
-    assert largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
+        assert get_largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
+    assert get_largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
 
 
 def test_feature_maps_as_tokens() -> None:
-    """The first CLS token and the patches."""
+    """Expect the first CLS token and the patches."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 2}
-    backbone = filled(ViTCLSBackbone(tiny_config(reshape_hidden_states=False, **fields)))
-    (tokens,) = backbone(images()).feature_maps
-    expected = filled(ViTCLSModel(tiny_config(**fields)))(images()).tokens
+    backbone = randomize(ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, **fields)))
+    (tokens,) = backbone(build_images()).feature_maps
+    expected = randomize(ViTCLSModel(build_tiny_config(**fields)))(build_images()).tokens
     assert torch.equal(tokens, torch.cat([expected["cls"][:, :1], expected["patches"]], dim=1))
     with raises_one_line("reshape_hidden_states=False requires a CLS token"):
-        ViTCLSBackbone(tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean"))
+        ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean"))
 
 
 def test_the_default_feature_map_is_the_last() -> None:
-    backbone = ViTCLSBackbone(tiny_config())
+    backbone = ViTCLSBackbone(build_tiny_config())
     assert backbone.out_features == ["stage2"]
-    assert len(backbone(images()).feature_maps) == 1
+    assert len(backbone(build_images()).feature_maps) == 1
 
 
-def test_stages_can_be_chosen_at_load(tmp_path: Path) -> None:
-    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
+def test_stages_can_be_set_at_load(tmp_path: Path) -> None:
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     chosen = ViTCLSBackbone.from_pretrained(tmp_path, out_indices=[0, 1])
     assert chosen.out_features == ["stem", "stage1"]
     with raises_one_line("stage7"):
@@ -461,32 +471,32 @@ def test_stages_can_be_chosen_at_load(tmp_path: Path) -> None:
 
 
 def test_names_of_timm_and_transformers() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=2)))
-    encoded = model.vitcls(images(2, 24, 40)).last_hidden_state
-    assert torch.equal(model.forward_features(images(2, 24, 40)), encoded)
-    assert torch.equal(model.vitcls.forward_features(images(2, 24, 40)), encoded)
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
+    encoded = model.vitcls(build_images(2, 24, 40)).last_hidden_state
+    assert torch.equal(model.forward_features(build_images(2, 24, 40)), encoded)
+    assert torch.equal(model.vitcls.forward_features(build_images(2, 24, 40)), encoded)
     assert model.num_features == model.vitcls.num_features == 16
     for interpolate in (True, False):
-        outputs = model(images(2, 24, 40), interpolate_pos_encoding=interpolate)
-        assert torch.equal(outputs.logits, model(images(2, 24, 40)).logits)
+        outputs = model(build_images(2, 24, 40), interpolate_pos_encoding=interpolate)
+        assert torch.equal(outputs.logits, model(build_images(2, 24, 40)).logits)
 
 
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
 def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
-    config = tiny_config(num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"})
-    model = filled(ViTCLSForImageClassification(config)).to(torch.float64)
+    config = build_tiny_config(num_distillation_tokens=1, head_type=head_type, id2label={0: "a", 1: "b", 2: "c"})
+    model = randomize(ViTCLSForImageClassification(config)).to(torch.float64)
     encoder = {name: weight.clone() for name, weight in model.vitcls.state_dict().items()}
-    old = model(images()).cls_logits
+    old = model(build_images()).cls_logits
     model.reset_classifier(5)
-    logits = model(images()).logits
+    logits = model(build_images()).logits
     assert logits.shape == (2, 5) and logits.dtype == torch.float64 and 0 < logits.std() < old.std()
     assert model.num_labels == 5 and model.config.id2label[4] == "LABEL_4" and "a" not in model.config.label2id
     assert all(torch.equal(weight, encoder[name]) for name, weight in model.vitcls.state_dict().items())
-    assert torch.equal(reloaded(model, tmp_path)(images()).logits, logits)
+    assert torch.equal(save_and_load(model, tmp_path)(build_images()).logits, logits)
     model.reset_classifier(3)
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     model.reset_classifier(0)
-    assert largest_difference(model(images()).logits, model.vitcls(images()).pooler_output) <= 1e-12
+    assert get_largest_difference(model(build_images()).logits, model.vitcls(build_images()).pooler_output) <= 1e-12
     assert model.distillation_classifier is None
 
 
@@ -494,25 +504,23 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
 
 
 @each_kind
-def test_images_that_do_not_fit_are_an_error(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
-    model = model_class(tiny_config(**fields))
+def test_images_of_a_wrong_shape_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+    model = model_class(build_tiny_config(**fields))
     with raises_one_line("requires 3 channel", "pixel_values has 1"):
-        model(images(channels=1))
+        model(build_images(channels=1))
     with raises_one_line("requires 3 channel", "pixel_values has 4"):
-        model(images(channels=4))
+        model(build_images(channels=4))
     for height, width in ((7, 32), (32, 7), (1, 1), (0, 32)):
         with raises_one_line(f"{height} x {width}", "one patch of 8 x 8"):
-            model(images(2, height, width))
+            model(build_images(2, height, width))
     with raises_one_line("pixel_values", "(3, 32, 32)", "[batch, channels, height, width]"):
-        model(images()[0])
+        model(build_images()[0])
 
 
 @each_kind
 def test_an_unknown_argument_is_an_error(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     with raises_one_line("pixel_value", error=TypeError):
-        model_class(tiny_config(**fields))(images(), pixel_value=images())
+        model_class(build_tiny_config(**fields))(build_images(), pixel_value=build_images())
 
 
 def _cut(file: Path, keep: int) -> None:
@@ -534,7 +542,7 @@ CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
 @pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named(damage: Callable, words: list[str], load: Any, tmp_path: Path) -> None:
-    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     damage(tmp_path)
     with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):
         load.from_pretrained(tmp_path)
@@ -546,7 +554,7 @@ def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
         load.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_missing_folder_that_looks_like_a_name_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_that_looks_like_a_hub_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with raises_one_line("runs/nowhere", error=OSError):
         ViTCLSForImageClassification.from_pretrained("runs/nowhere")
@@ -554,7 +562,7 @@ def test_a_missing_folder_that_looks_like_a_name_on_the_hub_is_named(monkeypatch
 
 @pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
 def test_weights_of_a_wrong_shape_are_named(load: Any, tmp_path: Path) -> None:
-    ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path)
-    tiny_config(intermediate_size=20).save_pretrained(tmp_path)
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
+    build_tiny_config(intermediate_size=20).save_pretrained(tmp_path)
     with raises_one_line("layers.0.mlp.fc1", "[24", "[20", error=CHECKPOINT_ERRORS):
         load.from_pretrained(tmp_path)

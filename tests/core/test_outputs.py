@@ -1,4 +1,4 @@
-"""Outputs hold tensors only: gathering, DataParallel, pytrees and tuples handle them like those of transformers."""
+"""Outputs contain only tensors: gather, DataParallel, pytrees and tuples handle them like transformers' outputs."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import KINDS, assert_same_outputs, each_kind, filled, images, raises_one_line, tiny_config
+from tiny_models import (
+    KINDS,
+    assert_same_outputs,
+    build_images,
+    build_tiny_config,
+    each_kind,
+    raises_one_line,
+    randomize,
+)
 from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
 from transformers import ViTModel
@@ -22,7 +30,7 @@ NUM_TOKENS = 1 + 2 + 16
 
 def build_model() -> ViTCLSModel:
     """Return an encoder with random weights."""
-    return filled(ViTCLSModel(tiny_config(**FIELDS)))
+    return randomize(ViTCLSModel(build_tiny_config(**FIELDS)))
 
 
 def contains_tensors_only(value: Any) -> bool:
@@ -33,7 +41,7 @@ def contains_tensors_only(value: Any) -> bool:
 
 
 def test_fields_are_those_of_transformers() -> None:
-    """A field that is no tensor breaks whoever handles all fields alike."""
+    """Code that handles all fields in the same way requires tensors."""
     names = [field.name for field in dataclasses.fields(ViTCLSModelOutput)]
     assert names == [field.name for field in dataclasses.fields(BaseModelOutputWithPooling)]
 
@@ -41,28 +49,28 @@ def test_fields_are_those_of_transformers() -> None:
 @torch.no_grad()
 @each_kind
 def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     model.set_attn_implementation("eager")
-    output = model(images(), **inputs, output_hidden_states=True, output_attentions=True)
+    output = model(build_images(), **inputs, output_hidden_states=True, output_attentions=True)
     assert len(output) >= 3
     assert contains_tensors_only(output.to_tuple())
 
 
 @torch.no_grad()
 def test_a_tuple_ends_with_the_pooler_output() -> None:
-    """As for the built-in ViT."""
+    """The built-in ViT returns the same tuple."""
     model = build_model()
-    output, values = model(images()), model(images(), return_dict=False)
+    output, values = model(build_images()), model(build_images(), return_dict=False)
     assert isinstance(values, tuple) and len(values) == 2
     assert torch.equal(values[0], output.last_hidden_state) and torch.equal(values[-1], output.pooler_output)
     sizes = {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "intermediate_size")}
     built_in = ViTModel(ViTModel.config_class(**sizes, num_attention_heads=2, image_size=32, patch_size=8)).eval()
-    assert [value.ndim for value in built_in(images(), return_dict=False)] == [value.ndim for value in values]
+    assert [value.ndim for value in built_in(build_images(), return_dict=False)] == [value.ndim for value in values]
 
 
 @torch.no_grad()
 def test_tokens_by_name() -> None:
-    output = build_model()(images())
+    output = build_model()(build_images())
     assert {name: tokens.shape[1] for name, tokens in output.tokens.items() if tokens.shape[1]} == {
         "cls": 1,
         "registers": 2,
@@ -74,14 +82,14 @@ def test_tokens_by_name() -> None:
 
 @torch.no_grad()
 def test_tokens_of_models_with_different_layouts() -> None:
-    """The layout belongs to one output, not to the class."""
-    first = build_model()(images())
-    second = filled(ViTCLSModel(tiny_config(num_register_tokens=5)))(images())
+    """The layout belongs to an output, not to the class."""
+    first = build_model()(build_images())
+    second = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=5)))(build_images())
     assert (first.tokens["registers"].shape[1], second.tokens["registers"].shape[1]) == (2, 5)
 
 
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return what DataParallel gathers from two devices; only the copy between devices is replaced."""
+    """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
 
     class Gather:
         @staticmethod
@@ -95,7 +103,7 @@ def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> An
 @torch.no_grad()
 def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     for model_class, fields, _ in KINDS.values():
-        output = filled(model_class(tiny_config(**fields)))(images())
+        output = randomize(model_class(build_tiny_config(**fields)))(build_images())
         gathered = rebuild_by_data_parallel(output, monkeypatch)
         assert type(gathered) is type(output) and list(gathered) == list(output)
         flat, spec = pytree.tree_flatten(output)
@@ -104,7 +112,7 @@ def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_pytree() -> None:
-    output = build_model()(images(), output_hidden_states=True)
+    output = build_model()(build_images(), output_hidden_states=True)
     leaves, spec = pytree.tree_flatten(output)
     assert len(leaves) == 2 + 3 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     rebuilt = pytree.tree_unflatten(leaves, spec)
@@ -114,8 +122,8 @@ def test_pytree() -> None:
 
 @torch.no_grad()
 def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gathered output does not know its layout; it says how to slice the tokens."""
-    output = build_model()(images())
+    """A gathered output has lost its layout; the error explains how to slice the tokens."""
+    output = build_model()(build_images())
     leaves, spec = pytree.tree_flatten(output)
     for rebuilt in (
         pytree.tree_unflatten(leaves, spec),
@@ -131,7 +139,7 @@ def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch
 def test_accelerate_gathers(two_processes: Path) -> None:
     gathered = torch.load(two_processes / "gathered.pt")
     for model_class in (ViTCLSModel, ViTCLSForImageClassification):
-        expected = filled(model_class(tiny_config(**FIELDS)))(images())
+        expected = randomize(model_class(build_tiny_config(**FIELDS)))(build_images())
         found = gathered[model_class.__name__]
         assert list(found) == list(expected)
         assert_same_outputs(found, expected, 1e-6)

@@ -1,4 +1,4 @@
-"""Positions: any image size at run time, and resampling when a checkpoint is loaded for another size."""
+"""Positions: any image size at run time, and resampling when a checkpoint is loaded with another size."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from tiny_models import (
     LAYOUTS,
     POSITIONS,
     assert_same_outputs,
-    filled,
-    images,
-    largest_difference,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
     raises_one_line,
-    reloaded,
-    tiny_config,
+    randomize,
+    save_and_load,
 )
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
@@ -30,10 +30,10 @@ from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLS
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 56), (8, 8), (80, 16), (37, 45)], ids=str)
 def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
-    """Pixels beyond the last whole patch are left out."""
-    model = filled(ViTCLSModel(tiny_config(position_embedding_type=kind, num_register_tokens=2)))
+    """Pixels beyond the last whole patch are ignored."""
+    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2)))
     patches = (size[0] // 8) * (size[1] // 8)
-    pixels = images(2, *size)
+    pixels = build_images(2, *size)
     output = model(pixels).last_hidden_state
     assert output.shape == (2, 3 + patches, 16)
     assert output.isfinite().all()
@@ -42,27 +42,27 @@ def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["learned", "sincos_2d", "rope_2d"])
-def test_positions_tell_places_apart(kind: str) -> None:
-    """Two images with swapped patches differ in what the CLS token reads; without positions they do not."""
-    pixels = images(1)
+def test_positions_distinguish_patches(kind: str) -> None:
+    """Swapping two patches changes the CLS token; without positions it does not."""
+    pixels = build_images(1)
     swapped = pixels.clone()
     swapped[:, :, :8, :8], swapped[:, :, 16:24, 24:] = pixels[:, :, 16:24, 24:], pixels[:, :, :8, :8]
-    model = filled(ViTCLSModel(tiny_config(position_embedding_type=kind)))
-    assert largest_difference(model(pixels).pooler_output, model(swapped).pooler_output) > 1e-3
-    blind = filled(ViTCLSModel(tiny_config(position_embedding_type="none")))
-    assert largest_difference(blind(pixels).pooler_output, blind(swapped).pooler_output) < 1e-5
+    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind)))
+    assert get_largest_difference(model(pixels).pooler_output, model(swapped).pooler_output) > 1e-3
+    blind = randomize(ViTCLSModel(build_tiny_config(position_embedding_type="none")))
+    assert get_largest_difference(blind(pixels).pooler_output, blind(swapped).pooler_output) < 1e-5
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_rows_and_columns_are_not_mixed_up(kind: str) -> None:
-    """A wide image and its transpose give different tokens unless there are no positions at all."""
-    model = filled(ViTCLSModel(tiny_config(position_embedding_type=kind, image_size=[16, 40])))
+def test_rows_and_columns_are_not_swapped(kind: str) -> None:
+    """A wide image and its transpose have different tokens unless there are no positions."""
+    model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, image_size=[16, 40])))
     with torch.no_grad():
         weight = model.embeddings.patch_embeddings.projection.weight
-        weight.copy_((weight + weight.transpose(2, 3)) / 2)  # a patch and its transpose embed alike
-    wide = images(1, 16, 40)
+        weight.copy_((weight + weight.transpose(2, 3)) / 2)  # a patch and its transpose have the same embedding
+    wide = build_images(1, 16, 40)
     tall = wide.transpose(2, 3)
-    difference = largest_difference(model(wide).pooler_output, model(tall).pooler_output)
+    difference = get_largest_difference(model(wide).pooler_output, model(tall).pooler_output)
     assert difference < 1e-5 if kind == "none" else difference > 1e-3
 
 
@@ -72,33 +72,33 @@ def test_rows_and_columns_are_not_mixed_up(kind: str) -> None:
 )
 def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> None:
     layout = LAYOUTS["several_of_each"]
-    model = filled(ViTCLSModel(tiny_config(**layout, position_embedding_tokens=tokens)))
+    model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
     positions = dict(model.embeddings.position_embeddings.named_parameters())
     assert list(positions) == groups
     counts = {"cls": 2, "distillation": 2, "registers": 3, "patches": 16}
     assert {name: parameter.shape for name, parameter in positions.items()} == {
         name: (1, counts[name], 16) for name in groups
     }
-    before = model.embeddings(images())
+    before = model.embeddings(build_images())
     with torch.no_grad():
         for parameter in positions.values():
             parameter.zero_()
-    change = before - model.embeddings(images())
+    change = before - model.embeddings(build_images())
     for name, group in model.config.token_layout.items():
         assert (change[:, group].abs().amax(dim=(0, 2)) > 1e-3).all() == (name in groups)
 
 
 @pytest.mark.parametrize("tokens", ["patches", "cls", "all"])
-def test_learned_positions_of_groups_without_tokens_do_not_exist(tokens: str) -> None:
-    model = ViTCLSModel(tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
+def test_groups_without_tokens_have_no_learned_positions(tokens: str) -> None:
+    model = ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
     assert [name for name, _ in model.embeddings.position_embeddings.named_parameters()] == ["patches"]
-    assert model(images()).last_hidden_state.shape == (2, 16, 16)
+    assert model(build_images()).last_hidden_state.shape == (2, 16, 16)
 
 
 @pytest.mark.parametrize("fields", [{"position_interpolation": "bilinear"}, {"position_antialias": True}, {}], ids=str)
 def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any]) -> None:
-    model = filled(ViTCLSModel(tiny_config(image_size=[32, 48], **fields)))
-    pixels = images(1, 16, 72)
+    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **fields)))
+    pixels = build_images(1, 16, 72)
     table = model.embeddings.position_embeddings.patches
     resampled = nn.functional.interpolate(
         table.view(1, 4, 6, 16).permute(0, 3, 1, 2),
@@ -107,7 +107,7 @@ def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any]) -
         antialias=fields.get("position_antialias", False),
     )
     expected = model.embeddings.patch_embeddings(pixels) + resampled.flatten(2).transpose(1, 2)
-    assert largest_difference(model.embeddings(pixels)[:, 1:], expected) < 1e-5
+    assert get_largest_difference(model.embeddings(pixels)[:, 1:], expected) < 1e-5
 
 
 # Loading with another image size
@@ -125,24 +125,24 @@ LOADERS = {
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_loading_for_another_image_size(saver: type, loader: type, kind: str, tmp_path: Path) -> None:
-    """The loaded model gives at its native size what the saved one gives for images of that size."""
-    saved = filled(saver(tiny_config(position_embedding_type=kind, num_register_tokens=1)))
+    """At its native size, the loaded model equals the saved model on images of that size."""
+    saved = randomize(saver(build_tiny_config(position_embedding_type=kind, num_register_tokens=1)))
     saved.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path, image_size=[24, 56])
     assert type(loaded) is saver
     assert not loaded.training
     assert loaded.config.image_height_width == (24, 56)
-    assert_same_outputs(loaded(images(2, 24, 56)), saved(images(2, 24, 56)), 1e-6)
-    again = reloaded(loaded, tmp_path / "again")
+    assert_same_outputs(loaded(build_images(2, 24, 56)), saved(build_images(2, 24, 56)), 1e-6)
+    again = save_and_load(loaded, tmp_path / "again")
     assert again.config.image_height_width == (24, 56)
-    assert_same_outputs(again(images(2, 24, 56)), loaded(images(2, 24, 56)), 1e-6)
+    assert_same_outputs(again(build_images(2, 24, 56)), loaded(build_images(2, 24, 56)), 1e-6)
     if kind == "learned":
         tables = [weight for name, weight in loaded.state_dict().items() if name.endswith("embeddings.patches")]
         assert [table.shape for table in tables] == [(1, 3 * 7, 16)]
 
 
-def test_what_was_resampled_is_logged_once(tmp_path: Path) -> None:
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+def test_resampling_is_logged_once(tmp_path: Path) -> None:
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     with _captured_logs() as logs:
         ViTCLSForImageClassification.from_pretrained(tmp_path, image_size=[24, 56])
     assert logs.out.count("position_embeddings.patches: resampled from 4 x 4 to 3 x 7 patches") == 1
@@ -155,8 +155,8 @@ def _captured_logs() -> CaptureLogger:
     return CaptureLogger(logging.get_logger("modeling_vitcls.adaptation_vitcls"))
 
 
-def test_loading_for_another_image_size_keeps_what_else_was_asked_for(tmp_path: Path) -> None:
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+def test_loading_with_another_image_size_keeps_other_changes(tmp_path: Path) -> None:
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     loaded, info = ViTCLSForImageClassification.from_pretrained(
         tmp_path,
         image_size=64,
@@ -169,29 +169,29 @@ def test_loading_for_another_image_size_keeps_what_else_was_asked_for(tmp_path: 
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.config._attn_implementation == loaded.vitcls.config._attn_implementation == "eager"
     assert loaded.vitcls.layers[1].drop_path.rate == 0.2
-    assert loaded(images(1, 64, 64), output_attentions=True).attentions is not None
+    assert loaded(build_images(1, 64, 64), output_attentions=True).attentions is not None
 
 
 def test_adapting_a_loaded_model() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     model.vitcls.requires_grad_(False)
     adapted = model.adapt(image_size=48)
-    assert_same_outputs(adapted(images(2, 48, 48)), model(images(2, 48, 48)), 1e-6)
+    assert_same_outputs(adapted(build_images(2, 48, 48)), model(build_images(2, 48, 48)), 1e-6)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {name for name, parameter in adapted.named_parameters() if not parameter.requires_grad} == frozen
     assert model.config.image_size == 32
 
 
 def test_adapting_to_the_same_size_keeps_one_configuration() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     adapted = model.adapt(image_size=[32, 32])
     assert adapted.vitcls.config is adapted.config
     adapted.set_attn_implementation("eager")
-    assert adapted(images(), output_attentions=True).attentions is not None
+    assert adapted(build_images(), output_attentions=True).attentions is not None
 
 
-def test_adapting_refuses_what_does_not_fit() -> None:
-    model = ViTCLSModel(tiny_config())
+def test_impossible_sizes_are_errors() -> None:
+    model = ViTCLSModel(build_tiny_config())
     with raises_one_line("image_size", "24 or 32"):
         model.adapt(image_size=30)
     with raises_one_line("hidden_size", "image_size"):

@@ -1,4 +1,4 @@
-"""How models run: gradient checkpointing, precision, attention implementations, compilation, export, device plans."""
+"""Gradient checkpointing, precision, attention implementations, compilation, export, and parallelism plans."""
 
 import re
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from tiny_models import (
     KINDS,
     POSITIONS,
     assert_same_outputs,
+    build_images,
+    build_tiny_config,
     each_kind,
-    filled,
-    images,
-    largest_difference,
-    reloaded,
-    tiny_config,
-    values,
+    get_largest_difference,
+    list_tensors,
+    randomize,
+    save_and_load,
 )
 from torch import nn
 
@@ -33,35 +33,35 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
     gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = filled(ViTCLSForImageClassification(tiny_config(**fields))).train()
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         counted: list[int] = []
         model.vitcls.layers[1].attention.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
         torch.manual_seed(1)
-        model(images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         calls.append(len(counted))
-    assert calls == [1, 2]  # computed once more for the backward pass
+    assert calls == [1, 2]  # computed again for the backward pass
     assert_same_outputs(*gradients, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_kind
 def test_half_precision(model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
-    """Images may come in float32; sizes other than the native one are resampled in float32."""
-    model = model_class(tiny_config(**fields)).eval()
-    expected = model(images(), **inputs)
+    """Images may be float32; positions are resampled in float32 for other image sizes."""
+    model = model_class(build_tiny_config(**fields)).eval()
+    expected = model(build_images(), **inputs)
     model.to(dtype)
-    output = model(images(), **inputs)
+    output = model(build_images(), **inputs)
     for name, value in output.items():
         if name != "loss" and isinstance(value, torch.Tensor):
             assert value.dtype == dtype, name
-    for got, exact in zip(values(output), values(expected), strict=True):
-        assert largest_difference(got.float(), exact) < 0.1
+    for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
+        assert get_largest_difference(got.float(), exact) < 0.1
     for kind in POSITIONS:
-        other = model_class(tiny_config(**fields, position_embedding_type=kind)).eval().to(dtype)
-        assert all(value.isfinite().all() for value in values(other(images(2, 24, 56))))
+        other = model_class(build_tiny_config(**fields, position_embedding_type=kind)).eval().to(dtype)
+        assert all(value.isfinite().all() for value in list_tensors(other(build_images(2, 24, 56))))
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
@@ -70,24 +70,24 @@ def test_automatic_mixed_precision(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any], kind: str
 ) -> None:
     """Weights stay in float32, as in mixed-precision training."""
-    model = filled(model_class(tiny_config(**fields, position_embedding_type=kind, num_register_tokens=2)))
+    model = randomize(model_class(build_tiny_config(**fields, position_embedding_type=kind, num_register_tokens=2)))
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        expected = model(images(), **inputs)
+        expected = model(build_images(), **inputs)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(images(), **inputs)
-        for got, exact in zip(values(output), values(expected), strict=True):
-            assert largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(min=1.0)
-        sum(value.float().sum() for value in values(output)).backward()
+            output = model(build_images(), **inputs)
+        for got, exact in zip(list_tensors(output), list_tensors(expected), strict=True):
+            assert get_largest_difference(got.float(), exact) < 0.1 * exact.abs().max().clamp(min=1.0)
+        sum(value.float().sum() for value in list_tensors(output)).backward()
         assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_checkpoints_load_in_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config())).to(dtype)
-    loaded = reloaded(model, tmp_path)
+    model = randomize(ViTCLSModel(build_tiny_config())).to(dtype)
+    loaded = save_and_load(model, tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert_same_outputs(loaded(images()), model(images()))
+    assert_same_outputs(loaded(build_images()), model(build_images()))
 
 
 # Attention implementations
@@ -101,31 +101,38 @@ MASKED[1, 10:14] = 0
     "fields", [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]], ids=str
 )
 def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
-    """Flex attention runs uncompiled here, which is the same mathematics; compiled it is a slow test below."""
-    config = tiny_config(**BLOCKS["tokens"] | fields)
+    """Flex attention is not compiled here, which is mathematically equal; test_compiled_flex_attention_agrees compiles
+    it.
+    """
+    config = build_tiny_config(**BLOCKS["tokens"] | fields)
     outputs = []
     for implementation in ("sdpa", "eager", "flex_attention"):
-        model = filled(ViTCLSModel(config))
+        model = randomize(ViTCLSModel(config))
         model.set_attn_implementation(implementation)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            outputs.append(model(images(), attention_mask=mask).last_hidden_state)
-    assert largest_difference(outputs[0], outputs[1]) < 1e-5
-    assert largest_difference(outputs[0], outputs[2]) < 1e-5
+            outputs.append(model(build_images(), attention_mask=mask).last_hidden_state)
+    assert get_largest_difference(outputs[0], outputs[1]) < 1e-5
+    assert get_largest_difference(outputs[0], outputs[2]) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scopes", [None, ["image", [2, 2, 0, 1]]], ids=str)
 def test_compiled_flex_attention_agrees(scopes: list | None) -> None:
-    config = tiny_config(num_cls_tokens=2, cls_scopes=scopes, hidden_size=32)  # its CPU kernel needs heads of 16
-    model = filled(ViTCLSModel(config))
+    # its CPU kernel requires a head width of 16
+    config = build_tiny_config(num_cls_tokens=2, cls_scopes=scopes, hidden_size=32)
+    model = randomize(ViTCLSModel(config))
     with torch.no_grad():
-        expected = model(images()).last_hidden_state
+        expected = model(build_images()).last_hidden_state
         model.set_attn_implementation("flex_attention")
-        assert largest_difference(model(images()).last_hidden_state, expected) < 1e-5
+        assert get_largest_difference(model(build_images()).last_hidden_state, expected) < 1e-5
 
 
-def test_sdpa_gives_no_attentions() -> None:
-    assert filled(ViTCLSModel(tiny_config()))(images(), output_attentions=True).attentions in (None, (None, None), ())
+def test_sdpa_returns_no_attentions() -> None:
+    assert randomize(ViTCLSModel(build_tiny_config()))(build_images(), output_attentions=True).attentions in (
+        None,
+        (None, None),
+        (),
+    )
 
 
 # Compilation and export
@@ -142,13 +149,13 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_compiler")
 @each_kind
 def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert_same_outputs(compiled(images(), **inputs), model(images(), **inputs), 1e-6)
+        assert_same_outputs(compiled(build_images(), **inputs), model(build_images(), **inputs), 1e-6)
 
 
-# All blocks in few models, since tracing one takes seconds.
+# Few models contain all blocks, because tracing a model takes seconds.
 TOGETHER = {
     "gated MLP": ["swiglu", "qk_norm", "no_key_bias", "layer_scale", "rope", "tokens", "mlp_head"],
     "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling"],
@@ -157,8 +164,8 @@ TOGETHER = {
 }
 
 
-def with_blocks(name: str) -> dict[str, Any]:
-    """The fields of all of these blocks."""
+def merge_blocks(name: str) -> dict[str, Any]:
+    """Return the fields of all of these blocks."""
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
 
@@ -166,13 +173,13 @@ def with_blocks(name: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**with_blocks(name))))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     gradients = []
     for run in (model, compiled):
         model.zero_grad()
-        run(images(), labels=torch.tensor([0, 2])).loss.backward()
+        run(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert_same_outputs(*gradients, 1e-6)
 
@@ -181,57 +188,61 @@ def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_compiled_code_agrees(kind: str) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**BLOCKS["scopes"], position_embedding_type=kind)))
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(**BLOCKS["scopes"], position_embedding_type=kind))
+    )
     compiled = torch.compile(model, fullgraph=True)
     for size in ((32, 32), (24, 56)):
-        assert_same_outputs(compiled(images(2, *size)), model(images(2, *size)), 1e-5)
+        assert_same_outputs(compiled(build_images(2, *size)), model(build_images(2, *size)), 1e-5)
 
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("name", TOGETHER)
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
-    model = filled(ViTCLSForImageClassification(tiny_config(**with_blocks(name))))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     for number in (1, 2, 7):
-        assert_same_outputs(program.module()(images(number)), model(images(number)), 1e-6)
+        assert_same_outputs(program.module()(build_images(number)), model(build_images(number)), 1e-6)
 
 
 @each_kind
 def test_export_of_each_class(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
-    assert_same_outputs(program.module()(images(5)), model(images(5)), 1e-6)
+    program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
+    assert_same_outputs(program.module()(build_images(5)), model(build_images(5)), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["classifier", "multi_task", "masked"])
 def test_export_with_the_loss(name: str) -> None:
     model_class, fields, inputs = KINDS[name]
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     batch = torch.export.Dim("batch", min=1, max=1024)
-    three = {"pixel_values": images(3), **_repeated(inputs, [0, 1, 0])}
+    three = {"pixel_values": build_images(3), **_repeat_inputs(inputs, [0, 1, 0])}
     dynamic = {
         key: {task: {0: batch} for task in value} if isinstance(value, dict) else {0: batch}
         for key, value in three.items()
     }
     program = torch.export.export(model, (), three, dynamic_shapes=dynamic)
-    five = {"pixel_values": images(5), **_repeated(inputs, [0, 1, 0, 1, 1])}
+    five = {"pixel_values": build_images(5), **_repeat_inputs(inputs, [0, 1, 0, 1, 1])}
     assert_same_outputs(program.module()(**five), model(**five), 1e-6)
 
 
-def _repeated(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The inputs of a class with these rows of each tensor."""
-    return {key: _repeated(value, rows) if isinstance(value, dict) else value[rows] for key, value in inputs.items()}
+def _repeat_inputs(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Return the inputs of a class with these rows of each tensor."""
+    return {
+        key: _repeat_inputs(value, rows) if isinstance(value, dict) else value[rows] for key, value in inputs.items()
+    }
 
 
-# Plans for several devices
+# Parallelism plans
 
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
-def test_plans_name_modules_that_exist(mlp_type: str) -> None:
-    config = tiny_config(mlp_type=mlp_type)
+def test_plans_contain_only_existing_modules(mlp_type: str) -> None:
+    config = build_tiny_config(mlp_type=mlp_type)
     model = ViTCLSModel(config)
     modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
     other_mlp = {"mlp": ("gate_proj", "up_proj", "down_proj"), "swiglu": ("fc1", "fc2")}[mlp_type]

@@ -1,4 +1,4 @@
-"""`token_attention`: the special tokens' rows of the attention maps, equal to those of eager attention."""
+"""`token_attention`: the attention of the special tokens, equal to the rows of eager attention maps."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from tiny_models import (
     LAYOUTS,
     TASKS,
     assert_no_recording,
+    build_images,
+    build_tiny_config,
     each_kind,
     each_layout,
-    filled,
-    images,
-    largest_difference,
+    get_largest_difference,
     raises_one_line,
-    tiny_config,
+    randomize,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
-# What changes scores, and how special tokens look at others.
+# Fields that change attention scores or masks.
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
     "gates": {"gated_tokens": {"registers": 2}},
@@ -43,8 +43,8 @@ MASK = torch.ones(2, NUM_SPECIAL + NUM_PATCHES, dtype=torch.long)
 MASK[1, 10:14] = 0
 
 
-def by_eager_attention(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """All special tokens' rows [batch, layer, head, special token, key], cut from whole attention maps."""
+def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Return all special tokens' rows [batch, layer, head, special token, key] of the full attention maps."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixels, output_attentions=True, **inputs).attentions
@@ -56,11 +56,11 @@ def by_eager_attention(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementation: str) -> None:
-    model = filled(ViTCLSModel(tiny_config(**layout)))
+    model = randomize(ViTCLSModel(build_tiny_config(**layout)))
     model.set_attn_implementation(implementation)
-    for pixels in (images(), images(2, 24, 56)):
+    for pixels in (build_images(), build_images(2, 24, 56)):
         rows = model.token_attention(pixels)
-        assert largest_difference(rows, by_eager_attention(model, pixels)) <= 1e-5
+        assert get_largest_difference(rows, get_eager_rows(model, pixels)) <= 1e-5
         layout_of = model.config.token_layout
         num_keys = layout_of.num_prefix_tokens + pixels.shape[-2] * pixels.shape[-1] // 64
         assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
@@ -70,147 +70,150 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("fields", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_every_attention_equals_eager_attention(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS | fields)))
-    rows = model.token_attention(images(), attention_mask=mask)
-    assert largest_difference(rows, by_eager_attention(model, images(), attention_mask=mask)) <= 1e-5
-    assert largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
+    rows = model.token_attention(build_images(), attention_mask=mask)
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
 def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS | ATTENTIONS["scopes"])))
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
     model.set_attn_implementation("flex_attention")
-    rows = model.token_attention(images(), attention_mask=mask)
-    assert largest_difference(rows, by_eager_attention(model, images(), attention_mask=mask)) <= 1e-5
+    rows = model.token_attention(build_images(), attention_mask=mask)
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("flash_attention")
 @pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"])
 def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
-    """The model and its token attention hide the same tokens as with eager attention."""
-    model = filled(ViTCLSModel(tiny_config(**TOKENS | fields)))
-    eager = by_eager_attention(model, images(), attention_mask=MASK)
-    wanted = model(images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
-    unmasked = model(images()).last_hidden_state[MASK.bool()]
+    """The model and its token attention mask the same tokens as eager attention."""
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
+    eager = get_eager_rows(model, build_images(), attention_mask=MASK)
+    wanted = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    unmasked = model(build_images()).last_hidden_state[MASK.bool()]
     model.config._attn_implementation = "flash_attention_2"
-    found = model(images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
-    assert largest_difference(found, wanted) <= 1e-5 < largest_difference(unmasked, wanted)
-    rows = model.token_attention(images(), attention_mask=MASK)
-    assert largest_difference(rows, eager) <= 1e-5
+    found = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
+    assert get_largest_difference(found, wanted) <= 1e-5 < get_largest_difference(unmasked, wanted)
+    rows = model.token_attention(build_images(), attention_mask=MASK)
+    assert get_largest_difference(rows, eager) <= 1e-5
     assert rows[1, ..., 10:14].abs().max() == 0 < rows[0, ..., 10:14].min()
 
 
 @torch.no_grad()
 @each_kind
 def test_every_class_has_it(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = filled(model_class(tiny_config(**fields)))
-    assert largest_difference(model.token_attention(images()), by_eager_attention(model, images())) <= 1e-5
+    model = randomize(model_class(build_tiny_config(**fields)))
+    assert get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images())) <= 1e-5
 
 
 @torch.no_grad()
-def test_heads_that_read_few_tokens_hide_none() -> None:
-    """The last layer is otherwise computed for the tokens that the heads read."""
-    config = tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
-    for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(tiny_config(**TOKENS))):
-        assert get_num_tokens_read(filled(model).vitcls, {}) is not None
-        assert largest_difference(model.token_attention(images()), by_eager_attention(model, images())) <= 1e-5
+def test_heads_that_read_few_tokens_record_all_tokens() -> None:
+    """Without recorders, the last layer computes only the tokens that the heads read."""
+    config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
+    for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(build_tiny_config(**TOKENS))):
+        assert get_num_tokens_read(randomize(model).vitcls, {}) is not None
+        assert (
+            get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images()))
+            <= 1e-5
+        )
 
 
 @torch.no_grad()
-def test_groups_and_layers_can_be_chosen() -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS, num_hidden_layers=3)))
-    everything = model.token_attention(images())
+def test_groups_and_layers_can_be_selected() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
+    everything = model.token_attention(build_images())
     for tokens, places in {
         ("cls",): [0, 1],
         ("distillation",): [2],
         ("registers", "cls"): [0, 1, 3, 4, 5],  # in the order of the sequence
         (): [],
     }.items():
-        assert torch.equal(model.token_attention(images(), tokens=tokens), everything[:, :, :, places])
+        assert torch.equal(model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places])
     for layers, indices in {(1,): [1], (-1,): [2], (2, 0, 2): [2, 0, 2]}.items():
-        assert torch.equal(model.token_attention(images(), layers=list(layers)), everything[:, indices])
+        assert torch.equal(model.token_attention(build_images(), layers=list(layers)), everything[:, indices])
 
 
 @torch.no_grad()
-def test_groups_without_tokens_give_no_rows() -> None:
-    model = filled(ViTCLSModel(tiny_config(**LAYOUTS["no_special_tokens"])))
-    assert model.token_attention(images()).shape == (2, NUM_LAYERS, 2, 0, NUM_PATCHES)
-    model = filled(ViTCLSModel(tiny_config()))
-    assert model.token_attention(images(), tokens=("registers",)).shape == (2, NUM_LAYERS, 2, 0, 1 + NUM_PATCHES)
+def test_groups_without_tokens_have_no_rows() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["no_special_tokens"])))
+    assert model.token_attention(build_images()).shape == (2, NUM_LAYERS, 2, 0, NUM_PATCHES)
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    assert model.token_attention(build_images(), tokens=("registers",)).shape == (2, NUM_LAYERS, 2, 0, 1 + NUM_PATCHES)
 
 
-def test_what_does_not_exist_is_refused() -> None:
-    model = filled(ViTCLSModel(tiny_config()))
+def test_unknown_groups_and_layers_are_errors() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("tokens", "'patches'", "cls, distillation, registers"):
-        model.token_attention(images(), tokens=("cls", "patches"))
+        model.token_attention(build_images(), tokens=("cls", "patches"))
     for index in (2, -3):
         with raises_one_line("layers", f"no layer {index}", "has 2"):
-            model.token_attention(images(), layers=[0, index])
+            model.token_attention(build_images(), layers=[0, index])
     for layers in ([], "last"):
         with raises_one_line("layers", repr(layers), '"all"'):
-            model.token_attention(images(), layers=layers)  # type: ignore[arg-type]
+            model.token_attention(build_images(), layers=layers)  # type: ignore[arg-type]
     with raises_one_line("pixel_values has 4"):
-        model.token_attention(images(channels=4))
+        model.token_attention(build_images(channels=4))
     assert_no_recording(model)
 
 
 def test_recorders_are_removed() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config()))
-    model.token_attention(images())
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    model.token_attention(build_images())
     assert_no_recording(model)
 
 
 @torch.no_grad()
 def test_a_recorder_of_the_user_is_restored() -> None:
-    model, calls = filled(ViTCLSModel(tiny_config())), []
+    model, calls = randomize(ViTCLSModel(build_tiny_config())), []
     model.layers[0].attention.recorder = lambda *args: calls.append(args)
-    model.token_attention(images())
+    model.token_attention(build_images())
     assert not calls
-    model(images())
+    model(build_images())
     assert len(calls) == 1
 
 
 def test_gradients_flow() -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS)))
-    pixels = images().requires_grad_()
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
+    pixels = build_images().requires_grad_()
     gradients = []
-    for rows in (model.token_attention(pixels), by_eager_attention(model, pixels)):
+    for rows in (model.token_attention(pixels), get_eager_rows(model, pixels)):
         gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
     assert gradients[0].abs().max() > 0
-    assert largest_difference(*gradients) <= 1e-5
+    assert get_largest_difference(*gradients) <= 1e-5
 
 
 @torch.no_grad()
-def test_dropout_is_left_out() -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS, attention_probs_dropout_prob=0.9)))
+def test_dropout_is_not_applied() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, attention_probs_dropout_prob=0.9)))
     assert torch.equal(
-        model.train().token_attention(images(), layers=[0]), model.eval().token_attention(images())[:, :1]
+        model.train().token_attention(build_images(), layers=[0]), model.eval().token_attention(build_images())[:, :1]
     )
 
 
 @torch.no_grad()
 def test_half_precision() -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS))).bfloat16()
-    rows = model.token_attention(images())
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
+    rows = model.token_attention(build_images())
     assert rows.dtype == torch.bfloat16
-    assert largest_difference(rows.float(), by_eager_attention(model, images()).float()) <= 0.02
+    assert get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_have_it() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**TOKENS)))
-    expected = model.token_attention(images())
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    expected = model.token_attention(build_images())
     model.compile(backend="eager")
-    model(images())  # compiled without recorders
-    assert torch.equal(model.token_attention(images()), expected)
-    assert torch.equal(torch.compile(model, backend="eager").token_attention(images()), expected)
+    model(build_images())  # compiled without recorders
+    assert torch.equal(model.token_attention(build_images()), expected)
+    assert torch.equal(torch.compile(model, backend="eager").token_attention(build_images()), expected)
 
 
-class LargestMap(TorchDispatchMode):
-    """Notes whether any operation gives a map of all tokens on all tokens."""
+class MapDetector(TorchDispatchMode):
+    """Record whether any operation returns a full map of all tokens and all keys."""
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -218,17 +221,17 @@ class LargestMap(TorchDispatchMode):
         self.found = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at its shape."""
+        """Run the operation and check the shape of the result."""
         result = function(*args, **(kwargs or {}))
         self.found |= isinstance(result, torch.Tensor) and result.shape[-2:] == self.shape
         return result
 
 
 @torch.no_grad()
-def test_no_whole_map_is_made() -> None:
-    model = filled(ViTCLSModel(tiny_config(**TOKENS)))
-    with LargestMap(NUM_SPECIAL + NUM_PATCHES) as by_rows:
-        model.token_attention(images())
-    with LargestMap(NUM_SPECIAL + NUM_PATCHES) as by_maps:
-        by_eager_attention(model, images())
+def test_no_full_map_is_computed() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
+    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_rows:
+        model.token_attention(build_images())
+    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_maps:
+        get_eager_rows(model, build_images())
     assert by_maps.found and not by_rows.found

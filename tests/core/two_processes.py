@@ -1,9 +1,9 @@
-"""What two processes of test_kernels_on_and_off.py and test_outputs.py run, started by ready.py:
+"""Code that runs in the two processes of test_kernels_on_and_off.py and test_outputs.py. Start with:
 
     two_processes.py TARGET
 
 TARGET/sharded.pt contains the results of one training step with FSDP2, with and without CPU kernels;
-TARGET/gathered.pt the outputs that accelerate gathered from both processes.
+TARGET/gathered.pt contains the outputs that accelerate gathered from both processes.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_models import filled, images, tiny_config
+from tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls
 
@@ -38,15 +38,15 @@ def main(target: Path) -> None:
 
 
 def train_sharded(has_kernels: bool) -> dict[str, Any]:
-    """Return loss and whole gradients of a step with FSDP2, each process with one of two images."""
-    model: Any = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=2)))
+    """Return loss and full gradients of a step with FSDP2, with one of two images in each process."""
+    model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
     if not has_kernels:
         cpu_kernels_vitcls.uninstall_cpu_kernels(model)
     for layer in model.vitcls.layers:
         fully_shard(layer)
     fully_shard(model)
     rank = distributed.get_rank()
-    loss = model(images()[rank : rank + 1], labels=torch.tensor([0, 2])[rank : rank + 1]).loss
+    loss = model(build_images()[rank : rank + 1], labels=torch.tensor([0, 2])[rank : rank + 1]).loss
     loss.backward()
     gradients = {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
     classes = {type(module).__name__.removeprefix("FSDP") for module in model.modules()}
@@ -55,11 +55,11 @@ def train_sharded(has_kernels: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def gather_outputs(accelerator: Accelerator) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the tensors of gathered outputs, each process with one of two images."""
-    own_image = images()[accelerator.process_index :][:1]
+    """Return the tensors of gathered outputs, with one of two images in each process."""
+    own_image = build_images()[accelerator.process_index :][:1]
     gathered = {}
     for model_class in (ViTCLSModel, ViTCLSForImageClassification):
-        model = accelerator.prepare(filled(model_class(tiny_config(num_register_tokens=2))))
+        model = accelerator.prepare(randomize(model_class(build_tiny_config(num_register_tokens=2))))
         output = accelerator.gather(model(own_image))
         assert type(output) is type(accelerator.unwrap_model(model)(own_image))
         gathered[model_class.__name__] = dict(output)

@@ -24,7 +24,7 @@ from modeling_vitcls.data.streaming import StreamedImages, augment_images, read_
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
-NUM_PICTURES = 60
+NUM_IMAGES = 60
 
 
 def encoded(index: int) -> bytes:
@@ -40,7 +40,7 @@ def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, 
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     names = labels.names if isinstance(labels, datasets.ClassLabel) else ["a", "b", "c"]
     for shard in range(num_shards):
-        indices = range(shard, NUM_PICTURES, num_shards)
+        indices = range(shard, NUM_IMAGES, num_shards)
         rows = {
             "image": [
                 {"bytes": b"no picture" + bytes([index]) if index in broken else encoded(index), "path": None}
@@ -104,11 +104,11 @@ def test_every_pass_shows_each_image_once_in_another_order(shards: Path) -> None
     assert isinstance(data.train, StreamedImages) and data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
     held_out = held_out_of(data)
-    length = NUM_PICTURES - len(held_out)
+    length = NUM_IMAGES - len(held_out)
     examples = list(islice(data.train.iterate_examples(0, 0, 1), 3 * length))
     passes = [shown(examples[start : start + length]) for start in (0, length, 2 * length)]
     for number, order in enumerate(passes):
-        assert sorted([*order, *held_out]) == list(range(NUM_PICTURES))
+        assert sorted([*order, *held_out]) == list(range(NUM_IMAGES))
         assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {number}
     assert passes[0] != passes[1] != passes[2]
     assert all(example.label == number % 3 for example, number in zip(examples, shown(examples), strict=True))
@@ -122,10 +122,10 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     for process in range(num_processes):
         trained += shown(
             example
-            for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_PICTURES)
+            for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_IMAGES)
             if example.epoch == 0
         )
-    assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_PICTURES))
+    assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_IMAGES))
 
 
 def test_two_processes_see_in_a_step_what_one_sees(tmp_path: Path) -> None:
@@ -236,6 +236,12 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
         load_evaluation_data(options, "tset")
 
 
+def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
+    with pytest.raises(ValueError, match=r"no image is held out. Set a larger --held-out-fraction"):
+        read(two_shards)
+
+
 def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = held_out_of(read(two_shards))
     for module in (streaming, training_data):
@@ -245,10 +251,10 @@ def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, mo
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert held_out_of(data) == whole[:3]
-    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_PICTURES
+    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3"
-    trained = shown(islice(data.train.iterate_examples(0, 0, 1), NUM_PICTURES - len(whole)))
-    assert sorted([*trained, *whole]) == list(range(NUM_PICTURES))  # none of the held-out part
+    trained = shown(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
+    assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # none of the held-out part
 
 
 def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +274,9 @@ def test_a_split_of_the_dataset_is_read_whole(two_shards: Path, tmp_path: Path) 
         (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
     data = read(tmp_path)
     assert data.held_out_name == "split 'validation'"
-    assert sorted(held_out_of(data)) == list(range(1, NUM_PICTURES, 2))
+    assert sorted(held_out_of(data)) == list(range(1, NUM_IMAGES, 2))
     assert isinstance(data.train, StreamedImages)
-    assert sorted(shown(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_PICTURES, 2))
+    assert sorted(shown(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_IMAGES, 2))
     _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
     assert len(pictures) == 30
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from scripts_in_process import SCRIPTS, run_in_process
-from tiny_models import BLOCKS, LAYOUTS, filled, images, raises_one_line, tiny_config
+from tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -108,7 +108,7 @@ def slow(*values: Any) -> Any:
 
 def checkpoint(folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any) -> Any:
     """Save a small model with random weights and an image processor, and return the model."""
-    model = filled(model_class(tiny_config(**fields)))
+    model = randomize(model_class(build_tiny_config(**fields)))
     model.save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
     return model
@@ -163,7 +163,7 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
     report = export_model(str(tmp_path / "model"), "onnx", file)
     assert not report.fixed_because
     for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
-        pixel_values = images(batch, height, width, seed=7)
+        pixel_values = build_images(batch, height, width, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert list(report.outputs) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx", "model.onnx.json"]
@@ -175,18 +175,18 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
 def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", **fields)
     export_model(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx")
-    pixel_values = images(2, 48, 24, seed=7)
+    pixel_values = build_images(2, 48, 24, seed=7)
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
     assert "aten.scaled_dot_product_attention.default" in operators
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
-    pixel_values = images(3, 24, 48)
+    pixel_values = build_images(3, 24, 48)
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
@@ -196,11 +196,11 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
     report = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
     assert report.input["shape"] == ["batch", 3, 24, 56]
     assert not report.fixed_because  # a dynamic size was not requested
-    pixel_values = images(4, 24, 56, seed=7)
+    pixel_values = build_images(4, 24, 56, seed=7)
     assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
     assert b"Resize" not in file.read_bytes()
     with pytest.raises(Exception, match="index: 3 Got: 48 Expected: 56"):
-        run_onnx(file, images(1, 24, 48))
+        run_onnx(file, build_images(1, 24, 48))
 
 
 @pytest.mark.slow
@@ -221,20 +221,22 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
         report = export_model(str(tmp_path / "model"), "onnx", file, image_size=size)
         assert word in report.fixed_because
         assert report.input["shape"] == ["batch", 3, *size]
-        assert_close(run_onnx(file, images(2, *size)), compute_outputs(model, images(2, *size)))
+        assert_close(run_onnx(file, build_images(2, *size)), compute_outputs(model, build_images(2, *size)))
 
 
 @torch.no_grad()
 def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(merged_patches_per_layer=3, num_register_tokens=2))).eval()
+    model = randomize(
+        ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, num_register_tokens=2))
+    ).eval()
     shape = select_graph_shape(model, (32, 24), dynamic=True)
     assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
     graph = trace_model(model, shape, torch.float32).module()
     adapted = model.adapt(image_size=[32, 24])
     for batch in (1, 2, 5):
-        pixel_values = images(batch, 32, 24, seed=7)
+        pixel_values = build_images(batch, 32, 24, seed=7)
         torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)
-    plain = filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=2)))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
     assert (plain(pixel_values).logits - adapted(pixel_values).logits).abs().max() > 1e-3
 
 
@@ -247,7 +249,7 @@ def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> Non
     assert report.largest_differences["logits"] <= LIMIT and "merged_patches" in report.fixed_because
     assert len({trial.shape[0] for trial in report.tried}) > 1
     if format_name == "onnx":
-        pixel_values = images(5, 32, 32, seed=7)
+        pixel_values = build_images(5, 32, 32, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
 
 
@@ -258,7 +260,9 @@ def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path
     file = tmp_path / f"half{formats.FORMATS[format_name].suffix}"
     report = export_model(str(tmp_path / "model"), format_name, file, dtype=dtype)
     assert (
-        LIMIT < report.largest_differences["logits"] < 0.05 * np.abs(compute_outputs(model, images())["logits"]).max()
+        LIMIT
+        < report.largest_differences["logits"]
+        < 0.05 * np.abs(compute_outputs(model, build_images())["logits"]).max()
     )
     assert report.dtype == dtype
     whole = tmp_path / "model" / "model.safetensors"
@@ -267,13 +271,13 @@ def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path
 
 def test_an_encoder_without_pooler(tmp_path: Path) -> None:
     """A model that was saved without a pooler is exported without a pooler."""
-    model = filled(ViTCLSModel(tiny_config(pooling="attention"), add_pooling_layer=False))
+    model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path / "model")
     loaded = load_exportable(str(tmp_path / "model"))
     assert loaded.processor is None
-    outputs = NamedOutputs(loaded.model)(images())
+    outputs = NamedOutputs(loaded.model)(build_images())
     assert list(outputs) == ["last_hidden_state"]
-    assert torch.equal(outputs["last_hidden_state"], model(images()).last_hidden_state)
+    assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
 
 
 def test_a_preset_has_random_weights() -> None:
@@ -324,7 +328,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
     """The printed code requires neither this package nor torch."""
     model, file, printed = exported
     lines = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
-    np.save(file.parent / "in.npy", images(2, 40, 24).numpy())
+    np.save(file.parent / "in.npy", build_images(2, 40, 24).numpy())
     program = "\n".join(
         [
             "import numpy, onnxruntime, sys",
@@ -335,7 +339,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
         ]
     )
     subprocess.run([sys.executable, "-I", "-c", program], check=True, timeout=300)
-    wanted = compute_outputs(model, images(2, 40, 24))
+    wanted = compute_outputs(model, build_images(2, 40, 24))
     assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
 
 
@@ -350,14 +354,14 @@ def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
     assert list(report["labels"]) == names
     graph = torch.export.load(file).module()
     for size in ((32, 32), (48, 24)):
-        pixel_values = images(4, *size, seed=7)
+        pixel_values = build_images(4, *size, seed=7)
         assert_close(
             {name: output.numpy() for name, output in graph(pixel_values).items()},
             compute_outputs(model, pixel_values),
         )
     assert str(ROOT).encode() not in file.read_bytes()
     with pytest.raises(Exception, match=">= 24"):  # smaller than the smallest size in the report
-        graph(images(1, 32, 16))
+        graph(build_images(1, 32, 16))
 
 
 @pytest.mark.slow
@@ -378,7 +382,7 @@ def test_openvino(tmp_path: Path) -> None:
     export_model(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml")
     assert (tmp_path / "vit.bin").is_file()
     compiled = openvino.Core().compile_model(tmp_path / "vit.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    pixel_values = images(2, 56, 24, seed=7)
+    pixel_values = build_images(2, 56, 24, seed=7)
     outputs = compiled({"pixel_values": pixel_values.numpy()})
     wanted = compute_outputs(model, pixel_values)
     assert_close({name: outputs[name] for name in wanted}, wanted)
@@ -387,7 +391,7 @@ def test_openvino(tmp_path: Path) -> None:
 
 
 def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(position_antialias=True)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(position_antialias=True)))
     openvino, onnx = (formats.FORMATS[name].has_antialias for name in ("openvino", "onnx"))
     shape = select_graph_shape(model, (24, 40), dynamic=True, has_antialias=openvino)
     assert "position_antialias" in shape.fixed_size_reason
@@ -426,7 +430,7 @@ def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: py
 
 
 def test_nan_is_over_the_limit() -> None:
-    batch = [images()]
+    batch = [build_images()]
     with raises_one_line("logits by nan"):
         exporter.compare_outputs(
             batch, [{"logits": torch.zeros(2)}], [{"logits": torch.tensor([0.0, torch.nan])}], "float16"
@@ -437,7 +441,7 @@ def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
     for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
         with raises_one_line("the written graph must have the outputs [('logits', [2, 3])]"):
-            exporter.compare_outputs([images()], wanted, [found], "float32")
+            exporter.compare_outputs([build_images()], wanted, [found], "float32")
 
 
 def test_unsupported_models(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import each_layout, filled, images, tiny_config
+from tiny_models import build_images, build_tiny_config, each_layout, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
@@ -19,22 +19,22 @@ def export_and_run(model: torch.nn.Module, file: Path, num_images: int) -> dict[
     """Export with an example batch of one image, and return the outputs of the file for more images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (images(1),), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+        torch.onnx.export(model, (build_images(1),), file, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     assert graph_input.shape == ["batch", 3, 32, 32]
     names = [output.name for output in session.get_outputs()]
-    arrays = session.run(None, {graph_input.name: images(num_images).numpy()})
+    arrays = session.run(None, {graph_input.name: build_images(num_images).numpy()})
     return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
 @pytest.mark.slow
 @each_layout
 def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: dict[str, Any]) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**layout)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
     outputs = list(export_and_run(model, tmp_path / "model.onnx", 5).values())
     with torch.no_grad():
-        expected = model(images(5))
+        expected = model(build_images(5))
     names = ["logits", *(["cls_logits", "distillation_logits"] if expected.distillation_logits is not None else [])]
     assert len(outputs) == len(names)
     for name, output in zip(names, outputs, strict=True):
@@ -43,14 +43,14 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: 
 
 @pytest.mark.slow
 def test_the_encoder(tmp_path: Path) -> None:
-    model = filled(ViTCLSModel(tiny_config(num_register_tokens=2)))
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     sequence, pooled = export_and_run(model, tmp_path / "model.onnx", 3).values()
     with torch.no_grad():
-        expected = model(images(3))
+        expected = model(build_images(3))
     assert (sequence - expected.last_hidden_state).abs().max() <= 1e-5
     assert (pooled - expected.pooler_output).abs().max() <= 1e-5
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:
-    outputs = filled(ViTCLSForImageClassification(tiny_config()))(images())
+    outputs = randomize(ViTCLSForImageClassification(build_tiny_config()))(build_images())
     assert outputs.cls_logits is outputs.logits

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts_in_process import run_in_process
-from tiny_models import KINDS, filled, raises_one_line, tiny_config
+from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
 from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -68,7 +68,7 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
 
 def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     model_class, fields, _ = KINDS["multi_task"]
-    filled(model_class(tiny_config(**fields))).save_pretrained(tmp_path / "tasks")
+    randomize(model_class(build_tiny_config(**fields))).save_pretrained(tmp_path / "tasks")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")

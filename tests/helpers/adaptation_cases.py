@@ -1,4 +1,4 @@
-"""What the tests of adaptation share: the ways to adapt a model, and what is logged."""
+"""Helpers of the adaptation tests: adapt a model, and read the log."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 
-def adapted_by(old: Any, loader: Any, folder: Path, **change: Any) -> Any:
-    """The model with other values, by the way that `loader` names."""
+def adapt_with_loader(old: Any, loader: Any, folder: Path, **change: Any) -> Any:
+    """Return the model with changed fields, adapted by `loader.from_pretrained`, or by `adapt` if `loader` is None."""
     if loader is None:
         return old.adapt(**change)
     old.save_pretrained(folder)
     return loader.from_pretrained(folder, **change)
 
 
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The lines that adaptation has logged."""
+def get_logged_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the messages that adaptation logged."""
     return [record.getMessage() for record in caplog.records if record.name == "modeling_vitcls.adaptation_vitcls"]

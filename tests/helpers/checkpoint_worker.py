@@ -1,4 +1,4 @@
-"""The checks of test_checkpoints.py, which run in two processes. Started by
+"""Checks of test_checkpoints.py that run in two processes. Start with:
 
 torchrun --nproc-per-node 2 checkpoint_worker.py FOLDER
 """
@@ -30,13 +30,13 @@ from modeling_vitcls.training.optimizer import Ema
 
 
 NUM_PROCESSES = 2
-# Three registers, five labels, and a width of 30: nothing divides into even shards.
+# Three registers, five labels and a width of 30: no size is divisible into even shards.
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 30, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 3, "intermediate_size": 45, "num_register_tokens": 3, "num_labels": 5}
 
 
 class Training:
-    """A model on both processes, with optimizer and moving average."""
+    """A model on both processes, with an optimizer and a moving average of the weights."""
 
     def __init__(self, kind: str, seed: int, accelerator: Accelerator) -> None:
         torch.manual_seed(seed)
@@ -53,7 +53,7 @@ class Training:
         self.ema = Ema(model, decay=0.9)
 
     def run(self, first: int, last: int) -> list[float]:
-        """Steps `first` to `last` - 1; the losses of this process."""
+        """Train from step `first` to step `last` - 1 and return the losses of this process."""
         return [self.step(step) for step in range(first, last)]
 
     def step(self, step: int) -> float:
@@ -76,8 +76,8 @@ class Training:
         assert facts is not None and (checkpoint is None) != self.accelerator.is_main_process
         scatter_state(checkpoint, facts, self.accelerator, self.model, self.optimizer, self.ema.shadow)
 
-    def values(self) -> dict[str, torch.Tensor]:
-        """Everything, as this process holds it."""
+    def get_local_tensors(self) -> dict[str, torch.Tensor]:
+        """Return copies of all weights, optimizer moments and averages, as stored on this process."""
         moments = {
             f"{place}/{key}": value
             for place, entry in self.optimizer.state_dict()["state"].items()
@@ -90,7 +90,7 @@ class Training:
         }
 
 
-def goes_on_to_the_bit(kind: str, folder: Path, accelerator: Accelerator) -> None:
+def check_exact_resume(kind: str, folder: Path, accelerator: Accelerator) -> None:
     store = CheckpointStore(folder / kind, keep=2)
     training = Training(kind, 0, accelerator)
     training.run(0, 3)
@@ -99,14 +99,15 @@ def goes_on_to_the_bit(kind: str, folder: Path, accelerator: Accelerator) -> Non
     resumed = Training(kind, 1, accelerator)
     resumed.load(store)
     assert resumed.run(3, 6) == expected
-    values = training.values()
-    assert len(values) > 4 * len(list(training.model.parameters()))  # weights, two moments and a count, average
-    for name, value in resumed.values().items():
-        assert torch.equal(value, values[name]), name
+    tensors = training.get_local_tensors()
+    # weights, two moments and a step count, average
+    assert len(tensors) > 4 * len(list(training.model.parameters()))
+    for name, value in resumed.get_local_tensors().items():
+        assert torch.equal(value, tensors[name]), name
 
 
-def another_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
-    """What FSDP2 wrote is what DDP reads."""
+def check_other_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
+    """Check that DDP loads a checkpoint that FSDP2 saved."""
     store = CheckpointStore(folder / "shards", keep=2)
     training = Training("FSDP2", 0, accelerator)
     training.run(0, 2)
@@ -121,7 +122,7 @@ def another_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
         assert all(torch.equal(tensor, again[part][name]) for name, tensor in whole[part].items()), part
 
 
-def only_one_is_asked_to_stop(folder: Path, accelerator: Accelerator) -> None:
+def check_signal_to_one_process(folder: Path, accelerator: Accelerator) -> None:
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with Interruption(accelerator) as interruption:
             assert interruption.get_signal() is None
@@ -131,7 +132,7 @@ def only_one_is_asked_to_stop(folder: Path, accelerator: Accelerator) -> None:
             assert interruption.exit_status == status
 
 
-def all_learn_that_it_was_not_saved(folder: Path, accelerator: Accelerator) -> None:
+def check_save_error_on_all_processes(folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         (folder / "a file").touch()
     accelerator.wait_for_everyone()
@@ -143,7 +144,7 @@ def all_learn_that_it_was_not_saved(folder: Path, accelerator: Accelerator) -> N
         raise AssertionError("no error on this process")
 
 
-def all_learn_that_it_cannot_be_read(folder: Path, accelerator: Accelerator) -> None:
+def check_load_error_on_all_processes(folder: Path, accelerator: Accelerator) -> None:
     store = CheckpointStore(folder / "damaged", keep=2)
     assert load_on_main(accelerator, lambda: store.load_newest(print)) == (None, None)
     training = Training("DDP", 0, accelerator)
@@ -159,12 +160,12 @@ def all_learn_that_it_cannot_be_read(folder: Path, accelerator: Accelerator) -> 
 
 
 CHECKS: dict[str, Callable[[Path, Accelerator], None]] = {
-    "DDP goes on to the bit": lambda folder, accelerator: goes_on_to_the_bit("DDP", folder, accelerator),
-    "FSDP2 goes on to the bit": lambda folder, accelerator: goes_on_to_the_bit("FSDP2", folder, accelerator),
-    "another number of shards": another_number_of_shards,
-    "only one is asked to stop": only_one_is_asked_to_stop,
-    "all learn that it was not saved": all_learn_that_it_was_not_saved,
-    "all learn that it cannot be read": all_learn_that_it_cannot_be_read,
+    "DDP goes on to the bit": lambda folder, accelerator: check_exact_resume("DDP", folder, accelerator),
+    "FSDP2 goes on to the bit": lambda folder, accelerator: check_exact_resume("FSDP2", folder, accelerator),
+    "another number of shards": check_other_number_of_shards,
+    "only one is asked to stop": check_signal_to_one_process,
+    "all learn that it was not saved": check_save_error_on_all_processes,
+    "all learn that it cannot be read": check_load_error_on_all_processes,
 }
 
 

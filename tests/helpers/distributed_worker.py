@@ -1,4 +1,4 @@
-"""The checks of test_distributed.py, which run in two processes and compare with the same model in one. Started by
+"""Checks of test_distributed.py that run in two processes and compare with the same model in one process. Start with:
 
 torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
@@ -37,7 +37,7 @@ SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
 TASKS = {"num_cls_tokens": 2, "tasks": {"species": 3, "age": 2}}
 SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
 
-# Name -> model class and configuration. Each must train on several processes just as it is.
+# Name -> model class and configuration fields. Each model must train on several processes without changes.
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one CLS": (vitcls.ViTCLSForImageClassification, {}),
     "distillation and registers": (
@@ -83,112 +83,114 @@ def check(function: Callable) -> Callable:
 
 @check
 def tensor_parallel(layout: str, folder: Path) -> None:
-    """transformers' plan for tensor parallelism: the loss, the gradients and what is saved."""
-    model, path = saved_model(layout, folder)
+    """Check loss, gradients and the saved model with transformers' tensor parallelism."""
+    model, path = save_model(layout, folder)
     parallel = type(model).from_pretrained(path, distributed_config=DistributedConfig(tp_size=NUM_PROCESSES)).train()
     queries = next(weight for name, weight in parallel.named_parameters() if name.endswith("q_proj.weight"))
     assert queries.to_local().shape == (SIZES["hidden_size"] // NUM_PROCESSES, SIZES["hidden_size"])
 
-    loss = loss_of(model, layout, all_images())
-    parallel_loss = loss_of(parallel, layout, all_images())
+    loss = compute_loss(model, layout, build_all_images())
+    parallel_loss = compute_loss(parallel, layout, build_all_images())
     torch.testing.assert_close(parallel_loss, loss, rtol=1e-5, atol=1e-6)
     loss.backward()
     parallel_loss.backward()
-    for (name, wanted), found in zip(model.named_parameters(), parallel.parameters(), strict=True):
-        assert (wanted.grad is None) == (found.grad is None), name
-        if wanted.grad is not None:
-            torch.testing.assert_close(whole(found.grad), wanted.grad, rtol=1e-4, atol=1e-6, msg=describe(name))
+    for (name, expected), actual in zip(model.named_parameters(), parallel.parameters(), strict=True):
+        assert (expected.grad is None) == (actual.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(
+                gather(actual.grad), expected.grad, rtol=1e-4, atol=1e-6, msg=prepend_name(name)
+            )
 
     parallel.save_pretrained(folder / "parallel")
     distributed.barrier()
     again = type(model).from_pretrained(folder / "parallel")
-    for (name, wanted), found in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(found, wanted), name
+    for (name, expected), actual in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(actual, expected), name
 
 
 @check
-def sharded_by_plan(layout: str, folder: Path) -> None:
-    """FSDP2 as transformers' plan for it says."""
+def fsdp_by_plan(layout: str, folder: Path) -> None:
+    """Check a training step with FSDP2 as set up by transformers."""
     if layout == "backbone":
-        return  # see `sharded_by_block`
-    model, path = saved_model(layout, folder)
+        return  # see `fsdp_by_block`
+    model, path = save_model(layout, folder)
     config = DistributedConfig(fsdp_size=NUM_PROCESSES)
     compare_a_step(layout, model, type(model).from_pretrained(path, distributed_config=config))
 
 
 @check
-def sharded_by_block(layout: str, folder: Path) -> None:
-    """FSDP2 by the blocks that `_no_split_modules` names, which is how accelerate wraps.
+def fsdp_by_block(layout: str, folder: Path) -> None:
+    """Check a training step with FSDP2 applied to the modules in `_no_split_modules`, as accelerate does.
 
-    A backbone is wrapped as a part of something else, as it is used. By itself it cannot: FSDP2 renames the class of
-    the outermost module, and transformers, which records hidden states by the name of the class, gives none (nor does
-    its own ViT).
+    A backbone is sharded as a submodule of another module, as in real models. If it is the outermost module, FSDP2
+    renames its class. transformers, which finds the class by name, then records no hidden states. Its own ViT has the
+    same problem.
     """
-    model, path = saved_model(layout, folder)
+    model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
     blocks = [module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules]
     assert len(blocks) == 1 + SIZES["num_hidden_layers"]
-    whole_model = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
-    for block in [*blocks, whole_model]:
+    outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
+    for block in [*blocks, outer_module]:
         fully_shard(block)
-    compare_a_step(layout, model, whole_model)
+    compare_a_step(layout, model, outer_module)
 
 
 @check
-def token_attention_of_a_sharded_model(layout: str, folder: Path) -> None:
-    """Hooks see gathered weights' queries and keys, for the tokens that the heads do not read too."""
-    model, path = saved_model(layout, folder)
+def token_attention_with_fsdp(layout: str, folder: Path) -> None:
+    """Check that `token_attention` uses gathered weights, also for tokens that the heads do not use."""
+    model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
     for module in list(sharded.modules()):
         if type(module).__name__ in sharded._no_split_modules:
             fully_shard(module)
-    if layout != "backbone":  # see `sharded_by_block`
+    if layout != "backbone":  # see `fsdp_by_block`
         fully_shard(sharded)
     with torch.no_grad():
-        rows, wanted = sharded.token_attention(own_images()), model.token_attention(own_images())
-    torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-6)
+        rows, expected = sharded.token_attention(build_own_images()), model.token_attention(build_own_images())
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
 
 
 @check
 def data_parallel(layout: str, folder: Path) -> None:
-    """DDP through accelerate, which raises at the second step if a parameter took no part in the first."""
+    """Check two steps with DDP through accelerate, whose second step raises an error if a parameter was unused."""
     accelerator = Accelerator(cpu=True)
-    model, path = saved_model(layout, folder)
+    model, path = save_model(layout, folder)
     replica = type(model).from_pretrained(path)
     optimizer = torch.optim.SGD(replica.parameters(), lr=0.1)
     replica, optimizer = accelerator.prepare(replica, optimizer)
     reference = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        loss_of(model.train(), layout, all_images()).backward()
-        accelerator.backward(loss_of(replica.train(), layout, own_images()))
+        compute_loss(model.train(), layout, build_all_images()).backward()
+        accelerator.backward(compute_loss(replica.train(), layout, build_own_images()))
         for each in (reference, optimizer):
             each.step()
             each.zero_grad()
     assert_same_weights(model, accelerator.unwrap_model(replica))
 
 
-def data_parallel_with_a_task_missing(folder: Path) -> None:
-    """A batch without labels for a task must not stop DDP."""
+def data_parallel_with_missing_task(folder: Path) -> None:
+    """Check that DDP continues after a batch without labels for a task."""
     accelerator = Accelerator(cpu=True)
-    model, _ = saved_model("several tasks", folder)
+    model, _ = save_model("several tasks", folder)
     model = accelerator.prepare(model)
     for _ in range(2):
-        accelerator.backward(model.train()(own_images(), labels={"species": torch.tensor([0, 2])}).loss)
+        accelerator.backward(model.train()(build_own_images(), labels={"species": torch.tensor([0, 2])}).loss)
 
 
-def data_parallel_after_masked_images(folder: Path) -> None:
-    """A classifier that starts from masked image modeling trains like any other."""
+def data_parallel_from_masked_image_model(folder: Path) -> None:
+    """Check that DDP trains a classifier whose weights come from masked image modeling."""
     accelerator = Accelerator(cpu=True)
-    _, path = saved_model("masked images", folder)
+    _, path = save_model("masked images", folder)
     model = accelerator.prepare(vitcls.ViTCLSForImageClassification.from_pretrained(path))
     for _ in range(2):
-        accelerator.backward(loss_of(model.train(), "one CLS", own_images()))
+        accelerator.backward(compute_loss(model.train(), "one CLS", build_own_images()))
 
 
 def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     """Build a training loop of four steps on both processes, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
-    model, _ = saved_model("one CLS", folder)
+    model, _ = save_model("one CLS", folder)
     options = TrainingOptions(max_steps=4, batch_size=2, learning_rate=0.1, layer_decay=1.0)
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
@@ -197,12 +199,12 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     return TrainingLoop(state, objective, plan, options, accelerator, hooks, TokenMonitor(model), "accuracy")
 
 
-def each_process_draws_its_own_dropout(folder: Path) -> None:
-    """The random numbers of a forward pass differ between processes and steps, and are the same in a second run."""
+def random_numbers_per_process(folder: Path) -> None:
+    """Check that random numbers of a forward pass differ between processes and steps, and are reproducible."""
 
     def draw(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         drawn.append(torch.rand(4))
-        return {"loss": loss_of(model, "one CLS", own_images())}
+        return {"loss": compute_loss(model, "one CLS", build_own_images())}
 
     runs = []
     for _ in range(2):
@@ -217,11 +219,11 @@ def each_process_draws_its_own_dropout(folder: Path) -> None:
     assert runs[0] == runs[1]
 
 
-def a_loss_that_is_not_finite_on_one_process_stops_both(folder: Path) -> None:
-    """Whichever process it is; no weight changes."""
+def non_finite_loss_stops_all_processes(folder: Path) -> None:
+    """Check that a non-finite loss on either process stops both, and that no weight changes."""
 
     def get_loss(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        loss = loss_of(model, "one CLS", own_images())
+        loss = compute_loss(model, "one CLS", build_own_images())
         return {"loss": loss, "logged": loss} if distributed.get_rank() != failing else {"loss": loss + math.inf}
 
     for failing in range(NUM_PROCESSES):
@@ -240,16 +242,16 @@ def a_loss_that_is_not_finite_on_one_process_stops_both(folder: Path) -> None:
 CHECKS |= {
     function.__name__: function
     for function in (
-        data_parallel_with_a_task_missing,
-        data_parallel_after_masked_images,
-        each_process_draws_its_own_dropout,
-        a_loss_that_is_not_finite_on_one_process_stops_both,
+        data_parallel_with_missing_task,
+        data_parallel_from_masked_image_model,
+        random_numbers_per_process,
+        non_finite_loss_stops_all_processes,
     )
 }
 
 
-def saved_model(layout: str, folder: Path) -> tuple[Any, Path]:
-    """The model of a layout, the same in every process, and where it is saved."""
+def save_model(layout: str, folder: Path) -> tuple[Any, Path]:
+    """Return the model of a layout, equal in all processes, and the folder to which it was saved."""
     model_class, overrides = LAYOUTS[layout]
     torch.manual_seed(0)
     model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
@@ -262,18 +264,18 @@ def saved_model(layout: str, folder: Path) -> tuple[Any, Path]:
     return model, path
 
 
-def all_images() -> torch.Tensor:
-    """The batch of one process, [4, 3, 16, 24]."""
+def build_all_images() -> torch.Tensor:
+    """Return the images of all processes, [4, 3, 16, 24]."""
     return torch.rand(2 * NUM_PROCESSES, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 
 
-def own_images() -> torch.Tensor:
-    """This process's part of that batch, [2, 3, 16, 24]."""
-    return all_images().chunk(NUM_PROCESSES)[distributed.get_rank()]
+def build_own_images() -> torch.Tensor:
+    """Return the images of this process, [2, 3, 16, 24]."""
+    return build_all_images().chunk(NUM_PROCESSES)[distributed.get_rank()]
 
 
-def loss_of(model: Any, layout: str, images: torch.Tensor) -> torch.Tensor:
-    """A loss that is the mean over images; their labels depend on nothing but the images."""
+def compute_loss(model: Any, layout: str, images: torch.Tensor) -> torch.Tensor:
+    """Return a mean loss over images. The labels depend only on the images."""
     model_class, _ = LAYOUTS[layout]
     labels = (images[:, 0, 0, 0] * 100).long()  # [B]
     if model_class is vitcls.ViTCLSForImageClassification:
@@ -289,29 +291,31 @@ def loss_of(model: Any, layout: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def compare_a_step(layout: str, model: Any, sharded: Any) -> None:
-    """One step of SGD on parts of a batch, sharded, must equal one on all of it."""
+    """Check that an SGD step of a sharded model, with half of the batch per process, equals a step on one process."""
     assert any(hasattr(weight, "full_tensor") for weight in sharded.parameters())
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, sharded)]
-    loss_of(model.train(), layout, all_images()).backward()
-    loss_of(sharded.train(), layout, own_images()).backward()
+    compute_loss(model.train(), layout, build_all_images()).backward()
+    compute_loss(sharded.train(), layout, build_own_images()).backward()
     for optimizer in optimizers:
         optimizer.step()
     assert_same_weights(model, sharded)
 
 
 def assert_same_weights(model: Any, other: Any) -> None:
-    """Equal up to the order of float sums."""
-    for (name, wanted), found in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(whole(found.detach()), wanted.detach(), rtol=1e-4, atol=1e-6, msg=describe(name))
+    """Check that weights are equal up to rounding."""
+    for (name, expected), actual in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(
+            gather(actual.detach()), expected.detach(), rtol=1e-4, atol=1e-6, msg=prepend_name(name)
+        )
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which every process may hold a part."""
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole tensor of a sharded or plain tensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def describe(name: str) -> Callable[[str], str]:
-    """Put the name of a parameter before a message."""
+def prepend_name(name: str) -> Callable[[str], str]:
+    """Return a function that prepends the name of a parameter to a message."""
     return lambda message: f"{name}: {message}"
 
 
@@ -319,9 +323,9 @@ def main(folder: Path) -> None:
     """Run every check."""
     torch.set_num_threads(1)
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=60))
-    Accelerator(cpu=True, kwargs_handlers=[limit])  # joins the processes
+    Accelerator(cpu=True, kwargs_handlers=[limit])  # starts the process group
     write_report(CHECKS, folder)
-    distributed.barrier()  # the first process that ends takes the other along
+    distributed.barrier()  # the first process to exit would stop the other
     distributed.destroy_process_group()
 
 

@@ -1,8 +1,9 @@
-"""What test_evaluate.py evaluates, in its own process and, to compare, in two:
+"""Evaluations that test_evaluate.py runs in its own process and compares with two processes:
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 
-FOLDER holds a saved model of digits; it gets `scenarios.json` and what scripts/evaluate.py writes, `new/digits.json`.
+FOLDER contains a saved digits model. The worker writes `scenarios.json`, and `new/digits.json` with the results of
+`vitcls evaluate`.
 """
 
 import io
@@ -36,8 +37,8 @@ from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
 BATCH_SIZE = 3
-NUM_PICTURES = 13  # divides into rounds of neither 3 nor 2 x 3
-BROKEN = (0, 5, 11, 12)  # the last batch has no image that can be read
+NUM_IMAGES = 13  # not a multiple of 3 or 2 x 3
+UNREADABLE = (0, 5, 11, 12)  # the last batch has no readable image
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.5}
@@ -54,15 +55,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build_classifier(name: str) -> Any:
-    """A model in evaluation mode, with the same random weights each time."""
+    """Return a model in evaluation mode, with the same random weights in each call."""
     torch.manual_seed(3)
     config = ViTCLSConfig(**SIZES, **CONFIGS[name], **SPACES[name].to_config_values())
     model_class = ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
     return model_class(config).eval()
 
 
-def random_label(name: str, random: np.random.Generator) -> Any:
-    """No image is of the last class, and some have no species."""
+def draw_label(name: str, random: np.random.Generator) -> Any:
+    """Draw a label. No image has the last class, and some have no species."""
     if name == "single":
         return int(random.integers(6))
     if name == "multi_label":
@@ -70,45 +71,45 @@ def random_label(name: str, random: np.random.Generator) -> Any:
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 
-def build_pictures(name: str, number: int = NUM_PICTURES, broken: tuple[int, ...] = ()) -> LabeledImages:
-    """Labelled noise as PNG files in memory; broken ones end early."""
+def build_labeled_images(name: str, number: int = NUM_IMAGES, unreadable: tuple[int, ...] = ()) -> LabeledImages:
+    """Return noise images with labels, as PNG files in memory. Files with an index in `unreadable` are truncated."""
     random = np.random.default_rng(0)
     encoded, labels = [], []
     for index in range(number):
         file = io.BytesIO()
         Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(file, "PNG")
         content = file.getvalue()
-        encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in broken else content})
-        labels.append(random_label(name, random))
+        encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in unreadable else content})
+        labels.append(draw_label(name, random))
     return LabeledImages(EncodedImages(encoded), labels)
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, pictures: LabeledImages | None = None, **options: Any
+    name: str, accelerator: Accelerator, images: LabeledImages | None = None, **options: Any
 ) -> Evaluator:
-    """An evaluator of one kind of labels."""
-    pictures = pictures or build_pictures(name)
+    """Return an evaluator for one kind of labels."""
+    images = images or build_labeled_images(name)
     options = {"batch_size": BATCH_SIZE, "num_workers": 0} | options
-    return Evaluator(pictures, ViTCLSImageProcessor(size=16), SPACES[name], accelerator=accelerator, **options)
+    return Evaluator(images, ViTCLSImageProcessor(size=16), SPACES[name], accelerator=accelerator, **options)
 
 
 def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
-    """Every scenario's metrics by its name."""
+    """Return scenario -> metrics."""
     results = {name: build_evaluator(name, accelerator)(build_classifier(name)) for name in SPACES}
     for name in SPACES:
-        pictures = build_pictures(name, number=1)
-        results[f"{name}, one picture"] = build_evaluator(name, accelerator, pictures)(build_classifier(name))
-    pictures = build_pictures("single", broken=BROKEN)
-    evaluator = build_evaluator("single", accelerator, pictures, num_workers=1)
+        images = build_labeled_images(name, number=1)
+        results[f"{name}, one image"] = build_evaluator(name, accelerator, images)(build_classifier(name))
+    images = build_labeled_images("single", unreadable=UNREADABLE)
+    evaluator = build_evaluator("single", accelerator, images, num_workers=1)
     model = build_classifier("single")
-    results["broken"] = evaluator(model)
-    results["broken, again"] = evaluator(model)
-    results["sharded"] = build_evaluator("single", accelerator, pictures)(sharded(model, accelerator))
+    results["unreadable"] = evaluator(model)
+    results["unreadable, again"] = evaluator(model)
+    results["sharded"] = build_evaluator("single", accelerator, images)(shard(model, accelerator))
     return results
 
 
-def sharded(model: Any, accelerator: Accelerator) -> Any:
-    """FSDP2, where there are several processes: all of them have to run equally many batches."""
+def shard(model: Any, accelerator: Accelerator) -> Any:
+    """Apply FSDP2 if there are several processes. Then all processes must run the same number of batches."""
     if accelerator.num_processes == 1:
         return model
     for layer in model.vitcls.layers:
@@ -117,21 +118,21 @@ def sharded(model: Any, accelerator: Accelerator) -> Any:
 
 
 def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """What scripts/evaluate.py does; 372 digits do not divide into rounds of 2 x 7."""
+    """Evaluate as `vitcls evaluate` does. 372 digits are not a multiple of 2 x 7."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
 
 
 def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """Return what scripts/evaluate.py --frozen measures."""
+    """Evaluate as `vitcls evaluate --frozen knn` does."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_frozen(EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output))
 
 
 def main() -> None:
-    """Evaluate; the main process writes what came out."""
+    """Evaluate. The main process writes the results."""
     folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["frozen"]:  # in a run of its own, because an evaluation ends the process group
+    if sys.argv[2:] == ["frozen"]:  # in a separate run, because an evaluation ends the process group
         evaluate_frozen_digits(folder, folder / "frozen.json")
         return
     accelerator = build_accelerator()

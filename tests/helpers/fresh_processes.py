@@ -1,10 +1,11 @@
-"""New Python processes that have torch at once: forks of a server that has imported it, but not this package.
+"""Start new Python processes quickly: forks of a server that has imported torch, but not this package.
 
     ran = run_fresh(script, "--flag", environment=environment)    as subprocess.run([sys.executable, script, "--flag"])
-    ran = run_fresh("-I", "-c", code, folder)                     the same, isolated
+    ran = run_fresh("-I", "-c", code, folder)                     the same, in isolated mode
 
-The process itself imports this package, transformers and the other libraries that read the environment. Tests of the
-first import start real processes, as in test_predict.py. Tests that need no new import use warm_processes.py.
+The forks import this package, transformers and the other libraries that read environment variables at import. Tests of
+the first import start real processes, for example in test_predict.py. Tests that need no new import use
+warm_processes.py.
 """
 
 import atexit
@@ -33,7 +34,7 @@ PRELOADED = (
 NOT_LOADED = {"modeling_vitcls", "transformers", "huggingface_hub", "datasets", "accelerate"}
 SECONDS = 300  # timeout of a process
 OPTIONS = {"-I", "-P"}
-# Environment variables of scripts: this repository, one thread, no GPU, no Hub, wide terminals.
+# Environment variables for scripts: import this repository; one thread, no GPU, no Hub, a wide terminal.
 SCRIPT_ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parents[2]),
     "OMP_NUM_THREADS": "1",
@@ -53,8 +54,8 @@ def run_fresh(
 
     Args:
         arguments: options `-I` or `-P`, then a script or `-c CODE`, then its flags.
-        environment: complete environment. Default: that of this process.
-        cwd: working directory. Default: that of this process.
+        environment: all environment variables of the process. Default: the variables of this process.
+        cwd: working directory. Default: the working directory of this process.
     """
     words = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
-"""Loads models from a Hub as users without this package do. Run by test_loading.py in a process of its own:
+"""Load models from a Hub without this package. test_loading.py runs the script in a separate process:
 
     python -I load_from_hub.py REQUESTS.json TARGET
 
-REQUESTS.json names the file of inputs and lists what to load: {"name", "loader", "source", "options"}, where `loader`
-is an Auto class, "pipeline", or "marker", which only lets the Hub know how far it is. TARGET/answers.safetensors then
-has what came out by name, and TARGET/report.json where the code was, or the error, and the seconds that it took.
+REQUESTS.json contains the path of the inputs and a list of requests {"name", "loader", "source", "options"}. `loader`
+is an Auto class, "pipeline", or "marker", which only sends a request with the name to the Hub. The script writes the
+outputs by name to TARGET/answers.safetensors. For each request, TARGET/report.json contains the module of the class or
+the error, and the duration in seconds.
 """
 
 import contextlib
@@ -25,30 +26,34 @@ from torchvision.transforms.functional import to_pil_image
 
 
 def main(requests_file: str, target: Path) -> None:
-    """Load and ask one after the other."""
-    request = json.loads(Path(requests_file).read_text())
-    inputs = load_file(request["inputs"])
-    answers: dict[str, torch.Tensor] = {}
+    """Load all requested models and compute their outputs."""
+    contents = json.loads(Path(requests_file).read_text())
+    inputs = load_file(contents["inputs"])
+    outputs: dict[str, torch.Tensor] = {}
     report: dict[str, Any] = {}
-    for asked in request["requests"]:
-        if asked["loader"] == "marker":
+    for request in contents["requests"]:
+        if request["loader"] == "marker":
             with contextlib.suppress(urllib.error.HTTPError):
-                urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{asked['name']}")
+                urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{request['name']}")
             continue
         started = time.perf_counter()
         try:
-            answers[asked["name"]], module = answer(inputs, asked["loader"], asked["source"], asked["options"])
-            report[asked["name"]] = {"module": module}
+            outputs[request["name"]], module = compute_output(
+                inputs, request["loader"], request["source"], request["options"]
+            )
+            report[request["name"]] = {"module": module}
         except Exception as error:
-            report[asked["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        report[asked["name"]]["seconds"] = time.perf_counter() - started
-    save_file(answers, target / "answers.safetensors")
+            report[request["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        report[request["name"]]["seconds"] = time.perf_counter() - started
+    save_file(outputs, target / "answers.safetensors")
     (target / "report.json").write_text(json.dumps(report))
 
 
 @torch.no_grad()
-def answer(inputs: dict[str, torch.Tensor], loader: str, source: str, options: Any) -> tuple[torch.Tensor, str]:
-    """What it makes of the inputs, and the module that its class is from."""
+def compute_output(
+    inputs: dict[str, torch.Tensor], loader: str, source: str, options: Any
+) -> tuple[torch.Tensor, str]:
+    """Return the output for the inputs, and the module of the loaded class."""
     options = {"trust_remote_code": True, **options}
     if loader == "pipeline":
         classify = transformers.pipeline("image-classification", model=source, **options)

@@ -1,9 +1,9 @@
-"""Loads checkpoints as a user without this package does. Run by test_remote_code.py in a process of its own:
+"""Load checkpoints without this package. test_remote_code.py runs the script in a separate process:
 
     python -I load_without_package.py INPUTS TARGET THREADS CHECKPOINT...
 
-Each checkpoint, a folder or a Hub id, is loaded through every Auto class, asked, saved to TARGET and loaded from there
-again. TARGET/report.json says what came back, TARGET/answers.safetensors what it answered.
+Each checkpoint, a folder or a Hub id, is loaded through every Auto class, run on the inputs, saved to TARGET and
+loaded from there. TARGET/report.json describes the loaded objects, TARGET/answers.safetensors contains their outputs.
 """
 
 import json
@@ -24,17 +24,17 @@ SEED = 0
 
 
 class PackageBlocker(MetaPathFinder):
-    """Makes `import modeling_vitcls` fail, as where it is not installed."""
+    """Make `import modeling_vitcls` fail, as if the package were not installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Refuse the package; leave everything else, such as `transformers_modules.x.modeling_vitcls`, to others."""
+        """Raise an error for the package, but not for modules such as `transformers_modules.x.modeling_vitcls`."""
         if fullname.partition(".")[0] == "modeling_vitcls":
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
 def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -> None:
-    """Load, ask, save and load again every source."""
-    torch.set_num_threads(num_threads)  # bits depend on it
+    """Load, run, save and load again all checkpoints."""
+    torch.set_num_threads(num_threads)  # results depend on the number of threads
     inputs = load_file(inputs_file)
     report: dict[str, Any] = {}
     found: dict[str, torch.Tensor] = {}
@@ -43,12 +43,12 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
         report[name] = {}
         for auto_class in AUTO_CLASSES:
             model, loading = load(source, auto_class)
-            report[name][auto_class] = described(model, loading)
-            found |= prefixed(f"{name}/{auto_class}", answers(model, inputs["pixel_values"]))
+            report[name][auto_class] = describe(model, loading)
+            found |= add_prefix(f"{name}/{auto_class}", compute_outputs(model, inputs["pixel_values"]))
             if type(model).__name__ in model.config.architectures:
                 model.save_pretrained(target / name)
                 again, _ = load(str(target / name), auto_class)
-                found |= prefixed(f"{name}/again", answers(again, inputs["pixel_values"]))
+                found |= add_prefix(f"{name}/again", compute_outputs(again, inputs["pixel_values"]))
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
         report[name]["AutoConfig"] = {"class": type(config).__name__, "module": type(config).__module__}
         report[name]["AutoImageProcessor"] = {}
@@ -58,52 +58,52 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
             )
             report[name]["AutoImageProcessor"][str(backend)] = type(processor).__name__
             found[f"{name}/processor/{backend}"] = processor(inputs["image"], return_tensors="pt")["pixel_values"]
-            processor.save_pretrained(target / name)  # the backend saved last must not be the only one left
-        report[name]["pipeline"] = classified(source, inputs["image"]) if name == "classifier" else None
+            processor.save_pretrained(target / name)  # saving must keep the settings of the other backends
+        report[name]["pipeline"] = classify(source, inputs["image"]) if name == "classifier" else None
         larger = transformers.AutoModel.from_pretrained(source, image_size=[24, 32], trust_remote_code=True)
-        found |= prefixed(f"{name}/larger", answers(larger, inputs["larger_pixel_values"]))
+        found |= add_prefix(f"{name}/larger", compute_outputs(larger, inputs["larger_pixel_values"]))
     save_file(found, target / "answers.safetensors")
     (target / "report.json").write_text(json.dumps(report))
 
 
 def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
-    """The model and what transformers tells about its loading; heads that are not stored start from one seed."""
+    """Return the model and its loading information. Weights that the checkpoint lacks have a fixed seed."""
     torch.manual_seed(SEED)
     options = {"trust_remote_code": True, "output_loading_info": True}
     if auto_class == "AutoBackbone" and Path(source).is_dir():
-        # AutoBackbone.from_pretrained knows Hub ids only: it asks the Hub whether the repository exists, and takes
-        # "no" to mean a backbone of timm. The class that it would pick is named in the configuration.
+        # AutoBackbone.from_pretrained supports only Hub ids: if the id does not exist on the Hub, it loads a timm
+        # backbone. The configuration contains the class that it would load.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
         backbone_class: Any = get_class_from_dynamic_module(config.auto_map[auto_class], source)
         return backbone_class.from_pretrained(source, output_loading_info=True)
     return getattr(transformers, auto_class).from_pretrained(source, **options)
 
 
-def answers(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All tensors that the model gives for these images, by name."""
+def compute_outputs(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the model's output tensors for these images, by name."""
     with torch.no_grad():
-        return flattened(dict(model.eval()(pixel_values)))
+        return flatten(dict(model.eval()(pixel_values)))
 
 
-def flattened(outputs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of nested dicts and tuples as one dict, `{"logits.species": ...}`."""
+def flatten(outputs: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of nested dicts and tuples as one dict, `{"logits.species": ...}`."""
     items = outputs.items() if isinstance(outputs, dict) else enumerate(outputs)
     flat: dict[str, torch.Tensor] = {}
     for name, value in items:
         if isinstance(value, torch.Tensor):
             flat[str(name)] = value.contiguous()
         elif isinstance(value, dict | tuple | list):
-            flat |= {f"{name}.{inner}": tensor for inner, tensor in flattened(value).items()}
+            flat |= {f"{name}.{inner}": tensor for inner, tensor in flatten(value).items()}
     return flat
 
 
-def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, each a copy of its own, under `prefix/name`."""
+def add_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of the tensors with names `prefix/name`."""
     return {f"{prefix}/{name}": tensor.clone() for name, tensor in tensors.items()}
 
 
-def described(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
-    """What came back: class, where its code is, and which weights the checkpoint did not have."""
+def describe(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
+    """Return the class, its module, and the weights that the checkpoint does not contain."""
     return {
         "class": type(model).__name__,
         "module": type(model).__module__,
@@ -111,8 +111,8 @@ def described(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def classified(source: str, image: torch.Tensor) -> list[dict[str, Any]]:
-    """What the image-classification pipeline says about an image [C, H, W]."""
+def classify(source: str, image: torch.Tensor) -> list[dict[str, Any]]:
+    """Return the output of the image-classification pipeline for an image [C, H, W]."""
     from torchvision.transforms.functional import to_pil_image
 
     return transformers.pipeline("image-classification", model=source, trust_remote_code=True)(to_pil_image(image))

@@ -1,14 +1,14 @@
-"""A Hub on this machine for the real huggingface_hub client: repositories, tokens, and faults on demand.
+"""A local Hub for the real huggingface_hub client: repositories, tokens and faults.
 
-    with local_hub(folder) as url:     # folder/ORGANISATION/NAME holds the files of the repository ORGANISATION/NAME
+    with local_hub(folder) as url:     # each folder/ORGANIZATION/NAME is a repository
         ...                            # run a process with HF_ENDPOINT=url
 
-    with running_hub() as hub:         # an empty one, to push to
+    with running_hub() as hub:         # an empty Hub that accepts pushes
         hub.tokens["hf_ann"] = Token("ann")
         hub.fail("POST", "/commit/", "lose")
         ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
 
-What it holds, and who may do what, is here; the calls it answers are in local_hub_server.py. Every commit is kept.
+This file contains the repositories and permissions, local_hub_server.py the HTTP routes. All commits are kept.
 """
 
 import hashlib
@@ -34,43 +34,43 @@ class Token:
     """The user and the permissions of a token."""
 
     user: str
-    organisations: dict[str, str] = field(default_factory=dict)  # name -> role: admin, write, contributor or read
+    organizations: dict[str, str] = field(default_factory=dict)  # name -> role: admin, write, contributor or read
     role: str = "write"  # write, read or fineGrained
     scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (user | org | model, name) -> permissions
 
     def can_read(self, repo_id: str) -> bool:
-        """Whether private repositories of this name are open to it."""
-        namespace = namespace_of(repo_id)
-        return namespace == self.user or namespace in self.organisations
+        """Return whether the token can read private repositories of this name."""
+        namespace = get_namespace(repo_id)
+        return namespace == self.user or namespace in self.organizations
 
     def can_write(self, repo_id: str) -> bool:
-        """Whether it may commit to a repository of this name."""
-        namespace = namespace_of(repo_id)
+        """Return whether the token can commit to a repository of this name."""
+        namespace = get_namespace(repo_id)
         if self.role == "fineGrained":
             names = [name for (_, name), permissions in self.scopes.items() if "repo.write" in permissions]
             return self.can_read(repo_id) and (namespace in names or repo_id.removeprefix("spaces/") in names)
-        is_member = namespace == self.user or self.organisations.get(namespace) in ("admin", "write", "contributor")
+        is_member = namespace == self.user or self.organizations.get(namespace) in ("admin", "write", "contributor")
         return self.role == "write" and is_member
 
 
-def namespace_of(repo_id: str) -> str:
-    """Whose repository it is, of `namespace/name` or `spaces/namespace/name`."""
+def get_namespace(repo_id: str) -> str:
+    """Return the namespace of `namespace/name` or `spaces/namespace/name`."""
     return repo_id.split("/")[-2]
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of a commit. Its content is in `LocalHub.contents`, under its SHA-256."""
+    """A file of a commit. Its content is in `LocalHub.contents`, by SHA-256."""
 
     sha256: str
     size: int
-    oid: str  # git's hash of the content, or of the pointer that git stores instead of a large file
+    oid: str  # git's hash of the content; for LFS files, the hash of the pointer file
     is_lfs: bool
 
 
 @dataclass(frozen=True)
 class Commit:
-    """The files of one commit, by path, and its message."""
+    """The message of a commit and its files, by path."""
 
     message: str
     files: dict[str, StoredFile]
@@ -78,7 +78,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """All commits, by hash, and the names that point to them."""
+    """All commits, by hash, and the branches and tags."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -86,12 +86,12 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> str | None:
-        """The commit hash that a branch, a tag or a hash stands for; None if there is none."""
-        known = self.branches | self.tags | {commit: commit for commit in self.commits}
-        return known.get(revision)
+        """Return the commit hash of a branch, tag or hash; None if it does not exist."""
+        revisions = self.branches | self.tags | {commit: commit for commit in self.commits}
+        return revisions.get(revision)
 
     def commit(self, branch: str, message: str, files: dict[str, StoredFile]) -> str:
-        """Put a commit on a branch."""
+        """Add a commit to a branch and return its hash."""
         content = repr((self.branches.get(branch), message, len(self.commits), sorted(files.items())))
         name = hashlib.sha1(content.encode()).hexdigest()
         self.commits[name] = Commit(message, files)
@@ -101,24 +101,25 @@ class Repository:
 
 @dataclass
 class Fault:
-    """A fault of the next `times` requests with a method and a path that matches.
+    """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request, "lose" after it, "cut" sends half of the answer, "wait"
-    sends nothing for some seconds, "hold" answers when `released` is set. A number is the status of the answer.
+    Kinds: "drop" closes the connection before the request is handled, "lose" after it. "cut" sends half of the
+    response. "wait" sends nothing for some seconds. "hold" sends the response after `released` is set. A number is the
+    status of the response.
     """
 
     method: str
     path: re.Pattern[str]
     kind: str | int
     times: int
-    retry_after: int | None  # seconds, for the header of this name
+    retry_after: int | None  # seconds, for the header Retry-After
 
 
 class LocalHub:
-    """What the Hub holds. Tests reach into it; requests come through local_hub_server.py."""
+    """The contents of the Hub. Tests access it directly; requests are handled by local_hub_server.py."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: its ORGANISATION/NAME become public repositories once they are asked for."""
+        """Create a Hub. Each ORGANIZATION/NAME in `folder` becomes a public repository when it is first requested."""
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
@@ -131,37 +132,37 @@ class LocalHub:
         self.lock = threading.RLock()
         self._folder = folder
 
-    # What tests do ---------------------------------------------------------------------------------------------------
+    # Methods for tests -----------------------------------------------------------------------------------------------
 
     def fail(self, method: str, path: str, kind: str | int, times: int = 1, retry_after: int | None = None) -> None:
-        """Let requests fail; `path` is a regular expression that is searched for, see `Fault` for `kind`."""
+        """Add a fault for requests. `path` is a regular expression (re.search); see `Fault` for `kind`."""
         self.faults.append(Fault(method, re.compile(path), kind, times, retry_after))
 
     def corrupt(self, repo_id: str, file: str, revision: str = "main") -> None:
-        """Change the last byte of a stored file; nothing that the Hub says about it changes."""
+        """Change the last byte of a stored file, but not the hash and size that the Hub reports."""
         sha256 = self.files(repo_id, revision)[file].sha256
         content = self.contents[sha256]
         self.contents[sha256] = content[:-1] + bytes([content[-1] ^ 1])
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, StoredFile]:
-        """The files of a commit."""
+        """Return the files of a commit."""
         repository = self.repositories[repo_id]
         commit = repository.resolve(revision)
         assert commit is not None, f"{repo_id} has no revision {revision}"
         return repository.commits[commit].files
 
     def read(self, repo_id: str, file: str, revision: str = "main") -> bytes:
-        """The content of a file."""
+        """Return the content of a file."""
         return self.contents[self.files(repo_id, revision)[file].sha256]
 
-    def asked(self, method: str, path: str) -> int:
-        """How many requests of this method had `path` in theirs."""
-        return sum(asked == method and path in where for asked, where in self.requests)
+    def count_requests(self, method: str, path: str) -> int:
+        """Return the number of requests with this method whose path contains `path`."""
+        return sum(each == method and path in requested for each, requested in self.requests)
 
-    # What requests do ------------------------------------------------------------------------------------------------
+    # Methods for requests --------------------------------------------------------------------------------------------
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """The fault that this request meets."""
+        """Return the fault of this request, or None."""
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
@@ -171,7 +172,7 @@ class LocalHub:
         return None
 
     def repository(self, repo_id: str) -> Repository | None:
-        """A repository, if it is there."""
+        """Return a repository, or None if it does not exist."""
         with self.lock:
             if repo_id not in self.repositories and self._folder and (self._folder / repo_id).is_dir():
                 paths = sorted(path for path in (self._folder / repo_id).iterdir() if path.is_file())
@@ -179,7 +180,7 @@ class LocalHub:
             return self.repositories.get(repo_id)
 
     def create(self, repo_id: str, private: bool, files: dict[str, bytes] | None = None) -> Repository:
-        """A new repository with one commit."""
+        """Create a repository with one commit."""
         repository = Repository(private)
         files = {".gitattributes": GIT_ATTRIBUTES} if files is None else files
         repository.commit("main", "initial commit", {path: self.store(path, data) for path, data in files.items()})
@@ -187,7 +188,7 @@ class LocalHub:
         return repository
 
     def store(self, path: str, content: bytes) -> StoredFile:
-        """Keep a file's content."""
+        """Store the content of a file."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.contents[sha256] = content
         if self.is_lfs(path, len(content)):
@@ -195,41 +196,42 @@ class LocalHub:
         return StoredFile(sha256, len(content), git_hash(content), is_lfs=False)
 
     def is_lfs(self, path: str, size: int) -> bool:
-        """Whether a file is kept outside of git."""
+        """Return whether a file is stored with LFS."""
         return bool(LFS_NAMES.fullmatch(path)) or size > 10_000_000
 
 
 def lfs_file(sha256: str, size: int) -> StoredFile:
-    """A large file, whose content is stored already."""
+    """Return an LFS file whose content is already stored."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
     return StoredFile(sha256, size, git_hash(pointer.encode()), is_lfs=True)
 
 
 def git_hash(content: bytes) -> str:
-    """What git calls a file of this content."""
+    """Return git's hash of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager
 def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
-    """A Hub, and its storage under another host name, as the real one has: clients tell them apart by that."""
+    """Start a Hub and its storage. Their host names differ, as on the real Hub, because clients depend on it."""
     hub = LocalHub(folder)
-    with serving(hub, server.HUB_ROUTES) as hub_port, serving(hub, server.STORAGE_ROUTES) as storage_port:
+    with serve(hub, server.HUB_ROUTES) as hub_port, serve(hub, server.STORAGE_ROUTES) as storage_port:
         hub.url, hub.storage_url = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
         yield hub
 
 
 @contextmanager
 def local_hub(folder: Path) -> Iterator[str]:
-    """Serve the repositories below `folder`, which nobody may write to; gives the address."""
+    """Serve the repositories in `folder` read-only, and yield the address."""
     with running_hub(folder) as hub:
         yield hub.url
 
 
 def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Let huggingface_hub in this process and its children use another Hub, token and, for the children, cache.
+    """Set the Hub address, the token and the cache of huggingface_hub in this process and its child processes.
 
-    What it reads from the environment at import is set here.
+    Constants that huggingface_hub reads from the environment at import are also set. The cache only changes in child
+    processes.
     """
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
@@ -246,8 +248,8 @@ def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch
 
 
 @contextmanager
-def serving(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
-    """Answer requests on a free port of this machine; gives its number."""
+def serve(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
+    """Handle requests on a free port and yield the port."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), server.handler_for(hub, routes))
     listener.daemon_threads = True
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -1,7 +1,7 @@
-"""The calls of the Hub's protocol that local_hub.py answers: HTTP in, HTTP out.
+"""HTTP routes of the local Hub in local_hub.py.
 
-A route is a method, a pattern and a function (hub, match of the pattern, request) -> Answer. What is asked for in vain
-raises `Refusal`, whose headers tell the client why, as the Hub's do.
+A route is a method, a pattern and a function of (hub, pattern match, request) that returns a Response. Invalid
+requests raise `ErrorResponse`, whose headers contain the reason, as on the real Hub.
 """
 
 import base64
@@ -22,8 +22,8 @@ import yaml
 if TYPE_CHECKING:
     from local_hub import Commit, Fault, LocalHub, Repository, StoredFile, Token
 
-SECONDS_OF_SILENCE = 30.0
-SECONDS_HELD = 110.0  # clients that push lose their patience after 120
+WAIT_SECONDS = 30.0
+HOLD_SECONDS = 110.0  # clients that push time out after 120 s
 
 
 @dataclass(frozen=True)
@@ -36,70 +36,70 @@ class Request:
     token: "Token | None"  # None if the request has no token
 
     def json(self) -> Any:
-        """The body as JSON."""
+        """Return the body, parsed as JSON."""
         return json.loads(self.body or b"{}")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is sent back; `content` is bytes, or what becomes JSON."""
+class Response:
+    """A response. `content` is bytes, or an object that is converted to JSON."""
 
     content: Any = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Refusal(Exception):
-    """An answer that is an error."""
+class ErrorResponse(Exception):
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
         error = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = Answer({"error": message}, status, error | (headers or {}))
+        self.response = Response({"error": message}, status, error | (headers or {}))
 
 
-# What comes before the name of a repository of each kind, in addresses, and in `LocalHub.repositories`.
+# Prefix of repository ids per kind, in URLs and in `LocalHub.repositories`.
 PREFIXES = {"model": "", "space": "spaces/"}
 
 
-# Who, and what ------------------------------------------------------------------------------------------------------
+# Permissions and revisions -------------------------------------------------------------------------------------------
 
 
-def readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
-    """A repository that this token may see; others do not exist for it."""
+def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
+    """Return a repository that the token can read. Repositories that it cannot read are reported as missing."""
     repository = hub.repository(repo_id)
     if repository is None or (repository.private and not (request.token and request.token.can_read(repo_id))):
         if request.token is None:
-            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
-        raise Refusal(404, "Repository not found", "RepoNotFound")
+            raise ErrorResponse(401, "Invalid username or password.", "RepoNotFound")
+        raise ErrorResponse(404, "Repository not matches", "RepoNotFound")
     return repository
 
 
-def writable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
-    """A repository that this token may change."""
-    repository = readable(hub, repo_id, request)
+def get_writable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository":
+    """Return a repository that the token can write to."""
+    repository = get_readable(hub, repo_id, request)
     if request.token is None:
-        raise Refusal(401, "Invalid username or password.")
+        raise ErrorResponse(401, "Invalid username or password.")
     if not request.token.can_write(repo_id):
-        raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
+        raise ErrorResponse(403, "Forbidden: you must use a write token to upload to a repository.")
     return repository
 
 
-def commit_of(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
-    """The commit that a revision stands for."""
+def get_commit(repository: "Repository", revision: str) -> tuple[str, "Commit"]:
+    """Return the hash and the commit of a revision."""
     name = repository.resolve(unquote(revision))
     if name is None:
-        raise Refusal(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
+        raise ErrorResponse(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
     return name, repository.commits[name]
 
 
 # Accounts and repositories -------------------------------------------------------------------------------------------
 
 
-def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """The token's user, his organisations, and the token's rights."""
+def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return the user of the token, the user's organizations, and the permissions of the token."""
     if request.token is None:
-        raise Refusal(401, "Invalid username or password.")
+        raise ErrorResponse(401, "Invalid username or password.")
     token = request.token
     access: dict[str, Any] = {"displayName": "test", "role": token.role}
     if token.role == "fineGrained":
@@ -108,94 +108,100 @@ def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
             for (kind, name), permissions in token.scopes.items()
         ]
         access["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
-    organisations = [{"type": "org", "name": name, "roleInOrg": role} for name, role in token.organisations.items()]
-    return Answer(
+    organizations = [{"type": "org", "name": name, "roleInOrg": role} for name, role in token.organizations.items()]
+    return Response(
         {
             "type": "user",
             "name": token.user,
-            "orgs": organisations,
+            "orgs": organizations,
             "auth": {"type": "access_token", "accessToken": access},
         }
     )
 
 
-def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """A new repository with its first commit; 409 if there is one."""
-    asked = request.json()
+def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Create a repository with an initial commit; status 409 if the repository exists."""
+    requested = request.json()
     if request.token is None:
-        raise Refusal(401, "Invalid username or password.")
-    kind, namespace = asked.get("type", "model"), asked.get("organization") or request.token.user
-    repo_id = f"{PREFIXES[kind]}{namespace}/{asked['name']}"
+        raise ErrorResponse(401, "Invalid username or password.")
+    kind, namespace = requested.get("type", "model"), requested.get("organization") or request.token.user
+    repo_id = f"{PREFIXES[kind]}{namespace}/{requested['name']}"
     if not request.token.can_write(repo_id):
-        raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
-    if kind == "space" and not asked.get("sdk"):
-        raise Refusal(400, "sdk is required for a Space")
+        raise ErrorResponse(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+    if kind == "space" and not requested.get("sdk"):
+        raise ErrorResponse(400, "sdk is required for a Space")
     url = f"{hub.url}/{repo_id}"
     with hub.lock:
         if hub.repository(repo_id) is not None:
-            return Answer({"error": f"You already created this {kind} repo", "url": url}, 409)
+            return Response({"error": f"You already created this {kind} repo", "url": url}, 409)
         default = "private" if namespace in hub.private_by_default else "public"
-        visibility = {True: "private", False: "public", None: asked.get("visibility", default)}[asked.get("private")]
+        visibility = {True: "private", False: "public", None: requested.get("visibility", default)}[
+            requested.get("private")
+        ]
         hub.create(repo_id, private=visibility == "private")
-    return Answer({"url": url})
+    return Response({"url": url})
 
 
-def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Whether the header of a README.md is YAML."""
+def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return whether the YAML header of a README.md is valid."""
     content = request.json()["content"]
     header = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     try:
         metadata = yaml.safe_load(header[1]) if header else {}
     except yaml.YAMLError as error:
-        return Answer({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
+        return Response({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
     if not isinstance(metadata, dict):
-        return Answer({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
+        return Response({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
     if request.json().get("repoType") == "space" and len(metadata.get("short_description", "")) > 60:
-        return Answer({"errors": [{"message": "short_description is longer than 60"}], "warnings": []}, 400)
-    return Answer({"errors": [], "warnings": []})
+        return Response({"errors": [{"message": "short_description is longer than 60"}], "warnings": []}, 400)
+    return Response({"errors": [], "warnings": []})
 
 
-def refs(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Branches and tags."""
-    repository = readable(hub, match["repo"], request)
+def refs(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return branches and tags."""
+    repository = get_readable(hub, match["repo"], request)
 
-    def listed(names: dict[str, str], kind: str) -> list[dict[str, str]]:
+    def list_refs(names: dict[str, str], kind: str) -> list[dict[str, str]]:
         return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": commit} for n, commit in names.items()]
 
-    return Answer(
-        {"branches": listed(repository.branches, "heads"), "tags": listed(repository.tags, "tags"), "converts": []}
+    return Response(
+        {
+            "branches": list_refs(repository.branches, "heads"),
+            "tags": list_refs(repository.tags, "tags"),
+            "converts": [],
+        }
     )
 
 
-def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """A branch from `main`, or from what is asked for."""
-    repository = writable(hub, match["repo"], request)
+def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Create a branch from `main` or the requested starting point."""
+    repository = get_writable(hub, match["repo"], request)
     branch = unquote(match["name"])
     if branch in repository.branches:
-        raise Refusal(409, f"Reference already exists: refs/heads/{branch}")
-    repository.branches[branch], _ = commit_of(repository, request.json().get("startingPoint", "main"))
-    return Answer()
+        raise ErrorResponse(409, f"Reference already exists: refs/heads/{branch}")
+    repository.branches[branch], _ = get_commit(repository, request.json().get("startingPoint", "main"))
+    return Response()
 
 
-def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """A tag on a revision."""
-    repository = writable(hub, match["repo"], request)
+def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Create a tag of a revision."""
+    repository = get_writable(hub, match["repo"], request)
     tag = request.json()["tag"]
     if tag in repository.tags:
-        raise Refusal(409, f"Tag reference exists already: {tag}")
-    repository.tags[tag], _ = commit_of(repository, match["name"])
-    return Answer()
+        raise ErrorResponse(409, f"Tag reference exists already: {tag}")
+    repository.tags[tag], _ = get_commit(repository, match["name"])
+    return Response()
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """What there is at a revision."""
-    repository = readable(hub, match["repo"], request)
-    name, commit = commit_of(repository, match["revision"] or "main")
+def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return information about a revision."""
+    repository = get_readable(hub, match["repo"], request)
+    name, commit = get_commit(repository, match["revision"] or "main")
     repo_id = "/".join(match["repo"].split("/")[-2:])
-    return Answer(
+    return Response(
         {
             "_id": "0",
             "id": repo_id,
@@ -211,78 +217,78 @@ def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> 
     )
 
 
-def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Files, with their hashes, and folders."""
-    _, commit = commit_of(readable(hub, match["repo"], request), match["revision"])
+def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return files, with their hashes, and folders."""
+    _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     start = f"{unquote(match['folder'])}/" if match["folder"] else ""
-    found = {path: file for path, file in sorted(commit.files.items()) if path.startswith(start)}
-    if start and not found:
-        raise Refusal(404, "not found", "EntryNotFound")
-    folders = {"/".join(path.split("/")[:depth]) for path in found for depth in range(1, path.count("/") + 1)}
+    matches = {path: file for path, file in sorted(commit.files.items()) if path.startswith(start)}
+    if start and not matches:
+        raise ErrorResponse(404, "not matches", "EntryNotFound")
+    folders = {"/".join(path.split("/")[:depth]) for path in matches for depth in range(1, path.count("/") + 1)}
     entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
-    entries += [file_entry(path, file) for path, file in found.items()]
+    entries += [file_entry(path, file) for path, file in matches.items()]
     if request.query.get("recursive", ["false"])[0].lower() != "true":
         entries = [entry for entry in entries if "/" not in str(entry["path"]).removeprefix(start)]
-    return Answer(entries)
+    return Response(entries)
 
 
-def paths_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """The same for some files."""
-    _, commit = commit_of(readable(hub, match["repo"], request), match["revision"])
+def paths_info(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return information about the requested files."""
+    _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     is_json = request.headers.get("content-type") == "application/json"
-    asked = request.json() if is_json else parse_qs(request.body.decode())
-    return Answer([file_entry(path, commit.files[path]) for path in asked["paths"] if path in commit.files])
+    requested = request.json() if is_json else parse_qs(request.body.decode())
+    return Response([file_entry(path, commit.files[path]) for path in requested["paths"] if path in commit.files])
 
 
 def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:
-    """A file of a listing."""
+    """Return the entry of a file in a listing."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
     if file.is_lfs:
         entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
     return entry
 
 
-def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """A file's content, or where the storage has it."""
-    name, commit = commit_of(readable(hub, match["repo"], request), match["revision"])
+def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return the content of a file, or the address of an LFS file in the storage."""
+    name, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     file = commit.files.get(unquote(match["file"]))
     if file is None:
-        raise Refusal(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})
+        raise ErrorResponse(404, "Entry not matches", "EntryNotFound", {"X-Repo-Commit": name})
     headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
     if file.is_lfs:
         location = f"{hub.storage_url}/objects/{file.sha256}"
         linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size), "Location": location}
-        return Answer(b"", 302, headers | linked)
-    return part_of(hub.contents[file.sha256], request, headers)
+        return Response(b"", 302, headers | linked)
+    return get_byte_range(hub.contents[file.sha256], request, headers)
 
 
-def stored_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """A large file, from the storage."""
+def stored_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return an LFS file from the storage."""
     if match["sha256"] not in hub.contents:
-        raise Refusal(404, "NoSuchKey")
-    return part_of(hub.contents[match["sha256"]], request, {"ETag": f'"{match["sha256"]}"'})
+        raise ErrorResponse(404, "NoSuchKey")
+    return get_byte_range(hub.contents[match["sha256"]], request, {"ETag": f'"{match["sha256"]}"'})
 
 
-def part_of(content: bytes, request: Request, headers: dict[str, str]) -> Answer:
-    """The bytes from the one that is asked for: an interrupted download goes on."""
-    asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
-    if asked is None:
-        return Answer(content, 200, headers)
-    start = int(asked[1])
+def get_byte_range(content: bytes, request: Request, headers: dict[str, str]) -> Response:
+    """Return the requested byte range, which resumes an interrupted download."""
+    requested = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
+    if requested is None:
+        return Response(content, 200, headers)
+    start = int(requested[1])
     where = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-    return Answer(content[start:], 206, headers | where)
+    return Response(content[start:], 206, headers | where)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """For each file: is it a large one, and what has the branch under this path?"""
-    _, commit = commit_of(writable(hub, match["repo"], request), match["revision"])
-    answers = []
+def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return for each file whether it is an LFS file, and the hash of the file in the branch."""
+    _, commit = get_commit(get_writable(hub, match["repo"], request), match["revision"])
+    entries = []
     for file in request.json()["files"]:
         is_lfs, there = hub.is_lfs(file["path"], file["size"]), commit.files.get(file["path"])
-        answers.append(
+        entries.append(
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if is_lfs else "regular",
@@ -290,51 +296,51 @@ def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer
                 "oid": None if there is None else there.sha256 if there.is_lfs else there.oid,
             }
         )
-    return Answer({"files": answers})
+    return Response({"files": entries})
 
 
-def lfs_batch(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Where to send large files; nothing to do for those that are stored already."""
-    writable(hub, match["repo"], request)
+def lfs_batch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return upload addresses of LFS files. Files that are already stored need no upload."""
+    get_writable(hub, match["repo"], request)
     objects = []
-    for asked in request.json()["objects"]:
-        answer: dict[str, Any] = {"oid": asked["oid"], "size": asked["size"]}
-        if asked["oid"] not in hub.contents:
-            answer["actions"] = {
-                "upload": {"href": f"{hub.storage_url}/objects/{asked['oid']}"},
+    for requested in request.json()["objects"]:
+        response: dict[str, Any] = {"oid": requested["oid"], "size": requested["size"]}
+        if requested["oid"] not in hub.contents:
+            response["actions"] = {
+                "upload": {"href": f"{hub.storage_url}/objects/{requested['oid']}"},
                 "verify": {"href": f"{hub.url}/{match['repo']}.git/info/lfs/objects/verify"},
             }
-        objects.append(answer)
-    return Answer({"transfer": "basic", "objects": objects})
+        objects.append(response)
+    return Response({"transfer": "basic", "objects": objects})
 
 
-def store_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Keep a large file; it must be what it was announced as."""
+def store_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Store an LFS file; its hash must match the address."""
     if hashlib.sha256(request.body).hexdigest() != match["sha256"]:
-        raise Refusal(400, "XAmzContentSHA256Mismatch")
+        raise ErrorResponse(400, "XAmzContentSHA256Mismatch")
     hub.contents[match["sha256"]] = request.body
-    return Answer()
+    return Response()
 
 
-def lfs_verify(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """Whether a large file has arrived."""
-    asked = request.json()
-    if len(hub.contents.get(asked["oid"], b"")) != asked["size"]:
-        raise Refusal(404, "the object is not there")
-    return Answer({})
+def lfs_verify(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return whether an LFS file is stored."""
+    requested = request.json()
+    if len(hub.contents.get(requested["oid"], b"")) != requested["size"]:
+        raise ErrorResponse(404, "the object is not there")
+    return Response({})
 
 
-def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Answer:
-    """All changes, or none, as one commit on a branch."""
+def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Apply all changes as one commit on a branch, or none of them."""
     from local_hub import lfs_file
 
-    repository = writable(hub, match["repo"], request)
+    repository = get_writable(hub, match["repo"], request)
     branch = unquote(match["revision"])
     changes = [json.loads(line) for line in request.body.splitlines()]
     with hub.lock:
-        parent, commit = commit_of(repository, branch)
+        parent, commit = get_commit(repository, branch)
         if branch not in repository.branches:
-            raise Refusal(404, f"{branch} is no branch", "RevisionNotFound")
+            raise ErrorResponse(404, f"{branch} is no branch", "RevisionNotFound")
         files = dict(commit.files)
         header: dict[str, Any] = {}
         for change in changes:
@@ -343,25 +349,25 @@ def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Answ
                 case "header":
                     header = value
                     if value.get("parentCommit", parent) != parent:
-                        raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+                        raise ErrorResponse(412, "A commit has happened since. Please refresh and try again.")
                 case "file":
                     files[value["path"]] = hub.store(value["path"], base64.b64decode(value["content"]))
                 case "lfsFile":
                     if value["oid"] not in hub.contents:
-                        raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                        raise ErrorResponse(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
                     files[value["path"]] = lfs_file(value["oid"], len(hub.contents[value["oid"]]))
                 case "deletedFile":
                     if files.pop(value["path"], None) is None:
-                        raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+                        raise ErrorResponse(404, "A file with this name doesn't exist", "EntryNotFound")
                 case other:
-                    raise Refusal(400, f"unknown change {other}")
+                    raise ErrorResponse(400, f"unknown change {other}")
         name = repository.commit(branch, header["summary"], files)
-    return Answer({"success": True, "commitOid": name, "commitUrl": f"{hub.url}/{match['repo']}/commit/{name}"})
+    return Response({"success": True, "commitOid": name, "commitUrl": f"{hub.url}/{match['repo']}/commit/{name}"})
 
 
 # HTTP ----------------------------------------------------------------------------------------------------------------
 
-Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], Request], Answer]]]
+Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], Request], Response]]]
 
 REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
@@ -388,8 +394,8 @@ STORAGE_ROUTES: Routes = [
 ]
 
 
-def handler_for(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]:
-    """Answers requests by these routes."""
+def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]:
+    """Return a request handler for these routes."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -399,42 +405,42 @@ def handler_for(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]
             fault = hub.next_fault(self.command, self.path)
             if fault is not None and fault.kind in ("drop", "wait"):
                 if fault.kind == "wait":
-                    time.sleep(SECONDS_OF_SILENCE)
-                self.hang_up()
+                    time.sleep(WAIT_SECONDS)
+                self.drop_connection()
                 return
             body = self.read_body()
             if fault is not None and fault.kind == "hold":
-                hub.released.wait(SECONDS_HELD)
+                hub.released.wait(HOLD_SECONDS)
             if fault is not None and isinstance(fault.kind, int):
                 self.send(failure(fault))
                 return
-            answer = self.answer(body)
+            response = self.response(body)
             if fault is not None and fault.kind == "lose":
-                self.hang_up()
+                self.drop_connection()
                 return
-            self.send(answer, is_cut=fault is not None and fault.kind == "cut")
+            self.send(response, is_cut=fault is not None and fault.kind == "cut")
 
         do_HEAD = do_POST = do_PUT = do_GET
 
-        def answer(self, body: bytes) -> Answer:
-            """What the routes make of the request."""
+        def response(self, body: bytes) -> Response:
+            """Return the response of the matching route."""
             where = urlsplit(self.path)
             method = "GET" if self.command == "HEAD" else self.command
             try:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 request = Request(parse_qs(where.query), headers, body, self.token())
-                for route_method, pattern, act in routes:
+                for route_method, pattern, handle in routes:
                     if route_method == method and (match := pattern.fullmatch(where.path)):
-                        return act(hub, match, request)
-                raise Refusal(404, f"no such route: {method} {where.path}")
-            except Refusal as refusal:
-                return refusal.answer
+                        return handle(hub, match, request)
+                raise ErrorResponse(404, f"no such route: {method} {where.path}")
+            except ErrorResponse as refusal:
+                return refusal.response
 
         def token(self) -> "Token | None":
-            """Whose token was sent; a wrong one is refused, whatever was asked for."""
+            """Return the token of the request. An invalid token is an error for all routes."""
             sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if sent and sent not in hub.tokens:
-                raise Refusal(401, "Invalid credentials in Authorization header")
+                raise ErrorResponse(401, "Invalid credentials in Authorization header")
             return hub.tokens.get(sent)
 
         def read_body(self) -> bytes:
@@ -447,32 +453,34 @@ def handler_for(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]
             self.rfile.readline()
             return body
 
-        def send(self, answer: Answer, is_cut: bool = False) -> None:
-            content = answer.content if isinstance(answer.content, bytes) else json.dumps(answer.content).encode()
-            kind = "application/octet-stream" if isinstance(answer.content, bytes) else "application/json"
-            self.send_response(answer.status)
-            headers = {"Content-Type": kind, "Content-Length": str(len(content)), **answer.headers}
+        def send(self, response: Response, is_cut: bool = False) -> None:
+            content = (
+                response.content if isinstance(response.content, bytes) else json.dumps(response.content).encode()
+            )
+            kind = "application/octet-stream" if isinstance(response.content, bytes) else "application/json"
+            self.send_response(response.status)
+            headers = {"Content-Type": kind, "Content-Length": str(len(content)), **response.headers}
             for header, value in headers.items():
                 self.send_header(header, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content[: len(content) // 2] if is_cut else content)
             if is_cut:
-                self.hang_up()
+                self.drop_connection()
 
-        def hang_up(self) -> None:
+        def drop_connection(self) -> None:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
         def log_message(self, *args: object) -> None:
-            """Stay silent."""
+            """Log nothing."""
 
     return Handler
 
 
-def failure(fault: "Fault") -> Answer:
-    """The answer of a server, or of the proxy before it, that is overloaded: a page for people."""
+def failure(fault: "Fault") -> Response:
+    """Return the HTML response of an overloaded server or proxy."""
     headers = {"Content-Type": "text/html"}
     if fault.retry_after is not None:
         headers["Retry-After"] = str(fault.retry_after)
-    return Answer(b"<html><h1>not now</h1></html>", int(fault.kind), headers)
+    return Response(b"<html><h1>not now</h1></html>", int(fault.kind), headers)

@@ -1,4 +1,4 @@
-"""Folders of images with a sub-folder per class."""
+"""Write image folders with one sub-folder per class."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from PIL import Image
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:
-    """Write one image of noise per class (default: cat and dog) and number, and return the folder.
+    """Write one noise image per class (default: cat and dog) and number, and return the folder.
 
-    Images of the same number differ between classes.
+    Images with the same number differ between classes.
     """
     for index, name in enumerate(names or ("cat", "dog")):
         for number in numbers:

@@ -1,4 +1,4 @@
-"""Checks that run on several processes at the same time, and the report of their errors."""
+"""Run checks on several processes at the same time, and report their errors."""
 
 import json
 import traceback
@@ -10,9 +10,9 @@ from torch import distributed
 
 
 def write_report(checks: Mapping[str, Callable[..., None]], folder: Path, *arguments: Any) -> None:
-    """Call every check with the folder and the arguments, on all processes.
+    """Call every check with the folder and the arguments on all processes.
 
-    FOLDER/report.json contains the errors of each check on all processes, an empty text if there is none.
+    FOLDER/report.json contains the errors of each check on all processes, or an empty string.
     """
     report = {}
     for name, check in checks.items():

@@ -1,11 +1,11 @@
-"""Small models as each release saved them, with what they answered: tests/fixtures/released/VERSION/KIND/.
+"""Write small models of a release, with their outputs, to tests/fixtures/released/VERSION/KIND/.
 
-    python tests/helpers/released_models.py  # for the version that modeling_vitcls/version.py names; once per release
+    python tests/helpers/released_models.py  # once per release
 
-A folder has config.json, preprocessor_config.json and model.safetensors, as `save_pretrained` wrote them, without the
-code; and answers.safetensors, what the model and the image processor made of the inputs below. They are written when a
-release is made and never again: test_released_checkpoints.py loads them with the newest code. Inputs are formulas, so
-that no library's random numbers matter.
+A folder contains config.json, preprocessor_config.json and model.safetensors, as written by `save_pretrained`, without
+the code, and answers.safetensors: the outputs of the model and of the image processor for the inputs below. The files
+are written at a release and never changed. test_released_checkpoints.py loads them with the current code. The inputs
+are formulas, because random numbers may change with the version of a library.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_without_package import flattened
+from load_without_package import flatten
 from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 12,
 }
-# The class of each kind, its fields, and the processor's settings.
+# Kind -> model class, configuration fields and processor settings.
 KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "classifier": (
         vitcls.ViTCLSForImageClassification,
@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Write the models of this version, unless it has some."""
+    """Write the models of this version, unless they exist."""
     folder = RELEASED / __version__
     if folder.exists():
         sys.exit(f"{folder} exists, and what a release saved does not change: set another version in version.py")
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def write(kind: str, folder: Path) -> None:
-    """Save the model of a kind, its image processor and what they answer."""
+    """Save the model of a kind, its image processor and their outputs."""
     model_class, fields, settings = KINDS[kind]
     model = randomize_weights(model_class(vitcls.ViTCLSConfig(**SIZES, **fields)))
     processor = vitcls.ViTCLSImageProcessor(**settings)
@@ -81,28 +81,28 @@ def write(kind: str, folder: Path) -> None:
     processor.save_pretrained(folder)
     for code in folder.glob("*.py"):
         code.unlink()
-    save_file(answers(model, processor), folder / ANSWERS)
+    save_file(compute_outputs(model, processor), folder / ANSWERS)
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any) -> dict[str, torch.Tensor]:
-    """What they make of the inputs, by name."""
-    inputs: dict[str, Any] = {"pixel_values": pixel_values(model.config)}
+def compute_outputs(model: Any, processor: Any) -> dict[str, torch.Tensor]:
+    """Return the outputs of the model and the processor, by name."""
+    inputs: dict[str, Any] = {"pixel_values": build_pixel_values(model.config)}
     if isinstance(model, vitcls.ViTCLSForMaskedImageModeling):
         inputs["bool_masked_pos"] = torch.arange(2 * 6).view(2, 6) % 3 == 0  # [2, patches]
-    found = {name: tensor.clone() for name, tensor in flattened(dict(model.eval()(**inputs))).items()}
-    return found | {"processor": processor(picture(), return_tensors="pt")["pixel_values"]}
+    found = {name: tensor.clone() for name, tensor in flatten(dict(model.eval()(**inputs))).items()}
+    return found | {"processor": processor(build_image(), return_tensors="pt")["pixel_values"]}
 
 
-def pixel_values(config: Any) -> torch.Tensor:
-    """Waves [2, 3, H, W] of the model's size."""
+def build_pixel_values(config: Any) -> torch.Tensor:
+    """Return sine waves [2, 3, H, W] in the image size of the model."""
     height, width = config.image_height_width
     count = 2 * 3 * height * width
     return torch.sin(torch.arange(count, dtype=torch.float32) * 0.7).view(2, 3, height, width)
 
 
-def picture() -> torch.Tensor:
-    """A pattern [3, 30, 40], uint8."""
+def build_image() -> torch.Tensor:
+    """Return a pattern [3, 30, 40], uint8."""
     return (torch.arange(3 * 30 * 40) * 37 % 256).to(torch.uint8).view(3, 30, 40)
 
 

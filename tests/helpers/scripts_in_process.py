@@ -1,4 +1,4 @@
-"""Scripts that run in the process of the test."""
+"""Run scripts in the test process."""
 
 import runpy
 import sys

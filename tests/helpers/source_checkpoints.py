@@ -1,4 +1,4 @@
-"""Small models of transformers, saved as folders, for tests of conversion."""
+"""Small transformers models in folders, for tests of conversion."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ NAMES = {0: "ant", 1: "bee", 2: "cow"}
 SIZES = WIDTHS | {"image_size": 32, "patch_size": 8}
 
 
-def saved(model: transformers.PreTrainedModel, folder: Path) -> str:
-    """Where it is, as a source."""
+def save_checkpoint(model: transformers.PreTrainedModel, folder: Path) -> str:
+    """Save a model and return its folder as a source of the conversion."""
     model.save_pretrained(folder)
     return f"transformers:{folder}"
 
 
-def vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
-    """A small ViT of transformers."""
+def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
+    """Return a small ViT classifier of transformers."""
     return randomize_weights(
         transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, id2label=NAMES, **fields))
     )

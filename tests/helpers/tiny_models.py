@@ -1,4 +1,4 @@
-"""What the tests of the core share: small models, random weights, images, and the check that an error is one line."""
+"""Helpers of the core tests: small models, random weights, images, and a check for one-line errors."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "num_labels": 3,
 }
 
-# The layouts that every kind of model is tested with, by name.
+# Name -> fields of the token layouts with which all model classes are tested.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one_cls": {},
     "cls_distillation_registers": {"num_distillation_tokens": 1, "num_register_tokens": 4},
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 TASKS = {"species": 4, "age": 2}
-# Each model class: its class, fields that it needs, inputs next to the images.
+# Name -> model class, required fields, and inputs in addition to the images.
 KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "model": (ViTCLSModel, {}, {}),
     "classifier": (ViTCLSForImageClassification, {"num_distillation_tokens": 1}, {"labels": torch.tensor([0, 2])}),
@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 }
 each_kind = pytest.mark.parametrize(("model_class", "fields", "inputs"), KINDS.values(), ids=KINDS)
 
-# Fields that change the blocks.
+# Name -> fields that change the blocks.
 BLOCKS: dict[str, dict[str, Any]] = {
     "layer_scale": {"layer_scale_init_value": 1e-5},
     "drop_path": {"drop_path_rate": 0.5},
@@ -84,13 +84,13 @@ POSITIONS = ["learned", "sincos_2d", "rope_2d", "none"]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def tiny_config(**fields: Any) -> ViTCLSConfig:
-    """A configuration of 4 x 4 patches, width 16 and two layers, with any field changed."""
+def build_tiny_config(**fields: Any) -> ViTCLSConfig:
+    """Return a configuration with 4 x 4 patches, width 16 and two layers, with changed fields."""
     return ViTCLSConfig(**{**SIZES, **fields})
 
 
-def filled(model: Model, seed: int = 0) -> Model:
-    """The model in eval mode with every parameter random: an initial zero or one would hide mistakes."""
+def randomize(model: Model, seed: int = 0) -> Model:
+    """Set all parameters to random values, because zeros and ones hide errors; return the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,15 +98,15 @@ def filled(model: Model, seed: int = 0) -> Model:
     return model.eval()
 
 
-def images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
-    """Random images [batch, channels, height, width]."""
+def build_images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """Return random images [batch, channels, height, width]."""
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def record_outputs(module: torch.nn.Module) -> list[Any]:
     """Return a list that collects the outputs of a module.
 
-    Not by a hook: with a hook on the last layer, classifiers compute all of its tokens.
+    The module's `forward` is replaced, because with a hook on the last layer, classifiers compute all of its tokens.
     """
     forward, outputs = module.forward, []
 
@@ -119,45 +119,45 @@ def record_outputs(module: torch.nn.Module) -> list[Any]:
 
 
 def assert_no_recording(*models: torch.nn.Module) -> None:
-    """Check that no hook of ours and no recorder is left in models; transformers leaves its own hooks."""
+    """Check that models contain no recorder and no hooks except those of transformers."""
     for model in models:
         for module in model.modules():
             assert not has_user_hooks(module)
             assert getattr(module, "recorder", None) is None
 
 
-def reloaded(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
-    """The model as it comes back from disk."""
+def save_and_load(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
+    """Save a model, load it, and return the loaded model."""
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder, **kwargs)
 
 
-def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Largest absolute difference of two tensors of one shape; 0 for empty ones."""
+def get_largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the largest absolute difference between two tensors of equal shape; 0 if they are empty."""
     assert first.shape == second.shape
     return (first - second).abs().max().item() if first.numel() else 0.0
 
 
-def values(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in an output, in order."""
+def list_tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield all tensors in an output, in order."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping | tuple | list):
         for part in output.values() if isinstance(output, Mapping) else output:
-            yield from values(part)
+            yield from list_tensors(part)
 
 
 def assert_same_outputs(first: Any, second: Any, tolerance: float = 0.0) -> None:
-    """Two outputs, dicts or tuples of them hold the same tensors in the same order."""
-    first_values, second_values = list(values(first)), list(values(second))
+    """Check that two outputs, or dicts or tuples of outputs, contain the same tensors in the same order."""
+    first_values, second_values = list(list_tensors(first)), list(list_tensors(second))
     assert first_values
     for one, other in zip(first_values, second_values, strict=True):
-        assert largest_difference(one, other) <= tolerance
+        assert get_largest_difference(one, other) <= tolerance
 
 
 @contextlib.contextmanager
 def raises_one_line(*words: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
-    """Expect an error whose message is one line and contains every one of `words`."""
+    """Expect an error with a one-line message that contains all `words`."""
     with pytest.raises(error) as raised:
         yield
     message = str(raised.value)

@@ -1,4 +1,4 @@
-"""Options of tiny training runs, and what the runs wrote."""
+"""Build options of tiny training runs, and read the logs of the runs."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 
 
 def build_tiny_options(output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any) -> Any:
-    """Return the options of a run of a tiny model, or of `model`, in this process, with further flags by name."""
+    """Return options of a training run of a tiny model, or of `model`, in this process. `flags` sets further flags."""
     model = {} if "model" in flags else vars(TINY)
     settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False} | flags
     return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)

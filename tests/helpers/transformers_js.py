@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub.static_space import TRANSFORMERS_JS_VERSION
@@ -44,8 +44,8 @@ def load_digit_images() -> list[Image.Image]:
 def save_digits_classifier(folder: Path, **fields: Any) -> Path:
     """Save a classifier with random weights that predicts several classes for the digits; return its folder."""
     names = {index: f"digit {index}" for index in range(10)}
-    config = tiny_config(num_register_tokens=2, num_labels=10, id2label=names, **fields)
-    model = filled(ViTCLSForImageClassification(config))
+    config = build_tiny_config(num_register_tokens=2, num_labels=10, id2label=names, **fields)
+    model = randomize(ViTCLSForImageClassification(config))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
     if config.num_channels == 3:
         with torch.no_grad():  # without this, all images would have one label

@@ -1,4 +1,4 @@
-"""What tests of the analysis share: small models whose answers differ from image to image, and their statistics."""
+"""Helpers of the analysis tests: small models whose predictions differ between images, and their statistics."""
 
 from typing import Any
 
@@ -10,27 +10,27 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 
 
 @torch.no_grad()
-def with_varied_answers(model: Any, pixels: torch.Tensor) -> Any:
-    """A classifier with random weights whose logits of these images [B, C, H, W] have a mean of 0: no class wins all.
+def center_logits(model: Any, pixels: torch.Tensor) -> Any:
+    """Fill a classifier with random weights, and center its logits for these images [B, C, H, W].
 
-    Random weights alone often give all images the same answer.
+    Without centering, random weights often predict the same class for all images.
     """
     randomize_weights(model)
     by_task = model(pixels).logits
     heads = dict(zip(by_task, model.classifiers.values(), strict=True)) if isinstance(by_task, dict) else {}
     for task, head in (heads or {None: model.classifier}).items():
-        shift(head, (by_task if task is None else by_task[task]).mean(dim=0))
+        subtract_from_bias(head, (by_task if task is None else by_task[task]).mean(dim=0))
     return model
 
 
 def collect_findings(model: Any, *batches: torch.Tensor) -> Findings:
-    """Statistics over batches of images [B, C, H, W]."""
+    """Return the token statistics over batches of images [B, C, H, W]."""
     statistics = TokenStatistics(model)
     for pixels in batches:
         statistics.update(pixels)
     return statistics.compute()
 
 
-def shift(head: nn.Linear, logits: torch.Tensor) -> None:
-    """Take these logits [labels] from a head's bias."""
+def subtract_from_bias(head: nn.Linear, logits: torch.Tensor) -> None:
+    """Subtract these logits [labels] from the bias of a head."""
     head.bias -= logits

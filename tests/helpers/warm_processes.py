@@ -1,11 +1,11 @@
-"""Processes that start at once: forks of a server that has imported the large libraries.
+"""Start processes quickly: forks of a server that has imported the large libraries.
 
     process = READY.Process(target=run_script, args=("finetune.py", flags, log, errors, environment))
-    output = run_together("finetune.py", *flags, log=log)      two processes that work together
+    output = run_together("finetune.py", *flags, log=log)      two processes that communicate
 
-Forks of the test process would inherit the state of earlier tests, and could not compute gradients after the test
+Forks of the test process would inherit the state of earlier tests, and could not compute gradients once the test
 process has. Libraries read variables such as HF_ENDPOINT when the server imports them. test_accelerate_configs.py and
-test_resume.py test real launchers.
+test_resume.py test the real launchers.
 """
 
 import json
@@ -25,16 +25,16 @@ PRELOADED = ["modeling_vitcls.training.finetune", "datasets", "peft", "psutil", 
 PRELOADED += ["sklearn.datasets", "sklearn.model_selection", "tyro"]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 READY = multiprocessing.get_context(METHOD)
-if multiprocessing.parent_process() is None:  # not in the forks
+if multiprocessing.parent_process() is None:  # not inherited by the forks
     READY.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0  # timeout of a process
-OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}  # environment of scripts
+OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}  # environment variables of scripts
 
 
 def run_script(
     script: str | Path, flags: Sequence[str], log: Path, errors: Path, environment: Mapping[str, str]
 ) -> None:
-    """Run a script in this process, in a new session; output and errors are appended to files."""
+    """Run a script in this process, in a new session. Output and errors are appended to files."""
     os.setsid()  # signals to the session reach only this process and its workers
     for descriptor, file in ((1, log), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -59,7 +59,7 @@ def run_together(
     processes: int = 2,
     may_fail: bool = False,
 ) -> str:
-    """Run a script on processes that work together; return their output.
+    """Run a script on processes that communicate; return their output.
 
     Args:
         script: name in scripts/, or path.
@@ -118,9 +118,9 @@ def get_loopback() -> str:
 
 
 def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
-    """Run the checks of a helper on several processes; return the error of each check, empty if it passed.
+    """Run the checks of a worker script on several processes; return the error of each check, "" if it passed.
 
-    The exit status is ignored: with torch 2.11, threads of gloo sometimes abort a process that has finished.
+    The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has finished.
     """
     script = Path(__file__).parent / worker
     run_together(script, folder, log=folder / "log", environment=OFFLINE, processes=num_processes, may_fail=True)

@@ -1,4 +1,6 @@
-"""LoRA adapters: written in the layout of PEFT, pushed alone, and loaded with a base model from the Hub."""
+"""LoRA adapters: written in the layout of PEFT, pushed without the base model, and loaded with a base model from the
+Hub.
+"""
 
 import os
 from pathlib import Path
@@ -8,7 +10,7 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
-from tiny_models import filled, images, raises_one_line, tiny_config
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub.adapters import write_adapter
@@ -17,7 +19,7 @@ from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.training.model import apply_trainable, merge_lora
 
 
-# Runs without the package: loads the adapter as its card does, and saves the logits.
+# Runs without the package: loads the adapter as described in its card, and saves the logits.
 LOAD = """
 import sys
 import torch
@@ -48,10 +50,12 @@ def train(base: Path) -> ViTCLSForImageClassification:
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_an_adapter_is_pushed_alone_and_loaded_as_its_card_says(hub: LocalHub, tmp_path: Path, head_type: str) -> None:
+def test_an_adapter_is_pushed_separately_and_loaded_as_in_its_card(
+    hub: LocalHub, tmp_path: Path, head_type: str
+) -> None:
     base = tmp_path / "base"
-    config = tiny_config(num_register_tokens=1, num_distillation_tokens=1, head_type=head_type)
-    filled(ViTCLSForImageClassification(config)).save_pretrained(base)
+    config = build_tiny_config(num_register_tokens=1, num_distillation_tokens=1, head_type=head_type)
+    randomize(ViTCLSForImageClassification(config)).save_pretrained(base)
     ViTCLSImageProcessor(size=32).save_pretrained(base)
     push_folder(base, "ann/base")
     model = train(base)
@@ -65,22 +69,22 @@ def test_an_adapter_is_pushed_alone_and_loaded_as_its_card_says(hub: LocalHub, t
     assert (card.data.base_model, card.data.base_model_relation) == ("ann/base", "adapter")
     assert card.data.license == "mit" and "Python files are licensed" not in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
-    torch.save(images(), tmp_path / "images.pt")
+    torch.save(build_images(), tmp_path / "images.pt")
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     (tmp_path / "empty").mkdir()
     words = ["-P", "-c", LOAD.format(code=code), tmp_path / "images.pt", tmp_path / "logits.pt"]
     ran = run_fresh(*words, environment=environment, cwd=tmp_path / "empty")
     assert ran.returncode == 0, ran.stderr[-3000:]
-    expected = model(images()).logits
+    expected = model(build_images()).logits
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-5 * expected.abs().max()
     merged = ViTCLSForImageClassification(model.config).eval()
     merged.load_state_dict(merge_lora(model.state_dict()))
-    assert (merged(images()).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (merged(build_images()).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_an_adapter_of_a_local_base_model_is_not_pushed(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    filled(ViTCLSForImageClassification(tiny_config(num_register_tokens=1))).save_pretrained(base)
+    randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1))).save_pretrained(base)
     model = train(base)
     write_adapter(tmp_path / "adapter", model.state_dict(), model.config, 2, str(base))
     assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()

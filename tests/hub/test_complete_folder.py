@@ -1,10 +1,11 @@
-"""A folder that lacks a file of code is not pushed, also if only another file of code imports it."""
+"""Folders without a required code file are not pushed, even if only another code file imports the missing file."""
 
+import re
 from pathlib import Path
 
 import pytest
 from local_hub import LocalHub
-from tiny_models import raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.manifest import collect_model_files, list_required_code
@@ -17,19 +18,26 @@ CODE = sorted(file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a model and its image processor."""
-    vitcls.ViTCLSForImageClassification(tiny_config()).save_pretrained(tmp_path / "model")
+    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path / "model")
     vitcls.ViTCLSImageProcessor().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_all_code_is_needed(folder: Path) -> None:
-    """Imports are followed: `auto_map` names three of the files."""
+    """Imports are followed: `auto_map` contains only three of the files."""
     assert list_required_code(folder) == set(CODE)
     assert set(CODE) <= collect_model_files(folder).keys()
 
 
+def test_code_in_another_repository_is_not_needed(folder: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'"(\w+_vitcls\.)', r'"ann/code--\1', text))
+    assert list_required_code(folder) == set()
+
+
 @pytest.mark.parametrize("name", CODE)
-def test_a_folder_that_lacks_code_is_refused(name: str, folder: Path) -> None:
+def test_a_folder_without_a_code_file_is_an_error(name: str, folder: Path) -> None:
     (folder / name).unlink()
     with raises_one_line(f"lacks {name}", "Save the model again"):
         collect_model_files(folder)

@@ -20,13 +20,13 @@ import torch
 from accelerate import Accelerator
 from evaluation_worker import (
     BATCH_SIZE,
-    BROKEN,
     CLASSES,
-    NUM_PICTURES,
+    NUM_IMAGES,
     SPACES,
+    UNREADABLE,
     build_classifier,
     build_evaluator,
-    build_pictures,
+    build_labeled_images,
     evaluate_all,
     evaluate_digits,
     evaluate_frozen_digits,
@@ -85,7 +85,7 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers_of(name: str) -> tuple[Any, list[Any]]:
     """The model's outputs for all images of a scenario at once, and their labels."""
-    pictures = build_pictures(name)
+    pictures = build_labeled_images(name)
     processor = ViTCLSImageProcessor(size=16)
     pixel_values = processor(list(pictures.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -118,8 +118,8 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     labels = np.array(labels)
     answers = outputs.logits.argmax(1).numpy()
     right = answers == labels
-    assert 0 < right.sum() < NUM_PICTURES
-    assert metrics["num_images"] == NUM_PICTURES
+    assert 0 < right.sum() < NUM_IMAGES
+    assert metrics["num_images"] == NUM_IMAGES
     assert metrics["accuracy"] == close(right.mean())
     top_5 = [label in row for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)]
     assert metrics["top_5_accuracy"] == close(np.mean(top_5))
@@ -128,7 +128,7 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["loss"] == close(nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item())
     expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))
     assert metrics["confusion_matrix"] == expected.tolist()
-    interval = scipy.stats.binomtest(int(right.sum()), NUM_PICTURES).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(int(right.sum()), NUM_IMAGES).proportion_ci(method="wilson")
     assert metrics["accuracy_interval"] == [close(interval.low), close(interval.high)]
     assert_per_class(metrics["per_class"], np.eye(7)[labels], np.eye(7)[answers])
 
@@ -173,7 +173,7 @@ def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["exact_match"] == close((truth == answers).all(1).mean())
     loss = nn.functional.binary_cross_entropy_with_logits(outputs.logits, torch.tensor(truth, dtype=torch.float32))
     assert metrics["loss"] == close(loss.item())
-    assert metrics["num_images"] == NUM_PICTURES
+    assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
     measured = [row["average_precision"] for row in metrics["per_class"]]
     assert measured == [*map(close, precisions), None]  # no image is of the last class
@@ -201,7 +201,7 @@ def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
         assert metrics[f"{task}_loss"] == close(losses[-1])
         assert [row["name"] for row in metrics[f"{task}_per_class"]] == names
         assert np.sum(metrics[f"{task}_confusion_matrix"]) == len(right)
-    assert metrics["species_num_images"] < metrics["age_num_images"] == metrics["num_images"] == NUM_PICTURES
+    assert metrics["species_num_images"] < metrics["age_num_images"] == metrics["num_images"] == NUM_IMAGES
     assert metrics["accuracy"] == close(np.mean(accuracies))
     assert metrics["loss"] == close(sum(losses))
 
@@ -274,7 +274,7 @@ def test_only_the_main_process_prints(by_two_processes: Path) -> None:
     ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
 )
 def test_each_image_has_one_place(num_images: int, batch_size: int, num_processes: int) -> None:
-    pictures = build_pictures("single", num_images)
+    pictures = build_labeled_images("single", num_images)
     numbered = LabeledImages(pictures.images, range(num_images))
     processor = ViTCLSImageProcessor(size=16)
     shares = [
@@ -305,28 +305,32 @@ def test_batches_are_of_one_size() -> None:
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
     said: list[str] = []
     evaluator = build_evaluator(
-        "single", build_accelerator(), build_pictures("single", broken=BROKEN), max_broken_images=4, warn=said.append
+        "single",
+        build_accelerator(),
+        build_labeled_images("single", unreadable=UNREADABLE),
+        max_broken_images=4,
+        warn=said.append,
     )
     model = build_classifier("single")
     metrics = evaluator(model)
-    assert (metrics["num_images"], metrics["num_broken_images"]) == (NUM_PICTURES - 4, 4)
-    assert [f"'{index}.png'" in line for index, line in zip(BROKEN, said, strict=True)] == [True] * 4
-    assert evaluator(model) == metrics == by_one_process["broken"]
+    assert (metrics["num_images"], metrics["num_broken_images"]) == (NUM_IMAGES - 4, 4)
+    assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [True] * 4
+    assert evaluator(model) == metrics == by_one_process["unreadable"]
     assert len(said) == 4
     outputs, labels = answers_of("single")
-    good = [index for index in range(NUM_PICTURES) if index not in BROKEN]
+    good = [index for index in range(NUM_IMAGES) if index not in UNREADABLE]
     right = outputs.logits.argmax(1)[good] == torch.tensor(labels)[good]
     assert metrics["accuracy"] == close(right.float().mean().item())
 
 
 def test_too_many_unreadable_images_stop() -> None:
     accelerator = build_accelerator()
-    pictures = build_pictures("single", broken=BROKEN)
+    pictures = build_labeled_images("single", unreadable=UNREADABLE)
     evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
     with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last of .*'12\.png'") as raised:
         evaluator(build_classifier("single"))
     assert "\n" not in str(raised.value)
-    evaluator = build_evaluator("single", accelerator, build_pictures("single", number=2, broken=(0, 1)))
+    evaluator = build_evaluator("single", accelerator, build_labeled_images("single", number=2, unreadable=(0, 1)))
     with pytest.raises(ValueError, match="none of the 2 images can be read"):
         evaluator(build_classifier("single"))
 
@@ -357,17 +361,17 @@ class Counted(list):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_PICTURES * 3 * 16 * 16 * 4 - 1, 3)])
+@pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_IMAGES * 3 * 16 * 16 * 4 - 1, 3)])
 def test_small_datasets_are_prepared_once(
     kept_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", kept_bytes)
-    pictures = build_pictures("single")
+    pictures = build_labeled_images("single")
     counted = Counted(pictures.images)
     evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
     for _ in range(3):
         assert evaluator(build_classifier("single")) == by_one_process["single"]
-    assert counted.num_reads == num_reads * NUM_PICTURES
+    assert counted.num_reads == num_reads * NUM_IMAGES
 
 
 def test_evaluation_draws_no_random_numbers() -> None:
@@ -382,7 +386,7 @@ def test_evaluation_draws_no_random_numbers() -> None:
 def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
     whole = by_one_process["single"]
     metrics = build_evaluator("single", Accelerator(cpu=True, mixed_precision="bf16"))(build_classifier("single"))
-    assert metrics["num_images"] == NUM_PICTURES
+    assert metrics["num_images"] == NUM_IMAGES
     assert metrics["loss"] != whole["loss"]
     assert metrics["loss"] == pytest.approx(whole["loss"], abs=0.05)
 
@@ -411,7 +415,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
     """The images of a scenario as files, and a CSV file with what `text` makes of each label; each image twice."""
-    pictures = build_pictures(name)
+    pictures = build_labeled_images(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", *header])
@@ -445,7 +449,7 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     table = write_table(tmp_path, "multi_label", ["tags"], text)
     parts = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
     expected = by_one_process["multi_label"]
-    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     assert whole(parts, "loss") == close(expected["loss"])
     assert [row["name"] for row in parts["per_class"][0]] == CLASSES
 
@@ -460,7 +464,7 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     table = write_table(tmp_path, "multi_task", ["species", "age"], text)
     parts = evaluate(models / "multi_task", table, label_column=("species", "age"))
     expected = by_one_process["multi_task"]
-    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for task in ("species", "age"):
         assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
         assert whole(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
@@ -475,7 +479,7 @@ def test_a_single_label_model(
 ) -> None:
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
     parts = evaluate(models / "single", table, label_column=("animal",))
-    assert sum(parts["num_images"]) == 2 * NUM_PICTURES
+    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for name in ("accuracy", "cls_accuracy", "loss"):
         assert whole(parts, name) == close(by_one_process["single"][name])
     assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
@@ -496,7 +500,7 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
     data = DataOptions(dataset=str(tmp_path / "data"), num_workers=0, streaming=True)
     options = EvaluateOptions(model=str(models / "single"), data=data, batch_size=4)
     metrics = evaluate_checkpoint(options)
-    assert metrics["num_images"] == 2 * NUM_PICTURES
+    assert metrics["num_images"] == 2 * NUM_IMAGES
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
 
 
@@ -511,6 +515,7 @@ def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
     assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_frozen_features(by_two_processes: Path) -> None:
     two, one = read_json(by_two_processes / "frozen.json"), evaluate_frozen_digits(by_two_processes)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
@@ -524,7 +529,7 @@ def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
     console = Console(file=io.StringIO(), force_terminal=is_terminal)
     accelerator = build_accelerator()
     metrics = build_evaluator("single", accelerator)(build_classifier("single"), build_progress(console, accelerator))
-    assert metrics["num_images"] == NUM_PICTURES
+    assert metrics["num_images"] == NUM_IMAGES
     assert shown in console.file.getvalue()
     assert ("\x1b" in console.file.getvalue()) is is_terminal
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_models import LAYOUTS, filled, tiny_config
+from tiny_models import LAYOUTS, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
@@ -33,8 +33,8 @@ CLASSIFIERS: dict[str, Any] = {
 
 def save_model(folder: Path, **fields: Any) -> Path:
     """Save a classifier with random weights for small images, and its image processor."""
-    config = tiny_config(image_size=16, patch_size=8, **fields)
-    filled(ViTCLSForImageClassification(config)).save_pretrained(folder)
+    config = build_tiny_config(image_size=16, patch_size=8, **fields)
+    randomize(ViTCLSForImageClassification(config)).save_pretrained(folder)
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
     return folder
 

@@ -26,7 +26,7 @@ import torch
 from accelerate_state import reset_accelerate
 from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
-from tiny_models import filled, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line, randomize
 from transformers import pipeline
 from warm_processes import OFFLINE, READY, run_script, run_together
 
@@ -61,13 +61,13 @@ LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index
 TOKENS = {"num_cls_tokens": 1, "num_distillation_tokens": 2, "num_register_tokens": 3}
 TASKS = {"species": ["ash", "elm", "fir", "oak"], "age": ["young", "old"]}
 KINDS = {
-    "one_label": lambda: ViTCLSForImageClassification(tiny_config(**TOKENS, **LABELS)),
+    "one_label": lambda: ViTCLSForImageClassification(build_tiny_config(**TOKENS, **LABELS)),
     "several_labels": lambda: ViTCLSForImageClassification(
-        tiny_config(problem_type="multi_label_classification", **LABELS)
+        build_tiny_config(problem_type="multi_label_classification", **LABELS)
     ),
-    "several_tasks": lambda: ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks=TASKS)),
-    "encoder": lambda: ViTCLSModel(tiny_config(**TOKENS)),
-    "masked": lambda: ViTCLSForMaskedImageModeling(tiny_config()),
+    "several_tasks": lambda: ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
+    "encoder": lambda: ViTCLSModel(build_tiny_config(**TOKENS)),
+    "masked": lambda: ViTCLSForMaskedImageModeling(build_tiny_config()),
 }
 NUM_STREAMED = 1000
 
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small models with random weights, one of each kind."""
     folder = tmp_path_factory.mktemp("models")
     for name, build in KINDS.items():
-        filled(build()).save_pretrained(folder / name)
+        randomize(build()).save_pretrained(folder / name)
         ViTCLSImageProcessor(size=32).save_pretrained(folder / name)
     return folder
 
@@ -254,7 +254,7 @@ def test_several_labels_count_from_the_threshold_on(models: Path, photos: Path, 
 
 
 def test_an_output_that_is_not_finite_is_an_error(photos: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     model.classifier.bias.data[1] = float("nan")
     rows = predict(model, ViTCLSImageProcessor(size=32), [photos / "a.jpg"])
     assert rows[0]["label"] is None and "not finite" in rows[0]["error"]
@@ -294,7 +294,7 @@ def test_a_unreadable_image_has_no_features(models: Path, broken: Path, tmp_path
 
 def test_tokens_that_a_model_does_not_have_are_refused() -> None:
     with raises_one_line("requires registers tokens", "cls, mean"):
-        predict(ViTCLSModel(tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
+        predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------
@@ -415,6 +415,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: Path, tmp_path: Path) -> None:
     """The union is what one uninterrupted run gives."""
     flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
@@ -611,6 +612,15 @@ def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
     assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
 
 
+def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
+    columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
+    for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
+        print_table(
+            [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
+        )
+        assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
+
+
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
     """A terminal would run escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
@@ -703,7 +713,7 @@ def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
 def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     lost = tmp_path / "lost"
-    model = filled(ViTCLSForImageClassification(tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     model.save_pretrained(lost, state_dict=weights)
     for source, words in {
@@ -718,7 +728,7 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
             predict_images(PredictOptions(str(source), (str(photos),)))
         reset_accelerate()
     with raises_one_line("the model has no labels"):
-        predict(ViTCLSForImageClassification(tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
+        predict(ViTCLSForImageClassification(build_tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
 
 
 def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -737,7 +747,7 @@ def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> 
 
 
 def test_predict_takes_images_of_any_kind(photos: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**LABELS, hidden_dropout_prob=0.9))).train()
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS, hidden_dropout_prob=0.9))).train()
     picture = photos / "a.jpg"
     given = [str(picture), picture, picture.read_bytes(), Image.open(picture), np.asarray(Image.open(picture))]
     rows = predict(model, ViTCLSImageProcessor(size=32), [*given, b"broken", photos / "inner"], top_k=2)
@@ -753,7 +763,7 @@ def test_predict_takes_images_of_any_kind(photos: Path) -> None:
 
 
 def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
-    model = filled(ViTCLSForImageClassification(tiny_config(**LABELS)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 16})
     together = predict(model, processor, photos, batch_size=9)
     for path, row in zip(sorted_photos(photos), together, strict=True):

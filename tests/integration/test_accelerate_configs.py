@@ -115,7 +115,7 @@ def test_there_is_one_for_each_place() -> None:
 def test_each_says_when_to_use_it(file: Path) -> None:
     first, second, *_ = file.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and first.endswith(".") and ": " in first
-    assert second.startswith("# Not run") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
+    assert second.startswith("# Not tested") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -131,6 +131,7 @@ def test_each_has_only_keys_that_accelerate_knows(file: Path) -> None:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
     for folder in (ddp, fsdp2):
@@ -145,6 +146,7 @@ def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
     model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
     assert not any(info.values())

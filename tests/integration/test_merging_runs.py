@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import filled, raises_one_line, tiny_config
+from tiny_models import build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -38,7 +38,7 @@ FIELDS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1, "merged
 
 
 def saved(model: Any, folder: Path) -> Path:
-    filled(model).save_pretrained(folder)
+    randomize(model).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
@@ -48,7 +48,7 @@ def saved(model: Any, folder: Path) -> Path:
 def test_a_run_ends_with_a_model_results_and_a_card(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, folder = saved(ViTCLSModel(tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
+    checkpoint, folder = saved(ViTCLSModel(build_tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
     options_class, task_class, model_class = {
         "fine-tuned": (FinetuneOptions, FinetuneTask, ViTCLSForImageClassification),
         "pre-trained": (PretrainOptions, PretrainTask, ViTCLSForMaskedImageModeling),
@@ -81,7 +81,7 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
-    folder = saved(ViTCLSForImageClassification(tiny_config(**FIELDS)), tmp_path)
+    folder = saved(ViTCLSForImageClassification(build_tiny_config(**FIELDS)), tmp_path)
     reader = DemoModel.load(str(folder))
     reading = reader.predict(digit)
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -100,4 +100,4 @@ def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
 
 def test_an_encoder_that_merges_patches_has_nothing_to_show(tmp_path: Path) -> None:
     with raises_one_line("has no labels and merges patches"):
-        DemoModel.load(str(saved(ViTCLSModel(tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))
+        DemoModel.load(str(saved(ViTCLSModel(build_tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))

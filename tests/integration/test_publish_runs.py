@@ -97,7 +97,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 # The result ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("verified_quickly")
+@pytest.mark.usefixtures("fast_verification")
 def test_a_run_pushes_its_result_and_prints_the_certificate(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     """Through a Hub that is overloaded, drops connections and asks to wait on the way."""
     hub.fail("POST", "/preupload/", 500)
@@ -370,6 +370,7 @@ def test_a_signal_waits_no_longer_than_that(
 # Going on elsewhere --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_colleague_goes_on_from_the_branch(
     hub: LocalHub, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture
 ) -> None:

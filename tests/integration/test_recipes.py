@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cnn_teacher import train_cnn_teacher
+
+from scripts.train_cnn_teacher import train_cnn_teacher
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def test_each_pooling_learns_the_digits(tmp_path: Path, flags: list[object]) -> 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_cnn_teaches_the_distillation_token(tmp_path: Path, kind: str) -> None:
-    assert train_cnn_teacher(tmp_path / "teacher") >= 0.98
+    assert train_cnn_teacher("digits", tmp_path / "teacher") >= 0.98
     results = results_of(tmp_path / "student", "--teacher", tmp_path / "teacher", "--distillation", kind)
     assert results["token_layout"]["distillation"] == 1
     assert results["accuracy"] >= 0.97

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from fresh_processes import run_fresh
-from load_without_package import AUTO_CLASSES, BACKENDS, SEED, answers
+from load_without_package import AUTO_CLASSES, BACKENDS, SEED, compute_outputs
 from local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -56,7 +56,7 @@ PROCESSORS: dict[str | None, Any] = {
     "torchvision": vitcls.ViTCLSImageProcessor,
     "pil": vitcls.ViTCLSImageProcessorPil,
 }
-GENERATIONS = ("first", "second", "hub")
+GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow), "hub")
 
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
@@ -69,7 +69,7 @@ class Loaded:
 
     folder: Path
     report: dict[str, Any]
-    answers: dict[str, torch.Tensor]
+    compute_outputs: dict[str, torch.Tensor]
 
     def answers_of(self, prefix: str) -> dict[str, torch.Tensor]:
         """The answers under `prefix/`, by what remains of the name."""
@@ -176,7 +176,7 @@ def test_every_auto_class_loads_every_checkpoint_without_the_package(
     assert report["class"] == model_class.__name__
     assert report["module"].startswith("transformers_modules.")
     assert report["missing"] == sorted(loading["missing_keys"])
-    assert_same(child.answers_of(f"{name}/{auto_class}"), answers(model, load_file(inputs)["pixel_values"]))
+    assert_same(child.answers_of(f"{name}/{auto_class}"), compute_outputs(model, load_file(inputs)["pixel_values"]))
 
 
 @each_checkpoint
@@ -197,7 +197,7 @@ def test_a_checkpoint_saved_without_the_package_answers_as_the_model_did(
     generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
     child: Loaded = request.getfixturevalue(generation)
-    wanted = answers(random_model(name), load_file(inputs)["pixel_values"])
+    wanted = compute_outputs(random_model(name), load_file(inputs)["pixel_values"])
     # not to the bit: weights in a mapped file lie elsewhere in memory, and kernels differ with alignment
     torch.testing.assert_close(child.answers_of(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_is_adapted_at_load_without_the_package(
 ) -> None:
     child: Loaded = request.getfixturevalue(generation)
     model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
-    assert_same(child.answers_of(f"{name}/larger"), answers(model, load_file(inputs)["larger_pixel_values"]))
+    assert_same(child.answers_of(f"{name}/larger"), compute_outputs(model, load_file(inputs)["larger_pixel_values"]))
 
 
 @each_generation
@@ -286,7 +286,7 @@ def test_the_imported_package_wins_over_the_code_of_the_checkpoint(
     torch.manual_seed(SEED)
     wanted = model_class.from_pretrained(saved / name)
     pixel_values = load_file(inputs)["pixel_values"]
-    assert_same(answers(found, pixel_values), answers(wanted, pixel_values))
+    assert_same(compute_outputs(found, pixel_values), compute_outputs(wanted, pixel_values))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

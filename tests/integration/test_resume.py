@@ -575,6 +575,7 @@ def test_a_second_run_in_the_folder_is_refused(
     assert_equal_runs(folder, uninterrupted(flags))
 
 
+@pytest.mark.slow
 def test_a_new_run_that_is_killed_early_leaves_no_old_model(pictures: Path, folder: Path) -> None:
     flags = f"{RUN} --dataset {pictures}"
     finish(folder, f"{flags} --max-steps 3")

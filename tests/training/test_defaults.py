@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import filled, tiny_config
+from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
@@ -76,7 +76,7 @@ def test_facts_about_a_run(tmp_path: Path) -> None:
     assert get_facts(build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7) == RunFacts(
         "random weights", True, 192 // 2, 28, 7
     )
-    filled(ViTCLSForImageClassification(tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     model = ModelOptions(str(tmp_path), image_size=(48, 40))
     assert get_facts(build_options(model=model), None) == RunFacts("pre-trained weights", False, 16, 48, None)

@@ -1,0 +1,104 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["modeling_vitcls[scripts]"]
+#
+# [tool.uv.sources]
+# modeling_vitcls = { path = "..", editable = true }
+# ///
+"""Train a small ResNet on labeled images, to be a teacher for distillation.
+
+python scripts/train_cnn_teacher.py --dataset digits --folder runs/teacher
+vitcls finetune --config digits --teacher runs/teacher --output-dir runs/student
+"""
+
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.options import DataOptions
+
+
+BATCH_SIZE = 64
+MAX_SHIFT = 0.1  # of the image size
+
+
+def train_cnn_teacher(
+    dataset: str,
+    folder: Path,
+    image_size: int = 32,
+    hidden_sizes: tuple[int, ...] = (32, 64),
+    epochs: int = 8,
+    flip: bool = False,
+    seed: int = 0,
+    label_names: tuple[str, ...] | None = None,
+) -> float:
+    """Train a ResNet with one basic block per stage, save it with its image processor, and return its accuracy on the
+    held-out images.
+
+    Args:
+        dataset: Labeled images, as for `vitcls finetune`.
+        folder: Folder for the model.
+        image_size: Size to which images are resized, in pixels.
+        hidden_sizes: Channels of each stage.
+        epochs: Passes over the training images.
+        flip: Flip half of the images horizontally.
+        seed: Seed of the weights and of the augmentation.
+        label_names: Order of the labels. Default: the order in the dataset.
+    """
+    torch.manual_seed(seed)
+    data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
+    assert isinstance(data.train, LabeledImages)  # no stream
+    names = data.label_space.names
+    order = label_names or tuple(names)
+    config = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=list(hidden_sizes),
+        depths=[1] * len(hidden_sizes),
+        layer_type="basic",
+        id2label=dict(enumerate(order)),
+        label2id={name: index for index, name in enumerate(order)},
+    )
+    model = ResNetForImageClassification(config)
+    size = {"height": image_size, "width": image_size}
+    processor = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    def prepare(part: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [part.images[index].convert("RGB") for index in range(len(part))]
+        labels = torch.tensor([order.index(names[label]) for label in part.labels])
+        return processor(images, return_tensors="pt")["pixel_values"], labels
+
+    train_network(model, *prepare(data.train), epochs, flip)
+    pixel_values, labels = prepare(data.held_out)
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(batch).logits for batch in pixel_values.split(BATCH_SIZE)])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return (logits.argmax(-1) == labels).float().mean().item()
+
+
+def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int, flip: bool) -> None:
+    """Train with AdamW and a one-cycle learning rate on shifted images."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    num_steps = epochs * (len(labels) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=num_steps)
+    max_shift = round(MAX_SHIFT * pixel_values.shape[-1])
+    model.train()
+    for _ in range(num_steps):
+        indices = torch.randint(len(labels), (BATCH_SIZE,))
+        images = pixel_values[indices].roll(torch.randint(-max_shift, max_shift + 1, (2,)).tolist(), dims=(2, 3))
+        if flip:
+            images = torch.where((torch.rand(BATCH_SIZE) < 0.5)[:, None, None, None], images.flip(-1), images)
+        loss = nn.functional.cross_entropy(model(images).logits, labels[indices])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+if __name__ == "__main__":
+    print(f"accuracy on the held-out images: {tyro.cli(train_cnn_teacher):.2%}")
