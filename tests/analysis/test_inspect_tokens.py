@@ -13,7 +13,6 @@ import pytest
 import timm
 from fresh_processes import run_fresh
 from local_hub import local_hub, point_client_at
-from modeling_vitcls.build_options import InspectOptions
 from PIL import Image
 from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 
@@ -26,6 +25,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.files import write_json
+from modeling_vitcls.options import InspectOptions
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
