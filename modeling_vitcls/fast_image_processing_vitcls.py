@@ -53,7 +53,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the content of a JPEG file, given as path or bytes; None for other formats and other types of files."""
+    """Return the content of a JPEG file, given as a path or bytes; None for other formats and types of files."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
@@ -109,7 +109,7 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of unscaled pixels, float32 [C, 1, 1], computed as in transformers."""
+    """Return mean and standard deviation for pixels from 0 to 255, float32 [C, 1, 1], computed as in transformers."""
     scaled = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
     return scaled[0].view(-1, 1, 1).numpy(), scaled[1].view(-1, 1, 1).numpy()
 
