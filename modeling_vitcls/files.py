@@ -1,4 +1,4 @@
-"""Read JSON, write files atomically, show text from files, and detect closed pipes."""
+"""Read JSON, write files atomically, make text from files printable, and detect closed pipes."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name
+        os.fsync(folder)  # writes the new name to the disk
     finally:
         os.close(folder)
 

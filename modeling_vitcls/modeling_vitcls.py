@@ -466,7 +466,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return task -> mean cross-entropy over its labeled images, or 0 (finetune.py divides by all images)."""
+        """Return task -> mean cross-entropy over labeled images, or 0. (training/losses.py divides by all images.)"""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
         losses = {}

@@ -75,7 +75,7 @@ class Study:
     subsets: dict[str, Flags] = field(default_factory=dict)
 
     def plan_runs(self) -> list[StudyRun]:
-        """Return the runs of the grid: all seeds of a combination of levels, then the next combination."""
+        """Return the runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
         for levels in itertools.product(*self.factors.values()):
             combination = dict(zip(self.factors, levels, strict=True))
@@ -114,7 +114,7 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of a factor")
+            raise ValueError(f"{file}: the baseline level {factor}: {level} does not exist in factors")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
@@ -132,7 +132,7 @@ def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
 
 
 def to_file_name(text: str) -> str:
-    """Convert a text to a part of a file name: `100 %` -> `100-`."""
+    """Return text with other characters than letters, digits, dots and hyphens replaced: `100 %` -> `100-`."""
     return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
 
 
@@ -141,12 +141,12 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A running process of a run."""
+    """A started run, its current process and its remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
     stages: Iterator[tuple[str, list[str]]]
-    started: float
+    start_time: float
 
 
 @dataclass
@@ -157,9 +157,11 @@ class StudyRunner:
     folder: Path
     jobs: int = 1  # maximum number of runs at a time
     threads: int = 1  # threads per run
-    memory_limit: float | None = None  # total memory of all runs in GiB; a run starts only if the largest would fit
+    memory_limit: float | None = (
+        None  # total memory of all runs in GiB; a run starts only if the largest run so far would fit
+    )
     dataset: str | None = None  # dataset for all subsets, instead of the dataset in the study file
-    largest_run: float = 0.0  # largest peak memory of the runs so far, in bytes
+    largest_run: float = 0.0  # largest memory of a run so far, in bytes
     seconds: list[float] = field(default_factory=list)  # durations of the runs of this process
 
     def execute(self) -> None:
@@ -172,7 +174,7 @@ class StudyRunner:
         running: list[RunProcess] = []
         try:
             while waiting or running:
-                while waiting and len(running) < self.jobs and self.has_memory(running):
+                while waiting and len(running) < self.jobs and self.fits_memory_limit(running):
                     running.append(self.start(waiting.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running)
@@ -182,7 +184,7 @@ class StudyRunner:
                         continue
                     running.remove(item)
                     num_finished += 1
-                    self.seconds.append(time.monotonic() - item.started)
+                    self.seconds.append(time.monotonic() - item.start_time)
                     self.print_progress(item, num_finished, len(waiting) + len(running))
         finally:
             for item in running:
@@ -244,7 +246,7 @@ class StudyRunner:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
         return value.replace("{run}", str(self.get_folder(run))).replace("{folder}", str(self.folder))
 
-    def has_memory(self, running: list[RunProcess]) -> bool:
+    def fits_memory_limit(self, running: list[RunProcess]) -> bool:
         """Return whether another run fits into the memory limit. The first run always starts."""
         if self.memory_limit is None or not running:
             return True
@@ -252,7 +254,7 @@ class StudyRunner:
         return 0 < expected <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running: list[RunProcess]) -> None:
-        """Update the peak memory of a run."""
+        """Update the largest peak memory of the runs."""
         for item in running:
             try:
                 process = psutil.Process(item.process.pid)
@@ -270,8 +272,11 @@ class StudyRunner:
             row = collect_row(self, item.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
-        left = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
-        print(f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{left}", flush=True)
+        remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
+        print(
+            f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{remaining_time}",
+            flush=True,
+        )
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -308,7 +313,7 @@ class StudyRunner:
 def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
 
-    Numbers of `finetune` keep their name; names of other stages start with the stage: `inspect.patches.outliers`.
+    Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`.
     """
     import pandas
 
@@ -403,7 +408,7 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Draw each run as a dot, and mean and interval per combination of levels, to a PNG file."""
+    """Draw each run as a dot, and each combination of levels as mean and interval, and save a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
@@ -420,14 +425,14 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 
 
 def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
-    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line for the
-    page, `settings` are further arguments of `StudyRunner`."""
+    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line on
+    the page. `settings` are further arguments of `StudyRunner`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "study.json"
+    record_file = folder / "study.json"
     plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if record.exists() and read_json(record) != json.loads(json.dumps(plan)):
+    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(plan)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
-    write_json(record, plan)
+    write_json(record_file, plan)
     runner = StudyRunner(study, folder, **settings)
     try:
         runner.execute()

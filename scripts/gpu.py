@@ -32,15 +32,15 @@ TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_gr
 BENCHMARKS = ("inference", "growth", "step", "inexact")
 BATCH_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# name -> mode of torch.compile; max-autotune uses CUDA graphs
+# Name -> mode of torch.compile; max-autotune uses CUDA graphs.
 MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
-FLASH = "eager, flash attention"  # raises an error if PyTorch would use another kernel; half precision only
-LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference to fp32 on the CPU / largest logit
+FLASH = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
+LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
 REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
 
 def main() -> None:
-    """Run the tests and the benchmarks. The exit status is the exit status of the tests."""
+    """Run the tests and the benchmarks, and exit with the status of the tests."""
     if not torch.cuda.is_available():
         print("PyTorch finds no CUDA device on this machine: no tests or benchmarks were run")
         return
@@ -142,7 +142,7 @@ def run_fsdp2(settings: Path, num_processes: int) -> str:
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:
-    """Return the model, compiled if a mode is given."""
+    """Return the model; if `mode` is set, compiled in this mode."""
     torch.compiler.reset()
     return model if mode is None else torch.compile(model, mode=mode)
 

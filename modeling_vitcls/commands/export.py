@@ -26,11 +26,11 @@ class ExportOptions:
     """Export a model. Nothing is written if a difference exceeds the limit."""
 
     model: str
-    """A model folder, a model on the Hub, or a preset (random weights)."""
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """A file that does not exist; for transformers.js a folder."""
+    """File to write, which must not exist; for transformers.js a folder."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the size of the model."""
@@ -66,7 +66,7 @@ def run(options: ExportOptions) -> None:
     from ..export.transformers_js import export_for_transformers_js
 
     disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
+    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of the exporters
     if options.format == "transformers.js":
         for comparison in export_for_transformers_js(options.model, options.output).comparisons:
             difference, agreement = comparison.largest_difference, comparison.top1_agreement

@@ -404,7 +404,7 @@ class Runner:
         try:
             run_on_main(self.accelerator, lambda: write_json(file, images))
             if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, keep=1)
+                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, num_kept=1)
                 state = self.state
                 tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)

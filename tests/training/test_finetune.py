@@ -704,7 +704,7 @@ def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     """Also with a mask token, and where the class head alone answers: several processes would wait for the rest."""
-    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
+    config = ViTCLSConfig(**TINY.get_config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
