@@ -82,7 +82,7 @@ class AdaptableModel(PreTrainedModel):
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: if a field cannot be adapted, or a value contradicts the others.
+            ValueError: if a field cannot be adapted, or a value contradicts other values.
         """
         if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
@@ -154,12 +154,12 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
-    gated = dict(changes.get("gated_tokens", remaining) or {})
+    new_gates = dict(changes.get("gated_tokens", remaining) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
-        if gate_new_tokens and num_added > gated.get(group, 0):
-            gated[group] = num_added
-    return gated or None
+        if gate_new_tokens and num_added > new_gates.get(group, 0):
+            new_gates[group] = num_added
+    return new_gates or None
 
 
 # Adapting weights ----------------------------------------------------------------------------------------------------
@@ -171,12 +171,12 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
-    frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
+    frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
     for name, initial in new_weights.items():
         stored = old_weights.get(name)
         weight, note = adapt_weight(Weight(name, initial, stored, old_weights, source.config, target.config))
-        if name in frozen and weight is not initial:
+        if name in frozen_names and weight is not initial:
             parameters[name].requires_grad_(False)
         initial.copy_(weight)
         if note:
@@ -223,17 +223,17 @@ def adapt_token_positions(weight: Weight) -> AdaptedWeight:
 
 def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> AdaptedWeight:
     """Copy the first min(m, n) stored rows [1, m, D] to the start of `rows` [1, n, D]."""
-    available = 0 if weight.stored is None else weight.stored.shape[1]
-    kept = min(available, rows.shape[1])
+    num_stored = 0 if weight.stored is None else weight.stored.shape[1]
+    num_kept = min(num_stored, rows.shape[1])
     if weight.stored is not None:
-        rows[:, :kept] = weight.stored[:, :kept]
-    if available == kept == rows.shape[1]:
+        rows[:, :num_kept] = weight.stored[:, :num_kept]
+    if num_stored == num_kept == rows.shape[1]:
         return rows, ""
-    notes = [f"{kept} kept"]
-    if available > kept:
-        notes.append(f"{available - kept} dropped")
-    if rows.shape[1] > kept:
-        notes.append(f"{rows.shape[1] - kept} added, {initialization}")
+    notes = [f"{num_kept} kept"]
+    if num_stored > num_kept:
+        notes.append(f"{num_stored - num_kept} dropped")
+    if rows.shape[1] > num_kept:
+        notes.append(f"{rows.shape[1] - num_kept} added, {initialization}")
     return rows, ", ".join(notes)
 
 
@@ -356,9 +356,9 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
-    name, saved, built = mismatched[0]
+    name, saved, expected = mismatched[0]
     others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
     return (
-        f"the weights in {source} do not fit: {name} is {list(saved)}, but the model requires {list(built)}{others}: "
+        f"the weights in {source} do not fit: {name} is {list(saved)}, but the model has {list(expected)}{others}: "
         "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"
     )

@@ -138,23 +138,25 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def build_options(options_class: type[Options], fixed: dict[str, Any] | None = None, /, **flags: Any) -> Options:
+def build_options(
+    options_class: type[Options], command_values: dict[str, Any] | None = None, /, **flags: Any
+) -> Options:
     """Build the options of a command from flags by name. Data in memory is registered.
 
-    `fixed` contains the values of flags that are not keyword arguments. Raise TypeError for an unknown flag, and
-    ValueError if a value is not allowed.
+    `command_values` contains the values of flags that are not keyword arguments. Raise TypeError for an unknown flag,
+    and ValueError if a value is not allowed.
     """
-    known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(fixed or {})
+    known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(command_values or {})
     for name in flags:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f". Use {close[0]}" if close else ""
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f". Use {similar[0]}" if similar else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return fill_options(options_class, flags | (fixed or {}))
+    return fill_options(options_class, flags | (command_values or {}))
 
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:

@@ -94,10 +94,10 @@ def build_cls_attention_mask(
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError("cls_scopes cannot be combined with a 4-dimensional attention_mask: pass [batch, tokens]")
-    visible = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
+    visibility = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible[query, key]
+        return visibility[query, key]
 
     return create_bidirectional_mask(
         config=config, inputs_embeds=hidden_states, attention_mask=attention_mask, and_mask_function=is_visible
@@ -108,11 +108,11 @@ def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: to
     """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid)
-    visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for index, scope in enumerate(config.cls_scopes or ()):
         if not isinstance(scope, str):  # the scope "image" hides no patches
-            visible[index, layout.patches] = build_cell_mask(scope, grid, device)
-    return visible
+            visibility[index, layout.patches] = build_cell_mask(scope, grid, device)
+    return visibility
 
 
 def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> Tensor:

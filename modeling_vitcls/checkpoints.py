@@ -151,9 +151,9 @@ class CheckpointStore:
         steps = self.list_steps()
         earlier_steps = [other for other in steps if other <= step]
         best_steps = [other for other in earlier_steps if is_best_checkpoint(self.get_path(other))]
-        kept = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
+        kept_steps = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
         for other in steps:
-            if other not in kept:
+            if other not in kept_steps:
                 remove_checkpoint(self.get_path(other))
 
     def remove_leftovers(self) -> None:
@@ -169,14 +169,15 @@ class CheckpointStore:
 
     def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, with required and free space."""
-        required = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        required_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         steps = self.list_steps()
-        last = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        earlier = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        existing_folder = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free_bytes = shutil.disk_usage(existing_folder).free
         return (
             f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. It "
-            f"requires {format_megabytes(required)}, but {format_megabytes(shutil.disk_usage(existing).free)} are "
-            f"free; {last}. Free disk space, then use --resume"
+            f"requires {format_megabytes(required_bytes)}, but {format_megabytes(free_bytes)} are free; {earlier}. "
+            "Free disk space, then use --resume"
         )
 
 
@@ -220,8 +221,8 @@ def write_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
-    for name, named in tensors.items():
-        save_file(copy_shared_memory(named), folder / f"{name}.safetensors")
+    for name, named_tensors in tensors.items():
+        save_file(copy_shared_memory(named_tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
@@ -285,13 +286,13 @@ def is_best_checkpoint(folder: Path) -> bool:
 def copy_shared_memory(tensors: Tensors) -> Tensors:
     """Return the tensors on the CPU, contiguous, with separate memory. Safetensors does not support the shared memory
     of tied weights."""
-    seen: set[int] = set()
+    seen_addresses: set[int] = set()
     result: Tensors = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen_addresses else tensor
+        seen_addresses.add(address)
     return result
 
 
@@ -307,8 +308,8 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
-    leftover = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
-    shutil.rmtree(leftover, ignore_errors=True)
+    hidden_folder = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
+    shutil.rmtree(hidden_folder, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
@@ -329,8 +330,8 @@ def sync_to_disk(path: Path) -> None:
 
 def compute_file_digest(file: Path) -> str:
     """Return the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def compute_digest(state: dict[str, Any]) -> str:

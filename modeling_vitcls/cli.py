@@ -150,14 +150,14 @@ def format_help() -> str:
 
 def exit_on_wrong_command(name: str) -> NoReturn:
     """Exit with status 2 and one line about a wrong subcommand."""
-    known = [*COMMANDS, *OTHER_COMMANDS]
+    known_commands = [*COMMANDS, *OTHER_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":
         message = "error: vitcls env has no flags"
     else:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        advice = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        similar = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
+        advice = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(known_commands)}"
         message = f"error: vitcls has no command {name}: {advice}"
     print(message, file=sys.stderr)
     raise SystemExit(2)

@@ -424,10 +424,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
             new_counts = stored_counts | counts
             stored["gated_tokens"] = get_remaining_gates(stored.get("gated_tokens"), stored_counts, new_counts)
-        extras = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
+        unknown_fields = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
         built = super().from_dict({**stored, **overrides}, **kwargs)
         config = built[0] if isinstance(built, tuple) else built
-        for name, value in extras.items():  # set by the user before saving, or written by another version
+        for name, value in unknown_fields.items():  # set by the user before saving, or written by another version
             logger.warning(f"The stored configuration has a field {name!r} that this version does not use.")
             setattr(config, name, value)
         return built
@@ -479,8 +479,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         # transformers selects the class that `config.architectures` names, otherwise the first class.
         classifiers = (models.ViTCLSForImageClassification, models.ViTCLSForMultiTaskClassification)
         transformers.AutoModelForImageClassification.register(cls, classifiers, exist_ok=True)
-        masked = models.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(cls, masked, exist_ok=True)
+        masked_model = models.ViTCLSForMaskedImageModeling
+        transformers.AutoModelForMaskedImageModeling.register(cls, masked_model, exist_ok=True)
         transformers.AutoBackbone.register(cls, models.ViTCLSBackbone, exist_ok=True)
         processors = {"torchvision": images.ViTCLSImageProcessor, "pil": images.ViTCLSImageProcessorPil}
         transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
@@ -704,8 +704,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
         for axis, pixels, patch in axes:
             if pixels % patch:
-                below = pixels // patch * patch
-                nearest = f"{below} or {below + patch}" if below else f"{patch}"
+                rounded_down = pixels // patch * patch
+                nearest = f"{rounded_down} or {rounded_down + patch}" if rounded_down else f"{patch}"
                 raise ValueError(
                     f"`image_size`: {axis} {pixels} is not a multiple of the patch {axis} {patch}. Use {nearest}."
                 )

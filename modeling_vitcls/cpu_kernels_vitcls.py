@@ -367,8 +367,8 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# PyTorch would multiply half-precision numbers one by one, 8 times as slowly as float32. Checkpoints saved in bfloat16
-# are loaded in bfloat16. Sums are float32 in both cases. Tensors saved for the backward pass stay in half precision.
+# PyTorch multiplies half-precision numbers one by one, 8 times as slowly as float32, and loads bfloat16 checkpoints in
+# bfloat16. PyTorch also sums in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED: set[torch.dtype] = set()
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only

@@ -181,8 +181,8 @@ def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
         except (ValueError, OSError) as error:
             outcome = [None, error]
     broadcast_object_list(outcome)
-    result, raised = outcome
-    if raised is not None:
+    result, main_error = outcome
+    if main_error is not None:
         with on_all_processes():
-            raise raised
+            raise main_error
     return result

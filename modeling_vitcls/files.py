@@ -46,18 +46,18 @@ def write_atomically(file: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written. The message contains `file`.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    unfinished_file = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
-        yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(file)
+        yield unfinished_file
+        with unfinished_file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unfinished_file.replace(file)
     except OSError as error:
         if error.errno is None:  # raised while the contents are computed, not by writing
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        unfinished_file.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # writes the new name to the disk

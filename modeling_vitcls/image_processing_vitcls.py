@@ -168,10 +168,10 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return a flat list of single images. Unlike transformers, this accepts grayscale arrays [H, W]."""
-        singles = list(flatten_images(self.fetch_images(images)))
-        if not singles:
+        single_images = list(flatten_images(self.fetch_images(images)))
+        if not single_images:
             raise ValueError("no images were given: the list is empty")
-        return singles
+        return single_images
 
     def _standardize_kwargs(  # type: ignore[override]
         self, size: Any = None, crop_size: Any = None, **kwargs: Any
@@ -263,7 +263,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return batch
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
-        """Return the output of `preprocess` for checked settings for which `can_use_fast_path` is true."""
+        """Return the output of `preprocess` for checked settings that the fast path supports."""
         are_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
         tensors = map_in_threads(self._load_image, images) if are_sources else list(map(self._load_image, images))
         check_same_shape(tensors)

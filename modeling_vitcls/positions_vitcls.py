@@ -157,10 +157,10 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     the least-squares sense if they shrink. With the resizing matrix B, the new kernel is pinv(B^T) times the old one.
     """
     height, width = kernel.shape[-2:]
-    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
-    resized = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
-    to_new = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B^T
-    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ to_new.T).unflatten(2, new_size)  # [D, C, *new_size]
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64
+    resized_basis = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
+    inverse = torch.linalg.pinv(resized_basis.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B^T
+    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(2, new_size)  # [D, C, *new_size]
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)
 
 

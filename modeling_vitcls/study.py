@@ -103,8 +103,8 @@ def load_study(file: Path) -> Study:
         raise ValueError(f"cannot read {file}: {format_error(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not contain keys. A study requires {', '.join(REQUIRED_KEYS)}")
-    if missing := [key for key in REQUIRED_KEYS if not content.get(key)]:
-        raise ValueError(f"{file} has no value for {', '.join(missing)}")
+    if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
+        raise ValueError(f"{file} has no value for {', '.join(missing_keys)}")
     if unknown := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
         raise ValueError(f"{file} has unknown keys: {', '.join(unknown)}")
     factors = {
@@ -168,14 +168,14 @@ class StudyRunner:
         """Execute all runs that are not finished. A failed run does not stop the other runs."""
         self.write_subsets()
         runs = self.study.plan_runs()
-        waiting = [run for run in runs if not self.is_finished(run)]
-        num_finished = len(runs) - len(waiting)
+        waiting_runs = [run for run in runs if not self.is_finished(run)]
+        num_finished = len(runs) - len(waiting_runs)
         print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
         running: list[RunProcess] = []
         try:
-            while waiting or running:
-                while waiting and len(running) < self.jobs and self.fits_memory_limit(running):
-                    running.append(self.start(waiting.pop(0)))
+            while waiting_runs or running:
+                while waiting_runs and len(running) < self.jobs and self.fits_memory_limit(running):
+                    running.append(self.start(waiting_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running)
                 for item in [item for item in running if item.process.poll() is not None]:
@@ -185,7 +185,7 @@ class StudyRunner:
                     running.remove(item)
                     num_finished += 1
                     self.seconds.append(time.monotonic() - item.start_time)
-                    self.print_progress(item, num_finished, len(waiting) + len(running))
+                    self.print_progress(item, num_finished, len(waiting_runs) + len(running))
         finally:
             for item in running:
                 item.process.send_signal(signal.SIGTERM)  # the run saves a checkpoint
@@ -258,10 +258,10 @@ class StudyRunner:
         for item in running:
             try:
                 process = psutil.Process(item.process.pid)
-                used = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
+                used_bytes = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
             except psutil.Error:  # the process has just ended
                 continue
-            self.largest_run = max(self.largest_run, used)
+            self.largest_run = max(self.largest_run, used_bytes)
 
     def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
         """Print one line about a run that has ended."""
@@ -350,14 +350,14 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     from .system import get_processor_name, get_versions
 
     study = runner.study
-    finished = [row for row in rows if row["status"] == "finished"]
+    finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
-    seconds = sum(row.get("seconds", 0.0) for row in finished)
+    seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
     parts = [f"# {study.title}", study.question]
     if study.answer:
         parts.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
-        groups = group_values(study, finished, metric)
+        groups = group_values(study, finished_rows, metric)
         if groups:
             image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
             draw_groups(groups, metric, runner.folder / image)
@@ -365,9 +365,9 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
             parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
     parts.append(
-        f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
-        f"minutes of training in total, {runner.threads} thread(s) per run, on {get_processor_name()}. A value is the "
-        "mean over seeds with its 95 % confidence interval (Student's t). Differences are paired by seed. "
+        f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
+        f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
+        f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). Differences are paired by seed. "
         "Each test image is used once per finished run.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
@@ -392,11 +392,11 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
         reference = tuple(study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True))
-        shared = sorted(values.keys() & groups.get(reference, {}).keys())
+        shared_seeds = sorted(values.keys() & groups.get(reference, {}).keys())
         difference = "baseline"
         if reference != levels:
-            differences = [values[seed] - groups[reference][seed] for seed in shared]
-            difference = format_interval(differences, "+") if shared else ""
+            differences = [values[seed] - groups[reference][seed] for seed in shared_seeds]
+            difference = format_interval(differences, "+") if shared_seeds else ""
         rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -48,8 +48,8 @@ def keep_freed_memory() -> None:
     Environment variables of the user take precedence. C libraries other than glibc are not changed.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not is_set:
+    is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_configured:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
@@ -125,15 +125,15 @@ def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(measure_fastest_call(multiply, device) for multiply in implementations)
 
 
-def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def measure_fastest_call(function: Callable[[], torch.Tensor], device: torch.device) -> float:
     """Return the duration of the fastest call in seconds, after a warm-up call."""
-    work()
+    function()
     durations: list[float] = []
     synchronize(device)
     start_time = time.perf_counter()
     while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - start_time < GEMM_SECONDS:
         call_start = time.perf_counter()
-        work()
+        function()
         synchronize(device)
         durations.append(time.perf_counter() - call_start)
     return min(durations)

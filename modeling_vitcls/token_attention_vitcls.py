@@ -49,7 +49,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
     Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
     """
     attentions = {index: encoder.layers[index].attention for index in layers}
-    previous = {index: attention.recorder for index, attention in attentions.items()}
+    previous_recorders = {index: attention.recorder for index, attention in attentions.items()}
     try:
         for index, attention in attentions.items():
             attention.recorder = partial(record, index)
@@ -57,7 +57,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
             yield
     finally:
         for index, attention in attentions.items():
-            attention.recorder = previous[index]
+            attention.recorder = previous_recorders[index]
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:

@@ -142,10 +142,10 @@ class RegisterNeurons(nn.Module):
         """Return the activations [B, N, intermediate] after the move."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
-        moved = activations.clone()
-        moved[:, self.patches, self.neurons] = 0
-        moved[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
-        return moved
+        edited = activations.clone()
+        edited[:, self.patches, self.neurons] = 0
+        edited[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
+        return edited
 
     def extra_repr(self) -> str:
         return f"neurons={self.neurons}"
@@ -178,21 +178,21 @@ class PatchDropout(nn.Module):
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
-        kept = self.choose_patches(hidden_states)  # [B, n patches]
-        special = torch.arange(self.num_special, device=kept.device).expand(kept.shape[0], -1)
-        indices = torch.cat([special, kept + self.num_special], dim=1)  # [B, n]
+        kept_indices = self.choose_patches(hidden_states)  # [B, n patches]
+        special = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
+        indices = torch.cat([special, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
             map_layers(mask, lambda each: select_mask(each, indices)),
-            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept)),
+            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept_indices)),
         )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices of the patches to keep, in ascending order, [B, n patches]."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
         num_kept = get_num_kept_patches(self.rate, num_patches)
-        order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
-        return order[:, :num_kept].sort(dim=1).values
+        random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
+        return random_order[:, :num_kept].sort(dim=1).values
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -328,8 +328,8 @@ def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]
     keys = nn.functional.normalize(keys, dim=-1)
     similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
     best_similarity, partners = similarity.max(dim=-1)
-    even = best_similarity.topk(num_pairs, dim=-1).indices
-    return 2 * even, 2 * partners.gather(1, even) + 1
+    even_indices = best_similarity.topk(num_pairs, dim=-1).indices
+    return 2 * even_indices, 2 * partners.gather(1, even_indices) + 1
 
 
 class MergingAttention(ViTCLSAttention):

@@ -90,11 +90,11 @@ def main() -> None:
 def format_timm() -> str:
     """Return the section about timm."""
     results = {module: [measure_timm(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES}
-    exact = [difference for rows in results.values() for difference, _ in rows if difference is not None]
+    exact_differences = [difference for rows in results.values() for difference, _ in rows if difference is not None]
     lines = [
         "## timm\n",
-        f"{len(exact)} of {sum(map(len, results.values()))} architectures are exact. The largest difference is "
-        f"{max(exact):.1e}.\n",
+        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures are exact. The largest "
+        f"difference is {max(exact_differences):.1e}.\n",
         "| module | architectures | exact | others |",
         "|---|---:|---:|---|",
     ]
@@ -149,20 +149,21 @@ def build_timm(name: str) -> Any:
 
 def format_transformers() -> str:
     """Return the section about transformers."""
-    exact, reasons = {}, defaultdict(list)
+    exact_differences, reasons = {}, defaultdict(list)
     for name, config in list_vision_classes().items():
         difference, reason = measure_transformers(name) if config is None else (None, describe_config(config))
         if difference is None:
             reasons[reason].append(name)
         else:
-            exact[name] = difference
-    total = len(exact) + sum(map(len, reasons.values()))
-    rows = {"exact": list(exact)} | dict(sorted(reasons.items()))
+            exact_differences[name] = difference
+    total = len(exact_differences) + sum(map(len, reasons.values()))
+    rows = {"exact": list(exact_differences)} | dict(sorted(reasons.items()))
     return "\n".join(
         [
             "## transformers\n",
             "Convertible classes, and base models whose configuration has the fields of an image encoder: "
-            f"{len(exact)} of {total} are exact. The largest difference is {max(exact.values()):.1e}.\n",
+            f"{len(exact_differences)} of {total} are exact. The largest difference is "
+            f"{max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
             *(f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |" for result, names in rows.items()),

@@ -49,8 +49,8 @@ def check(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
-    changed = (options.image_size, options.dynamic, options.dtype, options.opset) != (None, True, "float32", None)
-    if options.format == "transformers.js" and changed:
+    values = (options.image_size, options.dynamic, options.dtype, options.opset)
+    if options.format == "transformers.js" and values != (None, True, "float32", None):
         exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
     if options.opset is not None and options.format == "torch":
         exit_with_message("--opset requires --format onnx or openvino, but --format is torch")

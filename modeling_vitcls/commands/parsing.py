@@ -83,8 +83,8 @@ def find_recipe(path: Path) -> Path:
     """Return the path of a recipe: the path itself, or the recipe of that name in the package."""
     if path.exists() or path.suffix or path.name != str(path):
         return path
-    found = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
-    return next((file for file in found if file.is_file()), path)
+    candidates = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in candidates if file.is_file()), path)
 
 
 def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
