@@ -188,7 +188,7 @@ class TokenGates(nn.Module):
     g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step length does not depend on the size of the gradient:
 
-    - g is linear in the parameter. The gradient of log(g) would be a millionth of the gradient of an open gate.
+    - g is linear in the parameter. For log(g), the gradient would be a millionth of the gradient of an open gate.
     - g is 50 times the magnitude of the parameter, because g moves from 0 to 1, but typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """

@@ -318,7 +318,7 @@ def get_hidden_path(folder: Path, suffix: str) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Write a file, or the list of files in a folder, to the disk (fsync)."""
+    """Synchronize a file, or the list of files in a folder, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -160,7 +160,7 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 
 
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size and gradient clipping, which it would read from a DataLoader or its configuration."""
+    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from its configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None

@@ -130,7 +130,7 @@ def resample_positions(
     """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
     maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # resample to a square with the longer side, then crop its top left (RADIO, arXiv 2312.06709)
+        # resample to a square as long as the longer side, then crop the top left (RADIO, arXiv 2312.06709)
         side = max(new_grid)
         square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)

@@ -102,7 +102,7 @@ def load_study(file: Path) -> Study:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {file}: {format_error(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} does not contain keys. A study requires {', '.join(REQUIRED_KEYS)}")
+        raise ValueError(f"{file} does not contain `key: value` lines. A study requires {', '.join(REQUIRED_KEYS)}")
     if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
         raise ValueError(f"{file} has no value for {', '.join(missing_keys)}")
     if unknown := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
@@ -367,8 +367,8 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     parts.append(
         f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
         f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
-        f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). Differences are paired by seed. "
-        "Each test image is used once per finished run.\n\n"
+        f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
+        "Differences are paired by seed. Each test image is used once per finished run.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )

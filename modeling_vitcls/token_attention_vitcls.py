@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the special tokens: their rows of the attention maps, layer by layer.
+"""Attention of the special tokens: the rows of the attention maps that belong to special tokens.
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 

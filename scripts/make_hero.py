@@ -4,7 +4,7 @@
     python scripts/make_hero.py --model runs/hero     # uses an existing model
 
 The model is trained with the digits recipe, but with a patch size of 4 instead of 8 pixels. Its head uses only the CLS
-token of the last layer, so the features and maps of patches and registers are taken from the layer before it.
+token of the last layer, so the features and maps of patches and registers are taken from the second-to-last layer.
 """
 
 import subprocess
@@ -79,7 +79,7 @@ def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray
     layout, size = model.config.token_layout, model.config.image_height_width
 
     def encode(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixel values, and the patches [images, patches, D] after the last layer but one."""
+        """Return pixel values, and the patches [images, patches, D] after the second-to-last layer."""
         pixel_values = processor([pixels[index] for index in indices], return_tensors="pt")["pixel_values"]
         hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
         return pixel_values, hidden_states[-2][:, layout.patches]

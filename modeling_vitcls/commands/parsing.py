@@ -122,7 +122,7 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
-        exit_with_message(f"error: the recipe {path} requires lines of the form `flag: value`")
+        exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in flag_names and name.removeprefix("no_") not in flag_names:
