@@ -192,7 +192,7 @@ def save_on_main(
     facts: dict[str, Any],
     is_best: bool,
 ) -> None:
-    """Save a checkpoint on the main process while the others wait. An error is raised on all processes."""
+    """Save a checkpoint on the main process while the other processes wait. An error is raised on all processes."""
 
     def save() -> None:
         store.save(step, tensors, facts, is_best)

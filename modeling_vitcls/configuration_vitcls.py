@@ -798,7 +798,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def get_remaining_gates(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the token counts (by the fields in `TOKEN_COUNTS`) change from `counts`.
+    """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
     """

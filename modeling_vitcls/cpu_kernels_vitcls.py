@@ -207,7 +207,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN is faster for plain CPU tensors, without autocast, torch.func and dispatch modes."""
+    """Return whether oneDNN is faster for these plain CPU tensors, and autocast, torch.func and dispatch modes are off."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
     if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
@@ -481,7 +481,7 @@ def sdpa_attention(
 def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    False in exported programs, which may run elsewhere, and in compiled training, which would store all weights.
+    False in exported programs, which may run on other CPUs, and in compiled training, which would store all weights.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False

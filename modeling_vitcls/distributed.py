@@ -135,7 +135,7 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     config = accelerator.deepspeed_plugin.deepspeed_config
     use_bf16 = config["bf16"]["enabled"]
     config["bf16"]["enabled"] = False
-    # Without modules in this list, processes communicate in float32.
+    # With an empty list of modules, processes communicate in float32.
     config["torch_autocast"] = {"enabled": use_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 

@@ -217,7 +217,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           per channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
-    bicubic resizing, they differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
+    bicubic resizing, values differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
     (0.5 on average) on noise, because PIL rounds and clips between its two passes. Nearest and Lanczos differ more.
 
     Args:
@@ -310,7 +310,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError as error:  # its message names an object in memory
+    except PIL.UnidentifiedImageError as error:  # PIL's message names an object in memory
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data

@@ -396,7 +396,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         elif torch.onnx.is_in_onnx_export():
-            cls_logits = None  # logits is the same tensor
+            cls_logits = None  # the graph outputs the same tensor as logits
         loss = None
         if labels is not None:
             head_logits = [logits]

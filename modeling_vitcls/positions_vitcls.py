@@ -118,7 +118,7 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
 
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
-    """Return whether two grids differ; True for dynamic sizes in an export, which would fix the result."""
+    """Return whether two grids differ; True for dynamic sizes in an export, which a comparison would fix."""
     if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
         return True
     return grid != new_grid

@@ -42,7 +42,7 @@ NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 def main() -> None:
     """Run the tests and the benchmarks, and exit with the status of the tests."""
     if not torch.cuda.is_available():
-        print("PyTorch finds no CUDA device on this machine: no tests or benchmarks were run")
+        print("This machine has no CUDA device: no tests or benchmarks were run")
         return
     status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
     settings = BenchmarkSettings(("transformers", "timm"), num_pairs=9, device="cuda")
