@@ -25,7 +25,7 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .blocks_vitcls import EncoderLayer
-from .errors import on_all_processes
+from .errors import mark_errors_of_all_processes
 from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
@@ -183,6 +183,6 @@ def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     broadcast_object_list(outcome)
     result, main_error = outcome
     if main_error is not None:
-        with on_all_processes():
+        with mark_errors_of_all_processes():
             raise main_error
     return result

@@ -31,7 +31,7 @@ from ..distributed import (
     set_deepspeed_batch_size,
     shard_by_layer,
 )
-from ..errors import is_on_all_processes, on_all_processes
+from ..errors import is_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
@@ -153,7 +153,7 @@ class Runner:
             self.start_trackers()
 
         def report_unreadable() -> None:
-            with on_all_processes():
+            with mark_errors_of_all_processes():
                 unreadable_images.add(gather_object(new_unreadable))
             new_unreadable.clear()
 
