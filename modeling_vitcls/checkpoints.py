@@ -118,7 +118,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation. Raise ValueError if there is none, or it is damaged."""
+        """Return the checkpoint with the best evaluation. Raise ValueError if it does not exist or is damaged."""
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_path(step)):
                 return read_checkpoint(self.get_path(step))

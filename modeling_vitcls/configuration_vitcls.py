@@ -269,7 +269,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Tokens that attention pooling reads.
         attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
             `pooling="attention"`. Default: as in the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether a norm and an MLP follow it (AIMv2 has neither).
+        attention_pool_mlp (`bool`, defaults to `True`): Whether a norm and an MLP are added (AIMv2 has neither).
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.

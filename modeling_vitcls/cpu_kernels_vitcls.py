@@ -367,8 +367,8 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# PyTorch multiplies half-precision numbers one by one, 8 times as slowly as float32, and loads bfloat16 checkpoints in
-# bfloat16. PyTorch also sums in float32. Tensors saved for the backward pass stay in half precision.
+# PyTorch multiplies half-precision numbers one by one, 8 times as slowly as float32, for example in bfloat16 models.
+# Like PyTorch, these functions sum in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED: set[torch.dtype] = set()
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only
@@ -481,7 +481,7 @@ def sdpa_attention(
 def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    False in exported programs, which may run on other CPUs, and in compiled training, which would store all weights.
+    Exported programs may run on other CPUs, and compiled training would store all weights, so the result is False.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False

@@ -111,7 +111,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
-    """Build a classifier of type `config.head_type`, [B, in_features] -> [B, num_labels]; an identity if no labels."""
+    """Build a classifier of type `config.head_type`, [B, in_features] -> [B, num_labels]; an identity for 0 labels."""
     if not num_labels:
         return nn.Identity()
     if config.head_type == "linear":

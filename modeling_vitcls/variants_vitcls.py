@@ -297,7 +297,7 @@ class MergedGroups:
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge the tokens at indices `sources` [B, r], all different, into tokens at `targets` [B, r], not sources.
+        """Merge the tokens at indices `sources` [B, r], all different, into tokens at other indices `targets`.
 
         Returns:
             The tokens [B, T - r, D], averages over the members of the groups, and the new groups.
