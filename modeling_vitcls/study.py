@@ -114,7 +114,7 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline level {factor}: {level} does not exist in factors")
+            raise ValueError(f"{file}: the baseline {factor}: {level} is not defined in factors")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
