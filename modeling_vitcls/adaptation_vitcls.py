@@ -212,7 +212,7 @@ def adapt_weight(weight: Weight) -> AdaptedWeight:
 
 
 def adapt_tokens(weight: Weight) -> AdaptedWeight:
-    """Keep the first tokens [1, n, D]; new tokens keep their initialization."""
+    """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
     return copy_prefix_tokens(weight, weight.initial.clone(), f"initialized by token_init={weight.new.token_init!r}")
 
 

@@ -129,7 +129,7 @@ class ViTCLSEmbeddings(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Learned positions of the patches, resampled to other grids, and of `config.position_embedding_tokens`."""
+    """Learned positions of `config.position_embedding_tokens`. Patch positions are resampled to other grids."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

@@ -132,7 +132,7 @@ def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
 
 
 def to_file_name(text: str) -> str:
-    """Return text with other characters than letters, digits, dots and hyphens replaced: `100 %` -> `100-`."""
+    """Return text with all characters except letters, digits, dots and hyphens replaced by hyphens."""
     return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
 
 
