@@ -710,7 +710,7 @@ def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     """Check also a mask token and the class head as the only predictor: DDP would wait for missing gradients."""
-    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
+    config = ViTCLSConfig(**TINY.get_config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)

@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
     assert results["selection"]["step"] == best["step"] and best is not records[-1]
     assert results["selection"]["accuracy"] == best["held_out_accuracy"]
 
-    store = CheckpointStore(folder / "checkpoints", keep=2)
+    store = CheckpointStore(folder / "checkpoints", num_kept=2)
     assert store.load_best().step == best["step"]
     saved, selected = load_file(folder / "model.safetensors"), store.load_best().load_tensors("model")
     assert all(torch.equal(saved[name], selected[name]) for name in saved)
