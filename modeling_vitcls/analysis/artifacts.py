@@ -1,7 +1,7 @@
-"""Artifacts: patches whose norms form a second, higher mode, and whether registers absorb such patches.
+"""Detection of artifacts (patches whose norms form a second, higher mode) and of registers that absorb artifacts.
 
 find_second_mode(findings.patch_ratios[layer])    a SecondMode, or None
-diagnose_patches(config, findings, has_head)      a PatchDiagnosis, in words
+diagnose_patches(config, findings, has_head)      a PatchDiagnosis
 """
 
 import math
@@ -15,22 +15,22 @@ from .maps import count_read_layers
 from .token_statistics import Findings
 
 
-# Second mode of the norms: width of a histogram bin as a natural logarithm, and widths of windows in bins
+# Histogram of the natural logarithms of norms: width of a bin, and widths of the compared windows in bins
 BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
-MAX_LOG_RATIO = 5.0  # larger norms, as logarithms of their ratio to the median, are counted in the last bin
-MIN_VALLEY = 0.25  # minimum logarithm of the ratio between the modes
+MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
+MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of the patches in a second mode; more are not outliers
-MIN_RISE_SCORE = 4.0  # minimum rise of outliers without registers, in standard deviations of a binomial distribution
+MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
+MIN_RISE_SCORE = 4.0  # minimum rise of outliers with hidden registers, in binomial standard deviations
 
 
 @dataclass(frozen=True)
 class SecondMode:
-    """Patches whose norms form a second, higher mode in the distribution of logarithms.
+    """A second, higher mode in the distribution of the logarithms of patch norms.
 
     Attributes:
-        threshold: smallest norm of a patch in the mode, as a multiple of the median of its image.
-        ratio: median norm in the mode, as a multiple of the median of its image.
+        threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
+        ratio: median norm of the patches in the mode, each divided by the median norm of the image.
         fraction: fraction of the patches in the mode.
         score: difference between mode and valley, in standard deviations of a Poisson distribution.
     """
@@ -47,16 +47,16 @@ class PatchDiagnosis:
 
     Attributes:
         word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
-        meaning: "bad" or "good".
+        rating: "bad" or "good".
         reason: sentences with the measured values.
-        layer: the layer of the values; 0 means the embeddings.
+        layer: the layer that the values belong to; 0 means the embeddings.
         mode: the second mode after this layer; None if there is no second mode.
-        mode_without_registers: the second mode with the registers hidden from attention.
+        mode_without_registers: the second mode with the registers hidden from attention; None if there is none.
         num_patches: number of patches.
     """
 
     word: Literal["artifacts", "no artifacts"]
-    meaning: Literal["good", "bad"]
+    rating: Literal["good", "bad"]
     reason: str
     layer: int
     mode: SecondMode | None
@@ -67,12 +67,13 @@ class PatchDiagnosis:
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     """Return the second mode of the patch norms, or None if their distribution has one mode.
 
-    Artifacts form a mode of their own at any distance (Darcet et al. 2023, arXiv 2309.16588, figure 3), but a wide
-    distribution with one mode has patches above any fixed limit. A second mode is a window of the histogram of
-    logarithms that holds significantly more patches than a window (the valley) between this window and the median.
+    Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
+    detect them, because a wide distribution with one mode also has patches above the limit. A second mode is a window
+    of the histogram of logarithms that contains significantly more patches than a window (the valley) between the
+    second mode and the median.
 
     Args:
-        ratios: [n], norms divided by the median of their image (`Findings.patch_ratios` of one layer).
+        ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
     """
     logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
@@ -86,19 +87,20 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         is_pair = (starts[:, None] >= math.ceil(MIN_VALLEY / BIN_WIDTH)) & (starts >= starts[:, None] + width)
         scores = scores.where(is_pair, -torch.inf)
         score = scores.max().item()
-        valleys = (scores >= score).any(dim=1).nonzero().flatten()  # equally deep windows; the middle is the threshold
+        valleys = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
-        least, most = MODE_FRACTIONS
-        if score >= MIN_MODE_SCORE and least <= fraction <= most and (best is None or score > best.score):
+        is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
+        if is_mode and (best is None or score > best.score):
             best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
     return best
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Return whether the norms of patches have a second mode in the last quarter of the layers that are read (Darcet
-    et al. 2023, arXiv 2309.16588, measure the output), in earlier layers, and whether registers absorb outliers."""
+    """Diagnose whether the norms of patches have a second mode in the last quarter of the layers whose output is read
+    (Darcet et al. 2023, arXiv 2309.16588, measure the last layer) or in earlier layers, and whether registers absorb
+    outliers."""
     last = count_read_layers(config, has_head)[-1]
     first = max(last - max(last // 4, 1) + 1, min(last, 1))
     modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last + 1)]
@@ -117,17 +119,17 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         parts = [f"No artifacts: {norms}; {largest}"]
     earlier = max(range(first), key=lambda each: fractions[each], default=0)
     if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
-        gone = "" if mode is not None else ", but not in the last layers that are read"
+        suffix = "" if mode is not None else ", but not in the last layers that are read"
         fraction = f"{fractions[earlier]:.2%}"
-        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{gone}")
-    hidden, absorbed = compare_without_registers(findings, layer)
+        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
+    mode_without_registers, absorption = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
-        meaning="bad" if mode is not None else "good",
-        reason=". ".join(parts + absorbed) + ".",
+        rating="bad" if mode is not None else "good",
+        reason=". ".join(parts + absorption) + ".",
         layer=layer,
         mode=mode,
-        mode_without_registers=hidden,
+        mode_without_registers=mode_without_registers,
         num_patches=len(ratios),
     )
 
@@ -138,12 +140,13 @@ def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool 
 
 
 def describe_layer(layer: int) -> str:
-    """Return the number of a layer in words; 0 means the embeddings."""
+    """Return the layer in words; 0 means the embeddings."""
     return f"after layer {layer}" if layer else "in the embeddings"
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden, and a sentence if registers absorb outliers."""
+    """Return the second mode of the norms with the registers hidden, and one sentence, or none if registers do not
+    absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]

@@ -1,4 +1,4 @@
-"""Images of a model card: figures drawn, compressed and written next to the card.
+"""Images of a model card. Figures are drawn, compressed and written next to the card.
 
 pictures/token_layout.png               always
 pictures/confusion_matrix[_TASK].png    if results are given
@@ -29,7 +29,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 FOLDER = "pictures"
 LAYOUT, MATRIX, ATTENTION = "token_layout", "confusion_matrix", "attention"
 
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
 # (dots per inch, palette size or None for all colors), tried in this order.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
@@ -57,7 +57,8 @@ def write_card_images(
 
     Returns:
         Name -> path relative to `folder` for each image: "token_layout"; "confusion_matrix", or
-        "confusion_matrix_TASK" per task; "attention". Files of images that are not drawn again are removed.
+        "confusion_matrix_TASK" per task; "attention". Existing files of matrices and attention that are not drawn
+        again are removed.
 
     Raises:
         OSError: if a file cannot be written.
@@ -157,7 +158,7 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG, with the first of `QUALITIES` below MAX_BYTES."""
+    """Return the figure as a PNG, with the first of `QUALITIES` that is smaller than MAX_BYTES, or the last."""
     for resolution, num_colors in QUALITIES:
         image, png = render_figure(figure, resolution), BytesIO()
         if num_colors is not None:

@@ -1,8 +1,8 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
-Each function except render_figure returns a matplotlib `Figure` on white. Figures are created without pyplot, so they
-do not remain in global state. Maps are computed in maps.py, and files of figures in card_images.py. Figures over many
-images are in figures_over_depth.py and figures_of_states.py.
+Each plot function returns a matplotlib `Figure` on white. Figures are created without pyplot, so they do not remain
+in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over many images are
+in figures_over_depth.py and figures_of_states.py.
 """
 
 import math
@@ -43,21 +43,21 @@ WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
-GAP = 0.2  # between groups
+GAP = 0.2  # gap between groups
 CHARACTER_WIDTH = 0.078
 
-MAX_BOXES = 12  # per group
-MAX_CELLS = 64  # per side of the patch grid
+MAX_BOXES = 12  # maximum number of boxes per group
+MAX_CELLS = 64  # maximum number of cells per side of the patch grid
 
 TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
 @dataclass(frozen=True)
 class Box:
-    """Position of one special token, or of an `ELLIPSIS` for several tokens."""
+    """Box of one special token, or of an `ELLIPSIS` for several tokens."""
 
     group: str
-    index: int  # within its group
+    index: int  # index of the token within its group
     name: str
     left: float
     width: float
@@ -95,10 +95,10 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
-    least_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
+    min_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
     available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GAP * len(groups)
     for box_width in BOX_WIDTHS:
-        widths = {group: max(box_width * len(tokens), least_widths[group]) for group, tokens in groups.items()}
+        widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:
             break
     boxes, headers = [], []
@@ -156,7 +156,7 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
 
 
 def describe_head(config: ViTCLSConfig) -> str:
-    """Describe what reads the tokens."""
+    """Return a text about the heads that read the tokens."""
     if is_masked_image_model(config):
         return "read by the decoder of masked patches"
     if config.tasks:
@@ -168,19 +168,19 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------
 
-MAX_NUMBERED_CLASSES = 20
-MAX_NAMED_CLASSES = 50
+MAX_NUMBERED_CLASSES = 20  # maximum number of classes for which counts are shown
+MAX_NAMED_CLASSES = 50  # maximum number of classes for which names are shown
 MAX_NAME_LENGTH = 18  # maximum length of a class name
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot the number of predictions by true class, colored by the fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
     for up to 50.
 
     Args:
-        matrix: [L, L], rows are true classes, columns predictions.
+        matrix: [L, L], rows are true classes, columns are predicted classes.
         class_names: L names.
 
     Raises:
@@ -229,8 +229,8 @@ def draw_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
 # Attention -----------------------------------------------------------------------------------------------------------
 
 MAX_COLUMNS = 7  # an image and its overlays; further overlays are in the next row
-TILE, TITLE = 1.45, 0.35  # inches
-TILE_SIDE = 320  # pixels
+TILE, TITLE = 1.45, 0.35  # side of a tile, and height of its title, in inches
+TILE_SIDE = 320  # longer side of an image in pixels
 
 
 def plot_attention(
@@ -262,7 +262,8 @@ def plot_attention(
         )
     if any(len(tokens) != len(names) for tokens in maps):
         raise ValueError(
-            f"Expected one name per token, got {len(names)} for {[len(tokens) for tokens in maps]} tokens."
+            f"The maps have {[len(tokens) for tokens in maps]} tokens, but the number of names is {len(names)}. "
+            "Pass one name per token."
         )
     lines = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     columns = 1 + math.ceil(len(names) / lines)
@@ -283,15 +284,15 @@ def plot_attention(
     return figure
 
 
-DEPTH_TILE = 1.1  # inches
-DEPTH_TILE_SIDE = 160  # pixels
+DEPTH_TILE = 1.1  # side of a tile in inches
+DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:
     """Plot the attention of each special token (rows) in each layer (columns), and its rollout.
 
-    The first column has the image and the attribution of each prediction (`compute_attribution`). The number below an
-    overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
+    The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
+    an overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
 
     Args:
         config: configuration of the model.
@@ -303,10 +304,10 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """
     num_layers, num_heads, *_ = report.attention.shape
     if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head is {head}, but there is no head {head}: the model has {num_heads}. Count from 0.")
+        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Use 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [" ".join(filter(None, ("for", each.task, each.first))) for each in report.predictions]
+    titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
     first_column = list(zip(report.attributions, titles, strict=True))
     num_lines = max(len(names), 1 + len(first_column))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)

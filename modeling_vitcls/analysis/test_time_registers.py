@@ -20,7 +20,7 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median norm of its image. (The paper sets a norm per model.)
+# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al.: a norm per model).
 OUTLIER_RATIO = 3.0
 
 
@@ -44,7 +44,7 @@ def find_register_neurons(
     ratio: float = OUTLIER_RATIO,
     last_layer: int | None = None,
 ) -> list[list[int]]:
-    """Return the MLP neurons that are most active at outlier patches (algorithm 1 of the paper), strongest first.
+    """Return the MLP neurons that are most active at outlier patches (algorithm 1 of Jiang et al.), most active first.
 
     Outliers are detected after the last layer. Magnitudes of activations are averaged over the outliers of each image,
     then over images, in all layers up to the layer where the outliers first appear.
@@ -71,7 +71,7 @@ def find_register_neurons(
         )
     if last_layer is None:
         shares = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
-        last_layer = next(index for index, share in enumerate(shares) if share >= 0.5)  # the last layer has all
+        last_layer = next(index for index, share in enumerate(shares) if share >= 0.5)  # 1 after the last layer
     searched = activations[: last_layer + 1]
     scores = torch.stack([average_outlier_activations(outliers, states) for states in searched])  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():

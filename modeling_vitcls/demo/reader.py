@@ -5,7 +5,7 @@
     result.predictions                               # {"Label": {"cat": 0.9, ...}}
     result.draw(token=0, layer=2, head=None)         # the image with the map over it
 
-Models are loaded with the Auto classes, so the code may come from their repository.
+Models are loaded with the Auto classes, so the model code may come from the repository of the checkpoint.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from ..token_names import get_token_names
 MODEL_TYPE = "vitcls"
 MAX_IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
 MIN_IMAGE_SIDE = 384  # minimum pixels of the longer side of a displayed image
-THUMBNAIL_SIDE = 320
+THUMBNAIL_SIDE = 320  # maximum pixels of the longer side of a small map
 
 Prediction = dict[str, float] | str  # label -> probability, or values as text
 
@@ -53,7 +53,7 @@ class DemoResult:
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # the region of the image that the patches cover
-    predictions: dict[str, Prediction]  # empty for an encoder
+    predictions: dict[str, Prediction]  # by name of the output; empty for an encoder
     rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
     maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
@@ -84,7 +84,7 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches after a layer to one patch; 0 and less is dark."""
+        """Draw the cosine similarity of all patches after a layer to one patch; 0 or less is dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -118,8 +118,8 @@ class DemoModel:
     model: Any
     processor: Any
     source: str  # folder or Hub id
-    commit: str | None  # of the repository; None for a folder
-    code_revision: str | None  # requested revision of the repository with the code
+    commit: str | None  # commit hash of the repository; None for a folder
+    code_revision: str | None  # requested revision of the code, if the code is in a separate repository
     is_classifier: bool
 
     @classmethod

@@ -780,7 +780,7 @@ def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: 
     with opened(browser, tmp_path / "report.html") as page:
         assert "nothing" in page.locator(".image > summary").nth(nothing).inner_text()
         explained = page.locator(f'[data-maps="{nothing}"] .overview').text_content()
-        assert f"attribution of {found.image_reports[nothing].predictions[0].first}" in str(explained)
+        assert f"attribution of {found.image_reports[nothing].predictions[0].top_label}" in str(explained)
 
 
 def test_one_label_is_right_where_it_holds_in_truth(tmp_path: Path) -> None:
