@@ -112,9 +112,9 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         advice = f"{more} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
         share = f"{mode.fraction:.2%} of the patches form a second mode of norms"
         after = describe_layer(layer)
-        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median of their image; {advice}"]
+        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
     else:
-        largest = f"the largest norm is {ratios.max():.1f} times the median of its image"
+        largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
         parts = [f"No artifacts: {norms}; {largest}"]
     earlier = max(range(first), key=lambda each: fractions[each], default=0)

@@ -249,7 +249,7 @@ def plot_attention(
         maps: S tensors [T, gh, gw], or one [S, T, gh, gw], of attention to patches (`extract_patch_maps`).
         names: T names of tokens (`get_token_names`).
         titles: S texts, such as "7, predicted 7".
-        visible_regions: The region of each image that its maps cover (`get_visible_region`). Default: the whole image.
+        visible_regions: the region of each image that its maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
         ValueError: if the numbers of images, maps, names or titles differ, or there are no images.

@@ -51,8 +51,8 @@ class Inspection:
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
-        verdicts: one per special token.
-        group_verdicts: one per group of several special tokens.
+        verdicts: one verdict per special token.
+        group_verdicts: one verdict per group of several special tokens.
         patches: diagnosis of the norms of patches.
         depth: one text per special token about its attention over depth.
         image_reports: reports of the images to show.
@@ -208,8 +208,8 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
-    enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
-    at even distances. The images of an encoder are all selected at even distances, without a kind."""
+    enough others, the most confident first), the least confident of the others (at most a quarter), and evenly
+    spaced typical images. For an encoder, all selected images are evenly spaced, without a kind."""
     if not isinstance(before, Predictions):
         return dict.fromkeys(spread_evenly(range(len(before)), count))
     confidences = compute_confidences(before.logits, config).tolist()
@@ -292,7 +292,7 @@ class ImagePreparer:
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
         """Return the pixels of all usable images by index. Raises ValueError if no image can be used."""
         if not images:
-            raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
+            raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
         for index in range(len(images)):
             on_progress("reading images", index, len(images))
@@ -326,7 +326,7 @@ class InspectionBatches:
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
     def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `count` images at even distances, and the indices of these images among the images
+        """Return batches of at most `count` evenly spaced images, and the indices of these images among the images
         that this object yields."""
         positions = spread_evenly(range(len(self.order)), count)
         indices = [self.order[position] for position in positions]

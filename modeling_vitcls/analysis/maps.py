@@ -41,7 +41,7 @@ class VisibleRegion(NamedTuple):
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Return the names of a layer's attention maps; differential attention has two per head."""
+    """Return the names of a layer's attention maps; differential attention has two maps per head."""
     heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
         return [f"{head}, {which} map" for head in heads for which in ("first", "second")]

@@ -24,7 +24,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
 MIN_GRID_SIDE = 7  # minimum patches per side: ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929
-HIGH_ATTENTION_FRACTION = 0.5  # fraction of compute in attention maps above which a note is added
+HIGH_ATTENTION_FRACTION = 0.5  # maximum fraction of compute in attention maps without a note
 ACCURACY_TOLERANCE = 0.01  # maximum difference from the best accuracy that counts as equally good
 
 PatchSize = int | tuple[int, int]  # pixels; (height, width) if they differ

@@ -28,7 +28,7 @@ def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
     """Return the fraction of patches whose norm after the last layer (before the final norm) exceeds `ratio` times the
-    median of their image.
+    median norm of the image.
 
     Args:
         pixel_values: [B, C, H, W].
@@ -44,7 +44,8 @@ def find_register_neurons(
     ratio: float = OUTLIER_RATIO,
     last_layer: int | None = None,
 ) -> list[list[int]]:
-    """Return the MLP neurons that are most active at outlier patches (algorithm 1 of Jiang et al.), most active first.
+    """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
+    descending order.
 
     Outliers are detected after the last layer. Magnitudes of activations are averaged over the outliers of each image,
     then over images, in all layers up to the layer where the outliers first appear.
@@ -127,8 +128,8 @@ def encode_patches(
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a boolean mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median of
-    their image."""
+    """Return a boolean mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median
+    norm of the image."""
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
 

@@ -43,7 +43,8 @@ class Findings:
         between_tokens: [L + 1, S, S], cosine similarity of the special tokens' states.
         apart: [L + 1, S, S], root mean square distance between the states of two special tokens for the same image.
             The distance shows differences that cosines hide if one channel is very large in all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after two layers.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of
+            layers.
         to_patches: [L + 1, S], cosine similarity to the mean of the patches.
         variation: [L + 1, S], variation between images: root mean square distance of a token's state from its mean
             over images, divided by the norm of the mean.

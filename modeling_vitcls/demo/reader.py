@@ -61,7 +61,7 @@ class DemoResult:
     features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
+        """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
         values = select_head(self.maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 

@@ -213,7 +213,7 @@ def test_the_layout_says_what_is_read(page_to_read: Page, faulty: Any) -> None:
 def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
     """Each token and group in two rows: without information, and without presence."""
     _, _, found = faulty
-    rows = [row.split("\t") for row in page_to_read.locator("#worth tbody tr").all_inner_texts()]
+    rows = [row.split("\t") for row in page_to_read.locator("#effects tbody tr").all_inner_texts()]
     ablations = [found.ablations[kind][key] for key in found.ablations["presence"] for kind in found.ablations]
     names = ["CLS", "register 1", "register 2", "register 3", "all 3 registers"]
     assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
@@ -287,14 +287,14 @@ def test_values_under_the_pointer(browser: Browser, faulty: Any) -> None:
         expect(tip).to_contain_text("CLS, layer 3, head 2")
         assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", said(maps[1, 2, 2])]
         canvas.hover(position={"x": 2, "y": at["y"]})
-        expect(tip).to_contain_text("outside the visible region")
+        expect(tip).to_contain_text("outside the region that the model receives")
         page.mouse.move(5, 5)
         expect(tip).to_be_hidden()
 
 
 def said(value: torch.Tensor) -> Any:
     """The line of a value, to three digits of what a byte can hold."""
-    return Near("row 3, column 3: ", 100 * value.item(), "% of its attention")
+    return Near("row 3, column 3: ", 100 * value.item(), "% of the attention")
 
 
 class Near:
@@ -502,7 +502,7 @@ def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
         cell(page, "CLS, layer 1").tap()
         expect(page.locator("dialog")).to_be_visible()  # a tap becomes a click after a while
         page.locator("#enlarged-map").tap()
-        expect(page.locator("#enlarged-value")).to_contain_text("of its attention")
+        expect(page.locator("#enlarged-value")).to_contain_text("of the attention")
         page.locator("[data-walk=down]").tap()
         expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 1, layer 1,"))
         page.locator("dialog .close").tap()
@@ -694,7 +694,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
     with opened(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
-        assert "cosine change, cls" in page.locator("#worth thead").inner_text()
+        assert "cosine change, cls" in page.locator("#effects thead").inner_text()
         assert page.locator(".read").count() == 0
         assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the picture alone
 
