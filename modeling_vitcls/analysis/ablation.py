@@ -205,8 +205,8 @@ def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -
 def measure_redraw_effects(
     model: Any, batches: Batches, before: Any, generator: torch.Generator
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return, by key of a token or name of a group, the mean size of the effect of redrawing the tokens, and by kind
-    the sizes of the effects of ablating the redrawn tokens. The tokens of a group share their null distribution."""
+    """Return two values by key of a token or name of a group: the mean size of the effect of redrawing the tokens, and
+    the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution."""
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
         sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}

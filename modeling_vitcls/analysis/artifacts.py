@@ -16,7 +16,7 @@ from .token_statistics import Findings
 
 
 # Histogram of the natural logarithms of norms: width of a bin, and widths of the compared windows in bins
-BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
+BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
@@ -79,7 +79,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
     best: SecondMode | None = None
-    for width in WINDOWS:
+    for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
         scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
@@ -108,11 +108,11 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     layer = max(range(first, last + 1), key=lambda each: fractions[each])
     mode, ratios = modes[layer], findings.patch_ratios[layer]
     if mode is not None:
-        more = "more registers" if config.num_register_tokens else "registers"
-        advice = f"{more} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        share = f"{mode.fraction:.2%} of the patches form a second mode of norms"
+        registers = "more registers" if config.num_register_tokens else "registers"
+        advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
+        fraction = f"{mode.fraction:.2%} of the patches form a second mode of norms"
         after = describe_layer(layer)
-        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
+        parts = [f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
     else:
         largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
@@ -122,11 +122,11 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         suffix = "" if mode is not None else ", but not in the last layers that are read"
         fraction = f"{fractions[earlier]:.2%}"
         parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
-    mode_without_registers, absorption = compare_without_registers(findings, layer)
+    mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
         rating="bad" if mode is not None else "good",
-        reason=". ".join(parts + absorption) + ".",
+        reason=". ".join(parts + sentences) + ".",
         layer=layer,
         mode=mode,
         mode_without_registers=mode_without_registers,
@@ -149,13 +149,13 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
-    ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    hidden = find_second_mode(without)
-    if hidden is None:
+    ratios, ratios_without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    mode = find_second_mode(ratios_without)
+    if mode is None:
         return None, []
-    before, after = ((each > hidden.threshold).float().mean().item() for each in (ratios, without))
+    before, after = ((each > mode.threshold).float().mean().item() for each in (ratios, ratios_without))
     pooled = (before + after) / 2
     if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
-        return hidden, []
+        return mode, []
     rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
-    return hidden, [f"The registers absorb outliers: {rise} (above {hidden.threshold:.1f} times the median)"]
+    return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

@@ -84,8 +84,8 @@ def build_figures(
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
     num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
-    if shown := list(islice(build_attention_samples(model, processor, samples), num_samples)):
-        images, maps, titles, visible_regions = zip(*shown, strict=True)
+    if selected := list(islice(build_attention_samples(model, processor, samples), num_samples)):
+        images, maps, titles, visible_regions = zip(*selected, strict=True)
         yield ATTENTION, plot_attention(images, maps, names, titles, visible_regions)
 
 
@@ -143,15 +143,15 @@ def build_attention_samples(
 
 def format_title(label: str | None, prediction: Row) -> str:
     """Return the label and the prediction, such as "7, predicted 7"; unknown parts are omitted."""
-    words = []
+    labels = []
     for column, value in prediction.items():
         if column == "label":
-            words.append(value)
+            labels.append(value)
         elif column.endswith("_label"):
-            words.append(f"{column.removesuffix('_label')} {value}")
+            labels.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
-            words.append(", ".join(value) or NO_LABELS)
-    return ", ".join(filter(None, (label, f"predicted {', '.join(words)}" if words else None)))
+            labels.append(", ".join(value) or NO_LABELS)
+    return ", ".join(filter(None, (label, f"predicted {', '.join(labels)}" if labels else None)))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 INK = "#222222"
-FAINT = "#EFEFEF"
+LIGHT_GRAY = "#EFEFEF"
 ELLIPSIS = "…"
 
 
@@ -43,7 +43,7 @@ WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
-GAP = 0.2  # gap between groups
+GROUP_GAP = 0.2  # gap between groups
 CHARACTER_WIDTH = 0.078
 
 MAX_BOXES = 12  # maximum number of boxes per group
@@ -79,15 +79,16 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
         axes.text(center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=INK)
-    names_fit = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
+    is_horizontal = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
-        draw_box(axes, box, rotation=0 if names_fit else 90)
+        draw_box(axes, box, rotation=0 if is_horizontal else 90)
         if box.name != ELLIPSIS and is_read(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
-    axes.add_patch(Rectangle((MARGIN, 0.18), WIDTH - 2 * MARGIN, 0.36, facecolor=FAINT, edgecolor=INK, linewidth=0.8))
+    corner, width = (MARGIN, 0.18), WIDTH - 2 * MARGIN
+    axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=INK, linewidth=0.8))
     draw_text(axes, WIDTH / 2, 0.36, describe_head(config), 10, INK)
     return figure
 
@@ -96,7 +97,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
     min_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
-    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GAP * len(groups)
+    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
         widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:
@@ -108,7 +109,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
         start = left + (widths[group] - box_width * len(tokens)) / 2
         for position, (index, name) in enumerate(tokens.items()):
             boxes.append(Box(group, index, name, start + position * box_width, box_width))
-        left += widths[group] + GAP
+        left += widths[group] + GROUP_GAP
     return boxes, [*headers, (build_group_header(config, "patches"), left + GRID_WIDTH / 2)], left
 
 
@@ -193,17 +194,18 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
             f"The confusion matrix has shape {counts.shape}, but there are {num_classes} class names. "
             "Pass one name per row."
         )
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
     figure = create_figure(side + 0.6, side)
     axes = figure.add_subplot()
-    drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, label="fraction of the true class", ticks=[0, 0.05, 0.2, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
+    axes_image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    ticks = [0, 0.05, 0.2, 0.5, 1]
+    colorbar = figure.colorbar(axes_image, ax=axes, shrink=0.8, label="fraction of the true class", ticks=ticks)
+    colorbar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
     axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
     if num_classes <= MAX_NUMBERED_CLASSES:
-        draw_counts(axes, counts, shares)
+        draw_counts(axes, counts, fractions)
     return figure
 
 
@@ -212,24 +214,25 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
     if len(names) > MAX_NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
         return
-    shown = [shorten(name, MAX_NAME_LENGTH) for name in names]
+    short_names = [shorten(name, MAX_NAME_LENGTH) for name in names]
     size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
-    axes.set_yticks(range(len(names)), shown, fontsize=size)
-    axes.set_xticks(range(len(names)), shown, fontsize=size, rotation=0 if max(map(len, shown)) <= 3 else 90)
+    axes.set_yticks(range(len(names)), short_names, fontsize=size)
+    rotation = 0 if max(map(len, short_names)) <= 3 else 90
+    axes.set_xticks(range(len(names)), short_names, fontsize=size, rotation=rotation)
 
 
-def draw_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
+def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
     """Draw the counts in their cells; zeros are light gray."""
     size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
-        color = "white" if shares[row, column] > 0.3 else INK if count else "#B5B5B5"
+        color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
         draw_text(axes, column, row, f"{count}", size, color)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # an image and its overlays; further overlays are in the next row
-TILE, TITLE = 1.45, 0.35  # side of a tile, and height of its title, in inches
+MAX_COLUMNS = 7  # maximum number of tiles in a row: an image and overlays
+TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile, and height of its title, in inches
 TILE_SIDE = 320  # longer side of an image in pixels
 
 
@@ -265,26 +268,27 @@ def plot_attention(
             f"The maps have {[len(tokens) for tokens in maps]} tokens, but the number of names is {len(names)}. "
             "Pass one name per token."
         )
-    lines = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
-    columns = 1 + math.ceil(len(names) / lines)
-    small = [
+    num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
+    columns = 1 + math.ceil(len(names) / num_rows)
+    resized = [
         resize_with_region(to_upright_rgb(image), region, TILE_SIDE, TILE_SIDE)
         for image, region in zip(images, visible_regions, strict=True)
     ]
-    heights = [TILE * min(image.height / image.width, 1) + TITLE for image, _ in small for _ in range(lines)]
-    figure = Figure(figsize=(TILE * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
+    row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized]
+    heights = [height for height in row_heights for _ in range(num_rows)]
+    figure = Figure(figsize=(TILE_WIDTH * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
-    for index, ((image, region), tokens, title) in enumerate(zip(small, maps, titles, strict=True)):
-        tiles = grid[index * lines : (index + 1) * lines]
+    for index, ((image, region), tokens, title) in enumerate(zip(resized, maps, titles, strict=True)):
+        tiles = grid[index * num_rows : (index + 1) * num_rows]
         draw_image(tiles[0, 0], image, title)
         for tile, values, name in zip(tiles[:, 1:].flat, tokens, names, strict=False):
             draw_image(tile, overlay(image, values, region), name)
     return figure
 
 
-DEPTH_TILE = 1.1  # side of a tile in inches
+DEPTH_TILE_WIDTH = 1.1  # width of a tile in inches
 DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
 
 
@@ -311,9 +315,9 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     first_column = list(zip(report.attributions, titles, strict=True))
     num_lines = max(len(names), 1 + len(first_column))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
-    height = DEPTH_TILE * min(image.height / image.width, 1.5) + TITLE
+    height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
-    figure = create_figure(DEPTH_TILE * num_columns + 0.8, height * num_lines + 0.2)
+    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_lines + 0.2)
     grid = figure.subplots(num_lines, num_columns, squeeze=False)
     for tile in grid.flat:
         tile.axis("off")
@@ -321,14 +325,16 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     for tile, (values, title) in zip(grid[1:, 0], first_column, strict=False):
         draw_image(tile, overlay(image, values, visible_region), title)
     for index, name in enumerate(names):
-        line = grid[index, 1:]
-        for layer, tile in enumerate(line[:-1]):
+        tiles = grid[index, 1:]
+        for layer, tile in enumerate(tiles[:-1]):
             values = attention[layer, index]
             draw_image(tile, overlay(image, values, visible_region), f"layer {layer + 1}" if index == 0 else "")
-            share = f"{values.sum():.0%}"
-            draw_text(tile, 0.5, -0.03, share, 7, INK, va="top", transform=tile.transAxes)
-        draw_image(line[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
-        line[0].text(-0.08, 0.5, shorten(name, 24), transform=line[0].transAxes, rotation=90, ha="right", va="center")
+            percentage = f"{values.sum():.0%}"
+            draw_text(tile, 0.5, -0.03, percentage, 7, INK, va="top", transform=tile.transAxes)
+        draw_image(tiles[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
+        tiles[0].text(
+            -0.08, 0.5, shorten(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
+        )
     return figure
 
 

@@ -31,7 +31,7 @@ NUM_BINS = 48  # number of bins of a histogram
 MIN_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
 OUTLIER_COLOR = "#B3261E"  # color of bars of outlier patches
 OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of cosines -1 and 1; 0 is white
-COSINES = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
+COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
 MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which cosines are shown as numbers
 
 
@@ -144,7 +144,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
     names = get_token_names(config)
     if not names:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
-    figure, grid = create_token_grid(names, width=2.2, height=2.3, more_width=1, more_height=0.3)
+    figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
         drawn = draw_cosines(axes, matrix)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -156,7 +156,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 def draw_cosines(axes: Axes, matrix: torch.Tensor) -> AxesImage:
     """Draw a square matrix [n, n] of cosines."""
-    return axes.imshow(matrix.numpy(), cmap=COSINES, vmin=-1, vmax=1, interpolation="nearest")
+    return axes.imshow(matrix.numpy(), cmap=COSINE_COLORMAP, vmin=-1, vmax=1, interpolation="nearest")
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 
 def normalize_layer(layer: int, findings: Findings) -> int:
-    """Return a nonnegative layer index, with the embeddings as 0. Raises ValueError if the layer does not exist."""
+    """Return a nonnegative layer index; 0 means the embeddings. Raises ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
         raise ValueError(f"layer is {layer}, but the model has {num_states - 1} layers. 0 means the embeddings.")

@@ -36,7 +36,7 @@ PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge 
 PATCH_COLOR = GROUP_COLORS["patches"]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
-FADE = 0.55  # fraction of white in the color of the last token of a group
+MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
 
 # Curves --------------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            white = FADE * index / max(len(names) - 1, 1)
+            white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
             red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
             styles.append(LineStyle(shorten(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
@@ -162,16 +162,16 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     if not names:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
-    figure, grid = create_token_grid(names, width=2.4, height=1.9, more_height=0.5)
+    figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.mass.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
-        below = np.zeros(len(fractions))
+        bottom = np.zeros(len(fractions))
         for group in groups:
             values = fractions[:, index, order.index(group)].numpy()
-            axes.bar(layers, values, bottom=below, width=0.92, color=GROUP_COLORS[group])
-            below += values
+            axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
+            bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         hide_frame(axes)
@@ -191,10 +191,10 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     outliers (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
-    shares = {"patches": findings.outliers}
+    fractions = {"patches": findings.outliers}
     if findings.outliers_without_registers is not None:
-        shares["patches, registers hidden"] = findings.outliers_without_registers
-    figure, (norms, outliers) = create_axes(2, len(styles) + len(shares))
+        fractions["patches, registers hidden"] = findings.outliers_without_registers
+    figure, (norms, outliers) = create_axes(2, len(styles) + len(fractions))
     norms.set_title("Norms of tokens and patches", fontsize=11, color=INK)
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
     draw_line(norms, PATCH_STYLE, median, low, high, 0)
@@ -208,9 +208,9 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
         norms.set_ylim(bottom=0)
         norms.set_ylabel("norm")
     outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
-    for index, (name, share) in enumerate(shares.items()):
-        draw_line(outliers, LineStyle(name, to_rgb(PATCH_COLOR), index), share, share, share, 0)
-    outliers.set_ylim(0, max(1.1 * max(share.max().item() for share in shares.values()), 0.01))
+    for index, (name, fraction) in enumerate(fractions.items()):
+        draw_line(outliers, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+    outliers.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
     outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norms, outliers):
         format_layer_axis(axes, len(median), 0)
@@ -230,13 +230,13 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def create_token_grid(
-    names: Sequence[str], width: float, height: float, more_width: float = 0, more_height: float = 0
+    names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure with a grid of small axes over layers, one per token, of this width and height in inches;
-    `more_width` and `more_height` are for legends and labels."""
+    `extra_width` and `extra_height` are for legends and labels."""
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
-    figure = create_figure(max(width * columns + more_width, MIN_WIDTH), height * rows + more_height)
+    figure = create_figure(max(width * columns + extra_width, MIN_WIDTH), height * rows + extra_height)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
         axes.set_title(shorten(name, MAX_NAME_LENGTH), fontsize=9, color=INK)

@@ -81,7 +81,7 @@ def build_image_report(
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
-    upright = to_upright_rgb(image)
+    upright_image = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
     predictions: list[ImagePrediction] = []
     if is_classifier(model):
@@ -92,8 +92,10 @@ def build_image_report(
 
     return ImageReport(
         name=name,
-        image=upright,
-        visible_region=get_visible_region(processor, (upright.height, upright.width), config.patch_height_width),
+        image=upright_image,
+        visible_region=get_visible_region(
+            processor, (upright_image.height, upright_image.width), config.patch_height_width
+        ),
         truth=truth,
         predictions=predictions,
         attention=extract(trace.compute_rows()[0]),

@@ -127,11 +127,11 @@ def compute_maps(
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    best = logits[0].argmax() if target is None else target
-    maps = {"attribution": extract_patch_maps(trace.compute_attribution(best)[0].float().cpu(), config, size)}
-    *reads, _ = get_read_tokens(config)
-    if any(reads):
-        rollout = trace.compute_rollout()[0, reads.index(True)]
+    class_index = logits[0].argmax() if target is None else target
+    maps = {"attribution": extract_patch_maps(trace.compute_attribution(class_index)[0].float().cpu(), config, size)}
+    *read_tokens, _ = get_read_tokens(config)
+    if any(read_tokens):
+        rollout = trace.compute_rollout()[0, read_tokens.index(True)]
         maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
@@ -146,11 +146,11 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
     patch_height, patch_width = model.config.patch_height_width
     is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
     height, width = is_replaced.shape[-2:]
-    changed = pixel_values.repeat(len(masks), 1, 1, 1)
+    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
     mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
-    changed[..., :height, :width] = torch.where(is_replaced, mean, changed[..., :height, :width])
+    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean, changed_pixels[..., :height, :width])
     with evaluation_mode(model):
-        logits = torch.cat([model(part).logits for part in changed.split(len(FRACTIONS))])
+        logits = torch.cat([model(part).logits for part in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))
 
 

@@ -44,7 +44,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
     """Return the names of a layer's attention maps; differential attention has two maps per head."""
     heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
-        return [f"{head}, {which} map" for head in heads for which in ("first", "second")]
+        return [f"{head}, {ordinal} map" for head in heads for ordinal in ("first", "second")]
     return heads
 
 
@@ -63,8 +63,8 @@ def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True)
     if config.pooling == "attention" and config.attention_pool_tokens == "all":
         return True
     if group == "cls":
-        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
-        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
+        pooled_indices = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
+        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled_indices)
     if group == "distillation":
         return config.has_distillation_head and not config.tasks
     return group == "patches" and config.pooling != "cls"
@@ -174,8 +174,8 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    down, across = (original / scaled for original, scaled in zip(image_size, resized, strict=True))
-    return VisibleRegion(left * across, top * down, (left + width) * across, (top + height) * down)
+    y_scale, x_scale = (original / scaled for original, scaled in zip(image_size, resized, strict=True))
+    return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
 
 
 # Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
@@ -265,8 +265,8 @@ def resize_with_region(
     elif min_side is not None and longer < min_side:
         factor = math.ceil(min_side / longer)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-    across, down = image.width / width, image.height / height
-    return image, VisibleRegion(left * across, top * down, right * across, bottom * down)
+    x_scale, y_scale = image.width / width, image.height / height
+    return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
 
 
 def to_gray(image: Image.Image) -> np.ndarray:

@@ -56,8 +56,8 @@ class Predictions:
         if self.labels is None or self.accuracy() is None:
             return None
         known = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
-        hits = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
-        return sum(hits) / sum(map(len, known))
+        counts = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
+        return sum(counts) / sum(map(len, known))
 
     def is_better_than_chance(self) -> bool | None:
         """Return whether the accuracy exceeds `chance` by two standard errors; None if no label is known."""

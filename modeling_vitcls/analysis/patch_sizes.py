@@ -117,14 +117,17 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Return sentences: the model's own size, each other size compared with it, a recommendation, and its limits."""
     native = next(row for row in rows if row.is_native)
     others = [row for row in rows if not row.is_native]
-    sized = [(native, describe_native_size(native)), *((row, describe_other_size(row, native)) for row in others)]
-    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in sized]
+    described_rows = [
+        (native, describe_native_size(native)),
+        *((row, describe_other_size(row, native)) for row in others),
+    ]
+    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in described_rows]
     sentences += recommend_patch_size(rows)
     if others and native.agreement is not None:
         sentences.append(
             f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. They show the "
-            "difference from the model's own size, not the accuracy after fine-tuning (to measure that, "
-            "fine-tune with --patch-size)."
+            "difference from the model's own size, not the accuracy after fine-tuning. To measure the "
+            "latter, fine-tune with --patch-size."
         )
     return sentences
 
@@ -287,11 +290,11 @@ def describe_native_size(row: PatchSizeRow) -> str:
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Recommend the cheapest size within ACCURACY_TOLERANCE of the best accuracy; empty if fewer than two accuracies
     are known."""
-    known = [(row.accuracy, row) for row in rows if row.accuracy is not None]
-    if len(known) < 2:
+    candidates = [(row.accuracy, row) for row in rows if row.accuracy is not None]
+    if len(candidates) < 2:
         return []
-    best_accuracy, best = max(known, key=lambda pair: (pair[0], -pair[1].gflops))
-    good = [row for accuracy, row in known if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    best_accuracy, best = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
+    good = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
     cheapest = min(good, key=lambda row: row.gflops)
     native = " (the model's own)" if cheapest.is_native else ""
     text = (

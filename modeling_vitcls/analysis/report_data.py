@@ -43,17 +43,17 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     num_with_heads = count_images_with_heads(reports)
     patch_colors, components = build_patch_data(reports)
     config, findings = inspection.config, inspection.findings
-    *read_layers, patches_read = count_read_layers(config, inspection.has_head)
+    *num_read_layers, num_patch_layers = count_read_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `maps.overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [
-            {"name": name, "group": group, "read": read}
-            for name, group, read in zip(get_token_names(config), groups, read_layers, strict=True)
+            {"name": name, "group": group, "read": num_layers}
+            for name, group, num_layers in zip(get_token_names(config), groups, num_read_layers, strict=True)
         ],
         "layers": len(findings.entropy),
-        "patches_read": patches_read,
+        "patches_read": num_patch_layers,
         "heads": get_head_names(config) if num_with_heads else [],
         "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,

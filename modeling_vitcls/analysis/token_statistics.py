@@ -99,7 +99,7 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patches: dict[str, list[torch.Tensor]] = {}  # values per patch, [L + 1, n] for each batch
+        self.patch_values: dict[str, list[torch.Tensor]] = {}  # values per patch, [L + 1, n] for each batch
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> tuple[Any, Any]:
@@ -128,7 +128,7 @@ class TokenStatistics:
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
         values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # first layer
         values |= self.compute_state_statistics(outputs.hidden_states)
-        values |= self.compute_uniform(grid, centers, len(pixel_values))
+        values |= self.compute_uniform_values(grid, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
         patches = {"norms": norms, "ratios": divide_by_median(norms)}
         values["outliers"] = compute_outlier_fractions(patches["ratios"])
@@ -140,9 +140,9 @@ class TokenStatistics:
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         for name, per_patch in patches.items():
-            stored = self.patches.setdefault(name, [])
-            num_stored = sum(part.shape[1] for part in stored)
-            stored.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
+            batches = self.patch_values.setdefault(name, [])
+            num_stored = sum(part.shape[1] for part in batches)
+            batches.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
         self.num_images += len(pixel_values)
         return outputs, outputs_without_registers
 
@@ -166,7 +166,7 @@ class TokenStatistics:
             uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
             uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},
-            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patches.items()},
+            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patch_values.items()},
         )
 
     # Values of one batch, [B, ...] each ------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class TokenStatistics:
             "token_norms": special.norm(dim=-1),
         }
 
-    def compute_uniform(
+    def compute_uniform_values(
         self, grid: tuple[int, int], centers: torch.Tensor, num_images: int
     ) -> dict[str, torch.Tensor]:
         """Return the values of uniform attention, [B] each."""

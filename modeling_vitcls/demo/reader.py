@@ -137,23 +137,24 @@ class DemoModel:
                 cannot be read.
         """
         commit = resolve_commit(source, revision)
-        settings = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
-        if (model_type := settings.get("model_type")) != MODEL_TYPE:
+        config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
+        if (model_type := config_dict.get("model_type")) != MODEL_TYPE:
             raise ValueError(
                 f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
                 "it with `vitcls convert`."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
-        is_classifier = any("Classification" in name for name in settings.get("architectures") or ())
+        is_classifier = any("Classification" in name for name in config_dict.get("architectures") or ())
         auto_class: Any = AutoModelForImageClassification if is_classifier else AutoModel
         encoder_options = {} if is_classifier else {"add_pooling_layer": False}
-        model, info = load_checkpoint(
+        model, loading_info = load_checkpoint(
             auto_class.from_pretrained, source, output_loading_info=True, **options, **encoder_options
         )
-        if info["missing_keys"]:
+        if loading_info["missing_keys"]:
             raise ValueError(
-                f"The checkpoint {source} has no weights for {min(info['missing_keys'])}. Train the model first."
+                f"The checkpoint {source} has no weights for {min(loading_info['missing_keys'])}. Train the model "
+                "first."
             )
         processor = load_checkpoint(AutoImageProcessor.from_pretrained, source, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,8 +225,8 @@ class DemoModel:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
         visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
-        shown = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
-        return DemoResult(*shown, **self.run_model(pixel_values))
+        image_and_region = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
+        return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""
