@@ -26,8 +26,8 @@ from .maps import VisibleRegion, count_read_layers, extract_patch_maps, get_visi
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-FOLDER = "pictures"
-LAYOUT, MATRIX, ATTENTION = "token_layout", "confusion_matrix", "attention"
+IMAGES_FOLDER = "pictures"
+LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "attention"
 
 MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
@@ -57,19 +57,19 @@ def write_card_images(
 
     Returns:
         Name -> path relative to `folder` for each image: "token_layout"; "confusion_matrix", or
-        "confusion_matrix_TASK" per task; "attention". Existing files of matrices and attention that are not drawn
-        again are removed.
+        "confusion_matrix_TASK" per task; "attention". Older confusion matrices and attention figures that
+        are not drawn again are removed.
 
     Raises:
         OSError: if a file cannot be written.
     """
     paths: dict[str, str] = {}
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in build_figures(model, processor, results, samples):
-        paths[name] = f"{FOLDER}/{name}.png"
+        paths[name] = f"{IMAGES_FOLDER}/{name}.png"
         (folder / paths[name]).write_bytes(encode_small_png(figure))
-    for file in (folder / FOLDER).glob("*.png"):
-        if file.stem.startswith((MATRIX, ATTENTION)) and file.stem not in paths:
+    for file in (folder / IMAGES_FOLDER).glob("*.png"):
+        if file.stem.startswith((MATRIX_NAME, ATTENTION_NAME)) and file.stem not in paths:
             file.unlink()
     return paths
 
@@ -79,14 +79,14 @@ def build_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for each figure that the model, the results and the samples support."""
     config = unwrap_model(model).config
-    yield LAYOUT, plot_token_layout(config)
+    yield LAYOUT_NAME, plot_token_layout(config)
     for name, matrix, class_names in find_confusion_matrices(results, config):
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
     num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
     if selected := list(islice(build_attention_samples(model, processor, samples), num_samples)):
         images, maps, titles, visible_regions = zip(*selected, strict=True)
-        yield ATTENTION, plot_attention(images, maps, names, titles, visible_regions)
+        yield ATTENTION_NAME, plot_attention(images, maps, names, titles, visible_regions)
 
 
 def find_confusion_matrices(
@@ -94,9 +94,11 @@ def find_confusion_matrices(
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
     """Yield (image name, matrix, class names) of each nonempty confusion matrix in the results."""
     if config.tasks:
-        candidates = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
+        candidates = [
+            (f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", names) for task, names in config.task_labels().items()
+        ]
     else:
-        candidates = [(MATRIX, MATRIX, get_label_space(config).names)]
+        candidates = [(MATRIX_NAME, MATRIX_NAME, get_label_space(config).names)]
     for name, key, class_names in candidates:
         matrix = results.get(key)
         if matrix and any(map(any, matrix)):

@@ -215,18 +215,18 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
         axes.set(xticks=[], yticks=[])
         return
     short_names = [shorten(name, MAX_NAME_LENGTH) for name in names]
-    size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
-    axes.set_yticks(range(len(names)), short_names, fontsize=size)
+    font_size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
+    axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
     rotation = 0 if max(map(len, short_names)) <= 3 else 90
-    axes.set_xticks(range(len(names)), short_names, fontsize=size, rotation=rotation)
+    axes.set_xticks(range(len(names)), short_names, fontsize=font_size, rotation=rotation)
 
 
 def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
     """Draw the counts in their cells; zeros are light gray."""
-    size = 9 if counts.max() < 1000 else 7
+    font_size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
-        draw_text(axes, column, row, f"{count}", size, color)
+        draw_text(axes, column, row, f"{count}", font_size, color)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

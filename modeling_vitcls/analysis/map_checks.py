@@ -33,7 +33,7 @@ class MapCheck:
         num_images: number of images.
         deletion: probability of the predicted class after a fraction of the patches, those with the highest values, is
             replaced; one value for each of FRACTIONS.
-        insertion: the same if this fraction of the patches is kept, and all other patches are replaced.
+        insertion: probability of the predicted class if only this fraction of the patches is not replaced.
         random_deletion, random_insertion: the same with a random order of patches.
         weight_correlation: rank correlation (Spearman) between the maps of the model and of a copy with shuffled
             weights.

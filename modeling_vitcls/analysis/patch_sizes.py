@@ -42,7 +42,7 @@ class PatchSizeRow:
         gflops: 10^9 operations per image; a multiplication and an addition count as two.
         attention_share: fraction of the operations in attention maps, which grow with the square of the sequence
             length.
-        milliseconds: median time per image, in batches, with all sizes measured alternately.
+        milliseconds: median time per image in a batch; all sizes are measured in turn.
         device: device of the time measurement.
         num_images: number of images.
         accuracy: fraction of correct predictions among known labels; None if no label is known.

@@ -126,7 +126,9 @@ class TokenStatistics:
                 mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
-        values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # first layer
+        values |= {
+            name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")
+        }  # values of the first layer
         values |= self.compute_state_statistics(outputs.hidden_states)
         values |= self.compute_uniform_values(grid, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
