@@ -76,7 +76,7 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     assert earlier.word == "no artifacts"
     assert "Largest second mode in earlier layers: 2.00%, after layer 3, but not in the last" in earlier.reason
     through = diagnose_patches(model.config, replace_ratios(findings, dict.fromkeys(range(3, 10), 0.02)))
-    assert (through.word, through.meaning, through.layer) == ("artifacts", "bad", 7)
+    assert (through.word, through.rating, through.layer) == ("artifacts", "bad", 7)
     assert (
         through.reason.startswith("Artifacts: after layer 7, 2.00% of the patches") and "earlier" not in through.reason
     )

@@ -314,7 +314,7 @@ def test_recorded_maps_in_half_precision_sum_to_one() -> None:
         model(build_images())
     assert len(layers) == 3
     for layer in layers:
-        weights = layer.weights()
+        weights = layer.compute_weights()
         assert weights.dtype == torch.float32
         assert get_largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
     assert_no_recording(model)

@@ -71,7 +71,7 @@ def judge_tokens(
     found += diagnose_groups(model.config, ablations, predictions)
     for verdict in found:
         assert verdict.reason.endswith(".") and "\n" not in verdict.reason and any(map(str.isdigit, verdict.reason))
-        assert (verdict.word, verdict.meaning) in SIGNS  # the page has a symbol for it
+        assert (verdict.word, verdict.rating) in SIGNS  # the page has a symbol for it
     return {verdict.token: verdict for verdict in found}
 
 
@@ -111,12 +111,12 @@ def test_a_healthy_model(model: Any) -> None:
     """The CLS token has an effect, and no register has a fault."""
     found = judged_digits(model)
     cls = found["CLS"]
-    assert (cls.word, cls.meaning) == ("effect beyond the null", "good")
+    assert (cls.word, cls.rating) == ("effect beyond the null", "good")
     assert cls.numbers["effect"] > cls.numbers["null"][1] and not cls.numbers["information"]["null_redrawn"]
     low, high = cls.numbers["interval"]
     assert low < cls.numbers["effect"] < high
     for name in ("register 1", "register 2", "all 2 registers"):
-        assert found[name].word in EFFECTS and found[name].meaning in ("good", "neutral")
+        assert found[name].word in EFFECTS and found[name].rating in ("good", "neutral")
         assert len(found[name].numbers["presence"]["null_redrawn"]) == NUM_NULL
     assert diagnose_patches(model.config, findings_of(model, HELD_OUT[0])).word == "no artifacts"
 
@@ -128,7 +128,7 @@ def test_random_registers_have_no_measurable_effect(model: Any) -> None:
         registers.copy_(torch.randn(registers.shape) * registers.std())
     found = judged_digits(model)
     assert {found[name].word for name in ("register 1", "register 2")} == {"no measurable effect"}
-    assert {found[name].meaning for name in ("register 1", "register 2")} == {"neutral"}
+    assert {found[name].rating for name in ("register 1", "register 2")} == {"neutral"}
     changed = found["register 1"].numbers["information"]["changed_answers_interval"]
     assert changed[1] > 0  # 0 changed predictions of n mean a rate of at most 3 / n
 
@@ -138,7 +138,7 @@ def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
     with torch.no_grad():
         model.vitcls.embeddings.cls_token *= 100
     found = judged_digits(model)["CLS"]
-    assert (found.word, found.meaning) == ("norm too large", "bad")
+    assert (found.word, found.rating) == ("norm too large", "bad")
     assert found.numbers["norm_ratio"] > 3 and found.numbers["embedding_similarity"] > 0.9
 
 
@@ -146,8 +146,8 @@ def test_a_cls_token_of_100_times_its_norm(model: Any) -> None:
 def test_a_cls_token_without_attention_to_patches(model: Any) -> None:
     with mask_cls_attention(model):
         found = judged_digits(model)["CLS"]
-    assert (found.word, found.meaning) == ("cut off from the patches", "bad")
-    assert "at most 0.00% of its attention goes to patches" in found.reason
+    assert (found.word, found.rating) == ("cut off from the patches", "bad")
+    assert "attention head, at most 0.00% of its attention goes to patches" in found.reason
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def test_a_harmful_register(model: Any) -> None:
         accuracy = (model(pixels).logits.argmax(-1) == labels).float().mean()
     found = judged_digits(model)
     assert accuracy < 0.6
-    assert (found["register 2"].word, found["register 2"].meaning) == ("harmful", "bad")
+    assert (found["register 2"].word, found["register 2"].rating) == ("harmful", "bad")
     assert "the accuracy changes by +" in found["register 2"].reason and "p = " in found["register 2"].reason
 
 
@@ -200,7 +200,7 @@ def test_registers_with_nearly_equal_attention(model: Any) -> None:
         registers[:, 1] = registers[:, 0] + 0.05 * registers[:, 0].norm() * torch.randn(registers.shape[-1]) / 6
     found = judged_digits(model)
     assert found["register 1"].word == found["register 2"].word == "equal attention"
-    assert found["register 1"].meaning == "doubtful" and "those of register 2" in found["register 1"].reason
+    assert found["register 1"].rating == "doubtful" and "the maps of register 2" in found["register 1"].reason
     assert found["CLS"].word == "effect beyond the null"
 
 
@@ -218,10 +218,10 @@ def test_duplicated_registers(model: Any) -> None:
 def test_a_frozen_token_while_others_moved(model: Any) -> None:
     movement = {"cls[0]": 0.5, "registers[0]": 0.2, "registers[1]": 0.0}
     found = judged_digits(model, movement)
-    assert found["register 2"].word == "not moved" and "(by 0)" in found["register 2"].reason
+    assert found["register 2"].word == "not moved" and "its movement in this run is 0" in found["register 2"].reason
     assert found["register 1"].word != "not moved"
     all_frozen = judged_digits(model, dict.fromkeys(movement, 0.0))
-    assert {all_frozen[name].meaning for name in ("CLS", "register 1", "register 2")} == {"neutral"}
+    assert {all_frozen[name].rating for name in ("CLS", "register 1", "register 2")} == {"neutral"}
 
 
 @pytest.mark.slow_cases
@@ -267,7 +267,7 @@ def test_tokens_have_little_effect_if_accuracy_is_at_chance() -> None:
     assert len(own.unique()) > 2
     assert "chance" not in judge_tokens(model, build_movement(1), labels=own)["CLS"].reason
     found = judge_tokens(model, build_movement(1), labels=(own + 1) % 8)["CLS"]
-    assert "not better than chance (0.0% on 16 images" in found.reason and found.meaning != "good"
+    assert "not better than chance (0.0% on 16 images" in found.reason and found.rating != "good"
 
 
 @pytest.mark.parametrize("token", ["cls", "distillation", "registers"])
@@ -293,9 +293,9 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
         model.vitcls.gates.gates.zero_()
     movement = build_movement(1) | {"registers[2]": 0.0}
     found = judge_tokens(model, movement)["register 3"]
-    assert (found.word, found.meaning) == ("not moved", "bad") and "(by 0)" in found.reason
+    assert (found.word, found.rating) == ("not moved", "bad") and "its movement in this run is 0" in found.reason
     few = judge_tokens(model, movement, PIXELS[:3])["register 3"]
-    assert (few.word, few.meaning) == ("not moved", "neutral") and "there are 3" in few.reason
+    assert (few.word, few.rating) == ("not moved", "neutral") and "there are 3" in few.reason
 
 
 def test_a_token_with_equal_states_for_all_images() -> None:
@@ -305,13 +305,13 @@ def test_a_token_with_equal_states_for_all_images() -> None:
         for layer in model.vitcls.layers:
             layer.attention.o_proj.weight.zero_()
     found = judge_tokens(model)["CLS"]
-    assert (found.word, found.meaning) == ("same for all images", "bad") and "same for every image" in found.reason
+    assert (found.word, found.rating) == ("same for all images", "bad") and "same for every image" in found.reason
     assert "times the norm of its mean state" in found.reason
     moved = judge_tokens(model, {"cls[0]": 1.25})["CLS"]
     assert moved.word == "same for all images"
     assert "same for every image" in moved.reason and "training moved it by 1.25" in moved.reason
     unmoved = judge_tokens(model, {"cls[0]": 0.0}, PIXELS[:2])["CLS"]  # two images are sufficient
-    assert (unmoved.word, unmoved.meaning) == ("not moved", "bad") and "same for every image" in unmoved.reason
+    assert (unmoved.word, unmoved.rating) == ("not moved", "bad") and "same for every image" in unmoved.reason
 
 
 def test_states_that_are_not_read_are_not_judged() -> None:
@@ -384,7 +384,7 @@ def test_a_register_without_effect() -> None:
     with torch.no_grad():
         model.vitcls.gates.gates.copy_(torch.tensor([model.vitcls.gates.OPEN, 0.0]))
     found = judge_tokens(model, build_movement(1))["register 3"]
-    assert (found.word, found.meaning) == ("no measurable effect", "neutral")
+    assert (found.word, found.rating) == ("no measurable effect", "neutral")
     assert "0 of 16 (at most 17.1%) predictions change" in found.reason
     assert found.numbers["information"]["changed_answers_interval"] == pytest.approx([0, 1 - 0.05 ** (1 / 16)])
 

@@ -249,7 +249,7 @@ def test_attention_of_a_wrong_shape_is_an_error():
     picture, maps = Image.new("L", (8, 8)), torch.rand(1, 2, 4, 4)
     with raises_one_line("1, 1, 2 and 1"):
         plot_attention([picture], maps, ["CLS", "register"], ["a", "b"])
-    with raises_one_line("got 1", "[2]"):
+    with raises_one_line("number of names is 1", "[2]"):
         plot_attention([picture], maps, ["CLS"], ["a"])
     with raises_one_line("at least one"):
         plot_attention([], [], ["CLS"], [])

@@ -192,7 +192,7 @@ def test_the_histogram_marks_outliers(found: Any) -> None:
     assert not one_mode.texts and len({bar.get_facecolor() for bar in one_mode.containers[0]}) == 1
     assert axes.get_title() == "Norms of the patches, after layer 3"
     assert plot_norm_histogram(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
-    with raises_one_line("no layer 4", "the model has 3"):
+    with raises_one_line("layer is 4", "the model has 3 layers"):
         plot_norm_histogram(config, planted, 4)
 
 
@@ -208,7 +208,7 @@ def test_similarities_are_the_cosines(found: Any) -> None:
     figure = plot_layer_similarity(config, findings)
     for place in range(6):
         assert np.allclose(figure.axes[place].images[0].get_array(), findings.across_layers[place])
-    with raises_one_line("no layer -5"):
+    with raises_one_line("layer is -5"):
         plot_token_similarity(config, findings, -5)
 
 
@@ -241,7 +241,7 @@ def test_an_image_over_depth_has_a_tile_per_layer_and_token() -> None:
     figure = plot_attention_by_layer(model.config, reading)
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert titles[:5] == ["photo", "layer 1", "layer 2", "layer 3", "rollout"]
-    assert f"for {reading.predictions[0].first}" in titles
+    assert f"for {reading.predictions[0].top_label}" in titles
     assert sum(bool(axes.images) for axes in figure.axes) == 2 + 6 * 4
     columns = 5
     tile = figure.axes[2 * columns + 3]  # token 3, layer 3
@@ -251,7 +251,7 @@ def test_an_image_over_depth_has_a_tile_per_layer_and_token() -> None:
     assert np.abs(np.asarray(tile.images[0].get_array()).astype(int) - np.asarray(expected)).max() <= 1
     one = plot_attention_by_layer(model.config, reading, head=1)
     assert one.axes[2 * columns + 3].texts[0].get_text() == f"{reading.attention[2, 1, 2].sum():.0%}"
-    with raises_one_line("no head 2", "the model has 2"):
+    with raises_one_line("head is 2", "the model has 2 heads"):
         plot_attention_by_layer(model.config, reading, head=2)
 
 

@@ -85,8 +85,8 @@ def test_the_original_size_is_always_measured() -> None:
     assert [(row.patch_size, row.is_native) for row in rows] == [(8, True), (16, False)]
     assert [row.accuracy for row in rows] == [None, None] and rows[0].agreement == 1
     own, other, *_ = describe_patch_sizes(rows)
-    assert "1/4 of the image's side: maybe too large" in own and "the model's own" in own
-    assert "1/2 of the image's side: maybe too large" in other and "the model's own" not in other
+    assert "1/4 of the image's side: patches may be too large" in own and "the model's own" in own
+    assert "1/2 of the image's side: patches may be too large" in other and "the model's own" not in other
 
 
 def test_rectangles() -> None:
@@ -210,11 +210,12 @@ def test_the_advice() -> None:
     )
     assert sentences[2] == (
         "Recommended: 16 (the model's own), the cheapest within 1 point of the best accuracy on 200 images "
-        "(91.2 %, its own)."
+        "(91.2 %, at this size)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
-    remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: maybe too large")
-    assert describe_patch_sizes([remarkable])[0].endswith("(a patch spans 1/4 of the image's side: maybe too large).")
+    remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: patches may be too large")
+    note = "(a patch spans 1/4 of the image's side: patches may be too large)."
+    assert describe_patch_sizes([remarkable])[0].endswith(note)
     unknown = [row(8, accuracy=None, note="coarse"), row(16, is_native=True, accuracy=None)]
     assert describe_patch_sizes(unknown)[1].endswith(
         "the same predictions for 93.0 % of the images before any fine-tuning (coarse)."
@@ -233,12 +234,12 @@ def test_the_advice_compares_costs_and_accuracy() -> None:
 
     start = "cheapest within 1 point of the best accuracy on 200 images"
     assert get_advice(0.92, 0.911, 0.9, 0.5) == [
-        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times its compute."
+        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times the compute of that size."
     ]
     (own,) = get_advice(0.92, 0.915, 0.912, 0.9)
     assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0 %, with patches of 4), at 0.062")
-    assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, its own)."]
-    assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, its own)."]
+    assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, at this size)."]
+    assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, at this size)."]
     assert get_advice(None, None, None, None) == []
 
 

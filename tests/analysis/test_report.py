@@ -218,7 +218,7 @@ def test_the_layout_shows_the_tokens_that_are_read(read_only_page: Page, faulty_
 def test_effects_of_tokens(read_only_page: Page, faulty_page: Any) -> None:
     """Each token and group has two rows: without information, and without presence."""
     _, _, found = faulty_page
-    rows = [row.split("\t") for row in read_only_page.locator("#worth tbody tr").all_inner_texts()]
+    rows = [row.split("\t") for row in read_only_page.locator("#effects tbody tr").all_inner_texts()]
     ablations = [found.ablations[kind][key] for key in found.ablations["presence"] for kind in found.ablations]
     names = ["CLS", "register 1", "register 2", "register 3", "all 3 registers"]
     assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
@@ -295,7 +295,7 @@ def test_values_at_the_pointer(browser: Browser, faulty_page: Any) -> None:
         expect(tip).to_contain_text("CLS, layer 3, head 2")
         assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", format_value(maps[1, 2, 2])]
         canvas.hover(position={"x": 2, "y": at["y"]})
-        expect(tip).to_contain_text("outside the visible region")
+        expect(tip).to_contain_text("outside the region that the model receives")
         page.mouse.move(5, 5)
         expect(tip).to_be_hidden()
 
@@ -516,7 +516,7 @@ def test_touch_enlarges_and_shows_values(browser: Browser, faulty_page: Any) -> 
         find_cell(page, "CLS, layer 1").tap()
         expect(page.locator("dialog")).to_be_visible()  # a tap becomes a click after a delay
         page.locator("#enlarged-map").tap()
-        expect(page.locator("#enlarged-value")).to_contain_text("of its attention")
+        expect(page.locator("#enlarged-value")).to_contain_text("of the attention")
         page.locator("[data-walk=down]").tap()
         expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 1, layer 1,"))
         page.locator("dialog .close").tap()
@@ -708,7 +708,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
     with open_page(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
-        assert "cosine change, cls" in page.locator("#worth thead").inner_text()
+        assert "cosine change, cls" in page.locator("#effects thead").inner_text()
         assert page.locator(".read").count() == 0
         assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # only the input image
 
@@ -794,7 +794,7 @@ def test_labels_are_predicted_from_one_half(browser: Browser, tmp_path: Path, fi
     with open_page(browser, tmp_path / "report.html") as page:
         assert "nothing" in page.locator(".image > summary").nth(nothing).inner_text()
         explained = page.locator(f'[data-maps="{nothing}"] .overview').text_content()
-        assert f"attribution of {found.image_reports[nothing].predictions[0].first}" in str(explained)
+        assert f"attribution of {found.image_reports[nothing].predictions[0].top_label}" in str(explained)
 
 
 def test_one_label_is_correct_if_it_is_predicted_and_true(tmp_path: Path) -> None:
