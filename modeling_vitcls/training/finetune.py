@@ -1,13 +1,13 @@
 """Fine-tuning on labeled images. task.py contains the run from top to bottom.
 
-    full model         trains on pixels; with --teacher, the distillation token learns from the teacher
+    full model         is trained on pixels; with --teacher, the distillation token is trained on its predictions
     linear probing     encodes each image once, then trains only the heads on the cached features (linear_probe.py)
 
 The output folder then contains
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
     README.md, pictures/, report.html                                        model card, analysis of the special tokens
     LICENSE*, NOTICE*                                                        license files of the initial model
-    results.json, metrics.jsonl                                              metrics and facts; one object per step
+    results.json, metrics.jsonl                                              final results; metrics of logged steps
     checkpoints/, config.resolved.yaml                                       state for --resume; all flags
 """
 
@@ -66,7 +66,7 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Set one distillation token if a teacher is given and their number is not, and check the options."""
+        """Set num_distillation_tokens to 1 if it is unset and a teacher is given, and check the options."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_combinations(options)
@@ -96,7 +96,7 @@ class FinetuneTask(Task):
             raise ValueError(describe_useless_patch_dropout(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that a split lacks, and about the held-out images of the initial model."""
+        """Return warnings about splits that lack classes, and about an initial model with other held-out images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
@@ -117,7 +117,7 @@ class FinetuneTask(Task):
         if self.teacher is not None:
             return "the teacher requires images"
         if self.data.num_training_images is None:
-            return "a stream is not cached"
+            return "features of a stream are not cached"
         if augmentation.mixup or augmentation.cutmix:
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -133,9 +133,9 @@ class FinetuneTask(Task):
         images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, views)
         assert isinstance(images, TrainingImages), "streams cannot be cached"
         keys = [(view, index) for view in range(views) for index in range(self.data.num_training_images or 0)]
-        unaugmented = "" if is_augmented else " without augmentation (--feature-views N augments them)"
+        augmentation_note = "" if is_augmented else " without augmentation (--feature-views N augments them)"
         self.runner.reporter.print_line(
-            "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
+            "features", f"encoding {len(keys):,} images once{augmentation_note}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
         workers, batch_size = options.data.num_workers, self.plan.batch_size
@@ -207,7 +207,7 @@ class FinetuneTask(Task):
         return f"classes: {classes}, {labels.kind.replace('_', ' ')}"
 
     def summarize(self) -> dict[str, str]:
-        """Return the line about the teacher."""
+        """Return the summary line about the teacher."""
         if self.teacher is None:
             return {}
         return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
@@ -247,7 +247,7 @@ def check_combinations(options: FinetuneOptions) -> None:
         raise ValueError("--feature-views requires --trainable head. Set --trainable head, or remove --feature-views")
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
-            "--teacher-views caches the teacher's logits of each image, but a stream has an unknown number of images. "
+            "--teacher-views caches the teacher's logits for each image, but a stream has an unknown number of images. "
             "Remove --teacher-views or --streaming"
         )
     if options.data.streaming and training.class_balance != "none":
@@ -259,7 +259,7 @@ def check_combinations(options: FinetuneOptions) -> None:
 
 
 def describe_useless_patch_dropout(options: FinetuneOptions) -> str:
-    """Return the error message for --patch-drop-rate with frozen first layers, which process whole images."""
+    """Return the error message for --patch-drop-rate if the embeddings and the first layer are frozen."""
     return (
         f"--patch-drop-rate requires trained first layers, but --trainable {options.training.trainable} freezes them. "
         "Remove one of the two flags"
@@ -287,12 +287,12 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if is_preset(source) or data.record.rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
-    record, part = read_record(folder), data.record.rule
+    record, rule = read_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    if part.seed == record.rule.seed and part.fraction <= record.rule.fraction:
+    if rule.seed == record.rule.seed and rule.fraction <= record.rule.fraction:
         return None
     return (
         f"{source} was trained on {data.name} with different held-out images, so it may have been trained on images "
-        f"that this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
+        f"that this run holds out. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
     )

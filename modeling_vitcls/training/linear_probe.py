@@ -4,10 +4,11 @@
 
 The result is the same as training the heads on a frozen encoder, but each step takes only a few small matrix products.
 Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number of views
-per image). Otherwise the frozen encoder runs in every step (`trainable.set_train_mode` keeps it in eval mode).
+per image). Otherwise, the frozen encoder runs in every step (`model.set_train_mode` keeps it in eval mode).
 
-classifier     features: [pooled vector | mean of the distillation tokens]
-several tasks  features: [CLS token of the first task | of the second | ...]
+    model                    features
+    classifier               [pooled vector | mean of the distillation tokens]
+    multi-task classifier    [CLS token of the first task | CLS token of the second task | ...]
 """
 
 import copy
@@ -31,7 +32,7 @@ from ..modeling_vitcls import (
 )
 
 
-# Features and the heads that read them -------------------------------------------------------------------------------
+# Features and heads --------------------------------------------------------------------------------------------------
 
 
 def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -113,8 +114,8 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Return one batch of the images with the given keys on the CPU, with `features` [keys, F] instead of `pixels`.
-    Raise ValueError if none of the images can be read.
+    """Encode the images with the given keys, and return one batch on the CPU with `features` [keys, F] instead of
+    `pixels`. Raise ValueError if none of the images can be read.
 
     Each process encodes its share in eval mode; all processes receive the whole batch. `model` is the plain classifier
     on the device. `normalize` converts pixels on the device to `pixel_values`.
@@ -139,8 +140,8 @@ def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
 
 
 def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_processes: int) -> list[list[ImageKey]]:
-    """Return one process's batches. All processes have the same number of batches of the same size; the last key is
-    repeated as padding."""
+    """Return the batches of one process. All processes have the same number of batches of the same size; the last key
+    is repeated as padding."""
     starts = range(process * batch_size, len(keys) + process * batch_size, num_processes * batch_size)
     last = len(keys) - 1
     return [[keys[min(index, last)] for index in range(start, start + batch_size)] for start in starts]
@@ -159,8 +160,8 @@ def iterate_feature_batches(
 
 @torch.no_grad()
 def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator` encoded once, in eval mode. Each
-    process encodes its own share. `model` is the plain classifier on the device."""
+    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator`, which are encoded once in eval
+    mode. Each process encodes its own share. `model` is the plain classifier on the device."""
     was_training = model.training
     model.eval()
     encoded = copy.copy(evaluator)
@@ -171,7 +172,7 @@ def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
 
 
 def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:
-    """Return a held-out batch with features [G, F] instead of pixel values."""
+    """Return a held-out batch with features [images, F] instead of pixel values."""
     num_images, pixel_values = 0, torch.zeros(1, model.config.num_channels, *model.config.image_height_width)
     if batch.pixel_values is not None:
         num_images, pixel_values = len(batch.pixel_values), batch.pixel_values

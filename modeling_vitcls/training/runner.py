@@ -40,7 +40,7 @@ from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import output_folder
 from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
-from .distributed_state import gather_state, get_unsupported_reason, scatter_checkpoint, scatter_state
+from .distributed_state import gather_state, get_unsupported_reason, scatter_all_weights, scatter_state
 from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
@@ -229,7 +229,7 @@ class Runner:
         checkpoint is damaged or missing."""
         checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
         assert facts is not None
-        scatter_checkpoint(checkpoint, self.accelerator, state.model, state.shadow)
+        scatter_all_weights(checkpoint, self.accelerator, state.model, state.shadow)
         self.selected_step = facts["step"]
         self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
 

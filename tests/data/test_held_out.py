@@ -203,7 +203,7 @@ def test_training_on_other_images_of_the_same_dataset_is_warned_of(
         reset_accelerate()
         run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
         found = (
-            "may have been trained on images that this run evaluates. Set --split-seed 7" in capsys.readouterr().out
+            "may have been trained on images that this run holds out. Set --split-seed 7" in capsys.readouterr().out
         )
         assert found is is_warned
 
