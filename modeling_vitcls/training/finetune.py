@@ -1,6 +1,6 @@
 """Fine-tuning on labeled images. task.py contains the run from top to bottom.
 
-    full model         is trained on pixels; with --teacher, the distillation token is trained on its predictions
+    full model         is trained on pixels; with --teacher, the distillation token is trained on the teacher
     linear probing     encodes each image once, then trains only the heads on the cached features (linear_probe.py)
 
 The output folder then contains
@@ -247,7 +247,7 @@ def check_combinations(options: FinetuneOptions) -> None:
         raise ValueError("--feature-views requires --trainable head. Set --trainable head, or remove --feature-views")
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
-            "--teacher-views caches the teacher's logits for each image, but a stream has an unknown number of images. "
+            "--teacher-views caches the teacher's logits of each image, but a stream has an unknown number of images. "
             "Remove --teacher-views or --streaming"
         )
     if options.data.streaming and training.class_balance != "none":

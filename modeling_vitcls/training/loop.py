@@ -283,7 +283,7 @@ class TrainingLoop:
 
 
 def is_end_of_epochs(step: int, every: int, plan: BatchPlan) -> bool:
-    """Return whether the number of complete epochs reaches a multiple of `every` in this step."""
+    """Return whether the number of epochs reaches a multiple of `every` in this step."""
     return math.floor(plan.count_epochs(step) / every) > math.floor(plan.count_epochs(step - 1) / every)
 
 

@@ -585,7 +585,7 @@ def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkey
 def test_a_second_interrupt_ends_at_once() -> None:
     with Interruption(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
-        interruption.received_at -= 2
+        interruption.received_time -= 2
         os.kill(os.getpid(), signal.SIGTERM)  # not in a hurry: the checkpoint is on its way
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

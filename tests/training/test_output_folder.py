@@ -103,7 +103,7 @@ def owner_of(folder: Path) -> dict[str, Any]:
 def write_owner(folder: Path, **changes: Any) -> None:
     """Put a lock there that differs from this process's."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = vars(LockOwner.this_process()) | changes
+    owner = vars(LockOwner.from_this_process()) | changes
     (folder / LOCK_FILE).write_text(json.dumps(owner), encoding="utf-8")
 
 

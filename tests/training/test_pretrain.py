@@ -33,7 +33,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
-from modeling_vitcls.training.losses import MaskedImages
+from modeling_vitcls.training.losses import MaskedImageModeling
 from modeling_vitcls.training.pretrain import PretrainTask, build_model
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
@@ -163,7 +163,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     wait for any that is missing."""
     torch.manual_seed(0)
     model, processor = build_model(TINY)
-    objective = MaskedImages(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
+    objective = MaskedImageModeling(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
     objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     tokens = model.vitcls.embeddings.get_special_tokens()

@@ -34,7 +34,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions
-from modeling_vitcls.training.losses import distillation_loss
+from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from scripts.train_cnn_teacher import train_cnn_teacher
 
@@ -388,7 +388,8 @@ def test_hard_loss_is_the_mean_negative_log_probability_of_the_teachers_answer()
     student, teacher = logits(seed=1), logits(seed=2)
     probabilities = student.softmax(-1)[torch.arange(6), teacher.argmax(-1)]
     assert (
-        get_largest_difference(distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean()) <= 1e-6
+        get_largest_difference(compute_distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean())
+        <= 1e-6
     )
 
 
@@ -396,30 +397,30 @@ def test_soft_loss_is_the_scaled_divergence_from_the_teacher() -> None:
     student, teacher, tau = logits(seed=1), logits(seed=2), 2.5
     of_student, of_teacher = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
-    assert get_largest_difference(distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
-    assert distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
+    assert get_largest_difference(compute_distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
+    assert compute_distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_losses_of_accumulated_batches_add_up(kind: str) -> None:
     student, teacher = logits(seed=1), logits(seed=2)
-    whole = distillation_loss(kind, student, teacher, 3.0)
-    halves = [distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
+    whole = compute_distillation_loss(kind, student, teacher, 3.0)
+    halves = [compute_distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
     assert get_largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
 
 
 def test_half_precision_is_computed_in_full() -> None:
     student, teacher = logits(seed=1).bfloat16(), logits(seed=2).bfloat16()
-    found = distillation_loss("soft", student, teacher, 3.0)
+    found = compute_distillation_loss("soft", student, teacher, 3.0)
     assert found.dtype is torch.float32
-    assert torch.equal(found, distillation_loss("soft", student.float(), teacher.float(), 3.0))
+    assert torch.equal(found, compute_distillation_loss("soft", student.float(), teacher.float(), 3.0))
 
 
 def test_wrong_arguments_of_losses() -> None:
     with raises_one_line("'medium'", "soft or hard"):
-        distillation_loss("medium", logits(), logits(), 1.0)
+        compute_distillation_loss("medium", logits(), logits(), 1.0)
     with raises_one_line("(6, 4)", "(6, 3)"):
-        distillation_loss("soft", logits()[:, :3], logits(), 1.0)
+        compute_distillation_loss("soft", logits()[:, :3], logits(), 1.0)
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
