@@ -1,18 +1,18 @@
-"""Image folders: a folder with a sub-folder of images per class -> `datasets.DatasetDict`, without copying images.
+"""Image folders (one sub-folder of images per class) -> `datasets.DatasetDict`, without copying images.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
-    photos/cat/2024/may/1.jpg                           class cat: a class folder is searched at any depth
+    photos/cat/2024/may/1.jpg                           class cat: images may be at any depth of a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
-    photos/metadata.csv (or .jsonl, .parquet)           columns of the table, images by its column `file_name`
+    photos/metadata.csv (or .jsonl, .parquet)           columns of the table; `file_name` contains image paths
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
 and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
 names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
 folders, the structure is ambiguous, and reading raises an error.
 
-`ImageFolder.notes` names the unused files (other file types, hidden files, images next to class folders). A folder
+`ImageFolder.notes` lists the unused files (other file types, hidden files, images next to class folders). A folder
 that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.
 """
 
@@ -46,7 +46,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLITS = ("train", "validation", "test")
-MAX_NAMES = 3  # maximum number of names in a message
+MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ImageFolder:
     metadata: list[str]
     tables: list[str]
     others: list[str]  # hidden files, files of other types, and files with names that are not valid text
-    empty: list[str]  # folders of the first level without images
+    empty_folders: list[str]  # folders of the first level without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
     @property
@@ -72,21 +72,21 @@ def scan_folder(path: Path) -> ImageFolder:
     files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
-    with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
+    folders_with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
-    return ImageFolder(path, **files, empty=[name for name in folders if name not in with_images])
+    return ImageFolder(path, **files, empty_folders=[name for name in folders if name not in folders_with_images])
 
 
 def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below `root`/`folder`, sorted within each folder. A link to a folder that contains the link is
-    not followed."""
-    real = os.path.realpath(root / folder)
-    if real in parents:
+    """Yield the paths of the files below `root`/`folder`, sorted within each folder. A link to a folder that contains
+    the link is not followed."""
+    real_path = os.path.realpath(root / folder)
+    if real_path in parents:
         return
     for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
         name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
-            yield from list_files(root, name, (*parents, real))
+            yield from list_files(root, name, (*parents, real_path))
         else:
             yield name
 
@@ -117,21 +117,21 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
     ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
 
-    The columns are `image`, and `label` if labels are used; or the columns of the metadata files, if there are any.
-    Without labels, all images at any depth are used.
+    With metadata files, the columns are `image` and the columns of these files. Otherwise they are `image` and, if
+    labels are used, `label`. Without labels, all images at any depth are used.
     """
     import datasets
 
-    splits, are_folders = divide_into_splits(folder)
+    splits, has_split_folders = divide_into_splits(folder)
     if folder.metadata:
-        parts = read_metadata(folder, splits, are_folders)
+        parts = read_metadata(folder, splits, has_split_folders)
     elif use_labels:
-        parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
+        parts = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
     else:
         parts = {split: build_split(folder, split, names) for split, names in splits.items()}
     add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
-    if folder.empty:
-        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty)}")
+    if folder.empty_folders:
+        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
     return datasets.DatasetDict(parts)
 
 
@@ -139,8 +139,8 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first level consists of splits (rules: top of this file). Raise
-    ValueError if two folders are the same split, or a folder may be a split or a class."""
+    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file). Raise
+    ValueError if two folders have names of the same split, or a folder may be a split or a class."""
     first_level: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
@@ -156,7 +156,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
         if split in splits:
             raise ValueError(
                 f"{folder.path}: the folders {splits[split]!r} and {first!r} are both names of the split {split!r}. "
-                "Merge or rename them"
+                "Merge the folders, or rename one of them"
             )
         splits[split] = first
     add_unused_note(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
@@ -177,25 +177,26 @@ def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return each split with the class folders of its images as labels; there are `depth` folders above the class
-    folders. A split without class folders is skipped. Raise ValueError if no split has class folders."""
+    """Return the dataset of each split, in which the labels are the class folders of the images. `depth` is the number
+    of folders above the class folders. A split without class folders is skipped. Raise ValueError if no split has
+    class folders."""
     import datasets
 
     all_names = chain.from_iterable(splits.values())
     labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in all_names}
     classes = sorted({label for label in labels.values() if label is not None})
-    stray = [name for name, label in labels.items() if label is None]
+    unlabeled = [name for name, label in labels.items() if label is None]
     if not classes:
-        parent = folder.path / PurePosixPath(stray[0]).parent
+        parent = folder.path / PurePosixPath(unlabeled[0]).parent
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    add_unused_note(folder, stray, "outside of class folders")
-    deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
-    if deep:
+    add_unused_note(folder, unlabeled, "outside of class folders")
+    deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
+    if deep_folders:
         folder.notes.append(
-            f"{folder.path}: images in deeper folders ({shorten_list(deep)}) belong to the class of the first folder"
+            f"{folder.path}: images in subfolders of class folders ({shorten_list(deep_folders)}) belong to these classes"
         )
     feature = datasets.ClassLabel(names=classes)
     parts = {}
@@ -250,16 +251,17 @@ def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array"
 
 
 def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the names, sizes and times of the files."""
+    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the columns, and of the names, sizes and
+    modification times of the files."""
     import datasets
 
     fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
     for name in names:
         try:
-            state = (folder.path / name).stat()
+            stat = (folder.path / name).stat()
         except OSError:  # reported when the image is read
             continue
-        fingerprint.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        fingerprint.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
@@ -268,9 +270,9 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     )
 
 
-def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders: bool) -> dict[str, Any]:
-    """Return the rows of the metadata files by split, with the images in their column `file_name`. Raise ValueError if
-    a metadata file cannot be read, has no `file_name`, or names a file outside of its folder."""
+def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_folders: bool) -> dict[str, Any]:
+    """Return the dataset of each split: the rows of the metadata files with the images in the column `file_name`.
+    Raise ValueError if a metadata file cannot be read, has no `file_name`, or names an image outside its folder."""
     import datasets
     import pyarrow
 
@@ -291,7 +293,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
         rows = [
             row
             for row, name in enumerate(names)
-            if not are_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
+            if not has_split_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
         ]
         if rows:
             images = [names[row] for row in rows]
@@ -323,7 +325,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move it there")
+            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move the image into it")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 
@@ -332,7 +334,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 
 
 def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
-    """Add a note about unused files, if there are any. `reason` follows the noun "files"."""
+    """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if names:
         files = "1 file" if len(names) == 1 else f"{len(names):,} files"
         folder.notes.append(f"{folder.path}: skipped {files} {reason}: {shorten_list(names)}")
@@ -340,5 +342,5 @@ def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
 
 def shorten_list(names: list[str]) -> str:
     """Return the first names and the number of omitted names."""
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(map(replace_control_characters, names[:MAX_NAMES])) + more
+    more = f" and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
+    return ", ".join(map(replace_control_characters, names[:MAX_SHOWN_NAMES])) + more

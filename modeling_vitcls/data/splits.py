@@ -9,10 +9,9 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
-    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
-Only the samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of many
-images with the same names, for example if the names of two class folders were swapped.
-"""
+    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
+Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of
+many images with the same names, for example if the names of two class folders were swapped."""
 
 import hashlib
 import json
@@ -33,7 +32,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Digest of a fingerprint -> what has changed if the digests before it are the same.
+# Name of a digest -> description of the change if this digest differs and the digests before it are the same.
 CHANGES = {
     "name_set_sha256": "the number of images is the same, but their names differ",
     "names_sha256": "the images are the same, but their order differs",
@@ -66,11 +65,11 @@ class TrainingData:
 
 
 def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
-    """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
+    """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
 
     With `with_selection`, the images that select a checkpoint are separate from the held-out images, which are
-    reported: the validation split if the dataset also has a test split, otherwise a further part of the training
-    images.
+    reported: they are the validation split if the dataset also has a test split, and otherwise another seeded
+    selection of the training images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
     only the first 10,000 held-out images are stored.
@@ -91,7 +90,8 @@ def load_training_data(options: DataOptions, with_selection: bool = False, use_l
 
 
 def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
-    """Load both splits without labels: every label is -100, and the label space has no columns.
+    """Load the training images and the held-out images without labels: every label is -100, and the label space has no
+    columns.
 
     Fine-tuning on the same dataset holds out the same images. Errors are as in `load_training_data`.
     """
@@ -102,8 +102,8 @@ class TrainingSplits(NamedTuple):
     """Names of the splits that training reads."""
 
     train: str
-    held_out: str | None  # split to report, if there is one
-    selection: str | None  # split that selects the checkpoint, if there is one
+    held_out: str | None  # split whose metrics are reported, if there is one
+    selection: str | None  # split that selects the best checkpoint, if there is one
 
 
 def choose_training_splits(names: Collection[str], with_selection: bool) -> TrainingSplits:
@@ -123,8 +123,8 @@ def split_data(
     options: DataOptions,
     with_selection: bool,
 ) -> TrainingData:
-    """Return the dataset's own held-out split, or hold out images of its training split; read the held-out images of a
-    stream."""
+    """Return the training images with the held-out split of the dataset, or with held-out images of the training
+    split. The held-out images of a stream are read."""
     splits = choose_training_splits(parts, with_selection)
     check_splits(options, space, list(parts), splits, with_selection)
     train = parts[splits.train]
@@ -155,7 +155,7 @@ def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
 def check_splits(
     options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, with_selection: bool
 ) -> None:
-    """Raise ValueError if there is only one class to train on, if a dataset for cross-validation has a split for
+    """Raise ValueError if there is only one class, if a dataset for cross-validation has a split for
     evaluation, or if `--select best` has no images to select on."""
     if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
@@ -176,7 +176,7 @@ def check_splits(
 
 
 def get_held_out_rule(options: DataOptions) -> HeldOutRule:
-    """Return the rule that the options describe."""
+    """Return the rule for holding out images that the options describe."""
     if options.folds is not None and options.fold is not None:
         return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
     return HeldOutRule(options.held_out_fraction, options.split_seed)
@@ -193,9 +193,9 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
     held_out_indices = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
     train_indices = sorted(set(range(len(keys))).difference(held_out_indices))
     if not train_indices or (not held_out_indices and rule.fraction > 0):
-        number, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
+        amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {number} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
+            f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
             f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
         )
     record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
@@ -206,7 +206,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
 
 
 class EvaluationData(NamedTuple):
-    """The images and labels that a model is evaluated on."""
+    """Images and labels for the evaluation of a model."""
 
     label_space: LabelSpace
     images: LabeledImages
@@ -221,7 +221,7 @@ def load_evaluation_data(
 
     If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
     holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
-    or "test". The same images as in `record`, the held-out record of the model's run, are held out.
+    or "test". If `record`, the held-out record of the model's run, contains a rule, this rule selects the images.
 
     Raises:
         ValueError: if the split does not exist, or the options do not hold out the images of `record`.
@@ -336,8 +336,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Describe how the data differs from the data that a run started with, both from `describe_data`; None if they are
-    equal."""
+    """Return a description of the difference between the data that a run started with (`stored`) and its current data,
+    both from `describe_data`; None if there is no difference."""
     if stored == current:
         return None
     for column, names in current["classes"].items():
@@ -387,7 +387,8 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
-    """Return the names of the classes in labels. With several tasks, each name starts with the name of its task."""
+    """Return the names of the classes that occur in labels. With several tasks, each name starts with the name of its
+    task."""
     if space.kind == "multi_task":
         tasks = space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

@@ -401,10 +401,10 @@ def push(task: Task) -> None:
 
 def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
-    in `Task` and `run_task`, and for `--push-to-hub`.
+    in `Task` and `run_task`; --push-to-hub raises ValueError.
 
-    Each image is held out in exactly one fold. The interval of the mean over the folds is Student's; it is too narrow,
-    because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
+    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. It is too
+    narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
     variance of k-fold cross-validation").
     """
     if options.run.push_to_hub:
@@ -459,8 +459,8 @@ def dry_run(task_class: type[Task], options: Any) -> None:
     runner.reporter.print_line(
         "dry run",
         f"{len(runner.step_seconds)} steps, an evaluation{checkpoint} and saving succeeded in "
-        f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has {plan.num_steps:,} "
-        f"steps and takes about {duration}",
+        f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
+        f"{plan.num_steps:,} steps and takes about {duration}",
     )
 
 

@@ -234,7 +234,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
-        with raises_one_line("results.json is damaged", "Remove it"):
+        with raises_one_line("results.json is damaged", "Remove the file"):
             read_record(tmp_path)
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
     assert read_record(tmp_path) is None

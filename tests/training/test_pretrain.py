@@ -102,7 +102,7 @@ def test_masks_that_make_no_sense_are_refused() -> None:
         MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
     with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
-    with raises_one_line("--mask-block 3", "more masked patches than the 8 of 4 x 4"):
+    with raises_one_line("--mask-block 3", "masks only 8 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
 
 

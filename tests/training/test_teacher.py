@@ -241,7 +241,7 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
 def test_labels_without_names_are_taken_in_order_and_said(tmp_path: Path) -> None:
     folder = saved(tmp_path / "unnamed", tiny_resnet(names=None), half_processor())
     teacher = teach(folder)
-    assert teacher.columns is None and "order" in teacher.note
+    assert teacher.label_indices is None and "order" in teacher.note
     with raises_one_line("3 labels without names", "has 2"):
         teach(folder, "ant", "bee")
 
