@@ -8,7 +8,8 @@
 
 The parts that run on the CPU process 8-bit pixels, and depend only on the seed and the index of each image. Held-out
 images are not augmented, but only preprocessed by the image processor. Pixels are rescaled and normalized on the
-model's device (batches.py)."""
+model's device (batches.py).
+"""
 
 import math
 from dataclasses import dataclass
@@ -27,8 +28,7 @@ class Augmentation:
     """Three parts of an augmentation, in the order in which they are applied."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    # Random transform of one image that keeps the shape; uses torch's default generator.
-    image_transform: nn.Module | None
+    image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
     batch_transform: "BatchTransform"
 
     def __call__(
@@ -158,7 +158,8 @@ class MaskGenerator:
 
     The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
     2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over the masked patches of
-    a batch is also a mean over its images. The model defines the mask token and the loss."""
+    a batch is also a mean over its images. The model defines the mask token and the loss.
+    """
 
     def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
         """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks
@@ -173,8 +174,8 @@ class MaskGenerator:
             )
         if min(block, rows) * min(block, columns) > self.num_masked:
             raise ValueError(
-                f"--mask-block {block} requires a whole masked block, but --mask-ratio {options.mask_ratio} masks only "
-                f"{self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
+                f"--mask-block {block} requires a whole masked block, but --mask-ratio {options.mask_ratio} masks "
+                f"only {self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
             )
 
     def __call__(

@@ -87,7 +87,7 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is no record because another package trained the model. Raise
+    """Return the record in a model folder; None if there is no record, as for models of other packages. Raise
     ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
@@ -96,9 +96,7 @@ def read_record(folder: str | Path) -> HeldOutRecord | None:
         record = read_json(file).get(RECORD)
         return None if record is None else HeldOutRecord(**record)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged: {error}. Remove the file to use the model without its results"
-        ) from error
+        raise ValueError(f"{file} is damaged: {error}. Remove the file to use the model without it") from error
 
 
 def compute_key(content: bytes) -> int:

@@ -196,7 +196,8 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep_folders:
         folder.notes.append(
-            f"{folder.path}: images in subfolders of class folders ({shorten_list(deep_folders)}) belong to these classes"
+            f"{folder.path}: images in deeper folders ({shorten_list(deep_folders)}) belong to the class of the "
+            "class folder"
         )
     feature = datasets.ClassLabel(names=classes)
     parts = {}

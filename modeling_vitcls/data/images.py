@@ -200,9 +200,8 @@ def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels (None: not
-    checked), as the model requires. The image processor converts images to three channels only if `do_convert_rgb` is
-    set."""
+    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels. Do nothing if
+    `num_channels` is None. The image processor converts images to three channels only if `do_convert_rgb` is set."""
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
         image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"

@@ -162,15 +162,16 @@ def build_label_reader(
     `read_column` returns all values of a column that does not declare its classes. It is None for a stream, whose
     values cannot all be read in advance.
     """
-    given_names: tuple[str | None, ...] = options.label_column or (None,)
+    requested_names: tuple[str | None, ...] = options.label_column or (None,)
     names = tuple(
-        find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested
+        find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested_names
     )
     list_columns = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
     if list_columns and len(names) > 1:
         raise ValueError(
             f"{options.dataset}: several label columns require one label per image in each column, but "
-            f"{list_columns[0]!r} contains several labels per image. Set one --label-column, or remove --label-separator"
+            f"{list_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
+            "--label-separator"
         )
     kind: LabelKind = "multi_label_classification" if list_columns else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]

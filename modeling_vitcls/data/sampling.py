@@ -96,7 +96,8 @@ class BalancedOrder(ShuffledOrder):
 
     The positions of an epoch are assigned to the classes in rotation. Each class cycles through its images, which are
     shuffled again for each cycle. So the images of a rare class are repeated within an epoch, and a frequent class
-    requires several epochs to use all of its images."""
+    requires several epochs to use all of its images.
+    """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
         super().__init__(len(labels), seed)

@@ -11,7 +11,8 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
 Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of
-many images with the same names, for example if the names of two class folders were swapped."""
+many images with the same names, for example if the names of two class folders were swapped.
+"""
 
 import hashlib
 import json
@@ -221,7 +222,7 @@ def load_evaluation_data(
 
     If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
     holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
-    or "test". If `record`, the held-out record of the model's run, contains a rule, this rule selects the images.
+    or "test". If `record` (the held-out record of the model's run) contains a rule, this rule selects the images.
 
     Raises:
         ValueError: if the split does not exist, or the options do not hold out the images of `record`.

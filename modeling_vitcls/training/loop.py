@@ -80,8 +80,7 @@ class Hooks:
     save: Callable[[bool], None]  # saves a checkpoint; the argument is whether it is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
-    # Returns metrics of speed for each record.
-    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}
+    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # called for each record
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
     publish: Callable[[], None] = lambda: None  # called after each step except the last
 

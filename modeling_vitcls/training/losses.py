@@ -93,7 +93,8 @@ class MultiTaskLoss:
 
     The mean of each task is over all images of the batch, so that accumulated batches have the loss of one large
     batch. `ViTCLSForMultiTaskClassification` (used by Trainer) divides by the number of labeled images instead. Both
-    losses are equal if no labels are missing."""
+    losses are equal if no labels are missing.
+    """
 
     label_smoothing: float
 

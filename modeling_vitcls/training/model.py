@@ -9,7 +9,8 @@ Trained parameters by `--trainable`:
 
 Parameters that are missing from the checkpoint are always trained, because they would otherwise stay random. An
 example is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the
-mask token) stay frozen."""
+mask token) stay frozen.
+"""
 
 import copy
 import re

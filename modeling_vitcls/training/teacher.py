@@ -12,7 +12,8 @@ processor determines size, filter, scale and normalization, but does not crop. L
 
 With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. The
 cache is not part of checkpoints. A resumed run predicts the logits again in different batches, so before they are
-rounded to half precision, the logits may differ by rounding errors."""
+rounded to half precision, the logits may differ by rounding errors.
+"""
 
 from collections import Counter
 from collections.abc import Callable
