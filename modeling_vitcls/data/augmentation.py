@@ -148,7 +148,7 @@ class BatchMixer:
 
 
 class MaskGenerator:
-    """Draw random masks for a grid of patches.
+    """Generator of random masks for a grid of patches.
 
         mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches in both)
         # . . #               # # . .

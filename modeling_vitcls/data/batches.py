@@ -33,9 +33,9 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Build batches from decoded images, stored or streamed.
+    """Builder of batches from decoded images, stored or streamed.
 
-    The augmentation of an image depends only on (seed, view, index), not on the process or worker that prepares it.
+    The augmentation of an image depends only on (seed, view, index), not on the process or worker that runs it.
     """
 
     augmentation: Augmentation
@@ -176,15 +176,15 @@ def iterate_training_batches(
     source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
-    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or an example of a
-    stream has no label."""
+    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or the label of an
+    example of a stream is not one of the classes."""
     yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
 
 
 def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys, in order, on the CPU, loaded in the workers (with 0 workers: in this
-    process). Close the iterator to stop the workers. A ValueError of `source` is raised without the worker's
-    traceback."""
+    """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in the workers (in this
+    process if there are none). Close the iterator to stop the workers. A ValueError of `source` is raised without the
+    worker's traceback."""
     loader = DataLoader(
         source,
         batch_size=None,
@@ -198,7 +198,7 @@ def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: i
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # the iterator references the loader and would keep its workers alive
+        error.__traceback__ = None  # the traceback references the loader and would keep its workers alive
     raise ValueError(problem)
 
 
@@ -236,7 +236,7 @@ class Normalizer:
         self.offset = build_channel_tensor(mean, device) / build_channel_tensor(std, device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return pixels [B, C, H, W], `uint8` or `float32`, rescaled and normalized as `float32`."""
+        """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
 
 

@@ -69,7 +69,7 @@ class HeldOutRecord:
 
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
-        """Build the record of images that `rule` selected."""
+        """Build the record from the keys of the images that `rule` selected."""
         keys = list(keys)
         digest = compute_keys_digest(keys)
         return cls(None, len(keys), rule.fraction, rule.seed, digest, rule.num_folds, rule.fold)

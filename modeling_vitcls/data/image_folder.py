@@ -51,7 +51,7 @@ MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are relative to `path`, with "/" between their parts, and sorted."""
+    """The files of an image folder. Paths are relative to `path`, sorted, and use "/" as separator."""
 
     path: Path
     images: list[str]
@@ -104,7 +104,7 @@ def get_file_kind(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder was created by an operating system, not by the user."""
+    """Return whether a file or folder is hidden, or was created by macOS."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -141,38 +141,41 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split, and whether the first-level folders are splits (rules: top of this file). Raise
     ValueError if two folders have names of the same split, or a folder may be a split or a class."""
-    first_level: dict[str, list[str]] = {}
+    images_by_folder: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
-            first_level.setdefault(name.partition("/")[0], []).append(name)
-    split_folders = [first for first in first_level if first.lower() in SPLIT_NAMES]
-    if not split_folders or len(split_folders) < len(first_level):
+            images_by_folder.setdefault(name.partition("/")[0], []).append(name)
+    split_folders = [folder_name for folder_name in images_by_folder if folder_name.lower() in SPLIT_NAMES]
+    if not split_folders or len(split_folders) < len(images_by_folder):
         if not folder.metadata:
-            check_are_class_folders(folder, first_level, split_folders)
+            check_are_class_folders(folder, images_by_folder, split_folders)
         return {"train": folder.images}, False
     splits: dict[str, str] = {}
-    for first in split_folders:
-        split = SPLIT_NAMES[first.lower()]
+    for folder_name in split_folders:
+        split = SPLIT_NAMES[folder_name.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both names of the split {split!r}. "
-                "Merge the folders, or rename one of them"
+                f"{folder.path}: the folders {splits[split]!r} and {folder_name!r} are both names of the split "
+                f"{split!r}. Merge the folders, or rename one of them"
             )
-        splits[split] = first
+        splits[split] = folder_name
     add_unused_note(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
-    return {split: first_level[splits[split]] for split in SPLITS if split in splits}, True
+    return {split: images_by_folder[splits[split]] for split in SPLITS if split in splits}, True
 
 
-def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str]], split_folders: list[str]) -> None:
+def check_are_class_folders(
+    folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]
+) -> None:
     """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
-    for first in split_folders:
-        inner = sorted({name.split("/")[1] for name in first_level[first] if name.count("/") > 1})
-        if inner:
-            other = next(name for name in first_level if name not in split_folders)
+    for folder_name in split_folders:
+        subfolders = sorted({name.split("/")[1] for name in images_by_folder[folder_name] if name.count("/") > 1})
+        if subfolders:
+            other_folder = next(name for name in images_by_folder if name not in split_folders)
             raise ValueError(
-                f"{folder.path}: the folder {first!r} has the name and the class folders of a split "
-                f"({shorten_list(inner)}), but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}). "
-                f"If they are splits, move {other!r} elsewhere; if they are classes, rename {first!r}"
+                f"{folder.path}: the folder {folder_name!r} has the name and the class folders of a split "
+                f"({shorten_list(subfolders)}), but {other_folder!r} next to it is not the name of a split "
+                f"({', '.join(SPLITS)}). If they are splits, move {other_folder!r} elsewhere; if they are classes, "
+                f"rename {folder_name!r}"
             )
 
 
@@ -196,8 +199,8 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep_folders:
         folder.notes.append(
-            f"{folder.path}: images in deeper folders ({shorten_list(deep_folders)}) belong to the class of the "
-            "class folder"
+            f"{folder.path}: images in deeper folders ({shorten_list(deep_folders)}) belong to the class of "
+            "their class folder"
         )
     feature = datasets.ClassLabel(names=classes)
     parts = {}
@@ -231,7 +234,7 @@ def describe_single_class(dataset: str, name: str) -> str:
 def build_split(
     folder: ImageFolder, split: str, names: list[str], labels: list[int] | None = None, feature: Any = None
 ) -> Any:
-    """Return a `datasets.Dataset` of images by path, and of their labels."""
+    """Return a `datasets.Dataset` of image paths and, if given, labels."""
     import datasets
     import pyarrow
 
@@ -244,7 +247,7 @@ def build_split(
 
 
 def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array":
-    """Return a column of the type of `datasets.Image` that refers to files by path."""
+    """Return a column of image paths in the storage format of `datasets.Image`."""
     import pyarrow
 
     paths = pyarrow.array([str(folder.path / name) for name in names], pyarrow.string())

@@ -34,7 +34,7 @@ Row = dict[str, Any]  # values by column
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The kind of labels, and their names by column. Only a multi-task dataset has several columns."""
+    """Kind of labels, and label names by column. Only a multi-task dataset has several columns."""
 
     kind: LabelKind
     columns: dict[str, list[str]]
@@ -141,8 +141,8 @@ class LabelReader:
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row, in the format of its kind; a missing single label is -100. Raise ValueError if
-        a value is not one of the classes."""
+        """Return the label of one row, in the format of the label kind; a missing single label is -100. Raise
+        ValueError if a value is not one of the classes."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
@@ -156,8 +156,8 @@ class LabelReader:
 def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
-    """Build the label reader of a dataset. Raise ValueError if a column does not exist, contains no class labels, or
-    its classes are not known.
+    """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels,
+    or its classes are not known.
 
     `read_column` returns all values of a column that does not declare its classes. It is None for a stream, whose
     values cannot all be read in advance.

@@ -62,7 +62,7 @@ def mix_bits(values: np.ndarray) -> np.ndarray:
 
 
 def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
-    """Return random bits as `float64` in [0, 1)."""
+    """Convert random bits to `float64` numbers in [0, 1)."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
@@ -74,7 +74,7 @@ Epoch = tuple[np.ndarray, np.ndarray]
 
 
 class ShuffledOrder:
-    """Endless order of images, computed per epoch, that contains every image once per epoch."""
+    """Endless sequence of image indices, computed per epoch, that contains every image once per epoch."""
 
     def __init__(self, num_images: int, seed: int) -> None:
         self.num_images = num_images

@@ -48,7 +48,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training split and the held-out split of a run."""
+    """Training images and held-out images of a run."""
 
     name: str
     label_space: LabelSpace
@@ -68,9 +68,9 @@ class TrainingData:
 def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
     """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
 
-    With `with_selection`, the images that select a checkpoint are separate from the held-out images, which are
-    reported: they are the validation split if the dataset also has a test split, and otherwise another seeded
-    selection of the training images.
+    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. These are
+    the validation split if the dataset also has a test split, and otherwise another seeded selection of the training
+    images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
     only the first 10,000 held-out images are stored.
@@ -108,8 +108,8 @@ class TrainingSplits(NamedTuple):
 
 
 def choose_training_splits(names: Collection[str], with_selection: bool) -> TrainingSplits:
-    """Return the names of the splits that training reads. A validation split is reported rather than the test split,
-    unless it selects the checkpoint."""
+    """Return the names of the splits that training reads. The validation split is reported instead of the test
+    split, unless the validation split selects the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
     held_out = [name for name in HELD_OUT_NAMES if name in names and name != train]
     if with_selection and len(held_out) > 1 and "test" in held_out:
@@ -218,7 +218,7 @@ class EvaluationData(NamedTuple):
 def load_evaluation_data(
     options: DataOptions, split: str | None, record: HeldOutRecord | None = None
 ) -> EvaluationData:
-    """Load all images of one split.
+    """Load the images of one split.
 
     If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
     holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
@@ -280,7 +280,7 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
     """Return the rule that held out the images of a model's run; the rule of the options if the run has no record.
-    Raise ValueError if --split-seed or --held-out-fraction were set to other values."""
+    Raise ValueError if --split-seed or --held-out-fraction is set to another value."""
     rule = None if record is None else record.rule
     if rule is None:
         return get_held_out_rule(options)
@@ -314,8 +314,8 @@ def describe_data(data: TrainingData) -> dict[str, Any]:
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed at the top of this file, from the names, the labels (in values that JSON
-    supports) and a function that returns the bytes of an image from its index, or None if it cannot be read."""
+    """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
+    `read_content` returns the bytes of the image with an index, or None if the image cannot be read."""
     samples = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_content(index) for index in samples)
     return {
@@ -337,8 +337,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Return a description of the difference between the data that a run started with (`stored`) and its current data,
-    both from `describe_data`; None if there is no difference."""
+    """Return a description of the first difference between the stored and the current data of a run, both from
+    `describe_data`; None if there is no difference."""
     if stored == current:
         return None
     for column, names in current["classes"].items():

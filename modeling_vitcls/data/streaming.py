@@ -77,7 +77,7 @@ class StreamedImages:
 
     def iterate_examples(self, seed: int, process: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
-        ValueError if an example has no label, or a process has no examples."""
+        ValueError if a label is not one of the classes, or a process has no examples."""
         pass_index = 0
         while True:
             length = 0

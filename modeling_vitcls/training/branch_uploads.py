@@ -75,7 +75,7 @@ class BranchUploads:
     def __exit__(self, exc_type: type[BaseException] | None, *error: object) -> None:
         try:
             self.wait(MAX_SECONDS_AT_END if exc_type is None else MAX_SECONDS_AFTER_SIGNAL)
-            if exc_type is None or exc_type is Interrupted:  # in other cases, the other processes do not wait
+            if exc_type is None or exc_type is Interrupted:  # otherwise, not all processes reach this line
                 self.accelerator.wait_for_everyone()  # launchers end all processes when one ends
         finally:
             self.remove_folder()
@@ -127,7 +127,7 @@ class BranchUploads:
     def start(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python waits for its thread without a limit on exit.
+        # huggingface_hub's `run_as_future` is not used, because Python waits for its thread at exit without a limit.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 

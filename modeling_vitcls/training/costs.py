@@ -46,7 +46,7 @@ class MemoryEstimate:
 
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the FLOPs of a forward pass, by formula; `model.flops()` counts FLOPs by running a copy."""
+    """Return the FLOPs of a forward pass by a formula, whereas `model.flops()` counts the FLOPs of a running copy."""
     encoder = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
@@ -110,8 +110,8 @@ def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs per image that `count_linear_flops(pooler)` omits: it counts keys and values of a single token.
-    The query projection is subtracted, because the query is computed once per batch."""
+    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`. The latter counts keys
+    and values of a single token, and the query, which is computed only once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
     attention_flops = 4 * num_keys * pooler.probe.shape[-1]
     return (
@@ -154,7 +154,7 @@ def get_inner_width(attention: ViTCLSAttention) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Sizes of numbers and the device of a training step."""
+    """Number sizes and device type of a training step."""
 
     residual_bytes: int  # bytes per number in the residual stream and in the inputs of norms
     matmul_bytes: int  # bytes per number in inputs and outputs of matrix products
@@ -226,15 +226,16 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     queries = get_num_queries(model, num_tokens)
     height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
-    layers = [
+    layer_bytes = [
         count_layer_bytes(layer, num_queries, num_tokens, settings)
         for layer, num_queries in zip(encoder.layers, queries, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
-        inputs = num_tokens * config.hidden_size * settings.residual_bytes
-        layers = [inputs] * len(layers) + [max(layers, default=0)]  # one layer at a time is recomputed
-    num_bytes = sum(layers)
-    if layers:
+        input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
+        # One layer at a time is recomputed.
+        layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
+    num_bytes = sum(layer_bytes)
+    if layer_bytes:
         num_bytes += queries[-1] * count_norm_bytes(config, settings)  # final norm
     if is_trained(encoder.embeddings):
         num_bytes += (

@@ -47,7 +47,7 @@ MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
 class RunFacts:
     """Facts about a run on which the defaults depend."""
 
-    weights: Weights  # kind of initial weights, or of trained weights
+    weights: Weights  # initial weights or kind of training
     is_preset: bool  # whether the initial weights are random
     width: int  # hidden size of the model
     image_size: int  # longest side of the model's images in pixels

@@ -40,7 +40,7 @@ FULL_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def get_unsupported_reason(accelerator: Accelerator) -> str | None:
-    """Return why the launched configuration does not support checkpoints, or None if it does."""
+    """Return why the launched configuration does not support checkpoints, or None if checkpoints are supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 for --resume"
     return None
@@ -52,24 +52,28 @@ def gather_state(
     """Return all tensors of the state on the main process (no tensors on the other processes), and the other values as
     JSON types. All processes must call this together. Raise ValueError if checkpoints are not supported.
 
-    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` are the EMA
-    weights in the order of the trained parameters.
+    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` contains the
+    EMA weights in the order of the trained parameters.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
-    is_main, inner = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    states: Any = get_optimizer_state_dict(model, inner, options=FULL_ON_MAIN).get("state", {}) if inner.state else {}
+    is_main, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
+    states: Any = (
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN).get("state", {})
+        if torch_optimizer.state
+        else {}
+    )
     moments: Tensors = {}
-    others: dict[str, Any] = {}
+    other_values: dict[str, Any] = {}
     for name, state in states.items():
         for key, value in state.items():
-            target = moments if isinstance(value, torch.Tensor) else others
+            target = moments if isinstance(value, torch.Tensor) else other_values
             target[f"{key}/{name}"] = value
     tensors = {"model": gather_weights(model, is_main), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = gather(dict(zip(get_trainable_names(model), shadow, strict=True)), is_main)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return tensors, {"optimizer": others, "scaler": scaler}
+    return tensors, {"optimizer": other_values, "scaler": scaler}
 
 
 def scatter_state(
@@ -84,8 +88,7 @@ def scatter_state(
     belongs to another model or optimizer.
 
     Args:
-        checkpoint: the checkpoint on the main process; None on the other processes, which receive their shards from
-            it.
+        checkpoint: the checkpoint on the main process; None on the other processes, to which shards are sent.
         facts: the second return value of `gather_state`, on all processes.
         shadow: EMA weights to fill in place.
     """
@@ -217,15 +220,15 @@ def distribute_like(
 
 def scatter_optimizer(
     full_tensors: Tensors | None,
-    others: dict[str, Any],
+    other_values: dict[str, Any],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Load the optimizer's state: moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
-    inner = unwrap_optimizer(optimizer)
-    in_groups = chain.from_iterable(group["params"] for group in inner.param_groups)
+    torch_optimizer = unwrap_optimizer(optimizer)
+    in_groups = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
     indices = {id(parameter): index for index, parameter in enumerate(in_groups)}
 
     def read_values() -> dict[str, Any]:
@@ -236,7 +239,7 @@ def scatter_optimizer(
             if owner is None or id(owner) not in indices:
                 raise ValueError(f"the checkpoint belongs to another run: the optimizer of this run has no {name}")
             values[name] = tensor.dtype if tensor.ndim and tensor.shape == owner.shape else tensor
-        return values | others
+        return values | other_values
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in run_on_main(accelerator, read_values).items():
@@ -245,7 +248,7 @@ def scatter_optimizer(
         if isinstance(value, torch.dtype):
             value = distribute_like(None if full_tensors is None else full_tensors[name], value, owner, accelerator)
         state.setdefault(indices[id(owner)], {})[key] = value
-    inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
+    torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 
 
 def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:

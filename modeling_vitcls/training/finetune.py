@@ -73,7 +73,7 @@ class FinetuneTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load both splits with labels."""
+        """Load the training split and the held-out split with labels."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_labels(self.options, data.label_space.kind)
         return data
@@ -96,7 +96,8 @@ class FinetuneTask(Task):
             raise ValueError(describe_useless_patch_dropout(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about splits that lack classes, and about an initial model with other held-out images."""
+        """Return warnings about splits that lack classes, and about an initial model that used other held-out
+        images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 

@@ -135,7 +135,7 @@ def cache_features(
 
 
 def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
-    """Return the rows of every tensor of a batch; labels of several tasks are a dictionary."""
+    """Return these rows of every tensor of a batch, including the tensors in a dictionary of labels."""
     return recursively_apply(lambda values: values[rows], batch)
 
 

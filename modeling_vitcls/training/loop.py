@@ -43,7 +43,7 @@ Metrics = dict[str, Any]
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
-ECHO_SECONDS = 1.0  # maximum delay of a Ctrl-C that a launcher forwards and the terminal has already sent
+ECHO_SECONDS = 1.0  # maximum delay between Ctrl-C from the terminal and its copy from a launcher
 
 
 @dataclass
@@ -56,7 +56,8 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of the evaluations so far
     num_worse: int = 0  # number of evaluations since the best evaluation
-    window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
+    # Losses of the batches since the last logged step.
+    recent_losses: list[dict[str, float]] = field(default_factory=list)
     attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of the last step, until its evaluation is finished
 
@@ -144,7 +145,7 @@ class TrainingLoop:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were worse than the best evaluation."""
+        """Whether none of the last `patience` evaluations improved the best score."""
         return self.options.patience is not None and self.state.num_worse >= self.options.patience
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
@@ -201,11 +202,11 @@ class TrainingLoop:
         set_learning_rate(state.optimizer, learning_rate)
         batches_used: list[Batch] = []
         losses: list[Losses] = []
-        before: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
+        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # before the update
 
         def before_update() -> None:
             if with_health:
-                before.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
+                tokens_and_gradients.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
 
         for accumulated in range(self.plan.accumulation_steps):
             batch = next(batches)
@@ -223,15 +224,15 @@ class TrainingLoop:
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
-        state.window += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
+        state.recent_losses += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
-        if before:
-            health = self.monitor.compute_health(*before[0])
+        if tokens_and_gradients:
+            health = self.monitor.compute_health(*tokens_and_gradients[0])
             record |= health
             for token in self.monitor.find_new_tokens_without_gradient(health):
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
@@ -265,13 +266,13 @@ class TrainingLoop:
     def compute_means(self) -> Metrics:
         """Return the mean losses over all processes, the speed (without evaluations and checkpoints) and the peak
         memory since the last record."""
-        window = self.state.window
-        means = [math.fsum(losses[name] for losses in window) / len(window) for name in window[0]]
+        recent_losses = self.state.recent_losses
+        means = [math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]]
         num_images, seconds = len(self.seconds) * self.plan.images_per_step, math.fsum(self.seconds)
-        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # `record_speed` resets it
+        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # reset by `record_speed`
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
-        named_losses = {name: round(mean, 6) for name, mean in zip(window[0], losses, strict=True)}
-        window.clear()
+        named_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], losses, strict=True)}
+        recent_losses.clear()
         self.seconds.clear()
         return {
             **named_losses,
@@ -346,7 +347,7 @@ class Interruption:
 
     def get_signal(self) -> str | None:
         """Return the name of the received stop signal, or None; the result is the same on all processes. All processes
-        must call it together."""
+        must call this together."""
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
         number = int(self.received_signal or 0)

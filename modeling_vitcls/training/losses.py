@@ -129,8 +129,8 @@ class Classification:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Distillation: the CLS head is trained on labels, the distillation head on a teacher's logits for the same pixels
-    (DeiT, section 4)."""
+    """Distillation (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on a
+    teacher's logits for the same pixels."""
 
     inputs: Callable[[Batch], Batch]
     label_loss: LabelLoss

@@ -45,8 +45,8 @@ from .costs import (
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of matrix products
 
-# Minimum FLOPs per process of a run whose utilization is measured. One core trains for a few seconds to execute this
-# number of FLOPs, and a measurement takes about half a second.
+# Minimum FLOPs per process of a run whose utilization is measured. One core executes this number of FLOPs
+# in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
 # Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
@@ -66,7 +66,7 @@ class Utilization:
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
     peak: float | None = None  # largest measured FLOP/s of all processes together; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
-    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call it together
+    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call this together
     executed_flops: float = 0.0  # FLOPs of the images that were trained on
     available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
     seconds: float = 0.0  # total duration of the steps of this process
@@ -124,7 +124,7 @@ def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
     """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. Nothing is printed or
-    measured for heads on cached features, whose FLOPs are negligible, and for models that merge patches, whose FLOPs
+    measured for heads on cached features, whose FLOPs are negligible, or for models that merge patches, whose FLOPs
     are not counted. All processes must call this together, before `Accelerator.prepare`."""
     dtype = DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:

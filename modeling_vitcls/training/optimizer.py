@@ -59,8 +59,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
 
 
 def get_parameter_depths(model: nn.Module) -> dict[str, int]:
-    """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings, from 1 for the
-    layers, and the largest depth for the final norm and the heads."""
+    """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for
+    the layers; and the next number for the final norm and the heads."""
     names = [name for name, _ in model.named_parameters()]
     layers = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     head_depth = max(layers.values(), default=-1) + 2
@@ -124,7 +124,7 @@ class DeepSpeedOptimizerStep:
 
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
-        gradients are not clipped before `before_update`."""
+        gradients are clipped only after `before_update`."""
         check(0.0)  # checks only the losses
         before_update()
         self.engine.step()

@@ -71,7 +71,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     output folder."""
     folder = options.output_dir
     if options.run.overwrite:
-        check_sources_kept(options)
+        check_sources_not_removed(options)
         return
     if (folder / RESULTS).exists() and (folder / MODEL_CONFIG).exists():
         raise ValueError(
@@ -97,7 +97,7 @@ def check_no_other_files(folder: Path) -> None:
         )
 
 
-def check_sources_kept(options: FinetuneOptions | PretrainOptions) -> None:
+def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
     sources = {"--model": options.model.model}
@@ -222,7 +222,7 @@ class FolderLock:
         self.release()
 
     def release_and_exit(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: release the lock, then end the process by the default handler."""
+        """Handle SIGTERM: release the lock, then end the process with the default handler."""
         self.release()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -255,7 +255,7 @@ class FolderLock:
         where, advice = "this machine", "Wait until it has ended, or choose another --output-dir"
         if not owner.is_on_this_host:
             where = f"the host {owner.host}"
-            advice += f". If it has already ended, delete {self.file}"
+            advice += f". If that run has already ended, delete {self.file}"
         raise ValueError(
             f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"
         )

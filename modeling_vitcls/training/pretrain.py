@@ -45,7 +45,7 @@ class PretrainTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load both splits without labels."""
+        """Load the training split and the held-out split without labels."""
         return load_unlabeled_data(self.options.data, self.options.training.select == "best")
 
     def load_model(self) -> None:
@@ -57,7 +57,7 @@ class PretrainTask(Task):
         return MaskedImageModeling(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator on these held-out images. `--split-seed` determines their masks."""
+        """Build the evaluator for these held-out images. `--split-seed` determines the masks of the images."""
         return ReconstructionEvaluator(
             images.images,
             self.processor,

@@ -331,7 +331,7 @@ class Runner:
             state.best_score = self.facts["best_score"]
             state.num_worse = self.facts.get("num_worse", 0)
             windows = self.facts["windows"]
-            state.window = windows[self.accelerator.process_index % len(windows)]
+            state.recent_losses = windows[self.accelerator.process_index % len(windows)]
             state.attention = self.facts["attention"]
             state.record = self.facts["record"]
             unreadable_images.indices.update(self.facts["broken"])
@@ -352,7 +352,7 @@ class Runner:
             "num_worse": state.num_worse,
             "seconds": self.get_training_seconds(),
             "utilisation": self.utilization.get_state(),
-            "windows": gather_object([state.window]),
+            "windows": gather_object([state.recent_losses]),
             "attention": state.attention,
             "record": state.record,
             "broken": sorted(unreadable_images.indices),

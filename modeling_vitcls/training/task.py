@@ -94,7 +94,7 @@ class Task(ABC):
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
             self.hub_model_id = self.check_repository()
-            with accelerator.main_process_first():  # downloads once
+            with accelerator.main_process_first():  # only the main process downloads
                 self.data = self.load_data()
                 self.runner.check_data(describe_data(self.data))
                 self.resolve_options()
@@ -136,7 +136,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator on these held-out images."""
+        """Build the evaluator for these held-out images."""
 
     @abstractmethod
     def build_objective(self, normalize: Normalizer) -> Objective:
@@ -317,7 +317,7 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write model, image processor, card and, last, results.json, which marks the folder as complete. Add the speed of
-    the model and the diagnosis of its tokens to `results`. All processes must call it together. Raise RunStopped on
+    the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise RunStopped on
     all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder

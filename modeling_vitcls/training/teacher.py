@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         # Indices of the student's labels in the logits; None if labels are the same.
         self.label_indices = label_indices
         self.description = description  # name and size of the teacher
-        self.note = note  # text about the match of the labels; empty if all labels are the same
+        self.note = note  # text about the mapping of labels; empty if all labels are the same
         self.eval()
 
     @torch.no_grad()
@@ -140,13 +140,13 @@ def load_teacher(
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
     """Return the index of each label in the teacher's logits (None if the labels are the same), and a note about the
-    match (empty if the labels are the same)."""
+    mapping (empty if the labels are the same)."""
     names = teacher.label_names
     if names is None:
         if teacher.num_labels != len(labels):
             raise ValueError(
                 f"the teacher {source} has {teacher.num_labels} labels without names, but the dataset has "
-                f"{len(labels)}. Use a teacher that was trained on these labels"
+                f"{len(labels)} labels. Use a teacher that was trained on these labels"
             )
         return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the dataset's order"
     if names == labels:
@@ -313,7 +313,8 @@ class TeacherCache:
     """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
     Each process caches the images of its own batches. Logits are rounded to the dtype of the cache before their first
-    use, and the teacher always predicts whole batches, so it makes no difference in which epoch logits are cached.
+    use, and the teacher always predicts whole batches, so the result does not depend on the step in which logits are
+    cached.
     """
 
     def __init__(

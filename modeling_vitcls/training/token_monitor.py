@@ -25,7 +25,7 @@ NUM_ATTENTION_IMAGES = 8  # number of images over which the entropy is averaged
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training, which stores their initial values. A model without
+    """Monitor of a model's special tokens during training. It stores the initial values of the tokens. A model without
     embeddings, such as the head of a linear probe, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
