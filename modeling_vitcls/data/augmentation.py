@@ -42,12 +42,12 @@ class Augmentation:
         """
         bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
         if self.image_transform is not None:
-            transformed = []
+            transformed_images = []
             with torch.random.fork_rng(devices=[]):
                 for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
-                    transformed.append(self.image_transform(image))
-            pixels = transformed
+                    transformed_images.append(self.image_transform(image))
+            pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
         return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))

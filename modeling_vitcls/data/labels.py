@@ -59,8 +59,8 @@ class LabelSpace:
         """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat"; None if the
         label is not known."""
         if isinstance(label, dict):
-            known = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
-            return ", ".join(f"{task} {names[label[task]]}" for task, names in known.items()) or None
+            known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
+            return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
         if isinstance(label, list | tuple):
             return ", ".join(name for name, value in zip(self.names, label, strict=True) if value) or NO_LABELS
         return self.names[label] if is_known(label) else None
@@ -148,8 +148,10 @@ class LabelReader:
         (column,) = self.columns
         value = row[column.name]
         if self.kind == "multi_label_classification":
-            present = {column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)}
-            return [float(index in present) for index in range(len(column.classes))]
+            label_indices = {
+                column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)
+            }
+            return [float(index in label_indices) for index in range(len(column.classes))]
         return column.get_index(value, row_name)
 
 
@@ -182,9 +184,11 @@ def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
     """Build one label column. Its class names are declared, set by --label-names, or the distinct values."""
-    declared = next((kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None)
-    if declared is not None:
-        return LabelColumn(name, list(declared.names), is_declared=True)
+    class_label = next(
+        (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
+    )
+    if class_label is not None:
+        return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(

@@ -154,17 +154,17 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load the splits of a folder, a file or a dataset on the Hub with the `datasets` library."""
-    opened = open_with_datasets(options, use_labels)
-    if not opened:
+    all_splits = open_with_datasets(options, use_labels)
+    if not all_splits:
         raise ValueError(f"{options.dataset} contains no rows. Check its tables")
-    datasets = {split: opened[split] for split in select(list(opened))}
+    datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
         parts = {split: add_missing_labels(part) for split, part in images.items()}
-        return Splits(name, UNLABELED, parts, list(opened))
+        return Splits(name, UNLABELED, parts, list(all_splits))
 
     def read_all(column: str) -> Iterator[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
@@ -177,7 +177,7 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         split_name = f"{options.dataset}, split {split!r}"
         labels = [reader.read(row, f"{split_name}: row {number}") for number, row in enumerate(rows)]
         parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
-    return Splits(name, reader.space, parts, list(opened))
+    return Splits(name, reader.space, parts, list(all_splits))
 
 
 def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
@@ -216,10 +216,10 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
     if is_in_memory:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
-        opened = read_image_folder(folder, use_labels)
+        image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
-        return convert_to_streams(opened, options)
+        return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
             return read_with_datasets(options)
@@ -255,8 +255,10 @@ def read_with_datasets(options: DataOptions) -> Any:
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
             )
         if any((path / file).is_file() for file in SAVED_FILES):
-            saved = datasets.load_from_disk(path)
-            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
+            saved_dataset = datasets.load_from_disk(path)
+            return convert_to_streams(
+                saved_dataset if isinstance(saved_dataset, dict) else {"train": saved_dataset}, options
+            )
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(

@@ -124,8 +124,8 @@ def split_data(
     options: DataOptions,
     with_selection: bool,
 ) -> TrainingData:
-    """Return the training images with the held-out split of the dataset, or with held-out images of the training
-    split. The held-out images of a stream are read."""
+    """Build the training data. If the dataset has no held-out split, images of the training split are held out. The
+    held-out images of a stream are read into memory."""
     splits = choose_training_splits(parts, with_selection)
     check_splits(options, space, list(parts), splits, with_selection)
     train = parts[splits.train]
@@ -301,13 +301,15 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 def describe_data(data: TrainingData) -> dict[str, Any]:
     """Return the description of a run's data for its checkpoints. The description of a stream contains only the
     held-out images and the classes."""
-    known = data.held_out if isinstance(data.train, StreamedImages) else data.train
+    labeled_images = data.held_out if isinstance(data.train, StreamedImages) else data.train
     return {
         "num_training_images": data.num_training_images,
         "num_held_out_images": len(data.held_out),
         "held_out": data.record.to_dict(),
         "classes": data.label_space.columns,
-        **compute_fingerprint(known.images.get_names(), known.labels, known.images.read_content),
+        **compute_fingerprint(
+            labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_content
+        ),
     }
 
 

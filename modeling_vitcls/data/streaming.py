@@ -87,8 +87,8 @@ class StreamedImages:
                     yield replace(example, epoch=pass_index)
             if length == 0:
                 raise ValueError(f"{self.name} has no training image for process {process} of {num_processes}")
-            num_passes, rest = divmod(start, length)  # all passes of a process have the same length
-            pass_index, start = (pass_index + num_passes, rest) if num_passes else (pass_index + 1, 0)
+            num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
+            pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
     def iterate_pass(self, seed: int, pass_index: int, process: int, num_processes: int) -> Iterator[Example]:
         """Yield each example of one process once, shuffled."""
@@ -98,8 +98,8 @@ class StreamedImages:
             stream = stream.shard(num_processes, process)
         stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
-        own = rows if has_own_shards else islice(rows, process, None, num_processes)
-        return self.build_examples(own)
+        own_rows = rows if has_own_shards else islice(rows, process, None, num_processes)
+        return self.build_examples(own_rows)
 
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream. If `held_out` is None, return all images.
@@ -149,11 +149,11 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, read_column=None) if use_labels else None
     columns = [image_column, *(column.name for column in (reader.columns if reader else []))]
-    opened = {}
+    opened_streams = {}
     for name, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
-        opened[name] = StreamedImages(
+        opened_streams[name] = StreamedImages(
             name=get_dataset_name(options),
             stream=stream.select_columns(columns),
             image_column=image_column,
@@ -161,7 +161,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
             folder=get_dataset_folder(options),
             shuffle_buffer=options.shuffle_buffer,
         )
-    return opened
+    return opened_streams
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
@@ -213,17 +213,17 @@ class TrainingStream:
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Return the batch of these examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
-        readable = {index: image for index, image in pixels.items() if image is not None}
-        if not readable:
+        readable_images = {index: image for index, image in pixels.items() if image is not None}
+        if not readable_images:
             raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
-        first = min(readable)
-        source_indices = [next((other for other in readable if other >= index), first) for index in pixels]
+        first = min(readable_images)
+        source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
         replaced = [
             NOT_REPLACED if source_index == index else examples[index].index
             for index, source_index in enumerate(source_indices)
         ]
         return self.builder.build(
-            [readable[index] for index in source_indices],
+            [readable_images[index] for index in source_indices],
             [examples[index].label for index in source_indices],
             [(examples[index].epoch, examples[index].index) for index in source_indices],
             replaced,

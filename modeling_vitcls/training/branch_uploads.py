@@ -82,7 +82,7 @@ class BranchUploads:
 
     def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
         """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`; all
-        processes call it together."""
+        processes call this method together."""
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
             return
@@ -161,7 +161,7 @@ class BranchUploads:
         """Push the folder. This method runs in the background thread, writes to no other folder and raises no
         errors."""
         try:
-            pushed = push_folder(
+            push_result = push_folder(
                 self.folder,
                 self.repo_id,
                 self.run.hub_private,
@@ -175,7 +175,9 @@ class BranchUploads:
                 reason = format_hub_error(error.__cause__ or error)
                 self.reporter.warn(f"step {step:,} was not pushed to the branch {self.branch}: {reason}")
         else:
-            self.reporter.print_line("pushed", f"step {step:,} to the branch {self.branch}, commit {pushed.commit}")
+            self.reporter.print_line(
+                "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
+            )
 
     def wait(self, seconds: float) -> None:
         """Wait until the upload is finished or the time limit is reached."""

@@ -183,7 +183,7 @@ def estimate_memory(
     Raises:
         ValueError: if the image is smaller than a patch.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
     on_cpu = torch.device(model.device if device is None else device).type == "cpu"
     settings = StepSettings(
@@ -194,8 +194,8 @@ def estimate_memory(
         activations += settings.matmul_bytes * count_cast_weights(model, on_cpu)
     return MemoryEstimate(
         parameters=count_bytes(model.parameters()),
-        gradients=count_bytes(trained),
-        optimizer=2 * count_bytes(trained),
+        gradients=count_bytes(trained_parameters),
+        optimizer=2 * count_bytes(trained_parameters),
         activations=activations,
     )
 
@@ -208,12 +208,14 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def count_cast_weights(model: Any, on_cpu: bool) -> int:
     """Return the number of weights of linear layers whose copies from autocast are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    skipped: list[nn.Module] = (
+    skipped_modules: list[nn.Module] = (
         layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
     )
     if on_cpu:
-        skipped = skipped + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped) :]]
-    total, num_skipped = (sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped))
+        skipped_modules = skipped_modules + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped_modules) :]]
+    total, num_skipped = (
+        sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped_modules)
+    )
     return total - num_skipped
 
 
@@ -222,7 +224,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     on, and after the layers."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
-    num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # in the layers
+    num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens in the layers
     queries = get_num_queries(model, num_tokens)
     height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
@@ -325,8 +327,8 @@ def get_first_trained_layer(encoder: Any) -> int:
     """Return the index of the first layer that the backward pass reaches; the number of layers if none is trained."""
     if is_trained(encoder.embeddings):
         return 0
-    trained = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
-    return min(trained, default=len(encoder.layers))
+    trained_indices = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
+    return min(trained_indices, default=len(encoder.layers))
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -228,26 +228,28 @@ def scatter_optimizer(
     """Load the optimizer's state: moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
     torch_optimizer = unwrap_optimizer(optimizer)
-    in_groups = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
-    indices = {id(parameter): index for index, parameter in enumerate(in_groups)}
+    grouped_parameters = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
+    indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
         # Return the dtype of each moment with the shape of its parameter. Other tensors are small and returned whole.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
-            owner = parameters.get(name.split("/", 1)[1])
-            if owner is None or id(owner) not in indices:
+            parameter = parameters.get(name.split("/", 1)[1])
+            if parameter is None or id(parameter) not in indices:
                 raise ValueError(f"the checkpoint belongs to another run: the optimizer of this run has no {name}")
-            values[name] = tensor.dtype if tensor.ndim and tensor.shape == owner.shape else tensor
+            values[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
         return values | other_values
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in run_on_main(accelerator, read_values).items():
-        key, owner_name = name.split("/", 1)
-        owner = parameters[owner_name]
+        key, parameter_name = name.split("/", 1)
+        parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
-            value = distribute_like(None if full_tensors is None else full_tensors[name], value, owner, accelerator)
-        state.setdefault(indices[id(owner)], {})[key] = value
+            value = distribute_like(
+                None if full_tensors is None else full_tensors[name], value, parameter, accelerator
+            )
+        state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 
 

@@ -81,8 +81,8 @@ class FinetuneTask(Task):
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
         options, training = self.options, self.options.training
-        built = build_model(options.model, self.data.label_space)
-        config, self.processor, self.teacher = built.model.config, built.processor, None
+        built_model = build_model(options.model, self.data.label_space)
+        config, self.processor, self.teacher = built_model.model.config, built_model.processor, None
         if options.distillation.teacher is not None:
             self.teacher = load_teacher(
                 options.distillation.teacher,
@@ -91,7 +91,9 @@ class FinetuneTask(Task):
                 config.image_height_width,
                 self.runner.accelerator.device,
             )
-        self.model = apply_trainable(built.model, training.trainable, training.lora_rank, built.newly_initialized)
+        self.model = apply_trainable(
+            built_model.model, training.trainable, training.lora_rank, built_model.newly_initialized
+        )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(describe_useless_patch_dropout(options))
 
@@ -123,8 +125,8 @@ class FinetuneTask(Task):
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return "the model is sharded"
-        trained = find_trained_parameters_outside_heads(self.model)
-        return f"{trained[0]} is trained" if trained else None
+        trained_names = find_trained_parameters_outside_heads(self.model)
+        return f"{trained_names[0]} is trained" if trained_names else None
 
     def build_head_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the heads on features that are computed once."""
@@ -140,8 +142,8 @@ class FinetuneTask(Task):
         )
         normalize = Normalizer(self.processor, accelerator.device)
         workers, batch_size = options.data.num_workers, self.plan.batch_size
-        cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
-        iterate_batches = partial(iterate_feature_batches, cached, self.plan, accelerator.process_index, views)
+        cached_batch = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
+        iterate_batches = partial(iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, views)
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads, describe = build_head_only(model), images.describe_unreadable

@@ -123,8 +123,8 @@ def cache_features(
     was_training = model.training
     model.eval()
     batches: list[Batch] = []
-    share = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in load_with_workers(images, share, num_workers):
+    own_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in load_with_workers(images, own_keys, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
@@ -148,14 +148,14 @@ def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_proc
 
 
 def iterate_feature_batches(
-    cached: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
+    cached_batch: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached`
     contains all images, view by view: epoch e uses view e modulo `num_views`."""
-    num_images = len(cached["features"]) // num_views
+    num_images = len(cached_batch["features"]) // num_views
     for keys in plan.iterate_keys(process, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
-        yield select_rows(cached, epochs % num_views * num_images + indices) | {"epoch": epochs}
+        yield select_rows(cached_batch, epochs % num_views * num_images + indices) | {"epoch": epochs}
 
 
 @torch.no_grad()
@@ -164,11 +164,11 @@ def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
     mode. Each process encodes its own share. `model` is the plain classifier on the device."""
     was_training = model.training
     model.eval()
-    encoded = copy.copy(evaluator)
-    encoded.batches = copy.copy(evaluator.batches)
-    encoded.batches.cache = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
+    probe_evaluator = copy.copy(evaluator)
+    probe_evaluator.batches = copy.copy(evaluator.batches)
+    probe_evaluator.batches.cache = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
     model.train(was_training)
-    return encoded
+    return probe_evaluator
 
 
 def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:

@@ -151,21 +151,23 @@ def apply_trainable(
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    trained = {name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)}
-    trained |= get_last_layer_names(model, trainable)
+    trained_names = {
+        name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)
+    }
+    trained_names |= get_last_layer_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
     token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
     if trainable == "lora":
-        trained.update(token_names.values())
-    trained.update(newly_initialized)
+        trained_names.update(token_names.values())
+    trained_names.update(newly_initialized)
     if new_groups := [group for group, name in token_names.items() if name in newly_initialized]:
-        trained |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
-        trained.add(f"{ENCODER_PREFIX}gates.gates")
-    trained &= {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trained_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
+        trained_names.add(f"{ENCODER_PREFIX}gates.gates")
+    trained_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained or ".lora_" in name)
+        parameter.requires_grad_(name in trained_names or ".lora_" in name)
     return model
 
 

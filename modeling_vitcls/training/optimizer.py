@@ -44,13 +44,13 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power
     of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
     """
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
+    decayed_ids = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
     depths = get_parameter_depths(model)
     last = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if id(parameter) in decayed else 0.0
+            decay = weight_decay if id(parameter) in decayed_ids else 0.0
             groups[layer_decay ** (last - depths[name]), decay].append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -91,7 +91,7 @@ class TorchOptimizerStep:
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
     ) -> None:
         self.accelerator = accelerator
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
         self.max_gradient_norm = max_gradient_norm
 
@@ -102,7 +102,7 @@ class TorchOptimizerStep:
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Clip the gradients and update the weights; return the norm of all gradients before clipping. `check`
         receives the norm; an exception in it ends the step. `before_update` is called before the weights change."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trained, self.max_gradient_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.trained_parameters, self.max_gradient_norm))
         check(norm)
         before_update()
         self.optimizer.step()
@@ -148,20 +148,20 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.shadow = [parameter.detach().clone() for parameter in self.trained]
+        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shadow = [parameter.detach().clone() for parameter in self.trained_parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average with the weights after `step` steps (at least 1). The decay is smaller in the first
         steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.shadow, self.trained, step)
+        get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
         """Copy the averaged weights into the model for the duration of this block, then restore its weights."""
-        weights = [parameter.detach().clone() for parameter in self.trained]
+        weights = [parameter.detach().clone() for parameter in self.trained_parameters]
         self.load(self.shadow)
         try:
             yield
@@ -171,5 +171,5 @@ class Ema:
     @torch.no_grad()
     def load(self, weights: list[torch.Tensor]) -> None:
         """Copy weights into the model."""
-        for parameter, weight in zip(self.trained, weights, strict=True):
+        for parameter, weight in zip(self.trained_parameters, weights, strict=True):
             parameter.copy_(weight)

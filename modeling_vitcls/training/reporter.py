@@ -66,11 +66,11 @@ class Reporter:
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-            kept = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
-            partial = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
+            kept_lines = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
+            partial_file = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
             with self.explain_write_errors():
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                partial.replace(self.metrics_file)
+                partial_file.write_text("".join(f"{line}\n" for line in kept_lines), encoding="utf-8")
+                partial_file.replace(self.metrics_file)
         self.progress.update(self.task, completed=step, total=num_steps)
 
     @contextmanager
@@ -186,10 +186,10 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     counts = {name: count for name, count in count_tokens(config).items() if count}
     tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
     height, width = config.image_height_width
-    trained = count_parameters(model, trained_only=True)
+    num_trained = count_parameters(model, trained_only=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {trained:,} trained, {config.num_hidden_layers} "
-        f"layers of width {config.hidden_size}, pooling {config.pooling}",
+        "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trained, "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {tokens} ] = {sum(counts.values())} for {height} x {width} pixels",
     }
 

@@ -345,7 +345,7 @@ class Runner:
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
-        it together."""
+        this together."""
         facts = {
             "step": state.step,
             "best_score": state.best_score,

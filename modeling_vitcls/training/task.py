@@ -384,11 +384,11 @@ def push(task: Task) -> None:
         return
 
     def push_and_verify() -> None:
-        pushed = push_folder(folder, repo_id, options.hub_private, with_optimizer=options.hub_push_optimizer)
-        reporter.print_line("pushed", pushed.summary)
+        push_result = push_folder(folder, repo_id, options.hub_private, with_optimizer=options.hub_push_optimizer)
+        reporter.print_line("pushed", push_result.summary)
         if options.hub_verify:
             reporter.print_line("verifying", "loading the pushed model in a new process")
-            reporter.console.print("\n".join(verify_push(pushed, folder).format_lines()), markup=False)
+            reporter.console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)
 
     try:
         run_on_main(task.runner.accelerator, push_and_verify)  # other processes wait up to MAX_WAIT (distributed.py)

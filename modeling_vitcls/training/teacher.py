@@ -152,10 +152,10 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
     if names == labels:
         return None, ""
     if missing := [name for name in labels if name not in names]:
-        known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        known_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"the teacher {source} has no label {missing[0]!r}, only {known}. Use a teacher that was trained on these "
-            "labels"
+            f"the teacher {source} has no label {missing[0]!r}, only {known_names}. Use a teacher that was "
+            "trained on these labels"
         )
     if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
