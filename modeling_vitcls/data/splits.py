@@ -184,7 +184,7 @@ def get_held_out_rule(options: DataOptions) -> HeldOutRule:
 
 
 def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images, stored or streamed, the held-out images, and the record of the held-out images.
+    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
         train = replace(images, held_out=rule)

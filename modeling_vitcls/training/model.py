@@ -51,9 +51,9 @@ class BuiltModel:
 
 
 def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
-    """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if its labels
-    are the same. Models for several tasks have one CLS token per task. Raise ValueError if options contradict
-    each other, or the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
+    """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if it has the
+    labels of `label_space`. Models for several tasks have one CLS token per task. Raise ValueError if options
+    contradict each other, or the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
     values = options.config_values()
     if label_space.kind == "multi_task":
         values = {"num_cls_tokens": len(label_space.columns)} | values
