@@ -159,7 +159,7 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
     """Apply the fixed part of the augmentation to all images and return them as [images, 1, H, W] `uint8`; None if the
     images are not stored as arrays or do not fit in the cache."""
     images: Any = source.images
-    arrays = images.elements if isinstance(images, ImageSubset) else images
+    arrays = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(arrays, ArrayImages):
         return None
     values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values

@@ -56,24 +56,24 @@ class LabeledImages:
 class ImageSubset(Sequence):
     """A subset of another sequence of images."""
 
-    elements: Any  # the other sequence
+    source_images: Any  # the other sequence
     indices: list[int]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.elements[self.indices[index]]
+        return self.source_images[self.indices[index]]
 
     def get_names(self) -> list[str]:
-        names = self.elements.get_names()
+        names = self.source_images.get_names()
         return [names[index] for index in self.indices]
 
     def read_content(self, index: int) -> bytes | None:
-        return self.elements.read_content(self.indices[index])
+        return self.source_images.read_content(self.indices[index])
 
     def compute_keys(self) -> list[int]:
-        keys = self.elements.compute_keys()
+        keys = self.source_images.compute_keys()
         return [keys[index] for index in self.indices]
 
 

@@ -284,13 +284,13 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
     rule = None if record is None else record.rule
     if rule is None:
         return get_held_out_rule(options)
-    for name, recorded in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
+    for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
-        if value not in (recorded, getattr(DataOptions, name)):
+        if value not in (recorded_value, getattr(DataOptions, name)):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, but training used {recorded}, so the model would be evaluated on images that it "
-                f"was trained on. Remove {flag}"
+                f"{flag} is {value}, but training used {recorded_value}, so the model would be evaluated on images "
+                f"that it was trained on. Remove {flag}"
             )
     return rule
 

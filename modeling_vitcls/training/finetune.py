@@ -38,7 +38,7 @@ from ..inference.metrics import SELECTION_METRICS
 from ..options import AugmentationOptions, FinetuneOptions, to_flags
 from . import losses
 from .linear_probe import (
-    build_head_only,
+    build_classifier_heads,
     build_probe_evaluator,
     cache_features,
     find_trained_parameters_outside_heads,
@@ -146,7 +146,7 @@ class FinetuneTask(Task):
         iterate_batches = partial(iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, views)
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
-        heads, describe = build_head_only(model), images.describe_unreadable
+        heads, describe = build_classifier_heads(model), images.describe_unreadable
         return Components(heads, objective, iterate_batches, evaluate, measure_nothing, describe)
 
     def get_num_views(self) -> int:

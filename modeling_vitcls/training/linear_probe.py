@@ -46,7 +46,7 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.cat(vectors, dim=1)
 
 
-class HeadOnly(nn.Module):
+class ClassifierHeads(nn.Module):
     """Heads of an image classifier, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
@@ -68,7 +68,7 @@ class HeadOnly(nn.Module):
         )
 
 
-class MultiTaskHeadOnly(nn.Module):
+class MultiTaskHeads(nn.Module):
     """Heads of a multi-task model, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
@@ -86,16 +86,16 @@ class MultiTaskHeadOnly(nn.Module):
         )
 
 
-def build_head_only(model: Any) -> HeadOnly | MultiTaskHeadOnly:
+def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
     """Build a module from the heads of a classifier."""
     if isinstance(model, ViTCLSForMultiTaskClassification):
-        return MultiTaskHeadOnly(model)
-    return HeadOnly(model)
+        return MultiTaskHeads(model)
+    return ClassifierHeads(model)
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
     """Return the names of trained parameters outside the heads. Features can be cached only if there are none."""
-    heads = {id(parameter) for parameter in build_head_only(model).parameters()}
+    heads = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in heads
     ]
@@ -160,8 +160,8 @@ def iterate_feature_batches(
 
 @torch.no_grad()
 def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator`, which are encoded once in eval
-    mode. Each process encodes its own share. `model` is the plain classifier on the device."""
+    """Build an evaluator for `build_classifier_heads(model)`, with the images of `evaluator`, which are encoded once
+    in eval mode. Each process encodes its own share. `model` is the plain classifier on the device."""
     was_training = model.training
     model.eval()
     probe_evaluator = copy.copy(evaluator)

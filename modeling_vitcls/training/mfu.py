@@ -195,20 +195,20 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     encoder: Any = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
-    patches = 2 * projection.numel() * num_patches
-    encoder_flops = patches + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
+    patch_flops = 2 * projection.numel() * num_patches
+    encoder_flops = patch_flops + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
     head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * encoder_flops
 
     layers = get_layers(model, get_num_training_tokens(model, num_patches, num_tokens))
-    first = get_first_trained_layer(encoder)
-    forward = patches + sum(count_layer_flops(*layer) for layer in layers)
-    backward = sum(count_layer_backward_flops(*layer) for layer in layers[first:])
+    first_trained_layer = get_first_trained_layer(encoder)
+    forward_flops = patch_flops + sum(count_layer_flops(*layer) for layer in layers)
+    backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trained_layer:])
     if projection.requires_grad:
-        backward += patches
-    is_encoder_trained = first < len(layers) or is_trained(encoder.layernorm)
+        backward_flops += patch_flops
+    is_encoder_trained = first_trained_layer < len(layers) or is_trained(encoder.layernorm)
     if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
-        backward -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
-    return batch_size * (forward + backward) + 3 * head_flops
+        backward_flops -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
+    return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 
 def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:

@@ -174,8 +174,8 @@ class LockOwner:
         """Return whether the owner, a process of this machine, is running."""
         try:
             process = psutil.Process(self.pid)
-            is_same = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
+            is_same_process = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
+            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 

@@ -362,8 +362,8 @@ class Runner:
             "data": self.data,
             "flags": self.get_flags(),
         }
-        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-        return tensors, facts | rest
+        tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+        return tensors, facts | other_values
 
     def start_trackers(self) -> None:
         """Initialize Accelerate's trackers, which write to the output folder."""
@@ -406,8 +406,10 @@ class Runner:
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, keep=1)
                 state = self.state
-                tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-                save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+                tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                save_on_main(
+                    store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
+                )
         except OSError as problem:
             return f"The images and the state of that step could not be saved: {problem}"
         return f"The images of that step are listed in {file}"

@@ -133,8 +133,8 @@ def load_teacher(
         loaded = load_from_transformers(folder, num_channels, height_width)
     label_indices, note = match_labels(source, loaded, labels.names)
     height, width = loaded.preprocessing.height_width
-    size = sum(parameter.numel() for parameter in loaded.model.parameters())
-    description = f"{source}: {size:,} parameters, at {height} x {width} pixels"
+    num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
     return Teacher(loaded.model, loaded.preprocessing, label_indices, description, note).to(device)
 
 

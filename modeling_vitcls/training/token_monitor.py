@@ -47,8 +47,8 @@ class TokenMonitor:
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
-            if (whole := gather_gradient(parameter)) is not None
-            for index, gradient in enumerate(whole.float().cpu().squeeze(0).clone())
+            if (full_gradient := gather_gradient(parameter)) is not None
+            for index, gradient in enumerate(full_gradient.float().cpu().squeeze(0).clone())
         }
 
     def compute_health(self, before: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
