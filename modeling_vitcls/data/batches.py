@@ -1,7 +1,7 @@
 """Batches of training images, loaded and augmented in DataLoader workers. sampling.py selects the images.
 
 A batch is a dict:
-    pixels   [B, C, H, W] `uint8`    augmented, of the model's size
+    pixels   [B, C, H, W] `uint8`    augmented, of the model's image size
     labels                           by kind (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image

@@ -11,7 +11,7 @@ The split is not stratified: the held-out fraction of a class is only approximat
 has no held-out images or no training images.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. `vitcls evaluate` reads
-it, holds out the same images, and compares their digest.
+it, holds out the same images, and compares the digest of their keys.
 """
 
 import hashlib

@@ -2,9 +2,10 @@
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
-The result is the same as training the heads on a frozen encoder, but each step takes only a few small matrix products.
-Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number of views
-per image). Otherwise, the frozen encoder runs in every step (`model.set_train_mode` keeps it in eval mode).
+The result is the same as when the heads are trained on a frozen encoder, but each step takes only a few small matrix
+products. Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number
+of views per image). Otherwise, the frozen encoder runs in every step (`set_train_mode` in model.py keeps it in eval
+mode).
 
     model                    features
     classifier               [pooled vector | mean of the distillation tokens]

@@ -1,12 +1,11 @@
 """FLOPs of a training step, and model FLOPs utilization.
 
-    utilization = FLOPs of the images trained per second / FLOP/s of large matrix products on all processes
+    utilization = FLOPs of the training images per second / FLOP/s of large matrix products on all processes
 
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
-the forward pass and the gradients that training requires. In the last layer, only tokens that are read are included.
-Gradients of frozen weights are excluded. Recomputation (gradient checkpointing, fused attention), the
-teacher, evaluations and linear probing on cached features are excluded. The utilization of models that merge patches
-is not computed.
+the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
+counted. Gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the teacher, evaluations
+and linear probing on cached features are excluded. The utilization of models that merge patches is not computed.
 
 The peak (the FLOP/s of large matrix products) is measured before and during training, by all processes at the same
 time: if processes share a CPU, each reaches a fraction of the peak, and the sum is the peak of the machine. Other

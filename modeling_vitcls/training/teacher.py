@@ -11,8 +11,8 @@ The teacher's input is the same crop as the student's, resized as a whole (DeiT,
 processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
 
 With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. The
-cache is not part of checkpoints. A resumed run predicts the logits again in different batches, so before they are
-rounded to half precision, the logits may differ by rounding errors.
+cache is not part of checkpoints. A resumed run predicts the logits again in different batches, so they may differ by
+rounding errors before they are stored in half precision.
 """
 
 from collections import Counter
