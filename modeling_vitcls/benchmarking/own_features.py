@@ -24,7 +24,7 @@ from ..analysis.token_statistics import TokenStatistics
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.random_weights import randomize_weights
 from ..modeling_vitcls import ViTCLSForImageClassification
-from ..training.linear_probe import build_head_only, compute_features
+from ..training.linear_probe import build_classifier_heads, compute_features
 from .comparison import (
     BenchmarkSettings,
     Comparison,
@@ -260,7 +260,7 @@ def train_probe(
     batches: Any = pixel_values.split(row.batch_size)
     if use_cache:
         batches = [encode(images) for images in batches]
-    head: Any = copy.deepcopy(build_head_only(model))
+    head: Any = copy.deepcopy(build_classifier_heads(model))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
     for _ in range(row.num_epochs):
         for batch, batch_labels in zip(batches, labels.split(row.batch_size), strict=True):

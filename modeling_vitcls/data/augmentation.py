@@ -4,10 +4,11 @@
                resize (cached)               crop, RandAugment,            flip, rotation,
                                              erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
-                        -> MaskGenerator: hidden patches
+                        -> MaskGenerator: masked patches
 
-All parts before the device process 8-bit pixels and depend only on the seed of each image. Held-out images are not
-augmented: the image processor prepares them. Pixels are rescaled and normalized on the model's device (batches.py).
+The parts that run on the CPU process 8-bit pixels, and depend only on the seed and the index of each image. Held-out
+images are not augmented, but only preprocessed by the image processor. Pixels are rescaled and normalized on the
+model's device (batches.py).
 """
 
 import math
@@ -24,7 +25,7 @@ from .sampling import convert_to_fractions, draw_random_bits
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The three parts of an augmentation, in order."""
+    """Three parts of an augmentation, in the order in which they are applied."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
     image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
@@ -33,20 +34,20 @@ class Augmentation:
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
     ) -> torch.Tensor:
-        """Return the images [B, C, H, W] `uint8` after the random parts.
+        """Return the images [B, C, H, W] `uint8` after the two random parts of the augmentation.
 
         Args:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
         """
-        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_numbers)
+        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
         if self.image_transform is not None:
-            transformed = []
+            transformed_images = []
             with torch.random.fork_rng(devices=[]):
                 for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
-                    transformed.append(self.image_transform(image))
-            pixels = transformed
+                    transformed_images.append(self.image_transform(image))
+            pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
         return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
@@ -76,9 +77,9 @@ def build_augmentation(
 
 
 class Erasing(nn.Module):
-    """Random erasing (Zhong et al. 2020) with noise around mid-gray, the approximate mean of normalized pixels."""
+    """Random erasing (Zhong et al. 2020) with normal noise around mid-gray, which is close to the mean color."""
 
-    MEAN, DEVIATION = 128.0, 64.0
+    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # from 0 to 255
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -86,14 +87,14 @@ class Erasing(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
-        erased = self.erase((pixels.float() - self.MEAN) / self.DEVIATION)
-        return (erased * self.DEVIATION + self.MEAN).round().clamp(0, 255).to(torch.uint8)
+        erased = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
+        return (erased * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
 class BatchTransform:
-    """Flip, rotate, shift and zoom a whole batch, with separate random numbers for each image."""
+    """Random flips, rotations, shifts and zooms of a batch, with separate random numbers for each image."""
 
-    num_numbers = 5
+    num_random_numbers = 5  # per image
 
     def __init__(self, options: AugmentationOptions) -> None:
         self.flip = options.flip
@@ -147,21 +148,21 @@ class BatchMixer:
 
 
 class MaskGenerator:
-    """Draw random masks for a grid of patches.
+    """Generator of random masks for a grid of patches.
 
-        mask_block 1          mask_block 2          (ratio 0.5: 8 of the 4 x 4 patches are masked in both)
+        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches in both)
         # . . #               # # . .
         . # # .               # # . .
         # . . #               . . # #
         . # # .               . . # #
 
     The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
-    2111.09886, section 3.2). Every image has the same number of masked patches, so a mean over masked patches equals a
-    mean over images. The model defines the mask token and the loss.
+    2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over the masked patches of
+    a batch is also a mean over its images. The model defines the mask token and the loss.
     """
 
     def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
-        """Initialize the generator for a number of rows and columns of patches. Raise ValueError if the ratio masks
+        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks
         none or all of the patches, or a block has more patches than are masked."""
         self.grid = rows, columns = grid
         self.block = block = options.mask_block
@@ -173,8 +174,8 @@ class MaskGenerator:
             )
         if min(block, rows) * min(block, columns) > self.num_masked:
             raise ValueError(
-                f"--mask-block {block} requires more masked patches than the {self.num_masked} of {rows} x {columns} "
-                f"that --mask-ratio {options.mask_ratio} masks. Set a smaller --mask-block"
+                f"--mask-block {block} requires a whole masked block, but --mask-ratio {options.mask_ratio} masks "
+                f"only {self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
             )
 
     def __call__(
@@ -182,8 +183,8 @@ class MaskGenerator:
     ) -> torch.Tensor:
         """Return masks [B, rows * columns], True for masked patches.
 
-        Blocks are masked in random order. The last block may be masked only in part, starting with its first row, to
-        reach the exact number of patches. `generator` replaces the default generator of the device.
+        Blocks are masked in random order. The last block may be masked only partially, starting with its first row, to
+        reach the exact number of masked patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid
         num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))

@@ -1,11 +1,11 @@
 """Batches of training images, loaded and augmented in DataLoader workers. sampling.py selects the images.
 
 A batch is a dict:
-    pixels   [B, C, H, W] `uint8`    augmented, of the model's size
+    pixels   [B, C, H, W] `uint8`    augmented, of the model's image size
     labels                           by kind (labels.py)
     index    [B] `int64`             index of the image
-    epoch    [B] `int64`             number of times that the image was used before
-    view     [B] `int64`             index of its augmented view: `epoch`, modulo the number of views if it is limited
+    epoch    [B] `int64`             number of earlier uses of the image
+    view     [B] `int64`             index of the augmented view: `epoch`, modulo the number of views if it is limited
     replaced [B] `int64`             index of the unreadable image that this image replaces, or -1
 """
 
@@ -33,20 +33,20 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Build batches from decoded images, stored or streamed.
+    """Builder of batches from decoded images, stored or streamed.
 
-    The augmentation of an image depends only on (seed, view, index), not on the process or worker that prepares it.
+    The augmentation of an image depends only on (seed, view, index), not on the process or worker that runs it.
     """
 
     augmentation: Augmentation
     to_rgb: bool  # whether images are converted to three channels
     seed: int  # seed of the augmentation
-    num_views: int = 0  # number of augmented views of each image; 0 makes a new view for each epoch
-    num_channels: int | None = None  # number of channels that the model requires; None skips the check of each image
+    num_views: int = 0  # number of augmented views of each image; 0: a new view for each epoch
+    num_channels: int | None = None  # number of channels that the model requires; None: not checked
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Return a PIL image after the fixed part of the augmentation: [C, H, W] `uint8`. Raise UnreadableImage if its
-        mode or number of channels is not supported."""
+        """Convert a PIL image to pixels [C, H, W] `uint8`, and apply the fixed part of the augmentation. Raise
+        UnreadableImage if the mode or the number of channels is not supported."""
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
         except ValueError as error:
@@ -57,8 +57,9 @@ class BatchBuilder:
     def build(
         self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
     ) -> Batch:
-        """Return a batch of outputs of `prepare_image`, as a tensor [B, C, H, W] if all have the same size. `replaced`
-        is the index of the unreadable image that each image replaces, or -1."""
+        """Apply the random parts of the augmentation, and return a batch. `pixels` are outputs of `prepare_image`, as
+        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced` contains the index of the
+        unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -74,7 +75,7 @@ class BatchBuilder:
 
 
 def collate_labels(labels: list[Any]) -> Any:
-    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, by kind."""
+    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, depending on their kind."""
     if isinstance(labels[0], dict):
         return {task: torch.tensor([label[task] for label in labels]) for task in labels[0]}
     return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
@@ -104,13 +105,13 @@ class TrainingImages:
         """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
         if self.arrays is not None:
             return self.load_array_batch(self.arrays, keys)
-        indices, pixels = zip(*(self.load_readable(index) for _, index in keys), strict=True)
-        pairs = list(zip(keys, indices, strict=True))
+        loaded_indices, pixels = zip(*(self.load_readable(index) for _, index in keys), strict=True)
+        pairs = list(zip(keys, loaded_indices, strict=True))
         return self.builder.build(
             list(pixels),
-            [self.source.labels[index] for index in indices],
+            [self.source.labels[index] for index in loaded_indices],
             [(epoch, index) for (epoch, _), index in pairs],
-            [NOT_REPLACED if index == planned else planned for (_, planned), index in pairs],
+            [NOT_REPLACED if index == planned_index else planned_index for (_, planned_index), index in pairs],
         )
 
     def load_array_batch(self, arrays: torch.Tensor, keys: list[ImageKey]) -> Batch:
@@ -125,7 +126,7 @@ class TrainingImages:
         return batch | {"pixels": batch["pixels"].expand(-1, num_channels, -1, -1)}
 
     def load_readable(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the index and the prepared pixels of the first readable image, starting at `index`."""
+        """Return the index and the prepared pixels of the first readable image from `index` on."""
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.unreadable:
                 try:
@@ -155,17 +156,17 @@ class TrainingImages:
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return all images after the fixed part, [images, 1, H, W] `uint8`; None unless they are arrays that fit the
-    cache."""
+    """Apply the fixed part of the augmentation to all images and return them as [images, 1, H, W] `uint8`; None if the
+    images are not stored as arrays or do not fit in the cache."""
     images: Any = source.images
-    arrays = images.elements if isinstance(images, ImageSubset) else images
+    arrays = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(arrays, ArrayImages):
         return None
     values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values
     pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]
     if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
-    return torch.cat([augmentation.fixed_transform(part) for part in pixels.split(1024)])
+    return torch.cat([augmentation.fixed_transform(chunk) for chunk in pixels.split(1024)])
 
 
 # Workers -------------------------------------------------------------------------------------------------------------
@@ -175,14 +176,15 @@ def iterate_training_batches(
     source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
-    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or an example of a
-    stream has no label."""
+    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or the label of an
+    example of a stream is not one of the classes."""
     yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
 
 
 def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys, in order, on the CPU, loaded in the workers (with 0 workers: in this
-    process). Close the iterator to stop the workers. Errors of `source` have no traceback of the worker."""
+    """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in the workers (in this
+    process if there are none). Close the iterator to stop the workers. A ValueError of `source` is raised without the
+    worker's traceback."""
     loader = DataLoader(
         source,
         batch_size=None,
@@ -196,7 +198,7 @@ def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: i
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
         problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # the iterator references the loader and would keep its workers alive
+        error.__traceback__ = None  # the traceback references the loader and would keep its workers alive
     raise ValueError(problem)
 
 
@@ -209,7 +211,7 @@ def leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also ignored in the thread below
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
@@ -230,14 +232,14 @@ class Normalizer:
         factor = processor.rescale_factor if processor.do_rescale else 1.0
         mean = processor.image_mean if processor.do_normalize else 0.0
         std = processor.image_std if processor.do_normalize else 1.0
-        self.scale = factor / build_channel_tensor(std, device)  # [C or 1, 1, 1]
+        self.scale = factor / build_channel_tensor(std, device)  # [1 or C, 1, 1]
         self.offset = build_channel_tensor(mean, device) / build_channel_tensor(std, device)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return pixels [B, C, H, W], `uint8` or `float32`, rescaled and normalized as `float32`."""
+        """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
 
 
 def build_channel_tensor(values: Any, device: torch.device) -> torch.Tensor:
-    """Return one number, or one number per channel, as a tensor [C or 1, 1, 1]."""
+    """Return one value, or one value per channel, as a tensor [1 or C, 1, 1]."""
     return torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)

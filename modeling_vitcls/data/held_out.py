@@ -4,14 +4,14 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or other images. So the split is stable when
-images are added: held-out images stay held out, and training images stay training images.
+The decision for an image does not depend on the order, the labels or other images. When images are added, held-out
+images stay held out, and training images stay training images.
 
-Classes are therefore stratified only approximately. Training prints a warning if a class has no held-out images or no
-training images.
+The split is not stratified: the held-out fraction of a class is only approximate. Training prints a warning if a class
+has no held-out images or no training images.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. `vitcls evaluate` reads
-it, holds out the same images, and compares their digest.
+it, holds out the same images, and compares the digest of their keys.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class HeldOutRule:
     # Makes two rules with the same seed independent: "" for the images that are reported, "selection" for the images
     # that select the best checkpoint.
     purpose: str = ""
-    num_folds: int | None = None  # number of folds of a cross-validation; None for a single held-out part
+    num_folds: int | None = None  # number of folds of a cross-validation; None: no cross-validation
     fold: int | None = None  # the fold to hold out, from 1; each image is in exactly one fold
 
     def is_held_out(self, key: int) -> bool:
@@ -57,26 +57,26 @@ class HeldOutRule:
 
 @dataclass(frozen=True)
 class HeldOutRecord:
-    """The held-out images of a run, as recorded in its results."""
+    """Description of the held-out images of a run, as stored in results.json."""
 
     split: str | None  # the split of the dataset that was held out; None if a `HeldOutRule` selected the images
     num_images: int
     fraction: float | None = None  # fraction of the `HeldOutRule`
     split_seed: int | None = None  # seed of the `HeldOutRule`
     sha256: str | None = None  # digest of the keys of the selected images
-    num_folds: int | None = None  # cross-validation of the `HeldOutRule`
-    fold: int | None = None
+    num_folds: int | None = None  # number of folds of the `HeldOutRule`
+    fold: int | None = None  # held-out fold of the `HeldOutRule`
 
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
-        """Build the record of images that `rule` selected."""
+        """Build the record from the keys of the images that `rule` selected."""
         keys = list(keys)
         digest = compute_keys_digest(keys)
         return cls(None, len(keys), rule.fraction, rule.seed, digest, rule.num_folds, rule.fold)
 
     @property
     def rule(self) -> HeldOutRule | None:
-        """The rule that selected the images; None for a split of the dataset."""
+        """The rule that selected the images; None if they are a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
@@ -87,7 +87,7 @@ class HeldOutRecord:
 
 
 def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None without a record, as in models that this package did not train. Raise
+    """Return the record in a model folder; None if there is no record, as for models of other packages. Raise
     ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
@@ -96,7 +96,7 @@ def read_record(folder: str | Path) -> HeldOutRecord | None:
         record = read_json(file).get(RECORD)
         return None if record is None else HeldOutRecord(**record)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without it") from error
+        raise ValueError(f"{file} is damaged: {error}. Remove the file to use the model without it") from error
 
 
 def compute_key(content: bytes) -> int:
@@ -105,7 +105,8 @@ def compute_key(content: bytes) -> int:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder, which may be moved. URLs are unchanged."""
+    """Return the path of an image relative to the dataset folder, so that the folder may be moved. URLs are
+    unchanged."""
     return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
 
 

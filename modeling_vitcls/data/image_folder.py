@@ -1,18 +1,18 @@
-"""Image folders: a folder with a sub-folder of images per class -> `datasets.DatasetDict`, without copying images.
+"""Image folders (one sub-folder of images per class) -> `datasets.DatasetDict`, without copying images.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
-    photos/cat/2024/may/1.jpg                           class cat: a class folder is searched at any depth
+    photos/cat/2024/may/1.jpg                           class cat: images may be at any depth of a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
-    photos/metadata.csv (or .jsonl, .parquet)           columns of the table, images by its column `file_name`
+    photos/metadata.csv (or .jsonl, .parquet)           columns of the table; `file_name` contains image paths
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
 and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
 names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
 folders, the structure is ambiguous, and reading raises an error.
 
-`ImageFolder.notes` names the unused files (other file types, hidden files, images next to class folders). A folder
+`ImageFolder.notes` lists the unused files (other file types, hidden files, images next to class folders). A folder
 that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.
 """
 
@@ -46,19 +46,19 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLITS = ("train", "validation", "test")
-MAX_NAMES = 3  # maximum number of names in a message
+MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are relative to `path`, with "/" between their parts, and sorted."""
+    """The files of an image folder. Paths are relative to `path`, sorted, and use "/" as separator."""
 
     path: Path
     images: list[str]
     metadata: list[str]
     tables: list[str]
     others: list[str]  # hidden files, files of other types, and files with names that are not valid text
-    empty: list[str]  # folders of the first level without images
+    empty_folders: list[str]  # folders of the first level without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
     @property
@@ -72,21 +72,21 @@ def scan_folder(path: Path) -> ImageFolder:
     files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
-    with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
+    folders_with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
-    return ImageFolder(path, **files, empty=[name for name in folders if name not in with_images])
+    return ImageFolder(path, **files, empty_folders=[name for name in folders if name not in folders_with_images])
 
 
 def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below `root`/`folder`, sorted within each folder. A link to a folder that contains the link is
-    not followed."""
-    real = os.path.realpath(root / folder)
-    if real in parents:
+    """Yield the paths of the files below `root`/`folder`, sorted within each folder. A link to a folder that contains
+    the link is not followed."""
+    real_path = os.path.realpath(root / folder)
+    if real_path in parents:
         return
     for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
         name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
-            yield from list_files(root, name, (*parents, real))
+            yield from list_files(root, name, (*parents, real_path))
         else:
             yield name
 
@@ -104,7 +104,7 @@ def get_file_kind(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder was created by an operating system, not by the user."""
+    """Return whether a file or folder is hidden, or was created by macOS."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -117,21 +117,21 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
     ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
 
-    The columns are `image`, and `label` if labels are used; or the columns of the metadata files, if there are any.
-    Without labels, all images at any depth are used.
+    With metadata files, the columns are `image` and the columns of these files. Otherwise they are `image` and, if
+    labels are used, `label`. Without labels, all images at any depth are used.
     """
     import datasets
 
-    splits, are_folders = divide_into_splits(folder)
+    splits, has_split_folders = divide_into_splits(folder)
     if folder.metadata:
-        parts = read_metadata(folder, splits, are_folders)
+        parts = read_metadata(folder, splits, has_split_folders)
     elif use_labels:
-        parts = label_by_folder(folder, splits, depth=1 if are_folders else 0)
+        parts = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
     else:
         parts = {split: build_split(folder, split, names) for split, names in splits.items()}
     add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
-    if folder.empty:
-        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty)}")
+    if folder.empty_folders:
+        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
     return datasets.DatasetDict(parts)
 
 
@@ -139,63 +139,68 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first level consists of splits (rules: top of this file). Raise
-    ValueError if two folders are the same split, or a folder may be a split or a class."""
-    first_level: dict[str, list[str]] = {}
+    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file). Raise
+    ValueError if two folders have names of the same split, or a folder may be a split or a class."""
+    images_by_folder: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
-            first_level.setdefault(name.partition("/")[0], []).append(name)
-    split_folders = [first for first in first_level if first.lower() in SPLIT_NAMES]
-    if not split_folders or len(split_folders) < len(first_level):
+            images_by_folder.setdefault(name.partition("/")[0], []).append(name)
+    split_folders = [folder_name for folder_name in images_by_folder if folder_name.lower() in SPLIT_NAMES]
+    if not split_folders or len(split_folders) < len(images_by_folder):
         if not folder.metadata:
-            check_are_class_folders(folder, first_level, split_folders)
+            check_are_class_folders(folder, images_by_folder, split_folders)
         return {"train": folder.images}, False
     splits: dict[str, str] = {}
-    for first in split_folders:
-        split = SPLIT_NAMES[first.lower()]
+    for folder_name in split_folders:
+        split = SPLIT_NAMES[folder_name.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {first!r} are both names of the split {split!r}. "
-                "Merge or rename them"
+                f"{folder.path}: the folders {splits[split]!r} and {folder_name!r} are both names of the split "
+                f"{split!r}. Merge the folders, or rename one of them"
             )
-        splits[split] = first
+        splits[split] = folder_name
     add_unused_note(folder, [name for name in folder.images if "/" not in name], "next to the split folders")
-    return {split: first_level[splits[split]] for split in SPLITS if split in splits}, True
+    return {split: images_by_folder[splits[split]] for split in SPLITS if split in splits}, True
 
 
-def check_are_class_folders(folder: ImageFolder, first_level: dict[str, list[str]], split_folders: list[str]) -> None:
+def check_are_class_folders(
+    folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]
+) -> None:
     """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
-    for first in split_folders:
-        inner = sorted({name.split("/")[1] for name in first_level[first] if name.count("/") > 1})
-        if inner:
-            other = next(name for name in first_level if name not in split_folders)
+    for folder_name in split_folders:
+        subfolders = sorted({name.split("/")[1] for name in images_by_folder[folder_name] if name.count("/") > 1})
+        if subfolders:
+            other_folder = next(name for name in images_by_folder if name not in split_folders)
             raise ValueError(
-                f"{folder.path}: the folder {first!r} has the name and the class folders of a split "
-                f"({shorten_list(inner)}), but {other!r} next to it is not the name of a split ({', '.join(SPLITS)}). "
-                f"If they are splits, move {other!r} elsewhere; if they are classes, rename {first!r}"
+                f"{folder.path}: the folder {folder_name!r} has the name and the class folders of a split "
+                f"({shorten_list(subfolders)}), but {other_folder!r} next to it is not the name of a split "
+                f"({', '.join(SPLITS)}). If they are splits, move {other_folder!r} elsewhere; if they are classes, "
+                f"rename {folder_name!r}"
             )
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return each split with the class folders of its images as labels; there are `depth` folders above the class
-    folders. A split without class folders is skipped. Raise ValueError if no split has class folders."""
+    """Return the dataset of each split, in which the labels are the class folders of the images. `depth` is the number
+    of folders above the class folders. A split without class folders is skipped. Raise ValueError if no split has
+    class folders."""
     import datasets
 
     all_names = chain.from_iterable(splits.values())
     labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in all_names}
     classes = sorted({label for label in labels.values() if label is not None})
-    stray = [name for name, label in labels.items() if label is None]
+    unlabeled = [name for name, label in labels.items() if label is None]
     if not classes:
-        parent = folder.path / PurePosixPath(stray[0]).parent
+        parent = folder.path / PurePosixPath(unlabeled[0]).parent
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    add_unused_note(folder, stray, "outside of class folders")
-    deep = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
-    if deep:
+    add_unused_note(folder, unlabeled, "outside of class folders")
+    deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
+    if deep_folders:
         folder.notes.append(
-            f"{folder.path}: images in deeper folders ({shorten_list(deep)}) belong to the class of the first folder"
+            f"{folder.path}: images in deeper folders ({shorten_list(deep_folders)}) belong to the class of "
+            "their class folder"
         )
     feature = datasets.ClassLabel(names=classes)
     parts = {}
@@ -229,7 +234,7 @@ def describe_single_class(dataset: str, name: str) -> str:
 def build_split(
     folder: ImageFolder, split: str, names: list[str], labels: list[int] | None = None, feature: Any = None
 ) -> Any:
-    """Return a `datasets.Dataset` of images by path, and of their labels."""
+    """Return a `datasets.Dataset` of image paths and, if given, labels."""
     import datasets
     import pyarrow
 
@@ -242,7 +247,7 @@ def build_split(
 
 
 def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array":
-    """Return a column of the type of `datasets.Image` that refers to files by path."""
+    """Return a column of image paths in the storage format of `datasets.Image`."""
     import pyarrow
 
     paths = pyarrow.array([str(folder.path / name) for name in names], pyarrow.string())
@@ -250,16 +255,17 @@ def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array"
 
 
 def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the names, sizes and times of the files."""
+    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the columns, and of the names, sizes and
+    modification times of the files."""
     import datasets
 
     fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
     for name in names:
         try:
-            state = (folder.path / name).stat()
+            stat = (folder.path / name).stat()
         except OSError:  # reported when the image is read
             continue
-        fingerprint.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        fingerprint.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
@@ -268,9 +274,9 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     )
 
 
-def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders: bool) -> dict[str, Any]:
-    """Return the rows of the metadata files by split, with the images in their column `file_name`. Raise ValueError if
-    a metadata file cannot be read, has no `file_name`, or names a file outside of its folder."""
+def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_folders: bool) -> dict[str, Any]:
+    """Return the dataset of each split: the rows of the metadata files with the images in the column `file_name`.
+    Raise ValueError if a metadata file cannot be read, has no `file_name`, or names an image outside its folder."""
     import datasets
     import pyarrow
 
@@ -291,7 +297,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], are_folders
         rows = [
             row
             for row, name in enumerate(names)
-            if not are_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
+            if not has_split_folders or SPLIT_NAMES.get(name.partition("/")[0].lower()) == split
         ]
         if rows:
             images = [names[row] for row in rows]
@@ -323,7 +329,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move it there")
+            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move the image into it")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 
@@ -332,7 +338,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 
 
 def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
-    """Add a note about unused files, if there are any. `reason` follows the noun "files"."""
+    """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if names:
         files = "1 file" if len(names) == 1 else f"{len(names):,} files"
         folder.notes.append(f"{folder.path}: skipped {files} {reason}: {shorten_list(names)}")
@@ -340,5 +346,5 @@ def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
 
 def shorten_list(names: list[str]) -> str:
     """Return the first names and the number of omitted names."""
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(map(replace_control_characters, names[:MAX_NAMES])) + more
+    more = f" and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
+    return ", ".join(map(replace_control_characters, names[:MAX_SHOWN_NAMES])) + more

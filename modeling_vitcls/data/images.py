@@ -1,4 +1,4 @@
-"""Sequences of images that are decoded on access, and the count of unreadable images.
+"""Sequences of images that are decoded on access, and the counter of unreadable images.
 
     ArrayImages    images of the same size in memory (digits, MNIST)
     FileImages     files or URLs
@@ -11,7 +11,7 @@ images:
 
     get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
     read_content() the bytes of one image; None if they cannot be read or are remote
-    compute_keys() a checksum of the bytes or the path of each image; determines whether it is held out (held_out.py)
+    compute_keys() a checksum of the bytes or path of each image, which decides whether it is held out (held_out.py)
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not r
 
 
 class UnreadableImage(ValueError):
-    """An unreadable image. The message is one line with its name and the reason."""
+    """Error for an unreadable image. The message is one line with the name of the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,26 @@ class LabeledImages:
 
 @dataclass(frozen=True)
 class ImageSubset(Sequence):
-    """A subset of another sequence."""
+    """A subset of another sequence of images."""
 
-    elements: Any
+    source_images: Any  # the other sequence
     indices: list[int]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.elements[self.indices[index]]
+        return self.source_images[self.indices[index]]
 
     def get_names(self) -> list[str]:
-        names = self.elements.get_names()
+        names = self.source_images.get_names()
         return [names[index] for index in self.indices]
 
     def read_content(self, index: int) -> bytes | None:
-        return self.elements.read_content(self.indices[index])
+        return self.source_images.read_content(self.indices[index])
 
     def compute_keys(self) -> list[int]:
-        keys = self.elements.compute_keys()
+        keys = self.source_images.compute_keys()
         return [keys[index] for index in self.indices]
 
 
@@ -104,21 +104,21 @@ class EncodedSequence(Sequence):
 
     get_encoded: Callable[[int], dict[str, Any] | None]
     folder: Path  # folder of the dataset
-    noun = "row"  # noun of an image without a path in error messages
+    item_noun = "row"  # noun for an image without a path in error messages
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.get_encoded(index), f"{self.noun} {index}")
+        return decode_image(self.get_encoded(index), f"{self.item_noun} {index}")
 
     def get_paths(self) -> list[str | None]:
-        """Return the paths of all images."""
+        """Return the path of each image; None for an image without a path."""
         return [encoded["path"] if encoded else None for encoded in map(self.get_encoded, range(len(self)))]
 
     def get_names(self) -> list[str]:
-        """Return paths within the dataset, "" for images without one. The bytes of images are not read."""
+        """Return the path of each image within the dataset; "" if it has no path. The bytes of images are not read."""
         return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
 
     def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one image, which may be in a file; None if it cannot be read or is remote."""
+        """Return the bytes of one image from memory or a file; None if the image cannot be read or is remote."""
         encoded = self.get_encoded(index)
         if not encoded or encoded["bytes"] is not None:
             return encoded["bytes"] if encoded else None
@@ -131,7 +131,7 @@ class EncodedSequence(Sequence):
             return None
 
     def compute_keys(self) -> list[int]:
-        """Return checksums of the bytes, or of the paths of images without bytes."""
+        """Return a checksum of the bytes of each image, or of its path if it has no bytes."""
         return [compute_example_key(encoded, self.folder) for encoded in map(self.get_encoded, range(len(self)))]
 
 
@@ -155,7 +155,7 @@ class EncodedImages(EncodedSequence):
 
     encoded: list[dict[str, Any]]
     folder: Path = Path()
-    noun = "example"
+    item_noun = "example"
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -179,14 +179,14 @@ class ColumnImages(EncodedSequence):
         return self.dataset[index][self.column]
 
     def get_paths(self) -> list[str | None]:
-        """Return the paths of all images, without reading their bytes."""
+        """Return the path of each image, without reading the bytes of images."""
         import pyarrow.compute
 
         values = self.dataset.with_format("arrow")[:][self.column]  # not copied
         return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
-        """Return checksums of the bytes, or of the paths of images that are not in the dataset itself."""
+        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain its bytes."""
         starts = range(0, len(self), NUM_ROWS_AT_ONCE)
         rows = (row for start in starts for row in self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column])
         return [compute_example_key(row, self.folder) for row in rows]
@@ -200,8 +200,8 @@ def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
-    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have the model's number of channels; None skips
-    the check. The image processor converts images to three channels only if `do_convert_rgb` is set."""
+    """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels. Do nothing if
+    `num_channels` is None. The image processor converts images to three channels only if `do_convert_rgb` is set."""
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
         image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
@@ -209,7 +209,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
-    """Return a value of an image or path column as {"path", "bytes"}. Relative paths start at `folder`."""
+    """Return a value of an image or path column as {"path", "bytes"}. Relative paths are joined to `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -225,10 +225,10 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, either of which may be None; return it upright, in its stored mode.
-    Raise UnreadableImage if it is missing, truncated or cannot be decoded.
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image upright, in
+    its stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
-    The `filename` of the image is set, as Pillow does, for error messages. `fallback_name` is used without a path.
+    The attribute `filename` is set for error messages, as Pillow does: to the path, or to `fallback_name`.
     """
     if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")
@@ -257,13 +257,13 @@ def read_image_file(path: str) -> Any:
 
 @dataclass
 class UnreadableImages:
-    """Count the unreadable images of one run.
+    """Counter of the unreadable images of one run.
 
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
     describe: Callable[[int], str]  # index of an unreadable image -> error message of one line
-    warn: Callable[[str], None]  # prints a line
+    warn: Callable[[str], None]  # prints a one-line warning
     limit: int  # maximum number of unreadable images (`--max-broken-images`); the run stops if there are more
     indices: set[int] = field(default_factory=set)
 
@@ -271,8 +271,8 @@ class UnreadableImages:
         return len(self.indices)
 
     def add(self, indices: Iterable[int]) -> None:
-        """Count the values of `replaced` of a batch, and print a warning for each new unreadable image. Raise
-        ValueError if there are more unreadable images than the limit."""
+        """Count the unreadable images in the `replaced` values of a batch, and print a warning for each new unreadable
+        image. Raise ValueError if there are more unreadable images than the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

@@ -1,9 +1,9 @@
 """Datasets in memory, for the Python functions (api.py): data of these types -> a named `datasets.DatasetDict`.
 
-    datasets.Dataset, DatasetDict used unchanged; columns are found as in files (columns.py)
+    datasets.Dataset, DatasetDict         used unchanged; columns are found as in files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
-    torch.utils.data.Dataset              the same items; all images are read once and kept in memory, encoded as PNG
-    {"train": ..., "test": ...}           splits, each of the kinds above
+    torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
+    {"train": ..., "test": ...}           splits, each of a type above
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 
@@ -29,7 +29,7 @@ DATASETS: dict[str, Any] = {}  # name -> DatasetDict
 
 
 def add_dataset(data: Any) -> str:
-    """Keep a dataset for this process, and return its name. Raise ValueError if the dataset is empty, or its items are
+    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty, or its items are
     not (image, label), and TypeError if its type is not supported."""
     import datasets
 
@@ -44,7 +44,7 @@ def add_dataset(data: Any) -> str:
 
 
 def get_dataset(name: str) -> Any:
-    """Return the `datasets.DatasetDict` of a name. Raise ValueError if this process has no such dataset."""
+    """Return the `datasets.DatasetDict` with this name. Raise ValueError if this process has no such dataset."""
     if name not in DATASETS:
         raise ValueError(
             f"{name} was a dataset in the memory of another process. Pass the data to the Python function again"
@@ -61,8 +61,8 @@ def convert_split(data: Any) -> Any:
     is_sequence = isinstance(data, Sequence) and not isinstance(data, str | bytes)
     if not is_sequence and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
-            f"a dataset requires a path, a datasets.Dataset, a torch Dataset with a length or a list of "
-            f"(image, label), but this is a {type(data).__name__}"
+            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label), "
+            f"but this one is a {type(data).__name__}"
         )
     rows = [convert_item(data[index], index) for index in range(len(data))]
     if not rows:
@@ -75,19 +75,19 @@ def convert_split(data: Any) -> Any:
 
 
 def convert_item(item: Any, index: int) -> dict[str, Any]:
-    """Return the row of an item (image, label)."""
+    """Convert an item (image, label) to a row of a `datasets.Dataset`."""
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ValueError(f"item {index} of the dataset requires (image, label), but it is a {type(item).__name__}")
+        raise ValueError(f"item {index} of the dataset must be (image, label), but it is a {type(item).__name__}")
     image, label = item
-    if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch numbers
+    if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch values
         label = label.item() if label.ndim == 0 else label.tolist()
     labels = label if isinstance(label, dict) else {"label": label}
     return {"image": encode_image(image, index), **labels}
 
 
 def encode_image(image: Any, index: int) -> dict[str, Any]:
-    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which keeps every pixel. Raise
-    ValueError if it is not an image.
+    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which is lossless. Raise
+    ValueError if `image` is not an image.
 
     Arrays and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
     """

@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. The column of the images is also selected here.
+this order of precedence. This file also selects the column of the images.
 """
 
 import math
@@ -23,8 +23,8 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 
 
-IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
-LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
+IMAGE_COLUMN_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
@@ -34,7 +34,7 @@ Row = dict[str, Any]  # values by column
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The kind of labels, and their names by column. Only a multi-task dataset has several columns."""
+    """Kind of labels, and label names by column. Only a multi-task dataset has several columns."""
 
     kind: LabelKind
     columns: dict[str, list[str]]
@@ -56,11 +56,11 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat"; None if it is not
-        known."""
+        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat"; None if the
+        label is not known."""
         if isinstance(label, dict):
-            known = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
-            return ", ".join(f"{task} {names[label[task]]}" for task, names in known.items()) or None
+            known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
+            return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
         if isinstance(label, list | tuple):
             return ", ".join(name for name, value in zip(self.names, label, strict=True) if value) or NO_LABELS
         return self.names[label] if is_known(label) else None
@@ -85,7 +85,8 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether each label has its own sigmoid; True for a single label, as in the pipelines of transformers."""
+    """Return whether a sigmoid is applied to each logit. This includes models with a single label, as in
+    transformers."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -101,8 +102,8 @@ class LabelColumn:
     is_declared: bool  # whether the values of the column are indices into `classes`
 
     def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value; -100 for a missing value. Raise ValueError if the value is not one of
-        the classes. `row_name` is the name of the row in error messages."""
+        """Return the class index of one value; -100 if it is missing. Raise ValueError if the value is not one of the
+        classes. `row_name` is the name of the row in error messages."""
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
@@ -116,18 +117,19 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Whether integers are indices into `classes`: if the column is declared, or no class name is an integer."""
+        """Whether integers are indices into `classes`: True if the classes are declared or no class name is an
+        integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
     def indices(self) -> dict[str, int]:
-        """Class indices by name; empty if the values are indices."""
+        """Class indices by class name; empty if the values are indices."""
         return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Converts rows of a dataset to labels."""
+    """Converter from rows of a dataset to labels."""
 
     kind: LabelKind
     columns: list[LabelColumn]
@@ -139,35 +141,41 @@ class LabelReader:
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row, in the format of its kind; a missing single label is -100. Raise ValueError if
-        a value is not one of the classes."""
+        """Return the label of one row, in the format of the label kind; a missing single label is -100. Raise
+        ValueError if a value is not one of the classes."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
         value = row[column.name]
         if self.kind == "multi_label_classification":
-            present = {column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)}
-            return [float(index in present) for index in range(len(column.classes))]
+            label_indices = {
+                column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)
+            }
+            return [float(index in label_indices) for index in range(len(column.classes))]
         return column.get_index(value, row_name)
 
 
 def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
-    """Build the label reader of a dataset. Raise ValueError if a column does not exist, contains no class labels, or
-    has unknown classes.
+    """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels,
+    or its classes are not known.
 
-    `read_column` returns all values of a column that does not declare its classes; None if not all can be read.
+    `read_column` returns all values of a column that does not declare its classes. It is None for a stream, whose
+    values cannot all be read in advance.
     """
-    given: tuple[str | None, ...] = options.label_column or (None,)
-    names = tuple(find_column("label", name, features, is_label, LABEL_NAMES, options.dataset) for name in given)
-    lists = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
-    if lists and len(names) > 1:
+    requested_names: tuple[str | None, ...] = options.label_column or (None,)
+    names = tuple(
+        find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested_names
+    )
+    list_columns = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
+    if list_columns and len(names) > 1:
         raise ValueError(
-            f"{options.dataset}: several label columns require one label per image in each column, but {lists[0]!r} "
-            "contains several labels per image. Set one --label-column, or remove --label-separator"
+            f"{options.dataset}: several label columns require one label per image in each column, but "
+            f"{list_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
+            "--label-separator"
         )
-    kind: LabelKind = "multi_label_classification" if lists else "single_label_classification"
+    kind: LabelKind = "multi_label_classification" if list_columns else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
 
@@ -176,9 +184,11 @@ def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
     """Build one label column. Its class names are declared, set by --label-names, or the distinct values."""
-    declared = next((kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None)
-    if declared is not None:
-        return LabelColumn(name, list(declared.names), is_declared=True)
+    class_label = next(
+        (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
+    )
+    if class_label is not None:
+        return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(
@@ -186,7 +196,9 @@ def build_label_column(
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     if read_column is None:
-        raise ValueError(f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all names")
+        raise ValueError(
+            f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
+        )
     values = {
         normalize_value(label)
         for value in read_column(name)
@@ -212,7 +224,7 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
 
 
 def normalize_value(value: Any) -> Any:
-    """Return a label as text or integer, None if missing. Files with missing values store integers as floats."""
+    """Return a label as text or integer; None if it is missing. Files with missing values store integers as floats."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -223,7 +235,7 @@ def normalize_value(value: Any) -> Any:
 
 def find_image_column(options: DataOptions, features: Features) -> str:
     """Return the name of the column of images or image paths."""
-    return find_column("image", options.image_column, features, is_image, IMAGE_NAMES, options.dataset)
+    return find_column("image", options.image_column, features, is_image, IMAGE_COLUMN_NAMES, options.dataset)
 
 
 def find_column(
@@ -234,7 +246,7 @@ def find_column(
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a common name."""
+    """Return the requested column, the only column of the matching type, or the column with a usual name."""
     columns = ", ".join(features)
     if name is not None:
         if name not in features:

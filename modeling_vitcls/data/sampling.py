@@ -8,7 +8,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
 with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-contains fewer distinct images, and repeats their sequence.
+contains fewer distinct images, and repeats them in the same order.
 """
 
 import math
@@ -62,7 +62,7 @@ def mix_bits(values: np.ndarray) -> np.ndarray:
 
 
 def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
-    """Return random bits as `float64` in [0, 1)."""
+    """Convert random bits to `float64` numbers in [0, 1)."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
@@ -74,7 +74,7 @@ Epoch = tuple[np.ndarray, np.ndarray]
 
 
 class ShuffledOrder:
-    """Endless order of images, computed per epoch, that contains every image once per epoch."""
+    """Endless sequence of image indices, computed per epoch, that contains every image once per epoch."""
 
     def __init__(self, num_images: int, seed: int) -> None:
         self.num_images = num_images
@@ -82,7 +82,7 @@ class ShuffledOrder:
         self.get_epoch = lru_cache(maxsize=2)(self.compute_epoch)  # a batch may span two epochs
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Compute the order of one epoch: all images, shuffled."""
+        """Return the number of earlier uses and the index of each image of one epoch, shuffled."""
         return np.full(self.num_images, epoch), self.shuffle(epoch)
 
     def shuffle(self, epoch: int) -> np.ndarray:
@@ -94,9 +94,9 @@ class ShuffledOrder:
 class BalancedOrder(ShuffledOrder):
     """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
-    Positions are assigned to the classes in turn. Each class cycles through its images, which are shuffled again for
-    each cycle. So the images of a rare class are repeated within an epoch, and a frequent class requires several
-    epochs to use all of its images.
+    The positions of an epoch are assigned to the classes in rotation. Each class cycles through its images, which are
+    shuffled again for each cycle. So the images of a rare class are repeated within an epoch, and a frequent class
+    requires several epochs to use all of its images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
@@ -104,7 +104,8 @@ class BalancedOrder(ShuffledOrder):
         self.members = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Compute the order of one epoch: the positions of all classes, shuffled."""
+        """Return the number of earlier uses and the index of each image of one epoch, balanced over the classes and
+        shuffled."""
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.members):
@@ -117,7 +118,8 @@ class BalancedOrder(ShuffledOrder):
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return the orders of the images of one class, from the first to the last of `cycles`: [cycles, members]."""
+        """Return a random order of the images of one class for each cycle from the first to the last of `cycles`:
+        [cycles, members]."""
         numbers = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
         seeds = np.full(len(numbers), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
         return draw_random_bits(seeds, numbers, num_members).argsort(axis=1)
@@ -144,8 +146,8 @@ class BatchPlan:
     num_processes: int
     num_steps: int
     seed: int
-    num_copies: int
-    order: ShuffledOrder | None
+    num_copies: int  # number of copies of each image in a step
+    order: ShuffledOrder | None  # None for a stream
 
     @classmethod
     def from_options(
@@ -202,7 +204,7 @@ class BatchPlan:
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of one process's batches from `first_step` on, `accumulation_steps` batches per step."""
+        """Yield the keys of each batch of one process from `first_step` on, `accumulation_steps` batches per step."""
         for step in range(first_step, self.num_steps):
             for accumulated in range(self.accumulation_steps):
                 start = (accumulated * self.num_processes + process) * self.batch_size
@@ -211,8 +213,8 @@ class BatchPlan:
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_images is not None  # not a stream
-        num_different = math.ceil(self.images_per_step / self.num_copies)
-        copy, offset = divmod(position, num_different)
-        number, index = divmod(step * num_different + offset, self.num_images)
-        num_uses, indices = self.order.get_epoch(number)
-        return int(num_uses[index]) * self.num_copies + copy, int(indices[index])
+        num_distinct = math.ceil(self.images_per_step / self.num_copies)
+        copy, offset = divmod(position, num_distinct)
+        epoch, position_in_epoch = divmod(step * num_distinct + offset, self.num_images)
+        num_uses, indices = self.order.get_epoch(epoch)
+        return int(num_uses[position_in_epoch]) * self.num_copies + copy, int(indices[position_in_epoch])

@@ -3,7 +3,7 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
     an image folder       a sub-folder per class, or metadata.csv; read by image_folder.py
-    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, without network
+    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library without network
     Parquet
     saved with `datasets` a folder that `save_to_disk` wrote
     memory:...            a dataset in memory (in_memory.py)
@@ -93,7 +93,7 @@ def add_missing_labels(images: Any) -> LabeledImages:
 
 
 def load_digits() -> Splits:
-    """Load the handwritten digits of scikit-learn: 8 x 8 pixels with 17 gray levels."""
+    """Load the handwritten digits from scikit-learn: images of 8 x 8 pixels with 17 gray levels."""
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
@@ -153,18 +153,18 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 
 
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
-    """Load a folder, a file or a dataset on the Hub with the `datasets` library."""
-    opened = open_with_datasets(options, use_labels)
-    if not opened:
+    """Load the splits of a folder, a file or a dataset on the Hub with the `datasets` library."""
+    all_splits = open_with_datasets(options, use_labels)
+    if not all_splits:
         raise ValueError(f"{options.dataset} contains no rows. Check its tables")
-    datasets = {split: opened[split] for split in select(list(opened))}
+    datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
         parts = {split: add_missing_labels(part) for split, part in images.items()}
-        return Splits(name, UNLABELED, parts, list(opened))
+        return Splits(name, UNLABELED, parts, list(all_splits))
 
     def read_all(column: str) -> Iterator[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
@@ -174,10 +174,10 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     for split, dataset in datasets.items():
         values = [read_column(dataset, column.name) for column in reader.columns]
         rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*values, strict=True))
-        place = f"{options.dataset}, split {split!r}"
-        labels = [reader.read(row, f"{place}: row {number}") for number, row in enumerate(rows)]
+        split_name = f"{options.dataset}, split {split!r}"
+        labels = [reader.read(row, f"{split_name}: row {number}") for number, row in enumerate(rows)]
         parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
-    return Splits(name, reader.space, parts, list(opened))
+    return Splits(name, reader.space, parts, list(all_splits))
 
 
 def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
@@ -195,11 +195,11 @@ def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> L
     message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
     if len(unlabeled) > options.max_broken_images:
         raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
-    log_once(f"{message} and are left out")
+    warn_on_first_process(f"{message} and are left out")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
 
-def log_once(message: str) -> None:
+def warn_on_first_process(message: str) -> None:
     """Log a warning on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         log.warning("%s", message)
@@ -216,10 +216,10 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
     if is_in_memory:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
-        opened = read_image_folder(folder, use_labels)
+        image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
-            log_once(note)
-        return convert_to_streams(opened, options)
+            warn_on_first_process(note)
+        return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
         with hide_progress_bars():
             return read_with_datasets(options)
@@ -244,7 +244,7 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with `datasets.load_dataset`. Raise a ValueError of one line if it cannot be found or read."""
+    """Load a dataset with `datasets.load_dataset`. Raise a one-line ValueError if it cannot be found or read."""
     import datasets
 
     path = Path(options.dataset)
@@ -255,8 +255,10 @@ def read_with_datasets(options: DataOptions) -> Any:
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
             )
         if any((path / file).is_file() for file in SAVED_FILES):
-            saved = datasets.load_from_disk(path)
-            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
+            saved_dataset = datasets.load_from_disk(path)
+            return convert_to_streams(
+                saved_dataset if isinstance(saved_dataset, dict) else {"train": saved_dataset}, options
+            )
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
@@ -268,7 +270,7 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return stored splits as streams with --streaming, otherwise unchanged."""
+    """Return stored splits as streams if --streaming is set, otherwise unchanged."""
     return {name: part.to_iterable_dataset() for name, part in splits.items()} if options.streaming else splits
 
 
@@ -292,7 +294,7 @@ def read_column(dataset: Any, column: str) -> list[Any]:
 
 
 def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | ColumnImages":
-    """Return the images of one split, which are encoded in the column or named by paths relative to `folder`."""
+    """Return the images of one split. The column contains encoded images, or paths relative to `folder`."""
     import datasets
 
     if not is_image(dataset.features[column]):

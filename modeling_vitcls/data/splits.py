@@ -9,9 +9,9 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
-    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all
-Only the samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of many
-images with the same names, for example if the names of two class folders were swapped.
+    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
+Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of
+many images with the same names, for example if the names of two class folders were swapped.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Digest of a fingerprint -> what has changed if the digests before it are the same.
+# Name of a digest -> description of the change if this digest differs and the digests before it are the same.
 CHANGES = {
     "name_set_sha256": "the number of images is the same, but their names differ",
     "names_sha256": "the images are the same, but their order differs",
@@ -48,7 +48,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training split and the held-out split of a run."""
+    """Training images and held-out images of a run."""
 
     name: str
     label_space: LabelSpace
@@ -66,10 +66,10 @@ class TrainingData:
 
 
 def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
-    """Load the training split and the held-out split: splits of the dataset, or a seeded selection (held_out.py).
+    """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
 
-    With `with_selection`, the images that select a checkpoint are separate from the held-out images, which are
-    reported: the validation split if the dataset also has a test split, otherwise a further part of the training
+    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. These are
+    the validation split if the dataset also has a test split, and otherwise another seeded selection of the training
     images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
@@ -91,7 +91,8 @@ def load_training_data(options: DataOptions, with_selection: bool = False, use_l
 
 
 def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
-    """Load both splits without labels: every label is -100, and the label space has no columns.
+    """Load the training images and the held-out images without labels: every label is -100, and the label space has no
+    columns.
 
     Fine-tuning on the same dataset holds out the same images. Errors are as in `load_training_data`.
     """
@@ -102,13 +103,13 @@ class TrainingSplits(NamedTuple):
     """Names of the splits that training reads."""
 
     train: str
-    held_out: str | None  # split to report, if there is one
-    selection: str | None  # split that selects the checkpoint, if there is one
+    held_out: str | None  # split whose metrics are reported, if there is one
+    selection: str | None  # split that selects the best checkpoint, if there is one
 
 
 def choose_training_splits(names: Collection[str], with_selection: bool) -> TrainingSplits:
-    """Return the names of the splits that training reads. A validation split is reported rather than the test split,
-    unless it selects the checkpoint."""
+    """Return the names of the splits that training reads. The validation split is reported instead of the test
+    split, unless the validation split selects the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
     held_out = [name for name in HELD_OUT_NAMES if name in names and name != train]
     if with_selection and len(held_out) > 1 and "test" in held_out:
@@ -123,8 +124,8 @@ def split_data(
     options: DataOptions,
     with_selection: bool,
 ) -> TrainingData:
-    """Return the dataset's own held-out split, or hold out images of its training split; read the held-out images of a
-    stream."""
+    """Build the training data. If the dataset has no held-out split, images of the training split are held out. The
+    held-out images of a stream are read into memory."""
     splits = choose_training_splits(parts, with_selection)
     check_splits(options, space, list(parts), splits, with_selection)
     train = parts[splits.train]
@@ -155,7 +156,7 @@ def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
 def check_splits(
     options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, with_selection: bool
 ) -> None:
-    """Raise ValueError if there is only one class to train on, if a dataset for cross-validation has a split for
+    """Raise ValueError if there is only one class, if a dataset for cross-validation has a split for
     evaluation, or if `--select best` has no images to select on."""
     if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
@@ -176,14 +177,14 @@ def check_splits(
 
 
 def get_held_out_rule(options: DataOptions) -> HeldOutRule:
-    """Return the rule that the options describe."""
+    """Return the rule for holding out images that the options describe."""
     if options.folds is not None and options.fold is not None:
         return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
 def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images, stored or streamed, the held-out images, and the record of the held-out images.
+    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
         train = replace(images, held_out=rule)
@@ -193,9 +194,9 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
     held_out_indices = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
     train_indices = sorted(set(range(len(keys))).difference(held_out_indices))
     if not train_indices or (not held_out_indices and rule.fraction > 0):
-        number, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
+        amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {number} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
+            f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
             f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
         )
     record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
@@ -206,7 +207,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
 
 
 class EvaluationData(NamedTuple):
-    """The images and labels that a model is evaluated on."""
+    """Images and labels for the evaluation of a model."""
 
     label_space: LabelSpace
     images: LabeledImages
@@ -217,11 +218,11 @@ class EvaluationData(NamedTuple):
 def load_evaluation_data(
     options: DataOptions, split: str | None, record: HeldOutRecord | None = None
 ) -> EvaluationData:
-    """Load all images of one split.
+    """Load the images of one split.
 
     If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
     holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
-    or "test". The same images as in `record`, the held-out record of the model's run, are held out.
+    or "test". If `record` (the held-out record of the model's run) contains a rule, this rule selects the images.
 
     Raises:
         ValueError: if the split does not exist, or the options do not hold out the images of `record`.
@@ -279,17 +280,17 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
     """Return the rule that held out the images of a model's run; the rule of the options if the run has no record.
-    Raise ValueError if --split-seed or --held-out-fraction were set to other values."""
+    Raise ValueError if --split-seed or --held-out-fraction is set to another value."""
     rule = None if record is None else record.rule
     if rule is None:
         return get_held_out_rule(options)
-    for name, recorded in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
+    for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
-        if value not in (recorded, getattr(DataOptions, name)):
+        if value not in (recorded_value, getattr(DataOptions, name)):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} is {value}, but training used {recorded}, so the model would be evaluated on images that it "
-                f"was trained on. Remove {flag}"
+                f"{flag} is {value}, but training used {recorded_value}, so the model would be evaluated on images "
+                f"that it was trained on. Remove {flag}"
             )
     return rule
 
@@ -300,21 +301,23 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 def describe_data(data: TrainingData) -> dict[str, Any]:
     """Return the description of a run's data for its checkpoints. The description of a stream contains only the
     held-out images and the classes."""
-    known = data.held_out if isinstance(data.train, StreamedImages) else data.train
+    labeled_images = data.held_out if isinstance(data.train, StreamedImages) else data.train
     return {
         "num_training_images": data.num_training_images,
         "num_held_out_images": len(data.held_out),
         "held_out": data.record.to_dict(),
         "classes": data.label_space.columns,
-        **compute_fingerprint(known.images.get_names(), known.labels, known.images.read_content),
+        **compute_fingerprint(
+            labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_content
+        ),
     }
 
 
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed at the top of this file, from the names, the labels (in values that JSON
-    supports) and a function that returns the bytes of an image from its index, or None if it cannot be read."""
+    """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
+    `read_content` returns the bytes of the image with an index, or None if the image cannot be read."""
     samples = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_content(index) for index in samples)
     return {
@@ -336,8 +339,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """Describe how the data differs from the data that a run started with, both from `describe_data`; None if they are
-    equal."""
+    """Return a description of the first difference between the stored and the current data of a run, both from
+    `describe_data`; None if there is no difference."""
     if stored == current:
         return None
     for column, names in current["classes"].items():
@@ -387,7 +390,8 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
-    """Return the names of the classes in labels. With several tasks, each name starts with the name of its task."""
+    """Return the names of the classes that occur in labels. With several tasks, each name starts with the name of its
+    task."""
     if space.kind == "multi_task":
         tasks = space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

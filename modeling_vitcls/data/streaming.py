@@ -60,12 +60,12 @@ class Example:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """One split of a streamed dataset, without its held-out images."""
+    """Images of one split of a streamed dataset, without the held-out images."""
 
     name: str
     stream: Any  # an IterableDataset whose images are not decoded
     image_column: str
-    reader: LabelReader | None  # None: without labels
+    reader: LabelReader | None  # None if labels are not read
     folder: Path
     shuffle_buffer: int
     held_out: HeldOutRule | None = None
@@ -77,34 +77,35 @@ class StreamedImages:
 
     def iterate_examples(self, seed: int, process: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
-        ValueError if an example has no label, or a process has no examples."""
-        number = 0
+        ValueError if a label is not one of the classes, or a process has no examples."""
+        pass_index = 0
         while True:
             length = 0
-            for example in self.iterate_pass(seed, number, process, num_processes):
+            for example in self.iterate_pass(seed, pass_index, process, num_processes):
                 length += 1
                 if length > start:
-                    yield replace(example, epoch=number)
+                    yield replace(example, epoch=pass_index)
             if length == 0:
                 raise ValueError(f"{self.name} has no training image for process {process} of {num_processes}")
-            num_passes, rest = divmod(start, length)  # all passes of a process have the same length
-            number, start = (number + num_passes, rest) if num_passes else (number + 1, 0)
+            num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
+            pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
-    def iterate_pass(self, seed: int, number: int, process: int, num_processes: int) -> Iterator[Example]:
+    def iterate_pass(self, seed: int, pass_index: int, process: int, num_processes: int) -> Iterator[Example]:
         """Yield each example of one process once, shuffled."""
         stream = self.stream
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
             stream = stream.shard(num_processes, process)
-        stream = stream.shuffle(seed=derive_seed(seed, number), buffer_size=self.shuffle_buffer)
+        stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
-        own = rows if has_own_shards else islice(rows, process, None, num_processes)
-        return self.build_examples(own)
+        own_rows = rows if has_own_shards else islice(rows, process, None, num_processes)
+        return self.build_examples(own_rows)
 
     def read_held_out_images(self) -> LabeledImages:
-        """Return the encoded held-out images in the order of the stream; all images if `held_out` is None.
+        """Return the encoded held-out images in the order of the stream. If `held_out` is None, return all images.
 
-        Only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all held-out images.
+        With `held_out`, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all
+        held-out images.
         """
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
@@ -126,7 +127,7 @@ class StreamedImages:
         return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
-        """Yield the examples of rows; rows without a label are left out."""
+        """Yield the example of each row. Rows without a label are skipped."""
         for values, index in rows:
             encoded, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
@@ -148,11 +149,11 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, read_column=None) if use_labels else None
     columns = [image_column, *(column.name for column in (reader.columns if reader else []))]
-    opened = {}
+    opened_streams = {}
     for name, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
-        opened[name] = StreamedImages(
+        opened_streams[name] = StreamedImages(
             name=get_dataset_name(options),
             stream=stream.select_columns(columns),
             image_column=image_column,
@@ -160,7 +161,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
             folder=get_dataset_folder(options),
             shuffle_buffer=options.shuffle_buffer,
         )
-    return opened
+    return opened_streams
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
@@ -195,12 +196,12 @@ class TrainingStream:
 
     def iterate_batches(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
-        num_different = math.ceil(plan.batch_size / plan.num_copies)
+        num_distinct = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
-        start = first_batch * num_different
+        start = first_batch * num_distinct
         examples = self.source.iterate_examples(plan.seed, process, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
-            batch = list(islice(examples, num_different))
+            batch = list(islice(examples, num_distinct))
             self.store_names(batch)
             copies = [
                 replace(example, epoch=example.epoch * plan.num_copies + copy)
@@ -212,27 +213,31 @@ class TrainingStream:
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Return the batch of these examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
-        readable = {index: image for index, image in pixels.items() if image is not None}
-        if not readable:
+        readable_images = {index: image for index, image in pixels.items() if image is not None}
+        if not readable_images:
             raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
-        first = min(readable)
-        used = [next((other for other in readable if other >= index), first) for index in pixels]
+        first = min(readable_images)
+        source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
+        replaced = [
+            NOT_REPLACED if source_index == index else examples[index].index
+            for index, source_index in enumerate(source_indices)
+        ]
         return self.builder.build(
-            [readable[index] for index in used],
-            [examples[index].label for index in used],
-            [(examples[index].epoch, examples[index].index) for index in used],
-            [NOT_REPLACED if other == index else examples[index].index for index, other in enumerate(used)],
+            [readable_images[index] for index in source_indices],
+            [examples[index].label for index in source_indices],
+            [(examples[index].epoch, examples[index].index) for index in source_indices],
+            replaced,
         )
 
     def load_image(self, example: Example) -> torch.Tensor | None:
-        """Return the image after the fixed part of the augmentation; None if it cannot be read."""
+        """Decode an image and apply the fixed part of the augmentation; return None if the image cannot be read."""
         try:
             return self.builder.prepare_image(decode_image(example.encoded, hex(example.index)))
         except UnreadableImage:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of the most recent images."""
+        """Store the names of these examples, and remove the oldest names if there are too many."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:

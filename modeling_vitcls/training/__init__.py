@@ -2,7 +2,7 @@
 
     task.py               a run from top to bottom, for fine-tuning and pre-training; read this file first
     finetune.py           fine-tuning: data, model, loss, evaluator, card
-    pretrain.py           masked pre-training: the same parts
+    pretrain.py           the same parts for masked pre-training
     runner.py, loop.py    output folder, checkpoints and trackers around the steps
     output_folder.py      files that a run may replace, and the lock
 

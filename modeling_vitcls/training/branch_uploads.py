@@ -1,11 +1,11 @@
 """Uploads of checkpoints to a branch of the run's repository during training (`--hub-checkpoint-every`).
 
-    the step is due -> all processes gather the weights -> the main process writes a model folder, then trains on
-                                                        -> a thread pushes the folder, then removes it
+    upload is due -> all processes gather the weights -> the main process writes a model folder and continues training
+                                                      -> a background thread pushes the folder
 
 Only one upload runs at a time: a step that is due during an upload is skipped. Errors are printed as warnings and do
-not end the run. The branch contains models with the evaluated weights (averaged weights with EMA), which load like the
-final model. With `--hub-push-optimizer` it also contains the state for `--resume`.
+not end the run. The pushed models have the weights that are evaluated (the averaged weights if EMA is used), and are
+loaded like the final model. With `--hub-push-optimizer`, the branch also contains the state for `--resume`.
 """
 
 import shutil
@@ -32,10 +32,11 @@ from .model_report import get_model_provenance, get_teacher_provenance
 from .reporter import Reporter
 
 
-SECONDS_AT_THE_END = 600.0  # maximum wait for an upload at the end
-SECONDS_AFTER_A_SIGNAL = 20.0  # maximum wait after a signal; launchers kill after 30 seconds
+MAX_SECONDS_AT_END = 600.0  # maximum wait for an upload at the end of training, in seconds
+# Maximum wait for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
+MAX_SECONDS_AFTER_SIGNAL = 20.0
 
-WriteModel = Callable[[Path, Tensors], None]  # writes the files for from_pretrained from folder and weights
+WriteModel = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
 GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # arguments of CheckpointStore.save
 
 
@@ -52,9 +53,9 @@ class BranchUploads:
     teacher: Provenance | None = None
     thread: threading.Thread | None = None
     step: int = 0  # step of the last upload
-    failed: int = 0  # last step that could not be written
-    has_skipped: bool = False
-    is_given_up: bool = False
+    failed_step: int = 0  # last step that could not be written
+    has_skipped: bool = False  # whether a step was skipped
+    has_timed_out: bool = False  # whether the last upload exceeded the maximum wait
 
     def __post_init__(self) -> None:
         self.accelerator, self.run = self.reporter.accelerator, self.options.run
@@ -66,40 +67,40 @@ class BranchUploads:
     def __enter__(self) -> Self:
         self.remove_folder()  # remove the folder of a killed run
         if self.accelerator.is_main_process:
-            # Before training, which must not wait for the network.
+            # Find the provenance before training, so that training does not wait for the network.
             self.provenance = get_model_provenance(self.options)
             self.teacher = get_teacher_provenance(self.options)
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *error: object) -> None:
         try:
-            self.wait(SECONDS_AT_THE_END if exc_type is None else SECONDS_AFTER_A_SIGNAL)
-            if exc_type is None or exc_type is Interrupted:  # the other processes only participate in these cases
+            self.wait(MAX_SECONDS_AT_END if exc_type is None else MAX_SECONDS_AFTER_SIGNAL)
+            if exc_type is None or exc_type is Interrupted:  # otherwise, not all processes reach this line
                 self.accelerator.wait_for_everyone()  # launchers end all processes when one ends
         finally:
             self.remove_folder()
 
     def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
         """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`; all
-        processes call it together."""
+        processes call this method together."""
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
             return
         self.write(step, self.make_folder)
-        if self.run.hub_push_optimizer:  # written first, because the tensors may share memory with the model
+        if self.run.hub_push_optimizer:  # written first, because its tensors may share memory with the model
             tensors, facts = gather_checkpoint()
             store = CheckpointStore(self.folder / "checkpoints", num_kept=1)
             self.write(step, lambda: store.save(step, tensors, facts, is_best=False))
         with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)
             self.write(step, lambda: self.fill_folder(step, weights))
-        if self.accelerator.is_main_process and self.failed != step:
+        if self.accelerator.is_main_process and self.failed_step != step:
             self.start(step)
 
     # On the main process ---------------------------------------------------------------------------------------------
 
     def is_free(self, step: int) -> bool:
-        """Return whether no upload is running; the first skipped step prints a warning."""
+        """Return whether no upload is running. Print a warning when the first step is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped:
@@ -111,26 +112,27 @@ class BranchUploads:
         return False
 
     def write(self, step: int, action: Callable[[], Any]) -> None:
-        """Run an action that writes to the folder on the main process, unless the step has already failed."""
-        if not self.accelerator.is_main_process or self.failed == step:
+        """Run an action that writes to the folder on the main process. Do nothing if a write of this step has
+        failed."""
+        if not self.accelerator.is_main_process or self.failed_step == step:
             return
         try:
             with silence_transformers(warnings=False):
                 action()
         except WRITE_ERRORS as error:
-            self.failed = step
+            self.failed_step = step
             self.remove_folder()
             self.reporter.warn(f"step {step:,} is not pushed, because it cannot be written: {format_hub_error(error)}")
 
     def start(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python waits for its thread without a limit on exit.
+        # huggingface_hub's `run_as_future` is not used, because Python waits for its thread at exit without a limit.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 
     def make_folder(self) -> None:
-        """Create an empty folder."""
+        """Create an empty local folder."""
         self.remove_folder()
         self.folder.mkdir(parents=True)
 
@@ -156,9 +158,10 @@ class BranchUploads:
             self.provenance.copy_license(self.folder)
 
     def push(self, step: int) -> None:
-        """Push the folder (run in the thread). It writes to no other folder and raises no exceptions."""
+        """Push the folder. This method runs in the background thread, writes to no other folder and raises no
+        errors."""
         try:
-            pushed = push_folder(
+            push_result = push_folder(
                 self.folder,
                 self.repo_id,
                 self.run.hub_private,
@@ -168,11 +171,13 @@ class BranchUploads:
                 in_background=True,
             )
         except Exception as error:  # errors of the Hub, its client or the disk must not end training
-            if not self.is_given_up:
+            if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
                 self.reporter.warn(f"step {step:,} was not pushed to the branch {self.branch}: {reason}")
         else:
-            self.reporter.print_line("pushed", f"step {step:,} to the branch {self.branch}, commit {pushed.commit}")
+            self.reporter.print_line(
+                "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
+            )
 
     def wait(self, seconds: float) -> None:
         """Wait until the upload is finished or the time limit is reached."""
@@ -181,7 +186,7 @@ class BranchUploads:
         self.reporter.print_line("waiting", f"for the upload of step {self.step:,}, up to {seconds:.0f} s")
         self.thread.join(seconds)
         if self.thread.is_alive():
-            self.is_given_up = True
+            self.has_timed_out = True
             self.reporter.warn(
                 f"the upload of step {self.step:,} to the branch {self.branch} was not finished in time"
             )
@@ -193,9 +198,9 @@ class BranchUploads:
 
 
 def build_branch_uploads(
-    options: Any, reporter: Reporter, repository: str | None, model: nn.Module, write_model: WriteModel
+    options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: WriteModel
 ) -> BranchUploads | None:
-    """Build the uploads of `--hub-checkpoint-every`; None without it, without a repository, or in a dry run."""
-    if repository is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
+    """Return `BranchUploads`; None if `--hub-checkpoint-every` or the repository is not set, or in a dry run."""
+    if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
-    return BranchUploads(options, reporter, repository, model, write_model)
+    return BranchUploads(options, reporter, repo_id, model, write_model)

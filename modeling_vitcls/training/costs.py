@@ -3,9 +3,9 @@
     count_forward_flops(model, image_size)    patches + layers + pooler + heads; a multiply-add counts as two
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
-The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotations and the
-interpolation of position embeddings are excluded (under 1 % of a ViT-S at 224 pixels). A backward pass takes about
-twice the FLOPs of the forward pass. benchmarking/ contains measurements.
+The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
+embeddings and the interpolation of position embeddings are excluded (under 1 % of a ViT-S at 224 pixels). A backward
+pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class MemoryEstimate:
     parameters: int  # all weights
     gradients: int  # gradients of the trained parameters
     optimizer: int  # two moments of each trained parameter
-    activations: int  # tensors that autograd saves for the backward pass
+    activations: int  # tensors that autograd stores for the backward pass
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
+        """Return the sum of all fields."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -46,27 +46,27 @@ class MemoryEstimate:
 
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the FLOPs of a forward pass, by formula; `model.flops()` counts FLOPs by running a copy."""
+    """Return the FLOPs of a forward pass by a formula, whereas `model.flops()` counts the FLOPs of a running copy."""
     encoder = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
-    per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
+    flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
     for layer, num_queries in zip(encoder.layers, get_num_queries(model, num_tokens), strict=True):
-        per_image += count_layer_flops(layer, num_queries, num_tokens)
-    per_batch = 0
+        flops_per_image += count_layer_flops(layer, num_queries, num_tokens)
+    flops_per_batch = 0
     if encoder.pooler is not None:
-        per_image += count_linear_flops(encoder.pooler)
+        flops_per_image += count_linear_flops(encoder.pooler)
     for pooler in get_attention_poolers(encoder):
-        per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
-        per_batch += count_linear_flops(pooler.q_proj)  # the probe is the same for all images
-    per_image += count_linear_flops(*get_heads(model))
+        flops_per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
+        flops_per_batch += count_linear_flops(pooler.q_proj)  # the query is the same for all images
+    flops_per_image += count_linear_flops(*get_heads(model))
     if hasattr(model, "decoder"):
-        per_image += num_patches * count_linear_flops(model.decoder)
-    return batch_size * per_image + per_batch
+        flops_per_image += num_patches * count_linear_flops(model.decoder)
+    return batch_size * flops_per_image + flops_per_batch
 
 
 def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the number of patches and of tokens of images of a given size. Raise ValueError if the image is smaller
-    than a patch."""
+    """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image is
+    smaller than a patch."""
     height, width = get_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
@@ -78,7 +78,7 @@ def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[i
 
 
 def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return height and width in pixels; by default the model's own."""
+    """Return an image size as (height, width) in pixels; for None, the image size of the configuration."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -86,14 +86,14 @@ def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, in
 
 
 def get_num_queries(model: Any, num_tokens: int) -> list[int]:
-    """Return the number of tokens that each layer computes; the last layer computes only tokens that heads read."""
+    """Return the number of tokens that each layer computes. The last layer computes only tokens that are read."""
     num_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
     return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens if num_read is None else num_read]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of one layer and image: queries, output projections and MLP of the computed tokens, keys and
-    values of all tokens, and attention."""
+    """Return the FLOPs of one layer for one image: queries, output projections and the MLP for the computed tokens,
+    keys and values for all tokens, and attention."""
     attention: ViTCLSAttention = layer.attention
     key_flops = count_linear_flops(attention.k_proj, attention.v_proj)
     query_flops = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
@@ -103,23 +103,26 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Return the FLOPs of attention scores and weighted values; differential attention has two maps per head, and both
-    weight all values."""
+    """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two maps per head,
+    each of which is multiplied by all values."""
     maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * get_inner_width(attention) * (1 + maps_per_head)
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the difference between the pooler's FLOPs per image and its `count_linear_flops`."""
+    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`. The latter counts keys
+    and values of a single token, and the query, which is computed only once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
-    mixing = 4 * num_keys * pooler.probe.shape[-1]
+    attention_flops = 4 * num_keys * pooler.probe.shape[-1]
     return (
-        (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj) + mixing - count_linear_flops(pooler.q_proj)
+        (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
+        + attention_flops
+        - count_linear_flops(pooler.q_proj)
     )
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of all linear layers in these modules, for one vector each."""
+    """Return the FLOPs of all linear layers in these modules if each layer is applied to one vector."""
     return sum(2 * linear.in_features * linear.out_features for linear in get_linears(modules))
 
 
@@ -129,7 +132,7 @@ def get_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def get_heads(model: Any) -> list[nn.Module]:
-    """Return the classifiers of a model, of all tasks. Each reads one vector per image."""
+    """Return the classifiers of a model, including one per task. Each is applied to one vector per image."""
     tasks = list(getattr(model, "classifiers", {}).values())
     heads = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
     return tasks + [head for head in heads if head is not None]
@@ -151,11 +154,11 @@ def get_inner_width(attention: ViTCLSAttention) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Number formats and device of a training step."""
+    """Number sizes and device type of a training step."""
 
-    stream: int  # bytes per number in the residual stream and in the inputs of norms
-    product: int  # bytes per number in inputs and outputs of matrix products
-    casts: bool  # whether autocast casts inputs of matrix products
+    residual_bytes: int  # bytes per number in the residual stream and in the inputs of norms
+    matmul_bytes: int  # bytes per number in inputs and outputs of matrix products
+    uses_autocast: bool  # whether autocast casts inputs of matrix products
     on_cpu: bool  # whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py)
 
 
@@ -168,29 +171,31 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
-    The activations are accurate to a fifth of measurements. The estimate assumes fused attention unless the
-    implementation is "eager", activation functions that save their inputs (except for the recomputation on CPUs,
-    cpu_kernels_vitcls.py), and one process. It excludes temporary buffers, the allocator's overhead, and images before
-    the model moves or casts them. Frozen parameters, gradient checkpointing and patch dropout are taken into account.
-    Patch dropout has no effect if embeddings and first layers are frozen.
+    The estimated activations are within 20 % of measurements. The estimate assumes one process, fused attention unless
+    the implementation is "eager", and activation functions that store their inputs; on CPUs, some activations are
+    recomputed (cpu_kernels_vitcls.py). Temporary buffers, the allocator's overhead, and images before the model moves
+    or casts them are excluded. Frozen parameters, gradient checkpointing and patch dropout are taken into account.
+    Patch dropout has no effect if the embeddings and the first layer are frozen.
 
-    `image_size` is in pixels, and the model's own by default. `autocast` is the dtype of mixed precision. `device` is
-    the device of the step, if it differs from the model's device.
+    `image_size` is in pixels (default: the model's image size). `autocast` is the dtype of mixed precision. `device`
+    is the device of the step (default: the model's device).
 
     Raises:
         ValueError: if the image is smaller than a patch.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stored = model.dtype.itemsize
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    itemsize = model.dtype.itemsize
     on_cpu = torch.device(model.device if device is None else device).type == "cpu"
-    setting = StepSettings(stored, stored if autocast is None else autocast.itemsize, autocast is not None, on_cpu)
-    activations = batch_size * count_activation_bytes(model, image_size, setting)
-    if setting.casts:
-        activations += setting.product * count_cast_weights(model, on_cpu)
+    settings = StepSettings(
+        itemsize, itemsize if autocast is None else autocast.itemsize, autocast is not None, on_cpu
+    )
+    activations = batch_size * count_activation_bytes(model, image_size, settings)
+    if settings.uses_autocast:
+        activations += settings.matmul_bytes * count_cast_weights(model, on_cpu)
     return MemoryEstimate(
         parameters=count_bytes(model.parameters()),
-        gradients=count_bytes(trained),
-        optimizer=2 * count_bytes(trained),
+        gradients=count_bytes(trained_parameters),
+        optimizer=2 * count_bytes(trained_parameters),
         activations=activations,
     )
 
@@ -201,83 +206,93 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def count_cast_weights(model: Any, on_cpu: bool) -> int:
-    """Return the number of weights of linear layers that autocast copies and autograd saves."""
+    """Return the number of weights of linear layers whose copies from autocast are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    skipped: list[nn.Module] = (
+    skipped_modules: list[nn.Module] = (
         layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
     )
     if on_cpu:
-        skipped = skipped + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped) :]]
-    weights = [sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped)]
-    return weights[0] - weights[1]
+        skipped_modules = skipped_modules + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped_modules) :]]
+    total, num_skipped = (
+        sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped_modules)
+    )
+    return total - num_skipped
 
 
-def count_activation_bytes(model: Any, image_size: ImageSize, setting: StepSettings) -> int:
-    """Return the bytes that autograd saves per image in the embeddings, in each layer from the first trained layer,
-    and after the layers."""
+def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
+    """Return the bytes per image that autograd stores in the embeddings, in the layers from the first trained layer
+    on, and after the layers."""
     config, encoder = model.config, model.base_model
-    num_patches, num_embedded = get_sequence_lengths(config, image_size)
-    num_tokens = get_num_training_tokens(model, num_patches, num_embedded)  # in the layers
+    num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
+    num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens in the layers
     queries = get_num_queries(model, num_tokens)
     height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
-    layers = [
-        count_layer_bytes(layer, num_queries, num_tokens, setting)
+    layer_bytes = [
+        count_layer_bytes(layer, num_queries, num_tokens, settings)
         for layer, num_queries in zip(encoder.layers, queries, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
-        inputs = num_tokens * config.hidden_size * setting.stream
-        layers = [inputs] * len(layers) + [max(layers, default=0)]  # one layer at a time is recomputed
-    kept = sum(layers)
-    if layers:
-        kept += queries[-1] * count_norm_bytes(config, setting)  # final norm
+        input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
+        # One layer at a time is recomputed.
+        layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
+    num_bytes = sum(layer_bytes)
+    if layer_bytes:
+        num_bytes += queries[-1] * count_norm_bytes(config, settings)  # final norm
     if is_trained(encoder.embeddings):
-        kept += pixels * setting.product + num_embedded * count_norm_bytes(config, setting) * config.pre_norm
+        num_bytes += (
+            pixels * settings.matmul_bytes + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
+        )
     if get_attention_poolers(encoder):
-        kept += 3 * num_tokens * config.hidden_size * setting.product  # tokens, keys, values
+        num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_bytes  # tokens, keys, values
     if hasattr(model, "decoder"):
-        kept += num_patches * config.hidden_size * setting.product + 2 * pixels * setting.stream  # logits and loss
-    return kept
+        num_bytes += num_patches * config.hidden_size * settings.matmul_bytes
+        num_bytes += 2 * pixels * settings.residual_bytes  # logits and loss
+    return num_bytes
 
 
-def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, setting: StepSettings) -> int:
-    """Return the bytes that one layer saves per image."""
-    config, product = layer.attention.config, setting.product
+def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: StepSettings) -> int:
+    """Return the bytes per image that one layer stores for the backward pass."""
+    config, product = layer.attention.config, settings.matmul_bytes
     width = config.hidden_size
-    kept = num_tokens * (count_norm_bytes(config, setting) + width * product)
-    kept += count_attention_bytes(layer.attention, num_queries, num_tokens, setting)
+    num_bytes = num_tokens * (count_norm_bytes(config, settings) + width * product)
+    num_bytes += count_attention_bytes(layer.attention, num_queries, num_tokens, settings)
     if config.layer_type != "parallel":  # parallel layers share one norm
-        kept += num_queries * count_norm_bytes(config, setting)
-    if config.layer_type != "parallel" or setting.casts:
-        kept += num_queries * width * product
-    kept += num_queries * count_saved_mlp_channels(layer.mlp, setting.on_cpu) * product
+        num_bytes += num_queries * count_norm_bytes(config, settings)
+    if config.layer_type != "parallel" or settings.uses_autocast:
+        num_bytes += num_queries * width * product
+    num_bytes += num_queries * count_saved_mlp_channels(layer.mlp, settings.on_cpu) * product
     num_scales = sum(isinstance(part, LayerScale) for part in layer.children())
-    kept += num_queries * width * product * num_scales
-    return kept + 2 * num_queries * width * (config.hidden_dropout_prob > 0)  # dropout masks of one byte per number
+    num_bytes += num_queries * width * product * num_scales
+    if config.hidden_dropout_prob > 0:
+        num_bytes += 2 * num_queries * width  # dropout masks of one byte per number
+    return num_bytes
 
 
-def count_norm_bytes(config: ViTCLSConfig, setting: StepSettings) -> int:
-    """Return the bytes that a norm saves per token: its input, twice for RMSNorm."""
-    return config.hidden_size * setting.stream * (2 if config.norm_type == "rmsnorm" else 1)
+def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
+    """Return the bytes per token that a norm stores for the backward pass: its input, twice for RMSNorm."""
+    return config.hidden_size * settings.residual_bytes * (2 if config.norm_type == "rmsnorm" else 1)
 
 
-def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, setting: StepSettings) -> int:
-    """Return the bytes that attention saves per image: queries, keys, values, outputs, and attention maps if no fused
-    kernel avoids them."""
+def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
+    """Return the bytes per image that attention stores for the backward pass: queries, keys, values and outputs, and
+    also the attention maps if no fused kernel is used."""
     config, width = attention.config, get_inner_width(attention)
     num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
-    copies = 1 + config.qk_norm + 2 * config.position_embedding_type.endswith("rope_mixed")  # learned angles are saved
-    channels = (num_queries + num_keys) * copies
+    has_learned_angles = config.position_embedding_type.endswith("rope_mixed")
+    num_copies = 1 + config.qk_norm + 2 * has_learned_angles
+    channels = (num_queries + num_keys) * num_copies  # queries and keys
     channels += (num_queries + num_keys) * maps_per_head  # outputs and values
     channels += num_queries * config.attention_norm
-    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of both maps
-    numbers_per_query = count_saved_maps(attention, setting.on_cpu) * num_keys or 1  # fused kernels save one number
-    return width * channels * setting.product + num_maps * num_queries * FLOAT32 * numbers_per_query
+    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of the outputs of both maps
+    # Fused kernels store one number per query.
+    numbers_per_query = count_saved_maps(attention, settings.on_cpu) * num_keys or 1
+    return width * channels * settings.matmul_bytes + num_maps * num_queries * FLOAT32 * numbers_per_query
 
 
 def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
-    """Return the number of copies of the attention maps that autograd saves. Maps are saved in eager attention, with
-    learned additions to the scores, with values wider than queries, and with dropout on CPUs."""
+    """Return the number of copies of the attention maps that autograd stores. Maps are stored in eager attention, if
+    learned terms are added to the scores, if values are wider than queries, and with dropout on CPUs."""
     config = attention.config
     if config.attention_probs_dropout_prob > 0 and on_cpu:
         return 4  # scores, weights, dropout mask, weights after dropout
@@ -286,8 +301,9 @@ def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
 
 
 def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
-    """Return the channels that an MLP saves per token: before its activation function (of both branches if it is
-    gated), and after it, except on CPUs, which recompute the activations (cpu_kernels_vitcls.py)."""
+    """Return the number of channels per token that an MLP stores for the backward pass. These are the inputs of the
+    activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are recomputed and not
+    stored (cpu_kernels_vitcls.py)."""
     first = get_linears([mlp])[0]
     branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
     after = 0 if on_cpu else branches + (mlp.norm is not None)
@@ -295,8 +311,8 @@ def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
 
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
-    """Return the number of tokens in the layers in training. Patch dropout reduces it, unless the first layers are
-    frozen (training/model.py)."""
+    """Return the number of tokens in the layers during training. Patch dropout reduces the number, unless the
+    embeddings and the first layer are frozen (training/model.py)."""
     if get_first_trained_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
@@ -308,11 +324,11 @@ def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
 
 
 def get_first_trained_layer(encoder: Any) -> int:
-    """Return the index of the first layer of the backward pass, or the number of layers if no layer is trained."""
+    """Return the index of the first layer that the backward pass reaches; the number of layers if none is trained."""
     if is_trained(encoder.embeddings):
         return 0
-    trained = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
-    return min(trained, default=len(encoder.layers))
+    trained_indices = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
+    return min(trained_indices, default=len(encoder.layers))
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -1,22 +1,22 @@
-"""Default values of flags that depend on the run. Every flag that is set overrides its default.
+"""Flags whose default value depends on the run. A value that is set overrides the default.
 
 flag               random weights             pre-trained weights        --trainable lora   --trainable head
 learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4               1e-3
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          of the checkpoint          of the checkpoint  of the checkpoint
-epochs             30                         30, or 10 from 10,000 images on
+epochs             30                         30; 10 for 10,000 or more images
 
 flag               images up to 64 pixels     larger images
 crop_scale         1                          0.35
 shift              0.04                       0
 
-flag               fewer than 10,000 images   more, or a stream
+flag               fewer than 10,000 images   more images, or a stream
 batch_size         32                         64
 
-Learning rates for all weights are proportional to 1 / width (muP, arXiv 2203.03466), within limits. The initial
-standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width));
-narrow models learn slowly with the common value 0.02. Layer decay: BEiT, arXiv 2106.08254. Pre-training by masked
-images uses the learning rate 5e-4 and no layer decay.
+Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466), within
+limits. The initial standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP
+(0.63 / sqrt(width)); narrow models learn slowly with the common value 0.02. Layer decay follows BEiT (arXiv
+2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
 The resolved values are printed with the reason and written to config.resolved.yaml.
 """
@@ -36,17 +36,18 @@ from ..options import FinetuneOptions, PretrainOptions
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
 
-EXAMPLE = "timm:vit_small_patch14_reg4_dinov2.lvd142m"  # checkpoint that is suggested instead of random weights
-SMALL_IMAGE = 64  # longest side of a small image in pixels
-LARGE_DATASET = 10_000  # number of training images
-MIN_RANGE = 0.02  # minimum standard deviation of initial weights
+# Checkpoint that is suggested instead of random weights.
+EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+MAX_SMALL_IMAGE = 64  # maximum size of the longest side of a small image in pixels
+MIN_LARGE_DATASET = 10_000  # minimum number of training images of a large dataset
+MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """Facts about a run on which the defaults depend."""
 
-    weights: Weights  # source of the initial weights, and the trained weights
+    weights: Weights  # initial weights or kind of training
     is_preset: bool  # whether the initial weights are random
     width: int  # hidden size of the model
     image_size: int  # longest side of the model's images in pixels
@@ -55,12 +56,12 @@ class RunFacts:
     @property
     def is_large_dataset(self) -> bool:
         """Whether the dataset is large; a stream counts as large."""
-        return self.num_training_images is None or self.num_training_images >= LARGE_DATASET
+        return self.num_training_images is None or self.num_training_images >= MIN_LARGE_DATASET
 
     @property
     def has_small_images(self) -> bool:
-        """Whether random crops would leave too few pixels."""
-        return self.image_size <= SMALL_IMAGE
+        """Whether images are so small that random crops would leave too few pixels."""
+        return self.image_size <= MAX_SMALL_IMAGE
 
     @property
     def dataset_size(self) -> str:
@@ -70,16 +71,16 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Default:
-    """The default of one flag, and the reason for it as a format of `RunFacts`."""
+    """Default of one flag, and the reason for it as a format string with the fields of `RunFacts`."""
 
-    group: str  # field of the options
+    group: str  # field of the options that contains the flag, for example "training"
     name: str
     value: Callable[[RunFacts], float]
     reason: str
 
 
 def choose_learning_rate(facts: RunFacts) -> float:
-    """Return the learning rate, rounded to two digits."""
+    """Return the learning rate, rounded to two significant digits."""
     match facts.weights:
         case "random weights":
             rate = min(1e-3 * 96 / facts.width, 1e-3)
@@ -97,26 +98,36 @@ def choose_epochs(facts: RunFacts) -> float:
     return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
 
 
-# Reasons.
-WEIGHTS = "{0.weights}"
-WIDTH = "{0.weights}, width {0.width}"
-DATASET = "{0.weights}, {0.dataset_size}"
-IMAGES = "images of {0.image_size} pixels"
+# Format strings of reasons.
+WEIGHTS_REASON = "{0.weights}"
+WIDTH_REASON = "{0.weights}, width {0.width}"
+DATASET_REASON = "{0.weights}, {0.dataset_size}"
+IMAGES_REASON = "images of {0.image_size} pixels"
 
 DEFAULTS: tuple[Default, ...] = (
-    Default("training", "learning_rate", choose_learning_rate, WIDTH),
-    Default("model", "initializer_range", lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_RANGE), WIDTH),
-    Default("training", "layer_decay", lambda run: 0.75 if run.weights == "pre-trained weights" else 1.0, WEIGHTS),
-    Default("training", "epochs", choose_epochs, DATASET),
-    Default("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET),
-    Default("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES),
-    Default("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES),
+    Default("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
+    Default(
+        "model",
+        "initializer_range",
+        lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_INITIALIZER_RANGE),
+        WIDTH_REASON,
+    ),
+    Default(
+        "training",
+        "layer_decay",
+        lambda run: 0.75 if run.weights == "pre-trained weights" else 1.0,
+        WEIGHTS_REASON,
+    ),
+    Default("training", "epochs", choose_epochs, DATASET_REASON),
+    Default("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET_REASON),
+    Default("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES_REASON),
+    Default("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES_REASON),
 )
 
 
 def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
     """Return the facts on which the defaults depend. Only the configuration of the model is read. Raise ValueError if
-    the checkpoint is another kind of model, and OSError if it cannot be found or read."""
+    the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
     name, values = options.model.model, options.model.get_config_values()
     from_scratch = is_preset(name)
     if from_scratch:
@@ -138,8 +149,8 @@ def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: i
 
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
-    """Return the options with a value for every flag that has a default here, and {reason: ["learning rate 5e-05",
-    ...]} for the flags that were not set and that the run uses."""
+    """Return the options with a value for every flag in `DEFAULTS`, and {reason: ["learning rate 5e-05", ...]} for the
+    flags that were not set and that affect the run."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)
@@ -154,11 +165,11 @@ def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[s
 
 
 def format_defaults(reasons: dict[str, list[str]]) -> str:
-    """Format the values by reason in one line."""
+    """Format the resolved values, grouped by reason, in one line."""
     return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in reasons.items())
 
 
 def describe_random_weights(name: str, facts: RunFacts) -> str | None:
-    """Return the line about random initial weights; None for trained weights."""
-    remedy = f"For better results on few images, start from trained weights, for example --model {EXAMPLE}"
+    """Return the summary line about random initial weights; None if the initial weights are trained."""
+    remedy = f"For better results on few images, start from trained weights, for example --model {EXAMPLE_CHECKPOINT}"
     return f"random, because {name} is a preset. {remedy}" if facts.is_preset else None

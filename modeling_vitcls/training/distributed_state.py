@@ -3,14 +3,15 @@
 With DeepSpeed, only weights and gradients are supported.
 
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
-    on every process, maybe sharded          on the main process
+    on every process, possibly sharded       on the main process
 
-Full tensors do not depend on the number of processes. Names are the model's own, without prefixes of DDP or
-torch.compile. The state excludes values that follow from the flags and the step: the optimizer's hyperparameters, and
-random number generators, which are seeded in each step. checkpoints.py writes the tensors to disk.
+Full tensors do not depend on the number of processes. Names are parameter names of the plain model, without prefixes
+of DDP or torch.compile. The state excludes values that follow from the flags and the step: the optimizer's
+hyperparameters, and random number generators, which are seeded in each step. checkpoints.py writes the tensors to
+disk.
 
 torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Its function for loading
-moments is not used: it gives parameters without moments in the checkpoint a step count of 1.
+moments is not used, because it sets a step count of 1 for parameters that have no moments in the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ FULL_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def get_unsupported_reason(accelerator: Accelerator) -> str | None:
-    """Return why the launched configuration does not support checkpoints, or None if it does."""
+    """Return why the launched configuration does not support checkpoints, or None if checkpoints are supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 for --resume"
     return None
@@ -48,27 +49,31 @@ def get_unsupported_reason(accelerator: Accelerator) -> str | None:
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return all tensors of the state on the main process (none on the others), and the other values in JSON types.
-    All processes must call it together. Raise ValueError for the reason of `get_unsupported_reason`.
+    """Return all tensors of the state on the main process (no tensors on the other processes), and the other values as
+    JSON types. All processes must call this together. Raise ValueError if checkpoints are not supported.
 
-    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` are the EMA
-    weights in the order of the trained parameters.
+    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` contains the
+    EMA weights in the order of the trained parameters.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
-    is_main, inner = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    states: Any = get_optimizer_state_dict(model, inner, options=FULL_ON_MAIN).get("state", {}) if inner.state else {}
+    is_main, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
+    states: Any = (
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN).get("state", {})
+        if torch_optimizer.state
+        else {}
+    )
     moments: Tensors = {}
-    others: dict[str, Any] = {}
+    other_values: dict[str, Any] = {}
     for name, state in states.items():
         for key, value in state.items():
-            target = moments if isinstance(value, torch.Tensor) else others
+            target = moments if isinstance(value, torch.Tensor) else other_values
             target[f"{key}/{name}"] = value
     tensors = {"model": gather_weights(model, is_main), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = gather(dict(zip(get_trainable_names(model), shadow, strict=True)), is_main)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return tensors, {"optimizer": others, "scaler": scaler}
+    return tensors, {"optimizer": other_values, "scaler": scaler}
 
 
 def scatter_state(
@@ -79,25 +84,25 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state from `gather_state`. All processes must call it together. Raise ValueError if the checkpoint
+    """Load a state from `gather_state`. All processes must call this together. Raise ValueError if the checkpoint
     belongs to another model or optimizer.
 
     Args:
-        checkpoint: the checkpoint on the main process; None on the others, which receive their shards from it.
-        facts: the second value of `gather_state`, on all processes.
+        checkpoint: the checkpoint on the main process; None on the other processes, to which shards are sent.
+        facts: the second return value of `gather_state`, on all processes.
         shadow: EMA weights to fill in place.
     """
-    scatter_checkpoint(checkpoint, accelerator, model, shadow)
+    scatter_all_weights(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
     scatter_optimizer(moments, facts["optimizer"], accelerator, model, optimizer)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
 
 
-def scatter_checkpoint(
+def scatter_all_weights(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and averaged weights of a state. Arguments and errors are as in `scatter_state`."""
+    """Load the weights and the averaged weights of a checkpoint. Arguments and errors are as in `scatter_state`."""
 
     def read(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.load_tensors(name)
@@ -108,8 +113,8 @@ def scatter_checkpoint(
 
 
 def reshard(model: nn.Module) -> None:
-    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Until then the model's
-    parameters are copies: they are not the optimizer's parameters, and optimizer updates do not change them."""
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Until then, the model's
+    parameters are copies, which the optimizer does not update."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -119,12 +124,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters; tied weights have one name."""
+    """Return all parameters by name; tied weights have one name."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
 def get_trainable_names(model: nn.Module) -> list[str]:
-    """Return the names of the trained parameters in their order."""
+    """Return the names of the trained parameters, in the order of the model's parameters."""
     return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
 
 
@@ -138,7 +143,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
     """Return parameters and persistent buffers as full tensors on the CPU of the main process, and an empty dictionary
-    on the others. All processes must call it together."""
+    on the other processes. All processes must call this together."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
         return gather(model.state_dict(keep_vars=True), is_main)
     weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN)
@@ -146,8 +151,8 @@ def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
 
 
 def gather(tensors: Tensors, is_main: bool) -> Tensors:
-    """Return full tensors on the CPU of the main process, and an empty dictionary on the others. All processes must
-    call it together."""
+    """Return full tensors on the CPU of the main process, and an empty dictionary on the other processes. All
+    processes must call this together."""
     result: Tensors = {}
     for name, tensor in tensors.items():
         gathered = gather_tensor(tensor)
@@ -157,7 +162,7 @@ def gather(tensors: Tensors, is_main: bool) -> Tensors:
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a possibly sharded tensor. All processes must call it together."""
+    """Return the full tensor of a possibly sharded tensor. All processes must call this together."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -169,7 +174,7 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return a parameter's full gradient, or None if it has none. All processes must call it together."""
+    """Return a parameter's full gradient; None if it has no gradient. All processes must call this together."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
@@ -177,10 +182,10 @@ def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
-def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
+def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
     """Load full tensors of the main process into the model on all processes. Raise ValueError if a tensor is missing,
-    unknown, or has another shape."""
-    weights: dict[str, Any] = {} if whole is None else {**whole}
+    unexpected, or has another shape."""
+    weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
     run_on_main(accelerator, lambda: check_same_tensors(weights, targets))
     is_distributed = accelerator.num_processes > 1
@@ -189,67 +194,71 @@ def scatter_weights(whole: Tensors | None, model: nn.Module, accelerator: Accele
 
 
 @torch.no_grad()
-def scatter(whole: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
+def scatter(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
     """Copy full tensors from the main process into `targets` on all processes. Errors are as in `scatter_weights`."""
-    run_on_main(accelerator, lambda: check_same_tensors(whole or {}, targets))
+    run_on_main(accelerator, lambda: check_same_tensors(full_tensors or {}, targets))
     for name, target in targets.items():
-        target.copy_(distribute_like(None if whole is None else whole[name], target.dtype, target, accelerator))
+        target.copy_(
+            distribute_like(None if full_tensors is None else full_tensors[name], target.dtype, target, accelerator)
+        )
 
 
 def distribute_like(
-    whole: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
+    full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Distribute a tensor of the main process (None on the others) to all processes, with the device and the sharding
-    of `like`."""
-    if whole is None:
-        whole = torch.empty(like.shape, dtype=dtype)
-    whole = whole.to(accelerator.device)
+    """Distribute a tensor of the main process (None on the other processes) to all processes. Return a tensor with the
+    device and the sharding of `like`."""
+    if full_tensor is None:
+        full_tensor = torch.empty(like.shape, dtype=dtype)
+    full_tensor = full_tensor.to(accelerator.device)
     if isinstance(like, DTensor):
-        return distribute_tensor(whole, like.device_mesh, like.placements)
+        return distribute_tensor(full_tensor, like.device_mesh, like.placements)
     if accelerator.num_processes > 1:
-        distributed.broadcast(whole, src=0)
-    return whole
+        distributed.broadcast(full_tensor, src=0)
+    return full_tensor
 
 
 def scatter_optimizer(
-    whole: Tensors | None,
-    others: dict[str, Any],
+    full_tensors: Tensors | None,
+    other_values: dict[str, Any],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Load the optimizer's state: moments are sharded like their parameters, step counts are copied."""
+    """Load the optimizer's state: moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
-    inner = unwrap_optimizer(optimizer)
-    in_groups = chain.from_iterable(group["params"] for group in inner.param_groups)
-    indices = {id(parameter): index for index, parameter in enumerate(in_groups)}
+    torch_optimizer = unwrap_optimizer(optimizer)
+    grouped_parameters = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
+    indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # The dtype of each tensor with the shape of its parameter, or else the tensor itself, which is small.
+        # Return the dtype of each moment with the shape of its parameter. Other tensors are small and returned whole.
         values: dict[str, Any] = {}
-        for name, tensor in (whole or {}).items():
-            owner = parameters.get(name.split("/", 1)[1])
-            if owner is None or id(owner) not in indices:
+        for name, tensor in (full_tensors or {}).items():
+            parameter = parameters.get(name.split("/", 1)[1])
+            if parameter is None or id(parameter) not in indices:
                 raise ValueError(f"the checkpoint belongs to another run: the optimizer of this run has no {name}")
-            values[name] = tensor.dtype if tensor.ndim and tensor.shape == owner.shape else tensor
-        return values | others
+            values[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
+        return values | other_values
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in run_on_main(accelerator, read_values).items():
-        key, owner_name = name.split("/", 1)
-        owner = parameters[owner_name]
+        key, parameter_name = name.split("/", 1)
+        parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
-            value = distribute_like(None if whole is None else whole[name], value, owner, accelerator)
-        state.setdefault(indices[id(owner)], {})[key] = value
-    inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
+            value = distribute_like(
+                None if full_tensors is None else full_tensors[name], value, parameter, accelerator
+            )
+        state.setdefault(indices[id(parameter)], {})[key] = value
+    torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 
 
-def check_same_tensors(whole: Tensors, targets: Tensors) -> None:
-    """Raise ValueError unless names and shapes agree."""
-    for name in sorted(whole.keys() ^ targets.keys()):
-        where = "the checkpoint" if name in whole else "the model"
+def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
+    """Raise ValueError if names or shapes differ."""
+    for name in sorted(full_tensors.keys() ^ targets.keys()):
+        where = "the checkpoint" if name in full_tensors else "the model"
         raise ValueError(f"the checkpoint belongs to another model: only {where} has {name}")
     for name, target in targets.items():
-        if whole[name].shape != target.shape:
-            shapes = f"{list(whole[name].shape)} in the checkpoint and {list(target.shape)} in the model"
+        if full_tensors[name].shape != target.shape:
+            shapes = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"
             raise ValueError(f"the checkpoint belongs to another model: the shape of {name} is {shapes}")

@@ -1,13 +1,13 @@
 """Fine-tuning on labeled images. task.py contains the run from top to bottom.
 
-    full model         trains on pixels; with --teacher, the distillation token learns from the teacher
+    full model         is trained on pixels; with --teacher, the distillation token is trained on the teacher
     linear probing     encodes each image once, then trains only the heads on the cached features (linear_probe.py)
 
 The output folder then contains
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
     README.md, pictures/, report.html                                        model card, analysis of the special tokens
     LICENSE*, NOTICE*                                                        license files of the initial model
-    results.json, metrics.jsonl                                              metrics and facts; one object per step
+    results.json, metrics.jsonl                                              final results; metrics of logged steps
     checkpoints/, config.resolved.yaml                                       state for --resume; all flags
 """
 
@@ -38,7 +38,7 @@ from ..inference.metrics import SELECTION_METRICS
 from ..options import AugmentationOptions, FinetuneOptions, to_flags
 from . import losses
 from .linear_probe import (
-    build_head_only,
+    build_classifier_heads,
     build_probe_evaluator,
     cache_features,
     find_trained_parameters_outside_heads,
@@ -66,14 +66,14 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Set one distillation token if a teacher is given and their number is not, and check the options."""
+        """Set num_distillation_tokens to 1 if it is unset and a teacher is given, and check the options."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_combinations(options)
         return options
 
     def load_data(self) -> TrainingData:
-        """Load both splits with labels."""
+        """Load the training split and the held-out split with labels."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_labels(self.options, data.label_space.kind)
         return data
@@ -81,8 +81,8 @@ class FinetuneTask(Task):
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
         options, training = self.options, self.options.training
-        built = build_model(options.model, self.data.label_space)
-        config, self.processor, self.teacher = built.model.config, built.processor, None
+        built_model = build_model(options.model, self.data.label_space)
+        config, self.processor, self.teacher = built_model.model.config, built_model.processor, None
         if options.distillation.teacher is not None:
             self.teacher = load_teacher(
                 options.distillation.teacher,
@@ -91,12 +91,15 @@ class FinetuneTask(Task):
                 config.image_height_width,
                 self.runner.accelerator.device,
             )
-        self.model = apply_trainable(built.model, training.trainable, training.lora_rank, built.newly_initialized)
+        self.model = apply_trainable(
+            built_model.model, training.trainable, training.lora_rank, built_model.newly_initialized
+        )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(describe_useless_patch_dropout(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that a split lacks, and about the held-out images of the initial model."""
+        """Return warnings about splits that lack classes, and about an initial model that used other held-out
+        images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
@@ -117,13 +120,13 @@ class FinetuneTask(Task):
         if self.teacher is not None:
             return "the teacher requires images"
         if self.data.num_training_images is None:
-            return "a stream is not cached"
+            return "features of a stream are not cached"
         if augmentation.mixup or augmentation.cutmix:
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return "the model is sharded"
-        trained = find_trained_parameters_outside_heads(self.model)
-        return f"{trained[0]} is trained" if trained else None
+        trained_names = find_trained_parameters_outside_heads(self.model)
+        return f"{trained_names[0]} is trained" if trained_names else None
 
     def build_head_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the heads on features that are computed once."""
@@ -133,17 +136,17 @@ class FinetuneTask(Task):
         images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, views)
         assert isinstance(images, TrainingImages), "streams cannot be cached"
         keys = [(view, index) for view in range(views) for index in range(self.data.num_training_images or 0)]
-        unaugmented = "" if is_augmented else " without augmentation (--feature-views N augments them)"
+        augmentation_note = "" if is_augmented else " without augmentation (--feature-views N augments them)"
         self.runner.reporter.print_line(
-            "features", f"encoding {len(keys):,} images once{unaugmented}; then only the heads are trained"
+            "features", f"encoding {len(keys):,} images once{augmentation_note}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
         workers, batch_size = options.data.num_workers, self.plan.batch_size
-        cached = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
-        iterate_batches = partial(iterate_feature_batches, cached, self.plan, accelerator.process_index, views)
+        cached_batch = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
+        iterate_batches = partial(iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, views)
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
-        heads, describe = build_head_only(model), images.describe_unreadable
+        heads, describe = build_classifier_heads(model), images.describe_unreadable
         return Components(heads, objective, iterate_batches, evaluate, measure_nothing, describe)
 
     def get_num_views(self) -> int:
@@ -207,7 +210,7 @@ class FinetuneTask(Task):
         return f"classes: {classes}, {labels.kind.replace('_', ' ')}"
 
     def summarize(self) -> dict[str, str]:
-        """Return the line about the teacher."""
+        """Return the summary line about the teacher."""
         if self.teacher is None:
             return {}
         return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
@@ -259,7 +262,7 @@ def check_combinations(options: FinetuneOptions) -> None:
 
 
 def describe_useless_patch_dropout(options: FinetuneOptions) -> str:
-    """Return the error message for --patch-drop-rate with frozen first layers, which process whole images."""
+    """Return the error message for --patch-drop-rate if the embeddings and the first layer are frozen."""
     return (
         f"--patch-drop-rate requires trained first layers, but --trainable {options.training.trainable} freezes them. "
         "Remove one of the two flags"
@@ -287,12 +290,12 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if is_preset(source) or data.record.rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
-    record, part = read_record(folder), data.record.rule
+    record, rule = read_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    if part.seed == record.rule.seed and part.fraction <= record.rule.fraction:
+    if rule.seed == record.rule.seed and rule.fraction <= record.rule.fraction:
         return None
     return (
         f"{source} was trained on {data.name} with different held-out images, so it may have been trained on images "
-        f"that this run evaluates. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
+        f"that this run holds out. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
     )

@@ -2,12 +2,14 @@
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
-The result is the same as training the heads on a frozen encoder, but each step takes only a few small matrix products.
-Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number of views
-per image). Otherwise the frozen encoder runs in every step (`trainable.set_train_mode` keeps it in eval mode).
+The result is the same as when the heads are trained on a frozen encoder, but each step takes only a few small matrix
+products. Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number
+of views per image). Otherwise, the frozen encoder runs in every step (`set_train_mode` in model.py keeps it in eval
+mode).
 
-classifier     features: [pooled vector | mean of the distillation tokens]
-several tasks  features: [CLS token of the first task | of the second | ...]
+    model                    features
+    classifier               [pooled vector | mean of the distillation tokens]
+    multi-task classifier    [CLS token of the first task | CLS token of the second task | ...]
 """
 
 import copy
@@ -31,7 +33,7 @@ from ..modeling_vitcls import (
 )
 
 
-# Features and the heads that read them -------------------------------------------------------------------------------
+# Features and heads --------------------------------------------------------------------------------------------------
 
 
 def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -45,7 +47,7 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.cat(vectors, dim=1)
 
 
-class HeadOnly(nn.Module):
+class ClassifierHeads(nn.Module):
     """Heads of an image classifier, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
@@ -67,7 +69,7 @@ class HeadOnly(nn.Module):
         )
 
 
-class MultiTaskHeadOnly(nn.Module):
+class MultiTaskHeads(nn.Module):
     """Heads of a multi-task model, applied to features. The parameters are the model's own, with the same names."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
@@ -85,16 +87,16 @@ class MultiTaskHeadOnly(nn.Module):
         )
 
 
-def build_head_only(model: Any) -> HeadOnly | MultiTaskHeadOnly:
+def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
     """Build a module from the heads of a classifier."""
     if isinstance(model, ViTCLSForMultiTaskClassification):
-        return MultiTaskHeadOnly(model)
-    return HeadOnly(model)
+        return MultiTaskHeads(model)
+    return ClassifierHeads(model)
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
     """Return the names of trained parameters outside the heads. Features can be cached only if there are none."""
-    heads = {id(parameter) for parameter in build_head_only(model).parameters()}
+    heads = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in heads
     ]
@@ -113,8 +115,8 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Return one batch of the images with the given keys on the CPU, with `features` [keys, F] instead of `pixels`.
-    Raise ValueError if none of the images can be read.
+    """Encode the images with the given keys, and return one batch on the CPU with `features` [keys, F] instead of
+    `pixels`. Raise ValueError if none of the images can be read.
 
     Each process encodes its share in eval mode; all processes receive the whole batch. `model` is the plain classifier
     on the device. `normalize` converts pixels on the device to `pixel_values`.
@@ -122,8 +124,8 @@ def cache_features(
     was_training = model.training
     model.eval()
     batches: list[Batch] = []
-    share = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in load_with_workers(images, share, num_workers):
+    own_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in load_with_workers(images, own_keys, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
@@ -134,44 +136,44 @@ def cache_features(
 
 
 def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
-    """Return the rows of every tensor of a batch; labels of several tasks are a dictionary."""
+    """Return these rows of every tensor of a batch, including the tensors in a dictionary of labels."""
     return recursively_apply(lambda values: values[rows], batch)
 
 
 def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_processes: int) -> list[list[ImageKey]]:
-    """Return one process's batches. All processes have the same number of batches of the same size; the last key is
-    repeated as padding."""
+    """Return the batches of one process. All processes have the same number of batches of the same size; the last key
+    is repeated as padding."""
     starts = range(process * batch_size, len(keys) + process * batch_size, num_processes * batch_size)
     last = len(keys) - 1
     return [[keys[min(index, last)] for index in range(start, start + batch_size)] for start in starts]
 
 
 def iterate_feature_batches(
-    cached: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
+    cached_batch: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached`
     contains all images, view by view: epoch e uses view e modulo `num_views`."""
-    num_images = len(cached["features"]) // num_views
+    num_images = len(cached_batch["features"]) // num_views
     for keys in plan.iterate_keys(process, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
-        yield select_rows(cached, epochs % num_views * num_images + indices) | {"epoch": epochs}
+        yield select_rows(cached_batch, epochs % num_views * num_images + indices) | {"epoch": epochs}
 
 
 @torch.no_grad()
 def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """Build an evaluator for `build_head_only(model)`, with the images of `evaluator` encoded once, in eval mode. Each
-    process encodes its own share. `model` is the plain classifier on the device."""
+    """Build an evaluator for `build_classifier_heads(model)`, with the images of `evaluator`, which are encoded once
+    in eval mode. Each process encodes its own share. `model` is the plain classifier on the device."""
     was_training = model.training
     model.eval()
-    encoded = copy.copy(evaluator)
-    encoded.batches = copy.copy(evaluator.batches)
-    encoded.batches.cache = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
+    probe_evaluator = copy.copy(evaluator)
+    probe_evaluator.batches = copy.copy(evaluator.batches)
+    probe_evaluator.batches.cache = [encode_batch(batch, model, evaluator.accelerator) for batch in evaluator.batches]
     model.train(was_training)
-    return encoded
+    return probe_evaluator
 
 
 def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:
-    """Return a held-out batch with features [G, F] instead of pixel values."""
+    """Return a held-out batch with features [images, F] instead of pixel values."""
     num_images, pixel_values = 0, torch.zeros(1, model.config.num_channels, *model.config.image_height_width)
     if batch.pixel_values is not None:
         num_images, pixel_values = len(batch.pixel_values), batch.pixel_values

@@ -38,12 +38,12 @@ from .token_monitor import TokenMonitor, Tokens
 
 Metrics = dict[str, Any]
 
-# Maximum number of consecutive steps that fp16's loss scaler may skip. One more skipped step would reduce its scale by
-# 2^20.
+# Maximum number of consecutive steps that the loss scaler of fp16 may skip. After one more skipped step, the scale
+# would be 2^20 times smaller.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # variables that accelerate and torchrun set
-ECHO_SECONDS = 1.0  # time in seconds in which a launcher may forward a Ctrl-C that the terminal has already sent
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
+ECHO_SECONDS = 1.0  # maximum delay between Ctrl-C from the terminal and its copy from a launcher
 
 
 @dataclass
@@ -56,9 +56,10 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of the evaluations so far
     num_worse: int = 0  # number of evaluations since the best evaluation
-    window: list[dict[str, float]] = field(default_factory=list)  # losses of the batches since the last logged step
+    # Losses of the batches since the last logged step.
+    recent_losses: list[dict[str, float]] = field(default_factory=list)
     attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
-    record: Metrics = field(default_factory=dict)  # record of the last step until its evaluation is finished
+    record: Metrics = field(default_factory=dict)  # record of the last step, until its evaluation is finished
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
@@ -66,7 +67,7 @@ class TrainingState:
         return None if self.ema is None else self.ema.shadow
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
-        """Use the averaged weights of the model, if there are any, inside a block."""
+        """Return a context manager in which the model has the averaged weights, if there are any."""
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
@@ -86,13 +87,13 @@ class Hooks:
 
 
 class Interrupted(Exception):
-    """Error that ends training after a signal, once a checkpoint is saved."""
+    """Error that ends training after a signal; it is raised after a checkpoint is saved."""
 
 
 class NonFiniteLoss(Exception):
     """Error that ends training if the loss or its gradient is not finite. The weights are unchanged, except with
-    DeepSpeed: its gradient norm is available only after the update, so a step with a finite loss has already changed
-    the weights."""
+    DeepSpeed: the gradient norm is available only after the update, so if only the gradient is not finite, the weights
+    have already changed."""
 
     def __init__(self, step: int, batches: list[Batch]) -> None:
         super().__init__(
@@ -105,7 +106,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainingLoop:
-    """Train from `state.step` to `plan.num_steps`."""
+    """Training from `state.step` to `plan.num_steps`."""
 
     state: TrainingState
     objective: Objective
@@ -115,10 +116,10 @@ class TrainingLoop:
     hooks: Hooks
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
-    save_every: int | None = None  # steps between two checkpoints; None saves one at each evaluation
+    save_every: int | None = None  # steps between two checkpoints; None: a checkpoint at each evaluation
     seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record
     is_best: bool = False  # whether the last evaluation had the best score so far
-    overflows: int = 0  # number of consecutive steps that the loss scaler skipped
+    num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
 
     def __post_init__(self) -> None:
@@ -127,9 +128,9 @@ class TrainingLoop:
         )
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
-        """Train on this process's batches on the CPU, `gradient_accumulation_steps` per step, from `state.step` on.
-        Return the metrics of the final evaluation. Raise Interrupted after a signal, once a checkpoint is saved, and
-        NonFiniteLoss if a loss or gradient is not finite."""
+        """Train from `state.step` on. `batches` are the batches of this process on the CPU,
+        `gradient_accumulation_steps` per step. Return the metrics of the final evaluation. Raise Interrupted after a
+        signal, once a checkpoint is saved, and NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
         while self.state.step < self.plan.num_steps and not self.is_out_of_patience:
@@ -144,7 +145,7 @@ class TrainingLoop:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were worse than the best evaluation."""
+        """Whether none of the last `patience` evaluations improved the best score."""
         return self.options.patience is not None and self.state.num_worse >= self.options.patience
 
     def advance(self, batches: Iterator[Batch]) -> Metrics:
@@ -153,17 +154,17 @@ class TrainingLoop:
         A due checkpoint is saved before the evaluation, which may take longer than the time between a cluster's signal
         and the end of the process. A run that is resumed from this checkpoint starts with the evaluation.
         """
-        state, done = self.state, self.state.step + 1
-        is_last = done == self.plan.num_steps
-        is_evaluated = is_last or is_end_of_epochs(done, self.options.evaluate_every, self.plan)
-        is_logged = is_evaluated or done % self.options.log_every == 0
-        is_saved = is_evaluated if self.save_every is None else is_last or done % self.save_every == 0
+        state, next_step = self.state, self.state.step + 1
+        is_last = next_step == self.plan.num_steps
+        is_evaluated = is_last or is_end_of_epochs(next_step, self.options.evaluate_every, self.plan)
+        is_logged = is_evaluated or next_step % self.options.log_every == 0
+        is_saved = is_evaluated if self.save_every is None else is_last or next_step % self.save_every == 0
 
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         record, batch = self.step(batches, with_health=is_logged)
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds.append(time.perf_counter() - start_time)
 
-        if self.options.health_every and done % self.options.health_every == 0:
+        if self.options.health_every and next_step % self.options.health_every == 0:
             state.attention = self.hooks.measure_attention(batch)
             reshard(state.model)
         self.is_best = False
@@ -179,7 +180,8 @@ class TrainingLoop:
         return self.evaluate_step() if is_evaluated else {}
 
     def evaluate_step(self) -> Metrics:
-        """Evaluate the last step, log its record, and save a checkpoint if its score is the best so far."""
+        """Evaluate the model, log the record of the last step, and save a checkpoint if the score is the best so
+        far."""
         state = self.state
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
@@ -193,17 +195,18 @@ class TrainingLoop:
         return metrics
 
     def step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
-        """Run one optimizer step over the accumulated batches; return its record and the last batch on the device."""
+        """Run one optimizer step over the accumulated batches. Return the record of the step, and the last batch on
+        the device."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         set_learning_rate(state.optimizer, learning_rate)
         batches_used: list[Batch] = []
         losses: list[Losses] = []
-        before: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
+        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # before the update
 
         def before_update() -> None:
             if with_health:
-                before.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
+                tokens_and_gradients.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
 
         for accumulated in range(self.plan.accumulation_steps):
             batch = next(batches)
@@ -221,27 +224,29 @@ class TrainingLoop:
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
-        state.window += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
+        state.recent_losses += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
-        if before:
-            health = self.monitor.compute_health(*before[0])
+        if tokens_and_gradients:
+            health = self.monitor.compute_health(*tokens_and_gradients[0])
             record |= health
             for token in self.monitor.find_new_tokens_without_gradient(health):
                 self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
     def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
-        """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any.
-        With fp16, single gradients may overflow: the loss scaler skips the step and reduces the scale. MAX_OVERFLOWS
-        limits the number of consecutive skipped steps."""
-        self.overflows = 0 if math.isfinite(gradient_norm) else self.overflows + 1
-        allowed = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
-        is_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses) and self.overflows <= allowed
+        """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient of any process is not
+        finite. With fp16, gradients may overflow: the loss scaler then skips the step and reduces the scale.
+        MAX_OVERFLOWS limits the number of consecutive skipped steps."""
+        self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
+        max_overflows = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
+        is_finite = (
+            all(math.isfinite(batch_losses["loss"]) for batch_losses in losses) and self.num_overflows <= max_overflows
+        )
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(self.accelerator.reduce(flag, "sum") == self.accelerator.num_processes)
@@ -261,13 +266,13 @@ class TrainingLoop:
     def compute_means(self) -> Metrics:
         """Return the mean losses over all processes, the speed (without evaluations and checkpoints) and the peak
         memory since the last record."""
-        window = self.state.window
-        means = [math.fsum(losses[name] for losses in window) / len(window) for name in window[0]]
+        recent_losses = self.state.recent_losses
+        means = [math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]]
         num_images, seconds = len(self.seconds) * self.plan.images_per_step, math.fsum(self.seconds)
-        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # `record_speed` resets it
+        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # reset by `record_speed`
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
-        named_losses = {name: round(mean, 6) for name, mean in zip(window[0], losses, strict=True)}
-        window.clear()
+        named_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], losses, strict=True)}
+        recent_losses.clear()
         self.seconds.clear()
         return {
             **named_losses,
@@ -278,13 +283,13 @@ class TrainingLoop:
 
 
 def is_end_of_epochs(step: int, every: int, plan: BatchPlan) -> bool:
-    """Return whether the step completes another `every` epochs."""
+    """Return whether the number of epochs reaches a multiple of `every` in this step."""
     return math.floor(plan.count_epochs(step) / every) > math.floor(plan.count_epochs(step - 1) / every)
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the value that evaluations are compared by (higher is better): the selection metric, negated if it is a
-    loss; None if its value is unknown."""
+    """Return the score by which evaluations are compared (higher is better): the selection metric, negated if it is a
+    loss. Return None if the metric is unknown."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
@@ -300,31 +305,31 @@ class Interruption:
 
         python                    the process itself
         accelerate, 1 process     SIGTERM: often only the launcher, which ends; `get_signal` then detects that the
-                                  parent process has changed. Ctrl-C: both; the shell's prompt appears before the
-                                  checkpoint is saved
-        accelerate, N processes   torchrun's agent forwards both to all processes, including DataLoader workers, and
-                                  kills the processes after 30 s
+                                  parent process has changed. Ctrl-C: the launcher and the process; the shell's prompt
+                                  appears before the checkpoint is saved
+        accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
+                                  workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ: torchrun's agent exits with 1 after any signal. No signals are stored
-    outside of the main thread, where Python does not allow signal handlers. Ignored signals (a shell's background jobs
-    ignore Ctrl-C) stay ignored.
+    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signals
+    are stored only in the main thread, because Python does not allow signal handlers in other threads. Ignored signals
+    (a shell's background jobs ignore Ctrl-C) stay ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.received: signal.Signals | None = None
-        self.received_at = 0.0
+        self.received_signal: signal.Signals | None = None
+        self.received_time = 0.0
         self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
-        # A group on the CPU avoids synchronization with the device.
+        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
+        # A process group on the CPU avoids synchronization with the device.
         self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.agreed: signal.Signals | None = None
+        self.agreed_signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                old = signal.getsignal(number)
-                if old not in (signal.SIG_IGN, None):  # None: set by something other than Python
-                    self.old_handlers[number] = old
+                old_handler = signal.getsignal(number)
+                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not set by Python
+                    self.old_handlers[number] = old_handler
                     signal.signal(number, self.handle_signal)
         return self
 
@@ -334,26 +339,26 @@ class Interruption:
         self.old_handlers.clear()
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
-        if self.received is None:
-            self.received, self.received_at = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.received_at > ECHO_SECONDS:
+        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, unless a launcher forwarded it."""
+        if self.received_signal is None:
+            self.received_signal, self.received_time = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.received_time > ECHO_SECONDS:
             raise KeyboardInterrupt
 
     def get_signal(self) -> str | None:
         """Return the name of the received stop signal, or None; the result is the same on all processes. All processes
-        must call it together."""
-        if self.received is None and self.parent not in (None, os.getppid()):
-            self.received = signal.SIGTERM
-        number = int(self.received or 0)
+        must call this together."""
+        if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
+            self.received_signal = signal.SIGTERM
+        number = int(self.received_signal or 0)
         if self.group is not None:
-            largest = torch.tensor(number)
-            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.group)
-            number = int(largest)
-        self.agreed = signal.Signals(number) if number else None
-        return self.agreed.name if self.agreed else None
+            reduced = torch.tensor(number)
+            distributed.all_reduce(reduced, op=distributed.ReduceOp.MAX, group=self.group)
+            number = int(reduced)
+        self.agreed_signal = signal.Signals(number) if number else None
+        return self.agreed_signal.name if self.agreed_signal else None
 
     @property
     def exit_status(self) -> int:
         """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 without a signal."""
-        return 128 + self.agreed if self.agreed else 0
+        return 128 + self.agreed_signal if self.agreed_signal else 0

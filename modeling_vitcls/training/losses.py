@@ -2,12 +2,12 @@
 
     batch -> inputs of the model and labels -> model -> loss per kind of labels (-> distillation from a teacher)
 
-Every loss is a mean over the images of the batch, and the terms are independent, so that accumulated batches result in
-exactly the loss of the large batch.
+Every loss is a mean over the images of the batch, and the terms of different images are independent, so that
+accumulated batches have exactly the loss of one large batch.
 
 The loss of the distillation token against a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
-    total = (1 - alpha) * loss of the CLS head against the labels + alpha * distillation_loss
+    total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
 The teacher is in teacher.py.
 """
@@ -25,7 +25,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # minimizes "loss" and logs the other losses
+Objective = Callable[[nn.Module, Batch], Losses]  # returns "loss", which is minimized, and losses to log
 LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 
@@ -40,7 +40,7 @@ class PixelInputs:
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the model's `inputs`, and with mixed `pixels` and `labels`."""
+        """Return the batch with the model's `inputs`; `pixels` and `labels` are mixed if there is a mixer."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
@@ -63,8 +63,8 @@ class SingleLabelLoss:
     class_weights: torch.Tensor | None = None  # [L], 1 on average
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean over the images; weighted terms are not divided by the sum of their weights, which would
-        couple them."""
+        """Return the mean over the images. The mean of weighted terms is not normalized by the sum of the weights, so
+        that the terms stay independent."""
         terms = nn.functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
         )  # [B]
@@ -76,7 +76,8 @@ class SingleLabelLoss:
 
 @dataclass(frozen=True)
 class MultiLabelLoss:
-    """Binary cross-entropy of logits [B, L] against 0 or 1 for each label [B, L], averaged over the labels."""
+    """Binary cross-entropy of logits [B, L] against 0 or 1 for each label [B, L], averaged over images
+    and labels."""
 
     label_smoothing: float
 
@@ -90,7 +91,7 @@ class MultiTaskLoss:
     """Sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}; the label -100 is
     ignored.
 
-    Each task's mean is over all images of the batch, so that accumulated batches result in the loss of the large
+    The mean of each task is over all images of the batch, so that accumulated batches have the loss of one large
     batch. `ViTCLSForMultiTaskClassification` (used by Trainer) divides by the number of labeled images instead. Both
     losses are equal if no labels are missing.
     """
@@ -98,7 +99,7 @@ class MultiTaskLoss:
     label_smoothing: float
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the sum of the tasks' means over all images; images without a label for the task count as 0."""
+        """Return the sum over tasks of the mean over all images; the loss of an image without a label is 0."""
         settings: dict[str, Any] = {
             "label_smoothing": self.label_smoothing,
             "ignore_index": IGNORED_LABEL,
@@ -128,32 +129,34 @@ class Classification:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Distillation: the CLS head is trained on labels, the distillation head on a teacher's logits for the same pixels
-    (DeiT, section 4)."""
+    """Distillation (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on a
+    teacher's logits for the same pixels."""
 
     inputs: Callable[[Batch], Batch]
     label_loss: LabelLoss
-    teacher: Callable[[Batch], torch.Tensor]  # returns logits [B, L] of a batch
+    compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
     kind: str
     alpha: float
     tau: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the loss of one batch on the model's device, and its two parts."""
+        """Return the loss of one batch on the model's device, and the losses of both heads."""
         batch = self.inputs(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
-        teacher_loss = distillation_loss(self.kind, outputs.distillation_logits, self.teacher(batch), self.tau)
+        teacher_loss = compute_distillation_loss(
+            self.kind, outputs.distillation_logits, self.compute_teacher_logits(batch), self.tau
+        )
         loss = (1 - self.alpha) * label_loss + self.alpha * teacher_loss
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": teacher_loss}
 
 
 @dataclass(frozen=True)
-class MaskedImages:
+class MaskedImageModeling:
     """Reconstruction of masked patches; the model computes the loss (MAE, SimMIM)."""
 
     normalize: Normalizer
-    mask_generator: Callable[[int, torch.device], torch.Tensor]  # masks [B, patches]; True hides a patch
+    mask_generator: Callable[[int, torch.device], torch.Tensor]  # masks [B, patches]; True: masked
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         pixels = batch["pixels"]
@@ -162,28 +165,28 @@ class MaskedImages:
 
 
 def get_supervised_logits(outputs: Any) -> list[Any]:
-    """Return the logits that are trained on labels: the logits of each head, or one dictionary for all tasks."""
+    """Return the logits to compare with labels: the logits of each head, or one dictionary for all tasks."""
     if isinstance(outputs.logits, dict):
         return [outputs.logits]
     return [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
 
 
-def distillation_loss(
+def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:
-    """Return the mean loss of the distillation head's logits [B, L] against the teacher's [B, L]; a scalar, `float32`.
-    Raise ValueError if the kind is unknown, or the logits have different shapes.
+    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L], a `float32`
+    scalar. Raise ValueError if the kind is unknown, or the logits have different shapes.
 
-    "hard" is the cross-entropy against the teacher's predicted label (equation 3). "soft" is tau² times the divergence
-    of the student's softened probabilities from the teacher's (equation 2): the sum of p_teacher * log(p_teacher /
-    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the size of the gradients independent of
-    the temperature tau.
+    "hard" is the cross-entropy against the teacher's predicted label (equation 3). "soft" is tau² times the
+    Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the sum of
+    p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the size of
+    the gradients independent of the temperature tau.
     """
     if kind not in ("soft", "hard"):
         raise ValueError(f"unknown distillation {kind!r}. Use soft or hard")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's have "
+            f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's logits have "
             f"{tuple(student_logits.shape)}. Use a teacher with the same labels"
         )
     student, teacher = student_logits.float(), teacher_logits.float()

@@ -1,16 +1,16 @@
 """FLOPs of a training step, and model FLOPs utilization.
 
-    utilization = FLOPs of the images trained per second / FLOP/s of large matrix products on all processes
+    utilization = FLOPs of the training images per second / FLOP/s of large matrix products on all processes
 
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
-the forward pass of the loss and the gradients that training requires: the last layer counts only the tokens that are
-read, and gradients of frozen weights do not count. Recomputation (gradient checkpointing, fused attention), the
-teacher, evaluations and linear probing on cached features are excluded. Models that merge patches have no utilization.
+the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
+counted. Gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the teacher, evaluations
+and linear probing on cached features are excluded. The utilization of models that merge patches is not computed.
 
-The peak is measured before and during training, by all processes at the same time: if processes share a CPU, each
-reaches a fraction of the peak, and the sum is the peak of the machine. Other programs can only lower a measurement, so
-the largest measurement is used. A utilization above 100 % means that every measurement so far was disturbed: it is
-reported as unknown.
+The peak (the FLOP/s of large matrix products) is measured before and during training, by all processes at the same
+time: if processes share a CPU, each reaches a fraction of the peak, and the sum is the peak of the machine. Other
+programs can only lower a measurement, so the largest measurement is used. A utilization above 100 % means that other
+programs lowered every measurement so far. Such a utilization is reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,15 +44,15 @@ from .costs import (
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of matrix products
 
-# Minimum FLOPs per process of a run whose utilization is measured: seconds of training on one core. A measurement
-# takes about half a second.
+# Minimum FLOPs per process of a run whose utilization is measured. One core executes this number of FLOPs
+# in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
-# Training between two measurements of the peak, in seconds at the peak rate. The n-th interval is n times as long, so
-# that measurements take a negligible fraction of a long run.
+# Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
+# as long, so that measurements take a negligible fraction of a long run.
 MEASURING_INTERVAL = 10.0
 
-PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 # Utilization of a run ------------------------------------------------------------------------------------------------
@@ -63,67 +63,67 @@ class Utilization:
     """Model FLOPs utilization of a run so far, including the time before --resume."""
 
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
-    peak: float | None = None  # largest FLOP/s of all processes that was measured; None if the peak is not measured
+    peak: float | None = None  # largest measured FLOP/s of all processes together; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
-    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call it together
-    done: float = 0.0  # FLOPs of the images that were trained on
-    possible_before: float = 0.0  # FLOPs that the machine could have executed in the steps before --resume
-    seconds: float = 0.0  # duration of the steps of this process
+    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call this together
+    executed_flops: float = 0.0  # FLOPs of the images that were trained on
+    available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
+    seconds: float = 0.0  # total duration of the steps of this process
     num_measurements: int = field(default=1, repr=False)
-    done_since_measurement: float = field(default=0.0, repr=False)
+    flops_since_measurement: float = field(default=0.0, repr=False)
 
     @property
-    def possible(self) -> float:
+    def available_flops(self) -> float:
         """Return the FLOPs that the machine could have executed in the time of the training steps."""
-        return self.possible_before + self.seconds * (self.peak or 0.0)
+        return self.available_flops_before + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
-        """Return the utilization of a number of steps for their record; empty if the peak is not measured.
-        `num_images` counts the images of all processes. All processes must call this together: the peak is measured
-        again if enough FLOPs were executed since the last measurement."""
+        """Add the steps since the last record, and return their utilization; empty if the peak is not measured.
+        `num_images` counts the images of all processes. All processes must call this together, because the peak is
+        measured again if enough FLOPs were executed since the last measurement."""
         if self.peak is None:
             return {}
-        done = num_images * self.flops_per_image
-        self.done += done
+        flops = num_images * self.flops_per_image
+        self.executed_flops += flops
         self.seconds += seconds
-        self.done_since_measurement += done
-        if self.measure and self.done_since_measurement >= MEASURING_INTERVAL * self.num_measurements * self.peak:
+        self.flops_since_measurement += flops
+        if self.measure and self.flops_since_measurement >= MEASURING_INTERVAL * self.num_measurements * self.peak:
             self.peak = max(self.peak, self.measure())
             self.num_measurements += 1
-            self.done_since_measurement = 0.0
-        return {"utilisation": compute_fraction(done, seconds * self.peak)}
+            self.flops_since_measurement = 0.0
+        return {"utilisation": compute_fraction(flops, seconds * self.peak)}
 
     def get_state(self) -> dict[str, float]:
-        """Return the values for a checkpoint."""
-        return {"done": self.done, "possible": self.possible}
+        """Return the values that a checkpoint stores."""
+        return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the values of a checkpoint; checkpoints of earlier versions have none."""
-        self.done = state.get("done", 0.0)
-        self.possible_before = state.get("possible", 0.0)
+        """Load the values of a checkpoint. Checkpoints of earlier versions do not contain these values."""
+        self.executed_flops = state.get("done", 0.0)
+        self.available_flops_before = state.get("possible", 0.0)
 
-    def results(self) -> dict[str, Any] | None:
+    def get_results(self) -> dict[str, Any] | None:
         """Return the utilization of all training steps and the values that determine it, for results.json."""
-        if self.peak is None or not self.possible:
+        if self.peak is None or not self.available_flops:
             return None
         return {
-            "of_training_steps": compute_fraction(self.done, self.possible),
+            "of_training_steps": compute_fraction(self.executed_flops, self.available_flops),
             "training_flops_per_image": round(self.flops_per_image),
             "gemm_peak_flops_per_second": float(f"{self.peak:.4g}"),
             "gemm_dtype": self.dtype,
         }
 
 
-def compute_fraction(done: float, possible: float) -> float | None:
-    """Return `done / possible`, or None if the quotient is above 1, which means that the measured peak is too low."""
-    return round(done / possible, 4) if done <= possible else None
+def compute_fraction(executed: float, available: float) -> float | None:
+    """Return `executed / available`; None if the quotient is above 1, because the measured peak is then too low."""
+    return round(executed / available, 4) if executed <= available else None
 
 
 def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
     """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. Nothing is printed or
-    measured for heads on cached features, whose FLOPs are negligible, and for models that merge patches, whose FLOPs
+    measured for heads on cached features, whose FLOPs are negligible, or for models that merge patches, whose FLOPs
     are not counted. All processes must call this together, before `Accelerator.prepare`."""
     dtype = DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
@@ -147,19 +147,19 @@ def start_utilization(
 
 def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
     """Return the FLOP/s of large matrix products on all processes at the same time, each on its device. A device
-    without memory for the matrices counts as 0 FLOP/s."""
+    without enough memory for the matrices counts as 0 FLOP/s."""
     accelerator.wait_for_everyone()
     try:
         peak = measure_gemm_peak(accelerator.device, dtype)
     except torch.OutOfMemoryError:
         peak = 0.0
-    reset_peak_memory(accelerator.device)  # excludes these matrices from the training's peak memory
+    reset_peak_memory(accelerator.device)  # excludes these matrices from the peak memory of training
     return float(accelerator.reduce(torch.tensor(peak, device=accelerator.device), "sum"))
 
 
 def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
-    """Return the estimated memory of a process in bytes for activations and its shard of gradients and AdamW's
-    moments."""
+    """Return the estimated memory of a process in bytes for activations, and for its shard of the gradients and of
+    AdamW's moments."""
     name = get_precision(accelerator)
     estimate = estimate_memory(
         model, batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
@@ -170,9 +170,9 @@ def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan
 
 def format_si(value: float) -> str:
     """Format a number with three digits and an SI prefix: 1.2e12 becomes "1.2 T"."""
-    prefixes = iter(PREFIXES)
+    prefixes = iter(SI_PREFIXES)
     prefix = next(prefixes)
-    while value >= 999.5 and prefix != PREFIXES[-1]:
+    while value >= 999.5 and prefix != SI_PREFIXES[-1]:
         value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g} {prefix}"
 
@@ -181,44 +181,44 @@ def format_si(value: float) -> str:
 
 
 def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
-    """Return the FLOPs of the forward and backward pass of a batch of images of the model's size; a multiply-add
-    counts as two.
+    """Return the FLOPs of the forward and backward pass of a batch of images of the model's image size. A multiply-add
+    counts as two FLOPs.
 
     Each product of the forward pass has two products in the backward pass, one for the gradient of each factor.
     Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed. Patch
-    dropout reduces the number of tokens, unless the first layers are frozen (model.py).
+    dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
 
-    Modules after the encoder are trained under every `--trainable`. On a frozen encoder, heads do not compute the
-    gradient of their input. It is still counted for a pooler with weights (1 % of a ViT-S).
+    Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
+    the heads' input is not computed. This gradient is still counted if the pooler has weights (1 % of a ViT-S).
     """
     encoder: Any = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
-    patches = 2 * projection.numel() * num_patches
-    encoder_flops = patches + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
+    patch_flops = 2 * projection.numel() * num_patches
+    encoder_flops = patch_flops + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
     head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * encoder_flops
 
     layers = get_layers(model, get_num_training_tokens(model, num_patches, num_tokens))
-    first = get_first_trained_layer(encoder)
-    forward = patches + sum(count_layer_flops(*layer) for layer in layers)
-    backward = sum(count_layer_backward_flops(*layer) for layer in layers[first:])
+    first_trained_layer = get_first_trained_layer(encoder)
+    forward_flops = patch_flops + sum(count_layer_flops(*layer) for layer in layers)
+    backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trained_layer:])
     if projection.requires_grad:
-        backward += patches
-    is_encoder_trained = first < len(layers) or is_trained(encoder.layernorm)
+        backward_flops += patch_flops
+    is_encoder_trained = first_trained_layer < len(layers) or is_trained(encoder.layernorm)
     if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
-        backward -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
-    return batch_size * (forward + backward) + 3 * head_flops
+        backward_flops -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
+    return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 
 def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
-    """Return (layer, number of tokens that it computes, number of tokens that it reads) for each layer."""
+    """Return (layer, number of queries, number of keys) for each layer."""
     encoder: Any = model.base_model
     queries = get_num_queries(model, num_tokens)
     return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, queries, strict=True)]
 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of the backward pass of one layer and image: gradients of the inputs of all products, of
+    """Return the FLOPs of the backward pass of one layer for one image: gradients of the inputs of all products, of
     trained weights, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
@@ -228,5 +228,5 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 
 def count_trained_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of the linear layers with trained weights in these modules, for one vector each."""
+    """Return the FLOPs of the linear layers with trained weights in these modules, each applied to one vector."""
     return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))

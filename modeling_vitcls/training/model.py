@@ -1,4 +1,4 @@
-"""The model to train and its image processor for a set of labels, and the parameters that are trained.
+"""Model and image processor for the labels of a dataset, and selection of the trained parameters.
 
 Trained parameters by `--trainable`:
 
@@ -7,9 +7,9 @@ Trained parameters by `--trainable`:
     last-N    the last N layers, the final norm and the head
     lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
 
-Parameters that are missing in the checkpoint are always trained, because they would otherwise stay random. An example
-is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the mask
-token) stay frozen.
+Parameters that are missing from the checkpoint are always trained, because they would otherwise stay random. An
+example is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the
+mask token) stay frozen.
 """
 
 import copy
@@ -36,9 +36,9 @@ from ..options import ModelOptions
 from .costs import get_first_trained_layer
 
 
-ENCODER = "vitcls."
-POOLER = "vitcls.pooler."
-LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
+ENCODER_PREFIX = "vitcls."
+POOLER_PREFIX = "vitcls.pooler."
+LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class BuiltModel:
 
 
 def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
-    """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if its labels
-    are the same. Models for several tasks have one CLS token per task. Raise ValueError if values contradict each
-    other, or the checkpoint is another kind of model, and OSError if it cannot be found or read."""
+    """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if it has the
+    labels of `label_space`. Models for several tasks have one CLS token per task. Raise ValueError if options
+    contradict each other, or the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
     values = options.get_config_values()
     if label_space.kind == "multi_task":
         values = {"num_cls_tokens": len(label_space.columns)} | values
@@ -74,11 +74,11 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
 
 
 def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace) -> tuple[Classifier, set[str]]:
-    """Load a checkpoint's encoder with a new classifier for these labels, or with its own classifier if its labels are
-    the same. Return the model, and the names of its new parameters."""
-    stored = ViTCLSConfig.from_pretrained(source)
+    """Load a checkpoint's encoder with a new classifier for these labels, or with the checkpoint's classifier if its
+    labels are the same. Return the model, and the names of the new parameters."""
+    stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSES[label_space.kind]
-    if has_labels(stored, label_space) and model_class.__name__ in (stored.architectures or ()):
+    if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
         model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **values)
         newly_initialized = set(info["missing_keys"])
     else:
@@ -94,10 +94,10 @@ def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)
-        load = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
-        missing = {f"vitcls.{name}" for name in [*info["missing_keys"], *load.missing_keys]}
+        load_result = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
+        missing = {f"vitcls.{name}" for name in [*info["missing_keys"], *load_result.missing_keys]}
         newly_initialized = missing | {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
-    return model, newly_initialized | get_added_token_names(stored, model)
+    return model, newly_initialized | get_added_token_names(stored_config, model)
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
@@ -108,12 +108,15 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     return not config.tasks and has_kind and config.id2label == label_space.to_config_values()["id2label"]
 
 
-def get_added_token_names(stored: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that have more tokens than in the checkpoint."""
-    counts = zip(("cls", "distillation", "registers"), stored.token_counts, model.config.token_counts, strict=True)
-    grown = [group for group, before, after in counts if after > before]
+def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
+    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
+    groups = ("cls", "distillation", "registers")
+    counts = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
+    grown_groups = [group for group, before, after in counts if after > before]
     tokens = model.vitcls.embeddings.get_special_tokens()
-    return {name for name, parameter in model.named_parameters() for group in grown if parameter is tokens[group]}
+    return {
+        name for name, parameter in model.named_parameters() for group in grown_groups if parameter is tokens[group]
+    }
 
 
 def check_preset(name: str) -> None:
@@ -123,10 +126,10 @@ def check_preset(name: str) -> None:
 
 
 def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
-    """Set the output size of an image processor to the model's image size if it differs."""
+    """Set the output size of an image processor to the model's image size if the sizes differ."""
     height, width = config.image_height_width
-    output = processor.crop_size if processor.do_center_crop else processor.size
-    if (output.height, output.width) != (height, width):
+    output_size = processor.crop_size if processor.do_center_crop else processor.size
+    if (output_size.height, output_size.width) != (height, width):
         processor.size = SizeDict(height=height, width=width)
         processor.do_center_crop = False
 
@@ -137,8 +140,8 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 def apply_trainable(
     model: Any, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that are not trained, in place; with "lora", add LoRA layers to queries and values. Return
-    the model.
+    """Freeze the parameters that are not trained, in place. With "lora", add LoRA layers to the query and value
+    projections. Return the model.
 
     `newly_initialized` are the names of the parameters that were not loaded from a checkpoint.
 
@@ -148,21 +151,23 @@ def apply_trainable(
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    trained = {name for name in parameters if not name.startswith(ENCODER) or name.startswith(POOLER)}
-    trained |= get_last_layer_names(model, trainable)
+    trained_names = {
+        name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)
+    }
+    trained_names |= get_last_layer_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
     token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
     if trainable == "lora":
-        trained.update(token_names.values())
-    trained.update(newly_initialized)
+        trained_names.update(token_names.values())
+    trained_names.update(newly_initialized)
     if new_groups := [group for group, name in token_names.items() if name in newly_initialized]:
-        trained |= {f"{ENCODER}embeddings.position_embeddings.{group}" for group in new_groups}
-        trained.add(f"{ENCODER}gates.gates")
-    trained &= {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trained_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
+        trained_names.add(f"{ENCODER_PREFIX}gates.gates")
+    trained_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained or ".lora_" in name)
+        parameter.requires_grad_(name in trained_names or ".lora_" in name)
     return model
 
 
@@ -178,15 +183,15 @@ def get_last_layer_names(model: Any, trainable: str) -> set[str]:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
-    prefixes.append(f"{ENCODER}layernorm.")
+    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
+    prefixes.append(f"{ENCODER_PREFIX}layernorm.")
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 
 
 def set_train_mode(model: nn.Module) -> None:
     """Set train mode, but keep frozen embeddings and layers in eval mode, so that their outputs are the same as in
-    inference. Patch dropout is disabled if embeddings and first layer are frozen. Use it instead of `model.train()`,
-    also for wrapped models."""
+    inference. Patch dropout is disabled if the embeddings and the first layer are frozen. Use this function instead
+    of `model.train()`, also for wrapped models."""
     model.train()
     for module in model.modules():
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
@@ -196,7 +201,8 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether training drops patches: the rate is positive, and embeddings or first layer are trained."""
+    """Return whether patches are dropped in training: the rate is positive, and the first layer or the embeddings are
+    trained."""
     return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
 
 
@@ -216,8 +222,8 @@ def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Merge LoRA weights into a state dict of full tensors, as W + B A; return a state dict without LoRA weights
     unchanged."""
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
-    for name, down in weights.items():
-        if name.endswith(LORA_A):
-            layer = name.removesuffix(LORA_A)
-            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[f"{layer}{LORA_B}"] @ down
+    for name, lora_a in weights.items():
+        if name.endswith(LORA_A_SUFFIX):
+            layer = name.removesuffix(LORA_A_SUFFIX)
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[f"{layer}{LORA_B_SUFFIX}"] @ lora_a
     return plain

@@ -45,17 +45,17 @@ from .reporter import TrackImages
 
 
 NUM_SAMPLES = 4  # number of images in the card
-NUM_SHOWN = 6  # images in the report
-NUM_INSPECTED = 64  # images for the statistics of the report
+NUM_REPORT_IMAGES = 6  # number of images shown in the report
+NUM_STATISTICS_IMAGES = 64  # number of images for the statistics of the report
 MAX_IMAGES_TRIED = 20  # maximum number of images to read, including unreadable images
 
-LARGEST_BATCH = 32
-NUM_REPEATS = 5
-MEASURING_SECONDS = 2.0
+MAX_BATCH_SIZE = 32  # maximum batch size in images for the measurement of speed
+NUM_REPEATS = 5  # number of measured forward passes
+MEASURING_SECONDS = 2.0  # approximate duration of the measurement in seconds
 
 BENCHMARK_FILE = Path(".eval_results", "results.yaml")
 
-Sample = tuple[Image.Image, str | None]
+Sample = tuple[Image.Image, str | None]  # image, label as text
 
 
 # From the saved model ------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def build_model_report(
     held_out: LabeledImages,
     label_space: LabelSpace,
     device: torch.device,
-    draws: bool,
+    draw_images: bool,
     warn: Callable[[str], None],
     track: TrackImages | None = None,
     with_samples: bool = True,
@@ -77,43 +77,43 @@ def build_model_report(
     "diagnosis", and write images and report.html to the folder. Files of an earlier run are removed.
 
     An error does not end the run: it is printed as a warning. `track` sends named images to the trackers.
-    `with_samples` is whether the card may contain held-out images; report.html always does.
+    `with_samples` states whether the card may contain held-out images; report.html always contains held-out images.
 
     Returns:
-        Path of each image, and of the report, in the folder by name.
+        {name: path in the folder} of the images and the report.
     """
-    drawn: dict[str, str] = {}
+    paths: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
     with warn_on_error(warn, "the card has no images, because drawing failed"):
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         results["inference"] = measure_inference_speed(model, device)
-        if draws:
+        if draw_images:
             samples = select_samples(held_out, label_space) if with_samples else []
-            drawn |= write_card_images(folder, model, processor, results, samples)
+            paths |= write_card_images(folder, model, processor, results, samples)
             inspection = None
             with warn_on_error(warn, f"{REPORT} could not be written"):
-                inspection = inspect_saved(folder, model, processor, results, held_out, label_space)
+                inspection = inspect_saved_model(folder, model, processor, results, held_out, label_space)
                 results["diagnosis"] = inspection.summary
             if track is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
-                    track(collect_tracker_images(folder, drawn, inspection))
+                    track(collect_tracker_images(folder, paths, inspection))
             if inspection is not None:
-                drawn["report"] = REPORT
-    return drawn
+                paths["report"] = REPORT
+    return paths
 
 
 @contextmanager
 def warn_on_error(warn: Callable[[str], None], message: str) -> Iterator[None]:
-    """Convert any error inside this block to a warning, for example of a drawing library or a device without enough
-    memory."""
+    """Convert any error inside this block to a warning, for example an error of a drawing library or of a device
+    without enough memory."""
     try:
         yield
     except Exception as error:
         warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def inspect_saved(
+def inspect_saved_model(
     folder: Path,
     model: Any,
     processor: ViTCLSImageProcessor,
@@ -126,7 +126,10 @@ def inspect_saved(
     names = [f"held out, {number}" for number in range(len(held_out))]
     images = InspectionImages(held_out.images, names, labels, f"{results['dataset']}, {results['split']}")
     inspection = inspect_model(
-        model, processor, **images.build_arguments(NUM_SHOWN, NUM_INSPECTED), token_movement=results["token_movement"]
+        model,
+        processor,
+        **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
+        token_movement=results["token_movement"],
     )
     write_page(folder / REPORT, inspection, folder.resolve().name, images.source)
     return inspection
@@ -134,20 +137,20 @@ def inspect_saved(
 
 @torch.inference_mode()
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the images per second of the forward pass on pixels [B, C, H, W] on the device: the median of a few
-    passes. The batch size is at most 32, and smaller if the measurement would take too long."""
+    """Return the speed of the forward pass on the device in images per second (the median of a few passes), and the
+    conditions of the measurement. The batch size is at most 32, and smaller if the measurement would take too long."""
 
     def measure_seconds(pixel_values: torch.Tensor) -> float:
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         model(pixel_values)
         synchronize(device)
-        return time.perf_counter() - started
+        return time.perf_counter() - start_time
 
     config = model.config
     image = torch.rand(1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype)
     measure_seconds(image)  # warm up
-    fitting = int(MEASURING_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
-    batch = image.expand(max(1, min(LARGEST_BATCH, fitting)), -1, -1, -1).contiguous()
+    batch_size = int(MEASURING_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
+    batch = image.expand(max(1, min(MAX_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
     measure_seconds(batch)
     seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
     return {
@@ -163,16 +166,16 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
 
 
 def can_show_samples(
-    options: FinetuneOptions | PretrainOptions, repository: str | None, warn: Callable[[str], None]
+    options: FinetuneOptions | PretrainOptions, repo_id: str | None, warn: Callable[[str], None]
 ) -> bool:
-    """Return whether the card may contain held-out images: not if a public repository would publish local images
-    without --card-samples. `repository` is the repository that the result is pushed to, or None."""
+    """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
+    published in a public repository. `repo_id` is the repository that the result is pushed to, or None."""
     run, dataset = options.run, options.data.dataset
-    is_published = is_local(dataset) and repository is not None and not run.card_samples and run.report
-    if not is_published or run.hub_private or is_private(str(repository)):
+    publishes_local_images = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
+    if not publishes_local_images or run.hub_private or is_private(str(repo_id)):
         return True
     warn(
-        f"the card contains no held-out images, because {dataset} is local and {repository} is not known to be "
+        f"the card contains no held-out images, because {dataset} is local and {repo_id} is not known to be "
         "private. Set --card-samples to include images"
     )
     return False
@@ -191,13 +194,13 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
 
 
 def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
-    """Yield the indices of labels: the first of each class, then all others."""
-    first: dict[str, int] = {}
+    """Return an iterator over the indices of labels: the first index of each class, then all other indices."""
+    first_indices: dict[str, int] = {}
     others = []
     for index, label in enumerate(labels):
-        if first.setdefault(str(label), index) != index:
+        if first_indices.setdefault(str(label), index) != index:
             others.append(index)
-    return chain(first.values(), others)
+    return chain(first_indices.values(), others)
 
 
 # Card and accompanying files -----------------------------------------------------------------------------------------
@@ -237,35 +240,35 @@ def write_card(
 
 
 def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build the entry of the selection metric for the Hub's `.eval_results` (docs/hub/eval-results)."""
+    """Build the entry of the selection metric for the Hub's `.eval_results` (huggingface.co/docs/hub/eval-results)."""
     metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
-    text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    interval_text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     return EvalResultEntry(
         dataset_id=benchmark,
         task_id=task_id,
         value=results[metric],
         date=datetime.now(UTC).date().isoformat(),
         notes=f"{metric} as a fraction, on {results['num_images']} images of {results['dataset']} "
-        f"({results['split']}){text}",
+        f"({results['split']}){interval_text}",
     )
 
 
 def collect_tracker_images(
-    folder: Path, drawn: Mapping[str, str], inspection: Inspection | None
+    folder: Path, image_paths: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return images by name for the trackers: the images of the card, whose paths in `folder` are in `drawn`, and
-    figures of the inspection if it succeeded."""
-    images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in drawn.items()}
+    """Return images by name for the trackers: the images of the card, whose paths in `folder` are `image_paths`,
+    and figures of the inspection if there is one."""
+    images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:
-        figures = build_report_figures(inspection, with_samples="attention" in drawn)
+        figures = build_report_figures(inspection, with_samples="attention" in image_paths)
         images |= {name: render_figure(figure) for name, figure in figures.items()}
     return images
 
 
 def build_report_figures(inspection: Inspection, with_samples: bool) -> dict[str, Figure]:
-    """Build the main figures of the report; held-out images are included only if the card contains some, because
-    trackers may be remote."""
+    """Build the main figures of the report. Held-out images are included only if the card contains held-out images,
+    because trackers may be remote."""
     config, findings = inspection.config, inspection.findings
     figures = {
         "patch_distance": plot_curve(config, findings, "patch_distance"),

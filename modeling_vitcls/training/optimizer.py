@@ -4,7 +4,8 @@
     optimizer_step.backward(loss)                        for each accumulated batch
     norm = optimizer_step.step(check, before_update)     after the last batch
 
-PyTorch's optimizer runs the step in parts, DeepSpeed's engine in one call.
+DeepSpeed's engine clips the gradients and updates the weights in one call; with PyTorch's optimizer, these are two
+calls.
 
 The exponential moving average of the trained weights (Polyak and Juditsky 1992; in ViTs, DeiT section 6) is a list of
 tensors in the order of the trained parameters, for one process, DDP and sharded models.
@@ -30,7 +31,7 @@ DECAYED_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Build fused AdamW over the trained parameters."""
+    """Build fused AdamW for the trained parameters."""
     assert options.learning_rate is not None and options.layer_decay is not None
     groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
@@ -40,16 +41,16 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolution layers, but not to biases, norms, tokens, position
-    embeddings and scales. Each group has `lr_scale`, its factor of the learning rate: `layer_decay` to the power of
-    the number of layers after it (BEiT, arXiv 2106.08254, appendix).
+    embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power
+    of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
     """
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
+    decayed_ids = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
     depths = get_parameter_depths(model)
     last = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if id(parameter) in decayed else 0.0
+            decay = weight_decay if id(parameter) in decayed_ids else 0.0
             groups[layer_decay ** (last - depths[name]), decay].append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -58,8 +59,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
 
 
 def get_parameter_depths(model: nn.Module) -> dict[str, int]:
-    """Return the depth of each parameter: 0 for tokens, position and patch embeddings, then the layers, then norm and
-    heads."""
+    """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for
+    the layers; and the next number for the final norm and the heads."""
     names = [name for name, _ in model.named_parameters()]
     layers = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
     head_depth = max(layers.values(), default=-1) + 2
@@ -73,8 +74,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate of a step (from 0): linear warmup over the fraction `warmup` of the steps, then a
-    cosine decay to 0."""
+    """Return the learning rate of a step, counted from 0: linear warmup over the fraction `warmup` of the steps, then
+    a cosine decay to 0."""
     assert options.learning_rate is not None
     warmup_steps = round(options.warmup * num_steps)
     if step < warmup_steps:
@@ -84,13 +85,13 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
 
 
 class TorchOptimizerStep:
-    """Gradients and steps of PyTorch's optimizer: one process, DDP, FSDP2."""
+    """Backward pass and update with PyTorch's optimizer, for one process, DDP and FSDP2."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
     ) -> None:
         self.accelerator = accelerator
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
         self.max_gradient_norm = max_gradient_norm
 
@@ -101,7 +102,7 @@ class TorchOptimizerStep:
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Clip the gradients and update the weights; return the norm of all gradients before clipping. `check`
         receives the norm; an exception in it ends the step. `before_update` is called before the weights change."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trained, self.max_gradient_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.trained_parameters, self.max_gradient_norm))
         check(norm)
         before_update()
         self.optimizer.step()
@@ -110,7 +111,7 @@ class TorchOptimizerStep:
 
 
 class DeepSpeedOptimizerStep:
-    """Gradients and steps of DeepSpeed's engine, which clips, updates and discards the gradients in one call."""
+    """Backward pass and update with DeepSpeed's engine, which clips, applies and clears the gradients in one call."""
 
     def __init__(self, accelerator: Accelerator, engine: Any) -> None:
         self.accelerator = accelerator
@@ -123,7 +124,7 @@ class DeepSpeedOptimizerStep:
 
     def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
-        gradients are not clipped before `before_update`."""
+        gradients are clipped only after `before_update`."""
         check(0.0)  # checks only the losses
         before_update()
         self.engine.step()
@@ -147,20 +148,20 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.shadow = [parameter.detach().clone() for parameter in self.trained]
+        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shadow = [parameter.detach().clone() for parameter in self.trained_parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after `step` steps (from 1). The decay is smaller in the first steps, so
-        that the initial weights lose their influence."""
+        """Update the average with the weights after `step` steps (at least 1). The decay is smaller in the first
+        steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.shadow, self.trained, step)
+        get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Use the averaged weights of the model inside this block, and restore its own weights afterwards."""
-        weights = [parameter.detach().clone() for parameter in self.trained]
+        """Copy the averaged weights into the model for the duration of this block, then restore its weights."""
+        weights = [parameter.detach().clone() for parameter in self.trained_parameters]
         self.load(self.shadow)
         try:
             yield
@@ -170,5 +171,5 @@ class Ema:
     @torch.no_grad()
     def load(self, weights: list[torch.Tensor]) -> None:
         """Copy weights into the model."""
-        for parameter, weight in zip(self.trained, weights, strict=True):
+        for parameter, weight in zip(self.trained_parameters, weights, strict=True):
             parameter.copy_(weight)

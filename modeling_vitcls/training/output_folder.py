@@ -1,4 +1,4 @@
-"""Content of an output folder before a run starts, and the files that the run may replace.
+"""Checks of the output folder before a run starts, removal of replaced files, and the lock of the folder.
 
     finished run (results.json)              replaced only with --overwrite
     unfinished run (checkpoints/)            --resume continues it, --overwrite replaces it
@@ -9,9 +9,9 @@ A run first removes the files of the run that it replaces, starting with results
 own files. A run that is killed at any moment therefore never leaves an old model next to a new configuration.
 
 `FolderLock` excludes other runs. The lock is the file `.vitcls.lock` in the folder, which contains the host, the
-process and its start time. SIGTERM also releases the lock. A process that was killed with -9 leaves the file: the next
-run on the same host checks that the process has ended, and replaces the lock. The state of a process on another host
-is unknown, so its lock is respected.
+process ID and the start time of the process. SIGTERM also releases the lock. A process that was killed with SIGKILL
+leaves the file: the next run on the same host checks that the process has ended, and replaces the lock. The state of a
+process on another host is unknown, so its lock is not replaced.
 """
 
 import atexit
@@ -48,7 +48,7 @@ except ImportError:  # Windows
 
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
-MODEL = "config.json"
+MODEL_CONFIG = "config.json"
 
 # Files that a run writes at its end, results and model first.
 ADAPTER = "adapter"  # folder with only the LoRA adapter
@@ -56,10 +56,10 @@ FINAL_FILES = (
     *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
     *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),
 )
-NON_FINITE = "non_finite.json"
-NON_FINITE_STATE = "non_finite"  # folder of a checkpoint
+NON_FINITE = "non_finite.json"  # images of the step with a non-finite loss
+NON_FINITE_STATE = "non_finite"  # folder with a checkpoint of the state before this step
 CHECKPOINTS = "checkpoints"
-# Files that a run writes during training. The configuration, which identifies the run, is removed last.
+# Files that a run writes during training. The recipe, which identifies the run, is removed last.
 TRAINING_FILES = (METRICS, NON_FINITE, RECIPE)
 
 LOCK_FILE = ".vitcls.lock"
@@ -71,9 +71,9 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     output folder."""
     folder = options.output_dir
     if options.run.overwrite:
-        check_sources_kept(options)
+        check_sources_not_removed(options)
         return
-    if (folder / RESULTS).exists() and (folder / MODEL).exists():
+    if (folder / RESULTS).exists() and (folder / MODEL_CONFIG).exists():
         raise ValueError(
             f"{folder} contains a finished run. Replace it with --overwrite, or choose another --output-dir"
         )
@@ -97,7 +97,7 @@ def check_no_other_files(folder: Path) -> None:
         )
 
 
-def check_sources_kept(options: FinetuneOptions | PretrainOptions) -> None:
+def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
     sources = {"--model": options.model.model}
@@ -113,12 +113,12 @@ def check_sources_kept(options: FinetuneOptions | PretrainOptions) -> None:
 
 def remove_run(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model; keep all other files."""
-    if not any((folder / name).exists() for name in (RESULTS, MODEL, RECIPE)) and not store.list_steps():
+    if not any((folder / name).exists() for name in (RESULTS, MODEL_CONFIG, RECIPE)) and not store.list_steps():
         return
     for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
         (folder / name).unlink(missing_ok=True)
     for name in ("pictures", ".eval_results", ADAPTER):
-        with suppress(OSError):  # not there, or not empty
+        with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_STATE, ignore_errors=True)
     store.clear()
@@ -127,13 +127,14 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the files in the folder that a run writes at its end, results and model first."""
-    kinds = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER}/*")
-    files = (path for kind in kinds for path in folder.glob(kind) if path.is_file())
+    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER}/*")
+    files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
-    order = {
-        name: [number for number, kind in enumerate(FINAL_FILES) if is_match(name, (kind,))] for name in sorted(names)
+    ranks = {
+        name: [rank for rank, pattern in enumerate(FINAL_FILES) if is_match(name, (pattern,))]
+        for name in sorted(names)
     }
-    return sorted((name for name in order if order[name]), key=order.__getitem__)
+    return sorted((name for name in ranks if ranks[name]), key=ranks.__getitem__)
 
 
 # Lock ---------------------------------------------------------------------------------------------------------------
@@ -143,15 +144,15 @@ def list_final_files(folder: Path) -> list[str]:
 class LockOwner:
     """Process that holds a lock."""
 
-    host: str  # name of its machine
-    pid: int  # its process ID
+    host: str  # name of the machine
+    pid: int  # process ID
     # Seconds between the start of the machine and the start of the process, to distinguish processes with the same ID.
-    # Unlike the time of day, it does not change if the clock is set.
+    # Unlike the time of day, this number does not change if the clock is set.
     started_after_boot: float
     since: str  # time at which the lock was acquired
 
     @classmethod
-    def this_process(cls) -> Self:
+    def from_this_process(cls) -> Self:
         """Return the owner for this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(socket.gethostname(), os.getpid(), get_start_time(psutil.Process()), now)
@@ -173,8 +174,8 @@ class LockOwner:
         """Return whether the owner, a process of this machine, is running."""
         try:
             process = psutil.Process(self.pid)
-            is_same = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
+            is_same_process = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
+            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -186,23 +187,23 @@ class FolderLock:
         self.folder = folder
         self.file = folder / LOCK_FILE
         self.owner: LockOwner | None = None  # this process, while it holds the lock
-        self.created: list[Path] = []  # folders that were created for the lock, innermost first
+        self.created_folders: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
         """Acquire the lock; create the folder if it does not exist. Raise ValueError if another run holds the lock."""
-        self.created = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self.created_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        owner = LockOwner.this_process()
+        owner = LockOwner.from_this_process()
         with exclude_other_processes(self.folder):
             while not self.create_file(owner):
-                self.remove_stale()
+                self.remove_stale_lock()
         self.owner = owner
         atexit.register(self.release)
         replace_sigterm_handler(signal.SIG_DFL, self.release_and_exit)
 
     def release(self) -> None:
         """Remove the lock if this process holds it, and remove empty folders that were created for it."""
-        if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold it
+        if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold the lock
             return
         with suppress(FileNotFoundError):
             if LockOwner.from_text(self.file.read_text(encoding="utf-8")) == self.owner:
@@ -210,8 +211,8 @@ class FolderLock:
         self.owner = None
         atexit.unregister(self.release)
         replace_sigterm_handler(self.release_and_exit, signal.SIG_DFL)
-        with suppress(OSError):  # not empty
-            for folder in self.created:
+        with suppress(OSError):  # a folder is not empty
+            for folder in self.created_folders:
                 folder.rmdir()
 
     def __enter__(self) -> Self:
@@ -221,7 +222,7 @@ class FolderLock:
         self.release()
 
     def release_and_exit(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: release the lock, then end the process by the default handler."""
+        """Handle SIGTERM: release the lock, then end the process with the default handler."""
         self.release()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -238,7 +239,7 @@ class FolderLock:
             file.write(json.dumps(asdict(owner)) + "\n")
         return True
 
-    def remove_stale(self) -> None:
+    def remove_stale_lock(self) -> None:
         """Remove the lock if its owner has ended. Raise ValueError if the owner is running or may be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
@@ -254,7 +255,7 @@ class FolderLock:
         where, advice = "this machine", "Wait until it has ended, or choose another --output-dir"
         if not owner.is_on_this_host:
             where = f"the host {owner.host}"
-            advice += f". If it has already ended, delete {self.file}"
+            advice += f". If that run has already ended, delete {self.file}"
         raise ValueError(
             f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"
         )
@@ -268,7 +269,7 @@ def exclude_other_processes(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not on every network file system
+        with suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -276,7 +277,7 @@ def exclude_other_processes(folder: Path) -> Iterator[None]:
 
 
 def get_start_time(process: psutil.Process) -> float:
-    """Return the start time of a process in seconds after the start of its machine."""
+    """Return the start time of a process in seconds after the start of the machine."""
     return round(process.create_time() - psutil.boot_time(), 2)
 
 

@@ -4,7 +4,7 @@
 
 The output folder contains the same files as after fine-tuning (finetune.py). The model is the encoder with its
 decoder; `--model` of fine-tuning, AutoModel and AutoModelForMaskedImageModeling load it. The CLS token has no loss of
-its own. It is trained through the patches that attend to it. task.py contains the run from top to bottom.
+its own, but is trained through the patches that attend to it. task.py contains the run from top to bottom.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from ..inference.load_model import is_preset
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
-from .losses import MaskedImages, Objective
+from .losses import MaskedImageModeling, Objective
 from .model import set_processor_size
 from .task import NOTHING_MEASURED, Task, format_values
 
@@ -45,19 +45,19 @@ class PretrainTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load both splits without labels."""
+        """Load the training split and the held-out split without labels."""
         return load_unlabeled_data(self.options.data, self.options.training.select == "best")
 
     def load_model(self) -> None:
-        """Load the model, and build the generator of masks."""
+        """Load the model, and build the mask generator."""
         self.model, self.processor = build_model(self.options.model)
         self.mask_generator = MaskGenerator(self.options.masking, self.model.config.grid_size)
 
     def build_objective(self, normalize: Normalizer) -> Objective:
-        return MaskedImages(normalize, self.mask_generator)
+        return MaskedImageModeling(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator on these held-out images. `--split-seed` determines their masks."""
+        """Build the evaluator for these held-out images. `--split-seed` determines the masks of the images."""
         return ReconstructionEvaluator(
             images.images,
             self.processor,
@@ -67,10 +67,10 @@ class PretrainTask(Task):
         )
 
     def describe_labels(self) -> str:
-        return "their labels are not used"
+        return "labels are not used"
 
     def summarize(self) -> dict[str, str]:
-        """Return the line about the masks."""
+        """Return the summary line about the masks."""
         masks = self.mask_generator
         rows, columns = masks.grid
         return {
@@ -94,7 +94,7 @@ class PretrainTask(Task):
 
 
 def check_combinations(options: PretrainOptions) -> None:
-    """Raise ValueError for flags that require labels, a trained model or all patches."""
+    """Raise ValueError for flags that require labels or a trained model, or that drop patches."""
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
@@ -106,7 +106,9 @@ def check_combinations(options: PretrainOptions) -> None:
         if is_set:
             raise ValueError(f"{flag} is for fine-tuning, but pre-training uses no labels. Remove {flag}")
     if options.model.patch_drop_rate:
-        raise ValueError("--patch-drop-rate drops patches, but pre-training requires all. Remove --patch-drop-rate")
+        raise ValueError(
+            "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
+        )
 
 
 def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:

@@ -1,5 +1,5 @@
-"""Output of a run: progress (a bar on a terminal, lines elsewhere), metrics.jsonl, trackers, and the facts about a run
-in its summary and results.json.
+"""Output of a run: progress (a bar on a terminal, lines elsewhere), metrics.jsonl, trackers, and the facts about the
+run in the summary and in results.json.
 
 Only the main process prints and writes.
 """
@@ -50,32 +50,32 @@ class Reporter:
         self.task = self.progress.add_task("training", total=None, remaining="")
         self.num_steps = 0
         self.first_step = 0
-        self.started = 0.0  # time at which the first step started
+        self.start_time = 0.0  # time at which the first step started
 
-    def print_line(self, name: str, what: str) -> None:
+    def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
-        self.console.print(f"{name:<9} {what}", markup=False)
+        self.console.print(f"{name:<9} {text}", markup=False)
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Keep the records up to `step`, and remove later records, whose steps are repeated."""
+        """Start after `step`: keep the records up to this step, and remove later records, whose steps are repeated."""
         self.num_steps = num_steps
-        self.first_step, self.started = step, time.perf_counter()
+        self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-            kept = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
-            partial = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
+            kept_lines = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
+            partial_file = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
             with self.explain_write_errors():
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                partial.replace(self.metrics_file)
+                partial_file.write_text("".join(f"{line}\n" for line in kept_lines), encoding="utf-8")
+                partial_file.replace(self.metrics_file)
         self.progress.update(self.task, completed=step, total=num_steps)
 
     @contextmanager
     def explain_write_errors(self) -> Iterator[None]:
-        """Raise an OSError with a remedy if metrics.jsonl cannot be written."""
+        """Add a remedy to the OSError if metrics.jsonl cannot be written."""
         try:
             yield
         except OSError as error:
@@ -117,11 +117,11 @@ class Reporter:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Format the remaining time at the speed so far; empty after the last step."""
-        done, missing = step - self.first_step, self.num_steps - step
-        if done <= 0 or missing <= 0:
+        """Format the remaining time, estimated from the speed so far; empty after the last step."""
+        num_done, num_remaining = step - self.first_step, self.num_steps - step
+        if num_done <= 0 or num_remaining <= 0:
             return ""
-        return f"{format_duration((time.perf_counter() - self.started) / done * missing)} left"
+        return f"{format_duration((time.perf_counter() - self.start_time) / num_done * num_remaining)} left"
 
     @property
     def track_images(self) -> TrackImages | None:
@@ -186,10 +186,10 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     counts = {name: count for name, count in count_tokens(config).items() if count}
     tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
     height, width = config.image_height_width
-    trained = count_parameters(model, trained_only=True)
+    num_trained = count_parameters(model, trained_only=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {trained:,} trained, {config.num_hidden_layers} "
-        f"layers of width {config.hidden_size}, pooling {config.pooling}",
+        "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trained, "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {tokens} ] = {sum(counts.values())} for {height} x {width} pixels",
     }
 
@@ -207,7 +207,8 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 def describe_run(
     plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the facts about steps, model, speed and device for results.json. `num_steps` steps were executed."""
+    """Return the facts about steps, model, speed and device for results.json. `num_steps` is the number of executed
+    steps."""
     counts = count_tokens(model.config)
     return {
         "steps": num_steps,
@@ -232,6 +233,6 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
-    """Return the number of parameters, optionally only of trained parameters."""
-    counted = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in counted)  # ds_numel: with ZeRO-3
+    """Return the number of parameters, or only of the trained parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

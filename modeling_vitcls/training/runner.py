@@ -40,7 +40,7 @@ from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import output_folder
 from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
-from .distributed_state import gather_state, get_unsupported_reason, scatter_checkpoint, scatter_state
+from .distributed_state import gather_state, get_unsupported_reason, scatter_all_weights, scatter_state
 from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
@@ -56,7 +56,7 @@ class Components:
 
     model: nn.Module  # plain module, the model or only its heads
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from this step on
+    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from that step on
     evaluate: Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
@@ -72,8 +72,8 @@ CHANGEABLE_FLAGS = (
 
 RESOLVED_FLAGS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
-START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not part of the run's recipe
-LENGTH_FLAGS = ("epochs", "max_steps")
+START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that config.resolved.yaml does not contain
+LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
 STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
@@ -90,7 +90,7 @@ class RunStopped(Exception):
 
 @dataclass
 class Runner:
-    """A run in its output folder."""
+    """A training run and its output folder."""
 
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
@@ -100,7 +100,7 @@ class Runner:
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
     seconds: float = 0.0  # training time in seconds, including the time before --resume
-    started: float = 0.0  # time at which this process started training
+    start_time: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
     state: TrainingState = field(init=False, repr=False)  # set by `train`
@@ -127,7 +127,7 @@ class Runner:
         self, components: Components, plan: BatchPlan, selection_metric: str, uploads: BranchUploads | None = None
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
-        `--ema-decay`, the model has the averaged weights afterwards. The `selection_metric` selects the best
+        `--ema-decay`, the model has the averaged weights after training. The `selection_metric` selects the best
         checkpoint; lower is better if its name ends with "loss".
 
         Raises:
@@ -170,9 +170,9 @@ class Runner:
                 save_on_main(self.store, accelerator, state.step, *gather_all(), is_best)
 
         def evaluate_with_timing() -> Metrics:
-            started = time.perf_counter()
+            start_time = time.perf_counter()
             metrics = components.evaluate(state.model)
-            self.evaluation_seconds.append(time.perf_counter() - started)
+            self.evaluation_seconds.append(time.perf_counter() - start_time)
             return metrics
 
         def record_speed(num_images: int, seconds: float) -> Metrics:
@@ -184,7 +184,7 @@ class Runner:
             if uploads is not None:
                 uploads.publish(state, gather_all)
 
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
         with (
             Interruption(accelerator) as interruption,
             self.reporter,
@@ -221,15 +221,15 @@ class Runner:
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
             "token_movement": monitor.compute_movement(),
-            "utilisation": self.utilization.results(),
+            "utilisation": self.utilization.get_results(),
         }
 
     def load_best(self, state: TrainingState) -> None:
-        """Load the weights with the best evaluation into `state`, and print their step. Raise ValueError if their
+        """Load the checkpoint with the best evaluation into `state`, and print its step. Raise ValueError if the
         checkpoint is damaged or missing."""
         checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
         assert facts is not None
-        scatter_checkpoint(checkpoint, self.accelerator, state.model, state.shadow)
+        scatter_all_weights(checkpoint, self.accelerator, state.model, state.shadow)
         self.selected_step = facts["step"]
         self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
 
@@ -251,8 +251,8 @@ class Runner:
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options with the commits of models on the Hub; a resumed run keeps its commits. Raise ValueError
-        or OSError if a model cannot be found."""
+        """Return the options with model names on the Hub pinned to a commit; a resumed run keeps its commits. Raise
+        ValueError or OSError if a model cannot be found."""
         before = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
@@ -269,7 +269,7 @@ class Runner:
             check_same_flags(self.facts["flags"], to_flags(options), self.folder)
 
     def check_plan(self, plan: BatchPlan) -> None:
-        """Raise ValueError if --resume would change the precision, or the number or the size of the steps."""
+        """Raise ValueError if --resume would change the precision, the number of steps, or the images per step."""
         facts, precision = self.facts, self.accelerator.mixed_precision
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
@@ -284,12 +284,12 @@ class Runner:
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run cannot resume from or replace the content of the output folder."""
+        """Raise ValueError if the run can neither be resumed from nor replace the content of the output folder."""
         if self.facts is None:
             output_folder.check_replaceable(self.options, self.store)
             return
         check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
-        if not (self.folder / output_folder.MODEL).exists() and not self.options.run.overwrite:
+        if not (self.folder / output_folder.MODEL_CONFIG).exists() and not self.options.run.overwrite:
             output_folder.check_no_other_files(self.folder)
 
     def claim_folder(self) -> None:
@@ -319,19 +319,19 @@ class Runner:
             raise
 
     def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
-        """Load the checkpoint into `state` if the run is resumed."""
+        """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
         if self.facts is not None:
             try:
                 scatter_state(
                     self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, state.shadow
                 )
-            except ValueError as error:  # the checkpoint of another model
+            except ValueError as error:  # the checkpoint belongs to another model
                 raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
             state.num_worse = self.facts.get("num_worse", 0)
             windows = self.facts["windows"]
-            state.window = windows[self.accelerator.process_index % len(windows)]
+            state.recent_losses = windows[self.accelerator.process_index % len(windows)]
             state.attention = self.facts["attention"]
             state.record = self.facts["record"]
             unreadable_images.indices.update(self.facts["broken"])
@@ -345,14 +345,14 @@ class Runner:
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
-        it together."""
+        this together."""
         facts = {
             "step": state.step,
             "best_score": state.best_score,
             "num_worse": state.num_worse,
             "seconds": self.get_training_seconds(),
             "utilisation": self.utilization.get_state(),
-            "windows": gather_object([state.window]),
+            "windows": gather_object([state.recent_losses]),
             "attention": state.attention,
             "record": state.record,
             "broken": sorted(unreadable_images.indices),
@@ -362,8 +362,8 @@ class Runner:
             "data": self.data,
             "flags": self.get_flags(),
         }
-        tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-        return tensors, facts | rest
+        tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+        return tensors, facts | other_values
 
     def start_trackers(self) -> None:
         """Initialize Accelerate's trackers, which write to the output folder."""
@@ -378,7 +378,7 @@ class Runner:
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
-        return self.seconds + time.perf_counter() - self.started
+        return self.seconds + time.perf_counter() - self.start_time
 
     @contextmanager
     def convert_errors(self, interruption: Interruption) -> Iterator[None]:
@@ -396,8 +396,8 @@ class Runner:
             raise RunStopped(str(error), on_all=is_on_all_processes(error)) from error
 
     def save_non_finite(self, error: NonFiniteLoss) -> str:
-        """Save the images and the initial state of the step with the non-finite loss, and return a sentence with the
-        file name, or with the reason if saving fails."""
+        """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence with
+        the file name, or with the error if saving fails."""
         file = self.folder / output_folder.NON_FINITE
         own_images = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
         images = {"step": error.step + 1, "batches": gather_object(own_images)}
@@ -406,8 +406,10 @@ class Runner:
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, num_kept=1)
                 state = self.state
-                tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-                save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)
+                tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                save_on_main(
+                    store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
+                )
         except OSError as problem:
             return f"The images and the state of that step could not be saved: {problem}"
         return f"The images of that step are listed in {file}"
@@ -419,8 +421,8 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
 
     Raises:
         ValueError: if the preset does not exist, a flag, precision or tracker is not supported, another run uses the
-            folder, the run would replace files without --overwrite, or all checkpoints are damaged or have other
-            flags.
+            folder, the run would replace files without --overwrite, or all checkpoints are damaged or were written
+            with other flags.
         OSError: if the folder cannot be written.
     """
     check_preset(options.model.model)
@@ -447,7 +449,7 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
 
 
 def resolve_names(options: Any) -> Any:
-    """Return the options with dataset, model and teacher named by absolute paths."""
+    """Return the options with absolute paths for a local dataset, model and teacher."""
     dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
     options = replace(options, data=replace(options.data, dataset=dataset))
     return replace_sources(
@@ -456,7 +458,7 @@ def resolve_names(options: Any) -> Any:
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
-    """Return the options with initial model and teacher converted, as a function of their flag and value."""
+    """Return the options with the values of --model and --teacher replaced by `convert(flag, value)`."""
     options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
     if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
         return options
@@ -466,7 +468,8 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 
 def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if --resume would continue the run with other flags than the `stored` flags of the checkpoint.
-    A flag in `current` without a value will get its default, and a model its commit."""
+    A flag that is None in `current` is accepted if its default depends on the run. A model without a commit hash is
+    accepted if the stored value is the same model at a commit."""
     for name, value in stored.items():
         if (
             name in CHANGEABLE_FLAGS

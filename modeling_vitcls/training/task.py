@@ -69,9 +69,9 @@ from .token_monitor import build_attention_measure
 Evaluate = Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
 
 FOLDS = "folds.json"  # results of a cross-validation
-NUM_DECIMALS = 6
+NUM_DECIMALS = 6  # decimals of the numbers in folds.json
 NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
-NUM_DRY_RUN_STEPS = 3  # the first step is slower than the others
+NUM_DRY_RUN_STEPS = 3  # more than 1, because the first step is slower than the others
 
 
 class Task(ABC):
@@ -84,7 +84,7 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # plain ViTCLS model, in which parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    start: dict[str, str | None]  # lines about random weights and defaults by name
+    start_lines: dict[str, str | None]  # summary lines about random weights and defaults by name
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
@@ -94,7 +94,7 @@ class Task(ABC):
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
             self.hub_model_id = self.check_repository()
-            with accelerator.main_process_first():  # downloads once
+            with accelerator.main_process_first():  # only the main process downloads
                 self.data = self.load_data()
                 self.runner.check_data(describe_data(self.data))
                 self.resolve_options()
@@ -106,13 +106,13 @@ class Task(ABC):
             self.runner.claim_folder()
 
     def resolve_options(self) -> None:
-        """Set flags whose default depends on the run (defaults.py), and the commits of models on the Hub."""
+        """Set the flags whose default depends on the run (defaults.py), and pin models on the Hub to a commit."""
         self.options = self.runner.pin_models(self.options)
         facts = get_facts(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, facts)
         self.runner.set_options(self.options)
         weights = describe_random_weights(self.options.model.model, facts)
-        self.start = {"weights": weights, "defaults": format_defaults(reasons)}
+        self.start_lines = {"weights": weights, "defaults": format_defaults(reasons)}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self) -> TrainingData:
-        """Load both splits."""
+        """Load the training split and the held-out split."""
 
     @abstractmethod
     def load_model(self) -> None:
@@ -136,7 +136,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator on these held-out images."""
+        """Build the evaluator for these held-out images."""
 
     @abstractmethod
     def build_objective(self, normalize: Normalizer) -> Objective:
@@ -144,15 +144,15 @@ class Task(ABC):
 
     @abstractmethod
     def describe_labels(self) -> str:
-        """Return the part of the summary about labels."""
+        """Return the text about labels for the summary line about data."""
 
     @abstractmethod
     def summarize(self) -> dict[str, str]:
-        """Return the lines about the task in the summary by name."""
+        """Return the summary lines about the task as {name: text}."""
 
     @abstractmethod
     def collect_facts(self) -> dict[str, Any]:
-        """Return the entries of results.json that only this task has."""
+        """Return the entries of results.json that are specific to this task."""
 
     @abstractmethod
     def format_result(self, metrics: Metrics) -> str:
@@ -162,7 +162,7 @@ class Task(ABC):
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the model card of a repository or folder `name`, with the paths of its images by name."""
+        """Build the model card of the repository or folder `name`. `images` are the paths of images by name."""
 
     def find_warnings(self) -> list[str]:
         """Return the warnings to print before training."""
@@ -171,8 +171,8 @@ class Task(ABC):
     # Shared by the tasks ---------------------------------------------------------------------------------------------
 
     def check_repository(self) -> str | None:
-        """Return the repository for `--push-to-hub`, or None. Raise ValueError or OSError on all processes if pushing
-        is not permitted or the Hub cannot be reached."""
+        """Return the repository for `--push-to-hub`; None if the flag is not set. Raise ValueError or OSError on all
+        processes if pushing is not permitted or the Hub cannot be reached."""
         run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run.push_to_hub:
             return None
@@ -202,7 +202,7 @@ class Task(ABC):
         )
 
     def get_num_views(self) -> int:
-        """Return the number of different views of an image; 0 uses a new augmentation in every epoch."""
+        """Return the number of different views of an image; 0 if every epoch uses a new view."""
         return 0
 
     def build_training_images(
@@ -230,8 +230,8 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train, evaluate and write the output folder; return the content of results.json. Raise RunStopped as
-    `Runner.train`, and if the result cannot be written or pushed."""
+    """Train, evaluate and write the output folder; return the content of results.json. Raise RunStopped in the same
+    cases as `Runner.train`, and if the result cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
@@ -245,12 +245,12 @@ def run_task(task: Task) -> dict[str, Any]:
 
         held_out, selection = task.data.held_out, task.data.selection
         no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics with --held-out-fraction 0
-        reported = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
-        components = task.build_components(reported if selection is None else task.build_evaluator(selection))
+        evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
+        components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
         write = partial(write_model, task.model, task.processor)
         uploads = build_branch_uploads(task.options, reporter, task.hub_model_id, task.model, write)
         metrics = runner.train(components, task.plan, task.selection_metric, uploads)
-        metrics |= evaluate_result(task, components, reported)
+        metrics |= evaluate_result(task, components, evaluate_held_out)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
@@ -262,34 +262,34 @@ def run_task(task: Task) -> dict[str, Any]:
         return results
 
 
-def evaluate_result(task: Task, components: Components, reported: Evaluate) -> Metrics:
-    """Return the metrics on the reported images, if training evaluated other images or only the heads of the model.
-    `reported` evaluates these images."""
+def evaluate_result(task: Task, components: Components, evaluate_held_out: Evaluate) -> Metrics:
+    """Return the metrics on the held-out images if training evaluated other images, or only the heads of the model;
+    otherwise an empty dictionary."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
     model = task.model if has_only_heads else task.runner.state.model
-    results = reported(model.eval())
+    results = evaluate_held_out(model.eval())
     reshard(model)
     if task.data.selection is None:
         return results
-    selected = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
-    selected |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
-    return results | {"selection": selected}
+    selection = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
+    selection |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
+    return results | {"selection": selection}
 
 
 def summarize(task: Task) -> dict[str, str]:
-    """Return the lines that are printed before training by name."""
+    """Return the summary lines that are printed before training as {name: text}."""
     data = task.data
-    number = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    count = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
     lines = {
-        "data": f"{data.name}: {number} images to train on, {len(data.held_out):,} held out "
+        "data": f"{data.name}: {count} images to train on, {len(data.held_out):,} held out "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
         lines["selection"] = f"{len(data.selection):,} other images select the checkpoint ({data.selection_name})"
     lines |= describe_model(task.options.model.model, task.model)
-    lines |= {name: line for name, line in task.start.items() if line}
+    lines |= {name: line for name, line in task.start_lines.items() if line}
     return lines | task.summarize() | describe_batches(task.plan, task.runner.accelerator)
 
 
@@ -317,7 +317,7 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write model, image processor, card and, last, results.json, which marks the folder as complete. Add the speed of
-    the model and the diagnosis of its tokens to `results`. All processes must call it together. Raise RunStopped on
+    the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise RunStopped on
     all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
@@ -357,41 +357,41 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     try:
         run_on_main(runner.accelerator, write_quietly)
     except OSError as error:
-        again = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
-        raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {again}") from error
+        remedy = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
+        raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {remedy}") from error
 
 
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
-    """Write weights, configuration, code and image processor. Call it on the main process, with all full tensors of
-    the model, which may be sharded; LoRA weights are merged."""
-    # FSDP2 replaces the class, and Transformers would save PyTorch's source files as the model's code.
-    wrapped = type(model)
-    plain: Any = next(base for base in wrapped.__mro__ if not issubclass(base, FSDPModule))
-    model.__class__ = plain
+    """Write weights, configuration, code and image processor. Call this on the main process with the full tensors of
+    the model, which may be sharded. LoRA weights are merged."""
+    # FSDP2 replaces the model's class, so that transformers would save PyTorch's source files as the model's code.
+    wrapped_class = type(model)
+    plain_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
+    model.__class__ = plain_class
     try:
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
-        model.__class__ = wrapped
+        model.__class__ = wrapped_class
     processor.save_pretrained(folder)
 
 
 def push(task: Task) -> None:
     """Push the output folder and verify the pushed files. Do nothing without a repository or in a dry run. Raise
-    RunStopped if it fails."""
+    RunStopped if the push or the verification fails."""
     options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
-    repository = task.hub_model_id
-    if repository is None or options.dry_run:
+    repo_id = task.hub_model_id
+    if repo_id is None or options.dry_run:
         return
 
     def push_and_verify() -> None:
-        pushed = push_folder(folder, repository, options.hub_private, with_optimizer=options.hub_push_optimizer)
-        reporter.print_line("pushed", pushed.summary)
+        push_result = push_folder(folder, repo_id, options.hub_private, with_optimizer=options.hub_push_optimizer)
+        reporter.print_line("pushed", push_result.summary)
         if options.hub_verify:
             reporter.print_line("verifying", "loading the pushed model in a new process")
-            reporter.console.print("\n".join(verify_push(pushed, folder).format_lines()), markup=False)
+            reporter.console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)
 
     try:
-        run_on_main(task.runner.accelerator, push_and_verify)  # the others wait up to MAX_WAIT (distributed.py)
+        run_on_main(task.runner.accelerator, push_and_verify)  # other processes wait up to MAX_WAIT (distributed.py)
     except (ValueError, OSError) as error:
         raise RunStopped(str(error)) from error
 
@@ -401,10 +401,10 @@ def push(task: Task) -> None:
 
 def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
-    in `Task` and `run_task`, and for `--push-to-hub`.
+    in `Task` and `run_task`; --push-to-hub raises ValueError.
 
-    Each image is held out in exactly one fold. The interval of the mean over the folds is Student's; it is too narrow,
-    because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
+    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. It is too
+    narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
     variance of k-fold cross-validation").
     """
     if options.run.push_to_hub:
@@ -417,11 +417,11 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         results.append(run_task(task))
     metric = results[0]["selection_metric"]
     values = [result[metric] for result in results]
-    mean, distance = compute_interval(values)
+    mean, half_width = compute_interval(values)
     summary = {
         "metric": metric,
         "mean": round(mean, NUM_DECIMALS),
-        "interval": [round(mean - distance, NUM_DECIMALS), round(mean + distance, NUM_DECIMALS)],
+        "interval": [round(mean - half_width, NUM_DECIMALS), round(mean + half_width, NUM_DECIMALS)],
         "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
     }
     runner = task.runner
@@ -437,42 +437,43 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
 
 
 def dry_run(task_class: type[Task], options: Any) -> None:
-    """Run a few steps, an evaluation, a checkpoint and saving on a few images, in a temporary folder (`--dry-run`).
-    Print the executed actions and the expected duration of the full run. Errors are as in `Task` and `run_task`."""
-    started = time.perf_counter()
-    with make_dry_run_options(options) as short:
-        task = task_class(short)
-        full = replace(task.options.training, max_steps=options.training.max_steps)
-        runner, plan, data = task.runner, task.build_plan(full), task.data
+    """Run a few steps, an evaluation, a checkpoint and the saving of results on a few images, in a temporary folder
+    (`--dry-run`). Print the executed actions and the expected duration of the full run. Errors are as in `Task` and
+    `run_task`."""
+    start_time = time.perf_counter()
+    with make_dry_run_options(options) as short_options:
+        task = task_class(short_options)
+        full_training = replace(task.options.training, max_steps=options.training.max_steps)
+        runner, plan, data = task.runner, task.build_plan(full_training), task.data
         num_held_out = len(data.held_out if data.selection is None else data.selection)
         indices = range(min(num_held_out, plan.batch_size * plan.num_processes))
         selection = None if data.selection is None else data.selection.select(indices)
         held_out = data.held_out.select(indices[: len(data.held_out)])
         task.data = replace(data, held_out=held_out, selection=selection)
-        if short.training.trainable == "head":
+        if short_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
     checkpoint = ", a checkpoint" if runner.can_save_checkpoints else ""
-    may_push = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    expected = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0))
+    push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
+    duration = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0))
     runner.reporter.print_line(
         "dry run",
-        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint}, saving succeeded in "
-        f"{time.perf_counter() - started:.0f} s{may_push}; no files were kept. The full run has {plan.num_steps:,} "
-        f"steps and takes about {expected}",
+        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint} and saving succeeded in "
+        f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
+        f"{plan.num_steps:,} steps and takes about {duration}",
     )
 
 
 @contextmanager
 def make_dry_run_options(options: Any) -> Iterator[Any]:
-    """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards. Raise
+    """Yield the options of a dry run of a few steps, in a temporary folder that is removed afterwards. Raise
     ValueError if the content of the output folder does not allow the full run."""
     if not options.run.resume:
         check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, num_kept=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(parents=True, exist_ok=True)  # checks write permission as the full run would
+        parent.mkdir(parents=True, exist_ok=True)  # checks the write permission that the full run requires
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield replace(
@@ -486,7 +487,7 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images of the planned steps, because linear probing encodes all images first."""
+    """Keep only the training images that the planned steps use, because linear probing encodes all images first."""
     if isinstance(task.data.train, LabeledImages):
         batches = [batch for process in range(task.plan.num_processes) for batch in task.plan.iterate_keys(process)]
         indices = sorted({index for batch in batches for _, index in batch})
@@ -494,14 +495,15 @@ def limit_training_images(task: Task) -> None:
         task.plan = task.build_plan(task.options.training)
 
 
-def estimate_seconds(runner: Runner, plan: BatchPlan, evaluation_share: float) -> float:
+def estimate_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
     """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
     The first of several steps is slower than the others and is ignored.
 
-    `plan` is the batch plan of the full run, `evaluation_share` the fraction of the held-out images that was
-    evaluated.
+    `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
+    run evaluated.
     """
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
-    step = min(runner.step_seconds[1:] or runner.step_seconds)
-    return plan.num_steps * step + num_evaluations * min(runner.evaluation_seconds) / evaluation_share
+    seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)
+    seconds_per_evaluation = min(runner.evaluation_seconds) / evaluated_fraction
+    return plan.num_steps * seconds_per_step + num_evaluations * seconds_per_evaluation

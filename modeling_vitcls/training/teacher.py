@@ -10,9 +10,9 @@ FILE                     a published state dict with a classifier, converted onc
 The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
 processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
 
-With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. They are
-not part of checkpoints: a resumed run predicts them again, in different batches. The results are the same up to
-rounding before the logits are stored in half precision.
+With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. The
+cache is not part of checkpoints. A resumed run predicts the logits again in different batches, so they may differ by
+rounding errors before they are stored in half precision.
 """
 
 from collections import Counter
@@ -54,8 +54,8 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]  # [B, C, H, W] uint8 to float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W], from 0 to 255, to the teacher's input; mixed pixels are
-        rounded."""
+        """Convert the student's pixels [B, C, H, W], from 0 to 255, to the teacher's input. Pixels of mixed
+        images are rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -71,16 +71,17 @@ class Teacher(nn.Module):
         self,
         model: nn.Module,
         preprocessing: TeacherPreprocessing,
-        columns: list[int] | None = None,
+        label_indices: list[int] | None = None,
         description: str = "",
         note: str = "",
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.columns = columns  # index of each of the student's labels in the logits; None if the labels are the same
+        # Indices of the student's labels in the logits; None if labels are the same.
+        self.label_indices = label_indices
         self.description = description  # name and size of the teacher
-        self.note = note  # assumption about its labels; empty without one
+        self.note = note  # text about the mapping of labels; empty if all labels are the same
         self.eval()
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Teacher(nn.Module):
         to 255."""
         outputs = self.model(self.preprocessing(pixels))
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-        return logits if self.columns is None else logits[:, self.columns]
+        return logits if self.label_indices is None else logits[:, self.label_indices]
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the logits [B, labels] for the `pixels` of a batch."""
@@ -102,7 +103,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """Loaded teacher model; its label names by index are None if it has none."""
+    """Loaded teacher model. `label_names` are in the order of the logits; None if the labels have no names."""
 
     model: nn.Module
     preprocessing: TeacherPreprocessing
@@ -119,7 +120,8 @@ def load_teacher(
     the same labels in the same order; `note` states this assumption.
 
     Raises:
-        ValueError: if the teacher is not an image classifier or lacks labels, or the labels are not one per image.
+        ValueError: if the teacher is not an image classifier or lacks labels, or the dataset does not have one label
+            per image.
         OSError: if the teacher cannot be found or read.
     """
     if labels.kind != "single_label_classification":
@@ -129,31 +131,31 @@ def load_teacher(
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
         loaded = load_from_transformers(folder, num_channels, height_width)
-    columns, note = match_labels(source, loaded, labels.names)
+    label_indices, note = match_labels(source, loaded, labels.names)
     height, width = loaded.preprocessing.height_width
-    size = sum(parameter.numel() for parameter in loaded.model.parameters())
-    description = f"{source}: {size:,} parameters, at {height} x {width} pixels"
-    return Teacher(loaded.model, loaded.preprocessing, columns, description, note).to(device)
+    num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
+    return Teacher(loaded.model, loaded.preprocessing, label_indices, description, note).to(device)
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits (None if the labels are the same), and a note on
-    assumptions."""
+    """Return the index of each label in the teacher's logits (None if the labels are the same), and a note about the
+    mapping (empty if the labels are the same)."""
     names = teacher.label_names
     if names is None:
         if teacher.num_labels != len(labels):
             raise ValueError(
                 f"the teacher {source} has {teacher.num_labels} labels without names, but the dataset has "
-                f"{len(labels)}. Use a teacher that was trained on these labels"
+                f"{len(labels)} labels. Use a teacher that was trained on these labels"
             )
         return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the dataset's order"
     if names == labels:
         return None, ""
     if missing := [name for name in labels if name not in names]:
-        known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        known_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"the teacher {source} has no label {missing[0]!r}, only {known}. Use a teacher that was trained on these "
-            "labels"
+            f"the teacher {source} has no label {missing[0]!r}, only {known_names}. Use a teacher that was "
+            "trained on these labels"
         )
     if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
@@ -172,11 +174,11 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
         folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
         raise OSError(f"cannot load the teacher: {error}") from error
-    config = load_part(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
+    config = load_component(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
     load_model = AutoModelForImageClassification.from_pretrained
-    model, info = load_part(
+    model, info = load_component(
         source, "model", load_model, folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if info["missing_keys"]:
@@ -185,7 +187,7 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
-    processor = load_part(
+    processor = load_component(
         source, "image processor", AutoImageProcessor.from_pretrained, folder, trust_remote_code=False
     )
     if config.model_type == "timm_wrapper":
@@ -199,8 +201,8 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
 def build_processor_preprocessing(
     processor: Any, num_channels: int, student_channels: int, height_width: tuple[int, int]
 ) -> TeacherPreprocessing:
-    """Build the preprocessing of an image processor of transformers; the size is the output size for an image of the
-    student."""
+    """Build the preprocessing from a transformers image processor. The input size is the output size of the processor
+    for an image of the student's size."""
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
@@ -217,25 +219,25 @@ def run_processor(processor: Any, pixels: torch.Tensor, **settings: Any) -> torc
     return processor(list(pixels), **settings)["pixel_values"]
 
 
-def load_part(source: str, part: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
-    """Return `load(folder)`, and raise a one-line error that names the `source` if it fails."""
+def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
+    """Return `load(folder)`. If loading fails, raise a one-line error that names the `source`."""
     try:
         return load(folder, **settings)
-    except Exception as error:  # configurations and weights of other projects raise any error
+    except Exception as error:  # configurations and weights of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the teacher {source} requires its own code, which is not executed. Use a model with a class in "
                 "transformers, or timm:NAME"
             ) from error
         reason = f"{type(error).__name__}: {format_error(error)}"
-        raise OSError(f"cannot load the {part} of the teacher {source} ({reason})") from error
+        raise OSError(f"cannot load the {component} of the teacher {source} ({reason})") from error
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
 def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a timm model with the preprocessing of its weights; the student's size and channels are ignored."""
+    """Load a timm model with the preprocessing of its weights. The student's image size and channels are ignored."""
     try:
         import timm
     except ImportError as error:
@@ -299,8 +301,8 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for PIL's number or timm's name of a filter. Lanczos, which torchvision
-    lacks, becomes bicubic."""
+    """Return torchvision's interpolation mode for a filter, which is given by PIL's number or timm's name. Lanczos,
+    which torchvision lacks, is replaced by bicubic."""
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
     mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]
@@ -311,30 +313,31 @@ class TeacherCache:
     """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
     Each process caches the images of its own batches. Logits are rounded to the dtype of the cache before their first
-    use, and the teacher always predicts whole batches, so the result does not depend on the time of the prediction.
+    use, and the teacher always predicts whole batches, so the result does not depend on the step in which logits are
+    cached.
     """
 
     def __init__(
         self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        """Allocate num_views * num_images * num_labels numbers of `dtype`."""
+        """Allocate a tensor of num_views * num_images * num_labels elements of `dtype`."""
         self.teacher = teacher
         self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
-        self.is_known = torch.zeros(num_views, num_images, dtype=torch.bool)
+        self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the teacher's logits [B, labels] for a batch in `float32`, on the device of its pixels."""
         view, index = batch["view"].cpu(), batch["index"].cpu()
-        unknown = ~self.is_known[view, index]  # [B]
-        if unknown.any():
+        is_missing = ~self.is_cached[view, index]  # [B]
+        if is_missing.any():
             logits = self.teacher.predict(batch).to("cpu", self.logits.dtype)
-            self.logits[view[unknown], index[unknown]] = logits[unknown]
-            self.is_known[view, index] = True
+            self.logits[view[is_missing], index[is_missing]] = logits[is_missing]
+            self.is_cached[view, index] = True
         return self.logits[view, index].to(batch["pixels"].device, torch.float32)
 
 
 def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:
-    """Raise ValueError if images are mixed, because mixed views do not recur."""
+    """Raise ValueError if logits are cached and images are mixed, because mixed images do not recur."""
     for flag in ("mixup", "cutmix"):
         if num_views and getattr(augmentation, flag):
             raise ValueError(

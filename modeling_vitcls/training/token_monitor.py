@@ -21,18 +21,18 @@ from .model import set_train_mode
 
 Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]
 
-ATTENTION_IMAGES = 8  # number of images for the mean entropy
+NUM_ATTENTION_IMAGES = 8  # number of images over which the entropy is averaged
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training, which stores their initial values. A model without
+    """Monitor of a model's special tokens during training. It stores the initial values of the tokens. A model without
     embeddings, such as the head of a linear probe, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
-        self.at_start = self.get_tokens()
-        self.named: set[str] = set()  # tokens without gradient that were already returned
+        self.initial_tokens = self.get_tokens()
+        self.reported_names: set[str] = set()  # tokens without gradient that were already returned
 
     def get_tokens(self) -> Tokens:
         """Return a copy of each token on the CPU."""
@@ -47,8 +47,8 @@ class TokenMonitor:
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
-            if (whole := gather_gradient(parameter)) is not None
-            for index, gradient in enumerate(whole.float().cpu().squeeze(0).clone())
+            if (full_gradient := gather_gradient(parameter)) is not None
+            for index, gradient in enumerate(full_gradient.float().cpu().squeeze(0).clone())
         }
 
     def compute_health(self, before: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
@@ -68,30 +68,30 @@ class TokenMonitor:
     def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
         """Return the names of the tokens without gradient in this step; each name is returned once per run."""
         norms = health["token_gradient_norm"]
-        names = [name for name, norm in norms.items() if norm == 0 and name not in self.named]
-        self.named.update(names)
+        names = [name for name, norm in norms.items() if norm == 0 and name not in self.reported_names]
+        self.reported_names.update(names)
         return names
 
     def find_unmoved_tokens(self) -> list[str]:
-        """Return the names of the tokens that have their initial values, such as `registers[1]`."""
-        return [name for name, token in self.get_tokens().items() if torch.equal(token, self.at_start[name])]
+        """Return the names of the tokens that still have their initial values, such as `registers[1]`."""
+        return [name for name, token in self.get_tokens().items() if torch.equal(token, self.initial_tokens[name])]
 
     def compute_movement(self) -> dict[str, float]:
-        """Return the Euclidean norm of the change of each token since the start."""
-        return {name: compute_norm(token - self.at_start[name]) for name, token in self.get_tokens().items()}
+        """Return the Euclidean norm of the change of each token since the start of training."""
+        return {name: compute_norm(token - self.initial_tokens[name]) for name, token in self.get_tokens().items()}
 
 
 def build_attention_measure(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return `AttentionEntropy` if the CLS attention is available: the model has CLS tokens and does not merge
-    patches."""
+    """Return the function that measures the CLS attention: `AttentionEntropy`, or `measure_nothing` if the model has
+    no CLS tokens or merges patches."""
     is_available = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
     return AttentionEntropy(model, normalize) if is_available else measure_nothing
 
 
 def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return no metrics, for models without CLS attention."""
+    """Return no metrics; used for models whose CLS attention is not available."""
     return {}
 
 
@@ -105,7 +105,7 @@ class AttentionEntropy:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
         """Return the entropy in nats per layer: the mean over the batch's first images, heads and CLS tokens."""
-        pixel_values = self.normalize(batch["pixels"][:ATTENTION_IMAGES])  # [B, C, H, W]
+        pixel_values = self.normalize(batch["pixels"][:NUM_ATTENTION_IMAGES])  # [B, C, H, W]
         self.model.eval()
         weights = self.model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
         set_train_mode(self.model)
@@ -119,5 +119,5 @@ def compute_norm(vector: torch.Tensor) -> float:
 
 
 def round_finite(value: float) -> float | None:
-    """Return a number with six digits, or None if it is not finite, which fp16 may produce."""
+    """Return a number with six significant digits, or None if it is not finite, as may happen in fp16."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -199,7 +199,7 @@ def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
         reset_accelerate()
         run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
         found = (
-            "may have been trained on images that this run evaluates. Set --split-seed 7" in capsys.readouterr().out
+            "may have been trained on images that this run holds out. Set --split-seed 7" in capsys.readouterr().out
         )
         assert found is is_warned
 
@@ -230,7 +230,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
-        with raises_one_line("results.json is damaged", "Remove it"):
+        with raises_one_line("results.json is damaged", "Remove the file"):
             read_record(tmp_path)
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
     assert read_record(tmp_path) is None

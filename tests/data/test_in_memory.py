@@ -131,7 +131,7 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ([], "has no images"),
-        ([make_image(0)], r"item 0 of the dataset requires \(image, label\), but it is a Image"),
+        ([make_image(0)], r"item 0 of the dataset must be \(image, label\), but it is a Image"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no usable image"),
     ],
 )
@@ -141,7 +141,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 
 def test_unusable_kinds_are_errors() -> None:
-    with pytest.raises(TypeError, match=r"but this is a int"):
+    with pytest.raises(TypeError, match=r"but this one is a int"):
         add_dataset(3)
     with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
         add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())

@@ -355,7 +355,7 @@ def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: An
 def test_a_signal_does_not_wait_longer_than_the_limit(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(branch_uploads, "SECONDS_AFTER_A_SIGNAL", 0.2)
+    monkeypatch.setattr(branch_uploads, "MAX_SECONDS_AFTER_SIGNAL", 0.2)
     monkeypatch.setattr(publish, "TIMEOUT", 1.0)
     hub.fail("POST", "/commit/checkpoints", "wait", times=9)
     stop_at(3, tmp_path / "my-run")

@@ -673,7 +673,7 @@ def test_processes_print_their_own_errors_unless_all_have_the_same(
 def test_a_dry_run_executes_all_steps_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
-    assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
+    assert "3 steps, an evaluation, a checkpoint and saving succeeded" in output
     assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
 

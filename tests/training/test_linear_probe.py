@@ -32,7 +32,7 @@ from modeling_vitcls.data.streaming import augment_images
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 from modeling_vitcls.training.linear_probe import (
-    build_head_only,
+    build_classifier_heads,
     build_probe_evaluator,
     cache_features,
     compute_features,
@@ -146,7 +146,7 @@ class Probe:
 def test_heads_on_features_predict_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     with torch.no_grad():
-        found = build_head_only(model)(compute_features(model, build_images()))
+        found = build_classifier_heads(model)(compute_features(model, build_images()))
         assert_same_outputs(found, model(build_images()), tolerance=1e-6)
         assert type(found) is type(model(build_images()))
 
@@ -154,7 +154,7 @@ def test_heads_on_features_predict_as_the_whole_model(model_class: Any, fields: 
 @each_model
 def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str, Any]) -> None:
     model = apply_trainable(model_class(build_tiny_config(**fields)), "head")
-    heads = dict(build_head_only(model).named_parameters())
+    heads = dict(build_classifier_heads(model).named_parameters())
     of_model = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert heads.keys() == of_model.keys()
     assert all(heads[name] is of_model[name] for name in heads)
@@ -201,7 +201,7 @@ def test_trained_heads_equal_those_of_training_with_the_frozen_encoder(changes: 
     cached = fast.cache()
     calls = fast.count_calls()
     batches = iterate_feature_batches(cached, fast.plan, 0, fast.views)
-    fast.train(build_head_only(fast.model), batches, get_feature_inputs)
+    fast.train(build_classifier_heads(fast.model), batches, get_feature_inputs)
     assert calls == []  # more than two epochs
     assert fast.plan.count_epochs(fast.plan.num_steps) > 2
 
@@ -288,7 +288,7 @@ def test_evaluating_the_heads_equals_evaluating_the_model() -> None:
     calls = probe.count_calls()
     cheap = build_probe_evaluator(evaluator, probe.model)
     assert sum(calls) == NUM_IMAGES - 1
-    heads = build_head_only(probe.model).eval()
+    heads = build_classifier_heads(probe.model).eval()
     for _ in range(2):
         assert_same_metrics(cheap(heads), expected)
     assert sum(calls) == NUM_IMAGES - 1
@@ -308,7 +308,7 @@ def run_process_share(rank: int, num_processes: int) -> dict[str, Any]:
     cached = probe.cache()
     cheap = build_probe_evaluator(evaluator, probe.model)
 
-    heads = build_head_only(probe.model)
+    heads = build_classifier_heads(probe.model)
     prepared, optimizer = probe.accelerator.prepare(heads, torch.optim.SGD(heads.parameters(), lr=0.1))
     objective = Classification(get_feature_inputs, probe.label_loss)
     for batch in iterate_feature_batches(cached, plan, rank, probe.views):

@@ -29,7 +29,7 @@ from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import (
     Classification,
-    MaskedImages,
+    MaskedImageModeling,
     MultiLabelLoss,
     MultiTaskLoss,
     PixelInputs,
@@ -463,7 +463,7 @@ def test_masked_images_are_masked_as_specified() -> None:
     model = ViTCLSForMaskedImageModeling(config)
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     masks = torch.tensor([[True, False, False, True]]).expand(3, -1)
-    objective = MaskedImages(lambda values: values / 255, lambda count, device: masks[:count].to(device))
+    objective = MaskedImageModeling(lambda values: values / 255, lambda count, device: masks[:count].to(device))
     expected = model(pixels / 255, bool_masked_pos=masks).loss
     assert objective(model, {"pixels": pixels})["loss"] == expected
     assert expected != model(pixels / 255, bool_masked_pos=~masks).loss

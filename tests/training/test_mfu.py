@@ -149,10 +149,10 @@ def test_recomputation_is_not_counted() -> None:
 
 def test_utilization_is_a_fraction_of_the_peak() -> None:
     found = Utilization(flops_per_image=2e9, peak=1e11, dtype="float32")
-    assert found.results() is None
+    assert found.get_results() is None
     assert found.update(num_images=100, seconds=4.0) == {"utilisation": 0.5}
     assert found.update(num_images=100, seconds=12.0) == {"utilisation": 0.1667}
-    assert found.results() == {
+    assert found.get_results() == {
         "of_training_steps": 0.25,  # of 16 seconds
         "training_flops_per_image": 2_000_000_000,
         "gemm_peak_flops_per_second": 1e11,
@@ -166,7 +166,7 @@ def test_utilization_is_resumed_on_another_machine() -> None:
     after = Utilization(flops_per_image=1e9, peak=4e10)
     after.load_state(json.loads(json.dumps(before.get_state())))
     after.update(num_images=50, seconds=10.0)  # an eighth of the peak
-    assert (after.done, after.possible) == (1e11, 5e11)
+    assert (after.executed_flops, after.available_flops) == (1e11, 5e11)
     old = Utilization(flops_per_image=1e9, peak=1e10)
     old.load_state({})
     assert old.update(num_images=1, seconds=1.0) == {"utilisation": 0.1}
@@ -176,7 +176,7 @@ def test_utilization_above_100_percent_is_unknown() -> None:
     """The peak was measured while another program ran, and training is faster after that program has ended."""
     found = Utilization(flops_per_image=1e9, peak=1e10)
     assert found.update(num_images=147, seconds=10.0) == {"utilisation": None}
-    assert found.results() == {
+    assert found.get_results() == {
         "of_training_steps": None,
         "training_flops_per_image": 1_000_000_000,
         "gemm_peak_flops_per_second": 1e10,
@@ -190,7 +190,7 @@ def test_the_largest_of_several_peaks_counts() -> None:
     found.load_state({"done": 1e11, "possible": 2e11})
     assert found.update(num_images=90, seconds=9.0) == {"utilisation": 1.0} and len(later) == 2  # 9 s at the peak
     assert found.update(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured again: 4e10
-    assert found.possible == 2e11 + 10 * 4e10  # also for earlier steps
+    assert found.available_flops == 2e11 + 10 * 4e10  # also for earlier steps
     assert found.update(num_images=800, seconds=40.0) == {"utilisation": 0.5} and not later  # 20 s at the new peak
     assert found.peak == 4e10
 
@@ -215,7 +215,7 @@ def test_measuring_draws_no_random_numbers(fast_peaks: list[float]) -> None:
 
 def test_without_a_peak_there_is_no_utilization() -> None:
     unknown = Utilization(flops_per_image=1e9)
-    assert unknown.update(num_images=50, seconds=10.0) == {} and unknown.results() is None
+    assert unknown.update(num_images=50, seconds=10.0) == {} and unknown.get_results() is None
 
 
 @pytest.mark.parametrize(

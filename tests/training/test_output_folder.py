@@ -103,7 +103,7 @@ def read_owner(folder: Path) -> dict[str, Any]:
 def write_owner(folder: Path, **changes: Any) -> None:
     """Write a lock that differs from the lock of this process."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = vars(LockOwner.this_process()) | changes
+    owner = vars(LockOwner.from_this_process()) | changes
     (folder / LOCK_FILE).write_text(json.dumps(owner), encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
-from modeling_vitcls.training.losses import MaskedImages
+from modeling_vitcls.training.losses import MaskedImageModeling
 from modeling_vitcls.training.pretrain import PretrainTask, build_model
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
@@ -102,7 +102,7 @@ def test_invalid_masks_are_errors() -> None:
         MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
     with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
-    with raises_one_line("--mask-block 3", "more masked patches than the 8 of 4 x 4"):
+    with raises_one_line("--mask-block 3", "masks only 8 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
 
 
@@ -165,7 +165,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     """
     torch.manual_seed(0)
     model, processor = build_model(TINY)
-    objective = MaskedImages(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
+    objective = MaskedImageModeling(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
     objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     tokens = model.vitcls.embeddings.get_special_tokens()

@@ -34,7 +34,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions
-from modeling_vitcls.training.losses import distillation_loss
+from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from scripts.train_cnn_teacher import train_cnn_teacher
 
@@ -254,7 +254,7 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor())
     teacher = load_labeled_teacher(folder)
-    assert teacher.columns is None and "order" in teacher.note
+    assert teacher.label_indices is None and "order" in teacher.note
     with raises_one_line("3 labels without names", "has 2"):
         load_labeled_teacher(folder, "ant", "bee")
 
@@ -403,7 +403,8 @@ def test_hard_loss_is_the_mean_negative_log_likelihood_of_the_teacher_label() ->
     student, teacher = build_logits(seed=1), build_logits(seed=2)
     probabilities = student.softmax(-1)[torch.arange(6), teacher.argmax(-1)]
     assert (
-        get_largest_difference(distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean()) <= 1e-6
+        get_largest_difference(compute_distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean())
+        <= 1e-6
     )
 
 
@@ -411,30 +412,30 @@ def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
     student, teacher, tau = build_logits(seed=1), build_logits(seed=2), 2.5
     of_student, of_teacher = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
-    assert get_largest_difference(distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
-    assert distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
+    assert get_largest_difference(compute_distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
+    assert compute_distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_losses_of_accumulated_batches_are_summed(kind: str) -> None:
     student, teacher = build_logits(seed=1), build_logits(seed=2)
-    whole = distillation_loss(kind, student, teacher, 3.0)
-    halves = [distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
+    whole = compute_distillation_loss(kind, student, teacher, 3.0)
+    halves = [compute_distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
     assert get_largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
 
 
 def test_losses_are_computed_in_float32() -> None:
     student, teacher = build_logits(seed=1).bfloat16(), build_logits(seed=2).bfloat16()
-    found = distillation_loss("soft", student, teacher, 3.0)
+    found = compute_distillation_loss("soft", student, teacher, 3.0)
     assert found.dtype is torch.float32
-    assert torch.equal(found, distillation_loss("soft", student.float(), teacher.float(), 3.0))
+    assert torch.equal(found, compute_distillation_loss("soft", student.float(), teacher.float(), 3.0))
 
 
 def test_wrong_arguments_of_losses() -> None:
     with raises_one_line("'medium'", "soft or hard"):
-        distillation_loss("medium", build_logits(), build_logits(), 1.0)
+        compute_distillation_loss("medium", build_logits(), build_logits(), 1.0)
     with raises_one_line("(6, 4)", "(6, 3)"):
-        distillation_loss("soft", build_logits()[:, :3], build_logits(), 1.0)
+        compute_distillation_loss("soft", build_logits()[:, :3], build_logits(), 1.0)
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
