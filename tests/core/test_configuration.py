@@ -504,6 +504,7 @@ assert "modeling_vitcls" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     ViTCLSModel(build_tiny_config()).save_pretrained(first)

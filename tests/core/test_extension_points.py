@@ -109,8 +109,8 @@ def find_hooked_modules() -> list[tuple[Path, str]]:
     ]
 
 
-# `module` is the embedding layer or an encoder layer (ablation.py).
-HOOKED = ("model.base_model", "model.base_model.embeddings", "layer", "layer.mlp", "module")
+# `module` is the embedding layer or an encoder layer (ablation.py), `self.model` a whole model (exportable.py).
+HOOKED = ("self.model", "model.base_model", "model.base_model.embeddings", "layer", "layer.mlp", "module")
 
 
 def test_only_modules_that_compute_are_hooked() -> None:

@@ -346,7 +346,7 @@ print(model)
 """
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_environment_variable(value: str) -> None:
     ran = run_fresh("-c", SWITCHED_OFF, environment={**os.environ, "VITCLS_CPU_KERNELS": value})

@@ -79,6 +79,7 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "web").exists()
 
 
+@pytest.mark.slow
 def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """30 of 40 images have the label that the model predicts, 10 have another label."""
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
@@ -96,7 +97,7 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
     assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
     labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
-    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("images", "test", 40)
+    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("path/to/images", "test", 40)
     assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
     quantized = web / "onnx" / "model_quantized.onnx"
     outputs = FORMATS["onnx"].run(quantized, list(pixel_values.split(1)), ["logits"])

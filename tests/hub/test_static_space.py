@@ -147,6 +147,7 @@ def assert_is_darkened(drawn: list[int], image: Image.Image, attention: torch.Te
     assert not torch.allclose(canvas, original, atol=30, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_space(exported: Path, tmp_path: Path) -> None:
     files = build_static_space_files(MODEL, exported, "Digits & more")
     assert {"index.html", "app.js", "README.md", "model/config.json", "model/onnx/model.onnx"} <= set(files)
@@ -163,6 +164,7 @@ def test_the_files_of_the_space(exported: Path, tmp_path: Path) -> None:
         build_static_space_files(MODEL, exported, node_modules=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_pushes_a_static_space(
     hub: LocalHub,
     classifier: Path,

@@ -256,6 +256,7 @@ def test_a_nan_loss_is_none() -> None:
 # Every image is counted once -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_folder: Path) -> None:
     measured = read_json(two_process_folder / "scenarios.json")
     assert measured.keys() == by_one_process.keys()

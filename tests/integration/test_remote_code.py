@@ -69,12 +69,12 @@ class LoadedCheckpoints:
 
     folder: Path
     report: dict[str, Any]
-    compute_outputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
 
     def get_outputs(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the outputs under `prefix/`, without the prefix."""
         prefix += "/"
-        return {name.removeprefix(prefix): value for name, value in self.answers.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): value for name, value in self.outputs.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_configuration_and_image_processor_load_without_the_package(
         processor_class = PROCESSORS[backend]
         assert report["AutoImageProcessor"][str(backend)] == processor_class.__name__
         pixel_values = processor_class(size={"height": 16, "width": 24})(image, return_tensors="pt")["pixel_values"]
-        assert torch.equal(child.answers[f"{name}/processor/{backend}"], pixel_values)
+        assert torch.equal(child.outputs[f"{name}/processor/{backend}"], pixel_values)
 
 
 @each_generation

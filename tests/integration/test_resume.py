@@ -548,6 +548,7 @@ def test_resuming_a_finished_run_prints_that_it_is_finished(
 # Several runs in one folder ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_an_error(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:

@@ -378,7 +378,7 @@ def save_and_die(folder: Path, calls: int) -> None:
     save(CheckpointStore(folder, num_kept=2), 20, 20)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("calls", range(1, 12))
 def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
