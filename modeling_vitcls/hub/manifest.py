@@ -1,11 +1,11 @@
-"""The files of a model folder that are published: an allowlist, without pickles.
+"""The allowlist of files in a model folder that are published. It contains no pickles.
 
-With `--push-optimizer`, the newest checkpoint is published as well, from which `--resume` can continue:
+With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
 
     checkpoints/step-00000120/      model.safetensors, optimizer.safetensors, ...
                                     state.json, without local paths
 
-Checkpoints contain only tensors and JSON, as on disk (checkpoints.py): resuming from one unpickles nothing.
+Like local checkpoints (checkpoints.py), published checkpoints contain only tensors and JSON.
 """
 
 import logging
@@ -43,7 +43,7 @@ RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
 PARITY_REPORT = "certificate.json"  # parity report of a conversion
-# Types of the models that `vitcls convert --to transformers` writes.
+# Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of the run and its measurements. They do not describe other models, so a push also removes old records.
+# Records of a run and its measurements. A push also removes old records, because they describe another model.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -92,8 +92,8 @@ RepoFiles = dict[str, Path | bytes]
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model folder, or of an adapter, to publish in the repository `repo_id`.
 
-    config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
-    shows no images of a local dataset, and code files with their license.
+    config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
+    published only if images of the dataset may be published. The license of the code files is added.
 
     Raises ValueError if the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
@@ -144,18 +144,18 @@ def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) ->
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a path, such as `pictures/cat.png`, matches any pattern. `*` does not match `/`."""
+    """Return whether a path, such as `pictures/cat.png`, matches any of the patterns. `*` does not match `/`."""
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def find_outdated_files(published: Iterable[str], files: RepoFiles) -> list[str]:
+def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> list[str]:
     """Return the files of an earlier push that a new push must remove."""
     removable = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
-    return sorted(name for name in published if name not in files and is_match(name, removable))
+    return sorted(name for name in published_files if name not in files and is_match(name, removable))
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise ValueError unless the folder contains a vitcls model, or one that was converted to transformers."""
+    """Raise ValueError unless the folder contains a vitcls model, or a model converted from vitcls to transformers."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
@@ -165,7 +165,7 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a vitcls model was converted to a class of transformers in this folder, and no code is used."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers, without code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 
@@ -222,7 +222,7 @@ def list_weight_files(folder: Path) -> set[str]:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file with unchanged line ends. Raises ValueError if it is not UTF-8."""
+    """Return the text of a file with unchanged line endings. Raises ValueError if it is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -230,9 +230,9 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the files of the newest undamaged checkpoint in `folder` that are published.
+    """Return the published files of the newest undamaged checkpoint in `folder`.
 
-    Flags with local paths are removed from state.json; `--resume` then uses its own flags.
+    Flags with local paths are removed from state.json. A resumed run uses the flags of its command line instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
@@ -246,7 +246,7 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 
 
 def find_newest_checkpoint(folder: Path) -> Checkpoint:
-    """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
+    """Return the newest undamaged checkpoint. No files are changed, because a run may be writing to the folder."""
     store = CheckpointStore(folder / "checkpoints", keep=1)
     for step in reversed(store.list_steps()):
         try:
@@ -254,8 +254,8 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
         except DamagedCheckpoint:
             continue
     raise ValueError(
-        f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or set the "
-        "--output-dir of a run"
+        f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or push "
+        "the output folder of a run"
     )
 
 
@@ -274,7 +274,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the flags of the run that wrote the folder; None if there are none."""
+    """Return the flags of the run that wrote the folder; None if they are missing or unreadable."""
     try:
         flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
@@ -283,9 +283,9 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
-    """Return the warning for images of a local dataset that were published."""
+    """Return the warning that images of a local dataset were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
-        "confidential, make the repository private in its settings on the Hub, or delete the file there, remove "
+        "confidential, make the repository private in its settings on the Hub, or delete the file on the Hub, remove "
         f"{folder / SAMPLE_IMAGES} and push again"
     )

@@ -18,7 +18,7 @@ TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
 
 RepoType = Literal["model", "space"]
-# The flag that sets the repository id.
+# Repository type -> the flag that sets the repository id.
 FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
 
 
@@ -27,11 +27,11 @@ def check_push_permissions(
 ) -> str:
     """Return the full id, `namespace/name`, of the repository to push to.
 
-    This only reads from the Hub and writes no files. Call it only on the main process.
+    The check only reads from the Hub and writes no files. Call this function only on the main process.
 
     Args:
-        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in that namespace.
-        default_name: Such as the name of the output folder.
+        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in the user's namespace.
+        default_name: Default of `repo_id`, for example the name of the output folder.
         private: Whether the repository has to be private.
         repo_type: Type of the repository.
 
@@ -123,7 +123,7 @@ def is_private(repo_id: str) -> bool:
 def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     """Raise ValueError unless the token may write to the repository, or create it if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
-    if token is None:  # another kind of login, which only a push can test
+    if token is None:  # another kind of login, whose permissions only a push can test
         return
     remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with it (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":

@@ -27,7 +27,7 @@ from ..data.held_out import RESULTS_FILE, read_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
-from ..hub.card_results import CONFIDENCE, format_percent
+from ..hub.card_results import CONFIDENCE_LEVEL, format_percent
 from ..hub.loading import MODEL_FILES
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
@@ -151,7 +151,7 @@ def measure_accuracies(
         if num_per_class:
             accuracy = summarize_repeats([count / num_images for count in counts])
         else:
-            interval = compute_wilson_interval(counts[0], num_images, CONFIDENCE)
+            interval = compute_wilson_interval(counts[0], num_images, CONFIDENCE_LEVEL)
             accuracy = {"accuracy": counts[0] / num_images, "accuracy_interval": interval}
         rows.append({"layer": layer, "token": token, **accuracy})
     return rows
@@ -178,7 +178,7 @@ def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
     """Return the mean accuracy over repeats, and its normal 95 % interval (None for a single repeat)."""
     mean, interval = fmean(accuracies), None
     if len(accuracies) > 1:
-        distance = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
+        distance = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
         interval = [max(mean - distance, 0.0), min(mean + distance, 1.0)]
     return {"accuracy": mean, "accuracy_interval": interval, "accuracies": accuracies}
 

@@ -281,7 +281,7 @@ def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, fo
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
     saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
-    with raises_one_line("differs from the file in", "Push it again", error=NotVerified):
+    with raises_one_line("differs from the file in", "Push the model again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
 
