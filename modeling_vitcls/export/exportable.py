@@ -1,4 +1,4 @@
-"""Load the model to export and its image processor, and return its outputs by name.
+"""Load the model to export and its image processor, and return the model's outputs by name.
 
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; with a second head cls_logits and distillation_logits
@@ -44,7 +44,7 @@ class ExportableModel:
 
 
 class NamedOutputs(nn.Module):
-    """A model whose only input is images, and which returns its outputs by name, in float32."""
+    """A model with images as its only input. It returns its outputs by name in float32."""
 
     def __init__(self, model: ViTCLSPreTrainedModel) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def load_exportable(source: str) -> ExportableModel:
 
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
-    """Load a model in float32, without a pooler if the checkpoint has none."""
+    """Load a model in float32, without a pooler if the checkpoint has no pooler."""
     keywords: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     model, info = load_checkpoint(model_class.from_pretrained, folder, **keywords)
     missing = sorted(info["missing_keys"])
