@@ -11,7 +11,7 @@
     onnx/report.json            differences, top-1 agreement, and the SHA-256 of the weights of the model
 
 The graph contains the model itself: special tokens, pooling and heads. transformers.js resizes images without
-antialiasing, unlike PIL and torchvision, so predictions differ for images that are much larger than the model's image size.
+antialiasing, unlike PIL and torchvision, so predictions differ for images much larger than the model's image size.
 """
 
 import dataclasses
