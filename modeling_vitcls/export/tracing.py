@@ -114,7 +114,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
 
 
 def build_example_images(config: ViTCLSConfig, shape: GraphShape) -> torch.Tensor:
-    """Build images [B, C, H, W] for tracing; if the size is dynamic, non-square and of another size than the native one."""
+    """Build example images [B, C, H, W]; for a dynamic size, non-square images that differ from the native size."""
     height, width = shape.image_size
     if shape.is_dynamic:
         patch_height, patch_width = config.patch_height_width

@@ -3,7 +3,8 @@
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
 `update` expects the labels of G images in the format of data/labels.py, and the outputs of these
-images; outputs of further images are ignored. `compute` returns numbers first, then lists. Undefined values (0 / 0) are None.
+images; outputs of further images are ignored. `compute` returns numbers first, then lists. Undefined values (0 / 0)
+are None.
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
 must call `update` with 0 labels. evaluator.py selects the images.

@@ -206,7 +206,7 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W], with an error if the model rejects the images or its output overflows."""
+    """Return a row for each image [B, C, H, W], with an error if the model rejects the images or overflows."""
     try:
         with torch.inference_mode(), autocast():
             values = columns.predict(pixel_values)
