@@ -205,8 +205,8 @@ def check_tensors(
     values: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
 ) -> float:
     """Return the largest absolute difference. Raise ValueError if it exceeds `limit` * largest expected value."""
-    largest = expected.abs().max().item()
-    return check_difference((values - expected).abs().max().item(), limit * largest, name, compared_values)
+    largest_value = expected.abs().max().item()
+    return check_difference((values - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
 
 @torch.inference_mode()

@@ -284,7 +284,7 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     size = first["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
     base = next((entry for entry in comparisons if entry["axis"] is None), None)
-    fixed = (
+    fixed_values = (
         f"; {base['image_size']} pixels, patch {base['patch_size']}, batch {base['batch_size']} except on their axes"
         if base is not None
         else ""
@@ -293,7 +293,7 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
         entry["axis"] == "num_registers" for entry in comparisons
     )
     sentences = (
-        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed}; equal outputs.",
+        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed_values}; equal outputs.",
         f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements.",
         "The ViT of transformers has no registers." if lacks_registers else "",
         f"{machine}.",

@@ -99,31 +99,33 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
     """Compare each row with the plain model."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
-        plain = build_model(size)
-        nn.Module.to(plain, settings.device)
-        difference = check_feature_off(row, plain, size, name)
-        inexact = copy_model(plain, size, **{row.field: row.value})
-        ours, num_images = row.build(inexact, size, settings.device)
-        theirs, _ = row.build(plain, size, settings.device)
+        plain_model = build_model(size)
+        nn.Module.to(plain_model, settings.device)
+        difference = check_feature_off(row, plain_model, size, name)
+        inexact_model = copy_model(plain_model, size, **{row.field: row.value})
+        ours, num_images = row.build(inexact_model, size, settings.device)
+        theirs, _ = row.build(plain_model, size, settings.device)
         speeds = compare_throughput(ours, theirs, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
 
 
-def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
+def copy_model(
+    plain_model: ViTCLSForImageClassification, size: ModelSize, **fields: Any
+) -> ViTCLSForImageClassification:
     """Build a model with the same weights and different config fields."""
     model = build_model(size, **fields)
-    model.load_state_dict(plain.state_dict())
-    nn.Module.to(model, plain.device)
+    model.load_state_dict(plain_model.state_dict())
+    nn.Module.to(model, plain_model.device)
     return model
 
 
-def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
+def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
     """Return the largest difference of the logits between the plain model and a model with the feature set to 0."""
-    disabled = copy_model(plain, size, **{row.field: type(row.value)(0)})
-    pixel_values = build_random_images(2, size.image_size).to(plain.device)
+    disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
+    pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
     return check_logits(
-        build_predict_function(disabled), build_predict_function(plain), pixel_values, f"{name}, set to 0"
+        build_predict_function(disabled_model), build_predict_function(plain_model), pixel_values, f"{name}, set to 0"
     )
 
 
@@ -235,13 +237,16 @@ def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> It
         model = build_model(size)
         pixel_values = build_random_images(row.num_images, size.image_size)
         labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
-        cached, plain = (
+        train_cached, train_uncached = (
             partial(train_probe, model, pixel_values, labels, row, use_cache) for use_cache in (True, False)
         )
-        difference = check_tensors(cached(), plain(), PROBE_LIMIT, name, "the trained weights")
+        difference = check_tensors(train_cached(), train_uncached(), PROBE_LIMIT, name, "the trained weights")
         # With is_toy=True, a measurement is a single training run.
         speeds = compare_throughput(
-            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, is_toy=True)
+            train_cached,
+            train_uncached,
+            row.num_epochs * row.num_images,
+            BenchmarkSettings((), settings.num_pairs, is_toy=True),
         )
         details = {"size": vars(size), **vars(row)}
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)

@@ -30,7 +30,7 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return hardware and versions in one line, with the GPU if one was used."""
+    """Return the hardware and versions in one line, with the GPU if it was used."""
     machine = get_machine()
     text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
     text = f"{text}, load {machine['load']:.1f}"
@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return (work, name) -> median ratio to the faster peer, for each row with several peers."""
+    """Return the median ratio to the faster peer by (work, name), for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -63,7 +63,7 @@ def print_tables(comparisons: list[Comparison]) -> None:
     """Print tables of speed, of the ratio to the faster peer and of memory, and the machine."""
     speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
     memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before")
-    lowest = Table("work", "ratio", title="ratio to the faster peer")
+    lowest_ratios = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
         speeds = (f"{entry[f'{owner}_images_per_second']:.1f}" for owner in ("ours", "theirs"))
@@ -72,9 +72,9 @@ def print_tables(comparisons: list[Comparison]) -> None:
         if "ours_peak_bytes" in entry:
             memory.add_row(*row, *(f"{entry[f'{owner}_peak_bytes'] / 2**20:.0f}" for owner in ("ours", "theirs")))
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
-        lowest.add_row(f"{work}: {name}", f"{ratio:.2f}")
+        lowest_ratios.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    for table in (speed, lowest, memory):
+    for table in (speed, lowest_ratios, memory):
         if table.row_count:
             console.print(table)
     console.print(describe_machine(comparisons))

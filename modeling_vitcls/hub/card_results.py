@@ -30,7 +30,7 @@ MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return key -> name of each measured metric, first over all tasks, then for each task."""
+    """Return the names of the measured metrics by key, first over all tasks, then for each task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -50,7 +50,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return table title -> one row per class, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return the rows of all classes by table title, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -61,7 +61,7 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return column name -> cell for the metrics of one class."""
+    """Return the table cells of one class by column name."""
     values = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
@@ -108,12 +108,12 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
         key = "average_precision" if rows and "average_precision" in rows[0] else "recall"
-        measured = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
-        if len({rows[index][key] for index in measured}) < 2:
+        measured_indices = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
+        if len({rows[index][key] for index in measured_indices}) < 2:
             continue
-        worst = min(measured, key=lambda index: rows[index][key])
+        worst_index = min(measured_indices, key=lambda index: rows[index][key])
         matrix = results.get(f"{prefix}confusion_matrix") if key == "recall" else None
-        row, confusion = rows[worst], describe_confusion(matrix, rows, worst)
+        row, confusion = rows[worst_index], describe_confusion(matrix, rows, worst_index)
         images = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
         yield (
             f"The weakest {f'class of {task}' if task else 'class'} is {format_name(row['name'])}: "
@@ -126,10 +126,10 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     if matrix is None:
         return ""
     errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
-    most_frequent = max(range(len(errors)), key=errors.__getitem__)
-    if not errors[most_frequent]:
+    predicted_index = max(range(len(errors)), key=errors.__getitem__)
+    if not errors[predicted_index]:
         return ""
-    return f", {errors[most_frequent]:,} of which were predicted as {format_name(rows[most_frequent]['name'])}"
+    return f", {errors[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
 
 
 MAX_NAME_LENGTH = 100  # characters

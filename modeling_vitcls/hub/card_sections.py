@@ -136,8 +136,8 @@ def build_training_section(
     config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
 ) -> str:
     """Return the section on data, recipe, duration, speed and environment. `command` is the command of the run."""
-    shareable = get_shareable_flags(flags)
-    recipe = {name: value for name, value in shareable.items() if not name.startswith(NON_RECIPE_FLAGS)}
+    shareable_flags = get_shareable_flags(flags)
+    recipe = {name: value for name, value in shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
     seconds = results["seconds"]
     return render_template(
@@ -157,7 +157,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return label -> value of each hyperparameter that has an effect."""
+    """Return the values of the hyperparameters that have an effect, by label."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]

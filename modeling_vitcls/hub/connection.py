@@ -97,12 +97,14 @@ class TimeoutClientFactory:
         def apply_timeout(request: Any) -> None:
             """Set the timeout of a request in a `set_hub_timeout` block if the caller has set no timeout."""
             # The lock is not acquired, because in a forked process it might never be released.
-            seconds, default = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
+            seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
                 return
-            current = request.extensions.get("timeout", default)
+            current_timeout = request.extensions.get("timeout", default_timeout)
             request.extensions["timeout"] = {
-                name: seconds if current == default or current.get(name) is None else current[name]
+                name: seconds
+                if current_timeout == default_timeout or current_timeout.get(name) is None
+                else current_timeout[name]
                 for name in TIMEOUT_NAMES
             }
 
@@ -145,7 +147,7 @@ def silence_hub_client(show_progress: bool) -> Iterator[None]:
 def retry(
     action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Call `action`, again after temporary failures, and return its result. The error of the last call is raised.
+    """Call `action`, retry after temporary failures, and return the result. The last error is raised.
 
     Args:
         action: The function to call.
@@ -160,8 +162,8 @@ def retry(
             if not is_temporary(error):
                 raise
             wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
-            when = f"in {wait:.0f} s" if wait >= 1 else "immediately"
-            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), when)
+            delay = f"in {wait:.0f} s" if wait >= 1 else "immediately"
+            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay)
             time.sleep(wait)
     return action()
 
@@ -172,9 +174,9 @@ def is_temporary(error: BaseException) -> bool:
     statuses = [status for cause in causes if (status := get_status(cause)) is not None]
     if statuses:
         return statuses[0] in TEMPORARY_STATUSES
-    # If the Hub is down, a proxy returns an HTML page instead of JSON.
-    temporary = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
-    return any(isinstance(cause, temporary) for cause in causes)
+    # If the Hub is down, a proxy may return an HTML page instead of JSON.
+    temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    return any(isinstance(cause, temporary_errors) for cause in causes)
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -203,7 +205,7 @@ def format_hub_error(error: BaseException) -> str:
     messages: list[str] = []
     for cause in iter_causes(error):
         message = get_message(cause)
-        if not any(message in earlier for earlier in messages):
+        if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
         if isinstance(cause, HfHubHTTPError):  # its causes contain the same message in more words
             break

@@ -95,12 +95,12 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
-    incomplete = f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}"
+    problem = f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
         folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(
-                f"{incomplete}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
+                f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
                 "machine with network access, and set HF_HOME to its cache"
             )
         return folder
@@ -109,7 +109,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
     except HubUnreachable as error:
         folder = find_cached_folder(source, files, revision)
         if folder is None:
-            raise OSError(f"{incomplete}, and {error}") from error
+            raise OSError(f"{problem}, and {error}") from error
         log.warning(
             "%s; loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
             error,
@@ -190,8 +190,8 @@ def fall_back_to_cache(
         try:
             yield commit
         except Exception as error:  # libraries raise different errors for gated repositories
-            if gated := next((cause for cause in iter_causes(error) if isinstance(cause, GatedRepoError)), None):
-                raise OSError(describe_gated_repo(gated)) from error
+            if gated_error := next((cause for cause in iter_causes(error) if isinstance(cause, GatedRepoError)), None):
+                raise OSError(describe_gated_repo(gated_error)) from error
             raise
         return
     try:
@@ -207,12 +207,12 @@ def fall_back_to_cache(
 @contextmanager
 def force_offline() -> Iterator[None]:
     """Run the block as if HF_HUB_OFFLINE were set."""
-    previous = constants.HF_HUB_OFFLINE
+    previous_value = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = previous
+        constants.HF_HUB_OFFLINE = previous_value
 
 
 def get_cached_commit(folder: str) -> str | None:

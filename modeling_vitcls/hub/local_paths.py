@@ -65,9 +65,9 @@ def is_same_path(stored: Any, current: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if its files have been moved."""
     if stored == current or not (isinstance(stored, str) and is_local(current)):
         return bool(stored == current)
-    (old_prefix, old), (new_prefix, new) = split_prefix(stored), split_prefix(current)
-    is_same_file = Path(old).resolve() == Path(new).resolve()
-    has_moved = is_local(stored) and not Path(old).exists() and Path(old).name == Path(new).name
+    (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored), split_prefix(current)
+    is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
+    has_moved = is_local(stored) and not Path(old_path).exists() and Path(old_path).name == Path(new_path).name
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 

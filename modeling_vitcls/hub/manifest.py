@@ -1,4 +1,4 @@
-"""The allowlist of files in a model folder that are published. It contains no pickles.
+"""The allowlist of files that are published from a model folder. It contains no pickles.
 
 With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
 
@@ -114,10 +114,10 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if REPORT in files and (recipe is None or not can_publish_images(recipe)):
         del files[REPORT]
     if not has_current_onnx_files(folder):
-        outdated = [name for name in files if is_match(name, ONNX_PATTERNS)]
-        if outdated:
-            log.warning("%s is not published, because %s is for other weights", ", ".join(outdated), ONNX_REPORT)
-        files = {name: path for name, path in files.items() if name not in outdated}
+        outdated_files = [name for name in files if is_match(name, ONNX_PATTERNS)]
+        if outdated_files:
+            log.warning("%s is not published, because %s is for other weights", ", ".join(outdated_files), ONNX_REPORT)
+        files = {name: path for name, path in files.items() if name not in outdated_files}
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
@@ -150,8 +150,8 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
 def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> list[str]:
     """Return the files of an earlier push that a new push must remove."""
-    removable = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
-    return sorted(name for name in published_files if name not in files and is_match(name, removable))
+    removable_patterns = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
+    return sorted(name for name in published_files if name not in files and is_match(name, removable_patterns))
 
 
 def check_is_model(folder: Path) -> None:
@@ -204,14 +204,14 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 def list_required_code(folder: Path) -> set[str]:
     """Return the code files of this folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
-    pending = [f"{reference.partition('.')[0]}.py" for reference in references]
-    required: set[str] = set()
-    while pending:
-        name = pending.pop()
-        if name not in required and (folder / name).is_file():
-            pending += [f"{module}.py" for module in get_relative_imports(folder / name)]
-        required.add(name)
-    return required
+    pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
+    required_files: set[str] = set()
+    while pending_files:
+        name = pending_files.pop()
+        if name not in required_files and (folder / name).is_file():
+            pending_files += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        required_files.add(name)
+    return required_files
 
 
 def list_weight_files(folder: Path) -> set[str]:

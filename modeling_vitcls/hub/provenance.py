@@ -4,7 +4,7 @@
     find_provenance("ORG/MODEL")                            a model on the Hub: from its card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
-Unknown values are None: a card never names a license that the authors did not name. Without a network connection,
+Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
 values that are not in the cache are unknown; no error is raised. A card states these licenses:
 
     new weights                 the license given with `--license`, or no license
@@ -185,7 +185,8 @@ CODE_LICENSE_TEXT = "The Python files are licensed under Apache-2.0."
 # Sentences about weights whose license is known, and about weights whose license is unknown.
 NEW_WEIGHTS_TEXTS = (
     "The weights are licensed under {license}.",
-    "The authors named no license for the weights. Ask the authors before you use or redistribute the weights.",
+    "The authors did not specify a license for the weights. Ask the authors before you use or redistribute the "
+    "weights.",
 )
 DERIVED_WEIGHTS_TEXTS = (
     "The weights are derived from another model and remain under its license: {license}.",
@@ -214,11 +215,11 @@ class WeightsLicense:
 
     def __str__(self) -> str:
         """Return the sentences as one text."""
-        known, unknown = self.sentences
-        sentences = [unknown]
+        known_sentence, unknown_sentence = self.sentences
+        sentences = [unknown_sentence]
         if self.source is not None and self.source.license_label is not None:
             label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
-            sentences = [known.format(license=f"[{label}]({link})" if link else label)]
+            sentences = [known_sentence.format(license=f"[{label}]({link})" if link else label)]
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")

@@ -102,16 +102,18 @@ def push_folder(
 
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
-            pushed = retry(push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING)
+            push_result = retry(
+                push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
+            )
     except HUB_ERRORS as error:
         command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
         raise PushFailed(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
             f"finish with: {command}"
         ) from error
-    if not pushed.is_private and (dataset := find_local_dataset_in_card(folder)):
+    if not push_result.is_private and (dataset := find_local_dataset_in_card(folder)):
         log.warning(describe_published_images(folder, dataset, repo_id))
-    return pushed
+    return push_result
 
 
 def push_once(
@@ -123,7 +125,7 @@ def push_once(
     happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of the account
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the default of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     info = api.model_info(repo_id, revision=branch)

@@ -137,13 +137,13 @@ def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
 
 def is_in_scope(repo_id: str, fine_grained: dict[str, Any], exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
-    writable = [
+    writable_names = [
         entry["entity"].get("name", "")
         for entry in fine_grained.get("scoped", ())
         if "repo.write" in entry.get("permissions", ())
     ]
-    accepted = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
-    return any(is_same_name(name, other) for name in writable for other in accepted)
+    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
+    return any(is_same_name(name, other) for name in writable_names for other in accepted_names)
 
 
 def is_same_name(name: str, other: str) -> bool:

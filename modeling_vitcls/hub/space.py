@@ -222,7 +222,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return path in the Space -> file of each example image."""
+    """Return the files of the example images by path in the Space."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES}/{file.name}"

@@ -8,7 +8,7 @@
    pipeline (verification_script.py). It has a minimal environment, and a token only if the repository is private or
    gated, because it may run code of an unknown author. This is not a sandbox: the process runs as the current user and
    can read the user's files.
-3. The outputs of this process for fixed inputs must match the outputs of the model in `folder`, loaded with this
+3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
    package (verification_reference.py). No published code runs in the calling process.
 """
 
@@ -103,8 +103,8 @@ class VerificationReport:
             name for name in reversed(self.classes) if name.startswith("AutoModel") or name == "AutoBackbone"
         )
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
-        trust = "" if self.is_native else ", trust_remote_code=True"
-        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust}'
+        trust_argument = "" if self.is_native else ", trust_remote_code=True"
+        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
         return f"{auto_class}.from_pretrained({arguments})"
 
     def format_lines(self) -> list[str]:
@@ -175,18 +175,18 @@ def verify(
     )
 
 
-def verify_push(pushed: PushResult, folder: Path) -> VerificationReport:
+def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     """Verify the push of `folder`. Raises PushedButNotVerified if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
     try:
-        return verify(pushed.repo_id, pushed.commit, folder, pushed.with_optimizer)
+        return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {pushed.repo_id} --revision {pushed.commit}"
+        command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
         raise PushedButNotVerified(
             f"the model was pushed, but not verified: {error}. It is saved in {folder}, and published at "
-            f"{pushed.url}; verify it again with: {command}"
+            f"{push_result.url}; verify it again with: {command}"
         ) from error
 
 
@@ -199,11 +199,11 @@ def download_files(model: HubCommit, target: Path) -> int:
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
         with set_hub_timeout(TIMEOUT):
-            check = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
+            checksum_report = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if check.mismatches:
-        names = ", ".join(mismatch["path"] for mismatch in check.mismatches)
+    if checksum_report.mismatches:
+        names = ", ".join(mismatch["path"] for mismatch in checksum_report.mismatches)
         raise NotVerified(
             f"{repo_id} at {commit} is damaged on the Hub: {names} differs from the uploaded file. Delete it on "
             "the Hub and push again"
@@ -212,22 +212,23 @@ def download_files(model: HubCommit, target: Path) -> int:
         check_is_model(target)
     except ValueError:
         raise NotVerified(f"{repo_id} at {commit} does not contain a vitcls model") from None
-    return check.checked_count
+    return checksum_report.checked_count
 
 
-def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer: bool) -> None:
+def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
     """Raise NotVerified unless each published file equals the file in the folder."""
     expected = collect_model_files(folder, repo_id)
-    names = (file.relative_to(published).as_posix() for file in published.rglob("*"))
+    names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoints = {name for name in names if is_match(name, CHECKPOINT_PATTERNS)}
     if with_optimizer or checkpoints:
         expected |= collect_checkpoint_files(folder)
-    if unexpected := sorted(checkpoints - expected.keys()):
+    if unexpected_files := sorted(checkpoints - expected.keys()):
         raise NotVerified(
-            f"{repo_id} contains {unexpected[0]}, which is not the newest checkpoint in {folder}. Push {folder} again"
+            f"{repo_id} contains {unexpected_files[0]}, which is not the newest checkpoint in {folder}. Push "
+            f"{folder} again"
         )
     for name, content in expected.items():
-        file = published / name
+        file = published_folder / name
         if not file.is_file():
             raise NotVerified(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
         is_same = (
@@ -263,7 +264,7 @@ def run_script(
 
     Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if it fails for another reason.
     """
-    failed = f"a new process cannot load {model.repo_id} at {model.commit}"
+    failure = f"a new process cannot load {model.repo_id} at {model.commit}"
     with tempfile.TemporaryDirectory(dir=scratch) as home:
         target = Path(home, "outputs")
         target.mkdir()
@@ -289,11 +290,11 @@ def run_script(
         )
         if not (target / "report.json").is_file():
             lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise RuntimeError(f"{failed}: {lines[-1]}")
+            raise RuntimeError(f"{failure}: {lines[-1]}")
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
             error_class = RuntimeError if report["can_retry"] else NotVerified
-            raise error_class(f"{failed}: {report['error']}")
+            raise error_class(f"{failure}: {report['error']}")
         return load_file(target / "outputs.safetensors"), report
 
 

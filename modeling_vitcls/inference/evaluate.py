@@ -184,8 +184,8 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
         return LabeledImages(images.images, [indices[label] for label in images.labels])
     labels = []
     for row in images.labels:
-        present = {indices[label] for label, value in enumerate(row) if value}
-        labels.append([float(label in present) for label in range(len(model_space.names))])
+        present_indices = {indices[label] for label, value in enumerate(row) if value}
+        labels.append([float(label in present_indices) for label in range(len(model_space.names))])
     return LabeledImages(images.images, labels)
 
 
@@ -206,7 +206,7 @@ def match_task_labels(
 
 
 class LabelIndices(dict[int, int]):
-    """Label index in the dataset -> label index in the model, matched by name."""
+    """Mapping from label indices in the dataset to label indices in the model, matched by name."""
 
     def __init__(self, data_names: list[str], model_names: list[str]) -> None:
         indices = {name: index for index, name in enumerate(model_names)}

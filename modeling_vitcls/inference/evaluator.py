@@ -57,8 +57,8 @@ class HeldOutImages(Dataset):
     num_channels: int | None = None
 
     def __post_init__(self) -> None:
-        first = self.process * self.batch_size
-        starts = range(first, len(self.source) + first, self.batch_size * self.num_processes)
+        first_start = self.process * self.batch_size
+        starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
         self.batches = [range(start, start + self.batch_size) for start in starts]
 
     def __len__(self) -> int:

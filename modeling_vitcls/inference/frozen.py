@@ -92,9 +92,9 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered = gather_object([self.batches])  # one list per process; batches were distributed in rounds
-        ordered = [batch for batches in zip(*gathered, strict=True) for batch in batches]
-        features, labels = (np.concatenate(parts) for parts in zip(*ordered, strict=True))
+        gathered_batches = gather_object([self.batches])  # one list per process; batches were distributed in rounds
+        ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
+        features, labels = (np.concatenate(parts) for parts in zip(*ordered_batches, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
 
 
@@ -247,8 +247,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
-        best = max(rows, key=lambda row: row["accuracy"])
-        results |= {"best": round_floats(best), "rows": round_floats(rows)}
+        best_row = max(rows, key=lambda row: row["accuracy"])
+        results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
         print_rows(results, console)
         write_results(options, results, console)
     accelerator.end_training()
@@ -277,9 +277,9 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
         cells.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
     console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
-    best = results["best"]
+    best_row = results["best"]
     console.print(
-        f"best      layer {best['layer']}, {best['token']}: {format_percent(best['accuracy'])} (selected from "
-        f"{len(results['rows'])} rows on the same images)",
+        f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "
+        f"from {len(results['rows'])} rows on the same images)",
         markup=False,
     )

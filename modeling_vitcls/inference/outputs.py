@@ -205,8 +205,8 @@ class Progress:
         self.last_line_time = time.perf_counter()
         speed = self.num_images / (self.last_line_time - self.start_time)
         total = "" if self.total is None else f" of {self.total:,}"
-        failed = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
-        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failed}", markup=False)
+        failures = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
+        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failures}", markup=False)
 
 
 # Shards --------------------------------------------------------------------------------------------------------------

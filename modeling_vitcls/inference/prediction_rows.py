@@ -46,10 +46,11 @@ def select_probable_labels(
 ) -> list[list[Label]]:
     """Return the labels of each image with a probability of at least `threshold`, the most probable first, from
     multi-label logits [B, labels]."""
-    ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # values and indices, [B, labels]
+    # Values and indices, [B, labels].
+    sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
-        for image in add_names(ordered.indices, ordered.values, names)
+        for image in add_names(sorted_labels.indices, sorted_labels.values, names)
     ]
 
 
@@ -213,6 +214,8 @@ def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autoca
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
     is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
-    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
+    overflow_row = {"error": "the model output is not finite. Set another --mixed-precision"}
     rows = columns.build_rows(values)
-    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]
+    return [
+        row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
+    ]
