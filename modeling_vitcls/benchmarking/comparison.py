@@ -41,7 +41,7 @@ class BenchmarkSettings:
     against: tuple[str, ...]  # names of `peers.PEERS`, for comparisons with other projects
     num_pairs: int  # number of pairs: one measurement of this package and one of the baseline
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
-    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify theirs
+    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify their own precision
     device: str = "cpu"  # "cpu" or "cuda"
 
     @property
@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile; three equal values for a single value."""
+    """Return the lower quartile, median and upper quartile; three equal values for a single value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -97,7 +97,7 @@ def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
-    """Call both functions `num_pairs` times, in alternating order, and return the speeds that they return."""
+    """Call both functions `num_pairs` times, in alternating order, and return their results."""
     speeds: Speeds = ([], [])
     for pair in range(num_pairs):
         for index in (0, 1) if pair % 2 == 0 else (1, 0):

@@ -1,7 +1,7 @@
 """Time and memory of a forward pass by image size, patch size, number of tokens and batch size, with a figure.
 
     python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
-    plot_growth(entries, "processor, versions")    entries of `Comparison.to_dict()`, or of the --output file
+    plot_growth(entries, "processor, versions")    each entry is a `Comparison.to_dict()`, or from the --output file
 
 All axes share one base point, which is measured once; each axis varies one value of the base point. Tokens are added
 as registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per
@@ -36,7 +36,7 @@ from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, 
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A row of the report: the sizes of its images, patches, batches and registers."""
+    """A row of the report: image size, patch size, batch size and number of registers."""
 
     image_size: int
     patch_size: int

@@ -84,7 +84,7 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with new weights. `labels` contains id2label and label2id."""
+    """Build the ViT of transformers with its initial weights. `labels` contains id2label and label2id."""
     from transformers import ViTConfig, ViTForImageClassification
 
     values = vars(size) if not labels else {name: value for name, value in vars(size).items() if name != "num_labels"}

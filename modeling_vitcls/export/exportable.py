@@ -39,7 +39,7 @@ class ExportableModel:
     """A model in float32 and eval mode."""
 
     model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None  # image processor; None if the checkpoint has none
+    processor: ViTCLSImageProcessor | None  # None if the checkpoint has no image processor
     is_trained: bool  # False for a preset, which has random weights
 
 

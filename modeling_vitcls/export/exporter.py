@@ -190,7 +190,7 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 def compare_outputs(
     batches: list[torch.Tensor], expected: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model. Raises ValueError above `LIMITS`."""
+    """Compare the outputs of a file and of the model. Raises ValueError if a difference exceeds `LIMITS`."""
     absolute, relative = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, expected, outputs, strict=True):

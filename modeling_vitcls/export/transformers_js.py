@@ -69,9 +69,9 @@ def export_for_transformers_js(source: str, output: Path) -> WebReport:
         output: A folder that does not exist or is empty.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, is not a classifier for one task, its image
-            processor has settings that transformers.js does not support, or the float32 file differs from the model.
-            The message is one line.
+        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if its image
+            processor has settings that transformers.js does not support, or if the float32 file differs from the
+            model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)

@@ -1,4 +1,4 @@
-"""Hugging Face Hub: load models, write cards, push, verify what was pushed, publish Spaces.
+"""Hugging Face Hub: load models, write cards, push, verify pushes, publish Spaces.
 
     connection.py              timeouts, retries and error messages of requests to the Hub
     loading.py                 model name -> local folder, from the Hub or its cache; timm models
@@ -17,9 +17,9 @@
     endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
     verify.py                  loads a published commit in a new process and compares its outputs
     verification_script.py     the script that runs in the new process; it does not import this package
-    verification_reference.py  the model that the published model is compared with
+    verification_reference.py  the reference model that the published model is compared with
     shared_code.py             one copy of the code for many models
     space.py                   a Space with the demo
 
-Of these files, only endpoint_handler.py is copied to the Hub, and only if it is requested.
+Of these files, only endpoint_handler.py is copied to the Hub, and only on request.
 """

@@ -68,7 +68,7 @@ def get_model_index(metadata: Any) -> list[dict[str, Any]]:
 
 
 def read_metadata(text: str) -> Any:
-    """Return the metadata of a card; None for invalid YAML, because the Hub reports the error during the push."""
+    """Return the metadata of a card; None for invalid YAML. The Hub reports the error during the push."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -122,7 +122,7 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return a phrase with the most frequent wrong prediction for a class; empty if there is none, or no `matrix`."""
+    """Return a phrase with the most frequent wrong prediction for a class; empty without a matrix or errors."""
     if matrix is None:
         return ""
     errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]

@@ -13,13 +13,13 @@ from ..version import __version__
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 CODE_PATTERN = "*_vitcls.py"
-# License of the code files, saved next to them. LICENSE is the license of the weights.
+# License file of the code. Other license files in a model folder are for the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
 HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endpoints
 HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file uses only names of earlier files.
+# Each file uses only names from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (

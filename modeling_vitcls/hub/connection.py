@@ -26,7 +26,7 @@ from ..errors import format_error
 
 # Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Refused connections raise OSError, failed uploads RuntimeError, and invalid metadata ValueError.
+# Errors of requests. Refused connections raise OSError, failed uploads RuntimeError, and invalid metadata ValueError.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -58,7 +58,7 @@ def check_is_online() -> None:
 
 @contextmanager
 def set_hub_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for requests to the Hub in the block; by default, huggingface_hub waits indefinitely.
+    """Set a timeout for requests to the Hub within the block; by default, huggingface_hub waits indefinitely.
 
     All threads share one client, so the shortest active timeout applies to all threads.
     """
@@ -207,7 +207,7 @@ def format_hub_error(error: BaseException) -> str:
         message = get_message(cause)
         if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
-        if isinstance(cause, HfHubHTTPError):  # its causes contain the same message in more words
+        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message in more words
             break
     return ": ".join(messages)
 

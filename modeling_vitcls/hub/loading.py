@@ -91,7 +91,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
     """
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Leave --revision out")
+            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Remove --revision")
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
@@ -122,8 +122,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the values in its config.json.
 
-    `source` is the name of the model in error messages. Raises ValueError for another type or a damaged config.json,
-    and OSError if config.json is missing.
+    `source` is the name of the model in error messages. Raises ValueError for other model types or a damaged
+    config.json, and OSError if config.json is missing.
     """
     check_folder(str(folder), config_is_elsewhere=False)
     settings = read_json(Path(folder, CONFIG))
@@ -229,7 +229,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a name has the form of a repository id."""
+    """Return whether a name is a syntactically valid repository id."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -266,7 +266,7 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
 
 @contextmanager
 def show_progress_on_first_process() -> Iterator[None]:
-    """Show download progress bars only on the first process of a machine; the other processes use its download."""
+    """Show download progress bars only on the first process of a machine; all processes share one download."""
     group = "huggingface_hub.snapshot_download"
     if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(group):
         yield
@@ -297,7 +297,7 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
 def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model, and the commit hash of its repository if `name` starts with `hf-hub:`, otherwise None.
 
-    Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are passed on.
+    Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
     """
     import timm
 

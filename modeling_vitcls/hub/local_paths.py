@@ -39,7 +39,7 @@ def is_local(name: Any) -> bool:
 
 
 def make_relative(name: Any) -> Any:
-    """Return a resolved name with its absolute path relative to the current folder; other values unchanged."""
+    """Return a resolved name with its absolute path relative to the current folder; other values are unchanged."""
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)

@@ -116,7 +116,9 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if not has_current_onnx_files(folder):
         outdated_files = [name for name in files if is_match(name, ONNX_PATTERNS)]
         if outdated_files:
-            log.warning("%s is not published, because %s is for other weights", ", ".join(outdated_files), ONNX_REPORT)
+            log.warning(
+                "%s is not published, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
+            )
         files = {name: path for name, path in files.items() if name not in outdated_files}
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
@@ -127,7 +129,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
 
 
 def has_current_onnx_files(folder: Path) -> bool:
-    """Return whether the report of the ONNX files is for the weights in the folder."""
+    """Return whether the ONNX files were created from the weights in the folder, according to their report."""
     if not (folder / ONNX_REPORT).is_file():
         return False
     weights = {
@@ -165,7 +167,7 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a folder contains a model that was converted from vitcls to transformers, without code."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers and uses no code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 

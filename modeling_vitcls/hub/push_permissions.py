@@ -1,4 +1,4 @@
-"""Check that the token may push to a repository, before hours of training. The check changes nothing.
+"""Check before training that the token may push to a repository. The check changes nothing.
 
 repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 """
@@ -37,7 +37,7 @@ def check_push_permissions(
 
     Raises:
         ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is
-            one line with the remedy.
+            one line and names the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
@@ -46,8 +46,8 @@ def check_push_permissions(
     full_id = name if "/" in name else f"{account['name']}/{name}"
     if not is_hub_id(full_id):
         raise ValueError(
-            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} namespace/name, with letters, digits, "
-            "'-', '_' and '.', at most 96 characters"
+            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} to namespace/name, with letters, "
+            "digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
     exists = check_existing_repo(full_id, private, repo_type)
@@ -85,7 +85,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         namespaces = ", ".join([account["name"], *organizations])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
-            f"{FLAGS[repo_type]} with one of {namespaces}"
+            f"{FLAGS[repo_type]} to a name in one of {namespaces}"
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(

@@ -7,8 +7,9 @@ REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`,
 to `target`: report.json with the loaded classes or the error, and outputs.safetensors with the outputs for fixed
 inputs.
 
-The code of the repository runs only here. The reference outputs come from verification_reference.py, which shares
-`collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this package.
+The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
+shares `collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this
+package.
 """
 
 import json
@@ -122,7 +123,7 @@ class HubLoader:
 
 
 def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
-    """Return a model's outputs for fixed inputs from each class and pipeline, and a report on the loaded classes.
+    """Return a model's outputs for fixed inputs from each loader, and a report on the loaded classes.
 
     Args:
         loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
@@ -137,7 +138,7 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # initialize weights that the checkpoint lacks reproducibly
+        torch.manual_seed(SEED)  # makes weights that the checkpoint lacks reproducible
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
@@ -162,13 +163,13 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
 
 
 def get_auto_class(architecture: str) -> str:
-    """Return the Auto class of a model class of modeling_vitcls, or of a classifier or encoder of transformers."""
+    """Return the Auto class for a model class of modeling_vitcls, or for a transformers classifier or encoder."""
     is_classifier = "ForImageClassification" in architecture
     return AUTO_CLASSES.get(architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel")
 
 
 def get_image_size(config: Any) -> tuple[int, int]:
-    """Return height and width of the model's images in pixels."""
+    """Return the height and width of the model's images in pixels."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -3,11 +3,11 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. Their hashes must match the Hub's list, and their content the files in `folder`.
+1. All files are downloaded. Their hashes must match the Hub's list, and their content must match `folder`.
 2. A new process with an empty cache and without this package loads the commit through the Auto classes and the
-   pipeline (verification_script.py). It has a minimal environment, and a token only if the repository is private or
-   gated, because it may run code of an unknown author. This is not a sandbox: the process runs as the current user and
-   can read the user's files.
+   pipeline (verification_script.py). The process has a minimal environment, and a token only if the repository is
+   private or gated, because it may run code by an unknown author. This is not a sandbox: the process runs as the
+   current user and can read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
    package (verification_reference.py). No published code runs in the calling process.
 """

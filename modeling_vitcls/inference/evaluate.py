@@ -136,7 +136,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Describe why the model may have been trained on held-out images; None if its run held out the same images."""
+    """Return why the model may have been trained on held-out images; None if its run held out the same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
@@ -148,8 +148,8 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
         return None
     return (
         f"the {len(held_out):,} held-out images are not the {record.num_images:,} images that were held out when "
-        f"{model} was trained, so the dataset has changed or is another dataset. The model may have been trained on "
-        "images that were renamed or re-encoded since then"
+        f"{model} was trained, so the dataset has changed or is a different dataset. The model may have been trained "
+        "on images that were renamed or re-encoded since then"
     )
 
 

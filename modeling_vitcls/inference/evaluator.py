@@ -32,7 +32,7 @@ from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
-NUM_DECIMALS = 6  # decimals of metrics
+NUM_DECIMALS = 6  # number of decimals of metrics
 
 
 @dataclass
@@ -40,7 +40,7 @@ class HeldOutBatch:
     """One batch of a process: the readable images, and the error messages of unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
-    labels: Any  # labels of the G readable images, in the type for their kind
+    labels: Any  # labels of the G readable images; the type depends on their kind
     unreadable: dict[int, str]  # error messages by index of the unreadable image
 
 

@@ -135,7 +135,7 @@ def measure_accuracies(
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
     The interval is the Wilson interval for the number of held-out images. Few-shot classifiers are fitted to
-    `num_repeats` random selections of images, and the interval is the interval of the mean over these repeats.
+    `num_repeats` random selections of images, and their interval is the interval of the mean over the repeats.
     """
     _, _, num_per_class = kind.partition(":")
     selections = [np.arange(len(train.labels))]

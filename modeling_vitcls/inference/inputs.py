@@ -101,7 +101,7 @@ def read_list(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
-        raise ValueError(f"the list {file} is empty. Write one path in each line")
+        raise ValueError(f"the list {file} is empty. Write one path on each line")
     return paths
 
 
@@ -119,7 +119,7 @@ def get_file_state(path: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """A dataset column with images or paths, and the folder that contains relative paths."""
+    """A dataset column with images or paths, and the base folder of relative paths."""
 
     name: str
     folder: Path
@@ -162,7 +162,7 @@ class DatasetInput:
 
 @dataclass
 class StreamInput:
-    """A dataset that is read during prediction, from its beginning to the last range or to its end."""
+    """A dataset that is read during prediction, from its beginning to the end of the last range or of the stream."""
 
     dataset: Any  # datasets.IterableDataset
     column: ImageColumn
@@ -294,4 +294,4 @@ def fetch_file(address: str) -> bytes:
             return file.read()
     except Exception as error:  # each file system raises its own types of errors
         reason = f"{type(error).__name__}: {format_error(error)}"
-        raise FetchError(f"cannot fetch {address} ({reason}). Restart to continue") from error
+        raise FetchError(f"cannot fetch {address} ({reason}). Repeat the command to continue") from error

@@ -82,7 +82,7 @@ class SingleLabelMetrics:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L], also of each head if there are two, and labels [G]."""
+        """Add logits [B, L], the logits of each head if there are two heads, and labels [G]."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -108,7 +108,7 @@ class SingleLabelMetrics:
             self.matrix.update(predictions, labels)
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
@@ -161,12 +161,12 @@ class MultiLabelMetrics:
         self.num_images.update(len(labels))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning about classes without images, whose value is None here
+            warnings.simplefilter("ignore")  # torchmetrics warns about classes without images, which become None
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
@@ -203,7 +203,7 @@ class MultiTaskMetrics:
         self.num_images.update(len(next(iter(labels.values()))))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
             "accuracy": compute_mean([metrics["accuracy"] for metrics in by_task.values()]),
@@ -226,12 +226,12 @@ class ReconstructionMetrics:
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
-        """Add the mean loss of a batch of G images, and their number. `indices` [G] are the indices of the images."""
+        """Add the mean loss of a batch of G images, whose indices are `indices` [G]."""
         self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
 

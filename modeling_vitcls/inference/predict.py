@@ -289,7 +289,7 @@ def open_shard_folder(
 
     num_images, finished_shards = run_on_main(accelerator, open_folder)
     if any(other != identity for other in gather_object([identity])):
-        raise ValueError("prediction requires the same images on all processes, but the files of the machines differ")
+        raise ValueError("prediction requires the same images on all processes, but the files differ between machines")
     return num_images, finished_shards
 
 

@@ -406,7 +406,7 @@ def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalH
     for source in ("/not/there", "./not-there", "a/b/c"):
         with raises_one_line(f"{source} is not a folder and not a valid id of a model", error=OSError):
             get_model_folder(source)
-    with raises_one_line("--revision requires a model on the Hub", str(tmp_path), "Leave --revision out"):
+    with raises_one_line("--revision requires a model on the Hub", str(tmp_path), "Remove --revision"):
         get_model_folder(str(tmp_path), revision="main")
     assert not hub.requests
 
