@@ -67,7 +67,7 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
     if config.position_offset:
         return "position_offset requires a resampling scale that a graph cannot compute from the image size"
     if config.position_antialias and not has_antialias:
-        return "position_antialias=True requires PyTorch's antialiasing, but the runtime of this format uses another"
+        return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
         return 'position_interpolation="crop" crops position embeddings of a non-square grid except at the native size'
