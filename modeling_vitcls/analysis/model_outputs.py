@@ -169,7 +169,7 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 def get_predicted_labels(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label whose probability reaches DEFAULT_THRESHOLD, as in inference/prediction_rows.py.
+    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
         return (by_task[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()

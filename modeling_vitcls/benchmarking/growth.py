@@ -53,11 +53,11 @@ class GrowthPoint:
 class Axis:
     """The rows that vary a field of `GrowthPoint`: their names, and their column in the figure."""
 
-    row: str  # name of a row, with {} for the value of the field
+    row_name: str  # name of a row, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value: str  # key of the values on the x axis
-    tick: str | None = None  # key of the numbers in parentheses below the ticks
+    value_key: str  # key of the values on the x axis
+    tick_key: str | None = None  # key of the numbers in parentheses below the ticks
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
@@ -78,7 +78,7 @@ def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, Grow
     """Return the base point, and one point for each value of each axis, by name."""
     name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
     return {name: base} | {
-        AXES[field].row.format(value): replace(base, **{field: value})
+        AXES[field].row_name.format(value): replace(base, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
@@ -233,8 +233,8 @@ def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Co
     """
     times: Costs = {OURS: {}}
     peaks: Costs = {OURS: {}}
-    for value in sorted({entry[panel.value] for entry in comparisons}):
-        entries = [entry for entry in comparisons if entry[panel.value] == value]
+    for value in sorted({entry[panel.value_key] for entry in comparisons}):
+        entries = [entry for entry in comparisons if entry[panel.value_key] == value]
         times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
         peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
         for entry in entries:
@@ -271,7 +271,8 @@ def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
 def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers below."""
     labels = {
-        entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")
+        entry[panel.value_key]: f"{entry[panel.value_key]}"
+        + (f"\n({entry[panel.tick_key]})" if panel.tick_key else "")
         for entry in comparisons
     }
     axes.set_xticks(list(labels), list(labels.values()))

@@ -66,11 +66,11 @@ def print_tables(comparisons: list[Comparison]) -> None:
     lowest_ratios = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
-        speeds = (f"{entry[f'{owner}_images_per_second']:.1f}" for owner in ("ours", "theirs"))
+        speeds = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
         speed.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in entry:
-            memory.add_row(*row, *(f"{entry[f'{owner}_peak_bytes'] / 2**20:.0f}" for owner in ("ours", "theirs")))
+            memory.add_row(*row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs")))
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
         lowest_ratios.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
