@@ -58,18 +58,52 @@ SMALL = {
     "mask_ratio": 0.0,
 }
 ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
-# Reason -> fields of a configuration of which any is set.
+# Reason -> fields of a configuration, any of which is set.
 NOT_PLAIN = {
     "windows or several resolutions": ("window_size", "depths", "global_attn_indexes"),
     "videos": ("temporal_patch_size", "num_frames", "tubelet_size"),
     "merged patches": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
     "text or audio next to the images": ("vocab_size", "text_config", "num_mel_bins"),
 }
+# Class without rules -> what ViTCLS or the converter does not support.
+REASONS = {
+    # timm
+    "Beit": "position biases are resampled with splines on a nonuniform grid; `transformers:` converts BEiT exactly",
+    "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
+    "NaFlexVit": "one module for patches, tokens and positions, which also reads packed patches of several images",
+    "Cait": "talking-heads attention, and separate layers for the CLS token",
+    "ConVit": "gated positional self-attention",
+    **dict.fromkeys(("DeepseekVitClassifier", "DeepseekVitEncoder"), "a projector that merges patches"),
+    **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "blocks with four norms"),
+    **dict.fromkeys(("Qwen3VitClassifier", "Qwen3VitEncoder"), "positions resampled with aligned corners"),
+    # transformers
+    "DPTModel": "the encoder of a depth model, which may start with a ResNet",
+    "GraniteDoclingVisionModel": "a connector to a language model",
+    **dict.fromkeys(
+        (
+            "Idefics3VisionTransformer",
+            "SmolVLMVisionTransformer",
+            "MiniCPMOcrVisionModel",
+            "MiniCPMV4_7VisionModel",
+            "PixtralVisionModel",
+        ),
+        "images of several sizes in one batch",
+    ),
+    "MLCDVisionModel": "a learned rotary position of the CLS token",
+    "MgpstrForSceneTextRecognition": "heads that read characters",
+    "SegGptModel": "pairs of images and masks",
+    "VitDetModel": "windows or several resolutions",
+    "YolosModel": "detection tokens, and positions that are added again between layers",
+}
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. It builds every architecture with random weights and two layers,
 converts it, and compares all tokens and logits at the native size and at a rectangle in float32 (limit 1e-5). timm
 {timm}, transformers {transformers}.
+
+The denominator of timm is every module whose models have one resolution and attention among all patches;
+`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE is a set of
+weights of the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
 
 """
 
@@ -133,7 +167,8 @@ def build_timm(name: str) -> Any:
     except (TypeError, AssertionError):  # an architecture without these arguments, or with one value per block
         original = timm.create_model(name, device="meta")
     if get_class_name(original) not in TIMM_CLASSES:
-        raise ConversionError(f"no rules for {get_class_name(original)}")
+        class_name = get_class_name(original)
+        raise ConversionError(f"{class_name}: not supported, {REASONS.get(class_name, 'no rules')}")
     num_heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
     options |= {"embed_dim": 6 * original.embed_dim // num_heads, "num_heads": 6}
     if "sapiens2" in name:  # by default one value per block of the full depth
@@ -151,7 +186,7 @@ def format_transformers() -> str:
     """Return the section of transformers."""
     exact, reasons = {}, defaultdict(list)
     for name, config in list_vision_classes().items():
-        difference, reason = measure_transformers(name) if config is None else (None, describe_config(config))
+        difference, reason = measure_transformers(name) if config is None else (None, describe_config(name, config))
         if difference is None:
             reasons[reason].append(name)
         else:
@@ -214,12 +249,12 @@ def build_config(config_class: Any) -> Any:
     return config_class(**fields)
 
 
-def describe_config(config: Any) -> str:
-    """Return why a class cannot be converted, from its configuration."""
+def describe_config(name: str, config: Any) -> str:
+    """Return why a class cannot be converted, from its configuration or from `REASONS`."""
     for reason, fields in NOT_PLAIN.items():
         if any(getattr(config, field, None) for field in fields):
-            return f"not a plain ViT: {reason}"
-    return "no rules"
+            return f"not supported: {reason}"
+    return f"not supported: {REASONS.get(name, 'no rules')}"
 
 
 def shorten(text: str) -> str:

@@ -1,6 +1,7 @@
 """The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
+import importlib.metadata
 import os
 import runpy
 import subprocess
@@ -14,8 +15,9 @@ from fresh_processes import run_fresh
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import env
-from modeling_vitcls.commands.parsing import exit_on_error, find_recipe
+from modeling_vitcls.commands import env, push, space
+from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse, parse_flags
+from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.version import __version__
 
 
@@ -156,6 +158,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr().out
     facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert facts["modeling_vitcls"] == __version__ and {"torch", "transformers", "devices"} <= facts.keys()
+    assert facts["timm"] == importlib.metadata.version("timm")
     assert "hf_secret" not in printed
 
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
@@ -236,3 +239,13 @@ def test_public_names_are_visible_to_type_checkers() -> None:
         assert getattr(modeling_vitcls, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'ViTCLSModell'"):
         modeling_vitcls.ViTCLSModell  # noqa: B018
+
+
+@pytest.mark.parametrize("flag", ["--private", "--hub-private"])
+def test_both_names_of_the_flag_for_private_repositories_are_accepted(flag: str) -> None:
+    assert parse_flags(push.OPTIONS, ["--model", "mine", flag]).private
+    assert parse_flags(space.OPTIONS, ["--model", "mine", flag]).private
+    run = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "mine", "--push-to-hub"]
+    options = parse(FinetuneOptions, [*run, flag])
+    assert options.run.hub_private
+    assert not parse(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private

@@ -114,20 +114,24 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in KINDS}
     if not parts:
         return ablations
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled)
-    sizes = {len(indices) for indices in parts.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
-    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, generator)
+    outputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # like `ablations`
     for key, indices in parts.items():
         with hold_tokens(model, indices, mean_states[:, indices]):
             held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
         hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
-        redraw_effect, redrawn = redraw_effects[key]
-        for kind, after in zip(KINDS, (held, hidden), strict=True):
+        outputs["information"][key], outputs["presence"][key] = held, hidden
+    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled)
+    sizes = {len(indices) for indices in parts.values()}
+    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
+    hidden_outputs = {tuple(indices): outputs["presence"][key].select(sampled) for key, indices in parts.items()}
+    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
+    for kind, by_key in outputs.items():
+        for key, after in by_key.items():
+            redraw_effect, redrawn = redraw_effects[key]
             ablations[kind][key] = Ablation(
                 effect=compute_effect(before, after),
                 compared=compute_effect(sampled_before, after.select(sampled)).size,
-                patches=patch_effects[kind, len(indices)],
+                patches=patch_effects[kind, len(parts[key])],
                 redrawn=redrawn[kind],
                 redraw_effect=redraw_effect,
             )
@@ -180,18 +184,18 @@ def measure_patch_effects(
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
     patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
-    effects = {}
-    for size in sorted(sizes):
-        sets = draw_patches(patches, size, generator)
-        used = sorted({index for indices in sets for index in indices})
-        means, _ = collect_mean_states(model, batches, used)
-        for kind in KINDS:
-            effects[kind, size] = [
-                compute_effect(before, ablate(kind, model, batches, indices, means[:, positions])).size
-                for indices in sets
-                for positions in [[used.index(index) for index in indices]]
-            ]
-    return effects
+    sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(sizes)}
+    used = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
+    means, _ = collect_mean_states(model, batches, used)
+    return {
+        (kind, size): [
+            compute_effect(before, ablate(kind, model, batches, indices, means[:, positions])).size
+            for indices in sets
+            for positions in [[used.index(index) for index in indices]]
+        ]
+        for size, sets in sets_by_size.items()
+        for kind in KINDS
+    }
 
 
 def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
@@ -203,10 +207,18 @@ def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -
 
 
 def measure_redraw_effects(
-    model: Any, batches: Batches, before: Any, generator: torch.Generator
+    model: Any,
+    batches: Batches,
+    before: Any,
+    hidden_outputs: dict[tuple[int, ...], Any],
+    generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
     """Return, by key of a token or name of a group, the mean size of the effect of redrawing the tokens, and by kind
-    the sizes of the effects of ablating the redrawn tokens. The tokens of a group share their null distribution."""
+    the sizes of the effects of ablating the redrawn tokens. The tokens of a group share their null distribution.
+
+    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. They are the same
+    for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
+    """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
         sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -215,9 +227,10 @@ def measure_redraw_effects(
             with redraw_tokens(model, indices, generator):
                 means, redrawn = collect_mean_states(model, batches, indices)
                 changes.append(compute_effect(before, redrawn).size)
-                for kind in KINDS if has_null else ():
-                    after = ablate(kind, model, batches, indices, means)
-                    sizes[kind].append(compute_effect(redrawn, after).size)
+                if has_null:
+                    held = ablate("information", model, batches, indices, means)
+                    sizes["information"].append(compute_effect(redrawn, held).size)
+                    sizes["presence"].append(compute_effect(redrawn, hidden_outputs[tuple(indices)]).size)
         effects |= dict.fromkeys(keys, (sum(changes) / len(changes), sizes))
     return effects
 
@@ -245,8 +258,8 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
 def count_null_passes(model: Any) -> int:
     """Return the maximum number of passes over the images of the null distributions."""
     sizes = {len(indices) for indices in get_ablated_parts(model.config.token_layout).values()}
-    num_redraws = sum(len(sets) * (3 if has_null else 1) for _, sets, has_null in plan_redraws(model))
-    return 1 + len(sizes) * (1 + 2 * NUM_NULL) + num_redraws if sizes else 0
+    num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))
+    return 1 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -296,11 +309,14 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 @contextmanager
 def hold_tokens(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Hold the states of the tokens at these sequence indices at `mean_states` [L + 1, n, D], after the embeddings and
-    each layer."""
-    encoder = model.base_model
+    each layer; after the last layer only if the head reads one of the tokens."""
+    encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))
+    modules = [encoder.embeddings, *encoder.layers]
+    if not any(reads[min(index, len(reads) - 1)] for index in indices):
+        modules.pop()  # a hook on the last layer would make it compute all tokens
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
-        for module, means in zip([encoder.embeddings, *encoder.layers], mean_states, strict=True):
+        for module, means in zip(modules, mean_states, strict=False):
             hooks.enter_context(replace_tokens(module, indices, means))
         yield
 

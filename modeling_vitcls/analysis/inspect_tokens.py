@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -26,6 +26,7 @@ from .report import SIGNS, build_patch_size_table, get_model_name, write_json_va
 from .report_data import count_images_with_heads
 
 
+SPEED_PERIOD = 600  # seconds over which the progress bar estimates the speed
 STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -75,12 +76,12 @@ def read_token_movement(folder: str) -> dict[str, float] | None:
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[ProgressCallback]:
-    """Show a progress bar, if the output is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    """Show a progress bar with the remaining time, if the output is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     if not console.is_terminal:
         yield ignore
         return
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, finished, total: bar.update(
             task, description=description, completed=finished, total=total

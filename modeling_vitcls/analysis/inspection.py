@@ -31,8 +31,8 @@ from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
-# Maximum number of images of the null distributions, and maximum operations of a pass over these images
-MAX_NULL_IMAGES, MAX_NULL_FLOPS = 64, 2.5e11
+# Minimum and maximum number of images of the null distributions, and maximum operations of a pass over these images
+MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
@@ -56,6 +56,7 @@ class Inspection:
         patches: diagnosis of the norms of patches.
         depth: one text per special token, on its attention over depth.
         image_reports: reports of the images to show.
+        num_null_images: number of images of the null distributions.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small classifier of
             one label.
         patch_sizes: comparison of patch sizes; empty unless requested.
@@ -74,6 +75,7 @@ class Inspection:
     patches: PatchDiagnosis
     depth: list[str]
     image_reports: list[ImageReport]
+    num_null_images: int
     map_checks: dict[str, MapCheck]
     patch_sizes: list[PatchSizeRow]
     num_unreadable: int
@@ -146,16 +148,24 @@ def inspect_model(
     pixels = preparer.prepare_all(statistics_images, on_progress)
     pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
     batches = InspectionBatches(model, list(pixels.values()), encode_labels(pixel_labels, model), batch_size)
-    findings, before, without_registers = collect_statistics(model, batches, on_progress)
-    num_sampled = min(max(count_null_images(model, batches.pixels), MIN_IMAGES), MAX_NULL_IMAGES)
-    sample_batches, sampled = batches.sample(num_sampled)
-    num_passes = 2 * len(get_ablated_parts(config.token_layout))
+    sample_batches, sampled = batches.sample(
+        min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
+    )
+    num_statistics_passes = 2 if config.num_register_tokens else 1
+    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout))
+    num_null_passes = count_null_passes(model)
+    progress = PassProgress(
+        on_progress,
+        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled) * num_null_passes,
+    )
+    watched = progress.watch(batches, "collecting statistics", num_statistics_passes)
+    findings, before, without_registers = collect_statistics(model, watched)
     ablations = compute_ablations(
         model,
-        batches.report_progress(on_progress, num_passes, "ablating tokens"),
+        progress.watch(batches, "ablating tokens"),
         findings.mean_states,
         before,
-        (sample_batches.report_progress(on_progress, count_null_passes(model), "measuring null effects"), sampled),
+        (progress.watch(sample_batches, "measuring null effects"), sampled),
         without_registers,
     )
     chosen = dict.fromkeys(range(len(images)))
@@ -189,6 +199,7 @@ def inspect_model(
         patches=diagnose_patches(config, findings, has_head),
         depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
+        num_null_images=len(sampled),
         map_checks=check_sampled_maps(model, batches, on_progress),
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
@@ -243,14 +254,12 @@ def spread_evenly(indices: Sequence[int], count: int) -> list[int]:
     return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
 
 
-def collect_statistics(
-    model: Any, batches: "InspectionBatches", on_progress: ProgressCallback
-) -> tuple[Findings, Any, dict[str, Any]]:
+def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
     registers hidden from attention (`known` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
     collected, collected_without_registers = [], []
-    for pixel_values, labels in batches.report_progress(on_progress, 1, "collecting statistics")():
+    for pixel_values, labels in batches():
         outputs, outputs_without_registers = statistics.update(pixel_values)
         collected.append(read_outputs(model, outputs, labels))
         if outputs_without_registers is not None:
@@ -334,18 +343,24 @@ class InspectionBatches:
         labels = None if self.labels is None else self.labels[indices]
         return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
 
-    def report_progress(self, on_progress: ProgressCallback, num_passes: int, description: str) -> Batches:
-        """Return a function that yields the same batches and reports progress over `num_passes` calls."""
-        num_finished = 0
 
-        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-            nonlocal num_finished
-            for batch in self():
-                on_progress(description, num_finished, num_passes * len(self.chunks))
-                yield batch
-                num_finished += 1
+class PassProgress:
+    """Reports the forward passes of all measurements together, as a number of images, so that the remaining time can
+    be estimated from the start."""
 
-        return batches
+    def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:
+        self.on_progress, self.num_images, self.num_finished = on_progress, num_images, 0
+
+    def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
+        """Return a function that yields the same batches and reports `num_passes` forward passes for each."""
+
+        def watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+            for pixel_values, labels in batches():
+                self.on_progress(description, self.num_finished, self.num_images)
+                yield pixel_values, labels
+                self.num_finished += num_passes * len(pixel_values)
+
+        return watched
 
 
 def count_tokens(model: Any, pixels: torch.Tensor) -> int:

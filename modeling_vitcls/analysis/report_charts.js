@@ -61,7 +61,7 @@ function logarithmicTicks(least, most) {
 function yAxis(values, height, { log = false, format = plain, unit = "" }) {
   const finite = values.filter((value) => value !== null);
   const least = Math.min(...finite, ...(log ? [] : [0]));
-  const most = Math.max(...finite, ...(log ? [] : [1e-9]));
+  const most = log ? Math.max(...finite) : Math.max(...finite, 0) || (format === percent ? 0.01 : 1);
   const ticks = log ? logarithmicTicks(least, most) : ticksFor(least, most);
   const [low, high] = log ? [Math.log10(least), Math.log10(most)] : [Math.min(ticks[0], least), Math.max(ticks.at(-1), most)];
   const room = height - MARGIN.top - MARGIN.bottom;

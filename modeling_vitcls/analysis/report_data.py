@@ -223,6 +223,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
         "tokens": build_statements(inspection.verdicts),
         "groups": build_statements(inspection.group_verdicts),
         "patches": build_patch_statement(inspection),
+        "num_null_images": inspection.num_null_images,
         "verdicts": [
             {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
             for verdict in inspection.verdicts

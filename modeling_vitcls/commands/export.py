@@ -40,6 +40,10 @@ class ExportOptions:
     """dtype of weights and computations. Inputs and outputs are float32."""
     opset: int | None = None
     """ONNX opset. Default: the default of torch."""
+    dataset: str | None = None
+    """With --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy of each file."""
+    split: str | None = None
+    """Split of --dataset, as in `vitcls evaluate`."""
 
 
 OPTIONS = ExportOptions
@@ -52,6 +56,10 @@ def check(options: ExportOptions) -> None:
     changed = (options.image_size, options.dynamic, options.dtype, options.opset) != (None, True, "float32", None)
     if options.format == "transformers.js" and changed:
         exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
+    if options.dataset is not None and options.format != "transformers.js":
+        exit_with_message(f"--dataset requires --format transformers.js, but --format is {options.format}")
+    if options.split is not None and options.dataset is None:
+        exit_with_message("--split requires --dataset")
     if options.opset is not None and options.format == "torch":
         exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
@@ -60,17 +68,19 @@ def check(options: ExportOptions) -> None:
 
 def run(options: ExportOptions) -> None:
     """Export the model and print the largest differences."""
-    from transformers.utils.logging import disable_progress_bar
-
     from ..export.exporter import export_model
     from ..export.transformers_js import export_for_transformers_js
 
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")  # warnings of exporters
+    silence_exporters()
     if options.format == "transformers.js":
-        for comparison in export_for_transformers_js(options.model, options.output).comparisons:
+        written = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
+        for comparison in written.comparisons:
             difference, agreement = comparison.largest_difference, comparison.top1_agreement
             print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
+        if (labeled := written.labeled) is not None:
+            print(f"{labeled.metric} on {labeled.num_images} images of {labeled.dataset} ({labeled.split}):")
+            for name, score in {"PyTorch": labeled.model, **labeled.files}.items():
+                print(f"{name:26} {score:.2%}")
         return
     report = export_model(
         options.model,
@@ -82,6 +92,14 @@ def run(options: ExportOptions) -> None:
         options.opset,
     )
     print_report(report, options.output)
+
+
+def silence_exporters() -> None:
+    """Disable progress bars, and warnings of torch.export and torch.onnx."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")
 
 
 def print_report(report: "ExportReport", output: Path) -> None:

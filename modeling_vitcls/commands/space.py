@@ -2,12 +2,23 @@
 
     vitcls space --model me/my-model --space-id me/my-model-demo
     vitcls space --model me/my-model --output space      # only write its files
+    vitcls space --model me/my-model --static            # the model runs in the browser
 
-`vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py.
+`vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py, and a
+static Space in hub/static_space.py.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .export import silence_exporters
+
+
+if TYPE_CHECKING:
+    from ..hub.manifest import RepoFiles
+    from ..hub.space import PublishedModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,11 @@ class SpaceOptions:
     """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
+    static: bool = False
+    """Build a page that runs a copy of the model in the browser, with transformers.js. Requires a classifier."""
+    node_modules: Path | None = None
+    """With --static: folder with the npm package @huggingface/transformers to copy. Default: the page loads
+    transformers.js from a CDN."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
@@ -33,6 +49,10 @@ class SpaceOptions:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
             raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of them")
+        if self.static and self.examples:
+            raise ValueError("--static does not support --examples. Omit one of them")
+        if self.node_modules is not None and not self.static:
+            raise ValueError("--node-modules requires --static")
 
 
 OPTIONS = SpaceOptions
@@ -40,20 +60,41 @@ OPTIONS = SpaceOptions
 
 def run(options: SpaceOptions) -> None:
     """Find the model, build the files of the Space, push or write them, and print where they are."""
-    from ..hub.push_permissions import check_push_permissions
-    from ..hub.space import build_space_files, find_published_model, push_space, write_space
+    from ..hub.space import build_space_files, find_published_model
 
     model = find_published_model(options.model, options.revision)
-    contents = build_space_files(model, options.title, options.examples)
+    if not options.static:
+        publish(options, model, build_space_files(model, options.title, options.examples))
+        return
+    from ..export.transformers_js import export_for_transformers_js
+    from ..hub.static_space import build_static_space_files
+
+    if model.needs_token and not options.private and options.output is None:
+        raise ValueError(
+            f"a static Space contains the weights, but {model.repo_id} is private or gated. Set --private"
+        )
+    silence_exporters()
+    with tempfile.TemporaryDirectory() as scratch:
+        export_for_transformers_js(f"{model.repo_id}@{model.commit}", Path(scratch))
+        files = build_static_space_files(model, Path(scratch), options.title, options.node_modules)
+        publish(options, model, files)
+
+
+def publish(options: SpaceOptions, model: "PublishedModel", contents: "RepoFiles") -> None:
+    """Push or write the files, and print where they are."""
+    from ..hub.push_permissions import check_push_permissions
+    from ..hub.space import push_space, write_space
+
     if options.output is not None:
         write_space(contents, options.output)
-        print(f"wrote {options.output}: run it with python {options.output / 'app.py'}")
+        program = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
+        print(f"wrote {options.output}: run it with python {program}")
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
     space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
     pushed = push_space(contents, model, space_id, options.private, options.title)
     print(f"pushed {model.repo_id} at {model.commit} as {pushed.url}")
-    if model.needs_token:
+    if model.needs_token and not options.static:
         print(
             f"{model.repo_id} is private or gated: add a secret HF_TOKEN with read access to the Space, at "
             f"{pushed.url}/settings"

@@ -23,7 +23,7 @@ CLASSIFIER_SENTENCES = {
     "kept": "The model has the classifier of the source, with {num_labels} labels.",
     "new": "The classifier, with {num_labels} labels, is new and untrained. Fine-tune the model before you use it.",
     "dropped": "The classifier of the source was dropped: the model is only the encoder.",
-    "none": "The model is an encoder, as its source is.",
+    "none": "The model is an encoder, like its source.",
 }
 
 

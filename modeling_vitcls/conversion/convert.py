@@ -1,7 +1,7 @@
 """Convert a model and write it with its image processor, parity report and card to a folder, or write nothing.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
-report = write_native_model("runs/mine", Path("native"))    # a class of transformers, which requires no code
+report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
 """
 
 import os
@@ -32,7 +32,7 @@ from .to_transformers import convert_to_transformers
 from .weight_rules import ClassifierChoice, ConversionError
 
 
-# Folder, model, image processor, results -> name of each image and its path from the folder.
+# Folder, model, image processor, results -> name of each image and its path relative to the folder.
 DrawImages = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
 
 
@@ -127,7 +127,8 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source in float32; the model has the dtype of the source if that dtype is exact for the encoder."""
+    """Convert a source in float32. The model is cast back to the dtype of the source if that dtype represents all
+    encoder weights exactly."""
     saved_dtype = next(source.model.parameters()).dtype
     source.model.float()
     model = source.convert(classifier, num_labels)
@@ -186,7 +187,7 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     Args:
         source: Folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
-        any_size: Whether the outputs have to be the same for images of any size. Default: if no class of transformers
+        any_size: Whether the outputs must be equal for images of any size. Default: if no class of transformers
             supports this, a class with the same outputs at the native size is used.
 
     Raises:
@@ -235,7 +236,7 @@ def load_model(folder: Path) -> ViTCLSPreTrainedModel:
 
 
 def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:
-    """Return the model of transformers, and whether its outputs are the same for images of any size."""
+    """Return the transformers model, and whether its outputs equal the outputs of `model` for images of any size."""
     try:
         return convert_to_transformers(model), True
     except ConversionError as error:

@@ -4,7 +4,7 @@
     position_embedding_tokens          positions of special tokens: zeros, or added to the tokens themselves
     position_embedding_type="none"     learned positions that are zero
     intermediate_size                  more hidden units, whose weights are zero
-    distillation_inference="cls"       the distillation classifier, which is not read, is removed
+    distillation_inference="cls"       the unused distillation classifier is removed
 
 These forms are equal only at the native image size, where learned positions are not resampled:
 
@@ -63,7 +63,7 @@ class Rewrite:
 
 
 def list_cls_mean(config: ViTCLSConfig) -> list[Fields]:
-    """Return the pooling of DINOv2's classifier, for a linear classifier on the CLS token or the mean."""
+    """Return the pooling of DINOv2's classifier if the model has a linear classifier on the CLS token or the mean."""
     is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
 
@@ -76,7 +76,7 @@ def widen_classifier(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, n
 
 
 def list_single_head(config: ViTCLSConfig) -> list[Fields]:
-    """Return a model without distillation classifier, if inference does not read it."""
+    """Return the fields of a model without the distillation classifier, if inference does not use it."""
     is_unread = config.has_distillation_head and config.distillation_inference == "cls"
     return [{"distillation_inference": "mean", "distillation_head": False}] if is_unread else []
 

@@ -245,7 +245,8 @@ def read_mlp(weights: Weights) -> Fields:
 
 
 def read_positions(weights: Weights, num_special: int) -> Fields:
-    """Return the positioned tokens and the image size for positions [1, N, D]; None if the grid is not square."""
+    """Return `position_embedding_tokens` and `image_size` for position embeddings [1, N, D]. `image_size` is None if
+    the patch grid is not square."""
     count = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
     for special, positioned in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
@@ -371,7 +372,8 @@ def read_big_vision(weights: Weights) -> Fields:
 
 
 def read_big_vision_positions(weights: Weights, patch_size: tuple[int, int]) -> Fields:
-    """Return the fields of learned positions: of patches in big_vision, also of the CLS token in its predecessor."""
+    """Return the fields of learned positions, which big_vision has for patches, and its predecessor also for the CLS
+    token."""
     fields: Fields = {"position_interpolation": "bilinear"}
     if "Transformer/posembed_input/pos_embedding" in weights:
         count = weights["Transformer/posembed_input/pos_embedding"].shape[1] - int("cls" in weights)

@@ -22,14 +22,17 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_model
 from .weight_rules import (
+    LAYER_SCALES,
     POSITIONS,
     ClassifierChoice,
     ConversionError,
     Rule,
     Weights,
+    append_ones,
     append_zero_bias,
     build_model,
     convert_weights,
+    repeat_kv,
     split_classifier,
     split_halves,
     split_positions,
@@ -134,13 +137,14 @@ def fold_layer_scale(branch: Weights, layer: str) -> Weights:
 
 
 def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a layer whose outputs are the outputs of all layers."""
+    """Add a linear layer whose output is the concatenation of the outputs of `layers`."""
     for kind in ("weight", "bias"):
         weights[f"{name}.{kind}"] = torch.cat([layer[kind] for layer in layers])
 
 
 def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a layer that reads the inputs of all layers and returns the sum of their outputs."""
+    """Add a linear layer whose input is the concatenation of the inputs of `layers`, and whose output is the sum of
+    their outputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layers]).sum(dim=0)
 
@@ -179,19 +183,12 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
 
 QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
 GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
-LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
-
-
-def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
-    heads = tensor.unflatten(0, (-1, config.head_dim))
-    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 
 
 STEM_RULES = [
@@ -266,9 +263,7 @@ MLP_RULES = {
 }
 
 # If only attention has LayerScale, the LayerScale values of the MLP are 1.
-ATTENTION_SCALE_RULES = [
-    Rule("blocks.{i}.gamma_1", LAYER_SCALES, lambda tensor, config: [tensor, torch.ones_like(tensor)])
-]
+ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
 
 
 def build_head_rules(attention_pool: str) -> list[Rule]:

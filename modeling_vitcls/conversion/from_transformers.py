@@ -27,10 +27,13 @@ from .transformers_families import (
     DINOV2,
     DINOV3,
     IJEPA,
+    INTERNVL,
     PIXIO,
     RADIO,
+    SAPIENS2,
     SIGLIP,
     SIGLIP2,
+    TIPSV2,
     VIT,
     TransformersFamily,
 )
@@ -91,7 +94,7 @@ def read_embedding_size(config: Any) -> Fields:
 
 @dataclass(frozen=True)
 class ConvertibleClass:
-    """A class of transformers that can be converted."""
+    """A transformers model class that can be converted."""
 
     family: TransformersFamily
     encoder: str | None = None  # attribute that contains the encoder; None if the class is the encoder
@@ -132,8 +135,8 @@ HEAD_RULES = [
 ]
 
 NO_DISTILLATION_HEAD = {"distillation_head": False}
-CLS_AND_MEAN = {"pooling": "cls_mean"}
-MEAN = {"pooling": "mean"}
+CLS_MEAN_POOLING = {"pooling": "cls_mean"}
+MEAN_POOLING = {"pooling": "mean"}
 POOLED_NORM = {"pooled_norm": True}
 POST_NORM = ("post_layernorm.{rest}",)
 ATTENTION_HEAD = ("head.{rest}",)
@@ -150,29 +153,34 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "IJepaModel": ConvertibleClass(IJEPA),
     "IJepaForImageClassification": ConvertibleClass(IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(DINOV2),
-    "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_AND_MEAN),
+    "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_MEAN_POOLING),
     "Dinov2WithRegistersModel": ConvertibleClass(DINOV2),
-    "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_AND_MEAN),
+    "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_MEAN_POOLING),
     "DINOv3ViTModel": ConvertibleClass(DINOV3),
+    "Sapiens2Model": ConvertibleClass(SAPIENS2),
+    "Tipsv2VisionModel": ConvertibleClass(TIPSV2),
     "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
+    "ChineseCLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "CLIPVisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN, unused=POST_NORM),
+    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused=POST_NORM),
     "MetaClip2VisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "MetaClip2VisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN, unused=POST_NORM),
+    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused=POST_NORM),
     "SiglipVisionModel": ConvertibleClass(SIGLIP),
-    "SiglipForImageClassification": ConvertibleClass(SIGLIP, "vision_model", MEAN, unused=ATTENTION_HEAD),
+    "SiglipForImageClassification": ConvertibleClass(SIGLIP, "vision_model", MEAN_POOLING, unused=ATTENTION_HEAD),
     "Siglip2VisionModel": ConvertibleClass(SIGLIP2),
-    "Siglip2ForImageClassification": ConvertibleClass(SIGLIP2, "vision_model", MEAN, unused=ATTENTION_HEAD),
+    "Siglip2ForImageClassification": ConvertibleClass(SIGLIP2, "vision_model", MEAN_POOLING, unused=ATTENTION_HEAD),
     "PixioModel": ConvertibleClass(PIXIO),
     "Aimv2VisionModel": ConvertibleClass(AIMV2),
     "BeitModel": ConvertibleClass(BEIT),
     "BeitForImageClassification": ConvertibleClass(BEIT, "beit"),
     "Data2VecVisionModel": ConvertibleClass(DATA2VEC),
     "Data2VecVisionForImageClassification": ConvertibleClass(DATA2VEC, "data2vec_vision"),
+    "InternVLVisionModel": ConvertibleClass(INTERNVL),
+    "QianfanOCRVisionModel": ConvertibleClass(INTERNVL),
     "RadioModel": ConvertibleClass(RADIO),
 }

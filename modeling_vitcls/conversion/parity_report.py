@@ -3,7 +3,7 @@
     comparisons, reason = compare_models(source, model, with_logits=True)      # raises if a difference exceeds LIMIT
 
 The comparison covers every token of the final hidden state, by token group, and the logits. The inputs are random
-images of the native size and, if the source supports other sizes, of a rectangle with resampled positions.
+images of the native size and, if the source supports other sizes, of a non-square size with resampled positions.
 """
 
 import copy
@@ -57,7 +57,7 @@ class ParityReport:
     preprocessing: dict[str, Any]  # the result of `ConvertedPreprocessing.describe`
     versions: dict[str, str]
     sha256: dict[str, str]  # file name -> hash of the weights
-    notes: list[str]  # sentences on the loading, and on rules that differ from other implementations
+    notes: list[str]  # notes on loading, and on rules that differ from other implementations
     family: str | None = None  # family of a state-dict file; None for other sources
     source_sha256: str | None = None  # hash of the state-dict file; None for other sources
 
@@ -70,14 +70,15 @@ class ParityReport:
 def compare_models(
     source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
 ) -> tuple[list[SizeComparison], str]:
-    """Compare the outputs at the native size and at a rectangle; raise ConversionError above `LIMIT`.
+    """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
+    `LIMIT`.
 
     Both models run in plain PyTorch: the rounding of CPU kernels grows with the values (docs/speed.md).
 
     Args:
         source: Source with its model in float32.
         with_logits: Whether the model has the classifier of the source.
-        native_size_only: Reason to compare only at the native size; empty to compare at the rectangle as well.
+        native_size_only: Reason to compare only at the native size; empty to compare at the non-square size as well.
 
     Returns:
         The comparisons, and the reason why there is no second comparison, which is empty if there is one.

@@ -12,10 +12,10 @@ from torch import nn
 def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fill a model in place with random values and return it in eval mode; the same seed results in the same values.
 
-    Weights of linear and convolution layers are normal with standard deviation 1 / sqrt(fan in). Scales (norms,
-    LayerScale, variances) are uniform from 0.5 to 1.5, and biases are normal with 0.2. The lambdas of differential
-    attention are normal with 0.1, because their products are exponentiated. Other tensors (tokens, positions, tables)
-    are normal with 0.5. Non-persistent buffers are unchanged.
+    Scales (norms, LayerScale, variances) are uniform from 0.5 to 1.5. Other values are normal, with these standard
+    deviations: 1 / sqrt(fan in) for weights of linear and convolution layers, 0.2 for biases, 0.1 for the lambdas of
+    differential attention (because their products are exponentiated), and 0.5 for other tensors (tokens, positions,
+    tables). Non-persistent buffers are unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

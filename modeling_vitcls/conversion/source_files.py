@@ -303,7 +303,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
 
 
 def get_timm_name(family: str, config: ViTCLSConfig) -> str:
-    """Return timm's name of a model of a family, with the tag of the weights whose preprocessing the family has."""
+    """Return the name of a timm model of the family, with the tag of weights that have its preprocessing."""
     is_gated = config.mlp_type != "mlp"
     if family == "dinov2":
         registers = "reg4_" if config.num_register_tokens else ""

@@ -85,7 +85,7 @@ class TimmSource:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Native height and width in pixels, of the preprocessing if the model has none."""
+        """Native height and width in pixels; the size of the preprocessing if the model has no size."""
         height, width = self.model.patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
         return height, width
 

@@ -5,7 +5,7 @@
 A class of `TARGETS` supports a model if its configuration, converted by transformers_families.py, equals the model's
 configuration. Otherwise the error names the fields that differ. Fields that do not affect outputs in eval mode
 (dropout, drop path, initialization) are ignored. A ViT or DeiT with a rectangular image_size only accepts images of
-that size, because transformers only resamples the positions of squares.
+that size, because transformers only interpolates position embeddings for square images.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
     Args:
         model: The model.
-        native_size_only: Whether the outputs have to be the same only for images of `config.image_size`. The class of
+        native_size_only: Whether the outputs must be equal only for images of `config.image_size`. The class of
             transformers may then resample positions differently for other sizes.
 
     Raises:
@@ -64,7 +64,7 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
 @dataclass(frozen=True)
 class Target:
-    """A class of transformers."""
+    """A class of transformers to which models are converted."""
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns the configuration of the class
@@ -74,7 +74,7 @@ class Target:
 
     @property
     def convertible(self) -> ConvertibleClass:
-        """The entry of `CONVERTIBLE_CLASSES` for the reverse direction."""
+        """The same class with the rules for converting it to this package."""
         return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
@@ -162,7 +162,7 @@ class TargetMatch:
 
     target: Target
     config: ViTCLSConfig  # the configuration, after `steps`
-    mismatches: list[str]  # fields that the target does not support, as `name=value`, or an error message
+    mismatches: list[str]  # fields that the target does not support, as `name=value`, or one error message
     target_values: list[str]  # values of these fields in the target, as `name=value`
     names: frozenset[str] = frozenset()  # names of these fields
     # Rewrites of the model, each with the configuration before and after it

@@ -1,7 +1,8 @@
 """Parameter names and configurations of the plain ViTs of transformers, one table per family.
 
 The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
-both names are listed. The rates of dropout and drop path are kept, but apply at the positions of this package.
+both names are listed. Dropout and drop path rates are copied, but dropout is applied where this package
+applies it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +14,15 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from .weight_rules import (
+    LAYER_SCALES,
     POSITIONS,
     ConversionError,
     Fields,
     Rule,
     Weights,
+    append_ones,
     append_zero_bias,
+    repeat_kv,
     reshape_token,
     simplify_size,
     split_halves,
@@ -59,7 +63,7 @@ def read_common(config: Any, weights: Weights) -> Fields:
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """Round an image size down to whole patches, in pixels. SigLIP's 384 become 378, which are 27 patches of 14."""
+    """Round an image size in pixels down to whole patches: for patches of 14, SigLIP's 384 become 378."""
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
     height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
     return simplify_size(height, width)
@@ -158,7 +162,7 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of the MLP. Gated MLPs are narrower and have about the same number of parameters."""
+    """Return the hidden size of the MLP. A gated MLP is narrower, with about as many parameters."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
@@ -183,6 +187,11 @@ def read_dinov2(config: Any, weights: Weights) -> Fields:
     if num_registers is None:
         return fields
     return fields | {"num_register_tokens": num_registers, "position_antialias": True}
+
+
+def read_tipsv2(config: Any, weights: Weights) -> Fields:
+    """Return the fields of TIPSv2 (arXiv 2604.12012): DINOv2 with registers, and bilinear resampling of positions."""
+    return read_dinov2(config, weights) | {"position_interpolation": "bilinear"}
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -233,6 +242,24 @@ def get_glu_type(config: Any) -> str:
     return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
 
 
+# Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after attention only.
+SAPIENS2_RULES = [
+    Rule("model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
+    Rule("model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
+    Rule("model.layer.{i}.layer_scale1.lambda1", LAYER_SCALES, append_ones),
+    *DINOV3_RULES,
+]
+
+
+def read_sapiens2(config: Any, weights: Weights) -> Fields:
+    """Return the fields of Sapiens2."""
+    return read_dinov3(config, weights) | {
+        "norm_type": "rmsnorm",
+        "layer_norm_eps": config.rms_norm_eps,
+        "qk_norm": config.use_qk_norm,
+    }
+
+
 # CLIP (arXiv 2103.00020), MetaCLIP 2 (2507.22062), SigLIP (2303.15343), SigLIP 2 (2502.14786).
 CLIP_LAYER_RULES = [
     Rule("encoder.layers.{i}.self_attn.out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
@@ -254,6 +281,36 @@ CLIP_RULES = [
 def read_clip(config: Any, weights: Weights) -> Fields:
     """Return the fields of CLIP: a norm before the first layer, and a final norm on the pooled output only."""
     return read_common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
+
+
+# InternViT (arXiv 2312.14238), in InternVL and Qianfan-OCR.
+INTERNVL_RULES = [
+    *(
+        Rule(f"{prefix}.{{i}}.{name}", f"layers.{{i}}.{target}")
+        for prefix in ("encoder.layer", "layers")
+        for name, target in (
+            ("attention.projection_layer.{rest}", "attention.o_proj.{rest}"),
+            ("lambda_{n}", "layer_scale{n}.lambda1"),
+            ("{rest}", "{rest}"),
+        )
+    ),
+    *VIT_RULES,
+]
+
+
+def read_internvl(config: Any, weights: Weights) -> Fields:
+    """Return the fields of InternViT, which has no pooler."""
+    if config.use_qk_norm:
+        raise ConversionError("ViTCLS does not support norms of queries and keys over all heads (use_qk_norm)")
+    require_square(config)
+    return read_common(config, weights) | {
+        "qkv_bias": config.attention_bias,
+        "layer_scale_init_value": config.layer_scale_init_value,
+        "norm_type": "layernorm" if config.norm_type == "layer_norm" else "rmsnorm",
+        "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
+        "pooling": "mean" if config.use_mean_pooling else "cls",
+        "final_norm": not config.use_mean_pooling,
+    }
 
 
 SIGLIP_RULES = [
@@ -462,11 +519,14 @@ DEIT = TransformersFamily(VIT_RULES, read_deit)
 IJEPA = TransformersFamily(VIT_RULES, read_ijepa)
 PIXIO = TransformersFamily(VIT_RULES, read_pixio)
 DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2)
+TIPSV2 = TransformersFamily(DINOV2_RULES, read_tipsv2)
 DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3)
+SAPIENS2 = TransformersFamily(SAPIENS2_RULES, read_sapiens2)
 CLIP = TransformersFamily(CLIP_RULES, read_clip)
 SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip)
 SIGLIP2 = TransformersFamily(SIGLIP2_RULES, read_siglip2)
 AIMV2 = TransformersFamily(AIMV2_RULES, read_aimv2)
 BEIT = TransformersFamily(BEIT_RULES, read_beit, add_shared_bias)
 DATA2VEC = TransformersFamily(DATA2VEC_RULES, read_beit, add_shared_bias)
+INTERNVL = TransformersFamily(INTERNVL_RULES, read_internvl)
 RADIO = TransformersFamily(RADIO_RULES, read_radio, fold_pixel_normalization)

@@ -35,6 +35,9 @@ Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 # Targets of `split_positions`.
 POSITIONS = [f"embeddings.position_embeddings.{group}" for group in ("cls", "distillation", "registers", "patches")]
 
+# Targets of `append_ones`.
+LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
+
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted exactly; the message names the unsupported feature."""
@@ -62,6 +65,17 @@ def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torc
 def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Reshape a token [D] or [1, D] to [1, 1, D]."""
     return [tensor.reshape(1, 1, -1)]
+
+
+def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
+    heads = tensor.unflatten(0, (-1, config.head_dim))
+    return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
+
+
+def append_ones(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
+    """Return the LayerScale values of attention, and values of 1 for an MLP without LayerScale."""
+    return [tensor, torch.ones_like(tensor)]
 
 
 def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:

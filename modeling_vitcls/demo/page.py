@@ -53,10 +53,16 @@ CSS = """
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
 #through .grid-container { grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
 #layers .grid-wrap, #through .grid-wrap { min-height: 0; height: auto; }
+#through .grid-wrap { max-height: none; }
 #input img { width: 100%; height: 100%; object-fit: contain; }
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
 .scale i { flex: 0 1 160px; height: 10px; border-radius: 3px; background: linear-gradient(to right, COLORS); }
 """
+# Browsers load a lazy image only when it is near the window, so output images below it would be blank at first.
+LOAD_ALL_IMAGES = """() => {
+  const load = () => document.querySelectorAll("img[loading=lazy]").forEach((image) => { image.loading = "eager" })
+  new MutationObserver(load).observe(document.body, { childList: true, subtree: true })
+}"""
 NUM_COLOR_STOPS = 9  # number of colors of the color scale
 PATCHES_TEXT = (
     "Similar colors mean similar features: red, green and blue are the first three principal components of the "
@@ -140,6 +146,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             predictions = list(result.predictions.values()) if result else [None] * len(labels)
             return [image, problem, *predictions, result]
 
+        page.load(js=LOAD_ALL_IMAGES)
         outputs = [image_input.image, image_input.problem, *labels, state]
         add_listeners = [*image_input.events]
         if examples:
@@ -149,6 +156,8 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
+        for listener in page.fns.values():  # the API of the page has one function
+            listener.api_visibility = "public" if listener.api_name == "predict" else "private"
     return page
 
 

@@ -4,6 +4,9 @@ ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; with a second head cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, with the name of the task
 ViTCLSBackbone                      feature maps, with the names of their stages
+
+`with_attention` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
+heads, [B, layers, CLS tokens, rows, columns].
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from ..adaptation_vitcls import load_checkpoint
+from ..analysis.maps import extract_patch_maps
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..hub.loading import check_is_vitcls
@@ -46,14 +50,24 @@ class ExportableModel:
 class NamedOutputs(nn.Module):
     """A model with images as its only input. It returns its outputs by name in float32."""
 
-    def __init__(self, model: ViTCLSPreTrainedModel) -> None:
+    def __init__(self, model: ViTCLSPreTrainedModel, with_attention: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.with_attention = with_attention
         self.read_outputs = READERS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs, [B, ...] each, for images [B, C, H, W]."""
-        outputs = self.read_outputs(self.model(pixel_values), self.model)
+        attention = {}
+        if self.with_attention:
+            model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
+            hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
+            rows = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
+            hook.remove()
+            attention["cls_attention"] = extract_patch_maps(rows, self.model.config, pixel_values.shape[-2:])
+        else:
+            model_outputs = [self.model(pixel_values)]
+        outputs = self.read_outputs(model_outputs[0], self.model) | attention
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
@@ -78,9 +92,11 @@ CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in 
 
 
 @torch.no_grad()
-def compute_named_outputs(model: ViTCLSPreTrainedModel, batches: list[torch.Tensor]) -> list[Outputs]:
+def compute_named_outputs(
+    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor], with_attention: bool = False
+) -> list[Outputs]:
     """Return the outputs of the model for each batch of images [B, C, H, W]."""
-    named_outputs = NamedOutputs(model)
+    named_outputs = NamedOutputs(model, with_attention)
     return [named_outputs(batch) for batch in batches]
 
 

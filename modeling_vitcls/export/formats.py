@@ -106,15 +106,20 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
     return opset
 
 
-def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with onnxruntime on the CPU and return its outputs."""
+def open_onnx_session(file: Path) -> Any:
+    """Return an onnxruntime.InferenceSession that runs a file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # log only errors
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
+    """Run a file with onnxruntime on the CPU and return its outputs."""
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = open_onnx_session(file)
         return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
     except Exception as error:  # onnxruntime raises undocumented types of errors
         raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error

@@ -83,7 +83,9 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
     return rows * patch_height, columns * patch_width
 
 
-def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype) -> ExportedProgram:
+def trace_model(
+    model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype, with_attention: bool = False
+) -> ExportedProgram:
     """Trace a model to a graph with weights and computations in `dtype`, and inputs and outputs in float32.
 
     The graph uses PyTorch's fused attention. The model is unchanged. Raises ValueError if the model cannot be traced.
@@ -100,7 +102,7 @@ def trace_model(model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dt
     try:
         with torch.no_grad():
             graph = torch.export.export(
-                NamedOutputs(model).eval(), (images,), dynamic_shapes=build_dynamic_shapes(shape)
+                NamedOutputs(model, with_attention).eval(), (images,), dynamic_shapes=build_dynamic_shapes(shape)
             )
             graph = graph.run_decompositions({})  # vectorized attention masks cannot be saved without decomposition
     except Exception as error:  # torch.export raises many types of errors

@@ -8,30 +8,35 @@
     onnx/model.onnx             float32, compared with the model as in --format onnx
     onnx/model_fp16.onnx        weights and computations in float16
     onnx/model_quantized.onnx   int8 weights of linear layers
-    onnx/report.json            differences, top-1 agreement, and the SHA-256 of the weights of the model
+    onnx/report.json            differences, top-1 agreement, accuracy if a dataset is given, and the SHA-256 of the
+                                weights of the model
 
-The graph contains the model itself: special tokens, pooling and heads. transformers.js resizes images without
-antialiasing, unlike PIL and torchvision, so predictions differ for images much larger than the model's image size.
+The graph contains the model itself: special tokens, pooling and heads. Another output is the attention of the CLS
+tokens, which the page of hub/static_space.py draws.
 """
 
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
 from ..conversion.processors import select_settings
+from ..data.labels import is_multi_label
 from ..files import write_json
-from ..hub.local_paths import check_output_is_empty
+from ..hub.local_paths import check_output_is_empty, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification
-from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable
+from ..options import DataOptions, EvaluateOptions
+from .exportable import INPUT_NAME, ExportableModel, Outputs, compute_named_outputs, load_exportable
 from .exporter import export_model, get_report_path, move_files
-from .formats import FORMATS
+from .formats import FORMATS, open_onnx_session
 
 
 # dtype in transformers.js -> file name.
@@ -52,31 +57,49 @@ class FileComparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabeledScores:
+    """Scores of the model and of each file on the same labeled images, with a batch size of 1 as in a browser."""
+
+    dataset: str
+    split: str
+    num_images: int
+    metric: str  # accuracy, or mean_average_precision for several labels per image
+    model: float  # score of the model in PyTorch
+    files: dict[str, float]  # file names -> scores
+
+
+@dataclasses.dataclass(frozen=True)
 class WebReport:
     """The content of onnx/report.json."""
 
     comparisons: list[FileComparison]  # one comparison per file
     num_images: int  # number of random images in each comparison
+    labeled: LabeledScores | None  # scores on labeled images; None without a dataset
     weights_sha256: dict[str, str]  # weight file names -> SHA-256; empty unless `source` is a folder
     sha256: dict[str, str]  # ONNX file names -> SHA-256
 
 
-def export_for_transformers_js(source: str, output: Path) -> WebReport:
+def export_for_transformers_js(
+    source: str, output: Path, dataset: str | None = None, split: str | None = None
+) -> WebReport:
     """Write the folder and return the report; if an error is raised, write nothing.
 
     Args:
         source: Folder or Hub id of a classifier for one task, or a preset, which has random weights.
         output: A folder that does not exist or is empty.
+        dataset: Dataset on which the model and the files are evaluated, as in `vitcls evaluate`. Default: none.
+        split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if its image
-            processor has settings that transformers.js does not support, or if the float32 file differs from the
-            model. The message is one line.
+            processor has settings that transformers.js does not support, if the float32 file differs from the model,
+            or if the dataset does not fit the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)
     model, processor = exportable.model, exportable.processor
-    if not isinstance(model, ViTCLSForImageClassification) or processor is None:
+    is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
+    if not is_classifier or processor is None:
         raise ValueError(
             f"--format transformers.js requires a classifier for one task and its image processor, but {source} is "
             f"{type(model).__name__}"
@@ -93,17 +116,23 @@ def export_for_transformers_js(source: str, output: Path) -> WebReport:
         folder.mkdir()
         for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
             file = folder / FILES[name]
-            export_model(source, "onnx", file, dynamic=False, dtype=dtype)
+            export_model(source, "onnx", file, dynamic=False, dtype=dtype, with_attention=has_cls_attention(model))
             get_report_path(file).unlink()
         quantize(folder / FILES["fp32"], folder / FILES["q8"])
         comparisons = [compare_file(folder / file, dtype, batches, expected) for dtype, file in FILES.items()]
+        scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
         weights = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
-        report = WebReport(comparisons, NUM_IMAGES, hash_files(weights), hash_files(folder.glob("*.onnx")))
+        report = WebReport(comparisons, NUM_IMAGES, scores, hash_files(weights), hash_files(folder.glob("*.onnx")))
         write_json(folder / "report.json", dataclasses.asdict(report))
         move_files(folder, output / "onnx")
     write_json(output / "config.json", build_config(exportable))
     write_json(output / "preprocessor_config.json", preprocessor)
     return report
+
+
+def has_cls_attention(model: ViTCLSForImageClassification) -> bool:
+    """Return whether the graph can output the attention of CLS tokens to all patches."""
+    return model.config.num_cls_tokens > 0 and not model.config.merged_patches_per_layer
 
 
 def build_config(exportable: ExportableModel) -> dict[str, Any]:
@@ -120,6 +149,7 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_channels": config.num_channels,
+        "problem_type": f"{'multi' if is_multi_label(config) else 'single'}_label_classification",
     }
 
 
@@ -149,3 +179,42 @@ def compare_file(file: Path, dtype: str, batches: list[torch.Tensor], expected: 
     logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, expected))
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)
+
+
+# Labeled images ------------------------------------------------------------------------------------------------------
+
+
+class OnnxClassifier(nn.Module):
+    """A classifier that runs an ONNX file with onnxruntime on the CPU."""
+
+    def __init__(self, file: Path, config: Any) -> None:
+        super().__init__()
+        self.session = open_onnx_session(file)
+        self.config = config
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """Return the logits [B, labels] for images [B, C, H, W]."""
+        (logits,) = self.session.run(["logits"], {INPUT_NAME: pixel_values.cpu().numpy()})
+        return SimpleNamespace(logits=torch.from_numpy(logits).to(pixel_values.device), distillation_logits=None)
+
+
+def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -> LabeledScores:
+    """Evaluate the model and the files in the folder on labeled images."""
+    from ..distributed import build_accelerator
+    from ..inference.evaluate import load_evaluation
+
+    options = EvaluateOptions(model=source, data=DataOptions(dataset=dataset), split=split, batch_size=1)
+    evaluation = load_evaluation(options, build_accelerator(mixed_precision="no"), print)
+    evaluator = evaluation.evaluator
+    metrics = evaluator(evaluation.model)
+    metric = next(iter(metrics))
+    config = evaluation.model.config
+    scores = {file: evaluator(OnnxClassifier(folder / file, config))[metric] for file in FILES.values()}
+    return LabeledScores(
+        dataset=strip_folders(dataset),
+        split=evaluation.split,
+        num_images=metrics["num_images"],
+        metric=metric,
+        model=metrics[metric],
+        files=scores,
+    )

@@ -20,6 +20,7 @@
     verification_reference.py  the reference model that the published model is compared with
     shared_code.py             one copy of the code for many models
     space.py                   a Space with the demo
+    static_space.py            a Space with a page that runs the model in the browser
 
 Of these files, only endpoint_handler.py is copied to the Hub, and only on request.
 """

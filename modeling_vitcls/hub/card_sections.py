@@ -1,4 +1,4 @@
-"""The templates of cards, and the sections that several cards share: Use, Citation and Training.
+"""The templates of cards, and the sections that several cards share: Use, Citation, ONNX files and Training.
 
 The texts are in model_cards/*.md.j2.
 """
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..configuration_vitcls import MIN_TRANSFORMERS, ViTCLSConfig
 from ..version import __version__
-from .card_results import format_name
+from .card_results import METRIC_NAMES, format_name, format_percent
 from .code_files import READING_ORDER, compute_code_digest
 from .local_paths import strip_folders
 from .provenance import Provenance
@@ -94,6 +94,34 @@ def build_use_section(
         code_digest=compute_code_digest(),
         reading_order=", ".join(f"`{name}`" for name in READING_ORDER),
     ).strip()
+
+
+# ONNX files ----------------------------------------------------------------------------------------------------------
+
+
+def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
+    """Return the text of a card with the section "ONNX files" before the citation; unchanged if the section exists.
+
+    `report` is the content of onnx/report.json.
+    """
+    if "\n## ONNX files\n" in card:
+        return card
+    labeled = report["labeled"]
+    rows = []
+    for comparison in report["comparisons"]:
+        row = [f"`{comparison['file']}`", f"{comparison['largest_difference']:.1e}"]
+        row.append(format_percent(comparison["top1_agreement"]))
+        rows.append([*row, format_percent(labeled["files"][Path(comparison["file"]).name])] if labeled else row)
+    section = render_template(
+        "onnx",
+        rows=rows,
+        labeled=labeled,
+        dataset=format_name(labeled["dataset"]) if labeled else None,
+        metric=METRIC_NAMES[labeled["metric"]].lower() if labeled else None,
+        model_score=format_percent(labeled["model"]) if labeled else None,
+    ).strip()
+    start, citation, end = card.partition("\n## Citation\n")
+    return f"{start}\n{section}\n{citation}{end}" if citation else f"{card.rstrip()}\n\n{section}\n"
 
 
 # Training ------------------------------------------------------------------------------------------------------------

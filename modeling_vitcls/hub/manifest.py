@@ -30,7 +30,7 @@ from ..checkpoints import (
 from ..files import read_json
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import rename_card
-from .card_sections import get_shareable_flags
+from .card_sections import get_shareable_flags, insert_onnx_section
 from .code_files import CODE_LICENSE_FILE, read_code_license
 from .loading import check_is_vitcls
 from .local_paths import can_publish_images, is_local
@@ -120,6 +120,9 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
                 "%s is not published, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
             )
         files = {name: path for name, path in files.items() if name not in outdated_files}
+    elif CARD in files:
+        report = read_json(folder / ONNX_REPORT)
+        files[CARD] = insert_onnx_section(read_text(folder / CARD), report).encode()
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
@@ -142,7 +145,9 @@ def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) ->
     """Return the files with the repository id in README.md."""
     if CARD not in files or repo_id is None:
         return files
-    return files | {CARD: rename_card(repo_id, read_text(folder / CARD), folder.resolve().name).encode()}
+    card = files[CARD]
+    text = read_text(card) if isinstance(card, Path) else card.decode()
+    return files | {CARD: rename_card(repo_id, text, folder.resolve().name).encode()}
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:

@@ -79,11 +79,7 @@ if __name__ == "__main__":
     serve_demo(MODEL, COMMIT, examples, code_revision=CODE_COMMIT)
 '''
 
-CARD_TEMPLATE = """---
-{settings}
----
-# {title}
-
+DESCRIPTION = """
 Upload an image to see the predictions of the Vision Transformer [{model}]({address}), the attention maps of its
 special tokens (CLS, distillation, registers) and its patch features in every layer.
 
@@ -160,7 +156,7 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
     )
     files: RepoFiles = {
         "app.py": app.encode(),
-        "README.md": build_space_card(
+        "README.md": build_gradio_card(
             model, title or f"{model.repo_id.partition('/')[2]}: labels and attention"
         ).encode(),
         "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
@@ -169,8 +165,8 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
     return files | collect_examples(examples)
 
 
-def build_space_card(model: PublishedModel, title: str) -> str:
-    """Return README.md, whose header configures the Space.
+def build_gradio_card(model: PublishedModel, title: str) -> str:
+    """Return README.md of a Space that runs the model with gradio.
 
     The Space uses the Python version of this process, because the Hub's default is too old.
     """
@@ -180,38 +176,39 @@ def build_space_card(model: PublishedModel, title: str) -> str:
         raise ValueError(
             "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
         ) from None
-    settings = SpaceCardData(
-        title=title,
-        emoji="🔎",
-        colorFrom="indigo",
-        colorTo="gray",
-        sdk="gradio",
-        sdk_version=gradio,
-        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
-        app_file="app.py",
-        models=[model.repo_id],
-        license="apache-2.0",
-        tags=["vision", "vit", "vitcls"],
-        short_description="Predictions and attention maps of a ViT",
-    )
+    settings = {
+        "sdk": "gradio",
+        "sdk_version": gradio,
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+        "license": "apache-2.0",
+    }
     code = ""
     if model.code:
         address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
         code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
-    return str(
-        SpaceCard(
-            CARD_TEMPLATE.format(
-                settings=settings.to_yaml(),
-                title=title,
-                model=model.repo_id,
-                commit=model.commit,
-                code=code,
-                gradio=gradio,
-                address=f"{constants.ENDPOINT}/{model.repo_id}",
-            )
-        )
+    return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio)
+
+
+def build_space_card(
+    model: PublishedModel, title: str, description: str, settings: dict[str, str], **fields: str
+) -> str:
+    """Return README.md, whose header configures the Space. `description` is a template with the fields `model`,
+    `commit`, `address` and `fields`."""
+    header = SpaceCardData(
+        title=title,
+        emoji="🔎",
+        colorFrom="indigo",
+        colorTo="gray",
+        models=[model.repo_id],
+        tags=["vision", "vit", "vitcls"],
+        short_description="Predictions and attention maps of a ViT",
+        **settings,
     )
+    address = f"{constants.ENDPOINT}/{model.repo_id}"
+    text = description.format(model=model.repo_id, commit=model.commit, address=address, **fields)
+    return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
 def list_requirements() -> list[str]:
@@ -251,7 +248,7 @@ def write_space(files: RepoFiles, folder: Path) -> None:
 def push_space(
     files: RepoFiles, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
 ) -> PushResult:
-    """Push the files of `build_space_files` in one commit; create the Space if it does not exist.
+    """Push the files of a Space in one commit; create the Space if it does not exist.
 
     Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
     `private` applies only to a new Space, and `title` only to the command in the error message.
@@ -275,10 +272,12 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
-    api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+    sdk = "gradio" if "app.py" in files else "static"
+    api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent = api.space_info(space_id).sha
     published = api.list_repo_files(space_id, revision=parent, repo_type="space")
-    outdated = [name for name in published if name.startswith((f"{FOLDER}/", f"{EXAMPLES}/")) and name not in files]
+    folders = tuple({f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{FOLDER}/", f"{EXAMPLES}/"})
+    outdated = [name for name in published if name.startswith(folders) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in outdated]
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
@@ -295,4 +294,8 @@ def build_space_command(
     flags += ["--title", title] if title else []
     examples = [str(file) for name, file in files.items() if name.startswith(f"{EXAMPLES}/")]
     flags += ["--examples", *examples] if examples else []
+    flags += [] if "app.py" in files else ["--static"]
+    for name, file in files.items():
+        if name.endswith("/transformers.min.js") and isinstance(file, Path):
+            flags += ["--node-modules", str(file.parents[3])]
     return f"vitcls space {shlex.join(flags)}"

@@ -8,7 +8,7 @@ warning is printed if the model may have been trained on evaluated images.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -45,15 +45,18 @@ from .metrics import select_scalars
 SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
 
 
-def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
+class Evaluation(NamedTuple):
+    """A loaded model, and an evaluator of labeled images."""
 
-    Raises:
-        ValueError: if the model type is not supported, the split does not exist, the options hold out other images
-            than the model's run, the model lacks a label of the dataset, or too many images are unreadable.
-        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
-    """
-    accelerator, console, warn = set_up_evaluation(options)
+    model: Any  # on the device, in eval mode
+    evaluator: Evaluator
+    split: str
+    rule: HeldOutRule | None  # rule that held out the images; None for a split of the dataset
+    problem: str | None  # reason why the model may have been trained on the images, or None
+
+
+def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
+    """Load the model and its labeled images. Raises the same errors as `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # downloads once
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
@@ -75,6 +78,19 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         warn,
         model.config.num_channels,
     )
+    return Evaluation(model, evaluator, split, rule, problem)
+
+
+def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
+
+    Raises:
+        ValueError: if the model type is not supported, the split does not exist, the options hold out other images
+            than the model's run, the model lacks a label of the dataset, or too many images are unreadable.
+        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
+    """
+    accelerator, console, warn = set_up_evaluation(options)
+    model, evaluator, split, rule, problem = load_evaluation(options, accelerator, warn)
     start_time = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
     seconds = time.perf_counter() - start_time

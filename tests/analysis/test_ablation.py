@@ -399,14 +399,15 @@ def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
     assert ablation.effect.num_images == 6
 
 
-def test_hidden_tokens_are_read_by_no_token() -> None:
+@pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
+def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
     """Their own values change nothing then; each of the others reads the same as without them."""
-    model = classifier(num_register_tokens=2)
-    hidden = collect_outputs(model, Batches(), [1, 2])
+    model, batches = classifier(num_register_tokens=2), Batches(pixels=pixels)
+    hidden = collect_outputs(model, batches, [1, 2])
     with torch.no_grad():
         model.vitcls.embeddings.register_tokens.normal_()
-    assert get_largest_difference(collect_outputs(model, Batches(), [1, 2]).logits, hidden.logits) <= 1e-5
-    assert get_largest_difference(collect_outputs(model, Batches(), [1]).logits, hidden.logits) > 1e-3
+    assert get_largest_difference(collect_outputs(model, batches, [1, 2]).logits, hidden.logits) <= 1e-5
+    assert get_largest_difference(collect_outputs(model, batches, [1]).logits, hidden.logits) > 1e-3
 
 
 def test_features_of_encoders_are_compared_by_cosines() -> None:

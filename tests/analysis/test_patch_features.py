@@ -66,6 +66,16 @@ def test_the_foreground_is_what_differs_from_the_border() -> None:
         assert is_shown[2:4, 2:5].all() and is_shown.sum() == 6
 
 
+def test_an_object_at_two_borders_is_the_foreground() -> None:
+    """It covers most patches of two borders, but fewer of all four borders than of the interior."""
+    (features,) = draw_features((6, 6))
+    features *= 0.1
+    features[:4, :4, 0] += 500
+    (colors,) = compute_patch_colors([features], foreground=True)
+    is_shown = ~colors.isnan().any(dim=-1)
+    assert is_shown[:4, :4].all() and is_shown.sum() == 16
+
+
 def test_few_patches_and_channels_have_colors_too() -> None:
     (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
     assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()

@@ -347,6 +347,18 @@ def test_a_suspended_run_runs_only_in_its_turns(tmp_path: Path) -> None:
     assert run.process.poll() is not None
 
 
+def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def process_batch() -> None:
+        calls.append(None)
+        clock[0] += 8.0 if len(calls) == 1 else 0.5
+
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+    assert measure_throughput(process_batch, num_images=4, seconds=1.5) == 8.0  # images per second
+    assert len(calls) == 4
+
+
 def test_ratios_are_of_pairs() -> None:
     order: list[str] = []
 

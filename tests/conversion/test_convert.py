@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -442,6 +443,16 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     with raises_one_line("is a pickle with objects other than tensors", "safetensors", error=ConversionError):
         convert_checkpoint(source, tmp_path / "made")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
+
+
+def test_the_cause_of_a_loading_error_may_be_a_pickle() -> None:
+    """transformers may raise an error of its own."""
+    error = OSError("cannot load the weights")
+    error.__cause__ = pickle.UnpicklingError("Weights only load failed")
+    with raises_one_line("weights.bin is a pickle", error=ConversionError):
+        source_models.check_not_pickled_code("weights.bin", error)
+    error.__cause__ = None
+    source_models.check_not_pickled_code("weights.bin", error)
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])

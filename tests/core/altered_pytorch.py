@@ -1,4 +1,4 @@
-"""Results of a checkpoint that was loaded, with its own code, after PyTorch was altered, and their comparison."""
+"""Load a checkpoint with its own code after an alteration of PyTorch, and compare the results."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,10 @@ def load_with_altered_pytorch(folder: Path, alterations: list[str]) -> Results:
 
 
 def read_results(folder: Path, alteration: str) -> dict[str, Any]:
-    """Return the results of an alteration; after an error only "torch_error" and "error", the tracebacks."""
+    """Return the results of an alteration.
+
+    After an error, they contain only the traceback, as "torch_error" or "error".
+    """
     results: dict[str, Any] = {"torch_error": (folder / f"{alteration}.torch_error").read_text(), "error": ""}
     if results["torch_error"]:
         return results
@@ -40,7 +43,7 @@ def read_results(folder: Path, alteration: str) -> dict[str, Any]:
 
 
 def assert_same_results(results: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Check that inference and a training step give what plain PyTorch gives, in float32 and bfloat16."""
+    """Check that inference and a training step equal plain PyTorch, in float32 and bfloat16."""
     assert not results["torch_error"], results["torch_error"]
     assert not results["error"], results["error"]
     assert results["module"].startswith("transformers_modules."), results["module"]
@@ -51,7 +54,7 @@ def assert_same_results(results: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 def select_tensors(results: dict[str, Any], dtype: torch.dtype) -> Tensors:
-    """Return the tensors of the model of a dtype."""
+    """Return the tensors of the model with this dtype."""
     prefix = f"{dtype}/"
     tensors = {name: value for name, value in results.items() if isinstance(value, torch.Tensor)}
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -10,17 +10,17 @@ Tensors = dict[str, torch.Tensor]
 
 FLOAT32_LIMIT = 1e-5  # maximum difference in float32, as a fraction of the largest value of the tensor
 # Maximum error in half precision, as a multiple of the error of plain PyTorch in the same precision: the mean over
-# tensors, and the largest one. Rounding errors of two correct programs are equally large on average only.
+# tensors, and the maximum. The rounding errors of two correct programs are equal only on average.
 MEAN_RATIO, MAX_RATIO = 1.25, 2.0
 
 
 def run_step(model: Any, *inputs: torch.Tensor, forward: Callable[..., Any] | None = None, **kwargs: Any) -> Tensors:
-    """Return the logits, and the gradient of the loss with respect to each trained parameter.
+    """Return the logits and the gradient of the loss with respect to each trained parameter.
 
     Args:
         model: a classifier; its gradients are reset.
-        forward: called in place of the model, for example a compiled version.
-        inputs, kwargs: for the forward pass; two images are expected.
+        forward: function to call instead of the model, for example a compiled version.
+        inputs, kwargs: inputs of the forward pass for two images.
     """
     model.zero_grad()
     output = (model if forward is None else forward)(*inputs, labels=torch.tensor([0, 2]), **kwargs)
@@ -39,12 +39,12 @@ def assert_equal_in_float32(found: Tensors, plain: Tensors) -> None:
 
 
 def assert_as_exact_in_half_precision(found: Tensors, plain: Tensors, exact: Tensors) -> None:
-    """Check that the errors with respect to float32 are those of plain PyTorch in half precision.
+    """Check that the errors with respect to float32 are as large as the errors of plain PyTorch in half precision.
 
     Args:
-        found: by kernels, in half precision.
-        plain: by plain PyTorch, in half precision.
-        exact: by plain PyTorch, in float32.
+        found: result of the kernels, in half precision.
+        plain: result of plain PyTorch, in half precision.
+        exact: result of plain PyTorch, in float32.
     """
     assert found.keys() == plain.keys() == exact.keys() and found
     assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in plain.items()}
@@ -64,17 +64,17 @@ def get_relative_errors(values: Tensors, exact: Tensors) -> torch.Tensor:
 
 
 def stack_models(tensors: Sequence[Tensors]) -> Tensors:
-    """Return each tensor of several models as one.
+    """Return the tensors of several models, stacked by name.
 
-    An error is then relative to the norm over all models. In a single model, terms of the gradient of a scalar may
-    cancel by chance, and rounding errors be as large as the sum.
+    Errors are then relative to the norm over all models. In a single model, terms of a scalar's gradient may cancel by
+    chance, so that rounding errors are as large as the sum.
     """
     return {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
 
 
 def select_scale(name: str, values: Tensors) -> torch.Tensor:
-    """Return the tensor that errors are relative to: itself, or the weight for a bias of keys.
+    """Return the tensor whose norm scales an error: the tensor itself, or the weight for a key bias.
 
-    The gradient of a bias of keys is 0 but for rounding, because a number that is added to all scores changes nothing.
+    The gradient of a key bias is 0 up to rounding, because adding a constant to all scores has no effect.
     """
     return values[name.replace("k_proj.bias", "k_proj.weight").replace("k_norm.bias", "k_norm.weight")]

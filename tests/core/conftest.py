@@ -1,4 +1,4 @@
-"""Fixtures that several tests of the core share."""
+"""Fixtures of several core tests."""
 
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from modeling_vitcls import cpu_kernels_vitcls
 
 @pytest.fixture
 def low_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let kernels compute tiny models too."""
+    """Enable the kernels for tiny models."""
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", dict.fromkeys(cpu_kernels_vitcls.MIN_WORK, 0))
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
 
 
 @pytest.fixture
 def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the kernel of flash_attention_2, which requires a GPU, by SDPA on the same masks [B, N] over keys."""
+    """Replace flash_attention_2, which requires a GPU, with SDPA for the same key masks [B, N]."""
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
         assert mask is None or mask.shape == (len(key), key.shape[2])

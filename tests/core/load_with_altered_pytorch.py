@@ -1,18 +1,19 @@
-"""Load a checkpoint with its own code, without this package, after PyTorch was altered. Run in a process of its own:
+"""Load a checkpoint with its own code, without this package, after an alteration of PyTorch. Start in a new process
+with:
 
     python -I load_with_altered_pytorch.py CHECKPOINT TARGET ALTERATION...
 
-Each alteration is applied in a fork of this process, which has imported torch and transformers and nothing of ours:
+Each alteration is applied in a fork of this process, which has imported torch and transformers, but not this package:
 
     none                 nothing is altered
     kernels_off          VITCLS_CPU_KERNELS=0
     unknown_cpu          the name of the processor's capability is unknown
-    operator_raises      oneDNN's linear operator raises
-    operator_is_wrong    oneDNN's linear operator returns other numbers
+    operator_raises      oneDNN's linear operator raises an error
+    operator_is_wrong    oneDNN's linear operator returns wrong numbers
     torch.a._b           this name is deleted
 
-TARGET/ALTERATION.pt contains the results of inference and of one training step. If something failed,
-TARGET/ALTERATION.torch_error (a plain nn.Linear) or TARGET/ALTERATION.error (the checkpoint) contains the traceback.
+TARGET/ALTERATION.pt contains the results of inference and of one training step. After an error, the traceback is in
+TARGET/ALTERATION.torch_error (a plain nn.Linear failed) or TARGET/ALTERATION.error (the checkpoint failed).
 """
 
 import multiprocessing
@@ -47,15 +48,16 @@ def main(checkpoint: str, target: Path, alterations: list[str]) -> None:
 
 
 def import_lazy_modules(folder: Path) -> None:
-    """Load a built-in model once, so that the forks need not import what transformers imports for this."""
+    """Load a built-in model, so that the forks do not have to import the modules that transformers loads lazily."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(folder)
     AutoModelForImageClassification.from_pretrained(folder)
 
 
 def report(checkpoint: str, target: Path, alteration: str) -> None:
-    """Save the results under an alteration, or the error."""
-    torch.set_num_threads(1)  # replaces the thread pool that a fork lacks, before several threads load weights
+    """Save the results of an alteration, or the traceback."""
+    # replaces the thread pool, which a fork does not inherit, before several threads load weights
+    torch.set_num_threads(1)
     alter(alteration)
     message = get_error(lambda: torch.nn.Linear(4, 3)(torch.ones(2, 4)).sum().backward())
     (target / f"{alteration}.torch_error").write_text(message)
@@ -65,7 +67,7 @@ def report(checkpoint: str, target: Path, alteration: str) -> None:
 
 
 def get_error(function: Callable[[], Any]) -> str:
-    """Return the traceback of the exception that a function raises; empty if it raises none."""
+    """Return the traceback of the exception that a function raises, or an empty string."""
     try:
         function()
     except Exception:
@@ -96,7 +98,7 @@ def run_model(checkpoint: str) -> dict[str, Any]:
 
 
 def lower_thresholds(model: torch.nn.Module) -> None:
-    """Let kernels compute small tensors too."""
+    """Enable the kernels for small tensors."""
     kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".cpu_kernels_vitcls"]
     kernels.MIN_WORK.update(dict.fromkeys(kernels.MIN_WORK, 0))
     kernels.MIN_CHUNKED_SCORES = 0
@@ -121,11 +123,11 @@ def remove(name: str) -> None:
     """Delete a name of PyTorch, such as `torch._C._functorch`, and its modules.
 
     Raises:
-        RuntimeError: if the name can still be found.
+        RuntimeError: if the name still exists.
     """
     owner_name, _, attribute = name.rpartition(".")
     owner = find(owner_name)
-    if isinstance(owner, torch._ops._OpNamespace):  # it looks operators up when they are first read
+    if isinstance(owner, torch._ops._OpNamespace):  # torch.ops looks operators up when they are first read
         find_operator = torch._ops._OpNamespace.__getattr__
         owner.__dict__.pop(attribute, None)
 
@@ -137,7 +139,7 @@ def remove(name: str) -> None:
         torch._ops._OpNamespace.__getattr__ = find_other_operator
     else:
         delattr(owner, attribute)
-    if name == "torch.compiler._is_exporting_flag":  # a PyTorch without it has another public function
+    if name == "torch.compiler._is_exporting_flag":  # PyTorch versions without it have a public function instead
         torch.compiler.is_exporting = torch.compiler.is_compiling
     for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
         del sys.modules[module]
@@ -149,7 +151,7 @@ def remove(name: str) -> None:
 
 
 def find(name: str) -> Any:
-    """Return the value of a dotted name that begins with `torch`."""
+    """Return the value of a dotted name that starts with `torch`."""
     return reduce(getattr, name.split(".")[1:], torch)
 
 

@@ -1,4 +1,4 @@
-"""Read the shipped source files: imports between them, and the names of PyTorch that they use."""
+"""Read the shipped source files: the imports between them, and the names of PyTorch that they use."""
 
 import ast
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def get_subject(file: Path) -> str:
 
 
 def find_guarded_block(file: Path = KERNEL_FILE) -> ast.Try:
-    """Return the only top-level `try` of a file whose handler catches ImportError and AttributeError."""
+    """Return the only top-level `try` of a file that handles ImportError and AttributeError."""
     blocks = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Try)]
     (guarded,) = [
         block
@@ -36,11 +36,11 @@ def find_guarded_block(file: Path = KERNEL_FILE) -> ast.Try:
 
 
 def find_private_names(file: Path) -> dict[str, set[int]]:
-    """Return the private names of PyTorch in a file, such as `torch._C._functorch`, each with its lines.
+    """Return the private names of PyTorch in a file, such as `torch._C._functorch`, with their lines.
 
-    A name is private if a part after `torch` begins with one underscore. Aliases are resolved: after
-    `from torch.autograd import forward_ad`, `forward_ad._current_level` is `torch.autograd.forward_ad._current_level`.
-    A private name that an import binds counts wherever it is used under a private name.
+    A name is private if a part after `torch` starts with one underscore. Aliases are resolved: after `from
+    torch.autograd import forward_ad`, `forward_ad._current_level` is `torch.autograd.forward_ad._current_level`. If an
+    import binds a private name, each use of it under a private name counts.
     """
     tree = ast.parse(file.read_text())
     aliases = read_torch_aliases(tree)
@@ -53,7 +53,7 @@ def find_private_names(file: Path) -> dict[str, set[int]]:
 
 
 def read_torch_aliases(tree: ast.AST) -> dict[str, str]:
-    """Return what imports bind: local name -> full name in PyTorch."""
+    """Return the names that imports bind: local name -> full name in PyTorch."""
     aliases = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def read_torch_aliases(tree: ast.AST) -> dict[str, str]:
 
 
 def read_torch_names(node: ast.AST, aliases: dict[str, str]) -> Iterator[str]:
-    """Yield the full names in PyTorch that this node itself mentions."""
+    """Yield the full names in PyTorch that this node itself contains."""
     if isinstance(node, ast.Import):
         yield from (name.name for name in node.names if is_torch(name.name))
     elif isinstance(node, ast.ImportFrom) and node.level == 0 and is_torch(node.module or ""):
@@ -81,7 +81,7 @@ def read_torch_names(node: ast.AST, aliases: dict[str, str]) -> Iterator[str]:
 
 
 def resolve(node: ast.AST, aliases: dict[str, str]) -> str | None:
-    """Return the full name of `a.b.c` if `a` is of PyTorch, else None."""
+    """Return the full name of `a.b.c` if `a` is part of PyTorch, otherwise None."""
     if isinstance(node, ast.Name):
         return aliases.get(node.id)
     if isinstance(node, ast.Attribute) and (owner := resolve(node.value, aliases)):
@@ -95,5 +95,5 @@ def is_torch(module: str) -> bool:
 
 
 def is_private(name: str) -> bool:
-    """Return whether a part of a dotted name begins with one underscore."""
+    """Return whether a part of a dotted name starts with one underscore."""
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))

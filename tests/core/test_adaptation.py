@@ -1,7 +1,9 @@
-"""Tokens, sizes and patches of trained models: what `from_pretrained(..., field=value)` and `adapt` do to weights.
+"""Adaptation of trained models to other tokens, image sizes and patch sizes, by `from_pretrained(..., field=value)`
+and `adapt`.
 
-What cannot change (kept and removed tokens) is compared to the bit; what is resampled against PyTorch's interpolation;
-patch kernels against images enlarged patch by patch, where FlexiViT's resize is exact. Gates are in test_gates.py.
+Unchanged weights (kept and removed tokens) must be equal to the bit. Resampled weights are compared with PyTorch's
+interpolation, and patch kernels with images enlarged patch by patch, for which FlexiViT's resize is exact. Gates are
+tested in test_gates.py.
 """
 
 import copy
@@ -40,7 +42,7 @@ from modeling_vitcls import (
 from modeling_vitcls.positions_vitcls import resize_patch_kernel
 
 
-# Class that saves, class that loads.
+# Name -> class that saves, class that loads.
 LOADERS = {
     "model": (ViTCLSModel, ViTCLSModel),
     "auto_model": (ViTCLSModel, AutoModel),
@@ -49,10 +51,10 @@ LOADERS = {
     "masked": (ViTCLSForMaskedImageModeling, ViTCLSForMaskedImageModeling),
     "auto_masked": (ViTCLSForMaskedImageModeling, AutoModelForMaskedImageModeling),
     "backbone": (ViTCLSBackbone, ViTCLSBackbone),
-    "loaded": (ViTCLSForImageClassification, None),  # `adapt` on a loaded model
+    "loaded": (ViTCLSForImageClassification, None),  # `adapt` of a loaded model
 }
 
-# Each on a checkpoint of 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and patches of 8 x 8.
+# Changes of a checkpoint with 2 CLS, 1 distillation and 2 register tokens, images of 32 x 48 and patches of 8 x 8.
 CHANGES: dict[str, dict[str, Any]] = {
     "registers": {"num_register_tokens": 6},
     "cls": {"num_cls_tokens": 3},
@@ -84,12 +86,12 @@ all_loaders = pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids
 all_changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 
 
-# What becomes of every weight
+# All weights
 
 
 @all_changes
 @all_loaders
-def test_every_weight_follows(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
+def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
     old = randomize(saver(build_tiny_config(**FIELDS)))
     new = adapt_with_loader(old, loader, tmp_path, **change)
     assert type(new) is saver
@@ -97,14 +99,16 @@ def test_every_weight_follows(saver: Any, loader: Any, change: dict[str, Any], t
     for field, value in (COUNTS | change).items():
         assert getattr(new.config, field) == value
     assert new.base_model.config is new.config
-    assert_follows(old, new)
+    assert_adapted(old, new)
     with torch.no_grad():
         outputs = new(build_images(1, *new.config.image_height_width))
     assert all(value.isfinite().all() for value in outputs.values() if isinstance(value, torch.Tensor))
 
 
-def assert_follows(old: Any, new: Any) -> None:
-    """Tokens and their positions are kept from the first on, patches resampled, and all else is as it was."""
+def assert_adapted(old: Any, new: Any) -> None:
+    """Check that the first tokens and their positions are kept, patches are resampled, and other weights are
+    unchanged.
+    """
     before, after = old.state_dict(), new.state_dict()
     prefix = "" if old.base_model is old else "vitcls."
     expected = dict(before)
@@ -119,7 +123,7 @@ def assert_follows(old: Any, new: Any) -> None:
                 assert torch.equal(found[:, :kept], tokens[:, :kept])
                 assert found[:, kept:].any() == ("position" not in name and count > kept)
     name = f"{prefix}embeddings.position_embeddings.patches"
-    assert torch.equal(after.pop(name), resampled(expected.pop(name), old.config.grid_size, new.config.grid_size))
+    assert torch.equal(after.pop(name), resample(expected.pop(name), old.config.grid_size, new.config.grid_size))
     kernels = [name for name in before if "patch_embeddings.projection.weight" in name or "decoder." in name]
     for name in kernels:
         weight = after.pop(name)
@@ -133,8 +137,8 @@ def assert_follows(old: Any, new: Any) -> None:
         assert torch.equal(weight, expected[name]), name
 
 
-def resampled(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Positions [1, N, D], by PyTorch's bicubic interpolation."""
+def resample(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Return positions [1, N, D], resampled with PyTorch's bicubic interpolation."""
     if grid == new_grid:
         return positions
     maps = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)
@@ -142,7 +146,7 @@ def resampled(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[in
     return maps.permute(0, 2, 3, 1).reshape(1, -1, positions.shape[-1])
 
 
-def test_the_source_stays_as_it_was() -> None:
+def test_the_source_model_is_unchanged() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS)))
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     changed = model.adapt(**CHANGES["everything"])
@@ -184,7 +188,7 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
     ]
 
 
-def test_what_else_was_asked_for_is_kept(tmp_path: Path) -> None:
+def test_other_arguments_are_applied(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         model, info = loader.from_pretrained(
@@ -202,7 +206,7 @@ def test_what_else_was_asked_for_is_kept(tmp_path: Path) -> None:
         assert model.vitcls.layers[1].drop_path.rate == 0.2
 
 
-def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
+def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
     changed = model.adapt(num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True)
     assert changed.training
@@ -219,7 +223,7 @@ def test_a_frozen_model_stays_frozen_but_for_what_is_new() -> None:
 
 
 @pytest.mark.parametrize("positions", ["patches", "cls", "all"])
-def test_tokens_that_were_added_and_removed_leave_no_trace(positions: str) -> None:
+def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(position_embedding_tokens=positions)))
     larger = model.adapt(num_register_tokens=4, num_cls_tokens=3, num_distillation_tokens=1)
     with torch.no_grad():
@@ -233,8 +237,8 @@ def test_tokens_that_were_added_and_removed_leave_no_trace(positions: str) -> No
     assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
-def test_positions_of_kept_tokens_stay_with_them() -> None:
-    """A CLS token added in front of the registers must not shift their positions."""
+def test_kept_tokens_keep_their_positions() -> None:
+    """Check that adding a CLS token before the registers does not shift the registers' positions."""
     fields = {"num_cls_tokens": 1, "num_register_tokens": 2, "position_embedding_tokens": "all"}
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
     larger = model.adapt(num_cls_tokens=3)
@@ -265,7 +269,11 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean"))).adapt(
         num_distillation_tokens=1
     )
-    assert wide.distillation_classifier.weight.shape == (3, 16)  # the classifier reads 32: a fresh one
+    # the classifier has 32 inputs and is newly initialized
+    assert wide.distillation_classifier.weight.shape == (
+        3,
+        16,
+    )
 
 
 def test_a_trained_distillation_head_is_kept() -> None:
@@ -284,8 +292,8 @@ def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: p
 
 
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
-def test_tokens_and_those_who_read_them_change_together(loader: Any, tmp_path: Path) -> None:
-    """Neither the old pooling fits the new tokens nor the new pooling the old ones."""
+def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
+    """Check changes in which the new pooling does not match the old tokens, nor the old pooling the new tokens."""
     without = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     without.save_pretrained(tmp_path / "without")
     gained = loader.from_pretrained(tmp_path / "without", num_cls_tokens=1, pooling="cls")
@@ -302,7 +310,7 @@ def test_tokens_and_those_who_read_them_change_together(loader: Any, tmp_path: P
 
 
 def test_one_task_becomes_several(tmp_path: Path) -> None:
-    """A checkpoint with one CLS token gets one for each task."""
+    """Check that a checkpoint with one CLS token gets one CLS token for each task."""
     plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
     plain.save_pretrained(tmp_path)
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path, num_cls_tokens=2, tasks={"age": 2, "kind": 5})
@@ -321,7 +329,7 @@ def test_a_multi_task_model_gains_registers(tmp_path: Path) -> None:
     assert all(get_largest_difference(found[task], wanted[task]) < 1e-5 for task in wanted)
 
 
-def test_scopes_come_with_their_tokens(tmp_path: Path) -> None:
+def test_scopes_change_with_cls_tokens(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
     for loader in (ViTCLSModel, AutoModel):
@@ -332,7 +340,7 @@ def test_scopes_come_with_their_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
-def test_a_configuration_of_its_own_adapts_too(loader: Any, tmp_path: Path) -> None:
+def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     config = build_tiny_config(num_register_tokens=2, image_size=48)
@@ -346,10 +354,10 @@ def test_a_configuration_of_its_own_adapts_too(loader: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
-def test_a_configuration_read_from_one_checkpoint_serves_another(
+def test_a_configuration_of_one_checkpoint_adapts_another(
     loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Registers that were trained since must not be taken for new ones."""
+    """Check that registers that were trained in the meantime are not initialized again."""
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "before")
     config = AutoConfig.from_pretrained(tmp_path / "before", num_register_tokens=4)
     trained = randomize(ViTCLSModel(config), seed=1)
@@ -361,7 +369,7 @@ def test_a_configuration_read_from_one_checkpoint_serves_another(
     assert larger.embeddings.register_tokens.shape[1] == 4
 
 
-def test_a_configuration_file_that_leaves_out_defaults(tmp_path: Path) -> None:
+def test_a_configuration_file_without_default_values(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -385,7 +393,7 @@ def test_weights_without_a_configuration_file(tmp_path: Path) -> None:
         ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
 
 
-def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
+def test_saved_configurations_contain_no_loading_arguments(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
     larger = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
     again = save_and_load(larger, tmp_path / "again")
@@ -394,7 +402,7 @@ def test_saving_keeps_nothing_of_the_loading(tmp_path: Path) -> None:
         assert torch.equal(again(build_images()).last_hidden_state, larger(build_images()).last_hidden_state)
 
 
-def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
+def test_impossible_changes_are_errors(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(tasks={"age": 2})))
     with raises_one_line("hidden_size", "num_register_tokens"):
         model.adapt(hidden_size=32)
@@ -417,12 +425,12 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
 # Grids and patches
 
 
-def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grid_with_equal_patch_count_and_another_shape_is_resampled(caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
     turned = model.adapt(image_size=[48, 32])
     positions = turned.embeddings.position_embeddings.patches
     assert positions.shape == model.embeddings.position_embeddings.patches.shape
-    assert torch.equal(positions, resampled(model.embeddings.position_embeddings.patches, (4, 6), (6, 4)))
+    assert torch.equal(positions, resample(model.embeddings.position_embeddings.patches, (4, 6), (6, 4)))
     assert get_logged_lines(caplog) == [
         "embeddings.position_embeddings.patches: resampled from 4 x 6 to 6 x 4 patches"
     ]
@@ -438,7 +446,7 @@ def test_a_grid_of_as_many_patches_and_another_shape_is_resampled(caplog: pytest
         ({"position_antialias": True}, {"mode": "bicubic", "antialias": True}),
     ],
 )
-def test_positions_follow_the_policy(policy: dict[str, Any], target: dict[str, Any]) -> None:
+def test_positions_are_resampled_as_configured(policy: dict[str, Any], target: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**policy)))
     found = model.adapt(image_size=[24, 16]).embeddings.position_embeddings.patches
     maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
@@ -448,7 +456,7 @@ def test_positions_follow_the_policy(policy: dict[str, Any], target: dict[str, A
 
 @pytest.mark.parametrize("policy", [{}, {"position_offset": 0.1}, {"position_interpolation": "crop"}])
 @pytest.mark.parametrize("kind", ["learned", "sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
-def test_a_larger_image_size_gives_what_larger_images_gave(kind: str, policy: dict[str, Any]) -> None:
+def test_adapting_equals_running_with_larger_images(kind: str, policy: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, **policy)))
     with torch.no_grad():
         wanted = model(build_images(2, 48, 24)).last_hidden_state
@@ -457,7 +465,7 @@ def test_a_larger_image_size_gives_what_larger_images_gave(kind: str, policy: di
 
 
 @pytest.mark.parametrize("shared", ["layer", "shared"])
-def test_biases_by_distance_follow_the_grid(shared: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_relative_position_biases_are_resampled(shared: str, caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(relative_position_bias=shared, image_size=[32, 48])))
     turned = model.adapt(image_size=[48, 32])
     with torch.no_grad():
@@ -466,7 +474,7 @@ def test_biases_by_distance_follow_the_grid(shared: str, caplog: pytest.LogCaptu
     assert "view.tables: resampled from 4 x 6 to 6 x 4 patches" in get_logged_lines(caplog)
 
 
-def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_positions_are_unchanged_for_other_patches_on_the_same_grid(caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
     larger = model.adapt(image_size=[64, 96], patch_size=16)
     assert torch.equal(larger.embeddings.position_embeddings.patches, model.embeddings.position_embeddings.patches)
@@ -477,21 +485,21 @@ def test_other_patches_on_the_same_grid_leave_positions_alone(caplog: pytest.Log
 
 @pytest.mark.parametrize("patch", [(16, 16), (12, 12), (8, 16), (10, 13)])
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
-    """Images whose patches were enlarged bilinearly, each by itself, give the same tokens."""
+    """Check that images whose patches are enlarged bilinearly, each separately, have the same tokens."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     larger = model.adapt(patch_size=list(patch), image_size=[4 * patch[0], 4 * patch[1]])
     with torch.no_grad():
         wanted, found = (
             model(build_images(), output_hidden_states=True),
-            larger(enlarged(build_images(), patch), output_hidden_states=True),
+            larger(enlarge(build_images(), patch), output_hidden_states=True),
         )
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
         assert get_largest_difference(one, other) < 1e-4 * other.abs().max()
     assert get_largest_difference(found.logits, wanted.logits) < 1e-4
 
 
-def enlarged(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """[B, C, 32, 32] of patches 8 x 8, each resized bilinearly to `patch` pixels."""
+def enlarge(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
+    """Return [B, C, 32, 32] with patches of 8 x 8, each resized bilinearly to `patch` pixels."""
     batch, channels = pixels.shape[:2]
     patches = pixels.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)  # [B, C, 4, 4, 8, 8]
     patches = nn.functional.interpolate(patches.flatten(0, 3).unsqueeze(1), size=patch, mode="bilinear")
@@ -501,7 +509,7 @@ def enlarged(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("new_size", [(4, 4), (5, 7), (16, 16), (8, 8)])
 def test_patch_kernels_are_the_best_fit(new_size: tuple[int, int]) -> None:
-    """Against a least-squares solver: over white noise x, <resized x, new kernel> is nearest to <x, kernel>."""
+    """Compare with a least-squares solver: over white noise x, <resized x, new kernel> is nearest to <x, kernel>."""
     kernel = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     basis = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
     resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(1)  # [old pixels, new pixels]
@@ -513,19 +521,19 @@ def test_patch_kernels_are_the_best_fit(new_size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("loader", [None, ViTCLSForMaskedImageModeling, AutoModelForMaskedImageModeling])
 def test_decoded_patches_are_resized(loader: Any, tmp_path: Path) -> None:
-    """The enlarged images' reconstruction is the enlarged reconstruction, patch by patch."""
+    """Check that the reconstruction of enlarged images is the reconstruction, enlarged patch by patch."""
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
     larger = adapt_with_loader(model, loader, tmp_path, patch_size=[12, 16], image_size=[48, 64])
     mask = torch.arange(16).expand(2, -1) % 3 == 0
     with torch.no_grad():
-        wanted = enlarged(model(build_images(), bool_masked_pos=mask).reconstruction, (12, 16))
-        found = larger(enlarged(build_images(), (12, 16)), bool_masked_pos=mask)
+        wanted = enlarge(model(build_images(), bool_masked_pos=mask).reconstruction, (12, 16))
+        found = larger(enlarge(build_images(), (12, 16)), bool_masked_pos=mask)
     assert get_largest_difference(found.reconstruction, wanted) < 1e-4
     assert found.loss.isfinite()
 
 
-def test_decoded_patches_of_as_many_pixels_are_resized_too() -> None:
-    """4 x 16 pixels are as many as 8 x 8, and others."""
+def test_decoded_patches_with_equal_pixel_count_are_resized() -> None:
+    """4 x 16 pixels are as many as 8 x 8, but differently arranged."""
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
     turned = model.adapt(patch_size=[4, 16])
     assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
@@ -543,7 +551,7 @@ def test_a_backbone_adapts(tmp_path: Path) -> None:
     assert all(get_largest_difference(one, other) < 1e-5 for one, other in zip(found, wanted, strict=True))
 
 
-# Without the package
+# Remote code
 
 REMOTE: dict[str, dict[str, Any]] = {
     "gated": {"num_register_tokens": 4, "gate_new_tokens": True},
@@ -573,7 +581,7 @@ for name, change in json.loads(sys.argv[2]).items():
 
 @pytest.mark.slow
 def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
-    """Loaded with remote code in a process that cannot import the package: as here, to the bit."""
+    """Compare with adaptation in a process that cannot import the package, to the bit."""
     fields = {"num_distillation_tokens": 1, "image_size": [32, 48]}
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.save_pretrained(tmp_path / "saved")
@@ -588,17 +596,15 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
         pixel_values = build_images(2, *changed.config.image_height_width)
         with torch.no_grad():
             found, wanted = torch.load(tmp_path / f"{name}.logits.pt"), changed(pixel_values).logits
-            assert (
-                get_largest_difference(found, wanted) < 1e-5
-            )  # the new tokens are random, and their gates are closed
+            assert get_largest_difference(found, wanted) < 1e-5  # new tokens are random, and their gates are closed
         again = ViTCLSForImageClassification.from_pretrained(tmp_path / name)
         with torch.no_grad():
             fewer = changed.adapt(num_register_tokens=0, num_distillation_tokens=0)
             assert get_largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
 
 
-def test_the_configuration_of_a_half_loaded_model_is_not_left_behind() -> None:
-    """What skips the checks while a checkpoint is loaded must not skip them afterwards."""
+def test_validation_is_enabled_again_after_a_failed_load() -> None:
+    """Check that the flag that skips validation while a checkpoint is loaded is removed."""
     config = build_tiny_config()
     assert not config._skip_validation
     assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._skip_validation

@@ -1,4 +1,4 @@
-"""Heads of any width, and differential attention: its formula, the implementations of it, and what is refused."""
+"""Attention heads of any width, and differential attention: its formula, its implementations and its errors."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def test_differential_attention_is_the_difference_of_two_maps() -> None:
-    """The formula of arXiv 2410.05258, equation 1, written out for each head."""
+    """Check equation 1 of arXiv 2410.05258, written out for each head."""
     config = build_tiny_config(attention_type="differential", attn_implementation="eager")
     attention = randomize(ViTCLSDifferentialAttention(config))
     tokens = torch.randn(2, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -62,13 +62,13 @@ def test_a_new_differential_model_starts_as_in_the_paper() -> None:
     assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
 
 
-def test_head_width_is_free_of_the_models() -> None:
+def test_head_width_is_independent_of_hidden_size() -> None:
     model = ViTCLSModel(build_tiny_config(hidden_size=18, num_attention_heads=4, attention_head_size=8))
     assert model.layers[0].attention.q_proj.weight.shape == (32, 18)
     assert model.layers[0].attention.o_proj.weight.shape == (18, 32)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_unsupported_options_are_errors() -> None:
     with raises_one_line("attention_head_size"):
         build_tiny_config(attention_head_size=0)
     with raises_one_line("differential", "rope_2d"):

@@ -1,4 +1,4 @@
-"""The default model compiles as one graph, also after transformers has installed hooks to record hidden states."""
+"""The default model compiles to one graph, also after transformers has installed hooks that record hidden states."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(),
 
 @pytest.fixture(autouse=True)
 def no_compiled_code() -> None:
-    """Compile anew in each test."""
+    """Reset the compiler before each test."""
     torch._dynamo.reset()
 
 
@@ -75,7 +75,7 @@ def test_compiled_values() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     logits = model(build_images()).logits
     assert get_largest_difference(compiled(build_images()).logits, logits) <= 1e-5 * logits.abs().max().item()
-    model(build_images(), output_hidden_states=True)  # the hooks of transformers cannot be installed while compiling
+    model(build_images(), output_hidden_states=True)  # transformers cannot install its hooks during compilation
     recorded = compiled(build_images(), output_hidden_states=True)
     assert [state.shape for state in recorded.hidden_states] == [(2, 19, 16)] * 3
     assert get_largest_difference(recorded.logits, logits) <= 1e-5 * logits.abs().max().item()

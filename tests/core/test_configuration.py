@@ -1,6 +1,6 @@
-"""ViTCLSConfig: what it derives, what it refuses and how it says so, and that it survives saving.
+"""ViTCLSConfig: derived values, errors and their messages, and saving.
 
-Random configurations are in test_properties.py.
+Random configurations are tested in test_properties.py.
 """
 
 import copy
@@ -37,7 +37,7 @@ NAN = float("nan")
 
 CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
 
-# Fields that contradict each other -> words that tell the reader what to change.
+# Contradictory fields -> words of the error message that name the change to make.
 CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_cls_tokens": 0}, ["num_cls_tokens=1", '"mean"']),
     ({"num_cls_tokens": 0, "pooling": "cls_mean"}, ["cls_mean", "num_cls_tokens=1"]),
@@ -77,7 +77,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"out_features": ["stem"], "out_indices": [1]}, ["out_features", "out_indices"]),
 ]
 
-# One field of a wrong type or out of its range.
+# Fields with a wrong type or a value out of range.
 WRONG_VALUES: list[tuple[str, Any]] = [
     *((name, value) for name in ("hidden_size", "num_attention_heads") for value in (0, -2, 16.0, "16", None, True)),
     *((name, value) for name in ("num_hidden_layers", "intermediate_size", "num_channels") for value in (0, -1, 1.5)),
@@ -135,18 +135,18 @@ def test_the_defaults_are_vit_base_16() -> None:
     assert (config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens) == (1, 0, 0)
 
 
-# Parameters with 1,000 labels as the papers' code has them (timm's vit_*_patch16_224 and deit_*_patch16_224).
+# Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)],
 )
-def test_presets_are_the_published_sizes(name: str, parameters: int) -> None:
+def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = ViTCLSForImageClassification(ViTCLSConfig.from_preset(name, num_labels=1000))
     assert model.num_parameters() == parameters
 
 
-def test_presets_take_overrides_and_their_name_on_the_command_line() -> None:
+def test_presets_accept_overrides_and_names_of_the_command_line() -> None:
     config = ViTCLSConfig.from_preset("vitcls-tiny", hidden_size=96, num_register_tokens=4)
     assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (96, 3, 4)
 
@@ -167,15 +167,15 @@ def test_every_field_is_documented() -> None:
 
 
 def test_fields_are_documented_in_their_order() -> None:
-    """The docstring and the class body have the same two tiers."""
+    """Check that the docstring and the class body have the same two groups of fields."""
     documented = re.findall(r"^        ((?:\w+, )*\w+) \(", ViTCLSConfig.__doc__, re.MULTILINE)
     names = [name for group in documented for name in group.split(", ")]
     body = [name.removeprefix("_") for name in ViTCLSConfig.__annotations__ if name not in CLASS_VARIABLES]
     assert names == body
 
 
-def test_fields_have_no_position() -> None:
-    """Their order in the class can change: they are keywords, and files are sorted by name."""
+def test_fields_are_keyword_only() -> None:
+    """Check that fields are keyword-only, so that their order can change. Saved files are sorted by name."""
     with raises_one_line("only keyword arguments"):
         ViTCLSConfig(4)
     for use_diff in (True, False):
@@ -215,14 +215,14 @@ def test_pooled_size(fields: dict[str, Any], vectors: int) -> None:
     assert build_tiny_config(**fields).pooled_size == vectors * 16
 
 
-def test_the_distillation_head_follows_its_token_unless_set() -> None:
+def test_the_distillation_head_depends_on_its_token_unless_set() -> None:
     assert not build_tiny_config().has_distillation_head
     assert build_tiny_config(num_distillation_tokens=1).has_distillation_head
     assert not build_tiny_config(num_distillation_tokens=1, distillation_head=False).has_distillation_head
 
 
 @pytest.mark.parametrize(("fields", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
-def test_a_contradiction_says_what_to_change(fields: dict[str, Any], words: list[str]) -> None:
+def test_contradictions_name_the_change_to_make(fields: dict[str, Any], words: list[str]) -> None:
     with raises_one_line(*words):
         build_tiny_config(**fields)
 
@@ -253,12 +253,12 @@ def test_sizes_have_a_largest_value(name: str) -> None:
     ],
     ids=str,
 )
-def test_too_large_values_are_refused_before_a_list_of_their_length_is_built(fields: dict[str, Any]) -> None:
+def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(fields: dict[str, Any]) -> None:
     tracemalloc.start()
     try:
         with raises_one_line(next(iter(fields)), "000"):
             ViTCLSConfig(**fields)
-        assert tracemalloc.get_traced_memory()[1] < 2**20  # a list of 10^6 references has 8 MB
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # a list of 10^6 references takes 8 MB
     finally:
         tracemalloc.stop()
 
@@ -296,8 +296,8 @@ def test_a_misspelt_keyword_is_an_error_at_load(tmp_path: Path) -> None:
             load.from_pretrained(tmp_path, num_regster_tokens=4)
 
 
-def test_an_unknown_field_of_the_file_is_kept_and_reported(tmp_path: Path) -> None:
-    """Another version may have written it."""
+def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None:
+    """The file may be from another version of the package."""
     build_tiny_config().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text()) | {"num_regster_tokens": 4}
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -307,7 +307,7 @@ def test_an_unknown_field_of_the_file_is_kept_and_reported(tmp_path: Path) -> No
     assert (config.num_regster_tokens, config.num_register_tokens) == (4, 0)
 
 
-def test_loading_keywords_of_transformers_are_no_fields(tmp_path: Path) -> None:
+def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     config, unused = ViTCLSConfig.from_pretrained(
         tmp_path, pooling="mean", device_map="cpu", return_unused_kwargs=True, revision="main"
@@ -316,7 +316,7 @@ def test_loading_keywords_of_transformers_are_no_fields(tmp_path: Path) -> None:
     assert "device_map" in unused
 
 
-def test_overrides_at_load_are_checked_together(tmp_path: Path) -> None:
+def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     config = ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0, pooling="mean")
     assert (config.num_cls_tokens, config.pooling) == (0, "mean")
@@ -342,7 +342,7 @@ def test_labels_at_construction() -> None:
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
     assert ViTCLSConfig(num_labels=2, id2label={0: "cat", 1: "dog"}).num_labels == 2
     assert ViTCLSConfig(num_labels=0).num_labels == 0
-    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # ImageNet has two of them
+    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # two ImageNet classes have this name
 
 
 SAVED_CONFIGS = [
@@ -371,7 +371,7 @@ def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Pa
 
 
 def test_tasks_are_ordered_by_name() -> None:
-    """Task i reads CLS token i. JSON files, and dicts that come out of them, are sorted."""
+    """Task i uses CLS token i. JSON files, and dicts that are read from them, are sorted."""
     tasks = {"species": 2, "age": 3, "colour": ["red", "green"]}
     config = build_tiny_config(num_cls_tokens=3, tasks=tasks)
     assert list(config.task_labels()) == ["age", "colour", "species"]
@@ -380,7 +380,7 @@ def test_tasks_are_ordered_by_name() -> None:
     assert [len(labels) for labels in config.task_labels().values()] == [3, 2, 2]
 
 
-def test_the_saved_file_names_the_class_of_every_auto_class(tmp_path: Path) -> None:
+def test_saved_files_contain_the_class_of_every_auto_class(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == {
@@ -392,13 +392,13 @@ def test_the_saved_file_names_the_class_of_every_auto_class(tmp_path: Path) -> N
     }
 
 
-def test_the_saved_file_of_a_multi_task_model_names_its_class(tmp_path: Path) -> None:
+def test_saved_files_of_multi_task_models_contain_their_class(tmp_path: Path) -> None:
     build_tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
 
-def test_the_saved_file_holds_nothing_of_one_loading(tmp_path: Path) -> None:
+def test_saved_files_contain_no_loading_arguments(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     ViTCLSConfig.from_pretrained(tmp_path, image_size=64).save_pretrained(tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -420,7 +420,7 @@ def test_assigning_a_wrong_type_is_an_error() -> None:
     assert config.num_register_tokens == 0
 
 
-def test_a_contradiction_made_by_assignment_is_an_error_at_construction_of_the_model(tmp_path: Path) -> None:
+def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: Path) -> None:
     config = build_tiny_config()
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens=1"):
@@ -442,7 +442,7 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
     }
 
 
-# Runs without the package: `first` and `second` are two checkpoints with different code.
+# Runs without the package. `first` and `second` are two checkpoints with different code.
 REGISTER = """
 import json, sys
 from pathlib import Path
@@ -450,8 +450,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
-from transformers import VisionTextDualEncoderModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import VisionEncoderDecoderModel, VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
 models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
@@ -479,11 +479,19 @@ upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_
 upernet.save_pretrained(work / "upernet")
 upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
 
+decoder = BertLMHeadModel(BertConfig(vocab_size=20, is_decoder=True, add_cross_attention=True, **sizes))
+captioner = VisionEncoderDecoderModel(encoder=model, decoder=decoder).eval()
+captioner.save_pretrained(work / "captioner")
+captioner_again = VisionEncoderDecoderModel.from_pretrained(work / "captioner").eval()
+words = torch.tensor([[1, 2], [3, 4]])
+
 with torch.no_grad():
+    captions = [one(images, decoder_input_ids=words).logits for one in (captioner, captioner_again)]
     features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
     maps = [one(images).logits for one in (upernet, upernet_again)]
 assert torch.equal(*features) and features[0].std() > 0
 assert torch.equal(*maps) and maps[0].std() > 0
+assert torch.equal(*captions) and captions[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
 print(json.dumps({
@@ -521,6 +529,6 @@ def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
 
 
 def _comparable(config: ViTCLSConfig) -> dict[str, Any]:
-    """Everything that describes the model, with pairs in one form."""
+    """Return all values that describe the model, in a comparable form."""
     stored = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     return json.loads(json.dumps(stored | {"architectures": None}))

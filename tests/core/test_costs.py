@@ -1,4 +1,4 @@
-"""FLOPs against what torch counts, the memory estimate against what autograd keeps, and the measured GEMM peak.
+"""FLOPs compared with torch's counter, the memory estimate compared with autograd, and the measured GEMM peak.
 
 FLOPs are exact. Memory is an estimate, within the factors in `CLOSE`.
 """
@@ -18,7 +18,7 @@ from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.costs import count_forward_flops, estimate_memory
 
 
-# Fields that change what is multiplied with what, next to those that all tests share.
+# Fields that change the matrix products, in addition to the fields of all tests.
 OTHERS: dict[str, dict[str, Any]] = {
     "parallel": {"layer_type": "parallel"},
     "post": {"layer_type": "post"},
@@ -44,7 +44,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 CASES = LAYOUTS | BLOCKS | OTHERS
 each_case = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 
-# Large enough that numbers per head, which the estimate takes roughly, do not matter.
+# Large enough that the numbers per head, which are estimated roughly, can be neglected.
 WIDER = {
     "hidden_size": 96,
     "num_hidden_layers": 3,
@@ -55,23 +55,23 @@ WIDER = {
 CLOSE = (0.8, 1.2)  # estimate divided by measurement
 
 
-def flops_of_attention(query: tuple, key: tuple, value: tuple, *args: Any, **kwargs: Any) -> int:
-    """By the shapes of its inputs."""
+def count_attention_flops(query: tuple, key: tuple, value: tuple, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of attention, from the shapes of its inputs."""
     return sdpa_flop_count(query, key, value)
 
 
-def counted(call: Callable[[], Any]) -> int:
-    """What torch counts; older versions leave out the CPU's fused attention."""
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops_of_attention}
+def count_flops(call: Callable[[], Any]) -> int:
+    """Return the FLOPs that torch counts; older versions do not count the CPU's fused attention."""
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention_flops}
     with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
 
 
-def kept(model: torch.nn.Module, call: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of a forward pass, parameters apart, each memory once."""
+def measure_saved_bytes(model: torch.nn.Module, call: Callable[[], Any]) -> int:
+    """Return the bytes that autograd saves in a forward pass, without parameters. Shared memory counts once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no address is used twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -83,8 +83,8 @@ def kept(model: torch.nn.Module, call: Callable[[], Any]) -> int:
     return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
-def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, side: int = 64) -> torch.Tensor:
-    """Of a training step's forward pass."""
+def compute_loss(model: Any, autocast: torch.dtype | None = None, batch: int = 4, side: int = 64) -> torch.Tensor:
+    """Return the loss of a training step."""
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         return model(build_images(batch, side, side), labels=torch.arange(batch) % 3).loss
 
@@ -95,50 +95,50 @@ def loss_of(model: Any, autocast: torch.dtype | None = None, batch: int = 4, sid
 @pytest.mark.slow_cases
 @each_case
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_operations_are_those_that_torch_counts(fields: dict[str, Any], attention: str) -> None:
+def test_flops_equal_those_of_torch(fields: dict[str, Any], attention: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.set_attn_implementation(attention)
-    assert model.flops() == count_forward_flops(model) == counted(lambda: model(build_images(1)))
-    larger = counted(lambda: model(build_images(3, 40, 56)))
+    assert model.flops() == count_forward_flops(model) == count_flops(lambda: model(build_images(1)))
+    larger = count_flops(lambda: model(build_images(3, 40, 56)))
     assert model.flops([40, 56], batch_size=3) == count_forward_flops(model, [40, 56], batch_size=3) == larger
 
 
 @each_kind
-def test_of_every_kind_of_model(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_flops_of_all_model_classes(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    wanted = counted(lambda: model(build_images(2, 32, 40)))
+    wanted = count_flops(lambda: model(build_images(2, 32, 40)))
     assert model.flops((32, 40), batch_size=2) == count_forward_flops(model, (32, 40), batch_size=2) == wanted
 
 
 @pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
-def test_merged_patches_are_counted_as_they_are_computed(number: int) -> None:
-    """By hand; `count_forward_flops` counts as if no patches were merged."""
+def test_flops_with_merged_patches(number: int) -> None:
+    """Compare with a manual count. `count_forward_flops` counts as if no patches were merged."""
     model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
     width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
     wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
     for _ in range(2):
         num_tokens, num_pairs = num_special + num_patches, min(number, num_patches // 2)
         wanted += 4 * 2 * num_tokens * width**2  # queries, keys, values and output
-        wanted += 2 * 2 * num_tokens**2 * width  # scores, and values weighted by them
+        wanted += 2 * 2 * num_tokens**2 * width  # scores, and weighted sum of the values
         wanted += 2 * (num_patches - num_patches // 2) * (num_patches // 2) * head_dim  # similarity of patches
         num_patches -= num_pairs
         wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
-    assert model.flops() == wanted == counted(lambda: model(build_images(1)))
+    assert model.flops() == wanted == count_flops(lambda: model(build_images(1)))
     assert count_forward_flops(model) == ViTCLSModel(build_tiny_config(num_register_tokens=2)).flops()
 
 
-def test_all_tokens_of_the_last_layer_cost_more() -> None:
-    """A classifier's last layer is computed for the tokens that it reads; an encoder's for all."""
+def test_flops_of_all_tokens_in_the_last_layer() -> None:
+    """A classifier computes the last layer for the tokens that it reads, an encoder for all tokens."""
     config = build_tiny_config(num_register_tokens=4)
     classifier, encoder = ViTCLSForImageClassification(config), ViTCLSModel(config)
     head = 2 * 16 * 3
-    assert classifier.flops() - head < encoder.flops() == counted(lambda: encoder(build_images(1)))
+    assert classifier.flops() - head < encoder.flops() == count_flops(lambda: encoder(build_images(1)))
     config.output_hidden_states = True
-    assert classifier.flops() - head == encoder.flops() == counted(lambda: classifier(build_images(1))) - head
+    assert classifier.flops() - head == encoder.flops() == count_flops(lambda: classifier(build_images(1))) - head
 
 
-def test_without_weights() -> None:
-    """Costs of a model on the meta device: ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
+def test_costs_on_the_meta_device() -> None:
+    """ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())
     assert round(model.flops() / 2e9, 1) == 17.6
@@ -156,36 +156,36 @@ def test_images_that_are_too_small(function: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", CASES)
-def test_activations_are_about_those_that_autograd_keeps(
+def test_estimated_activations_are_close_to_saved_bytes(
     name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused on every processor
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused attention on every processor
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER | CASES[name]))).train()
     estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
-    assert CLOSE[0] <= estimate / kept(model, lambda: loss_of(model, autocast)) <= CLOSE[1]
+    assert CLOSE[0] <= estimate / measure_saved_bytes(model, lambda: compute_loss(model, autocast)) <= CLOSE[1]
 
 
 def test_activations_of_masked_image_modeling() -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**WIDER))).train()
     mask = torch.arange(4 * 64).view(4, 64) % 3 == 0
-    measured = kept(model, lambda: model(build_images(4, 64, 64), bool_masked_pos=mask).loss)
+    measured = measure_saved_bytes(model, lambda: model(build_images(4, 64, 64), bool_masked_pos=mask).loss)
     assert CLOSE[0] <= estimate_memory(model, batch_size=4).activations / measured <= CLOSE[1]
 
 
-def test_eager_attention_keeps_its_maps() -> None:
+def test_eager_attention_saves_its_maps() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     fused = estimate_memory(model, 128, batch_size=2).activations
     model.set_attn_implementation("eager")
     eager = estimate_memory(model, 128, batch_size=2).activations
     assert eager > 1.3 * fused
-    assert 0.8 <= eager / kept(model, lambda: loss_of(model, batch=2, side=128)) <= 1.2
+    assert 0.8 <= eager / measure_saved_bytes(model, lambda: compute_loss(model, batch=2, side=128)) <= 1.2
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("fields", [{}, {"attention_probs_dropout_prob": 0.1}, {"mlp_type": "swiglu"}], ids=str)
-def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype | None) -> None:
-    """Where it will train counts, not where it is: CPUs compute some things again, and keep maps under dropout."""
+def test_estimates_for_another_device(fields: dict[str, Any], autocast: torch.dtype | None) -> None:
+    """Estimates depend on the device of the training: CPUs recompute some activations, and save maps under dropout."""
     model = ViTCLSForImageClassification(build_tiny_config(**WIDER | fields))
     here = estimate_memory(model, batch_size=4, autocast=autocast)
     elsewhere = estimate_memory(model, batch_size=4, autocast=autocast, device="cuda")
@@ -195,33 +195,33 @@ def test_before_the_model_is_moved(fields: dict[str, Any], autocast: torch.dtype
     assert here == estimate_memory(moved, batch_size=4, autocast=autocast, device="cpu")
 
 
-def test_frozen_layers_keep_nothing() -> None:
+def test_frozen_layers_save_nothing() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     everything = estimate_memory(model, batch_size=4)
     for part in (model.vitcls.embeddings, *model.vitcls.layers[:2]):
         part.requires_grad_(False)
     some = estimate_memory(model, batch_size=4)
-    assert CLOSE[0] <= some.activations / kept(model, lambda: loss_of(model)) <= CLOSE[1]
+    assert CLOSE[0] <= some.activations / measure_saved_bytes(model, lambda: compute_loss(model)) <= CLOSE[1]
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     assert (some.parameters, some.gradients, some.optimizer) == (everything.parameters, trained, 2 * trained)
     assert some.total == some.parameters + 3 * trained + some.activations
     assert some.activations < everything.activations / 3
 
 
-def test_checkpointing_keeps_inputs_and_one_layer() -> None:
+def test_checkpointing_saves_inputs_and_one_layer() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
     full = estimate_memory(model, batch_size=4).activations
     model.gradient_checkpointing_enable()
     estimate = estimate_memory(model, batch_size=4).activations
-    between_layers = kept(model, lambda: loss_of(model))
+    between_layers = measure_saved_bytes(model, lambda: compute_loss(model))
     assert between_layers < estimate < full
-    assert full / 3 * 0.8 <= estimate - between_layers <= full / 3 * 1.6  # of three layers, the last of which is short
+    assert full / 3 * 0.8 <= estimate - between_layers <= full / 3 * 1.6  # three layers, of which the last is reduced
 
 
-def test_the_optimizer_is_adamw() -> None:
+def test_the_optimizer_estimate_is_for_adamw() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config())).train()
     optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model, side=32).backward()
+    compute_loss(model, side=32).backward()
     optimizer.step()
     estimate = estimate_memory(model, batch_size=4)
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
@@ -232,8 +232,8 @@ def test_the_optimizer_is_adamw() -> None:
 # The machine
 
 
-def test_the_peak_is_above_what_a_model_reaches() -> None:
-    """Matrices multiplied here, in a plain loop, take as long as the peak says, or longer."""
+def test_gemm_peak_is_not_slower_than_a_plain_loop() -> None:
+    """Check that matrix products in a plain loop take at least as long as the peak predicts."""
     side = 512
     first, second = torch.randn(side, side), torch.randn(side, side)
     torch.nn.functional.linear(first, second)
@@ -242,7 +242,7 @@ def test_the_peak_is_above_what_a_model_reaches() -> None:
         started = time.perf_counter()
         torch.nn.functional.linear(first, second)
         seconds.append(time.perf_counter() - started)
-    reached = 2 * side**3 / statistics.median(seconds)  # something else may run during a few of them
+    reached = 2 * side**3 / statistics.median(seconds)  # other programs may run during some of them
     began = time.perf_counter()
     peak = measure_gemm_peak("cpu", torch.float32)
     assert time.perf_counter() - began < 20  # about half a second on an idle machine

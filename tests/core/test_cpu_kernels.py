@@ -1,9 +1,9 @@
-"""CPU kernels: the same outputs and gradients as plain PyTorch, and plain PyTorch wherever they do not apply.
+"""CPU kernels have the outputs and gradients of plain PyTorch, and are replaced by plain PyTorch where unsupported.
 
-linear layers, MLPs and the patch projection by oneDNN
-half precision in float32, on CPUs without its instructions
-activation recomputation
-chunked attention
+linear layers, MLPs and the patch projection with oneDNN
+- half precision in float32, on CPUs without its instructions
+- activation recomputation
+- chunked attention
 """
 
 import weakref
@@ -46,13 +46,13 @@ HAS_ONEDNN_BFLOAT16 = (torch.bfloat16, False) in cpu_kernels_vitcls.MIN_WORK
 
 @pytest.fixture
 def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use oneDNN also on processors, and for sizes, where it is correct but not the fastest."""
+    """Use oneDNN for all processors and sizes on which it is correct, even if it is not the fastest."""
     if cpu_kernels_vitcls.HAS_ONEDNN:
         monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, False), 0)
         monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, True), 0)
 
 
-def needs_onednn(test: Any) -> Any:
+def requires_onednn(test: Any) -> Any:
     """Mark a test of oneDNN's operators in float32."""
     test = pytest.mark.skipif(not cpu_kernels_vitcls.HAS_ONEDNN, reason="this processor or PyTorch has no oneDNN")(
         test
@@ -62,7 +62,7 @@ def needs_onednn(test: Any) -> Any:
 
 @pytest.fixture
 def linear(float32_by_onednn: None) -> Iterator[CPULinear]:
-    """A layer with random weights, with gradients disabled."""
+    """Return a layer with random weights, with gradients disabled."""
     torch.manual_seed(0)
     with torch.no_grad():
         yield CPULinear(48, 80)
@@ -75,7 +75,7 @@ def profile_operators(call: object, *inputs: object) -> tuple[torch.Tensor, set[
     return result, {event.key for event in profiled.key_averages()}
 
 
-@needs_onednn
+@requires_onednn
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48), (48,), (0, 5, 48)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_float32_inference_uses_onednn_and_agrees(shape: tuple[int, ...], bias: bool) -> None:
@@ -102,7 +102,7 @@ def test_parametrized_weights_are_used(linear: CPULinear) -> None:
     torch.testing.assert_close(linear(inputs), 2 * before)
 
 
-@needs_onednn
+@requires_onednn
 def test_non_contiguous_inputs(linear: CPULinear) -> None:
     inputs = torch.randn(4, 48, 9).transpose(1, 2)[:, ::2]  # [4, 5, 48]
     found, operators = profile_operators(linear, inputs)
@@ -110,7 +110,7 @@ def test_non_contiguous_inputs(linear: CPULinear) -> None:
     torch.testing.assert_close(found, nn.functional.linear(inputs, linear.weight, linear.bias), atol=1e-6, rtol=1e-6)
 
 
-@needs_onednn
+@requires_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gelu_is_fused_in_inference(linear: CPULinear, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not HAS_ONEDNN_BFLOAT16:
@@ -143,7 +143,7 @@ def test_other_activations_are_not_replaced(linear: CPULinear, name: str) -> Non
 
 
 def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
-    """Hooks, other dtypes, autocast, a replaced forward, and modes that record, count or transform operators."""
+    """Check hooks, other dtypes, autocast, a replaced forward, and modes that record, count or transform operators."""
     inputs = torch.randn(2, 7, 48)
 
     def is_plain(layer: nn.Module, given: torch.Tensor = inputs) -> bool:
@@ -151,7 +151,7 @@ def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
         return ONEDNN not in operators
 
     def is_separate(layer: nn.Module) -> bool:
-        """Return whether the activation is an operator of its own."""
+        """Return whether the activation is a separate operator."""
         _, operators = profile_operators(linear_gelu, layer, ACT2FN["gelu"], inputs)
         return "aten::gelu" in operators
 
@@ -171,14 +171,14 @@ def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
     del linear.forward
     with FlopCounterMode(display=False) as counter:
         linear(inputs)
-    assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80  # it has no formula for oneDNN's operator
+    assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80  # oneDNN's operator does not support this activation
     traced = torch.jit.trace(linear, inputs)
     assert "mkldnn" not in str(traced.inlined_graph)
 
 
-@needs_onednn
+@requires_onednn
 def test_small_products_do_not_use_onednn(linear: CPULinear, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its overhead is as long as a small product."""
+    """The overhead of oneDNN takes as long as a small product."""
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", {(torch.float32, False): 10 * 48 * 80})
     assert ONEDNN not in profile_operators(linear, torch.randn(9, 48))[1]
     assert ONEDNN in profile_operators(linear, torch.randn(2, 5, 48))[1]
@@ -195,7 +195,7 @@ def compute_gradients(call: Any, inputs: torch.Tensor, module: nn.Module) -> lis
     return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), wanted)]
 
 
-@needs_onednn
+@requires_onednn
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48), (48,)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("out", [80, 16])
@@ -209,7 +209,7 @@ def test_gradients_use_onednn_and_agree(shape: tuple[int, ...], bias: bool, out:
         torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
-@needs_onednn
+@requires_onednn
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
     layer = CPULinear(48, 80).requires_grad_(False)
     assert layer(torch.randn(3, 48)).grad_fn is None
@@ -221,10 +221,10 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
     torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(3, 48))
 
 
-@needs_onednn
+@requires_onednn
 @pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48)], ids=str)
 def test_torch_func_and_forward_mode(shape: tuple[int, ...]) -> None:
-    """oneDNN's operators support neither."""
+    """oneDNN's operators support neither of them."""
     torch.manual_seed(0)
     layer, inputs = CPULinear(48, 80), torch.randn(shape)
     weights = dict(layer.named_parameters())
@@ -244,9 +244,9 @@ def test_torch_func_and_forward_mode(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(tangent, layer.weight.sum(1).expand_as(tangent))
 
 
-@needs_onednn
+@requires_onednn
 def test_batched_gradients() -> None:
-    """As torch.autograd.functional.jacobian(vectorize=True) computes them."""
+    """Compute them as torch.autograd.functional.jacobian(vectorize=True) does."""
     layer, inputs = build_mlp(), torch.randn(3, 48, requires_grad=True)
     wanted = torch.randn(5, 3, 48)
     (found,) = torch.autograd.grad(layer(inputs), [inputs], wanted, is_grads_batched=True)
@@ -255,7 +255,7 @@ def test_batched_gradients() -> None:
 
 
 def build_mlp(**fields: Any) -> ViTCLSMLP:
-    """Return an MLP with the kernels installed; with `register_neurons`, those of the first layer."""
+    """Return an MLP with the kernels installed: with `register_neurons`, the MLP of the first layer."""
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 80}
     config = ViTCLSConfig(**sizes, **fields)
@@ -267,7 +267,7 @@ def build_mlp(**fields: Any) -> ViTCLSMLP:
     return mlp
 
 
-@needs_onednn
+@requires_onednn
 def test_an_mlp_trains_with_onednn_and_keeps_the_inputs_of_gelu() -> None:
     layer, inputs = build_mlp(), torch.randn(2, 7, 48)
     found, operators = profile_operators(compute_gradients, layer, inputs, layer)
@@ -283,7 +283,7 @@ def test_an_mlp_trains_with_onednn_and_keeps_the_inputs_of_gelu() -> None:
         torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-@needs_onednn
+@requires_onednn
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
@@ -301,7 +301,7 @@ def test_hooks_inside_an_mlp_are_called_once(name: str, fields: dict[str, Any]) 
     assert len(seen) == 1
 
 
-@needs_onednn
+@requires_onednn
 def test_gradients_of_an_mlp_with_a_norm() -> None:
     layer, inputs = build_mlp(mlp_norm=True), torch.randn(2, 7, 48)
     found = compute_gradients(layer, inputs, layer)
@@ -316,7 +316,7 @@ def test_gradients_of_an_mlp_with_a_norm() -> None:
 @pytest.mark.skipif(not HAS_ONEDNN_BFLOAT16, reason="this processor has no bfloat16")
 @pytest.mark.parametrize("bias", [True, False])
 def test_patches_are_projected_by_one_product(bias: bool) -> None:
-    """Patches that are not square, and images that are not a whole number of patches."""
+    """Check patches that are not square, and image sizes that are not multiples of the patch size."""
     torch.manual_seed(0)
     layer, images = CPUPatchProjection(3, 24, kernel_size=(4, 6), stride=(4, 6), bias=bias), torch.randn(2, 3, 18, 29)
     with torch.no_grad():
@@ -346,19 +346,19 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """A dtype for which this CPU is declared to have no instructions."""
+    """Return a dtype for which this CPU is declared to have no instructions."""
     monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED", {request.param})
     return request.param
 
 
 @pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A second monkeypatch, to compare with PyTorch."""
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Return a second monkeypatch, to compare with PyTorch."""
     with monkeypatch.context() as context:
         yield context
 
 
-def random_model(**changes: object) -> ViTCLSForImageClassification:
+def build_random_model(**changes: object) -> ViTCLSForImageClassification:
     torch.manual_seed(0)
     tokens = {"num_register_tokens": 2, "num_distillation_tokens": 1, "num_labels": 5}
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -379,7 +379,7 @@ def test_products_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_autocast_multiplies_values_in_half_precision(dtype: torch.dtype, bias: bool) -> None:
-    """Weights and inputs in float32 are rounded before an emulated product, not only its result."""
+    """Weights and inputs in float32 are rounded before an emulated product, not only the result."""
     torch.manual_seed(0)
     layer, inputs = CPULinear(48, 80, bias=bias), torch.randn(2, 7, 48)
     with torch.autocast("cpu", dtype=dtype):
@@ -423,14 +423,14 @@ def test_the_backward_pass_keeps_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer.weight.grad, inputs.sum((0, 1)).expand(80, 48), rtol=2e-2, atol=2e-2)
 
 
-def test_patch_projection_in_half_precision(dtype: torch.dtype, without: pytest.MonkeyPatch) -> None:
-    """Patches that are not square, images that are not a whole number of patches; with gradients."""
+def test_patch_projection_in_half_precision(dtype: torch.dtype, without_kernels: pytest.MonkeyPatch) -> None:
+    """Check patches that are not square and image sizes that are not multiples of the patch size, with gradients."""
     torch.manual_seed(0)
     layer, pixels = CPUPatchProjection(3, 24, kernel_size=(4, 6), stride=(4, 6)).to(dtype), torch.randn(2, 3, 18, 29)
     found = layer(pixels.to(dtype))
     found.float().square().sum().backward()
     gradient, layer.weight.grad = layer.weight.grad, None
-    without.setattr(cpu_kernels_vitcls, "EMULATED", set())
+    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED", set())
     exact = layer.float()(pixels.to(dtype).float())
     exact.square().sum().backward()
     torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-2)
@@ -440,9 +440,9 @@ def test_patch_projection_in_half_precision(dtype: torch.dtype, without: pytest.
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_in_half_precision_agrees(
-    dtype: torch.dtype, masked: bool, autocast: bool, without: pytest.MonkeyPatch
+    dtype: torch.dtype, masked: bool, autocast: bool, without_kernels: pytest.MonkeyPatch
 ) -> None:
-    model = random_model(**({"cls_scopes": [[2, 2, 0, 1]]} if masked else {}))
+    model = build_random_model(**({"cls_scopes": [[2, 2, 0, 1]]} if masked else {}))
     pixel_values = torch.randn(3, 3, 32, 32)
     exact = model(pixel_values).logits
     if not autocast:
@@ -456,16 +456,16 @@ def test_a_model_in_half_precision_agrees(
         return logits.float(), model.vitcls.embeddings.cls_token.grad.float()
 
     found = logits_and_gradient()
-    without.setattr(cpu_kernels_vitcls, "EMULATED", set())
+    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED", set())
     peers = logits_and_gradient()
-    # as close to float32 as PyTorch's own half precision, or closer
+    # as close to float32 as PyTorch's half precision, or closer
     error, limit = (found[0] - exact).abs().max(), (peers[0] - exact).abs().max()
     assert error <= 2 * limit
     torch.testing.assert_close(found[1], peers[1], rtol=0.1, atol=0.1 * peers[1].abs().max().item())
 
 
 def test_gradients_per_image_in_half_precision(dtype: torch.dtype) -> None:
-    """By torch.func."""
+    """Compute them with torch.func."""
     layer, inputs = CPULinear(6, 4).to(dtype), torch.randn(3, 5, 6).to(dtype)
     weights = dict(layer.named_parameters())
 
@@ -478,9 +478,12 @@ def test_gradients_per_image_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_exported_programs_do_not_depend_on_this_cpu(dtype: torch.dtype) -> None:
-    program = torch.export.export(CPULinear(6, 4).to(dtype), (torch.randn(3, 6).to(dtype),))
+    layer, inputs = CPULinear(6, 4).to(dtype), torch.randn(3, 6).to(dtype)
+    program = torch.export.export(layer, (inputs,))
     assert not [node for node in program.graph.nodes if "to" in str(node.target).split(".")]
     assert "float32" not in str(program.graph)
+    traced = torch.jit.trace(layer, inputs)
+    assert not [node for node in traced.inlined_graph.nodes() if node.kind() == "aten::to"]
 
 
 @pytest.mark.slow
@@ -512,8 +515,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class Watched:
-    """Two operations; the second keeps the output of the first for its backward pass."""
+class TwoOperations:
+    """Two operations. The second saves the output of the first for its backward pass."""
 
     def __init__(self) -> None:
         self.between: list[weakref.ref[torch.Tensor]] = []
@@ -525,7 +528,7 @@ class Watched:
 
 
 def test_intermediate_results_are_not_kept() -> None:
-    inputs, plain, cheap = torch.randn(5, requires_grad=True), Watched(), Watched()
+    inputs, plain, cheap = torch.randn(5, requires_grad=True), TwoOperations(), TwoOperations()
     wanted, found = plain(inputs), recompute_in_backward(nn.Identity(), cheap, inputs)
     assert plain.between[0]() is not None
     assert cheap.between[0]() is None
@@ -535,7 +538,7 @@ def test_intermediate_results_are_not_kept() -> None:
 
 @pytest.mark.parametrize("why", ["no gradients", "nothing to train", "another device", "torch.func", "compiled"])
 def test_where_nothing_is_recomputed(why: str) -> None:
-    watched = Watched()
+    watched = TwoOperations()
     inputs = torch.randn(5, requires_grad=why != "nothing to train", device="meta" if "device" in why else "cpu")
 
     def run(each: torch.Tensor) -> torch.Tensor:
@@ -555,7 +558,7 @@ def test_where_nothing_is_recomputed(why: str) -> None:
 
 @pytest.fixture(params=[False, True], ids=["plain", "autocast"])
 def autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Chunked attention on every processor if autocast is on."""
+    """Use chunked attention on every processor if autocast is enabled."""
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param):
@@ -567,21 +570,21 @@ def autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_recomputed_gradients_are_the_same_to_the_bit(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
 
-    def gradients() -> list[torch.Tensor | None]:
+    def compute_all_gradients() -> list[torch.Tensor | None]:
         torch.manual_seed(0)
         model.zero_grad()
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    found = gradients()
+    found = compute_all_gradients()
     monkeypatch.setattr(cpu_kernels_vitcls, "can_recompute", lambda inputs: False)
-    for one, other in zip(found, gradients(), strict=True):
+    for one, other in zip(found, compute_all_gradients(), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
 def test_a_model_keeps_no_activations(mlp_type: str) -> None:
-    """Nor several copies of the inputs of the three projections."""
+    """Check also that the inputs of the three projections are not copied."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config(mlp_type=mlp_type))).train()
     activations, projected = [], []
     for layer in model.vitcls.layers:
@@ -627,7 +630,7 @@ def test_hooks_are_called_once(part: str) -> None:
 
 
 def test_the_meta_device() -> None:
-    """Shapes without values."""
+    """Check shapes without values."""
     with torch.device("meta"):
         model = ViTCLSForImageClassification(build_tiny_config(mlp_type="swiglu"))
     assert model(torch.empty(2, 3, 32, 32, device="meta")).logits.shape == (2, 3)
@@ -635,7 +638,7 @@ def test_the_meta_device() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["bf16 autocast, batch 16", "fp32, batch 16"])
-def test_a_training_step_takes_less_memory_than_with_peers(row: str) -> None:
+def test_a_training_step_uses_less_memory_than_other_packages(row: str) -> None:
     module = "modeling_vitcls.benchmarking.peers"
     ours = measure_peak_in_process(module, row, "timm")
     theirs = min(measure_peak_in_process(module, row, peer, "--theirs") for peer in ("timm", "transformers"))
@@ -658,13 +661,13 @@ MASKS: dict[str, torch.Tensor | None] = {
 
 
 class Attention(torch.nn.Module):
-    """The attribute of the calling module that attention functions read."""
+    """Contains the attribute of the calling module that attention functions read."""
 
     is_causal = False
 
 
-def states(num_queries: int = NUM_TOKENS, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Return random queries, keys and values as projections output them: [3, 4, n or N, 8], not contiguous."""
+def build_states(num_queries: int = NUM_TOKENS, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Return random queries, keys and values as projections return them: [3, 4, n or N, 8], not contiguous."""
     generator = torch.Generator().manual_seed(0)
     lengths = (num_queries, NUM_TOKENS, NUM_TOKENS)
     made = [
@@ -673,13 +676,15 @@ def states(num_queries: int = NUM_TOKENS, dtype: torch.dtype = torch.float32) ->
     return [each.requires_grad_().transpose(1, 2) for each in made]
 
 
-def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float) -> torch.Tensor:
+def compute_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float
+) -> torch.Tensor:
     """Return the output of PyTorch's attention."""
     mixed, _ = sdpa_attention_forward(Attention(), query, key, value, mask, 0.0, scaling)
     return mixed
 
 
-def results(attend: Any, given: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+def compute_results(attend: Any, given: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Return attended values, and gradients with respect to queries, keys, values and an additive mask."""
     differentiable = [*given, *([mask] if mask is not None and mask.requires_grad else [])]
     mixed = attend(*given, mask, 0.4)
@@ -689,31 +694,31 @@ def results(attend: Any, given: list[torch.Tensor], mask: torch.Tensor | None) -
 
 @pytest.fixture(params=[1, 2, 10], ids="{} per chunk".format)
 def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Number of images per chunk."""
+    """Set the number of images per chunk."""
     monkeypatch.setattr(cpu_kernels_vitcls, "get_chunk_size", lambda query, key: request.param)
 
 
 @pytest.mark.usefixtures("chunk_size")
 @pytest.mark.parametrize("num_queries", [NUM_TOKENS, 1, 3])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_chunked_attention_is_pytorch_s_attention(mask: torch.Tensor | None, num_queries: int) -> None:
+def test_chunked_attention_equals_pytorch(mask: torch.Tensor | None, num_queries: int) -> None:
     if mask is not None:
         mask = mask[:, :, :num_queries]
         if mask.is_floating_point():
             mask = mask.clone().requires_grad_()
-    found = results(chunked_attention, states(num_queries), mask)
-    wanted = results(fused, states(num_queries), mask)
+    found = compute_results(chunked_attention, build_states(num_queries), mask)
+    wanted = compute_results(compute_attention, build_states(num_queries), mask)
     assert found[0].shape == (NUM_IMAGES, num_queries, 4, 8)
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape and get_largest_difference(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chunked_attention_in_half_precision_is_as_exact_as_pytorch_s(dtype: torch.dtype) -> None:
-    exact = results(fused, states(), None)
+def test_chunked_attention_in_half_precision_is_as_exact_as_pytorch(dtype: torch.dtype) -> None:
+    exact = compute_results(compute_attention, build_states(), None)
     errors = []
-    for attend in (chunked_attention, fused):
-        found = results(attend, states(dtype=dtype), None)
+    for attend in (chunked_attention, compute_attention):
+        found = compute_results(attend, build_states(dtype=dtype), None)
         assert all(each.dtype == dtype for each in found)
         errors.append([get_largest_difference(one.float(), other) for one, other in zip(found, exact, strict=True)])
     for chunked_error, fused_error in zip(*errors, strict=True):
@@ -722,19 +727,19 @@ def test_chunked_attention_in_half_precision_is_as_exact_as_pytorch_s(dtype: tor
 
 @pytest.mark.parametrize("length, size", [(20, 436), (197, 4), (2000, 1)])
 def test_chunks_fit_the_cache(length: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A million scores on two threads, and at least one image."""
+    """Expect a million scores for two threads, and at least one image."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     query = torch.empty(1, 6, length, 8)
     assert cpu_kernels_vitcls.get_chunk_size(query, query) == size
 
 
 def test_chunked_attention_without_images() -> None:
-    query, key, value = (each[:0].detach() for each in states())
+    query, key, value = (each[:0].detach() for each in build_states())
     assert chunked_attention(query, key, value, None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
 
 
 def test_chunked_attention_gradients_by_finite_differences() -> None:
-    """First and second order."""
+    """Check first and second order."""
     generator = torch.Generator().manual_seed(0)
     lengths = (3, 4, 4)
     given = [torch.randn(3, 2, length, 2, dtype=torch.float64, generator=generator) for length in lengths]
@@ -744,21 +749,23 @@ def test_chunked_attention_gradients_by_finite_differences() -> None:
 
 
 def test_chunked_attention_gradients_per_image() -> None:
-    """By torch.func."""
-    given = [each.detach() for each in states()]
+    """Compute them with torch.func."""
+    given = [each.detach() for each in build_states()]
 
-    def of_one(*one: torch.Tensor) -> torch.Tensor:
+    def attend_to_one(*one: torch.Tensor) -> torch.Tensor:
         return chunked_attention(*(each.unsqueeze(0) for each in one), None, 0.4).square().sum()
 
-    found = torch.func.vmap(torch.func.grad(of_one))(*given)
-    wanted = torch.autograd.grad(fused(*(each.requires_grad_() for each in given), None, 0.4).square().sum(), given[0])
+    found = torch.func.vmap(torch.func.grad(attend_to_one))(*given)
+    wanted = torch.autograd.grad(
+        compute_attention(*(each.requires_grad_() for each in given), None, 0.4).square().sum(), given[0]
+    )
     assert get_largest_difference(found, wanted[0]) <= 1e-5
 
 
-def test_attention_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_dropout_equals_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
-    given = states(dtype=torch.bfloat16)
+    given = build_states(dtype=torch.bfloat16)
     found = [sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=rate)[0] for rate in (0.0, 0.5)]
     assert torch.equal(found[0], chunked_attention(*given, None, 0.4))
     torch.manual_seed(0)
@@ -771,32 +778,32 @@ def test_attention_dropout_is_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None
 def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
 
-    def chosen(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
+    def is_used(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
         made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
         return use_chunked_attention(made, made)
 
-    assert chosen(torch.bfloat16, 17) and chosen(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
-    assert not chosen(torch.bfloat16, 17, num_images=10)
-    assert not chosen(torch.bfloat16, MAX_CHUNKED_KEYS + 1)
-    assert not chosen(torch.float32, 197) and not chosen(torch.float16, 197)
-    assert not chosen(torch.bfloat16, 197, "meta")
+    assert is_used(torch.bfloat16, 17) and is_used(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
+    assert not is_used(torch.bfloat16, 17, num_images=10)
+    assert not is_used(torch.bfloat16, MAX_CHUNKED_KEYS + 1)
+    assert not is_used(torch.float32, 197) and not is_used(torch.float16, 197)
+    assert not is_used(torch.bfloat16, 197, "meta")
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", False)
-    assert not chosen(torch.bfloat16, 17)
+    assert not is_used(torch.bfloat16, 17)
 
 
-def test_chunked_attention_is_part_of_sdpa_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled too, but not while exporting, nor in compiled training."""
+def test_chunked_attention_requires_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled inference uses it; export and compiled training do not."""
     calls: list[int] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def count_calls(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return chunked_attention(*args, **kwargs)
 
-    monkeypatch.setattr(cpu_kernels_vitcls, "chunked_attention", counted)
+    monkeypatch.setattr(cpu_kernels_vitcls, "chunked_attention", count_calls)
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
-    torch.compiler.reset()  # the compiler stops recompiling functions that other tests compiled often
+    torch.compiler.reset()  # the compiler stops recompiling functions that other tests have compiled often
     with torch.no_grad():
         model(build_images())
         assert len(calls) == model.config.num_hidden_layers
@@ -812,8 +819,8 @@ def test_chunked_attention_is_part_of_sdpa_only(monkeypatch: pytest.MonkeyPatch)
     assert all(layer.attention.get_attention_function() is sdpa_attention for layer in model.layers)
 
 
-def test_training_in_bfloat16_follows_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With learned masks, and biases per head."""
+def test_training_in_bfloat16_is_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use learned masks, and biases per head."""
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     fields = {"relative_position_bias": "layer", "gated_tokens": {"registers": 2}, "num_register_tokens": 2}
     gradients = []

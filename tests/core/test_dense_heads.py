@@ -1,4 +1,4 @@
-"""Dense prediction heads of transformers on `ViTCLSBackbone`: every patch arrives, at its place."""
+"""Dense prediction heads of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ TOKENS: dict[str, dict[str, int]] = {
 each_layout = pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 
 
-def backbone_config(**fields: Any) -> ViTCLSConfig:
+def build_backbone_config(**fields: Any) -> ViTCLSConfig:
     return build_tiny_config(out_indices=[1, 2], reshape_hidden_states=False, **fields)
 
 
@@ -46,8 +46,8 @@ def build_depth_anything(config: ViTCLSConfig) -> Any:
 @pytest.mark.parametrize("build", [build_dpt, build_depth_anything])
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
 def test_depth(build: Any, tokens: dict[str, int], size: tuple[int, int]) -> None:
-    """The head receives the CLS token and the patches of each stage, row by row."""
-    model = build(backbone_config(**tokens))
+    """Check that the head receives the CLS token and the patches of each stage, row by row."""
+    model = build(build_backbone_config(**tokens))
     received = record_outputs(model.backbone)
     depth = model(build_images(2, *size)).predicted_depth
     assert depth.shape[0] == 2 and depth.isfinite().all() and depth.std() > 0
@@ -62,8 +62,8 @@ def test_depth(build: Any, tokens: dict[str, int], size: tuple[int, int]) -> Non
 @each_layout
 @pytest.mark.parametrize("build", [build_dpt, build_depth_anything])
 def test_each_patch_affects_the_depth(build: Any, tokens: dict[str, int]) -> None:
-    """Also the first and the last one, which a wrong number of tokens would cut off."""
-    model = build(backbone_config(**tokens))
+    """Check all patches: with a wrong number of tokens, the first or the last patch would be missing."""
+    model = build(build_backbone_config(**tokens))
     maps = []
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Our model against independent implementations with the same, entirely random weights.
+"""Compare with independent implementations with the same, entirely random weights.
 
-Every parameter of the other model is random, so that no zero bias or LayerScale of 1e-5 can hide a difference. Tokens,
-logits and losses agree within 1e-5 in float32, at the native size and, where the other model can, at a rectangle.
+Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide a difference.
+Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the other model supports it, at a
+rectangular size.
 """
 
 import math
@@ -25,7 +26,7 @@ TOLERANCE = 1e-5
 NATIVE, RECTANGLE = (32, 32), (24, 56)
 Weights = dict[str, torch.Tensor]
 
-# Each table: what a name of the other model becomes in ours, by regular expression, applied in order.
+# Rules (regular expression, replacement) that map parameter names of the other model to ours, applied in order.
 VIT = {r"^(vit|deit)\.": "vitcls.", r"^cls_classifier": "classifier"}
 DINOV2 = {
     r"^dinov2_with_registers\.": "vitcls.",
@@ -76,8 +77,8 @@ TIMM = {
 }
 
 
-def renamed(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
-    """The weights under our names."""
+def rename_weights(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
+    """Return the weights under our names."""
     result = {}
     for name, weight in weights.items():
         for pattern, replacement in rules.items():
@@ -87,7 +88,7 @@ def renamed(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> We
 
 
 def split_positions(weights: Weights, name: str, **counts: int) -> None:
-    """Cut one table of positions [1, N, D] into ours: `counts` per group, the rest for the patches."""
+    """Split one position table [1, N, D] into ours: `counts` tokens per group, then the patches."""
     positions = weights.pop(name)
     prefix = "vitcls." if any(key.startswith("vitcls.") for key in weights) else ""
     parts = positions.split([*counts.values(), positions.shape[1] - sum(counts.values())], dim=1)
@@ -96,14 +97,14 @@ def split_positions(weights: Weights, name: str, **counts: int) -> None:
 
 
 def split_projection(weights: Weights, fused: str, separate: str) -> None:
-    """Cut every `fused` projection (`in_proj_weight`, `qkv.weight`) into `separate` ones for q, k and v."""
+    """Split every `fused` projection (`in_proj_weight`, `qkv.weight`) into `separate` projections for q, k and v."""
     for name in [name for name in weights if re.search(fused, name)]:
         for letter, part in zip("qkv", weights.pop(name).chunk(3), strict=True):
             weights[re.sub(fused, separate.replace("?", letter), name)] = part.clone()
 
 
 def assert_same_tokens(ours: ViTCLSModel, peer: nn.Module, sizes: list[tuple[int, int]], **inputs: Any) -> None:
-    """Every token after every layer, and after the last norm."""
+    """Check every token after every layer, and after the last norm."""
     for height, width in sizes:
         pixels = build_images(2, height, width)
         with torch.no_grad():
@@ -114,13 +115,13 @@ def assert_same_tokens(ours: ViTCLSModel, peer: nn.Module, sizes: list[tuple[int
             assert get_largest_difference(our_state, peer_state) <= TOLERANCE
 
 
-def peer_sizes(**changes: Any) -> dict[str, Any]:
+def build_peer_sizes(**changes: Any) -> dict[str, Any]:
     return {**SIZES, **changes}
 
 
 def test_vit() -> None:
     peer = randomize(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
-    weights = renamed(peer.state_dict(), VIT)
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
     ours = ViTCLSForImageClassification(build_tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
@@ -136,7 +137,7 @@ def test_vit() -> None:
 
 def test_vit_attentions() -> None:
     peer = randomize(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    weights = renamed(peer.state_dict(), VIT)
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "embeddings.position_embeddings", cls=1)
     ours = ViTCLSModel(build_tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
     ours.load_state_dict(weights)
@@ -147,11 +148,11 @@ def test_vit_attentions() -> None:
         assert get_largest_difference(our_weights, peer_weights) <= TOLERANCE
 
 
-def test_vit_of_a_rectangle() -> None:
+def test_vit_on_a_rectangle() -> None:
     peer = randomize(
-        transformers.ViTModel(transformers.ViTConfig(**peer_sizes(image_size=RECTANGLE, patch_size=(8, 4))))
+        transformers.ViTModel(transformers.ViTConfig(**build_peer_sizes(image_size=RECTANGLE, patch_size=(8, 4))))
     )
-    weights = renamed(peer.state_dict(), VIT)
+    weights = rename_weights(peer.state_dict(), VIT)
     weights = {name: weight for name, weight in weights.items() if not name.startswith("pooler")}
     split_positions(weights, "embeddings.position_embeddings", cls=1)
     config = build_tiny_config(image_size=RECTANGLE, patch_size=[8, 4], layer_norm_eps=peer.config.layer_norm_eps)
@@ -162,13 +163,15 @@ def test_vit_of_a_rectangle() -> None:
 
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_dinov2_with_registers(swiglu: bool) -> None:
-    """Registers, LayerScale, antialiased positions, the mean of the patches next to the CLS token, the mask token."""
+    """Check registers, LayerScale, antialiased positions, the mean of the patches next to the CLS token, the mask
+    token.
+    """
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     peer_config = transformers.Dinov2WithRegistersConfig(
         **sizes, mlp_ratio=2, num_register_tokens=3, use_swiglu_ffn=swiglu
     )
     peer = randomize(transformers.Dinov2WithRegistersForImageClassification(peer_config))
-    weights = renamed(peer.state_dict(), DINOV2)
+    weights = rename_weights(peer.state_dict(), DINOV2)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
     weights["vitcls.embeddings.mask_token"] = weights["vitcls.embeddings.mask_token"][None]
     for name in [name for name in weights if "mlp.weights_in" in name]:  # before 5.23
@@ -203,12 +206,12 @@ def test_dinov2_with_registers(swiglu: bool) -> None:
 
 @pytest.mark.parametrize(("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)])
 def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
-    """Stages, norm and order of the feature maps. The peer keeps its registers in maps that are not reshaped."""
+    """Check stages, norm and order of the feature maps. DINOv2 keeps its registers in maps that are not reshaped."""
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     options = {"apply_layernorm": apply_layernorm, "reshape_hidden_states": reshape, "out_indices": [0, 1]}
     peer_config = transformers.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3, **options)
     peer = randomize(transformers.Dinov2WithRegistersBackbone(peer_config))
-    weights = renamed(peer.state_dict(), DINOV2)
+    weights = rename_weights(peer.state_dict(), DINOV2)
     split_positions(weights, "embeddings.position_embeddings", cls=1)
     weights["embeddings.mask_token"] = weights["embeddings.mask_token"][None]
     config = build_tiny_config(
@@ -232,7 +235,7 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_dinov3(gated: bool) -> None:
-    """Rotary positions that leave special tokens alone, biases without one for keys, the gated MLP."""
+    """Check rotary positions without special tokens, biases for all but keys, the gated MLP."""
     peer_config = transformers.DINOv3ViTConfig(
         **SIZES, num_register_tokens=4, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu", rope_theta=50.0
     )
@@ -248,7 +251,7 @@ def test_dinov3(gated: bool) -> None:
         layer_norm_eps=peer_config.layer_norm_eps,
     )
     ours = ViTCLSModel(config).eval()
-    ours.load_state_dict(renamed(peer.state_dict(), DINOV3 if gated else DINOV3_PLAIN_MLP))
+    ours.load_state_dict(rename_weights(peer.state_dict(), DINOV3 if gated else DINOV3_PLAIN_MLP))
     for size in (NATIVE, RECTANGLE, (8, 40)):
         got, expected = (model(build_images(2, *size)) for model in (ours, peer))
         assert get_largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
@@ -259,10 +262,10 @@ def test_dinov3(gated: bool) -> None:
 
 
 def test_deit_distilled() -> None:
-    """Positions for the distillation token, and the mean of two heads."""
+    """Check positions of the distillation token, and the mean of two heads."""
     peer_config = transformers.DeiTConfig(**SIZES)
     peer = randomize(transformers.DeiTForImageClassificationWithTeacher(peer_config))
-    weights = renamed(peer.state_dict(), VIT)
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1, distillation=1)
     options = {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
     ours = ViTCLSForImageClassification(build_tiny_config(**options, layer_norm_eps=peer_config.layer_norm_eps)).eval()
@@ -276,7 +279,7 @@ def test_deit_distilled() -> None:
 
 
 @pytest.mark.parametrize("choice", ["cls", "distillation"])
-def test_one_head_of_deit_can_answer_alone(choice: str) -> None:
+def test_deit_with_one_head(choice: str) -> None:
     config = build_tiny_config(num_distillation_tokens=1, distillation_inference=choice)
     output = randomize(ViTCLSForImageClassification(config))(build_images())
     assert torch.equal(output.logits, getattr(output, f"{choice}_logits"))
@@ -284,10 +287,10 @@ def test_one_head_of_deit_can_answer_alone(choice: str) -> None:
 
 
 def test_siglip() -> None:
-    """Attention pooling (MAP head), tanh GELU, positions over patches alone."""
+    """Check attention pooling (MAP head), tanh GELU, positions of patches only."""
     peer_config = transformers.SiglipVisionConfig(**SIZES, hidden_act="gelu_pytorch_tanh")
     peer = randomize(transformers.SiglipVisionModel(peer_config))
-    weights = renamed(peer.state_dict(), CLIP)
+    weights = rename_weights(peer.state_dict(), CLIP)
     positions = weights.pop("embeddings.position_embedding.weight")
     weights["embeddings.position_embeddings.patches"] = positions[None]
     split_projection(weights, r"in_proj_(weight|bias)", r"?_proj.\1")
@@ -307,10 +310,10 @@ def test_siglip() -> None:
 
 
 def test_clip() -> None:
-    """A norm before the first layer, no bias of the patch projection, quick GELU."""
+    """Check a norm before the first layer, a patch projection without bias, quick GELU."""
     peer_config = transformers.CLIPVisionConfig(**SIZES, hidden_act="quick_gelu")
     peer = randomize(transformers.CLIPVisionModel(peer_config))
-    weights = renamed(peer.state_dict(), CLIP)
+    weights = rename_weights(peer.state_dict(), CLIP)
     weights.pop("embeddings.position_ids", None)
     weights["embeddings.cls_token"] = weights["embeddings.cls_token"].view(1, 1, -1)
     weights["embeddings.position_embeddings"] = weights.pop("embeddings.position_embedding.weight")[None]
@@ -343,7 +346,7 @@ def test_timm_with_qk_norm_and_positions_for_registers() -> None:
         qkv_bias=False,
         dynamic_img_size=True,
     )
-    weights = renamed(randomize(peer).state_dict(), TIMM)
+    weights = rename_weights(randomize(peer).state_dict(), TIMM)
     split_positions(weights, "pos_embed", cls=1, registers=2)
     split_projection(weights, r"qkv\.(weight|bias)", r"?_proj.\1")
     config = build_tiny_config(
@@ -357,7 +360,7 @@ def test_timm_with_qk_norm_and_positions_for_registers() -> None:
     )
     ours = ViTCLSForImageClassification(config).eval()
     ours.load_state_dict(weights)
-    # qk_norm takes its epsilon from the layer's norm in timm too
+    # In timm, the epsilon of qk_norm is also the epsilon of the layer norm.
     assert peer.blocks[0].attn.q_norm.eps == 1e-6
     for size in (NATIVE, RECTANGLE):
         pixels = build_images(2, *size)
@@ -369,7 +372,7 @@ def test_timm_with_qk_norm_and_positions_for_registers() -> None:
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])
 def test_sincos_positions(size: tuple[int, int]) -> None:
-    """Against a loop over the formula of MoCo v3 and MAE: half of the channels say x, half y."""
+    """Compare with a loop over the formula of MoCo v3 and MAE: half of the channels encode x, half y."""
     quarter = 4
     rows, columns = size[0] // 8, size[1] // 8
     expected = np.zeros((rows * columns, 16))
@@ -392,10 +395,10 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
     assert get_largest_difference(added[3:], torch.tensor(expected, dtype=torch.float32)) <= TOLERANCE
 
 
-def test_masked_image_modeling_is_simmim() -> None:
+def test_masked_image_modeling_equals_simmim() -> None:
     peer_config = transformers.ViTConfig(**SIZES, encoder_stride=8)
     peer = randomize(transformers.ViTForMaskedImageModeling(peer_config))
-    weights = renamed(peer.state_dict(), VIT)
+    weights = rename_weights(peer.state_dict(), VIT)
     split_positions(weights, "vitcls.embeddings.position_embeddings", cls=1)
     weights["decoder.projection.weight"] = weights.pop("decoder.0.weight").flatten(1)
     weights["decoder.projection.bias"] = weights.pop("decoder.0.bias")
@@ -408,7 +411,7 @@ def test_masked_image_modeling_is_simmim() -> None:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_squared_pixel_loss_is_that_of_mae(normalised: bool) -> None:
+def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
     peer = randomize(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, norm_pix_loss=normalised)))
     expected = peer(build_images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)))
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)

@@ -1,4 +1,4 @@
-"""What other code may read or replace: MLP activations, attention inputs, and kernels from the Hub."""
+"""Extension points: MLP activations, attention inputs, and kernels from the Hub."""
 
 import ast
 import os
@@ -61,7 +61,7 @@ def test_activations_of_an_mlp(mlp_type: str, has_kernels: bool) -> None:
     ids=["default", "rotary", "scopes"],
 )
 def test_recorded_attention(fields: dict[str, Any], implementation: str) -> None:
-    """The weights that follow from queries, keys and mask are those of eager attention."""
+    """The weights computed from queries, keys and mask equal those of eager attention."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2, **fields)))
     model.set_attn_implementation("eager")
     expected = model(build_images(), output_attentions=True).attentions
@@ -81,8 +81,8 @@ def test_recorded_attention(fields: dict[str, Any], implementation: str) -> None
 
 
 @torch.no_grad()
-def test_a_recorder_sees_all_queries() -> None:
-    """Also in the last layer, of which a classifier reads one token only."""
+def test_recorders_record_all_queries() -> None:
+    """Check also the last layer, of which a classifier reads only one token."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     logits, queries = model(build_images()).logits, []
     for layer in model.vitcls.layers:
@@ -109,13 +109,14 @@ def find_hooked_modules() -> list[tuple[Path, str]]:
     ]
 
 
-# `module` is the embeddings or a layer (ablation.py).
+# `module` is the embedding layer or an encoder layer (ablation.py).
 HOOKED = ("model.base_model", "model.base_model.embeddings", "layer", "layer.mlp", "module")
 
 
 def test_only_modules_that_compute_are_hooked() -> None:
-    """Hooks are on whole models, embeddings, layers and MLPs, which exist in every model, not on modules that pass
-    values on."""
+    """Hooks are on whole models, embeddings, layers and MLPs, which exist in every model, but not on modules that
+    return their input.
+    """
     hooked = find_hooked_modules()
     assert hooked  # the search finds them
     for file, expression in hooked:
@@ -123,7 +124,7 @@ def test_only_modules_that_compute_are_hooked() -> None:
 
 
 def test_an_encoder_contains_no_identity() -> None:
-    """There is nothing to hook that happens to be there."""
+    """Identity modules exist only for some options, so hooks on them would not be called in all models."""
     for fields in ({}, {"layer_scale_init_value": 0.1, "qk_norm": True, "drop_path_rate": 0.1}):
         model = ViTCLSModel(build_tiny_config(**fields))
         assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Identity)]
@@ -141,7 +142,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def test_use_kernels(checkpoint: Path) -> None:
-    """Without a mapping for `ViTCLSMLP`, nothing is replaced. Without the package kernels there is one line."""
+    """Without a mapping for `ViTCLSMLP`, nothing is replaced. Without the package `kernels`, the error is one line."""
     logits = ViTCLSForImageClassification.from_pretrained(checkpoint)(build_images()).logits
     if not is_kernels_available():
         with raises_one_line("Kernels are not available", "pip install kernels"):
@@ -161,7 +162,7 @@ def test_an_attention_kernel_that_cannot_be_loaded(checkpoint: Path) -> None:
         ViTCLSForImageClassification.from_pretrained(checkpoint, attn_implementation=HUB_KERNEL, image_size=48)
 
 
-# Loads a classifier while the package kernels is installed and has kernels that cannot be downloaded.
+# Loads a classifier while a fake package `kernels` is installed whose kernels cannot be downloaded.
 OFFLINE = """
 import sys
 from transformers import modeling_utils

@@ -1,4 +1,4 @@
-"""The fast path of the image processor: the values of the slow path, to the bit, with the settings it supports."""
+"""The fast path of the image processor returns the values of the slow path, to the bit, for supported settings."""
 
 import copy
 import itertools
@@ -42,7 +42,7 @@ STATISTICS: list[dict[str, Any]] = [
 ]
 
 
-def jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
+def encode_jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format="JPEG", **settings)
     return buffer.getvalue()
@@ -54,21 +54,24 @@ def make_exif(orientation: int) -> PIL.Image.Exif:
     return exif
 
 
-def photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
+def build_photograph(height: int = 77, width: int = 101) -> PIL.Image.Image:
     return PIL.Image.fromarray(load_sample_images().images[0][100 : 100 + height, 40 : 40 + width])
 
 
-def example_images() -> dict[str, Any]:
+def build_example_images() -> dict[str, Any]:
     """Return one image in every form that the image processor accepts."""
-    image = photograph()
+    image = build_photograph()
     values = np.array(image)
     return {
-        "jpeg": jpeg(image, quality=60),
-        "jpeg 4:4:4 progressive": jpeg(image, quality=95, subsampling=0, progressive=True),
-        "jpeg 4:2:2": jpeg(image, quality=20, subsampling=1),
-        "gray jpeg": jpeg(image.convert("L")),
-        "cmyk jpeg": jpeg(image.convert("CMYK")),
-        **{f"jpeg turned {orientation}": jpeg(image, exif=make_exif(orientation)) for orientation in range(2, 9)},
+        "jpeg": encode_jpeg(image, quality=60),
+        "jpeg 4:4:4 progressive": encode_jpeg(image, quality=95, subsampling=0, progressive=True),
+        "jpeg 4:2:2": encode_jpeg(image, quality=20, subsampling=1),
+        "gray jpeg": encode_jpeg(image.convert("L")),
+        "cmyk jpeg": encode_jpeg(image.convert("CMYK")),
+        **{
+            f"jpeg turned {orientation}": encode_jpeg(image, exif=make_exif(orientation))
+            for orientation in range(2, 9)
+        },
         **{mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")},
         "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
         "array": values,
@@ -95,52 +98,54 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes, resample", itertools.product(SIZES, RESAMPLES), ids=lambda value: str(value).replace("'", "")
+    "sizes, resample", list(itertools.product(SIZES, RESAMPLES)), ids=lambda value: str(value).replace("'", "")
 )
-def test_all_images_get_the_same_values(sizes: dict[str, Any], resample: int) -> None:
+def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
-    for name, image in example_images().items():
+    for name, image in build_example_images().items():
         check_same(processor, image, name)
 
 
 @pytest.mark.parametrize("statistics", STATISTICS, ids=str)
-def test_all_statistics_get_the_same_values(statistics: dict[str, Any]) -> None:
-    check_same(ViTCLSImageProcessor(size=32, **statistics), example_images()["jpeg"], "jpeg")
+def test_all_statistics_have_the_same_values(statistics: dict[str, Any]) -> None:
+    check_same(ViTCLSImageProcessor(size=32, **statistics), build_example_images()["jpeg"], "jpeg")
 
 
-def test_images_of_all_shapes_get_the_same_values() -> None:
-    """Down to a single pixel, and with an axis that could be the channels."""
+def test_images_of_all_shapes_have_the_same_values() -> None:
+    """Check sizes down to a single pixel, and axes that could be mistaken for channels."""
     processor = ViTCLSImageProcessor(size={"height": 20, "width": 24})
     for height, width in [(1, 1), (1, 3), (3, 3), (4, 1), (2, 90), (90, 2), (20, 24), (64, 64)]:
-        for image in (photograph(height, width), jpeg(photograph(height, width))):
+        for image in (build_photograph(height, width), encode_jpeg(build_photograph(height, width))):
             check_same(processor, image, f"{height} x {width}")
 
 
 def test_channels_are_kept_without_conversion() -> None:
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-    check_same(gray, example_images()["gray jpeg"], "gray")
+    check_same(gray, build_example_images()["gray jpeg"], "gray")
     with raises_one_line("3 channels"):
-        gray(example_images()["jpeg"], return_tensors="pt")
-    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), example_images()["jpeg"], "color")
+        gray(build_example_images()["jpeg"], return_tensors="pt")
+    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), build_example_images()["jpeg"], "color")
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_lists_keep_their_order_on_several_threads(num_threads: int, tmp_path: Path) -> None:
     files = [tmp_path / f"{index}.jpg" for index in range(7)]
     for index, file in enumerate(files):
-        photograph(30 + 5 * index, 40).save(file)
+        build_photograph(30 + 5 * index, 40).save(file)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         processor = ViTCLSImageProcessor(size=32)
         check_same(processor, files, "paths")
-        check_same(processor, [list(map(str, files[:3])), files[3].read_bytes(), photograph()], "nested and mixed")
+        check_same(
+            processor, [list(map(str, files[:3])), files[3].read_bytes(), build_photograph()], "nested and mixed"
+        )
     finally:
         torch.set_num_threads(before)
 
 
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
-    whole = example_images()["jpeg"]
+    whole = build_example_images()["jpeg"]
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("no image")
     known = ViTCLSImageProcessor(do_resize=False)
@@ -157,7 +162,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         [],
         None,
         3,
-        [whole, photograph(20, 20)],  # two shapes
+        [whole, build_photograph(20, 20)],  # images of two shapes
         np.full((8, 8, 3), 300.0),
         np.zeros((8, 8, 5), np.uint8),
         PIL.Image.new("F", (5, 5)),
@@ -172,7 +177,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
 def test_a_named_pipe_is_an_error_on_the_fast_path(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     processor = ViTCLSImageProcessor(size=32)
-    processor(example_images()["jpeg"], return_tensors="pt")
+    processor(build_example_images()["jpeg"], return_tensors="pt")
     assert processor._checked_settings is not None
     messages: list[str] = []
 
@@ -181,15 +186,15 @@ def test_a_named_pipe_is_an_error_on_the_fast_path(tmp_path: Path) -> None:
             processor(tmp_path / "pipe.jpg", return_tensors="pt")
         messages.append(str(caught.value))
 
-    thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until something writes to it
+    thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until a process writes to it
     thread.start()
     thread.join(60)
     assert messages and "pipe.jpg" in messages[0] and "regular file" in messages[0]
 
 
 def test_settings_may_change_between_calls() -> None:
-    """As a whole, within a size, and to a wrong value."""
-    image = example_images()["jpeg"]
+    """Change a setting, a value within a size, and set a wrong value."""
+    image = build_example_images()["jpeg"]
     processor = ViTCLSImageProcessor(size=32)
     check_same(processor, image, "as built")
     for name, value in {"size": SizeDict(height=20, width=30), "image_mean": (0.1, 0.2, 0.3), "resample": 2}.items():
@@ -215,14 +220,14 @@ def test_settings_may_change_between_calls() -> None:
 def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
     processor = ViTCLSImageProcessor(size=32, **settings)
     for _ in range(2):
-        found = processor(example_images()["jpeg"], return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, run_slow_path(processor, example_images()["jpeg"]))
+        found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
     assert processor._checked_settings is None
 
 
 def test_keywords_override_settings_after_a_call_without_keywords() -> None:
     processor = ViTCLSImageProcessor(size=32)
-    image = example_images()["jpeg"]
+    image = build_example_images()["jpeg"]
     check_same(processor, image, "without")
     assert processor(image, size=16, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
     assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
@@ -236,7 +241,7 @@ def test_methods_of_a_subclass_are_called() -> None:
         def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return super().rescale_and_normalize(images, *args, **kwargs) + 1
 
-    image = example_images()["jpeg"]
+    image = build_example_images()["jpeg"]
     plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
     for _ in range(2):
         values = [processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)]
@@ -246,9 +251,9 @@ def test_methods_of_a_subclass_are_called() -> None:
 def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
     processor = ViTCLSImageProcessor(size=32)
     fresh = processor.to_dict()
-    check_same(processor, example_images()["jpeg"], "jpeg")
+    check_same(processor, build_example_images()["jpeg"], "jpeg")
     assert processor.to_dict() == fresh
-    check_same(copy.deepcopy(processor), example_images()["jpeg"], "copy")
+    check_same(copy.deepcopy(processor), build_example_images()["jpeg"], "copy")
     processor.save_pretrained(tmp_path)
     assert "_checked" not in (tmp_path / "preprocessor_config.json").read_text()
     assert ViTCLSImageProcessorPil.from_pretrained(tmp_path).to_dict() == fresh
@@ -256,8 +261,8 @@ def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
 
 def test_jpeg_files_are_decoded_as_pil_does() -> None:
     decoded = []
-    for name, image in example_images().items():
+    for name, image in build_example_images().items():
         if isinstance(image, bytes) and (pixels := read_jpeg(image)) is not None:
             decoded.append(name)
             assert torch.equal(pixels, pil_to_tensor(read_image(image), to_rgb=True)), name
-    assert len(decoded) == 11 and "cmyk jpeg" not in decoded  # PIL decodes it
+    assert len(decoded) == 11 and "cmyk jpeg" not in decoded  # PIL decodes this file

@@ -1,4 +1,6 @@
-"""Tokens that are added without influence: answers stay, gradients arrive, and training opens the gates."""
+"""Tokens that are added with closed gates: outputs stay the same, gradients are not zero, and training opens the
+gates.
+"""
 
 import copy
 from pathlib import Path
@@ -46,7 +48,8 @@ def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementa
             assert get_largest_difference(gated(build_images()).logits, saved(build_images()).logits) < 1e-5
             for group in ("cls", "patches"):
                 assert get_largest_difference(found.tokens[group], wanted.tokens[group]) < 1e-5
-            open_tokens = loader.from_pretrained(tmp_path, **options)  # the test would not see dead tokens
+            # otherwise, the test could not detect unused tokens
+            open_tokens = loader.from_pretrained(tmp_path, **options)
             assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
 
 
@@ -59,7 +62,7 @@ def test_several_kinds_of_tokens_can_be_gated() -> None:
         assert get_largest_difference(gated(build_images()).cls_logits, model(build_images()).logits) < 1e-5
 
 
-def test_gates_respect_a_mask_of_the_caller() -> None:
+def test_gates_work_with_attention_masks_of_the_caller() -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
     mask, longer = torch.ones(2, 17), torch.ones(2, 19)
@@ -74,10 +77,10 @@ def test_gates_respect_a_mask_of_the_caller() -> None:
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
-    """The gate's gradient is as large as that of an open token's gate, and points to where the loss falls."""
+    """The gate's gradient is as large as the gradient of an open token's gate, and points to a lower loss."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     torch.manual_seed(0)
-    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a quotient of small differences
+    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True).double()  # for a finite difference
     pixels, labels = build_images().double(), torch.tensor([0, 2])
 
     def loss(of: ViTCLSForImageClassification) -> torch.Tensor:
@@ -98,8 +101,8 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 
 
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
-def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> None:
-    """Adam's first step is as long as the learning rate, whatever the gradient: half of all gates go below zero."""
+def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
+    """Adam's first step has the size of the learning rate for any gradient, so half of all gates become negative."""
     gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
         num_register_tokens=4, gate_new_tokens=True
     )
@@ -110,9 +113,9 @@ def test_a_gate_that_was_pushed_to_zero_or_below_still_learns(value: float) -> N
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
-def test_attention_that_takes_no_bias_is_refused_in_one_line(implementation: str) -> None:
+def test_attention_without_bias_support_is_an_error(implementation: str) -> None:
     gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
-    gated.config._attn_implementation_internal = implementation  # flash's own package need not be installed
+    gated.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
     with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
         gated(build_images())
 
@@ -130,7 +133,7 @@ def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Two open registers, then two with gates; one CLS, then one with a gate."""
+    """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
@@ -164,10 +167,10 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
     }
 
 
-def test_gates_that_are_asked_for_by_name() -> None:
+def test_explicit_gates() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=4)))
     gated = model.adapt(gated_tokens={"registers": 3})
-    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had none stay open
+    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had no gates stay open
     with torch.no_grad():
         assert (
             get_largest_difference(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state)
@@ -187,18 +190,18 @@ def test_gates_that_are_asked_for_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Real handwritten digits, [1797, 1, 8, 8] from -1 to 1, and which they are, [1797]."""
+    """Return real handwritten digits, [1797, 1, 8, 8] in [-1, 1], and their labels, [1797]."""
     data = load_digits()
     return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
 
 
 @pytest.fixture(scope="module")
 def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClassification:
-    """A small model that has begun to learn them."""
+    """Return a small model after a few training steps on the digits."""
     torch.manual_seed(0)
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
     model = ViTCLSForImageClassification(build_tiny_config(**sizes, num_labels=10))
-    trained(model, *digits, num_steps=150)
+    train(model, *digits, num_steps=150)
     return model
 
 
@@ -208,32 +211,32 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:
     pixels, labels = digits
-    gated = with_gated_registers(digit_model, pixels)
+    gated = add_gated_registers(digit_model, pixels)
     before = copy.deepcopy(gated.vitcls.embeddings.register_tokens)
-    losses = trained(gated, pixels, labels, num_steps=250)
+    losses = train(gated, pixels, labels, num_steps=250)
     assert sum(losses[-50:]) < sum(losses[:50])
-    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the start
+    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the initial value
     assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
-    assert change_without_registers(gated, pixels) > 0.01  # a thousand times what the gates let through at the start
+    assert measure_effect_of_registers(gated, pixels) > 0.01  # a thousand times the initial effect
 
 
 @pytest.mark.integration
-def test_registers_that_alone_may_learn_do(
+def test_training_only_new_registers_lowers_the_loss(
     digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
 ) -> None:
-    """With all else frozen they are the only way to a lower loss on inverted images, and take it."""
+    """Train only the registers on inverted images; all other parameters are frozen."""
     pixels, labels = -digits[0], digits[1]
-    gated = with_gated_registers(digit_model, pixels).requires_grad_(False)
+    gated = add_gated_registers(digit_model, pixels).requires_grad_(False)
     gated.vitcls.gates.requires_grad_(True)
     gated.vitcls.embeddings.register_tokens.requires_grad_(True)
-    losses = trained(gated, pixels, labels, num_steps=200)
+    losses = train(gated, pixels, labels, num_steps=200)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
     assert gated.vitcls.gates.get_gate_values().min() > 1
-    assert change_without_registers(gated, pixels) > 0.5
+    assert measure_effect_of_registers(gated, pixels) > 0.5
 
 
-def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
-    """The same answers, with four more tokens."""
+def add_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
+    """Return a model with the same outputs and four more tokens."""
     torch.manual_seed(1)
     gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
@@ -241,26 +244,26 @@ def with_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tens
     return gated
 
 
-def change_without_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
-    """How far the logits move when the gates are shut again."""
+def measure_effect_of_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
+    """Return the largest change of the logits if the gates are closed again."""
     shut = copy.deepcopy(model)
     with torch.no_grad():
         shut.vitcls.gates.gates.zero_()
         return get_largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
 
 
-def trained(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
-    """Train by AdamW, batches of 64; returns the loss of each step."""
+def train(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
+    """Train with AdamW on batches of 64 images, and return the loss of each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     generator, losses = torch.Generator().manual_seed(0), []
     model.train()
     for _ in range(num_steps):
         batch = torch.randint(0, len(labels), (64,), generator=generator)
         loss = model(pixels[batch], labels=labels[batch]).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     model.eval()
     return losses

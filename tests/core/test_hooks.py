@@ -1,4 +1,4 @@
-"""Hooks see all tokens; without hooks, the last layer computes only the tokens that the classifiers read."""
+"""Hooks receive all tokens; without hooks, the last layer computes only the tokens that the classifiers read."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from modeling_vitcls.blocks_vitcls import ViTCLSLayer
 from modeling_vitcls.variants_vitcls import ViTCLSParallelLayer, ViTCLSPostNormLayer
 
 
-pytestmark = pytest.mark.usefixtures("low_thresholds")  # kernels compute these models too
+pytestmark = pytest.mark.usefixtures("low_thresholds")  # the kernels are also used for these small models
 
 FIELDS: dict[str, Any] = {"num_register_tokens": 3, "num_distillation_tokens": 1}
 NUM_TOKENS, NUM_READ = 1 + 1 + 3 + 16, 2
@@ -54,7 +54,7 @@ HOOKS: dict[str, Callable[[nn.Module, Callable[[Any], None]], Any]] = {
 
 
 @pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def token_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which each call of a layer adds the number of tokens that it computed."""
     numbers: list[int] = []
 
@@ -91,61 +91,61 @@ def run_step(model: Any) -> torch.Tensor:
     return logits.detach()
 
 
-def check_hook(model: Any, name: str, kind: str, computed: list[int]) -> None:
-    """Check that a hook on a module sees all tokens, and that the logits stay the same."""
-    computed.clear()
+def check_hook(model: Any, name: str, kind: str, token_counts: list[int]) -> None:
+    """Check that a hook on a module receives all tokens, and that the logits stay the same."""
+    token_counts.clear()
     logits = run_step(model)
     counts: list[int] = []
     handle = HOOKS[kind](model.get_submodule(name), lambda seen: counts.extend(list_token_counts(seen)))
     assert get_largest_difference(run_step(model), logits) <= 1e-5 * logits.abs().max().item()
-    if (name, kind) != ("vitcls", "forward_pre"):  # it sees images
+    if (name, kind) != ("vitcls", "forward_pre"):  # its input are images
         assert counts and set(counts) == {NUM_TOKENS}
     handle.remove()
     assert torch.equal(run_step(model), logits)
-    assert computed == [NUM_TOKENS, NUM_READ, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS, NUM_READ]
+    assert token_counts == [NUM_TOKENS, NUM_READ, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS, NUM_READ]
 
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("name", list_hooked_modules(build_model()))
-def test_hooks_see_all_tokens(name: str, kind: str, computed: list[int]) -> None:
+def test_hooks_receive_all_tokens(name: str, kind: str, token_counts: list[int]) -> None:
     if name == "vitcls" and kind.startswith("backward"):
         pytest.skip("PyTorch calls backward hooks only if a module returns a tensor or a tuple of tensors")
-    check_hook(build_model(), name, kind, computed)
+    check_hook(build_model(), name, kind, token_counts)
 
 
 @each_variant
-def test_hooks_on_variants_see_all_tokens(fields: dict[str, Any], computed: list[int]) -> None:
+def test_hooks_on_variants_receive_all_tokens(fields: dict[str, Any], token_counts: list[int]) -> None:
     model = build_model(**fields)
     for name in list_hooked_modules(model):
-        check_hook(model, name, "forward", computed)
+        check_hook(model, name, "forward", token_counts)
 
 
 @torch.no_grad()
-def test_hooks_on_earlier_layers_change_nothing(computed: list[int]) -> None:
-    """They see all tokens in any case."""
+def test_hooks_on_earlier_layers_change_nothing(token_counts: list[int]) -> None:
+    """Earlier layers always compute all tokens."""
     model, counts = build_model(), []
     for module in (model.vitcls.layers[0], model.vitcls.embeddings, model.classifier, model):
         module.register_forward_hook(lambda _, args, output: counts.extend(list_token_counts(output)))
     model(build_images())
-    assert computed == [NUM_TOKENS, NUM_READ]
+    assert token_counts == [NUM_TOKENS, NUM_READ]
     assert counts == [NUM_TOKENS, NUM_TOKENS]
 
 
 @torch.no_grad()
-def test_several_tasks(computed: list[int]) -> None:
+def test_several_tasks(token_counts: list[int]) -> None:
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     logits = model(build_images()).logits
     model.vitcls.layernorm.register_forward_hook(lambda _, args, output: None)
     hooked = model(build_images()).logits
-    assert computed == [18, 2, 18, 18]
+    assert token_counts == [18, 2, 18, 18]
     for task, expected in logits.items():
         assert get_largest_difference(hooked[task], expected) <= 1e-5 * expected.abs().max().item()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("requested", ["output_hidden_states", "output_attentions"])
-def test_recorded_outputs_are_requested_once(requested: str, computed: list[int]) -> None:
-    """transformers installs hooks of its own, which stay; afterwards the last layer is reduced again."""
+def test_recorded_outputs_are_requested_once(requested: str, token_counts: list[int]) -> None:
+    """transformers' own hooks stay installed; afterwards, the last layer is reduced again."""
     model = build_model()
     model.set_attn_implementation("eager")
     logits = model(build_images()).logits
@@ -153,13 +153,13 @@ def test_recorded_outputs_are_requested_once(requested: str, computed: list[int]
     assert {each.shape[-2] for each in recorded} == {NUM_TOKENS}
     assert model.vitcls.layers[-1]._forward_hooks or model.vitcls.layers[-1].attention._forward_hooks
     assert torch.equal(model(build_images()).logits, logits)
-    assert computed == [NUM_TOKENS, NUM_READ, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS, NUM_READ]
+    assert token_counts == [NUM_TOKENS, NUM_READ, NUM_TOKENS, NUM_TOKENS, NUM_TOKENS, NUM_READ]
 
 
 # Explanations --------------------------------------------------------------------------------------------------------
 
 
-def get_gradient_by_hand(model: Any, class_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_gradient(model: Any, class_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [B, N, D] of the last layer's first norm, and the gradient of the summed logit of a class."""
     layer, encoder = model.vitcls.layers[-1], model.vitcls
     with torch.no_grad():
@@ -175,7 +175,7 @@ def get_gradient_by_hand(model: Any, class_index: int) -> tuple[torch.Tensor, to
 
 
 def test_grad_cam() -> None:
-    """Selvaraju et al. 2017 (arXiv 1610.02391), with the patches as the feature map."""
+    """Compare with Selvaraju et al. 2017 (arXiv 1610.02391), with the patches as the feature map."""
     model = build_model()
     target = model.vitcls.layers[-1].layernorm_before
     seen: dict[str, torch.Tensor] = {}
@@ -193,7 +193,7 @@ def test_grad_cam() -> None:
         return (weights * feature_map).sum(1).relu()  # [B, rows, columns]
 
     found = compute_map(seen["activations"], seen["gradients"])
-    expected = compute_map(*get_gradient_by_hand(model, 1))
+    expected = compute_map(*compute_gradient(model, 1))
     assert found.shape == (2, 4, 4) and (found > 0).any()
     assert get_largest_difference(found, expected) <= 1e-5 * expected.max().item()
 
@@ -203,14 +203,14 @@ def test_captum_gradient_times_activation() -> None:
     target = model.vitcls.layers[-1].layernorm_before
     attribution = LayerGradientXActivation(lambda pixel_values: model(pixel_values).logits, target)
     found = attribution.attribute(build_images(), target=1)
-    activations, gradients = get_gradient_by_hand(model, 1)
+    activations, gradients = compute_gradient(model, 1)
     expected = activations * gradients
     assert found.shape == (2, NUM_TOKENS, 16)
     assert get_largest_difference(found.detach(), expected) <= 1e-5 * expected.abs().max().item()
 
 
 def test_captum_integrated_gradients() -> None:
-    """The attributions to the last layer's tokens sum to the change of the logit (Sundararajan et al. 2017)."""
+    """The attributions of the last layer's tokens sum to the change of the logit (Sundararajan et al. 2017)."""
     model = build_model()
     attribution = LayerIntegratedGradients(lambda pixel_values: model(pixel_values).logits, model.vitcls.layers[-1])
     found, error = attribution.attribute(
@@ -221,4 +221,4 @@ def test_captum_integrated_gradients() -> None:
         change = (model(build_images()).logits - model(torch.zeros(2, 3, 32, 32)).logits)[:, 1]
     assert error.abs().max() <= 0.01 * change.abs().max()
     assert get_largest_difference(found.sum(dim=(1, 2)).float(), change) <= 0.01 * change.abs().max().item()
-    assert (found[:, NUM_READ:] == 0).all()  # the classifiers read the CLS and the distillation token only
+    assert (found[:, NUM_READ:] == 0).all()  # the classifiers read only the CLS and the distillation token

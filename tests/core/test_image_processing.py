@@ -1,4 +1,4 @@
-"""The image processor: every kind of image, both backends, its errors, and loading it as code from the Hub."""
+"""The image processor: all kinds of images, both backends, errors, and loading it as remote code."""
 
 import base64
 import contextlib
@@ -29,7 +29,7 @@ from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS, image_to_tens
 
 
 BACKENDS = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
-# Values as they are, so that a test can say which ones it expects.
+# Settings that leave the values unchanged, so that tests can state the expected values.
 RAW = {"do_resize": False, "do_rescale": False, "do_normalize": False}
 SIZES = [
     {"size": 224},
@@ -45,24 +45,24 @@ def backend(request: pytest.FixtureRequest) -> type:
 
 @functools.cache
 def photographs() -> list[np.ndarray]:
-    """Two real photographs, [427, 640, 3]."""
+    """Return two real photographs, [427, 640, 3]."""
     return load_sample_images().images
 
 
-def gradient(height: int = 5, width: int = 6) -> PIL.Image.Image:
-    """A color image in which every pixel differs."""
+def build_gradient(height: int = 5, width: int = 6) -> PIL.Image.Image:
+    """Return a color image in which all pixels differ."""
     values = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
     return PIL.Image.fromarray(values)
 
 
-def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+def encode(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
-def raw_values(backend: type, image: object, **settings: object) -> np.ndarray:
-    """What the backend sees of an image before resizing: [C, H, W]."""
+def get_raw_values(backend: type, image: object, **settings: object) -> np.ndarray:
+    """Return the image before resizing: [C, H, W]."""
     return backend(**RAW, **settings)(image, return_tensors="np")["pixel_values"][0]
 
 
@@ -70,8 +70,8 @@ def as_hwc(values: np.ndarray) -> np.ndarray:
     return np.moveaxis(values, 0, -1)
 
 
-def error_of(backend: type, image: object, **settings: object) -> str:
-    """The message of the ValueError that the image or the settings raise; it must be one line."""
+def get_error(backend: type, image: object, **settings: object) -> str:
+    """Return the one-line message of the ValueError that the image or the settings raise."""
     with pytest.raises(ValueError) as caught:
         backend(**settings)(image, return_tensors="pt")
     message = str(caught.value)
@@ -88,14 +88,14 @@ def test_the_defaults_resize_rescale_and_normalize(backend: type) -> None:
     pixel_values = backend()(gray, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 224, 224)
     assert pixel_values.dtype == torch.float32
-    # By hand: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
+    # Manually computed: (value / 255 - mean) / standard deviation of ImageNet, as published with torchvision's models.
     expected = torch.tensor([(128 / 255 - 0.485) / 0.229, (64 / 255 - 0.456) / 0.224, -0.406 / 0.225])
     torch.testing.assert_close(pixel_values[0, :, 100, 100], expected)
 
 
 def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> None:
     stripes = np.zeros((100, 200, 3), dtype=np.uint8)
-    stripes[:, 50:150] = 255  # exactly what a center crop leaves
+    stripes[:, 50:150] = 255  # the exact result of a center crop
     settings = {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": 50, "do_normalize": False}
     pixel_values = backend(**settings)(stripes, return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 3, 50, 50)
@@ -115,11 +115,11 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, set
 
 
 def test_backends_agree_without_resizing_whatever_the_source(tmp_path: Path) -> None:
-    image = gradient()
+    image = build_gradient()
     image.save(tmp_path / "image.png")
     sources = [
         tmp_path / "image.png",
-        encoded(image, "JPEG"),
+        encode(image, "JPEG"),
         image.convert("CMYK"),
         np.asarray(image),
         torch.rand(3, 5, 6),
@@ -133,7 +133,7 @@ def test_backends_agree_without_resizing_whatever_the_source(tmp_path: Path) -> 
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
-def test_whole_numbers_do_for_floats_as_in_json(backend: type) -> None:
+def test_integers_are_accepted_as_floats_as_in_json(backend: type) -> None:
     processor = backend(do_resize=False, rescale_factor=1, image_mean=[0, 1, 2], image_std=(1, 1, 1))
     pixel_values = processor(PIL.Image.new("RGB", (2, 2), (5, 5, 5)), return_tensors="pt").pixel_values
     assert pixel_values[0, :, 0, 0].tolist() == [5, 4, 3]
@@ -145,8 +145,8 @@ def test_a_size_may_come_from_another_processor(backend: type) -> None:
 
 def test_settings_of_a_call_override_those_of_the_processor(backend: type) -> None:
     processor = backend()
-    assert processor(gradient(), size=32, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-    assert processor(gradient(), return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+    assert processor(build_gradient(), size=32, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    assert processor(build_gradient(), return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ def test_settings_of_a_call_override_those_of_the_processor(backend: type) -> No
 
 @pytest.fixture
 def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server of the files in tmp_path, on this machine."""
+    """Serve the files in tmp_path on this machine, and return the address."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.close_session()  # the client reads its environment once
+    huggingface_hub.close_session()  # the client reads its environment once, at import
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -167,18 +167,18 @@ def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 
 def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type, tmp_path: Path) -> None:
-    image = gradient()
+    image = build_gradient()
     path = tmp_path / "image.png"
     image.save(path)
     values = np.array(image)
     sources = [
         path,
         str(path),
-        encoded(image),
-        bytearray(encoded(image)),
-        "data:image/png;base64," + base64.b64encode(encoded(image)).decode(),
+        encode(image),
+        bytearray(encode(image)),
+        "data:image/png;base64," + base64.b64encode(encode(image)).decode(),
         image,
-        PIL.Image.open(path),  # opened, not yet decoded
+        PIL.Image.open(path),  # opened, but not decoded yet
         values,
         values[::-1][::-1],  # negative strides
         values.astype(np.int64),
@@ -189,15 +189,17 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type,
         torch.from_numpy(values).permute(2, 0, 1),
     ]
     for source in sources:
-        np.testing.assert_array_equal(as_hwc(raw_values(backend, source)), values)
+        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), values)
     batch = backend(**RAW)(sources, return_tensors="np")["pixel_values"]
     assert batch.shape == (len(sources), 3, 5, 6)
 
 
 def test_urls(backend: type, tmp_path: Path, web_server: str) -> None:
-    gradient().save(tmp_path / "image.png")
-    np.testing.assert_array_equal(as_hwc(raw_values(backend, f"{web_server}/image.png")), np.array(gradient()))
-    assert f"{web_server}/missing.png" in (message := error_of(backend, f"{web_server}/missing.png"))
+    build_gradient().save(tmp_path / "image.png")
+    np.testing.assert_array_equal(
+        as_hwc(get_raw_values(backend, f"{web_server}/image.png")), np.array(build_gradient())
+    )
+    assert f"{web_server}/missing.png" in (message := get_error(backend, f"{web_server}/missing.png"))
     assert "404" in message
 
 
@@ -209,28 +211,28 @@ def test_nested_lists_and_batches_keep_their_order(backend: type) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF"])
-def test_of_several_frames_the_first_is_taken(backend: type, file_format: str) -> None:
+def test_the_first_of_several_frames_is_used(backend: type, file_format: str) -> None:
     frames = [PIL.Image.new("L", (6, 5), shade) for shade in (10, 200)]
-    file = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+    file = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
     for source in (file, PIL.Image.open(BytesIO(file))):
-        assert (raw_values(backend, source) == 10).all()
+        assert (get_raw_values(backend, source) == 10).all()
 
 
 def test_inputs_are_not_changed(backend: type) -> None:
-    tensor, array = torch.rand(3, 8, 8), np.array(gradient())
+    tensor, array = torch.rand(3, 8, 8), np.array(build_gradient())
     array.setflags(write=False)
     before = tensor.clone()
     backend(do_rescale=False, do_resize=False)(tensor, return_tensors="pt")
     assert torch.equal(tensor, before)
-    # PyTorch would share the memory of an array that must not be written to.
+    # PyTorch would share the memory of a read-only array.
     pixels = image_to_tensor(array, to_rgb=True, do_rescale=True, input_data_format=None)
     assert not np.shares_memory(pixels.numpy(), array)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_path: Path) -> None:
-    upright = np.array(gradient())
-    # What a camera stores for each orientation tag, from the definition of the tag (EXIF 2.3, 4.6.4 A).
+    upright = np.array(build_gradient())
+    # The image that a camera stores for each orientation tag, by the definition of the tag (EXIF 2.3, 4.6.4 A).
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -246,58 +248,58 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
     path = tmp_path / "image.png"
     PIL.Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     for source in (path, path.read_bytes(), PIL.Image.open(path)):
-        np.testing.assert_array_equal(as_hwc(raw_values(backend, source)), upright)
+        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), upright)
     np.testing.assert_array_equal(np.array(backend().fetch_images(path)), upright)
 
 
 # Channels and bit depth ----------------------------------------------------------------------------------------------
 
 
-def rgba(alpha: int) -> PIL.Image.Image:
-    image = gradient()
+def build_rgba(alpha: int) -> PIL.Image.Image:
+    image = build_gradient()
     image.putalpha(alpha)
     return image
 
 
-def palette_with_transparency() -> PIL.Image.Image:
-    """Left half red, right half transparent, as a palette PNG stores it."""
+def build_palette_with_transparency() -> PIL.Image.Image:
+    """Return an image whose left half is red and whose right half is transparent, in the mode of a palette PNG."""
     image = PIL.Image.new("P", (6, 4), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (3, 0, 6, 4))
-    return PIL.Image.open(BytesIO(encoded(image, transparency=1)))
+    return PIL.Image.open(BytesIO(encode(image, transparency=1)))
 
 
-def test_transparency_is_laid_on_white(backend: type) -> None:
-    color = np.array(gradient()).astype(float)
-    np.testing.assert_array_equal(as_hwc(raw_values(backend, rgba(255))), color)
-    assert (raw_values(backend, rgba(0)) == 255).all()
+def test_transparency_is_composited_on_white(backend: type) -> None:
+    color = np.array(build_gradient()).astype(float)
+    np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
+    assert (get_raw_values(backend, build_rgba(0)) == 255).all()
     expected = np.round(color * 100 / 255 + 155)
-    for source in (rgba(100), np.array(rgba(100)), torch.from_numpy(np.array(rgba(100)))):
-        np.testing.assert_allclose(as_hwc(raw_values(backend, source)), expected, atol=1)
+    for source in (build_rgba(100), np.array(build_rgba(100)), torch.from_numpy(np.array(build_rgba(100)))):
+        np.testing.assert_allclose(as_hwc(get_raw_values(backend, source)), expected, atol=1)
     half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
-    assert (raw_values(backend, half_gray) == round(50 * 100 / 255 + 155)).all()
-    palette = raw_values(backend, palette_with_transparency())
+    assert (get_raw_values(backend, half_gray) == round(50 * 100 / 255 + 155)).all()
+    palette = get_raw_values(backend, build_palette_with_transparency())
     assert palette[:, 0, 0].tolist() == [255, 0, 0]
     assert palette[:, 0, 5].tolist() == [255, 255, 255]
 
 
-def test_transparency_of_floats_is_laid_on_white(backend: type) -> None:
+def test_transparency_of_floats_is_composited_on_white(backend: type) -> None:
     image = torch.full((4, 5, 5), 0.5)
-    np.testing.assert_allclose(raw_values(backend, image), 0.75)
-    assert "do_convert_rgb=False" in error_of(backend, 3 * image, do_rescale=False)
+    np.testing.assert_allclose(get_raw_values(backend, image), 0.75)
+    assert "do_convert_rgb=False" in get_error(backend, 3 * image, do_rescale=False)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_other_modes_become_rgb(backend: type, mode: str) -> None:
     red = PIL.Image.new("RGB", (6, 4), (200, 0, 0)).convert(mode)
     expected = (60, 60, 60) if mode == "L" else (200, 0, 0)  # 0.299 * 200 for gray
-    # A palette has 216 web colors, 51 apart; the others round.
-    np.testing.assert_allclose(raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1)
+    # A palette contains 216 web colors with steps of 51; other colors are rounded.
+    np.testing.assert_allclose(get_raw_values(backend, red)[:, 0, 0], expected, atol=26 if mode == "P" else 1)
 
 
 def test_floats_are_rounded_to_eight_bits(backend: type) -> None:
     image = torch.tensor([[0.4, 0.6], [99.5, 254.6]])
-    assert raw_values(backend, image).dtype == np.float32  # will not be rescaled, so may have any range
+    assert get_raw_values(backend, image).dtype == np.float32  # is not rescaled, so its values may have any range
     pixel_values = backend(do_resize=False, do_normalize=False)(image, return_tensors="pt").pixel_values
     torch.testing.assert_close(255 * pixel_values[0, 0], torch.tensor([[0.0, 1.0], [100.0, 255.0]]))
 
@@ -305,12 +307,12 @@ def test_floats_are_rounded_to_eight_bits(backend: type) -> None:
 def test_one_bit_images_become_black_and_white(backend: type) -> None:
     values = np.eye(6, dtype=bool)
     for source in (PIL.Image.fromarray(values), values, torch.from_numpy(values)):
-        result = raw_values(backend, source)
+        result = get_raw_values(backend, source)
         np.testing.assert_array_equal(result, np.stack([values * 255] * 3))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array"])
-def test_sixteen_bits_are_scaled_not_cut_off(backend: type, mode: str, tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str, tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
     if mode == "array":
         source: object = values
@@ -319,65 +321,65 @@ def test_sixteen_bits_are_scaled_not_cut_off(backend: type, mode: str, tmp_path:
     else:
         source = PIL.Image.frombytes(mode, (6, 4), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
     assert getattr(source, "mode", "array") == mode
-    result = raw_values(backend, source)
+    result = get_raw_values(backend, source)
     np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
 
 
 def test_sixteen_bit_png_files(backend: type, tmp_path: Path) -> None:
     values = np.full((4, 6), 257 * 200, dtype=np.uint16)
     PIL.Image.fromarray(values).save(tmp_path / "x-ray.png")
-    assert (raw_values(backend, tmp_path / "x-ray.png") == 200).all()
+    assert (get_raw_values(backend, tmp_path / "x-ray.png") == 200).all()
 
 
 def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Path) -> None:
-    gray = gradient().convert("L")
+    gray = build_gradient().convert("L")
     channels = {
-        "gray file": (encoded(gray), 1),
+        "gray file": (encode(gray), 1),
         "gray": (gray, 1),
         "1 bit": (gray.convert("1"), 1),
         "16 bits": (np.zeros((5, 6), dtype=np.uint16), 1),
         "gray with alpha": (gray.convert("LA"), 1),
-        "color": (gradient(), 3),
-        "palette": (gradient().convert("P"), 3),
-        "ink": (gradient().convert("CMYK"), 3),
-        "color with alpha": (rgba(100), 4),
+        "color": (build_gradient(), 3),
+        "palette": (build_gradient().convert("P"), 3),
+        "ink": (build_gradient().convert("CMYK"), 3),
+        "color with alpha": (build_rgba(100), 4),
         "array": (np.zeros((5, 6, 4), dtype=np.uint8), 4),
     }
     for name, (source, expected) in channels.items():
-        assert raw_values(backend, source, do_convert_rgb=False).shape == (expected, 5, 6), name
+        assert get_raw_values(backend, source, do_convert_rgb=False).shape == (expected, 5, 6), name
 
 
 def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    digits = [gradient().convert("L"), gradient().convert("LA"), np.zeros((8, 8), dtype=np.uint8)]
+    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8), dtype=np.uint8)]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
     assert pixel_values.shape == (3, 1, 28, 28)
     assert (pixel_values[2] == -1).all()
 
 
-def gray_with_alpha(kind: str) -> PIL.Image.Image:
-    """Return a gray image of value 50 with alpha 100, or of value 50 of which one pixel is transparent (`tRNS`)."""
+def build_gray_with_alpha(kind: str) -> PIL.Image.Image:
+    """Return a gray image of value 50 with alpha 100, or of value 50 with one transparent pixel (`tRNS`)."""
     if kind == "LA":
         return PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
     image = PIL.Image.new("L", (6, 4), 50)
     image.putpixel((0, 0), 7)
-    return PIL.Image.open(BytesIO(encoded(image, transparency=7)))
+    return PIL.Image.open(BytesIO(encode(image, transparency=7)))
 
 
 @pytest.mark.parametrize(("kind", "first", "others"), [("LA", 175, 175), ("L", 255, 50)])
-def test_transparency_of_gray_images_is_laid_on_white(backend: type, kind: str, first: int, others: int) -> None:
-    """Also for models with one channel."""
+def test_transparency_of_gray_images_is_composited_on_white(backend: type, kind: str, first: int, others: int) -> None:
+    """Check also models with one channel."""
     for to_rgb, channels in ((True, 3), (False, 1)):
-        values = raw_values(backend, gray_with_alpha(kind), do_convert_rgb=to_rgb)
+        values = get_raw_values(backend, build_gray_with_alpha(kind), do_convert_rgb=to_rgb)
         assert values.shape == (channels, 4, 6)
         assert (
             (values[:, 0, 0] == first).all() and (values[:, 0, 1:] == others).all() and (values[:, 1:] == others).all()
         )
 
 
-def test_more_channels_pass_if_their_axis_is_named(backend: type) -> None:
+def test_more_channels_are_accepted_if_their_axis_is_given(backend: type) -> None:
     bands = np.zeros((6, 4, 6), dtype=np.uint8)
-    assert raw_values(backend, bands, do_convert_rgb=False, input_data_format="channels_first").shape == (6, 4, 6)
+    assert get_raw_values(backend, bands, do_convert_rgb=False, input_data_format="channels_first").shape == (6, 4, 6)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -386,49 +388,49 @@ def test_more_channels_pass_if_their_axis_is_named(backend: type) -> None:
 def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     missing, text, truncated = (tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg"))
     text.write_text("not an image")
-    photo, lossless = (encoded(PIL.Image.fromarray(photographs()[0]), kind) for kind in ("JPEG", "PNG"))
+    photo, lossless = (encode(PIL.Image.fromarray(photographs()[0]), kind) for kind in ("JPEG", "PNG"))
     truncated.write_bytes(photo[: len(photo) // 2])
     for path in (missing, text, truncated, tmp_path):
         for source in (path, str(path)):
-            assert path.name in error_of(backend, source)
-    assert "truncated" in error_of(backend, truncated)
-    assert "truncated.jpg" in error_of(backend, PIL.Image.open(truncated))
+            assert path.name in get_error(backend, source)
+    assert "truncated" in get_error(backend, truncated)
+    assert "truncated.jpg" in get_error(backend, PIL.Image.open(truncated))
     for broken in (b"", b"not an image", photo[:1000], lossless[: len(lossless) // 2]):
-        assert f"{len(broken)} bytes" in error_of(backend, broken)
-    assert "cannot fetch the image at 'data:image" in error_of(backend, "data:image/png;base64,###")
+        assert f"{len(broken)} bytes" in get_error(backend, broken)
+    assert "cannot fetch the image at 'data:image" in get_error(backend, "data:image/png;base64,###")
     for long in ("x" * 100_000, "data:image/png;base64," + "A" * 100_000):
-        assert len(error_of(backend, long)) < 1000
+        assert len(get_error(backend, long)) < 1000
 
 
 @pytest.mark.parametrize("file_format", IMAGE_FORMATS)
 def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"  # the content determines the format
-    path.write_bytes(encoded(gradient(16, 16), file_format))
+    path.write_bytes(encode(build_gradient(16, 16), file_format))
     for source in (path, path.read_bytes()):
-        assert raw_values(backend, source).shape == (3, 16, 16)
+        assert get_raw_values(backend, source).shape == (3, 16, 16)
 
 
 def test_multi_image_files_of_cameras_are_read(backend: type) -> None:
-    file = encoded(gradient(), "MPO", save_all=True, append_images=[gradient()])
-    assert raw_values(backend, file).shape == (3, 5, 6)
+    file = encode(build_gradient(), "MPO", save_all=True, append_images=[build_gradient()])
+    assert get_raw_values(backend, file).shape == (3, 5, 6)
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])
 @pytest.mark.parametrize("suffix", [".png", ".eps"])
-def test_other_formats_are_refused(
+def test_other_formats_are_errors(
     backend: type, file_format: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL would start Ghostscript to decode EPS."""
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started"))
     path = tmp_path / f"image{suffix}"
-    path.write_bytes(encoded(gradient(), file_format))
+    path.write_bytes(encode(build_gradient(), file_format))
     for source in (path, path.read_bytes()):
-        message = error_of(backend, source)
+        message = get_error(backend, source)
         assert "not an image in a supported format (JPEG, PNG, " in message
-    assert path.name in error_of(backend, path)
+    assert path.name in get_error(backend, path)
 
 
-def test_pipes_sockets_and_devices_are_refused(backend: type, tmp_path: Path) -> None:
+def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
     pipe, listening, device, link = (tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link"))
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
@@ -437,11 +439,11 @@ def test_pipes_sockets_and_devices_are_refused(backend: type, tmp_path: Path) ->
 
     def process() -> None:
         for path in (pipe, listening, device, link, tmp_path):
-            messages[path.name] = error_of(backend, path)
+            messages[path.name] = get_error(backend, path)
 
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(tmp_path):  # names of sockets must be short
         listener.bind(listening.name)
-        thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until something writes to it
+        thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until a process writes to it
         thread.start()
         thread.join(60)
     assert len(messages) == 5
@@ -451,8 +453,8 @@ def test_pipes_sockets_and_devices_are_refused(backend: type, tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_damaged_files_give_an_image_or_a_value_error(file_format: str) -> None:
-    whole = encoded(PIL.Image.fromarray(photographs()[0][::8, ::8]), file_format)
+def test_damaged_files_return_an_image_or_a_value_error(file_format: str) -> None:
+    whole = encode(PIL.Image.fromarray(photographs()[0][::8, ::8]), file_format)
     processor = ViTCLSImageProcessorPil(size=8)
     random = np.random.default_rng(0)
     num_errors = 0
@@ -470,9 +472,9 @@ def test_damaged_files_give_an_image_or_a_value_error(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [None, 3, 1.5, {"bytes": b""}, object()], ids=lambda bad: type(bad).__name__)
-def test_what_is_no_image_is_named(backend: type, bad: object) -> None:
-    assert type(bad).__name__ in error_of(backend, bad)
-    assert type(bad).__name__ in error_of(backend, [gradient(), bad])
+def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> None:
+    assert type(bad).__name__ in get_error(backend, bad)
+    assert type(bad).__name__ in get_error(backend, [build_gradient(), bad])
 
 
 @pytest.mark.parametrize(
@@ -491,14 +493,18 @@ def test_what_is_no_image_is_named(backend: type, bad: object) -> None:
         (np.zeros((4, 4), dtype=complex), {}, "complex"),
         (PIL.Image.new("F", (4, 4)), {}, "mode F"),
         (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
-        (gradient().convert("L"), {"do_convert_rgb": False}, "image_mean has 3 values, but this image has 1 channels"),
-        (gradient(), {"image_std": [0.5]}, "image_std has 1 values, but this image has 3 channels"),
-        ([gradient(), gradient(9, 4)], {"size": {"shortest_edge": 8}}, "[(3, 8, 9), (3, 18, 8)]"),
-        ([gradient(), gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
+        (
+            build_gradient().convert("L"),
+            {"do_convert_rgb": False},
+            "image_mean has 3 values, but this image has 1 channels",
+        ),
+        (build_gradient(), {"image_std": [0.5]}, "image_std has 1 values, but this image has 3 channels"),
+        ([build_gradient(), build_gradient(9, 4)], {"size": {"shortest_edge": 8}}, "[(3, 8, 9), (3, 18, 8)]"),
+        ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
     ],
 )
 def test_unusable_images_are_explained(backend: type, image: object, settings: dict, hint: str) -> None:
-    assert hint in error_of(backend, image, **settings)
+    assert hint in get_error(backend, image, **settings)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +535,7 @@ def test_contradictory_settings_raise_at_construction_and_at_the_call(
     backend: type, settings: dict, hint: str
 ) -> None:
     processor = backend()
-    for attempt in (backend, functools.partial(backend.from_dict, {}), functools.partial(processor, gradient())):
+    for attempt in (backend, functools.partial(backend.from_dict, {}), functools.partial(processor, build_gradient())):
         with pytest.raises(ValueError) as caught:
             attempt(**settings)
         assert hint in str(caught.value)
@@ -540,7 +546,7 @@ def test_contradictory_settings_raise_at_construction_and_at_the_call(
 
 SETTINGS = {"size": {"height": 32, "width": 48}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
 
-# Runs where this package has not been imported: only the saved directory tells what the processor is.
+# Runs in a process that has not imported this package: only the saved folder defines the processor.
 LOAD_FROM_THE_HUB = """
 import json, sys
 from pathlib import Path
@@ -576,7 +582,7 @@ print(json.dumps(sums))
 """
 
 
-def settings_in(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict:
     return json.loads((folder / "preprocessor_config.json").read_text())
 
 
@@ -584,8 +590,8 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
     backend(**SETTINGS).save_pretrained(tmp_path)
     code = {"image_processing_vitcls.py", "fast_image_processing_vitcls.py"}
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
-    assert settings_in(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
-    assert settings_in(tmp_path)["auto_map"] == {
+    assert read_settings(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
+    assert read_settings(tmp_path)["auto_map"] == {
         "AutoImageProcessor": {
             "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
             "pil": "image_processing_vitcls.ViTCLSImageProcessorPil",
@@ -621,4 +627,4 @@ def test_loads_from_the_hub_without_this_package(torchvision: str, tmp_path: Pat
     assert len(sums) == (9 if torchvision == "torchvision" else 6)
     assert all(abs(there - here) < 0.02 * 3 * 32 * 48 for there in sums.values())
     for generation in range(3):
-        assert settings_in(work / str(generation)) == settings_in(first)
+        assert read_settings(work / str(generation)) == read_settings(first)

@@ -1,4 +1,4 @@
-"""Models with and without CPU kernels agree, every switch turns the kernels off, and a bad CPU has none."""
+"""Models with and without CPU kernels agree, every switch disables the kernels, and so does a faulty processor."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("low_thresholds")
 ONEDNN = "mkldnn::_linear_pointwise"
 FUSED_ATTENTION = "aten::scaled_dot_product_attention"
 KERNELS = set(KERNEL_CLASSES.values())
-NUM_MODELS = 8  # models over which rounding errors in half precision are compared
+NUM_MODELS = 8  # number of models over which rounding errors in half precision are compared
 
 has_onednn = bool(cpu_kernels_vitcls.MIN_WORK)
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="no oneDNN kernel is faster on this CPU")
@@ -178,7 +178,7 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_exported(dtype: torch.dtype) -> None:
-    """An exported program is the one of plain PyTorch: it may run on another machine."""
+    """An exported program is the program of plain PyTorch, because it may run on another machine."""
     fast, plain = (model.to(dtype) for model in build_models(num_register_tokens=2))
     programs = [torch.export.export(model, (build_images().to(dtype),)) for model in (fast, plain)]
     operators = [[str(node.target) for node in program.graph.nodes] for program in programs]
@@ -254,7 +254,7 @@ def test_copies(copy_model: Callable[[Any], Any]) -> None:
     assert_same_outputs(run_step(copied, build_images()), run_step(plain, build_images()))
 
 
-def test_a_pickled_model_is_plain_where_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_model_is_plain_if_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, plain = build_models()
     pickled = pickle.dumps(fast)
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
@@ -287,7 +287,7 @@ def test_kernels_are_installed_by_default() -> None:
 
 @needs_onednn
 def test_kernels_compute_by_default() -> None:
-    """Otherwise the tests of the switches would pass without kernels."""
+    """Without this check, the tests of the switches would pass without kernels."""
     model, _ = build_models()
     with torch.no_grad():
         assert ONEDNN in list_operators(model, build_images())
@@ -357,14 +357,14 @@ def test_environment_variable(value: str) -> None:
     assert (ONEDNN in ran.stdout) == (is_on and has_onednn)
 
 
-# Bad processors ------------------------------------------------------------------------------------------------------
+# Faulty processors ---------------------------------------------------------------------------------------------------
 
 BAD_PROCESSORS = ["unknown_cpu", "operator_raises", "operator_is_wrong"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Bad processor -> results on it."""
+    """Return faulty processor -> results on it."""
     return load_with_altered_pytorch(tmp_path_factory.mktemp("bad_processors"), BAD_PROCESSORS)
 
 

@@ -22,7 +22,7 @@ from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 
-# Fields, and the number of tokens that are read of them; None is all.
+# Fields, and the number of tokens that the classifiers read; None means all.
 READ: dict[str, tuple[dict[str, Any], int | None]] = {
     "one CLS": ({}, 1),
     "one CLS, registers": ({"num_register_tokens": 3}, 1),
@@ -58,19 +58,19 @@ MASK = torch.ones(2, 6 + 16, dtype=torch.long)
 MASK[1, 10:14] = 0
 
 
-def losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Outputs and, with respect to every parameter, gradients of a loss on both heads."""
+def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Return the outputs, and the gradients of a loss on both heads with respect to every parameter."""
     model.zero_grad()
     output = model(build_images(), **inputs)
     heads = [logits for logits in (output.cls_logits, output.distillation_logits) if logits is not None]
     torch.stack([cross_entropy(logits, torch.tensor([0, 2])) for logits in heads]).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    assert all(gradient is not None for gradient in gradients)  # DDP waits for every one
+    assert all(gradient is not None for gradient in gradients)  # DDP waits for the gradients of all parameters
     return (output.logits, output.cls_logits, output.distillation_logits), gradients
 
 
 @each_config
-def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
+def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert get_num_tokens_read(model.vitcls, {}) == num_read
     masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
@@ -78,8 +78,8 @@ def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], n
         model.set_attn_implementation(implementation)
         for mask in masks:
             outputs = record_outputs(model.vitcls.layers[-1])
-            found = losses_and_gradients(model, attention_mask=mask)
-            wanted = losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
+            found = compute_losses_and_gradients(model, attention_mask=mask)
+            wanted = compute_losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
             num_tokens = model.config.token_layout.num_prefix_tokens + 16
             assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
             assert_same_outputs(found[0], wanted[0], 1e-5)
@@ -88,7 +88,7 @@ def test_outputs_and_gradients_are_those_of_all_tokens(fields: dict[str, Any], n
 
 
 @torch.no_grad()
-def test_all_tokens_are_there_for_those_who_ask() -> None:
+def test_requested_hidden_states_contain_all_tokens() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
     encoded = model.vitcls(build_images())
     assert encoded.last_hidden_state.shape == (2, 22, 16)
@@ -102,7 +102,7 @@ def test_all_tokens_are_there_for_those_who_ask() -> None:
 
 
 @torch.no_grad()
-def test_other_attention_implementations_get_all_tokens() -> None:
+def test_other_attention_implementations_receive_all_tokens() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
     expected, outputs = model(build_images()).logits, record_outputs(model.vitcls.layers[-1])
     model.set_attn_implementation("flex_attention")
@@ -130,8 +130,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         outputs = record_outputs(model.vitcls.layers[-1])
-        gradients.append(losses_and_gradients(model)[1])
-        assert [output.shape[1] for output in outputs] == [3]  # not the recomputation, which is inside of `forward`
+        gradients.append(compute_losses_and_gradients(model)[1])
+        # does not count the recomputation, which happens inside `forward`
+        assert [output.shape[1] for output in outputs] == [3]
     assert_same_outputs(*gradients, 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The losses: against their formulas, under gradient accumulation, and what they refuse."""
+"""Losses: their formulas, gradient accumulation, and errors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,19 @@ from modeling_vitcls.heads_vitcls import masked_pixel_loss
 TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
 
 
-def classifier(**fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
 
 
-def multi_task() -> ViTCLSForMultiTaskClassification:
+def build_multi_task() -> ViTCLSForMultiTaskClassification:
     return randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS)))
 
 
-def masked_modeller(**fields: Any) -> ViTCLSForMaskedImageModeling:
+def build_masked_modeler(**fields: Any) -> ViTCLSForMaskedImageModeling:
     return randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**fields)))
 
 
-# Kinds of labels: fields of the configuration, labels for four images, the loss by its formula
+# Kinds of labels: fields of the configuration, labels of four images, the formula of the loss.
 
 KINDS: dict[str, tuple[dict[str, Any], torch.Tensor, Any]] = {
     "classes": ({}, torch.tensor([0, 2, 1, 2]), functional.cross_entropy),
@@ -67,17 +67,17 @@ all_kinds = pytest.mark.parametrize(("fields", "labels", "formula"), KINDS.value
 
 
 @all_kinds
-def test_a_loss_is_its_formula(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
-    output = classifier(**fields)(build_images(4), labels=labels)
+def test_losses_equal_their_formulas(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
+    output = build_classifier(**fields)(build_images(4), labels=labels)
     assert output.loss.item() == pytest.approx(formula(output.logits, labels).item(), rel=1e-5)
 
 
 @all_kinds
-def test_accumulated_gradients_are_those_of_the_whole_batch(
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any
 ) -> None:
-    """As Trainer does it: the entries other than -100 of all batches are counted, and each batch divides by that."""
-    whole, parts = classifier(**fields), classifier(**fields)
+    """As in Trainer, all labels other than -100 are counted, and the loss of each batch is divided by this number."""
+    whole, parts = build_classifier(**fields), build_classifier(**fields)
     whole(build_images(4), labels=labels).loss.backward()
     num_items = labels.ne(-100).sum()
     for part in (slice(0, 1), slice(1, 4)):
@@ -88,8 +88,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 
 @all_kinds
-def test_the_problem_type_is_never_written(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
-    model = classifier(**fields)
+def test_the_problem_type_is_not_changed(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
+    model = build_classifier(**fields)
     before = model.config.to_dict()
     model(build_images(4), labels=labels)
     assert model.config.problem_type == fields.get("problem_type")
@@ -101,46 +101,46 @@ def test_the_problem_type_is_never_written(fields: dict[str, Any], labels: torch
 def test_losses_are_computed_in_float32(
     fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
 ) -> None:
-    output = classifier(**fields).to(dtype)(build_images(4), labels=labels)
+    output = build_classifier(**fields).to(dtype)(build_images(4), labels=labels)
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
 
 
-def test_no_labels_no_loss() -> None:
-    assert classifier()(build_images()).loss is None
-    assert multi_task()(build_images()).loss is None
-    assert masked_modeller()(build_images()).loss is None
+def test_without_labels_there_is_no_loss() -> None:
+    assert build_classifier()(build_images()).loss is None
+    assert build_multi_task()(build_images()).loss is None
+    assert build_masked_modeler()(build_images()).loss is None
 
 
-def test_a_batch_without_any_label_gives_zero_and_no_gradient() -> None:
-    model = classifier()
+def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
+    model = build_classifier()
     loss = model(build_images(), labels=torch.tensor([-100, -100])).loss
     loss.backward()
     assert loss.item() == 0.0
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_one_hot_probabilities_are_classes() -> None:
+def test_one_hot_probabilities_equal_class_indices() -> None:
     labels = torch.tensor([0, 2])
-    soft = classifier(problem_type="single_label_classification")(
+    soft = build_classifier(problem_type="single_label_classification")(
         build_images(), labels=functional.one_hot(labels, 3).float()
     )
-    assert soft.loss.item() == pytest.approx(classifier()(build_images(), labels=labels).loss.item(), rel=1e-5)
+    assert soft.loss.item() == pytest.approx(build_classifier()(build_images(), labels=labels).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_classes_may_be_integers_of_any_width(dtype: torch.dtype) -> None:
+def test_class_indices_may_have_any_integer_dtype(dtype: torch.dtype) -> None:
     labels = torch.tensor([0, 2])
-    expected = classifier()(build_images(), labels=labels).loss
-    assert torch.equal(classifier()(build_images(), labels=labels.to(dtype)).loss, expected)
+    expected = build_classifier()(build_images(), labels=labels).loss
+    assert torch.equal(build_classifier()(build_images(), labels=labels.to(dtype)).loss, expected)
 
 
-def test_two_heads_learn_alike() -> None:
-    """In training the loss is the mean of both heads', whichever answers."""
+def test_both_heads_are_trained() -> None:
+    """In training, the loss is the mean of both heads' losses, whichever head predicts."""
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
-        model = classifier(num_distillation_tokens=1, distillation_inference=choice).train()
+        model = build_classifier(num_distillation_tokens=1, distillation_inference=choice).train()
         output = model(build_images(), labels=labels)
         losses = [functional.cross_entropy(head, labels) for head in (output.cls_logits, output.distillation_logits)]
         assert output.loss.item() == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-5)
@@ -149,28 +149,30 @@ def test_two_heads_learn_alike() -> None:
         assert model.distillation_classifier.weight.grad.any()
 
 
-def test_the_loss_in_evaluation_is_that_of_the_answer() -> None:
+def test_the_evaluation_loss_is_the_loss_of_the_predicting_head() -> None:
     labels = torch.tensor([0, 2])
     for choice in ("mean", "cls", "distillation"):
-        output = classifier(num_distillation_tokens=1, distillation_inference=choice)(build_images(), labels=labels)
+        output = build_classifier(num_distillation_tokens=1, distillation_inference=choice)(
+            build_images(), labels=labels
+        )
         assert output.loss.item() == pytest.approx(functional.cross_entropy(output.logits, labels).item(), rel=1e-5)
 
 
-def test_float_labels_need_a_problem_type() -> None:
-    model = classifier()
+def test_float_labels_require_a_problem_type() -> None:
+    model = build_classifier()
     with raises_one_line("float labels", "problem_type", "single_label", "multi_label"):
         model(build_images(), labels=torch.rand(2, 3))
     assert model.config.problem_type is None
 
 
 @pytest.mark.parametrize("label", [3, -1, 99])
-def test_an_unknown_label_id_is_named(label: int) -> None:
+def test_unknown_label_ids_are_named(label: int) -> None:
     with raises_one_line(f"Target {label} is out of bounds", "3 labels", "0 to 2"):
-        classifier()(build_images(), labels=torch.tensor([0, label]))
+        build_classifier()(build_images(), labels=torch.tensor([0, label]))
 
 
 def test_per_sample_gradients() -> None:
-    model, labels = classifier().eval(), torch.tensor([0, 2])
+    model, labels = build_classifier().eval(), torch.tensor([0, 2])
     weights = dict(model.named_parameters())
 
     def compute_loss(weights: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -200,22 +202,22 @@ def test_per_sample_gradients() -> None:
 def test_labels_of_a_wrong_shape_are_an_error(
     problem_type: str | None, num_labels: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    model = classifier(problem_type=problem_type, num_labels=num_labels)
+    model = build_classifier(problem_type=problem_type, num_labels=num_labels)
     with raises_one_line():
         model(build_images(), labels=torch.zeros(shape, dtype=dtype))
 
 
 def test_labels_without_a_classifier_are_an_error() -> None:
     with raises_one_line("num_labels"):
-        classifier(num_labels=0)(build_images(), labels=torch.tensor([0, 1]))
+        build_classifier(num_labels=0)(build_images(), labels=torch.tensor([0, 1]))
 
 
 # Several tasks
 
 
-def test_each_task_has_its_loss_and_they_add_up() -> None:
+def test_task_losses_are_summed() -> None:
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
-    output = multi_task()(build_images(), labels=labels)
+    output = build_multi_task()(build_images(), labels=labels)
     assert {name: logits.shape for name, logits in output.logits.items()} == {
         "species": (2, 4),
         "age": (2, 2),
@@ -229,7 +231,7 @@ def test_each_task_has_its_loss_and_they_add_up() -> None:
 
 
 def test_each_task_reads_its_own_cls_token() -> None:
-    model = multi_task()
+    model = build_multi_task()
     tokens = model.vitcls(build_images()).tokens["cls"]
     logits = model(build_images()).logits
     assert list(logits) == sorted(TASKS)
@@ -238,7 +240,7 @@ def test_each_task_reads_its_own_cls_token() -> None:
 
 
 def test_missing_tasks_are_ignored() -> None:
-    model = multi_task()
+    model = build_multi_task()
     output = model(build_images(), labels={"colour": torch.tensor([2, 0])})
     assert list(output.losses) == ["colour"]
     assert torch.equal(output.loss, output.losses["colour"])
@@ -248,8 +250,8 @@ def test_missing_tasks_are_ignored() -> None:
     assert trained == [False, True, False]  # age, color, species
 
 
-def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
-    model = multi_task()
+def test_a_task_without_labels_in_the_batch_has_zero_loss() -> None:
+    model = build_multi_task()
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([-100, -100])}
     output = model(build_images(), labels=labels)
     assert output.losses["age"].item() == 0.0
@@ -260,20 +262,20 @@ def test_a_task_without_any_label_in_the_batch_gives_zero() -> None:
 
 def test_an_unknown_task_is_named() -> None:
     with raises_one_line("'size'", "age, colour, species"):
-        multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
+        build_multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
 
 
-def test_an_unknown_label_id_names_its_task() -> None:
+def test_unknown_label_ids_name_their_task() -> None:
     with raises_one_line("age", "Target 2 is out of bounds", "0 to 1"):
-        multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
+        build_multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
 
 
-def test_labels_that_are_no_dict_are_an_error() -> None:
+def test_labels_of_several_tasks_must_be_a_dict() -> None:
     with raises_one_line("labels", "species"):
-        multi_task()(build_images(), labels=torch.tensor([0, 2]))
+        build_multi_task()(build_images(), labels=torch.tensor([0, 2]))
 
 
-def test_tasks_and_the_multi_task_class_need_each_other() -> None:
+def test_tasks_and_the_multi_task_class_require_each_other() -> None:
     with raises_one_line("tasks"):
         ViTCLSForMultiTaskClassification(build_tiny_config())
     with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
@@ -282,7 +284,7 @@ def test_tasks_and_the_multi_task_class_need_each_other() -> None:
 
 @pytest.mark.parametrize("name", ["type", "keys", "items", "forward", "training", "double"])
 def test_any_identifier_is_a_task_name(name: str) -> None:
-    """torch's ModuleDict refuses keys that are attributes of its own."""
+    """torch's ModuleDict does not accept keys that are its own attributes."""
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(tasks={name: 2})))
     output = model(build_images(), labels={name: torch.tensor([0, 1])})
     assert output.logits[name].shape == (2, 2)
@@ -294,28 +296,28 @@ def test_any_identifier_is_a_task_name(name: str) -> None:
 MASK = torch.arange(32).view(2, 16) % 3 == 0
 
 
-def pixel_mask(mask: torch.Tensor, channels: int = 3) -> torch.Tensor:
-    """A mask of 4 x 4 patches as one of 32 x 32 pixels in every channel."""
+def expand_to_pixels(mask: torch.Tensor, channels: int = 3) -> torch.Tensor:
+    """Return a mask of 4 x 4 patches as a mask of 32 x 32 pixels in every channel."""
     maps = mask.view(-1, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     return maps.expand(-1, channels, -1, -1)
 
 
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
 def test_the_loss_is_the_mean_over_masked_pixels(kind: str, power: int) -> None:
-    output = masked_modeller(mim_loss=kind)(build_images(), bool_masked_pos=MASK)
+    output = build_masked_modeler(mim_loss=kind)(build_images(), bool_masked_pos=MASK)
     distances = (output.reconstruction - build_images()).abs() ** power
-    assert output.loss.item() == pytest.approx(distances[pixel_mask(MASK)].mean().item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(distances[expand_to_pixels(MASK)].mean().item(), rel=1e-5)
 
 
-def test_a_mask_of_nothing_gives_zero() -> None:
-    loss = masked_modeller()(build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
+def test_an_empty_mask_has_zero_loss() -> None:
+    loss = build_masked_modeler()(build_images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool)).loss
     assert loss.item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
-    expected = masked_modeller()(build_images(), bool_masked_pos=MASK)
-    got = masked_modeller()(build_images(), bool_masked_pos=MASK.to(dtype))
+    expected = build_masked_modeler()(build_images(), bool_masked_pos=MASK)
+    got = build_masked_modeler()(build_images(), bool_masked_pos=MASK.to(dtype))
     assert torch.equal(got.loss, expected.loss)
     assert torch.equal(got.reconstruction, expected.reconstruction)
 
@@ -323,7 +325,7 @@ def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fields", [{}, {"mim_loss": "l2"}, {"norm_pixel_target": True}], ids=str)
 def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: torch.dtype) -> None:
-    """bfloat16 counts no further than 256 and float16 no further than 65,504: too few for the pixels of a batch."""
+    """bfloat16 counts only to 256 and float16 to 65,504: too few for the pixels of a batch."""
     config = build_tiny_config(**fields)
     exact = build_images(4, seed=1).to(dtype)
     mask = torch.ones(4, 16, dtype=torch.bool)
@@ -334,15 +336,15 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
     )
 
 
-def test_normalised_targets_of_a_uniform_patch_are_zero() -> None:
-    """A patch of one gray has no deviation to divide by."""
+def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
+    """The standard deviation of a uniform patch is zero."""
     config = build_tiny_config(norm_pixel_target=True, mim_loss="l2")
     grey = torch.full((1, 3, 32, 32), 0.7)
     loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_normalised_targets_of_patches_of_one_pixel_are_finite() -> None:
+def test_normalized_targets_of_one_pixel_patches_are_finite() -> None:
     config = build_tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
     loss = masked_pixel_loss(
         torch.zeros(1, 1, 4, 4), build_images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config
@@ -350,10 +352,10 @@ def test_normalised_targets_of_patches_of_one_pixel_are_finite() -> None:
     assert loss.isfinite()
 
 
-# Trainer: one step on four images, at once and as two times two
+# Trainer: one step on four images, in one batch and in two batches of two
 
 
-def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0] if name != "tasks"}
     if "tasks" in examples[0]:
         del batch["labels"]
@@ -366,8 +368,8 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
     def build() -> PreTrainedModel:
         if kind == "tasks":
-            return multi_task()
-        return masked_modeller() if kind == "masks" else classifier(**KINDS[kind][0])
+            return build_multi_task()
+        return build_masked_modeler() if kind == "masks" else build_classifier(**KINDS[kind][0])
 
     examples: list[dict[str, Any]] = [{"pixel_values": image} for image in build_images(4)]
     for index, example in enumerate(examples):
@@ -398,7 +400,7 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
             remove_unused_columns=False,
             label_names=["labels"],
         )
-        Trainer(model=model, args=arguments, train_dataset=examples, data_collator=as_batch).train()
+        Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate).train()
         trained.append(model)
     start = build()
     moved = 0

@@ -1,4 +1,4 @@
-"""Token merging: groups of patches, sizes that count, special tokens that stay; nothing of it where it is off."""
+"""Token merging: groups of patches, weighting by size, unmerged special tokens; without it, nothing changes."""
 
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from modeling_vitcls.variants_vitcls import MergedGroups, MergingAttention, Merg
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
-PREFIX = 6  # of these
+PREFIX = 6  # register tokens among them
 
 
-def classifier(number: int, **fields: Any) -> Any:
-    """A model that merges `number` patches per layer, with the same weights for any number."""
+def build_classifier(number: int, **fields: Any) -> Any:
+    """Return a model that merges `number` patches per layer, with the same weights for any number."""
     return randomize(
         ViTCLSForImageClassification(build_tiny_config(**(TOKENS | fields), merged_patches_per_layer=number))
     )
@@ -44,16 +44,16 @@ def record_groups(model: Any) -> list[list[tuple[torch.Tensor, MergedGroups]]]:
     return [record_outputs(layer) for layer in model.base_model.layers]
 
 
-def two_colours(seed: int = 0) -> torch.Tensor:
-    """Images [2, 3, 32, 32] whose 16 patches, in random places, are of two kinds."""
+def build_two_color_images(seed: int = 0) -> torch.Tensor:
+    """Return images [2, 3, 32, 32] with 16 patches of two colors at random positions."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randn(2, 3, 8, 8, generator=generator)
     places = torch.randint(0, 2, (2, 4, 4), generator=generator)
     return kinds[places].permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
 
 
-def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # not called
+def test_zero_merged_patches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.modeling_vitcls.run_merging_layers", None)  # must not be called
     model = ViTCLSModel(build_tiny_config())
     model(build_images())
     assert {type(layer) for layer in model.layers} == {ViTCLSLayer}
@@ -66,28 +66,29 @@ def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("number", [1, 4])
 def test_merging_equal_patches_changes_nothing(pooling: str, implementation: str, number: int) -> None:
-    """Only with averages weighted by size, and attention in proportion to it."""
+    """This requires averages weighted by size, and attention proportional to size."""
     fields: dict[str, Any] = {"position_embedding_type": "none", "pooling": pooling, "num_hidden_layers": 3}
-    plain, merging = (classifier(merged, **fields) for merged in (0, number))
+    plain, merging = (build_classifier(merged, **fields) for merged in (0, number))
     for model in (plain, merging):
         model.set_attn_implementation(implementation)
     outputs = record_groups(merging)
     equal = build_images(2, 8, 8).repeat(1, 1, 4, 4)
-    for pixel_values in (equal, two_colours()):
+    for pixel_values in (equal, build_two_color_images()):
         found, wanted = (model(pixel_values, output_hidden_states=True) for model in (merging, plain))
         assert_same_outputs(found.hidden_states, wanted.hidden_states, 2e-5)
         assert_same_outputs(found.logits, wanted.logits, 2e-5)
-        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)  # the last layer for some tokens only
+        # the last layer computes only some tokens
+        assert_same_outputs(merging(pixel_values).logits, wanted.logits, 2e-5)
     assert [states.shape[1] for states, _ in outputs[2]] == 2 * ([22, 3] if pooling == "cls" else [22, 22])
     _, groups = outputs[2][0]
     assert groups.sizes.max() > 1 and groups.sizes.shape == (2, PREFIX + 16 - 3 * number)
 
 
 @torch.no_grad()
-def test_patches_of_one_color_are_found() -> None:
-    """Of two kinds of patches no two of different kinds are joined."""
-    model = classifier(4, position_embedding_type="none")
-    outputs, pixel_values = record_groups(model), two_colours()
+def test_patches_of_one_color_are_merged() -> None:
+    """Patches of different colors are never merged."""
+    model = build_classifier(4, position_embedding_type="none")
+    outputs, pixel_values = record_groups(model), build_two_color_images()
     model(pixel_values, output_hidden_states=True)
     kinds = pixel_values[:, 0, ::8, ::8].flatten(1)  # [2, 16]
     token_index = outputs[-1][0][1].token_index[:, PREFIX:]
@@ -97,8 +98,8 @@ def test_patches_of_one_color_are_found() -> None:
 
 
 @torch.no_grad()
-def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
-    model = classifier(3, num_hidden_layers=4)
+def test_special_tokens_are_kept_and_merged_patches_share_a_state() -> None:
+    model = build_classifier(3, num_hidden_layers=4)
     outputs = record_groups(model)
     states = model(build_images(), output_hidden_states=True).hidden_states
     for index, (((_, group),), state) in enumerate(zip(outputs, states[1:], strict=True)):
@@ -112,8 +113,8 @@ def test_special_tokens_stay_and_patches_of_a_group_share_a_state() -> None:
         assert group.position_index.diff(dim=1).min() > 0  # tokens keep their order
 
 
-def test_matching_and_averages_are_those_of_the_paper() -> None:
-    """Against loops over single tokens, on two rounds of merging."""
+def test_matching_and_averages_equal_the_paper() -> None:
+    """Compare with loops over single tokens, for two rounds of merging."""
     tokens, groups = build_images(2, 11, 5, channels=1)[:, 0], None
     groups = MergedGroups.from_tokens(tokens)
     members = [[[place] for place in range(11)] for _ in range(2)]
@@ -154,15 +155,15 @@ def test_matching_and_averages_are_those_of_the_paper() -> None:
 
 
 @torch.no_grad()
-def test_every_model_has_its_shapes(tmp_path: Path) -> None:
-    plain, model = classifier(0), classifier(4)
+def test_every_model_class_keeps_its_shapes(tmp_path: Path) -> None:
+    plain, model = build_classifier(0), build_classifier(4)
     assert get_largest_difference(model(build_images()).logits, plain(build_images()).logits) > 1e-4
     again = save_and_load(model, tmp_path)
     assert_same_outputs(again(build_images()), model(build_images()))
     assert (tmp_path / "variants_vitcls.py").is_file()
     off = ViTCLSForImageClassification.from_pretrained(tmp_path, merged_patches_per_layer=0)
     assert_same_outputs(off(build_images()), plain(build_images()))
-    for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more than the model was made for
+    for size in ((8, 8), (24, 56), (16, 8)):  # one patch, and more patches than the native image size has
         assert model(build_images(1, *size)).logits.shape == (1, 3)
     fields = {"merged_patches_per_layer": 5, "image_size": [32, 16]}
     backbone = randomize(ViTCLSBackbone(build_tiny_config(**fields, out_indices=[0, 1, 2])))
@@ -174,14 +175,14 @@ def test_every_model_has_its_shapes(tmp_path: Path) -> None:
         32,
         16,
     )
-    assert classifier(4).bfloat16()(build_images().bfloat16()).logits.isfinite().all()
+    assert build_classifier(4).bfloat16()(build_images().bfloat16()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool) -> None:
+def test_training_with_gradient_checkpointing_and_patch_dropout(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = classifier(3, patch_drop_rate=0.25, pooling="cls_mean").train()
+        model = build_classifier(3, patch_drop_rate=0.25, pooling="cls_mean").train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
@@ -194,10 +195,10 @@ def test_it_learns_with_gradient_checkpointing_and_patch_dropout(reentrant: bool
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_it_is_compiled_as_one_graph(backend: str) -> None:
-    """For other batches and sizes too."""
+def test_compiling_to_one_graph(backend: str) -> None:
+    """Check also other batch sizes and image sizes."""
     assert ViTCLSForImageClassification._can_compile_fullgraph
-    model = classifier(3)
+    model = build_classifier(3)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for pixel_values in (build_images(2), build_images(3), build_images(2, 48, 32)):
@@ -218,7 +219,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("fields", IMPOSSIBLE, ids=str)
-def test_what_does_not_combine(fields: dict[str, Any]) -> None:
+def test_incompatible_options_are_errors(fields: dict[str, Any]) -> None:
     build_tiny_config(**fields)
     with raises_one_line("merged_patches_per_layer=2", [*fields][-1]):
         build_tiny_config(**fields, merged_patches_per_layer=2)
@@ -231,8 +232,8 @@ def test_wrong_numbers(number: Any) -> None:
 
 
 @torch.no_grad()
-def test_attention_is_not_read_masked_or_left_to_kernels_without_bias() -> None:
-    model = classifier(2)
+def test_unsupported_attention_is_an_error() -> None:
+    model = build_classifier(2)
     with raises_one_line("attention_mask", "merged_patches_per_layer=0"):
         model(build_images(), attention_mask=torch.tensor([[1] * 22, [1] * 20 + [0] * 2]))
     with raises_one_line("merged_patches_per_layer=0"):
@@ -243,7 +244,7 @@ def test_attention_is_not_read_masked_or_left_to_kernels_without_bias() -> None:
         with raises_one_line("merged_patches_per_layer=0"):
             model(build_images(), **({"output_attentions": True} if as_argument else {}))
     model.config.output_attentions = False
-    model.config._attn_implementation = "flash_attention_2"  # need not be installed
+    model.config._attn_implementation = "flash_attention_2"  # the package need not be installed
     with raises_one_line("merged_patches_per_layer", "flash_attention_2"):
         model(build_images())
     assert type(model.vitcls.layers[0]) is MergingLayer

@@ -1,6 +1,6 @@
 """The model classes: shapes, block options, saving, masked image modeling, the backbone, and errors.
 
-Special tokens are in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
+Special tokens are tested in test_tokens.py, positions in test_positions.py, losses in test_losses.py, precision and
 compilation in test_runtime.py, equality with other implementations in test_exactness.py.
 """
 
@@ -78,7 +78,7 @@ def test_the_mlp_head(head_hidden_size: int | None) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "cls_mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
 @pytest.mark.parametrize("num_distillation_tokens", [0, 1])
-def test_a_classifier_without_labels_gives_the_pooled_vector(
+def test_a_classifier_without_labels_returns_the_pooled_vector(
     fields: dict[str, Any], num_distillation_tokens: int
 ) -> None:
     config = build_tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
@@ -119,7 +119,7 @@ def test_a_model_without_pooler() -> None:
 
 
 def test_initial_weights() -> None:
-    """Norms do nothing, biases are zero, all else is normal with the configured deviation."""
+    """Norms are identities, biases are zero, and other weights are normal with the configured standard deviation."""
     config = build_tiny_config(
         hidden_size=64,
         image_size=64,
@@ -138,15 +138,17 @@ def test_initial_weights() -> None:
         elif "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # of the deviation of so many numbers
+            tolerance = 4 * 0.05 / (2 * parameter.numel()) ** 0.5  # standard error of the deviation of so many values
             assert parameter.std().item() == pytest.approx(0.05, abs=tolerance), name
             seen.append(name.split(".")[-1])
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
 
 @pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
-def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Loading builds the model without memory first: what is not in the file has to be filled afterwards."""
+def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Models are built without memory before loading, so missing weights are initialized afterwards."""
     torch.manual_seed(0)
     config = build_tiny_config(num_register_tokens=2, hidden_size=64, **fields)
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
@@ -167,7 +169,7 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).train()
     model(build_images(16), labels=torch.arange(16) % 3).loss.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    # the last layer computes nothing with the queries of tokens that are not pooled, but with those that are
+    # The last layer does not use the queries of tokens that are not pooled, but it uses those of pooled tokens.
     assert not unused
 
 
@@ -185,10 +187,10 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
     ],
     ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked"],
 )
-def test_every_parameter_takes_part_in_every_step(
+def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
-    """Or distributed training stops with an error about parameters that did not."""
+    """Otherwise, distributed training stops with an error about unused parameters."""
     model = randomize(model_class(build_tiny_config(**fields))).train()
     model(build_images(), **inputs).loss.backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -228,10 +230,11 @@ def test_biases_of_swiglu(mlp_bias: bool) -> None:
     assert [module.bias is not None for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [mlp_bias] * 3
 
 
-def test_the_norm_epsilon_is_everywhere() -> None:
+def test_the_norm_epsilon_is_used_everywhere() -> None:
     config = build_tiny_config(layer_norm_eps=1e-3, pre_norm=True, qk_norm=True, pooling="attention")
     norms = [module for module in ViTCLSModel(config).modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * (2 + 2) + 3  # per layer before, after, q, k; before all, after all, in the pooler
+    # per layer: before attention, before MLP, q, k; embeddings, final norm, pooler
+    assert len(norms) == 2 * (2 + 2) + 3
     assert {norm.eps for norm in norms} == {1e-3}
 
 
@@ -249,14 +252,14 @@ def test_layer_scale_starts_at_its_value() -> None:
             assert torch.equal(scale.lambda1, torch.full((16,), 1e-5))
 
 
-def test_drop_path_rises_linearly_over_the_layers() -> None:
+def test_drop_path_increases_linearly_over_the_layers() -> None:
     layers = ViTCLSModel(build_tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).layers
     rates = [getattr(layer.drop_path, "rate", 0.0) for layer in layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_drop_path_drops_whole_branches_of_single_images() -> None:
-    """In training the change of the last layer is, per image, that of either branch, scaled, or nothing."""
+    """In training, the last layer adds to each image one of the scaled branches, both, or nothing."""
     torch.manual_seed(0)
     model = randomize(ViTCLSModel(build_tiny_config(drop_path_rate=0.5))).train()
     states = model(build_images(1).expand(400, -1, -1, -1), output_hidden_states=True).hidden_states
@@ -293,13 +296,13 @@ def test_dropout_of_attention_weights(implementation: str) -> None:
     attention = model.layers[0].attention
     states = build_images().view(2, -1, 16)
     whole = attention(states)[0]
-    # over many draws the dropped ones average to the whole, and single draws differ from it
+    # The mean over many draws is the full value, but single draws differ from it.
     draws = torch.stack([attention.train()(states)[0] for _ in range(400)])
     assert get_largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
     assert draws.std(dim=0).min() > 0
 
 
-def test_drop_path_and_dropout_rest_in_evaluation() -> None:
+def test_drop_path_and_dropout_are_disabled_in_evaluation() -> None:
     fields = BLOCKS["dropout"] | BLOCKS["drop_path"]
     regularised, plain = (
         randomize(ViTCLSModel(build_tiny_config(**fields))),
@@ -310,7 +313,7 @@ def test_drop_path_and_dropout_rest_in_evaluation() -> None:
     assert get_largest_difference(*(regularised(build_images()).last_hidden_state for _ in range(2))) > 0.01
 
 
-# Saving, and loading one class's checkpoint with another
+# Saving, and loading a checkpoint with another class
 
 
 @each_kind
@@ -329,8 +332,8 @@ def test_saved_and_loaded_options_are_equal(fields: dict[str, Any], tmp_path: Pa
     assert_same_outputs(save_and_load(model, tmp_path)(build_images()), model(build_images()), 1e-6)
 
 
-def test_multi_task_models_keep_their_cls_tokens_through_saving(tmp_path: Path) -> None:
-    """Names that sort differently from how they were given."""
+def test_saving_keeps_the_cls_tokens_of_multi_task_models(tmp_path: Path) -> None:
+    """Use names whose sorted order differs from the given order."""
     tasks = {"species": 3, "age": 3, "colour": 3}
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks=tasks)))
     loaded = save_and_load(model, tmp_path)(build_images()).logits
@@ -340,7 +343,7 @@ def test_multi_task_models_keep_their_cls_tokens_through_saving(tmp_path: Path) 
 
 @each_kind
 def test_copies_are_equal(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """As averaging of weights copies models, after they have run."""
+    """Weight averaging copies models after they have run."""
     model = randomize(model_class(build_tiny_config(**fields)))
     expected = model(build_images(), **inputs)
     assert_same_outputs(copy.deepcopy(model)(build_images(), **inputs), expected, 1e-6)
@@ -348,7 +351,7 @@ def test_copies_are_equal(model_class: type, fields: dict[str, Any], inputs: dic
 
 @pytest.mark.parametrize("saver", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling])
 @pytest.mark.parametrize("loader", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
-def test_any_class_loads_the_encoder_of_any_other(saver: type, loader: type, tmp_path: Path) -> None:
+def test_every_class_loads_the_encoder_of_every_other_class(saver: type, loader: type, tmp_path: Path) -> None:
     saved = randomize(saver(build_tiny_config(num_register_tokens=2)))
     saved.save_pretrained(tmp_path)
     loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
@@ -371,7 +374,7 @@ def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) ->
     assert output.reconstruction.shape == (2, 3, *size)
 
 
-def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
+def test_reconstructions_of_rectangular_patches_and_gray_images() -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(patch_size=[4, 8], num_channels=1)))
     output = model(build_images(2, 15, 17, 1), bool_masked_pos=torch.ones(2, 6, dtype=torch.bool))
     assert output.reconstruction.shape == (2, 1, 12, 16)
@@ -379,7 +382,7 @@ def test_reconstructions_of_rectangular_patches_and_grey_images() -> None:
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_masked_pixels_are_not_seen() -> None:
+def test_masked_pixels_have_no_effect() -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, 5] = True  # row 1, column 1
@@ -392,7 +395,7 @@ def test_masked_pixels_are_not_seen() -> None:
 
 
 @each_kind
-def test_calls_without_images_are_refused(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
+def test_calls_without_images_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = model_class(build_tiny_config(**fields))
     for pixel_values, words in (
         (None, "pixel_values is a NoneType: pass a tensor"),
@@ -405,13 +408,13 @@ def test_calls_without_images_are_refused(model_class: type, fields: dict[str, A
             model(pixel_values, **inputs)
 
 
-def test_the_callers_configuration_is_left_alone() -> None:
+def test_the_configuration_of_the_caller_is_not_changed() -> None:
     config = build_tiny_config()
     ViTCLSForMaskedImageModeling(config)
     assert not config.use_mask_token
 
 
-def test_masks_that_do_not_fit_are_an_error() -> None:
+def test_masks_of_a_wrong_shape_are_errors() -> None:
     model = ViTCLSForMaskedImageModeling(build_tiny_config())
     for shape in ((2, 15), (1, 16), (2, 4, 4)):
         with raises_one_line("bool_masked_pos", str(shape), "(2, 16)"):
@@ -431,7 +434,7 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
     assert backbone.channels == [16, 16, 16]
     maps = backbone(build_images(2, 24, 56)).feature_maps
     assert [feature_map.shape for feature_map in maps] == [(2, 16, 3, 7)] * 3
-    # pixel (1, 2) of a map is the patch at row 1, column 2
+    # Pixel (1, 2) of a map is the patch at row 1, column 2.
     states = randomize(ViTCLSModel(config))(build_images(2, 24, 56), output_hidden_states=True)
     patch = config.token_layout.num_prefix_tokens + 1 * 7 + 2
     for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
@@ -440,7 +443,7 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
 
 
 def test_feature_maps_as_tokens() -> None:
-    """The first CLS token and the patches."""
+    """Expect the first CLS token and the patches."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 2}
     backbone = randomize(ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, **fields)))
     (tokens,) = backbone(build_images()).feature_maps
@@ -456,7 +459,7 @@ def test_the_default_feature_map_is_the_last() -> None:
     assert len(backbone(build_images()).feature_maps) == 1
 
 
-def test_stages_can_be_chosen_at_load(tmp_path: Path) -> None:
+def test_stages_can_be_set_at_load(tmp_path: Path) -> None:
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     chosen = ViTCLSBackbone.from_pretrained(tmp_path, out_indices=[0, 1])
     assert chosen.out_features == ["stem", "stage1"]
@@ -501,9 +504,7 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
 
 
 @each_kind
-def test_images_that_do_not_fit_are_an_error(
-    model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
-) -> None:
+def test_images_of_a_wrong_shape_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = model_class(build_tiny_config(**fields))
     with raises_one_line("requires 3 channel", "pixel_values has 1"):
         model(build_images(channels=1))
@@ -553,7 +554,7 @@ def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
         load.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_missing_folder_that_looks_like_a_name_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_that_looks_like_a_hub_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with raises_one_line("runs/nowhere", error=OSError):
         ViTCLSForImageClassification.from_pretrained("runs/nowhere")

@@ -1,4 +1,4 @@
-"""Outputs hold tensors only: gathering, DataParallel, pytrees and tuples handle them like those of transformers."""
+"""Outputs contain only tensors: gather, DataParallel, pytrees and tuples handle them like transformers' outputs."""
 
 import dataclasses
 from pathlib import Path
@@ -41,7 +41,7 @@ def contains_tensors_only(value: Any) -> bool:
 
 
 def test_fields_are_those_of_transformers() -> None:
-    """A field that is no tensor breaks whoever handles all fields alike."""
+    """Code that handles all fields in the same way requires tensors."""
     names = [field.name for field in dataclasses.fields(ViTCLSModelOutput)]
     assert names == [field.name for field in dataclasses.fields(BaseModelOutputWithPooling)]
 
@@ -58,7 +58,7 @@ def test_outputs_hold_tensors_only(model_class: Any, fields: dict[str, Any], inp
 
 @torch.no_grad()
 def test_a_tuple_ends_with_the_pooler_output() -> None:
-    """As for the built-in ViT."""
+    """The built-in ViT returns the same tuple."""
     model = build_model()
     output, values = model(build_images()), model(build_images(), return_dict=False)
     assert isinstance(values, tuple) and len(values) == 2
@@ -82,14 +82,14 @@ def test_tokens_by_name() -> None:
 
 @torch.no_grad()
 def test_tokens_of_models_with_different_layouts() -> None:
-    """The layout belongs to one output, not to the class."""
+    """The layout belongs to an output, not to the class."""
     first = build_model()(build_images())
     second = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=5)))(build_images())
     assert (first.tokens["registers"].shape[1], second.tokens["registers"].shape[1]) == (2, 5)
 
 
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return what DataParallel gathers from two devices; only the copy between devices is replaced."""
+    """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
 
     class Gather:
         @staticmethod
@@ -122,7 +122,7 @@ def test_pytree() -> None:
 
 @torch.no_grad()
 def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gathered output does not know its layout; it says how to slice the tokens."""
+    """A gathered output has lost its layout; the error explains how to slice the tokens."""
     output = build_model()(build_images())
     leaves, spec = pytree.tree_flatten(output)
     for rebuilt in (

@@ -1,4 +1,4 @@
-"""Patch dropout: fewer patches in training, each with its own place, mask and rotation; all of them in evaluation."""
+"""Patch dropout: training uses some patches, each with its own position, mask and rotation; evaluation uses all."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from modeling_vitcls.variants_vitcls import get_num_kept_patches
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
-PREFIX = 6  # of these
+PREFIX = 6  # register tokens among them
 MASK = torch.ones(2, PREFIX + 16, dtype=torch.long)
 MASK[1, 8:14] = 0
 
-# Where masks and positions come from; the rotary ones differ between layers and heads, or not.
+# Sources of masks and positions; rotary positions may differ between layers and heads.
 SOURCES: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary": {"position_embedding_type": "rope_2d"},
@@ -51,8 +51,8 @@ CASES += [("rotary", "flash_attention_2", MASK)]
 CASES += [pytest.param("scopes", "flex_attention", MASK, marks=pytest.mark.slow)]
 
 
-def kept_by(model: ViTCLSModel) -> list[torch.Tensor]:
-    """Filled, in each forward pass, with the indices [B, n] of the kept patches."""
+def record_kept_patches(model: ViTCLSModel) -> list[torch.Tensor]:
+    """Return a list that collects, for each forward pass, the indices [B, n] of the kept patches."""
     found: list[torch.Tensor] = []
     choose = model.patch_dropout.choose_patches
 
@@ -67,18 +67,19 @@ def kept_by(model: ViTCLSModel) -> list[torch.Tensor]:
 @torch.no_grad()
 @pytest.mark.usefixtures("flash_attention")
 @pytest.mark.parametrize(("source", "implementation", "mask"), CASES)
-def test_training_is_evaluation_on_the_kept_patches(
+def test_training_equals_evaluation_on_the_kept_patches(
     source: str, implementation: str, mask: torch.Tensor | None
 ) -> None:
-    """Hiding the dropped patches from all tokens must give the kept tokens the same states."""
+    """If the dropped patches are masked for all tokens, the kept tokens must have the same states."""
     model = randomize(ViTCLSModel(build_tiny_config(**(TOKENS | SOURCES[source]), patch_drop_rate=0.4)))
     prefix = model.config.token_layout.num_prefix_tokens
     mask = None if mask is None else mask[:, PREFIX - prefix :]
-    model.config._attn_implementation = implementation  # `set_attn_implementation` requires the package of flash
-    kept = kept_by(model)
+    # `set_attn_implementation` requires the package of flash attention
+    model.config._attn_implementation = implementation
+    kept = record_kept_patches(model)
     with torch.compiler.set_stance("force_eager"):
         found = model.train()(build_images(), attention_mask=mask, output_hidden_states=True)
-        assert kept[0].shape == (2, 10) and kept[0].tolist()[0] != kept[0].tolist()[1]  # each image has its own
+        assert kept[0].shape == (2, 10) and kept[0].tolist()[0] != kept[0].tolist()[1]  # each image has its own subset
         visible = torch.zeros(2, prefix + 16, dtype=torch.long)
         visible[:, :prefix] = 1
         visible.scatter_(1, kept[0] + prefix, 1)
@@ -91,7 +92,7 @@ def test_training_is_evaluation_on_the_kept_patches(
 
 
 @torch.no_grad()
-def test_evaluation_and_weights_are_untouched(tmp_path: Path) -> None:
+def test_evaluation_and_weights_do_not_change(tmp_path: Path) -> None:
     plain = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, patch_drop_rate=0.5)))
     assert plain.state_dict().keys() == model.state_dict().keys()
@@ -104,7 +105,7 @@ def test_evaluation_and_weights_are_untouched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
+def test_gradient_checkpointing_uses_the_same_patches(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         fields = TOKENS | {"position_embedding_type": "rope_2d", "relative_position_bias": "layer"}
@@ -114,12 +115,12 @@ def test_gradient_checkpointing_sees_the_same_patches(reentrant: bool) -> None:
         torch.manual_seed(0)
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-        assert all(gradient is not None for gradient in gradients[-1])  # DDP waits for every one
+        assert all(gradient is not None for gradient in gradients[-1])  # DDP waits for the gradients of all parameters
     assert_same_outputs(*gradients, 1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls_mean", "max", "attention"])
-def test_heads_read_what_is_there(pooling: str) -> None:
+def test_heads_read_the_kept_patches(pooling: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
     pooler_inputs: list[torch.Tensor] = []
     model.vitcls.pooler.register_forward_pre_hook(lambda pooler, inputs: pooler_inputs.append(inputs[0]))
@@ -138,8 +139,8 @@ def test_heads_read_what_is_there(pooling: str) -> None:
     assert all(parameter.grad.abs().max() > 0 for parameter in model.classifier.parameters())
 
 
-def test_several_tasks_learn() -> None:
-    """Also if a batch has no labels for one of them."""
+def test_training_several_tasks() -> None:
+    """Check also a batch without labels for one of the tasks."""
     fields: dict[str, Any] = {"num_cls_tokens": 2, "tasks": {"age": 2, "species": 4}, "patch_drop_rate": 0.9}
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(**fields))).train()
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, 0])}
@@ -157,15 +158,15 @@ def test_several_tasks_learn() -> None:
     assert {task: rows.argmax(1).tolist() for task, rows in logits.items()} == {"age": [1, 0], "species": [3, 0]}
 
 
-def test_which_patches_stay_is_random_and_reproducible() -> None:
+def test_kept_patches_are_random_and_reproducible() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.5))).train()
-    kept = kept_by(model)
+    kept = record_kept_patches(model)
     counts = torch.zeros(16)
     for seed in range(100):
         torch.manual_seed(seed)
         model.patch_dropout(torch.zeros(4, 17, 16), None, None)
         counts += torch.bincount(kept[-1].flatten(), minlength=16)
-    assert counts.min() > 150 and counts.max() < 250  # 200 expected, of standard deviation 10
+    assert counts.min() > 150 and counts.max() < 250  # expected 200, with a standard deviation of 10
     torch.manual_seed(99)
     model(build_images(4))
     assert kept[-1].equal(kept[-2])
@@ -175,18 +176,18 @@ def test_which_patches_stay_is_random_and_reproducible() -> None:
     ("rate", "patches", "kept"),
     [(0.5, 196, 98), (0.8, 10, 2), (0.9, 10, 1), (0.99, 4, 1), (0.25, 49, 37), (0.0, 5, 5)],
 )
-def test_how_many_stay(rate: float, patches: int, kept: int) -> None:
+def test_number_of_kept_patches(rate: float, patches: int, kept: int) -> None:
     assert get_num_kept_patches(rate, patches) == kept
 
 
-def test_memory_is_estimated_for_what_stays() -> None:
+def test_memory_is_estimated_for_the_kept_patches() -> None:
     half, whole = (ViTCLSForImageClassification(build_tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
-    pixels = 4 * 3 * 32 * 16  # bytes of half an image, which stay either way
+    pixels = 4 * 3 * 32 * 16  # bytes of half an image, which are always kept
     assert estimate_memory(half, 32).activations == estimate_memory(whole, (32, 16)).activations + pixels
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSForMaskedImageModeling, ViTCLSBackbone])
-def test_models_of_all_patches_are_not_trained_on_some(model_class: Any) -> None:
+def test_models_that_require_all_patches_are_errors(model_class: Any) -> None:
     model = randomize(model_class(build_tiny_config(patch_drop_rate=0.5)))
     model(build_images())
     with raises_one_line(model_class.__name__, "patch_drop_rate=0 to train"):
@@ -199,8 +200,8 @@ def test_wrong_rates(rate: Any) -> None:
         ViTCLSConfig(patch_drop_rate=rate)
 
 
-def test_graphs_leave_the_batch_open() -> None:
-    """In training, where patches are dropped."""
+def test_exported_training_graphs_accept_any_batch_size() -> None:
+    """Patches are dropped only in training."""
     dropout = ViTCLSModel(build_tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
     graph = torch.export.export(
         dropout,

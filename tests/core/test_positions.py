@@ -1,4 +1,4 @@
-"""Positions: any image size at run time, and resampling when a checkpoint is loaded for another size."""
+"""Positions: any image size at run time, and resampling when a checkpoint is loaded with another size."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLS
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 56), (8, 8), (80, 16), (37, 45)], ids=str)
 def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
-    """Pixels beyond the last whole patch are left out."""
+    """Pixels beyond the last whole patch are ignored."""
     model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, num_register_tokens=2)))
     patches = (size[0] // 8) * (size[1] // 8)
     pixels = build_images(2, *size)
@@ -42,8 +42,8 @@ def test_any_size_at_run_time(kind: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["learned", "sincos_2d", "rope_2d"])
-def test_positions_tell_places_apart(kind: str) -> None:
-    """Two images with swapped patches differ in what the CLS token reads; without positions they do not."""
+def test_positions_distinguish_patches(kind: str) -> None:
+    """Swapping two patches changes the CLS token; without positions it does not."""
     pixels = build_images(1)
     swapped = pixels.clone()
     swapped[:, :, :8, :8], swapped[:, :, 16:24, 24:] = pixels[:, :, 16:24, 24:], pixels[:, :, :8, :8]
@@ -54,12 +54,12 @@ def test_positions_tell_places_apart(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_rows_and_columns_are_not_mixed_up(kind: str) -> None:
-    """A wide image and its transpose give different tokens unless there are no positions at all."""
+def test_rows_and_columns_are_not_swapped(kind: str) -> None:
+    """A wide image and its transpose have different tokens unless there are no positions."""
     model = randomize(ViTCLSModel(build_tiny_config(position_embedding_type=kind, image_size=[16, 40])))
     with torch.no_grad():
         weight = model.embeddings.patch_embeddings.projection.weight
-        weight.copy_((weight + weight.transpose(2, 3)) / 2)  # a patch and its transpose embed alike
+        weight.copy_((weight + weight.transpose(2, 3)) / 2)  # a patch and its transpose have the same embedding
     wide = build_images(1, 16, 40)
     tall = wide.transpose(2, 3)
     difference = get_largest_difference(model(wide).pooler_output, model(tall).pooler_output)
@@ -89,7 +89,7 @@ def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> 
 
 
 @pytest.mark.parametrize("tokens", ["patches", "cls", "all"])
-def test_learned_positions_of_groups_without_tokens_do_not_exist(tokens: str) -> None:
+def test_groups_without_tokens_have_no_learned_positions(tokens: str) -> None:
     model = ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
     assert [name for name, _ in model.embeddings.position_embeddings.named_parameters()] == ["patches"]
     assert model(build_images()).last_hidden_state.shape == (2, 16, 16)
@@ -125,7 +125,7 @@ LOADERS = {
 @pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_loading_for_another_image_size(saver: type, loader: type, kind: str, tmp_path: Path) -> None:
-    """The loaded model gives at its native size what the saved one gives for images of that size."""
+    """At its native size, the loaded model equals the saved model on images of that size."""
     saved = randomize(saver(build_tiny_config(position_embedding_type=kind, num_register_tokens=1)))
     saved.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path, image_size=[24, 56])
@@ -141,7 +141,7 @@ def test_loading_for_another_image_size(saver: type, loader: type, kind: str, tm
         assert [table.shape for table in tables] == [(1, 3 * 7, 16)]
 
 
-def test_what_was_resampled_is_logged_once(tmp_path: Path) -> None:
+def test_resampling_is_logged_once(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     with _captured_logs() as logs:
         ViTCLSForImageClassification.from_pretrained(tmp_path, image_size=[24, 56])
@@ -155,7 +155,7 @@ def _captured_logs() -> CaptureLogger:
     return CaptureLogger(logging.get_logger("modeling_vitcls.adaptation_vitcls"))
 
 
-def test_loading_for_another_image_size_keeps_what_else_was_asked_for(tmp_path: Path) -> None:
+def test_loading_with_another_image_size_keeps_other_changes(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     loaded, info = ViTCLSForImageClassification.from_pretrained(
         tmp_path,
@@ -190,7 +190,7 @@ def test_adapting_to_the_same_size_keeps_one_configuration() -> None:
     assert adapted(build_images(), output_attentions=True).attentions is not None
 
 
-def test_adapting_refuses_what_does_not_fit() -> None:
+def test_impossible_sizes_are_errors() -> None:
     model = ViTCLSModel(build_tiny_config())
     with raises_one_line("image_size", "24 or 32"):
         model.adapt(image_size=30)

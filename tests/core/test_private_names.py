@@ -1,4 +1,4 @@
-"""Checkpoints load, run and train in plain PyTorch if a private name of PyTorch is missing."""
+"""Checkpoints load, run and train with plain PyTorch if a private name of PyTorch is missing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from .altered_pytorch import Results, assert_same_results, load_with_altered_pyt
 from .source import KERNEL_FILE, find_private_names, is_private
 
 
-# PyTorch itself does not work without these: `nn.Linear` fails.
+# PyTorch itself requires these names: without them, `nn.Linear` fails.
 NEEDED_BY_PYTORCH = {"torch._C"}
 
 
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Private name -> results without it."""
+    """Return private name -> results without it."""
     return load_with_altered_pytorch(tmp_path_factory.mktemp("private_names"), NAMES)
 
 
 def test_kernels_are_installed_if_nothing_is_missing(results: Results) -> None:
-    """Otherwise the other tests would compare plain PyTorch with itself."""
+    """Without this check, the other tests would compare plain PyTorch with itself."""
     assert results["none"]["classes"] & {"CPULinear"}
     assert not {name for name in results["kernels_off"]["classes"] if name.startswith("CPU")}
     assert_same_results(results["none"], results["kernels_off"])
@@ -48,5 +48,5 @@ def test_a_checkpoint_loads_runs_and_trains_without(name: str, results: Results)
 
 
 @pytest.mark.parametrize("name", sorted(NEEDED_BY_PYTORCH))
-def test_pytorch_itself_needs(name: str, results: Results) -> None:
+def test_pytorch_itself_requires(name: str, results: Results) -> None:
     assert name in NAMES and results[name]["torch_error"]

@@ -1,6 +1,6 @@
-"""Random configurations: a valid one gives a model that learns and survives saving, any other a ValueError.
+"""Random configurations: a valid one builds a model that trains and can be saved, all others raise a ValueError.
 
-The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` looks at others, and at more of them.
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
 """
 
 import os
@@ -26,7 +26,7 @@ from modeling_vitcls import (
 )
 
 
-logging.disable_progress_bar()  # two bars for each of the examples
+logging.disable_progress_bar()  # two progress bars for each example
 
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("reproducible", derandomize=True, **SLOW_IS_FINE)
@@ -36,31 +36,32 @@ settings.load_profile(PROFILE)
 
 CLASSES: list[type[ViTCLSPreTrainedModel]] = [
     ViTCLSModel,
-    ViTCLSForImageClassification,  # or the multi-task class, where there are tasks
+    ViTCLSForImageClassification,  # or the multi-task class, if there are tasks
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
     ViTCLSBackbone,
 ]
-NAMES = ["species", "age", "colour", "type", "keys"]  # in an order that sorting changes; two are taken in ModuleDict
+# In an order that sorting changes. ModuleDict has attributes of two of these names.
+NAMES = ["species", "age", "colour", "type", "keys"]
 FIELDS = sorted(ViTCLSConfig.__annotations__.keys() - {"model_type", "_out_features", "_out_indices"})
 FIELDS = [name for name in FIELDS if not name.startswith(("base_model", "keys_to"))]
 
 
 def limited(max_examples: int) -> Any:
-    """`max_examples` in the reproducible profile, the profile's own number in others."""
+    """Use `max_examples` in the reproducible profile, and the profile's own number in others."""
     return settings(max_examples=max_examples) if PROFILE == "reproducible" else settings()
 
 
 @st.composite
 def pairs(draw: st.DrawFn, height: int, width: int) -> Any:
-    """One of the forms of a size."""
+    """Draw a size as an integer, a list or a dict."""
     forms = [[height, width], (height, width), *([height] if height == width else [])]
     return draw(st.sampled_from(forms))
 
 
 @st.composite
-def scopes(draw: st.DrawFn, grid: tuple[int, int]) -> Any:
-    """The part of the image that one CLS token may see."""
+def cls_scopes(draw: st.DrawFn, grid: tuple[int, int]) -> Any:
+    """Draw the part of the image to which one CLS token attends."""
     if draw(st.booleans()):
         return "image"
     rows, columns = (draw(st.integers(1, size)) for size in grid)
@@ -69,7 +70,7 @@ def scopes(draw: st.DrawFn, grid: tuple[int, int]) -> Any:
 
 @st.composite
 def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields of any valid configuration of a tiny model."""
+    """Draw fields of a valid configuration of a tiny model."""
 
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
@@ -119,30 +120,30 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
     for name in ("query_bias", "key_bias", "value_bias"):
         fields[name] = one_of(None, True, False)
     if counts["num_cls_tokens"] and chance():
-        fields["cls_scopes"] = [draw(scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])]
+        fields["cls_scopes"] = [draw(cls_scopes((rows, columns))) for _ in range(counts["num_cls_tokens"])]
     if counts["num_distillation_tokens"]:
         fields["distillation_head"] = one_of(None, True, False)
     choices = ["mean", "cls"]
     if counts["num_distillation_tokens"] and fields["distillation_head"] is not False:
         choices.append("distillation")
     fields["distillation_inference"] = one_of(*choices)
-    # Several tokens of one kind that start at zero need positions to tell them apart.
+    # Several tokens of one kind that are initialized with zeros require positions, because they would stay equal.
     fields["token_init"] = one_of("trunc_normal", "near_zero", *(["zeros"] if max(counts.values()) < 2 else []))
     if fields["pooling"] == "cls" and chance():
         names = NAMES[: counts["num_cls_tokens"]] if chance() else NAMES[-counts["num_cls_tokens"] :]
-        if "cls_scopes" in fields:  # which follow the tasks in alphabetical order
+        if "cls_scopes" in fields:  # in the alphabetical order of the tasks
             names = sorted(names)
         fields["tasks"] = {name: one_of(1, 3, ["only"], ["yes", "no"]) for name in names}
     return fields
 
 
-def classifier_class(config: ViTCLSConfig) -> type[ViTCLSPreTrainedModel]:
-    """The classifier that takes this configuration."""
+def get_classifier_class(config: ViTCLSConfig) -> type[ViTCLSPreTrainedModel]:
+    """Return the classifier class for this configuration."""
     return ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
 
 
-def inputs_for(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[str, Any]:
-    """Two images, and what the class learns from."""
+def build_inputs(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[str, Any]:
+    """Return two images, and the labels of the class."""
     config = model.config
     inputs: dict[str, Any] = {"pixel_values": build_images(2, height, width, config.num_channels)}
     if isinstance(model, ViTCLSForImageClassification) and config.num_labels:
@@ -156,9 +157,9 @@ def inputs_for(model: ViTCLSPreTrainedModel, height: int, width: int) -> dict[st
     return inputs
 
 
-def learn_once(model: ViTCLSPreTrainedModel) -> None:
-    """One forward and backward pass in training; every output and gradient is a number."""
-    output = model.train()(**inputs_for(model, *model.config.image_height_width))
+def run_training_step(model: ViTCLSPreTrainedModel) -> None:
+    """Run a forward and a backward pass, and check that all outputs and gradients are finite."""
+    output = model.train()(**build_inputs(model, *model.config.image_height_width))
     results = list(list_tensors(output))
     assert results
     assert all(result.isfinite().all() for result in results)
@@ -174,15 +175,15 @@ def learn_once(model: ViTCLSPreTrainedModel) -> None:
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
 )
 @pytest.mark.integration
-def test_a_valid_configuration_learns_and_survives_saving(
+def test_valid_configurations_train_and_can_be_saved(
     fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
     config = ViTCLSConfig(**fields)
     if model_class is ViTCLSForImageClassification:
-        model_class = classifier_class(config)
+        model_class = get_classifier_class(config)
     torch.manual_seed(0)
     model = model_class(config)
-    learn_once(model)
+    run_training_step(model)
 
     with tempfile.TemporaryDirectory() as folder:
         model.eval().save_pretrained(folder)
@@ -190,10 +191,10 @@ def test_a_valid_configuration_learns_and_survives_saving(
     assert loaded.config.token_layout == config.token_layout
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
-    # At the native size, and at any larger one. Not to the last bit: kernels depend on how memory is aligned.
+    # Native size and a larger one. Values may differ in the last bits: kernels depend on memory alignment.
     native_height, native_width = config.image_height_width
     for height, width in ((native_height, native_width), (native_height + more[0], native_width + more[1])):
-        inputs = inputs_for(model, height, width)
+        inputs = build_inputs(model, height, width)
         for before, after in zip(list_tensors(model(**inputs)), list_tensors(loaded(**inputs)), strict=True):
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
@@ -217,10 +218,10 @@ LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_featu
     garbage=st.dictionaries(st.sampled_from(FIELDS + LABEL_FIELDS), ANYTHING, max_size=1),
 )
 @pytest.mark.integration
-def test_any_fields_work_or_are_a_value_error(
+def test_any_fields_work_or_raise_a_value_error(
     fields: dict[str, Any], other: dict[str, Any], taken: set[str], garbage: dict[str, Any]
 ) -> None:
-    """Two valid configurations mixed, which may contradict each other, and anything at all as the value of a field."""
+    """Mix two valid configurations, which may contradict each other, and set a field to any value."""
     mixed = {**fields, **{name: other[name] for name in taken & other.keys()}, **garbage}
     try:
         config = ViTCLSConfig(**mixed)
@@ -229,9 +230,9 @@ def test_any_fields_work_or_are_a_value_error(
         assert "\n" not in str(error)
         return
     torch.manual_seed(0)
-    model = classifier_class(config)(config)
+    model = get_classifier_class(config)(config)
     if config.problem_type is None:
-        learn_once(model)
+        run_training_step(model)
 
 
 @limited(100)
@@ -241,8 +242,9 @@ def test_any_fields_work_or_are_a_value_error(
     letter=st.sampled_from("aeistn_"),
     edit=st.sampled_from(["drop", "double", "insert", "swap"]),
 )
-def test_any_misspelt_keyword_is_a_value_error(name: str, position: float, letter: str, edit: str) -> None:
-    at = 1 + int(position * (len(name) - 2))  # not the first letter: names with a leading underscore are transformers'
+def test_any_misspelled_keyword_raises_a_value_error(name: str, position: float, letter: str, edit: str) -> None:
+    # not the first letter: transformers accepts names with a leading underscore
+    at = 1 + int(position * (len(name) - 2))
     edits = {
         "drop": name[:at] + name[at + 1 :],
         "double": name[:at] + name[at] + name[at:],

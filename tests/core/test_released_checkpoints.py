@@ -1,6 +1,6 @@
-"""What earlier releases saved loads with the newest code, without a remark, and answers as it did then.
+"""Checkpoints of earlier releases load with the current code without warnings, and their outputs have not changed.
 
-The checkpoints are in fixtures/released/; released_models.py writes those of a new release.
+The checkpoints are in fixtures/released/; released_models.py writes the checkpoints of a new release.
 """
 
 import logging
@@ -19,7 +19,7 @@ from modeling_vitcls.version import __version__
 
 
 TOLERANCE = 1e-5
-LARGEST_FILE = 50_000  # bytes: a release adds little to the repository
+LARGEST_FILE = 50_000  # bytes: a release must add little to the repository
 
 CHECKPOINTS = sorted(path.parent for path in RELEASED.glob("*/*/config.json"))
 each_checkpoint = pytest.mark.parametrize(
@@ -28,8 +28,8 @@ each_checkpoint = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def remarks() -> Any:
-    """What transformers logs, from warnings on."""
+def log_messages() -> Any:
+    """Return the warnings and errors that transformers logs."""
     records: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -39,8 +39,8 @@ def remarks() -> Any:
     logger.removeHandler(handler)
 
 
-def loaded(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
-    """The model of the class that it was saved from, and what transformers tells of its loading."""
+def load_model(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model, loaded with the class that saved it, and its loading information."""
     model_class = getattr(vitcls, AutoConfig.from_pretrained(folder).architectures[0])
     return model_class.from_pretrained(folder, output_loading_info=True, **values)
 
@@ -53,13 +53,15 @@ def test_this_version_has_its_checkpoints() -> None:
 
 
 @each_checkpoint
-def test_it_loads_without_a_remark_and_answers_as_recorded(folder: Path, remarks: list[str]) -> None:
+def test_released_models_load_without_warnings_and_outputs_are_unchanged(
+    folder: Path, log_messages: list[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model, info = loaded(folder)
+        model, info = load_model(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
         found = compute_outputs(model, processor)
-    assert not remarks
+    assert not log_messages
     assert not any(info.values()), info
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
     wanted = load_file(folder / ANSWERS)
@@ -71,32 +73,32 @@ def test_it_loads_without_a_remark_and_answers_as_recorded(folder: Path, remarks
 
 
 @each_checkpoint
-def test_it_goes_on_as_a_new_one(folder: Path, tmp_path: Path) -> None:
-    """Saved anew it is the same model; its tokens can be changed; and AutoModel gives its encoder."""
-    model, _ = loaded(folder)
+def test_released_models_can_be_saved_and_adapted(folder: Path, tmp_path: Path) -> None:
+    """Saving keeps the model, tokens can be changed, and AutoModel loads the encoder."""
+    model, _ = load_model(folder)
     model.save_pretrained(tmp_path)
-    again, info = loaded(tmp_path)
+    again, info = load_model(tmp_path)
     assert not any(info.values())
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(folder)
     for name, value in compute_outputs(again, processor).items():
         assert (value - load_file(folder / ANSWERS)[name]).abs().max() <= TOLERANCE, name
-    adapted, _ = loaded(folder, num_register_tokens=5)
+    adapted, _ = load_model(folder, num_register_tokens=5)
     assert adapted.config.num_register_tokens == 5
     assert type(AutoModel.from_pretrained(folder)) is vitcls.ViTCLSModel
 
 
 @each_checkpoint
-def test_it_is_small_and_has_nothing_but_the_checkpoint(folder: Path) -> None:
+def test_released_folders_are_small_and_contain_only_the_checkpoint(folder: Path) -> None:
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert files.keys() == {"config.json", "preprocessor_config.json", "model.safetensors", ANSWERS}
     assert max(files.values()) <= LARGEST_FILE
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_for_a_new_release_is_what_is_read_here(kind: str, tmp_path: Path) -> None:
+def test_new_releases_are_written_in_the_same_format(kind: str, tmp_path: Path) -> None:
     write(kind, tmp_path / kind)
-    test_it_is_small_and_has_nothing_but_the_checkpoint(tmp_path / kind)
-    model, _ = loaded(tmp_path / kind)
+    test_released_folders_are_small_and_contain_only_the_checkpoint(tmp_path / kind)
+    model, _ = load_model(tmp_path / kind)
     found = compute_outputs(model, AutoImageProcessor.from_pretrained(tmp_path / kind))
     wanted = load_file(tmp_path / kind / ANSWERS)
     assert found.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""How models run: gradient checkpointing, precision, attention implementations, compilation, export, device plans."""
+"""Gradient checkpointing, precision, attention implementations, compilation, export, and parallelism plans."""
 
 import re
 from collections.abc import Iterator
@@ -42,14 +42,14 @@ def test_gradient_checkpointing_changes_no_gradient(fields: dict[str, Any]) -> N
         model(build_images(), labels=torch.tensor([0, 2])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         calls.append(len(counted))
-    assert calls == [1, 2]  # computed once more for the backward pass
+    assert calls == [1, 2]  # computed again for the backward pass
     assert_same_outputs(*gradients, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_kind
 def test_half_precision(model_class: type, fields: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
-    """Images may come in float32; sizes other than the native one are resampled in float32."""
+    """Images may be float32; positions are resampled in float32 for other image sizes."""
     model = model_class(build_tiny_config(**fields)).eval()
     expected = model(build_images(), **inputs)
     model.to(dtype)
@@ -101,7 +101,9 @@ MASKED[1, 10:14] = 0
     "fields", [{}, {"cls_scopes": ["image", [2, 2, 0, 1]]}, BLOCKS["rope"] | BLOCKS["qk_norm"]], ids=str
 )
 def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
-    """Flex attention runs uncompiled here, which is the same mathematics; compiled it is a slow test below."""
+    """Flex attention is not compiled here, which is mathematically equal; test_compiled_flex_attention_agrees compiles
+    it.
+    """
     config = build_tiny_config(**BLOCKS["tokens"] | fields)
     outputs = []
     for implementation in ("sdpa", "eager", "flex_attention"):
@@ -116,7 +118,8 @@ def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Ten
 @pytest.mark.slow
 @pytest.mark.parametrize("scopes", [None, ["image", [2, 2, 0, 1]]], ids=str)
 def test_compiled_flex_attention_agrees(scopes: list | None) -> None:
-    config = build_tiny_config(num_cls_tokens=2, cls_scopes=scopes, hidden_size=32)  # its CPU kernel needs heads of 16
+    # its CPU kernel requires a head width of 16
+    config = build_tiny_config(num_cls_tokens=2, cls_scopes=scopes, hidden_size=32)
     model = randomize(ViTCLSModel(config))
     with torch.no_grad():
         expected = model(build_images()).last_hidden_state
@@ -124,7 +127,7 @@ def test_compiled_flex_attention_agrees(scopes: list | None) -> None:
         assert get_largest_difference(model(build_images()).last_hidden_state, expected) < 1e-5
 
 
-def test_sdpa_gives_no_attentions() -> None:
+def test_sdpa_returns_no_attentions() -> None:
     assert randomize(ViTCLSModel(build_tiny_config()))(build_images(), output_attentions=True).attentions in (
         None,
         (None, None),
@@ -152,7 +155,7 @@ def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str,
         assert_same_outputs(compiled(build_images(), **inputs), model(build_images(), **inputs), 1e-6)
 
 
-# All blocks in few models, since tracing one takes seconds.
+# Few models contain all blocks, because tracing a model takes seconds.
 TOGETHER = {
     "gated MLP": ["swiglu", "qk_norm", "no_key_bias", "layer_scale", "rope", "tokens", "mlp_head"],
     "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling"],
@@ -161,8 +164,8 @@ TOGETHER = {
 }
 
 
-def with_blocks(name: str) -> dict[str, Any]:
-    """The fields of all of these blocks."""
+def merge_blocks(name: str) -> dict[str, Any]:
+    """Return the fields of all of these blocks."""
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
 
@@ -170,7 +173,7 @@ def with_blocks(name: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**with_blocks(name))))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     gradients = []
@@ -197,7 +200,7 @@ def test_compiled_code_agrees(kind: str) -> None:
 @pytest.mark.parametrize("name", TOGETHER)
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**with_blocks(name))))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     for number in (1, 2, 7):
@@ -217,26 +220,28 @@ def test_export_with_the_loss(name: str) -> None:
     model_class, fields, inputs = KINDS[name]
     model = randomize(model_class(build_tiny_config(**fields)))
     batch = torch.export.Dim("batch", min=1, max=1024)
-    three = {"pixel_values": build_images(3), **_repeated(inputs, [0, 1, 0])}
+    three = {"pixel_values": build_images(3), **_repeat_inputs(inputs, [0, 1, 0])}
     dynamic = {
         key: {task: {0: batch} for task in value} if isinstance(value, dict) else {0: batch}
         for key, value in three.items()
     }
     program = torch.export.export(model, (), three, dynamic_shapes=dynamic)
-    five = {"pixel_values": build_images(5), **_repeated(inputs, [0, 1, 0, 1, 1])}
+    five = {"pixel_values": build_images(5), **_repeat_inputs(inputs, [0, 1, 0, 1, 1])}
     assert_same_outputs(program.module()(**five), model(**five), 1e-6)
 
 
-def _repeated(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The inputs of a class with these rows of each tensor."""
-    return {key: _repeated(value, rows) if isinstance(value, dict) else value[rows] for key, value in inputs.items()}
+def _repeat_inputs(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Return the inputs of a class with these rows of each tensor."""
+    return {
+        key: _repeat_inputs(value, rows) if isinstance(value, dict) else value[rows] for key, value in inputs.items()
+    }
 
 
-# Plans for several devices
+# Parallelism plans
 
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
-def test_plans_name_modules_that_exist(mlp_type: str) -> None:
+def test_plans_contain_only_existing_modules(mlp_type: str) -> None:
     config = build_tiny_config(mlp_type=mlp_type)
     model = ViTCLSModel(config)
     modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}

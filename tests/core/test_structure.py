@@ -1,4 +1,4 @@
-"""The shipped files: how many they are, which of them a forward pass runs through, and what they import."""
+"""The shipped files: their number and length, the files that a forward pass executes, and their imports."""
 
 import json
 import os
@@ -21,7 +21,7 @@ MAX_FILES = 13
 MAX_LINES = 4700
 MAX_EXECUTED_FILES = 5
 
-# Each file imports files of earlier rows only. Files that are not named here are checked for rings only.
+# Each file imports only files of earlier rows. Other files are only checked for import cycles.
 ORDER = (
     ("configuration",),
     ("positions",),
@@ -91,7 +91,7 @@ def test_private_names_are_in_one_guarded_block() -> None:
             assert not outside, f"{name} is used in {file.name}, lines {outside}"
 
 
-def test_imports_have_no_ring() -> None:
+def test_imports_have_no_cycle() -> None:
     imports = {get_subject(file): list_imported_siblings(file) for file in SHIPPED_FILES}
     assert any(imports.values())
     while imports:

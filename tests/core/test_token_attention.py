@@ -1,4 +1,4 @@
-"""`token_attention`: the special tokens' rows of the attention maps, equal to those of eager attention."""
+"""`token_attention`: the attention of the special tokens, equal to the rows of eager attention maps."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 NUM_SPECIAL, NUM_PATCHES, NUM_LAYERS = 6, 16, 2
 
-# What changes scores, and how special tokens look at others.
+# Fields that change attention scores or masks.
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "scopes": {"cls_scopes": ["image", [2, 2, 0, 1]]},
     "gates": {"gated_tokens": {"registers": 2}},
@@ -43,8 +43,8 @@ MASK = torch.ones(2, NUM_SPECIAL + NUM_PATCHES, dtype=torch.long)
 MASK[1, 10:14] = 0
 
 
-def by_eager_attention(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """All special tokens' rows [batch, layer, head, special token, key], cut from whole attention maps."""
+def get_eager_rows(model: Any, pixels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Return all special tokens' rows [batch, layer, head, special token, key] of the full attention maps."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixels, output_attentions=True, **inputs).attentions
@@ -60,7 +60,7 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
     model.set_attn_implementation(implementation)
     for pixels in (build_images(), build_images(2, 24, 56)):
         rows = model.token_attention(pixels)
-        assert get_largest_difference(rows, by_eager_attention(model, pixels)) <= 1e-5
+        assert get_largest_difference(rows, get_eager_rows(model, pixels)) <= 1e-5
         layout_of = model.config.token_layout
         num_keys = layout_of.num_prefix_tokens + pixels.shape[-2] * pixels.shape[-1] // 64
         assert rows.shape == (2, NUM_LAYERS, 2, layout_of.num_prefix_tokens, num_keys)
@@ -72,7 +72,7 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
 def test_every_attention_equals_eager_attention(fields: dict[str, Any], mask: torch.Tensor | None) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert get_largest_difference(rows, by_eager_attention(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
 
 
@@ -82,16 +82,16 @@ def test_scopes_of_flex_attention(mask: torch.Tensor | None) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
     model.set_attn_implementation("flex_attention")
     rows = model.token_attention(build_images(), attention_mask=mask)
-    assert get_largest_difference(rows, by_eager_attention(model, build_images(), attention_mask=mask)) <= 1e-5
+    assert get_largest_difference(rows, get_eager_rows(model, build_images(), attention_mask=mask)) <= 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("flash_attention")
 @pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "rope_2d"}], ids=["learned", "rotary"])
 def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
-    """The model and its token attention hide the same tokens as with eager attention."""
+    """The model and its token attention mask the same tokens as eager attention."""
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | fields)))
-    eager = by_eager_attention(model, build_images(), attention_mask=MASK)
+    eager = get_eager_rows(model, build_images(), attention_mask=MASK)
     wanted = model(build_images(), attention_mask=MASK).last_hidden_state[MASK.bool()]
     unmasked = model(build_images()).last_hidden_state[MASK.bool()]
     model.config._attn_implementation = "flash_attention_2"
@@ -106,26 +106,23 @@ def test_padding_masks_of_flash_attention(fields: dict[str, Any]) -> None:
 @each_kind
 def test_every_class_has_it(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    assert (
-        get_largest_difference(model.token_attention(build_images()), by_eager_attention(model, build_images()))
-        <= 1e-5
-    )
+    assert get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images())) <= 1e-5
 
 
 @torch.no_grad()
-def test_heads_that_read_few_tokens_hide_none() -> None:
-    """The last layer is otherwise computed for the tokens that the heads read."""
+def test_heads_that_read_few_tokens_record_all_tokens() -> None:
+    """Without recorders, the last layer computes only the tokens that the heads read."""
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
     for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(build_tiny_config(**TOKENS))):
         assert get_num_tokens_read(randomize(model).vitcls, {}) is not None
         assert (
-            get_largest_difference(model.token_attention(build_images()), by_eager_attention(model, build_images()))
+            get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images()))
             <= 1e-5
         )
 
 
 @torch.no_grad()
-def test_groups_and_layers_can_be_chosen() -> None:
+def test_groups_and_layers_can_be_selected() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, num_hidden_layers=3)))
     everything = model.token_attention(build_images())
     for tokens, places in {
@@ -140,14 +137,14 @@ def test_groups_and_layers_can_be_chosen() -> None:
 
 
 @torch.no_grad()
-def test_groups_without_tokens_give_no_rows() -> None:
+def test_groups_without_tokens_have_no_rows() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["no_special_tokens"])))
     assert model.token_attention(build_images()).shape == (2, NUM_LAYERS, 2, 0, NUM_PATCHES)
     model = randomize(ViTCLSModel(build_tiny_config()))
     assert model.token_attention(build_images(), tokens=("registers",)).shape == (2, NUM_LAYERS, 2, 0, 1 + NUM_PATCHES)
 
 
-def test_what_does_not_exist_is_refused() -> None:
+def test_unknown_groups_and_layers_are_errors() -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("tokens", "'patches'", "cls, distillation, registers"):
         model.token_attention(build_images(), tokens=("cls", "patches"))
@@ -182,14 +179,14 @@ def test_gradients_flow() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
     pixels = build_images().requires_grad_()
     gradients = []
-    for rows in (model.token_attention(pixels), by_eager_attention(model, pixels)):
+    for rows in (model.token_attention(pixels), get_eager_rows(model, pixels)):
         gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
     assert gradients[0].abs().max() > 0
     assert get_largest_difference(*gradients) <= 1e-5
 
 
 @torch.no_grad()
-def test_dropout_is_left_out() -> None:
+def test_dropout_is_not_applied() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, attention_probs_dropout_prob=0.9)))
     assert torch.equal(
         model.train().token_attention(build_images(), layers=[0]), model.eval().token_attention(build_images())[:, :1]
@@ -201,7 +198,7 @@ def test_half_precision() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
     rows = model.token_attention(build_images())
     assert rows.dtype == torch.bfloat16
-    assert get_largest_difference(rows.float(), by_eager_attention(model, build_images()).float()) <= 0.02
+    assert get_largest_difference(rows.float(), get_eager_rows(model, build_images()).float()) <= 0.02
 
 
 @pytest.mark.slow
@@ -215,8 +212,8 @@ def test_compiled_models_have_it() -> None:
     assert torch.equal(torch.compile(model, backend="eager").token_attention(build_images()), expected)
 
 
-class LargestMap(TorchDispatchMode):
-    """Notes whether any operation gives a map of all tokens on all tokens."""
+class MapDetector(TorchDispatchMode):
+    """Record whether any operation returns a full map of all tokens and all keys."""
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -224,17 +221,17 @@ class LargestMap(TorchDispatchMode):
         self.found = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at its shape."""
+        """Run the operation and check the shape of the result."""
         result = function(*args, **(kwargs or {}))
         self.found |= isinstance(result, torch.Tensor) and result.shape[-2:] == self.shape
         return result
 
 
 @torch.no_grad()
-def test_no_whole_map_is_made() -> None:
+def test_no_full_map_is_computed() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
-    with LargestMap(NUM_SPECIAL + NUM_PATCHES) as by_rows:
+    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_rows:
         model.token_attention(build_images())
-    with LargestMap(NUM_SPECIAL + NUM_PATCHES) as by_maps:
-        by_eager_attention(model, build_images())
+    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_maps:
+        get_eager_rows(model, build_images())
     assert by_maps.found and not by_rows.found

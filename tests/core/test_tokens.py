@@ -1,4 +1,4 @@
-"""The special tokens: where they stand, how they start and learn, what they see, and which of them a head reads."""
+"""The special tokens: their order, initialization, training, attention, and the tokens that each head reads."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -48,7 +48,7 @@ def test_the_layout_is_cls_distillation_registers_patches() -> None:
 
 @each_layout
 def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
-    """Each group's rows are its own parameter, and the patches are the projection, in the order of the layout."""
+    """Each group of rows is its own parameter; the patches are the projection, in the order of the layout."""
     config = build_tiny_config(**layout, position_embedding_type="none")
     embeddings = randomize(ViTCLSModel(config)).embeddings
     pixels = build_images()
@@ -79,7 +79,7 @@ def test_outputs_name_every_group(layout: dict[str, Any]) -> None:
     assert torch.equal(torch.cat(list(output.tokens.values()), dim=1), output.last_hidden_state)
 
 
-# Initialisation and learning
+# Initialization and learning
 
 
 @pytest.mark.parametrize(("token_init", "std"), [("trunc_normal", 0.02), ("near_zero", 1e-6)])
@@ -103,14 +103,16 @@ def test_the_default_init_is_truncated_normal() -> None:
 
 
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero"])
-def test_no_two_tokens_start_alike(token_init: str) -> None:
+def test_tokens_of_a_kind_start_differently(token_init: str) -> None:
     model = ViTCLSModel(build_tiny_config(**LAYOUTS["several_of_each"], token_init=token_init))
     tokens = torch.cat([getattr(model.embeddings, name)[0] for name in PARAMETERS.values()])
     assert len(tokens.unique(dim=0)) == len(tokens)
 
 
-def _can_start(layout: dict[str, Any], token_init: str) -> bool:
-    """Several tokens of one kind may not all start at zero: nothing would tell them apart."""
+def _can_initialize(layout: dict[str, Any], token_init: str) -> bool:
+    """Return whether the initialization is valid: several tokens of one kind may not all be zero, because they would
+    stay equal.
+    """
     return token_init != "zeros" or max(layout.get(f"num_{kind}_tokens", 1) for kind in ("cls", "register")) < 2
 
 
@@ -120,7 +122,7 @@ def _can_start(layout: dict[str, Any], token_init: str) -> bool:
         pytest.param(layout, token_init, id=f"{name}-{token_init}")
         for name, layout in LAYOUTS.items()
         for token_init in TOKEN_INITS
-        if _can_start(layout, token_init)
+        if _can_initialize(layout, token_init)
     ],
 )
 def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], token_init: str) -> None:
@@ -128,7 +130,7 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
     model = ViTCLSForImageClassification(build_tiny_config(**layout, token_init=token_init)).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in PARAMETERS.values()}
     tokens = {name: token for name, token in tokens.items() if token is not None}
-    _check_they_learn(model, tokens, {"labels": torch.tensor([0, 2])})
+    _check_tokens_learn(model, tokens, {"labels": torch.tensor([0, 2])})
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.get("num_cls_tokens", 1)])
@@ -138,19 +140,19 @@ def test_special_tokens_learn_in_masked_image_modeling(layout: dict[str, Any]) -
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in [*PARAMETERS.values(), "mask_token"]}
     tokens = {name: token for name, token in tokens.items() if token is not None}
     assert "mask_token" in tokens
-    _check_they_learn(model, tokens, {"bool_masked_pos": torch.rand(2, 16) < 0.5})
+    _check_tokens_learn(model, tokens, {"bool_masked_pos": torch.rand(2, 16) < 0.5})
 
 
-def _check_they_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs: dict[str, Any]) -> None:
-    """Each single token has a gradient in every step, and has left its start after three."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+def _check_tokens_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs: dict[str, Any]) -> None:
+    """Check that each single token has a gradient in every step, and has changed after three steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     starts = {name: token.detach().clone() for name, token in tokens.items()}
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(build_images(), **inputs).loss.backward()
         for name, token in tokens.items():
             assert (token.grad.norm(dim=-1) > 0).all(), f"no gradient: {name}"
-        optimiser.step()
+        optimizer.step()
     for name, token in tokens.items():
         assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
 
@@ -165,7 +167,7 @@ def _check_they_learn(model: nn.Module, tokens: dict[str, nn.Parameter], inputs:
         {"num_cls_tokens": 2, "position_embedding_type": "none", "position_embedding_tokens": "all"},
     ],
 )
-def test_zeros_are_refused_where_tokens_would_stay_identical(fields: dict[str, Any]) -> None:
+def test_zero_init_is_an_error_if_tokens_would_stay_equal(fields: dict[str, Any]) -> None:
     with raises_one_line("token_init", "identical"):
         build_tiny_config(token_init="zeros", **fields)
 
@@ -177,7 +179,7 @@ def test_zeros_are_refused_where_tokens_would_stay_identical(fields: dict[str, A
         {"num_cls_tokens": 2, "num_register_tokens": 4, "position_embedding_tokens": "all"},
     ],
 )
-def test_zeros_are_accepted_where_positions_tell_tokens_apart(fields: dict[str, Any]) -> None:
+def test_zero_init_is_accepted_if_positions_differ(fields: dict[str, Any]) -> None:
     model = ViTCLSModel(build_tiny_config(token_init="zeros", **fields)).eval()
     special = model(build_images()).last_hidden_state[0, : model.config.token_layout.num_prefix_tokens]
     assert len(special.unique(dim=0)) == len(special)
@@ -223,7 +225,7 @@ def test_the_cls_token_reads_the_image_and_the_patches_read_it() -> None:
     assert (changed > 1e-4).all()
 
 
-# Pooling: only what the head is said to read reaches it
+# Pooling: the head reads only the tokens of its pooling
 
 
 ALL = slice(None)
@@ -234,7 +236,7 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     return tokens["patches"].mean(dim=1)
 
 
-# name: (fields, the pooled vector as a function of the tokens, which tokens of which groups that reads)
+# Name -> fields, the pooled vector as a function of the tokens, token groups that it reads.
 POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor], dict[str, slice]]] = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0], {"cls": ALL}),
     "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0], {"cls": FIRST}),
@@ -277,11 +279,11 @@ def test_the_pooled_vector(fields: dict[str, Any], expected: Callable) -> None:
     [*((fields, read) for fields, _, read in POOLED.values()), ({"pooling": "attention"}, {"patches": ALL})],
     ids=[*POOLED, "attention"],
 )
-def test_only_pooled_tokens_feed_the_head(fields: dict[str, Any], read: dict[str, slice]) -> None:
-    """The logits depend on the final tokens that pooling names, and on no others."""
+def test_only_pooled_tokens_reach_the_head(fields: dict[str, Any], read: dict[str, slice]) -> None:
+    """The logits depend only on the final tokens that the pooling reads."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields, **OTHERS)))
-    final = _final_tokens(model)
-    # "max" takes each channel from one patch: with many images, every patch is the largest somewhere
+    final = _record_final_tokens(model)
+    # "max" takes each channel from one patch: with many images, every patch is the maximum of some channel.
     model(build_images(64)).cls_logits.sum().backward()
     reached = final[0].grad.abs().amax(dim=(0, 2)) > 0  # [N]
     expected = torch.zeros_like(reached)
@@ -290,34 +292,34 @@ def test_only_pooled_tokens_feed_the_head(fields: dict[str, Any], read: dict[str
     assert torch.equal(reached, expected)
 
 
-def test_only_distillation_tokens_feed_the_distillation_head() -> None:
+def test_only_distillation_tokens_reach_the_distillation_head() -> None:
     config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=2, num_register_tokens=2)
     model = randomize(ViTCLSForImageClassification(config))
-    final = _final_tokens(model)
+    final = _record_final_tokens(model)
     model(build_images()).distillation_logits.sum().backward()
     reached = final[0].grad.abs().amax(dim=(0, 2)) > 0
     assert reached.nonzero().flatten().tolist() == [2, 3]
 
 
-def _final_tokens(model: ViTCLSForImageClassification) -> list[torch.Tensor]:
-    """A list that the next forward pass puts the tokens after the last norm into, as a leaf of the graph."""
+def _record_final_tokens(model: ViTCLSForImageClassification) -> list[torch.Tensor]:
+    """Return a list that collects the tokens after the last norm in each forward pass, as leaf tensors."""
     final: list[torch.Tensor] = []
 
-    def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def detach(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         final.append(output.detach().requires_grad_())
         return final[0]
 
-    model.vitcls.layernorm.register_forward_hook(cut)
+    model.vitcls.layernorm.register_forward_hook(detach)
     return final
 
 
-# Scopes: which part of the image each CLS token may see
+# Scopes: the part of the image to which each CLS token attends
 
 QUADRANTS = [[2, 2, row, column] for row in range(2) for column in range(2)]
 
 
-def _scoped(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
-    """One layer, six CLS tokens: two that see all, one per quadrant."""
+def _build_scoped_model(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
+    """Return a model with one layer and six CLS tokens: two without a scope, and one per quadrant."""
     config = build_tiny_config(
         **{
             "num_cls_tokens": 6,
@@ -332,49 +334,52 @@ def _scoped(attention: str = "sdpa", **fields: Any) -> ViTCLSModel:
     return model
 
 
-def _pixels_that_reach(model: ViTCLSModel, index: int, **inputs: Any) -> torch.Tensor:
-    """Boolean [H, W]: the pixels that the token at `index` depends on."""
+def _get_receptive_field(model: ViTCLSModel, index: int, **inputs: Any) -> torch.Tensor:
+    """Return a boolean mask [H, W] of the pixels that the token at `index` depends on."""
     pixels = build_images(1, **inputs.pop("size", {})).requires_grad_()
     model(pixels, **inputs).last_hidden_state[0, index].sum().backward()
     return (pixels.grad[0] != 0).any(dim=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_scoped_cls_token_sees_its_own_part_alone(attention: str) -> None:
-    model = _scoped(attention)
+def test_a_scoped_cls_token_depends_only_on_its_part(attention: str) -> None:
+    model = _build_scoped_model(attention)
     for index, (_, _, row, column) in enumerate(QUADRANTS, start=1):
         inside = torch.zeros(32, 32, dtype=torch.bool)
         inside[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = True
-        assert torch.equal(_pixels_that_reach(model, index), inside)
+        assert torch.equal(_get_receptive_field(model, index), inside)
     whole = torch.ones(32, 32, dtype=torch.bool)
-    for index in (0, 5, 6, 7, 8, 20):  # unscoped CLS tokens, registers, patches
-        assert torch.equal(_pixels_that_reach(model, index), whole)
+    for index in (0, 5, 6, 7, 8, 20):  # CLS tokens without a scope, registers, patches
+        assert torch.equal(_get_receptive_field(model, index), whole)
 
 
-def test_scopes_hold_with_an_attention_mask() -> None:
-    """A masked patch is hidden from everyone, in scope or not."""
-    model = _scoped()
+def test_scopes_are_applied_with_an_attention_mask() -> None:
+    """A masked patch is masked for all tokens, inside or outside of their scopes."""
+    model = _build_scoped_model()
     mask = torch.ones(1, 8 + 16, dtype=torch.long)
     mask[0, 8 + 0] = 0  # the patch at row 0, column 0
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[:16, :16] = True
     inside[:8, :8] = False
-    assert torch.equal(_pixels_that_reach(model, 1, attention_mask=mask), inside)
+    assert torch.equal(_get_receptive_field(model, 1, attention_mask=mask), inside)
     whole = torch.ones(32, 32, dtype=torch.bool)
     whole[:8, :8] = False
-    assert torch.equal(_pixels_that_reach(model, 0, attention_mask=mask), whole)
+    assert torch.equal(_get_receptive_field(model, 0, attention_mask=mask), whole)
 
 
-def test_scopes_hold_with_a_ready_mask() -> None:
-    """A 4D mask is used as it is in other models; it may be refused here, but not drop the scopes in silence."""
-    model = _scoped()
+def test_scopes_are_applied_with_a_4d_mask() -> None:
+    """In other models, a 4D mask is used without changes.
+
+    Here it may raise an error, but must not disable the scopes.
+    """
+    model = _build_scoped_model()
     ready = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     try:
-        reached = _pixels_that_reach(model, 1, attention_mask=ready)
+        reached = _get_receptive_field(model, 1, attention_mask=ready)
     except ValueError as error:
         assert "attention_mask" in str(error)
     else:
-        assert torch.equal(reached, _pixels_that_reach(model, 1))
+        assert torch.equal(reached, _get_receptive_field(model, 1))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -382,7 +387,7 @@ def test_scopes_are_the_same_in_every_attention_implementation(masked: bool) -> 
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, 12:18] = 0
     outputs = [
-        _scoped(attention, num_hidden_layers=2)(
+        _build_scoped_model(attention, num_hidden_layers=2)(
             build_images(), attention_mask=mask if masked else None
         ).last_hidden_state
         for attention in ("sdpa", "eager")
@@ -399,21 +404,21 @@ def test_scopes_of_the_whole_image_change_nothing() -> None:
     )
 
 
-def test_cells_divide_an_uneven_grid_without_gap_or_overlap() -> None:
+def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:
     scopes = [[2, 3, row, column] for row in range(2) for column in range(3)]
-    model = _scoped(image_size=[40, 56], cls_scopes=scopes)  # 5 x 7 patches
+    model = _build_scoped_model(image_size=[40, 56], cls_scopes=scopes)  # 5 x 7 patches
     for size in ({"height": 40, "width": 56}, {"height": 24, "width": 88}):
-        seen = sum(_pixels_that_reach(model, index, size=size).int() for index in range(6))
+        seen = sum(_get_receptive_field(model, index, size=size).int() for index in range(6))
         assert (seen == 1).all()
 
 
-def test_an_image_with_too_few_patches_for_the_scopes_is_an_error() -> None:
+def test_too_few_patches_for_the_scopes_are_an_error() -> None:
     with raises_one_line("cls_scopes", "2 x 2", "1 x 4"):
-        _scoped()(build_images(1, 8, 32))
+        _build_scoped_model()(build_images(1, 8, 32))
 
 
-def test_scopes_are_refused_where_attention_takes_no_mask() -> None:
-    model = _scoped()
+def test_scopes_require_attention_with_masks() -> None:
+    model = _build_scoped_model()
     model.config._attn_implementation = "flash_attention_2"
     with raises_one_line("cls_scopes", "flash_attention_2", "sdpa"):
         model(build_images())
@@ -423,7 +428,7 @@ def test_scopes_are_refused_where_attention_takes_no_mask() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_masked_patch_reaches_no_other_token(attention: str) -> None:
+def test_a_masked_patch_affects_no_other_token(attention: str) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=1)))
     model.set_attn_implementation(attention)
     mask = torch.ones(1, 17, dtype=torch.long)
@@ -431,12 +436,12 @@ def test_a_masked_patch_reaches_no_other_token(attention: str) -> None:
     seen = torch.ones(32, 32, dtype=torch.bool)
     seen[8:16, 8:16] = False
     for index in (0, 1, 16):
-        assert torch.equal(_pixels_that_reach(model, index, attention_mask=mask), seen)
+        assert torch.equal(_get_receptive_field(model, index, attention_mask=mask), seen)
 
 
 @pytest.mark.parametrize("scopes", [None, ["image"], [[2, 2, 0, 0]]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 16), (2, 18), (3, 17), (17,), (2, 1, 17)], ids=str)
-def test_a_mask_that_does_not_fit_is_an_error(scopes: list | None, shape: tuple[int, ...]) -> None:
+def test_masks_of_a_wrong_shape_are_errors(scopes: list | None, shape: tuple[int, ...]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(cls_scopes=scopes)))
     mask = torch.ones(shape, dtype=torch.long)
     mask[..., -1] = 0

@@ -1,9 +1,9 @@
-"""What two processes of test_kernels_on_and_off.py and test_outputs.py run, started by ready.py:
+"""Code that runs in the two processes of test_kernels_on_and_off.py and test_outputs.py. Start with:
 
     two_processes.py TARGET
 
 TARGET/sharded.pt contains the results of one training step with FSDP2, with and without CPU kernels;
-TARGET/gathered.pt the outputs that accelerate gathered from both processes.
+TARGET/gathered.pt contains the outputs that accelerate gathered from both processes.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main(target: Path) -> None:
 
 
 def train_sharded(has_kernels: bool) -> dict[str, Any]:
-    """Return loss and whole gradients of a step with FSDP2, each process with one of two images."""
+    """Return loss and full gradients of a step with FSDP2, with one of two images in each process."""
     model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
     if not has_kernels:
         cpu_kernels_vitcls.uninstall_cpu_kernels(model)
@@ -55,7 +55,7 @@ def train_sharded(has_kernels: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def gather_outputs(accelerator: Accelerator) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the tensors of gathered outputs, each process with one of two images."""
+    """Return the tensors of gathered outputs, with one of two images in each process."""
     own_image = build_images()[accelerator.process_index :][:1]
     gathered = {}
     for model_class in (ViTCLSModel, ViTCLSForImageClassification):

@@ -180,8 +180,9 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
         load(write_class(tmp_path, "flat", 12) / "flat")
     with raises_one_line("flat/train contains images, but no class folders"):
         load(write_class(tmp_path, "flat/train", 3) / "flat")
-    with raises_one_line("has a single class folder, 'cat'. Move the images"):
+    with raises_one_line("has a single class folder, 'cat'. Move the images") as caught:
         load(write_class(tmp_path, "one/cat", 1) / "one")
+    assert "--dataset" not in str(caught.value)  # there are no folders inside to suggest
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
     with raises_one_line("If its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):

@@ -236,6 +236,12 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
         load_evaluation_data(options, "tset")
 
 
+def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
+    with pytest.raises(ValueError, match=r"no image is held out. Set a larger --held-out-fraction"):
+        read(two_shards)
+
+
 def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = held_out_of(read(two_shards))
     for module in (streaming, training_data):

@@ -5,16 +5,14 @@ The npm package is installed into a folder of its own by the slow test, which is
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
+from scripts_in_process import run_in_process
 from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
+from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.formats import FORMATS
@@ -24,7 +22,6 @@ from modeling_vitcls.export.transformers_js import export_for_transformers_js
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 
-NUM_DIGITS = 500
 PREDICT = """
 import { env, pipeline, RawImage } from "@huggingface/transformers";
 import fs from "node:fs";
@@ -43,33 +40,10 @@ console.log(JSON.stringify(labels));
 """
 
 
-def load_images() -> list[Image.Image]:
-    """Return digits in the size of the model, so that no image is resized."""
-    return [
-        Image.fromarray((digit * 15.9).astype("uint8")).resize((32, 32), Image.Resampling.NEAREST).convert("RGB")
-        for digit in load_digits().images[:NUM_DIGITS]
-    ]
-
-
-def save(folder: Path, **fields: Any) -> Path:
-    config = build_tiny_config(
-        num_register_tokens=2, id2label={index: f"digit {index}" for index in range(10)}, **fields
-    )
-    config.num_labels = 10
-    model = randomize(ViTCLSForImageClassification(config))
-    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    if config.num_channels == 3:
-        with torch.no_grad():  # without this, all images would have one label
-            model.classifier.bias -= model(**processor(load_images(), return_tensors="pt")).logits.mean(0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    export_for_transformers_js(str(save(folder / "mine", num_labels=10)), folder / "web")
+    export_for_transformers_js(str(save_digits_classifier(folder / "mine")), folder / "web")
     return folder / "web"
 
 
@@ -98,11 +72,50 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
-    folder = save(tmp_path / "gray", num_labels=10, num_channels=1)
+    folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):
         export_for_transformers_js(str(folder), tmp_path / "web")
     assert not (tmp_path / "web").exists()
+
+
+def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """30 of 40 images have the label that the model predicts, 10 have another label."""
+    model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
+    processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
+    digits = load_digit_images()[:40]
+    pixel_values = processor(digits, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        predicted = model(pixel_values).logits.argmax(-1).tolist()
+    labels = [(index + (number >= 30)) % 10 for number, index in enumerate(predicted)]
+    for number, (digit, label) in enumerate(zip(digits, labels, strict=True)):
+        folder = tmp_path / "images" / "test" / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        digit.save(folder / f"{number}.png")
+    (tmp_path / "images" / "test" / "digit 0").mkdir(exist_ok=True)
+    flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
+    assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
+    labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
+    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("images", "test", 40)
+    assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
+    quantized = web / "onnx" / "model_quantized.onnx"
+    outputs = FORMATS["onnx"].run(quantized, list(pixel_values.split(1)), ["logits"])
+    logits = torch.cat([output["logits"] for output in outputs])
+    correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
+    assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
+    assert "accuracy on 40 images of images (test):\nPyTorch                    75.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format onnx --dataset digits", "--dataset requires"),
+        ("--format transformers.js --split test", "--split"),
+    ],
+)
+def test_flags_of_labeled_images(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_in_process("export.py", "--model", "mine", "--output", "web", *flags.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -111,16 +124,8 @@ def test_node_predicts_the_same_labels_for_500_digits(
     web: Path, tmp_path: Path, dtype: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The reference is the model itself for fp32, and onnxruntime with the same file for q8."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    packages = tmp_path_factory.getbasetemp() / "npm"
-    if not (packages / "node_modules").is_dir():
-        packages.mkdir(exist_ok=True)
-        command = ["npm", "install", "--no-fund", "--no-audit", "--ignore-scripts", "@huggingface/transformers"]
-        installed = subprocess.run(command, cwd=packages, capture_output=True, text=True)
-        if installed.returncode:
-            pytest.skip(f"npm cannot install @huggingface/transformers: {installed.stderr.strip().splitlines()[-1:]}")
-    digits = load_images()
+    packages = install_transformers_js(tmp_path_factory)
+    digits = load_digit_images()
     images = [{"data": list(image.tobytes()), "width": 32, "height": 32} for image in digits]
     (tmp_path / "images.json").write_text(json.dumps(images))
     (packages / "predict.mjs").write_text(PREDICT)

@@ -1,7 +1,6 @@
 """A local Hub for the real huggingface_hub client: repositories, tokens and faults.
 
-    with local_hub(folder) as url:     # folder/ORGANIZATION/NAME contains the files of the repository
-    ORGANIZATION/NAME
+    with local_hub(folder) as url:     # each folder/ORGANIZATION/NAME is a repository
         ...                            # run a process with HF_ENDPOINT=url
 
     with running_hub() as hub:         # an empty Hub that accepts pushes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_without_package import flattened
+from load_without_package import flatten
 from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
@@ -90,7 +90,7 @@ def compute_outputs(model: Any, processor: Any) -> dict[str, torch.Tensor]:
     inputs: dict[str, Any] = {"pixel_values": build_pixel_values(model.config)}
     if isinstance(model, vitcls.ViTCLSForMaskedImageModeling):
         inputs["bool_masked_pos"] = torch.arange(2 * 6).view(2, 6) % 3 == 0  # [2, patches]
-    found = {name: tensor.clone() for name, tensor in flattened(dict(model.eval()(**inputs))).items()}
+    found = {name: tensor.clone() for name, tensor in flatten(dict(model.eval()(**inputs))).items()}
     return found | {"processor": processor(build_image(), return_tensors="pt")["pixel_values"]}
 
 

@@ -1,4 +1,6 @@
-"""LoRA adapters: written in the layout of PEFT, pushed alone, and loaded with a base model from the Hub."""
+"""LoRA adapters: written in the layout of PEFT, pushed without the base model, and loaded with a base model from the
+Hub.
+"""
 
 import os
 from pathlib import Path
@@ -17,7 +19,7 @@ from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.training.model import apply_trainable, merge_lora
 
 
-# Runs without the package: loads the adapter as its card does, and saves the logits.
+# Runs without the package: loads the adapter as described in its card, and saves the logits.
 LOAD = """
 import sys
 import torch
@@ -48,7 +50,9 @@ def train(base: Path) -> ViTCLSForImageClassification:
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_an_adapter_is_pushed_alone_and_loaded_as_its_card_says(hub: LocalHub, tmp_path: Path, head_type: str) -> None:
+def test_an_adapter_is_pushed_separately_and_loaded_as_in_its_card(
+    hub: LocalHub, tmp_path: Path, head_type: str
+) -> None:
     base = tmp_path / "base"
     config = build_tiny_config(num_register_tokens=1, num_distillation_tokens=1, head_type=head_type)
     randomize(ViTCLSForImageClassification(config)).save_pretrained(base)

@@ -1,4 +1,4 @@
-"""Model cards: what they claim is what was measured, and nothing in them is empty."""
+"""Model cards: every claim was measured, and no section is empty."""
 
 import re
 from pathlib import Path
@@ -70,12 +70,12 @@ FLAGS: dict[str, Any] = {"output_dir": "/home/me/out", "model": "vitcls-tiny", "
 
 @pytest.fixture
 def card() -> ModelCard:
-    """The card as a reader gets it: rendered, and parsed again."""
+    """Return the card as a reader sees it: rendered, and parsed again."""
     return ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS)))
 
 
-def test_metadata_says_what_was_measured(card: ModelCard) -> None:
-    assert card.data.license is None  # nobody named one
+def test_metadata_contains_the_measured_metrics(card: ModelCard) -> None:
+    assert card.data.license is None  # no license was named
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.datasets is None  # scikit-learn's digits are not on the Hub
@@ -86,7 +86,7 @@ def test_metadata_says_what_was_measured(card: ModelCard) -> None:
     assert card.data.base_model is None
 
 
-def test_text_says_tokens_results_and_how_to_load(card: ModelCard) -> None:
+def test_text_describes_tokens_results_and_loading(card: ModelCard) -> None:
     assert "[ CLS x 1 | register x 2 | patch x 16 ]" in card.text
     assert "19 tokens of width 64 for an image of 32 x 32 pixels" in card.text
     assert "| Accuracy | 98.33% |" in card.text
@@ -105,7 +105,7 @@ def test_no_section_is_empty(card: ModelCard) -> None:
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 
-def test_recipe_keeps_what_was_set_and_no_path_of_the_machine(card: ModelCard, tmp_path: Any) -> None:
+def test_the_recipe_contains_set_flags_and_no_local_paths(card: ModelCard, tmp_path: Any) -> None:
     assert "dataset: digits" in card.text
     assert "/home/me" not in card.text
     assert "pooling" not in card.text.split("```yaml")[1]
@@ -119,7 +119,7 @@ def test_recipe_keeps_what_was_set_and_no_path_of_the_machine(card: ModelCard, t
     assert local.data.datasets is None and local.data.base_model is None
 
 
-def test_a_folder_of_the_same_name_here_hides_no_dataset_of_the_hub(
+def test_a_local_folder_does_not_hide_a_hub_dataset_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("digits", "vitcls-tiny", "someone/pictures"):
@@ -130,13 +130,13 @@ def test_a_folder_of_the_same_name_here_hides_no_dataset_of_the_hub(
     assert get_shareable_flags(FLAGS) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits"}
 
 
-def derived(origin: Provenance, model: str = "someone/their-vitcls") -> ModelCard:
-    """The card of a model that started from another."""
+def render_derived_card(origin: Provenance, model: str = "someone/their-vitcls") -> ModelCard:
+    """Return the card of a model that was fine-tuned from another."""
     return ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS | {"model": model}, origin)))
 
 
-def test_a_model_that_started_from_another_names_it_and_no_license() -> None:
-    card = derived(Provenance("someone/their-vitcls", base_model="someone/their-vitcls"))
+def test_a_derived_model_names_its_base_model_and_no_license() -> None:
+    card = render_derived_card(Provenance("someone/their-vitcls", base_model="someone/their-vitcls"))
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/their-vitcls", "finetune")
     assert card.data.license is None
     assert "fine-tuned from `someone/their-vitcls` on `digits`" in card.text
@@ -144,12 +144,12 @@ def test_a_model_that_started_from_another_names_it_and_no_license() -> None:
 
 
 def test_the_license_is_inherited(tmp_path: Path) -> None:
-    """Of a folder of this machine, that was itself derived from a model that others can find."""
+    """The model was fine-tuned from a local folder, which was derived from a published model."""
     link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     origin = Provenance(
         tmp_path.name, "timm/their-dinov3", "other", "dinov3-license", link, (tmp_path / "LICENSE.md",)
     )
-    card = derived(origin, str(tmp_path))
+    card = render_derived_card(origin, str(tmp_path))
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "dinov3-license", link)
     assert card.data.base_model == "timm/their-dinov3"
     derivation = f"fine-tuned from `path/to/{tmp_path.name}`, which is derived from [timm/their-dinov3]("
@@ -157,7 +157,7 @@ def test_the_license_is_inherited(tmp_path: Path) -> None:
     assert f"remain under its license: [dinov3-license]({link}). The license text is in LICENSE.md." in card.text
 
 
-def test_a_teacher_is_named_and_is_no_base_model() -> None:
+def test_a_teacher_is_not_a_base_model() -> None:
     teacher = Provenance("timm:their-teacher", "timm/their-teacher", license="mit")
     flags = FLAGS | {"teacher": "timm:their-teacher", "distillation": "soft"}
     results = RESULTS | {"teacher": "timm:their-teacher"}
@@ -173,14 +173,14 @@ def test_a_teacher_is_named_and_is_no_base_model() -> None:
     assert "The teacher model" not in unknown.text
 
 
-def test_a_license_is_named_by_those_who_trained() -> None:
+def test_the_license_of_new_weights_is_set_by_flag() -> None:
     flags = FLAGS | {"license": "cc-by-4.0"}
     for built in (build_card("my-model", CONFIG, RESULTS, flags), build_encoder_card("x", CONFIG, ENCODER, flags)):
         card = ModelCard(str(built))
         assert card.data.license == "cc-by-4.0"
         said = card.text.split("## License")[1]
         assert "The weights are licensed under cc-by-4.0. The Python files are licensed under Apache-2.0." in said
-        assert "license" not in card.text.split("```yaml")[1].split("```")[0]  # whoever repeats it chooses his own
+        assert "license" not in card.text.split("```yaml")[1].split("```")[0]  # a repeated run sets its own license
     for built in (build_card("my-model", CONFIG, RESULTS, FLAGS), build_encoder_card("x", CONFIG, ENCODER, FLAGS)):
         said = ModelCard(str(built)).text.split("## License")[1]
         assert (
@@ -191,7 +191,7 @@ def test_a_license_is_named_by_those_who_trained() -> None:
         RunOptions(license="Apache 2")
 
 
-def test_a_named_license_does_not_replace_an_inherited_one(tmp_path: Path) -> None:
+def test_a_license_flag_does_not_replace_an_inherited_license(tmp_path: Path) -> None:
     flags = FLAGS | {"model": "someone/their-vitcls", "license": "mit"}
     origin = Provenance("someone/their-vitcls", "someone/their-vitcls", license="cc-by-nc-4.0")
     card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, flags, origin)))
@@ -205,7 +205,7 @@ def test_a_named_license_does_not_replace_an_inherited_one(tmp_path: Path) -> No
     assert unknown.data.license == "mit" and "The weights are licensed under mit." in unknown.text
 
 
-def test_the_card_of_a_checkpoint_names_the_same_license() -> None:
+def test_the_card_of_a_checkpoint_has_the_same_license() -> None:
     for named in ("mit", None):
         flags = FLAGS | {"license": named}
         license_text = get_license(flags, None)
@@ -223,7 +223,7 @@ def test_the_card_of_a_checkpoint_names_the_same_license() -> None:
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.24, "0.2 s"), (58.4, "58 s"), (12345.6, "12,346 s")])
 def test_short_runs_took_some_time(seconds: float, words: str) -> None:
-    assert f"Training took {words}, including evaluations" in rendered(seconds=seconds).text
+    assert f"Training took {words}, including evaluations" in render_card(seconds=seconds).text
 
 
 PER_CLASS = [
@@ -232,13 +232,13 @@ PER_CLASS = [
 ]
 
 
-def rendered(config: ViTCLSConfig = CONFIG, **results: Any) -> ModelCard:
-    """The card of other results."""
+def render_card(config: ViTCLSConfig = CONFIG, **results: Any) -> ModelCard:
+    """Return the card of other results."""
     return ModelCard(str(build_card("my-model", config, RESULTS | results, FLAGS)))
 
 
 def test_results_of_one_label() -> None:
-    card = rendered(
+    card = render_card(
         accuracy_interval=[0.964, 0.9925],
         balanced_accuracy=0.97,
         cls_accuracy=0.5,
@@ -266,9 +266,9 @@ def test_results_of_one_label() -> None:
     }
 
 
-def test_many_classes_get_no_table() -> None:
+def test_many_classes_have_no_table() -> None:
     for count, has_table in ((20, True), (21, False)):
-        card = rendered(per_class=[PER_CLASS[0] | {"name": f"class-{index}"} for index in range(count)])
+        card = render_card(per_class=[PER_CLASS[0] | {"name": f"class-{index}"} for index in range(count)])
         assert ("| `class-0` |" in card.text) is has_table
 
 
@@ -288,7 +288,7 @@ def test_results_of_several_labels() -> None:
 def test_results_of_several_tasks() -> None:
     tasks = {"light": ["dusk", "noon"], "place": ["sea", "wood", "town"]}
     config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"tasks": tasks, "num_cls_tokens": 2})
-    card = rendered(
+    card = render_card(
         config,
         light_accuracy=0.9,
         light_accuracy_interval=[0.8, 0.95],
@@ -303,7 +303,7 @@ def test_results_of_several_tasks() -> None:
     assert "pipeline(" not in card.text and card.data.pipeline_tag == "image-feature-extraction"
 
 
-def test_layout_leaves_out_groups_without_tokens() -> None:
+def test_groups_without_tokens_are_not_in_the_layout() -> None:
     assert (
         format_token_layout({"cls": 0, "distillation": 1, "registers": 0, "patches": 4})
         == "[ distillation x 1 | patch x 4 ]"
@@ -325,11 +325,11 @@ def test_no_path_of_this_machine_is_in_the_recipe(tmp_path: Path) -> None:
         assert str(tmp_path) not in str(shared)
 
 
-# What was measured, in words -----------------------------------------------------------------------------------------
+# Text about measurements ---------------------------------------------------------------------------------------------
 
 
-def test_limits_are_those_that_were_measured() -> None:
-    card = rendered(
+def test_limits_are_the_measured_ones() -> None:
+    card = render_card(
         accuracy_interval=[0.964, 0.9925],
         calibration_error=0.0123,
         per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
@@ -342,17 +342,17 @@ def test_limits_are_those_that_were_measured() -> None:
     assert "differs from the accuracy by 1.23% on average" in card.text
     alike = [row | {"recall": 0.9} for row in PER_CLASS]
     for unknown in ({}, {"per_class": alike}, {"per_class": PER_CLASS[1:]}):
-        assert "weakest" not in rendered(**unknown).text
+        assert "weakest" not in render_card(**unknown).text
 
 
-def test_the_classes_are_named_as_far_as_anybody_reads() -> None:
-    assert "predicts one of these classes, even if an image shows none of them: `dusk`, `noon`." in rendered().text
+def test_only_the_first_classes_are_listed() -> None:
+    assert "predicts one of these classes, even if an image shows none of them: `dusk`, `noon`." in render_card().text
     many = ViTCLSConfig(**CONFIG.to_diff_dict() | {"id2label": {index: f"kind-{index}" for index in range(60)}})
-    text = rendered(many).text
+    text = render_card(many).text
     assert "`kind-49` and 10 more" in text and "kind-50" not in text
 
 
-def test_settings_that_did_something_are_in_the_table() -> None:
+def test_settings_with_an_effect_are_in_the_table() -> None:
     flags = FLAGS | {"batch_size": 16, "gradient_accumulation_steps": 2, "mixup": 0.0, "flip": True, "seed": 0}
     text = str(build_card("my-model", CONFIG, RESULTS | {"num_processes": 3}, flags))
     assert "| Images per step | 96 |" in text and "| Random horizontal flip | yes |" in text and "| Seed | 0 |" in text
@@ -371,7 +371,7 @@ def test_settings_that_did_something_are_in_the_table() -> None:
     ],
     ids=str,
 )
-def test_patch_dropout_is_in_the_table_where_patches_were_left_out(flags: dict[str, Any], is_shown: bool) -> None:
+def test_patch_dropout_is_in_the_table_if_patches_were_dropped(flags: dict[str, Any], is_shown: bool) -> None:
     config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"patch_drop_rate": 0.25})
     row = "| Patch dropout rate | 0.25 |"
     assert (row in str(build_card("my-model", config, RESULTS, FLAGS | flags))) == is_shown
@@ -379,7 +379,7 @@ def test_patch_dropout_is_in_the_table_where_patches_were_left_out(flags: dict[s
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, None), (1, "merges the pair of"), (8, "merges the 8 pairs of")])
-def test_a_model_that_merges_patches_is_said_to_be_inexact(number: int, words: str | None) -> None:
+def test_the_card_of_a_merging_model_states_that_it_is_inexact(number: int, words: str | None) -> None:
     config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"merged_patches_per_layer": number})
     cards = (build_card("mine", config, RESULTS, FLAGS), build_encoder_card("mine", config, ENCODER, FLAGS))
     for tokens in (str(card).split("## Tokens")[1].split("##")[0] for card in cards):
@@ -387,13 +387,13 @@ def test_a_model_that_merges_patches_is_said_to_be_inexact(number: int, words: s
         assert "\n\n\n" not in tokens
 
 
-def test_flags_of_starting_and_publishing_are_in_no_recipe() -> None:
+def test_flags_for_initial_weights_and_publishing_are_not_in_the_recipe() -> None:
     flags = FLAGS | {"push_to_hub": True, "hub_model_id": "ann/x", "eval_benchmark": "a/b", "resume": True, "seed": 3}
     recipe = str(build_card("my-model", CONFIG, RESULTS, flags)).split("```yaml")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "seed": 3}
 
 
-def test_images_are_shown_with_words_for_those_who_do_not_see_them() -> None:
+def test_images_have_alternative_text() -> None:
     names = ("token_layout", "confusion_matrix", "attention")
     pictures = {name: f"pictures/{name}.png" for name in names}
     card = ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS, images=pictures)))
@@ -401,33 +401,40 @@ def test_images_are_shown_with_words_for_those_who_do_not_see_them() -> None:
     assert sorted(shown.values()) == sorted(pictures.values())
     assert "The token sequence: 1 CLS, 2 register and 16 patch tokens" in shown
     assert not re.search(r"\n\n\n", card.text)
-    assert "## Attention maps" not in rendered().text and "![" not in rendered().text
+    assert "## Attention maps" not in render_card().text and "![" not in render_card().text
 
 
-def test_energy_is_never_without_its_assumption() -> None:
+@pytest.mark.parametrize("flags", [{}, {"dataset": "/gone/scans"}, {"dataset": "/gone/scans", "card_samples": True}])
+def test_the_report_is_linked_only_if_it_may_be_published(flags: dict[str, Any]) -> None:
+    for build, results in ((build_card, RESULTS), (build_encoder_card, ENCODER)):
+        card = build("my-model", CONFIG, results, FLAGS | flags, images={"report": "report.html"})
+        assert ("[report.html](report.html)" in card.text) is (flags != {"dataset": "/gone/scans"})
+
+
+def test_energy_is_given_with_its_assumption() -> None:
     estimate = estimate_energy(3600.0, 2, torch.device("cpu"))
     assert estimate is not None
     watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
     assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
-    text = rendered(energy=estimate).text
+    text = render_card(energy=estimate).text
     assert "The energy was not measured. The estimate is" in text
     assert (
         f"assuming that {estimate['assumption']}" in text
         and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
     )
     assert estimate_energy(3600.0, 2, torch.device("meta")) is None
-    assert "energy" not in rendered(energy=None).text.split("## Hardware")[1].partition("\n")[2]
+    assert "energy" not in render_card(energy=None).text.split("## Hardware")[1].partition("\n")[2]
 
 
-def test_speed_says_how_it_was_measured() -> None:
+def test_speed_is_given_with_its_measurement() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     speed = measure_inference_speed(model, torch.device("cpu"))
     assert speed["images_per_second"] > 0 and 1 <= speed["batch_size"] <= 32 and speed["dtype"] == "float32"
-    text = rendered(inference=speed | {"images_per_second": 1234.0, "batch_size": 32}).text
+    text = render_card(inference=speed | {"images_per_second": 1234.0, "batch_size": 32}).text
     assert "in float32, without reading and resizing images: 1,234 images/s in batches of 32" in text
 
 
-def test_an_encoder_says_what_was_asked_of_it() -> None:
+def test_an_encoder_card_describes_its_pretraining() -> None:
     results = ENCODER
     flags = FLAGS | {"mask_ratio": 0.6, "label_smoothing": 0.1}
     card = ModelCard(str(build_encoder_card("my-encoder", CONFIG, results, flags)))
@@ -443,11 +450,11 @@ def test_an_encoder_says_what_was_asked_of_it() -> None:
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 
-# What a run writes next to its card ----------------------------------------------------------------------------------
+# Files next to the card ----------------------------------------------------------------------------------------------
 
 
-class Pictures(list):
-    """Images of which the second is broken."""
+class UnreadableSecondImage(list):
+    """Images, of which the second is unreadable."""
 
     def __getitem__(self, index: Any) -> Any:
         if index == 1:
@@ -456,7 +463,7 @@ class Pictures(list):
 
 
 def test_samples_are_of_different_classes() -> None:
-    pictures = Pictures(Image.new("L", (4, 4), value) for value in range(7))
+    pictures = UnreadableSecondImage(Image.new("L", (4, 4), value) for value in range(7))
     labels = [0, 1, 0, 0, 1, 2, 2]
     space = LabelSpace("single_label_classification", {"label": ["dusk", "noon", "dawn"]})
     samples = select_samples(LabeledImages(pictures, labels), space)
@@ -474,7 +481,7 @@ def test_samples_are_of_different_classes() -> None:
 
 
 @pytest.mark.parametrize("benchmark", [None, "org/benchmark"])
-def test_the_result_for_a_benchmark_is_written_where_one_is_named(tmp_path: Path, benchmark: str | None) -> None:
+def test_the_benchmark_result_is_written_if_a_benchmark_is_named(tmp_path: Path, benchmark: str | None) -> None:
     file = tmp_path / ".eval_results" / "results.yaml"
     file.parent.mkdir()
     file.write_text("of an earlier run")
@@ -488,7 +495,7 @@ def test_the_result_for_a_benchmark_is_written_where_one_is_named(tmp_path: Path
         assert "360 images of digits" in entry.notes and "0.9640 to 0.9925" in entry.notes
 
 
-def test_a_benchmark_needs_a_task_and_an_id() -> None:
+def test_a_benchmark_requires_a_task_and_an_id() -> None:
     with pytest.raises(ValueError, match="--eval-benchmark and --eval-task-id require each other"):
         RunOptions(eval_benchmark="org/benchmark")
     with pytest.raises(ValueError, match=r"--eval-benchmark is benchmark, but it must be a dataset"):
@@ -510,7 +517,7 @@ HOSTILE_NAMES = [
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_names_of_classes_and_data_sets_are_no_markup(name: str) -> None:
+def test_names_of_classes_and_datasets_are_not_markup(name: str) -> None:
     """Rendered as HTML, the card has the same elements as a card with plain names."""
 
     def build(name: str) -> str:
@@ -531,7 +538,7 @@ def test_names_of_classes_and_data_sets_are_no_markup(name: str) -> None:
 
 
 def render(card: str) -> list[tuple[str, str, str]]:
-    """Return the elements of a card, rendered from Markdown: tag, link and image of each."""
+    """Return the elements of a card, rendered from Markdown: tag, link and image of each element."""
     text = card.split("\n---\n", maxsplit=1)[1]
     tokens = [
         child
@@ -550,10 +557,10 @@ def test_large_matrices_are_left_out() -> None:
     assert drop_large_matrices(metrics).keys() == {"accuracy", "a_confusion_matrix"}
 
 
-def test_a_run_is_not_lost_for_want_of_images(tmp_path: Path) -> None:
+def test_missing_images_do_not_stop_the_card(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    (tmp_path / "pictures").touch()  # in place of the folder
+    (tmp_path / "pictures").touch()  # a file in place of the folder
     results: dict[str, Any] = {}
     none = LabeledImages([], [])
     space = LabelSpace("single_label_classification", {})
@@ -566,5 +573,5 @@ def test_a_run_is_not_lost_for_want_of_images(tmp_path: Path) -> None:
     (tmp_path / "pictures").unlink()
     assert build_model_report(*given, False, warnings.append) == {} and len(warnings) == 1
     drawn = build_model_report(*given, True, warnings.append)
-    assert "report.html could not be written" in warnings[-1]  # of no image
+    assert "report.html could not be written" in warnings[-1]  # not an image
     assert drawn == {"token_layout": "pictures/token_layout.png"} and (tmp_path / drawn["token_layout"]).is_file()

@@ -1,4 +1,4 @@
-"""The sections "Use" and "Citation" of all cards: the first code block runs as it is, without the package."""
+"""The sections "Use" and "Citation" of all cards. The first code block runs unchanged, without the package."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def get_code_blocks(text: str) -> list[str]:
 
 
 def publish(hub: LocalHub, folder: Path, kind: str) -> None:
-    """Put a model of a kind into the repository ann/KIND."""
+    """Push a model of a kind to the repository ann/KIND."""
     model_class, fields, _ = KINDS[kind]
     randomize(model_class(build_tiny_config(**fields))).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -43,7 +43,7 @@ def publish(hub: LocalHub, folder: Path, kind: str) -> None:
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_code_block_runs_as_it_is_and_prints_no_warnings(tmp_path: Path, kind: str) -> None:
+def test_the_first_code_block_runs_and_prints_no_warnings(tmp_path: Path, kind: str) -> None:
     home = tmp_path / "home"
     home.mkdir()
     with running_hub() as hub:
@@ -75,7 +75,7 @@ def test_the_code_is_named_and_pinned() -> None:
     assert section.index("register_auto_classes()") > section.index(pinned)
 
 
-def test_code_in_another_repository_is_pinned_in_the_second_block_only() -> None:
+def test_code_in_another_repository_is_pinned_only_in_the_second_block() -> None:
     section = build_use_section("ann/x", "ViTCLSModel", has_pipeline=False)
     moved = pin_code_in_card(section, "ann/code")
     newest, pinned = get_code_blocks(moved)
@@ -90,7 +90,7 @@ def test_a_model_of_transformers_requires_no_remote_code() -> None:
     assert "trust_remote_code" not in section and "contains no code" in section
 
 
-def test_the_citation_is_the_one_of_the_repository() -> None:
+def test_the_citation_equals_the_one_of_the_repository() -> None:
     stated: dict[str, Any] = dict(
         re.findall(r'^(title|version|date-released): "?(.*?)"?$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     )

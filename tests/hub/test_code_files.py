@@ -22,7 +22,7 @@ def test_each_file_imports_only_earlier_files() -> None:
         assert {f"{module}.py" for module in imported} <= set(READING_ORDER[:index]), name
 
 
-def test_the_digest_is_the_one_that_the_card_explains(tmp_path: Path) -> None:
+def test_the_digest_is_computed_as_in_the_card(tmp_path: Path) -> None:
     write_code(tmp_path)
     printed = subprocess.check_output("cat *_vitcls.py | sha256sum", shell=True, cwd=tmp_path, text=True)
     assert printed.split()[0] == compute_code_digest(tmp_path) == compute_code_digest()
@@ -43,6 +43,6 @@ def test_differences_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_the_license_is_the_one_of_the_files() -> None:
+def test_the_license_equals_the_one_of_the_files() -> None:
     assert b"Apache License" in read_code_license()
     assert all("SPDX-License-Identifier: Apache-2.0" in (PACKAGE_FOLDER / name).read_text() for name in READING_ORDER)

@@ -1,5 +1,6 @@
-"""A folder that lacks a file of code is not pushed, also if only another file of code imports it."""
+"""Folders without a required code file are not pushed, even if only another code file imports the missing file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all_code_is_needed(folder: Path) -> None:
-    """Imports are followed: `auto_map` names three of the files."""
+    """Imports are followed: `auto_map` contains only three of the files."""
     assert list_required_code(folder) == set(CODE)
     assert set(CODE) <= collect_model_files(folder).keys()
 
 
+def test_code_in_another_repository_is_not_needed(folder: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'"(\w+_vitcls\.)', r'"ann/code--\1', text))
+    assert list_required_code(folder) == set()
+
+
 @pytest.mark.parametrize("name", CODE)
-def test_a_folder_that_lacks_code_is_refused(name: str, folder: Path) -> None:
+def test_a_folder_without_a_code_file_is_an_error(name: str, folder: Path) -> None:
     (folder / name).unlink()
     with raises_one_line(f"lacks {name}", "Save the model again"):
         collect_model_files(folder)

@@ -1,7 +1,8 @@
-"""What loads where the Hub is dead: what is cached, at once; of anything else one line says what to do, in seconds.
+"""Loading while the Hub does not respond: cached files load at once, otherwise a one-line error follows within
+seconds.
 
-Datasets come through `datasets`, models of timm through timm, which alone would ask for most of a minute. The scripts
-run in this process.
+Datasets are loaded with `datasets` and timm models with timm, which would retry for most of a minute. The commands run
+in this process.
 """
 
 import json
@@ -43,7 +44,7 @@ DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for ind
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """A Hub, for every library in this process, which talks to it as ann, with an empty cache."""
+    """Start a Hub with a user `ann` for all libraries in this process, with an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
@@ -54,8 +55,8 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     return hub
 
 
-def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the Hub is at a closed port, for every library in this process."""
+def stop_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point all libraries in this process to a closed port."""
     monkeypatch.setattr(constants, "ENDPOINT", DEAD)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{DEAD}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -63,7 +64,7 @@ def go_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", DEAD)
 
 
-def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
+def test_cached_hub_datasets_load_without_the_hub(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pictures = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
@@ -76,7 +77,7 @@ def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
         load_splits(DataOptions("ann/none"))
     with raises_one_line("a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError):
         load_splits(DataOptions("a/b/c"))
-    go_away(monkeypatch)
+    stop_hub(monkeypatch)
     started = time.monotonic()
     assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text and "loading ann/pictures from the cache" in caplog.text
@@ -85,7 +86,7 @@ def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):
         load_unlabeled_data(DataOptions("ann/none"))
-    assert time.monotonic() - started < 10  # `datasets` alone takes 40 seconds for one of these
+    assert time.monotonic() - started < 10  # `datasets` takes 40 seconds for one of these requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     caplog.clear()
@@ -93,7 +94,7 @@ def test_a_dataset_of_the_hub_is_found_in_the_cache_where_the_hub_is_dead(
     assert "does not respond" not in caplog.text
 
 
-def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_is_dead(
+def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_for_hf(
@@ -106,7 +107,7 @@ def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_
     assert certificate["source_revision"] == commit
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
-    go_away(monkeypatch)
+    stop_hub(monkeypatch)
     started = time.monotonic()
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
@@ -117,7 +118,7 @@ def test_a_timm_model_of_the_hub_is_pinned_and_found_in_the_cache_where_the_hub_
     assert time.monotonic() - started < 20
 
 
-def test_a_source_on_the_hub_is_converted_at_the_commit_that_is_named(hub: LocalHub, tmp_path: Path) -> None:
+def test_a_hub_source_is_converted_at_the_given_commit(hub: LocalHub, tmp_path: Path) -> None:
     source = randomize_weights(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
     save_checkpoint(source, tmp_path / "theirs")
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
@@ -157,7 +158,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
     script: str,
     flags: str,
 ) -> None:
-    """Also where the Hub is dead, in seconds."""
+    """Check also that the error follows within seconds if the Hub does not respond."""
     monkeypatch.chdir(tmp_path)
     for name, words in {
         "runs/none": [", and the Hub has no such"],
@@ -169,14 +170,14 @@ def test_a_mistyped_folder_is_named_in_one_line(
         ],
     }.items():
         if name == "runs/gone":
-            go_away(monkeypatch)
+            stop_hub(monkeypatch)
         started = time.monotonic()
         status = run_in_process(script, *flags.format(name).split())
         assert time.monotonic() - started < 20
         assert_ends_with_one_line(status, capsys.readouterr().err, name, *words)
 
 
-def test_the_demo_asks_nobody_once_its_model_is_here(
+def test_the_demo_sends_no_requests_if_its_model_is_local(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {0: "a", 1: "b", 2: "c"}
@@ -186,7 +187,7 @@ def test_the_demo_asks_nobody_once_its_model_is_here(
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "mine")
     commit = push_folder(tmp_path / "mine", "ann/mine").commit
     assert get_cached_commit(get_model_folder("ann/mine")) == commit
-    go_away(monkeypatch)
+    stop_hub(monkeypatch)
     started = time.monotonic()
     with loading.force_offline():
         reader = DemoModel.load("ann/mine", commit)

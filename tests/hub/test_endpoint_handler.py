@@ -1,4 +1,4 @@
-"""handler.py for Inference Endpoints: pushed with the model, run in a process without the package."""
+"""handler.py for Inference Endpoints: pushed with the model, and run in a process without the package."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from modeling_vitcls.hub.code_files import describe_code_differences
 from modeling_vitcls.hub.publish import build_push_command, push_folder
 
 
-# Calls handler.py with each request of a file, and prints the answers or errors.
+# Calls handler.py with each request in a file, and prints the responses or errors.
 SERVE = """
 import base64, importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("handler", sys.argv[1] + "/handler.py")
@@ -45,8 +45,8 @@ def encode_png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return file.getvalue()
 
 
-def serve(tmp_path: Path, model: Any, requests: list[dict[str, Any]], **environment: str) -> list[Any]:
-    """Push a model with its handler, download the repository, and return the answers of the handler."""
+def call_handler(tmp_path: Path, model: Any, requests: list[dict[str, Any]], **environment: str) -> list[Any]:
+    """Push a model with its handler, download the repository, and return the responses of the handler."""
     folder = tmp_path / "mine"
     randomize(model).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -79,7 +79,7 @@ def test_a_classifier(hub: LocalHub, tmp_path: Path) -> None:
         {"inputs": None},
     ]
     model = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, id2label={0: "a", 1: "b", 2: "c"}))
-    answers = serve(tmp_path, model, requests)
+    answers = call_handler(tmp_path, model, requests)
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "mine")
     with torch.no_grad():
         probabilities = model(processor(contents, return_tensors="pt")["pixel_values"]).logits.softmax(-1)
@@ -100,21 +100,21 @@ def test_a_classifier(hub: LocalHub, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_urls_are_fetched_only_if_they_are_enabled(hub: LocalHub, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
-    (answer,) = serve(tmp_path, model, [{"inputs": "http://127.0.0.1:9/image.png"}], VITCLS_ENDPOINT_URLS="1")
+    (answer,) = call_handler(tmp_path, model, [{"inputs": "http://127.0.0.1:9/image.png"}], VITCLS_ENDPOINT_URLS="1")
     assert "cannot fetch the image" in answer["error"]
 
 
 @pytest.mark.slow
 def test_other_models(hub: LocalHub, tmp_path: Path) -> None:
-    """One list of labels per task; the features of an encoder."""
+    """One list of labels per task; features of an encoder."""
     image = encode_png(0)
     request = {"inputs": base64.b64encode(image).decode()}
     model_class, fields, _ = KINDS["multi_task"]
-    (answer,) = serve(tmp_path / "tasks", model_class(build_tiny_config(**fields)), [request])
+    (answer,) = call_handler(tmp_path / "tasks", model_class(build_tiny_config(**fields)), [request])
     assert {task: len(labels) for task, labels in answer.items()} == {"species": 4, "age": 2}
     assert sum(entry["score"] for entry in answer["species"]) == pytest.approx(1, abs=1e-6)
     encoder = ViTCLSModel(build_tiny_config())
-    (features,) = serve(tmp_path / "encoder", encoder, [request])
+    (features,) = call_handler(tmp_path / "encoder", encoder, [request])
     pixel_values = ViTCLSImageProcessor(size={"height": 32, "width": 32})(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         assert features == pytest.approx(encoder(pixel_values).pooler_output[0].tolist(), abs=1e-5)

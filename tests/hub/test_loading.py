@@ -1,8 +1,8 @@
-"""Models on the Hub, loaded anywhere: from other projects by conversion, pinned, offline, with code elsewhere.
+"""Loading models from the Hub: converted from other projects, pinned, offline, with code in another repository.
 
-Real scripts and users' processes talk to a Hub on loopback. Processes are few, as each takes time to start: one
-loads all that is online, one all that is offline, and each script runs once with a cache and once with none. The Hub
-that never answers is asked in the background.
+Real scripts and processes without the package use a local Hub. Processes take time to start: one loads all models
+online, one all models offline, and each script runs once with a full and once with an empty cache. The process that
+waits for a silent Hub runs in the background.
 """
 
 import json
@@ -39,10 +39,10 @@ from modeling_vitcls.hub.shared_code import use_shared_code, write_code
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).parents[1] / "helpers" / "load_from_hub.py"
 LIMIT = 1e-5  # DESIGN.md
-SECONDS = 120.0  # within which a script gives up: ten or twenty, or more where other processes keep it from working
-NAMES = {index: str(index) for index in range(10)}  # as the digits have
+SECONDS = 120.0  # seconds until a script must stop: ten or twenty, more if other processes use the processor
+NAMES = {index: str(index) for index in range(10)}  # as in the digits dataset
 
-# Other projects' models: the class, the configuration, and what it has next to the common sizes.
+# Models of other projects: class, and configuration fields in addition to the common sizes.
 SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, {}),
     "deit": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig, {}),
@@ -54,26 +54,26 @@ SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 CARD = "---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model of theirs\n"
 
-# As a model would change in a later release: the same weights, other answers.
+# A change in a later release of the code: same weights, other outputs.
 OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
 
 
-# What is loaded without the Hub, too.
+# Models that are also loaded without the Hub.
 CACHED = ["dino", "old code", "main", "code elsewhere, pinned", "processor", "processor, code elsewhere", "pipeline"]
 MARKER = {"name": "marker", "loader": "marker"}
 LOCAL = "local: "
 
 
 @dataclass
-class World:
-    """A Hub with models on it, and what they answer.
+class PublishedModels:
+    """A Hub with models, and their expected outputs.
 
     Attributes:
-        home: of a user: his cache, which the first process fills.
-        commits: by what they are called here.
-        wanted: what each request should give.
-        requests: for the first process.
-        asked_after_marker: what that process asked the Hub for once it used `local_files_only`.
+        home: home folder of a user, with the cache that the first process fills.
+        commits: name in this file -> commit.
+        wanted: expected output of each request.
+        requests: requests of the first process.
+        asked_after_marker: requests that this process sent to the Hub with `local_files_only`.
     """
 
     hub: LocalHub
@@ -85,20 +85,20 @@ class World:
     asked_after_marker: list[str] = field(default_factory=list)
 
     def environment(self, home: Path | None = None, **settings: str) -> dict[str, str]:
-        """Of a process that talks to this Hub as ann, unless `settings` say otherwise."""
-        return environment_of_ann(self.hub.url, home or self.home) | settings
+        """Return the environment of a process that uses this Hub as ann; `settings` override variables."""
+        return get_environment_of_ann(self.hub.url, home or self.home) | settings
 
-    def ask(self, name: str, wanted: torch.Tensor, loader: str, source: str, **options: Any) -> None:
-        """Another request for the first process."""
+    def add_request(self, name: str, wanted: torch.Tensor, loader: str, source: str, **options: Any) -> None:
+        """Add a request for the first process."""
         self.wanted[name] = wanted
         self.requests.append({"name": name, "loader": loader, "source": source, "options": options})
 
     def run(self, script: str, *flags: Any, **settings: str) -> subprocess.CompletedProcess[str]:
-        """One of our scripts."""
+        """Run a script of this repository."""
         return run_fresh(ROOT / "scripts" / script, *flags, environment=self.environment(**settings))
 
     def load(self, requests: list[dict[str, Any]], **settings: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Answers and report of a process that has never heard of this package."""
+        """Return outputs and report of a process without the package."""
         target = self.folder / f"answers-{len(list(self.folder.iterdir()))}"
         target.mkdir()
         file = target / "requests.json"
@@ -110,16 +110,16 @@ class World:
         return load_file(target / "answers.safetensors"), json.loads((target / "report.json").read_text())
 
 
-def environment_of_ann(url: str, home: Path) -> dict[str, str]:
-    """Of a process that talks to the Hub at this address as ann, who has this home."""
+def get_environment_of_ann(url: str, home: Path) -> dict[str, str]:
+    """Return the environment of a process that uses the Hub at this address as ann, with this home folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     own = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_ann"}
     own |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
     return kept | own
 
 
-def images(folder: Path) -> dict[str, torch.Tensor]:
-    """The inputs of all requests, also in a file: pixel values [2, 3, 32, 32], and a image [3, 40, 50]."""
+def save_inputs(folder: Path) -> dict[str, torch.Tensor]:
+    """Save and return the inputs of all requests: pixel values [2, 3, 32, 32] and an image [3, 40, 50]."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
@@ -130,15 +130,15 @@ def images(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Everything published, and the user's process that loads it all."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishedModels]:
+    """Publish all models, and return the requests of the process that loads them."""
     folder = tmp_path_factory.mktemp("world")
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
         hub.tokens |= {"hf_ann": Token("ann"), "hf_them": Token("them")}
-        world = World(hub, folder, tmp_path_factory.mktemp("home"))
+        world = PublishedModels(hub, folder, tmp_path_factory.mktemp("home"))
         point_client_at(hub.url, "hf_ann", patch, tmp_path_factory.mktemp("own-home"))
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world.home / "own"))
-        inputs = images(folder)
+        inputs = save_inputs(folder)
         publish_theirs(world, inputs["pixel_values"])
         convert_and_push(world)
         publish_two_versions(world, inputs)
@@ -146,12 +146,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def online(world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What the user's process found; it fills his cache, and then loads the same with `local_files_only`."""
+def online(world: PublishedModels) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the results of the process that loads all models, first online, then with `local_files_only`."""
     again = [
         request | {"name": f"{LOCAL}{request['name']}", "options": request["options"] | {"local_files_only": True}}
         for request in world.requests
-        if request["name"] in CACHED and request["loader"] != "pipeline"  # does not take it
+        if request["name"] in CACHED and request["loader"] != "pipeline"  # does not accept the option
     ]
     found = world.load([*world.requests, MARKER, *again])
     paths = [path for _, path in world.hub.requests]
@@ -161,7 +161,7 @@ def online(world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def silent() -> Iterator[str]:
-    """The address of a server that accepts connections and never says a word."""
+    """Yield the address of a server that accepts connections but never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
@@ -169,21 +169,21 @@ def silent() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept_waiting(
+def waiting_script(
     silent: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[subprocess.Popen[str], float]]:
-    """scripts/predict.py, which asks that server for a model while the other tests run, and when it was started."""
+    """Start scripts/predict.py with a model on that server in the background; yield it and its start time."""
     home = tmp_path_factory.mktemp("waiting")
     PIL.Image.new("RGB", (50, 40)).save(home / "picture.png")
-    environment = environment_of_ann(silent, home)
+    environment = get_environment_of_ann(silent, home)
     command = [sys.executable, ROOT / "scripts" / "predict.py", "--model", "ann/versions", home / "picture.png"]
     with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as process:
         yield process, time.monotonic()
         process.kill()
 
 
-def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
-    """Models of transformers, pushed by those who made them, one with a license of its own."""
+def publish_theirs(world: PublishedModels, pixel_values: torch.Tensor) -> None:
+    """Push models of transformers, one of them with its own license."""
     for name, (model_class, config_class, fields) in SOURCES.items():
         model = randomize_weights(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
         folder = world.folder / f"their-{name}"
@@ -200,8 +200,8 @@ def publish_theirs(world: World, pixel_values: torch.Tensor) -> None:
             world.wanted[name] = model(pixel_values).logits
 
 
-def convert_and_push(world: World) -> None:
-    """By the script for one, and by what it calls for the others; test_verify.py runs the one that pushes."""
+def convert_and_push(world: PublishedModels) -> None:
+    """Convert and push one model with the script, and the others with its functions."""
     for name in SOURCES:
         converted = world.folder / f"vitcls-{name}"
         if name == "dino":
@@ -211,11 +211,11 @@ def convert_and_push(world: World) -> None:
         else:
             convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(converted, f"ann/{name}").commit
-        world.ask(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
+        world.add_request(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
 
 
-def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
-    """One model with its code, twice: the second commit has other code; and one with its code in the first's place."""
+def publish_two_versions(world: PublishedModels, inputs: dict[str, torch.Tensor]) -> None:
+    """Push a model twice, the second time with other code, and a model that uses the code of the first."""
     config = build_tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
     model = randomize(vitcls.ViTCLSForImageClassification(config))
     processor = vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})
@@ -239,19 +239,19 @@ def publish_two_versions(world: World, inputs: dict[str, torch.Tensor]) -> None:
     world.commits |= with_code | {"weights": push_folder(folder, "ann/weights").commit}
 
     classifier = "AutoModelForImageClassification"
-    world.ask("old code", old, classifier, "ann/versions", revision=with_code["first"])
-    world.ask("new code", new, classifier, "ann/versions", revision=with_code["second"])
-    world.ask("main", new, classifier, "ann/versions")
+    world.add_request("old code", old, classifier, "ann/versions", revision=with_code["first"])
+    world.add_request("new code", new, classifier, "ann/versions", revision=with_code["second"])
+    world.add_request("main", new, classifier, "ann/versions")
     pinned = {"revision": world.commits["weights"], "code_revision": code_commit}
-    world.ask("code elsewhere, pinned", old, classifier, "ann/weights", **pinned)
-    world.ask("code elsewhere, newest", new, classifier, "ann/weights", revision=pinned["revision"])
-    world.ask("processor", pixel_values, "AutoImageProcessor", "ann/versions")
-    world.ask("processor, code elsewhere", pixel_values, "AutoImageProcessor", "ann/weights", **pinned)
-    world.ask("pipeline", scores, "pipeline", "ann/versions", revision=with_code["first"])
+    world.add_request("code elsewhere, pinned", old, classifier, "ann/weights", **pinned)
+    world.add_request("code elsewhere, newest", new, classifier, "ann/weights", revision=pinned["revision"])
+    world.add_request("processor", pixel_values, "AutoImageProcessor", "ann/versions")
+    world.add_request("processor, code elsewhere", pixel_values, "AutoImageProcessor", "ann/weights", **pinned)
+    world.add_request("pipeline", scores, "pipeline", "ann/versions", revision=with_code["first"])
 
 
-def picture(world: World) -> Path:
-    """A image in a file."""
+def write_image(world: PublishedModels) -> Path:
+    """Write an image to a file."""
     file = world.folder / "picture.png"
     if not file.exists():
         image = load_file(world.folder / "inputs.safetensors")["image"]
@@ -264,8 +264,8 @@ def picture(world: World) -> Path:
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_model_of_another_project_is_converted_by_its_id_pushed_and_loaded_by_its_commit(
-    world: World, online: Any, name: str
+def test_models_of_other_projects_are_converted_pushed_and_loaded_by_commit(
+    world: PublishedModels, online: Any, name: str
 ) -> None:
     answers, report = online
     assert report[name]["module"].startswith("transformers_modules.ann.")
@@ -273,7 +273,7 @@ def test_a_model_of_another_project_is_converted_by_its_id_pushed_and_loaded_by_
     assert (answers[name] - world.wanted[name]).abs().max() <= LIMIT
 
 
-def test_the_card_and_the_license_travel_with_it(world: World) -> None:
+def test_card_and_license_are_converted_with_the_model(world: PublishedModels) -> None:
     card = world.hub.read("ann/dino", "README.md").decode()
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card
@@ -290,7 +290,7 @@ ELSEWHERE = ["code elsewhere, pinned", "code elsewhere, newest", "processor, cod
 
 
 @pytest.mark.parametrize("name", VERSIONS + ELSEWHERE)
-def test_each_commit_answers_with_the_code_that_it_was_pushed_with(world: World, online: Any, name: str) -> None:
+def test_each_commit_predicts_with_its_own_code(world: PublishedModels, online: Any, name: str) -> None:
     answers, report = online
     assert "error" not in report[name], report[name]
     assert report[name]["module"].startswith("transformers_modules.ann.")
@@ -298,10 +298,10 @@ def test_each_commit_answers_with_the_code_that_it_was_pushed_with(world: World,
     assert (world.wanted["old code"] - world.wanted["new code"]).abs().max() > 0.1
 
 
-def test_code_elsewhere_is_a_matter_of_the_published_files(world: World, tmp_path: Path) -> None:
+def test_code_in_another_repository_is_defined_by_the_published_files(world: PublishedModels, tmp_path: Path) -> None:
     assert not [name for name in world.hub.files("ann/weights") if name.endswith(".py")]
     folder = world.folder / "versions"
-    use_shared_code(folder, "bob/code")  # moved once more
+    use_shared_code(folder, "bob/code")  # moved again
     for file in CONFIG_FILES:
         text = (folder / file).read_text()
         assert "bob/code--" in text and "ann/code" not in text
@@ -315,10 +315,10 @@ def test_code_elsewhere_is_a_matter_of_the_published_files(world: World, tmp_pat
         use_shared_code(tmp_path / "nowhere", "bob/code")
 
 
-# Offline and dead ----------------------------------------------------------------------------------------------------
+# Offline, or without a Hub -------------------------------------------------------------------------------------------
 
 
-def test_offline_everything_that_is_cached_loads(world: World, online: Any) -> None:
+def test_cached_models_load_offline(world: PublishedModels, online: Any) -> None:
     asked = len(world.hub.requests)
     unknown = {"name": "unknown", "loader": "AutoModel", "source": "ann/unknown", "options": {}}
     known = [request for request in world.requests if request["name"] in CACHED]
@@ -332,7 +332,7 @@ def test_offline_everything_that_is_cached_loads(world: World, online: Any) -> N
     assert len(world.hub.requests) == asked
 
 
-def test_with_local_files_only_nobody_is_asked(world: World, online: Any) -> None:
+def test_local_files_only_sends_no_requests(world: PublishedModels, online: Any) -> None:
     answers, report = online
     again = {name.removeprefix(LOCAL): found for name, found in report.items() if name.startswith(LOCAL)}
     assert again.keys() == set(CACHED) - {"pipeline"}
@@ -342,16 +342,16 @@ def test_with_local_files_only_nobody_is_asked(world: World, online: Any) -> Non
     assert world.asked_after_marker == []
 
 
-def test_our_scripts_take_what_is_cached_offline(world: World, online: Any) -> None:
+def test_scripts_use_the_cache_offline(world: PublishedModels, online: Any) -> None:
     file = world.folder / "labels.csv"
-    flags = ["--model", "ann/versions", picture(world), "--output", file]
+    flags = ["--model", "ann/versions", write_image(world), "--output", file]
     done = world.run("predict.py", *flags, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "picture.png" in file.read_text()
 
 
 @pytest.mark.slow
-def test_our_scripts_take_what_is_cached_where_the_hub_does_not_answer(world: World, online: Any) -> None:
+def test_scripts_use_the_cache_if_the_hub_does_not_respond(world: PublishedModels, online: Any) -> None:
     flags = ["--model", "ann/versions", "--dataset", "digits"]
     done = world.run("evaluate.py", *flags, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -359,7 +359,7 @@ def test_our_scripts_take_what_is_cached_where_the_hub_does_not_answer(world: Wo
     assert "does not respond" in done.stderr and "loading ann/versions from the cache" in done.stderr
 
 
-def test_our_scripts_say_what_to_do_offline_with_an_empty_cache(world: World) -> None:
+def test_scripts_explain_what_to_do_offline_with_an_empty_cache(world: PublishedModels) -> None:
     settings = {"home": world.folder / "none", "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     done = world.run("evaluate.py", "--model", "ann/versions", "--dataset", "digits", **settings)
@@ -368,7 +368,7 @@ def test_our_scripts_say_what_to_do_offline_with_an_empty_cache(world: World) ->
 
 
 @pytest.mark.slow
-def test_our_scripts_give_up_on_a_closed_port(world: World) -> None:
+def test_scripts_stop_at_a_closed_port(world: PublishedModels) -> None:
     settings = {"home": world.folder / "none", "HF_ENDPOINT": "http://127.0.0.1:9"}
     started = time.monotonic()
     output = world.folder / "never"
@@ -379,7 +379,7 @@ def test_our_scripts_give_up_on_a_closed_port(world: World) -> None:
 
 
 def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> None:
-    """Status 1, no traceback, and a last line that says this."""
+    """Check status 1, no traceback, and a last line that contains these words."""
     assert status == 1, errors[-2000:]
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
@@ -393,7 +393,7 @@ def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> N
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """A Hub with one model, which this process talks to as ann, with an empty cache."""
+    """Start a Hub with one model for this process, as ann, with an empty cache."""
     hub.tokens |= {"hf_bob": Token("bob")}
     hub.create("ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -401,7 +401,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     return hub
 
 
-def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalHub, tmp_path: Path) -> None:
+def test_folders_are_local_and_impossible_ids_are_not_resolved(hub: LocalHub, tmp_path: Path) -> None:
     assert get_model_folder(str(tmp_path)) == str(tmp_path)
     for source in ("/not/there", "./not-there", "a/b/c"):
         with raises_one_line(f"{source} is not a folder and not a valid id of a model", error=OSError):
@@ -411,7 +411,7 @@ def test_a_folder_is_itself_and_what_can_be_no_repository_is_nothing(hub: LocalH
     assert not hub.requests
 
 
-def test_a_revision_is_taken_where_one_is_named(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
     repository.commit("main", "newer", repository.commits[old].files | {"config.json": hub.store("config.json", b"1")})
@@ -426,7 +426,7 @@ def test_a_revision_is_taken_where_one_is_named(hub: LocalHub, monkeypatch: pyte
         get_model_folder("ann/model", revision="gone")
 
 
-def test_what_is_needed_is_fetched_once_and_the_newest_is_taken(hub: LocalHub) -> None:
+def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:
     folder = get_model_folder("ann/model")
     assert sorted(file.name for file in Path(folder).iterdir()) == ["config.json", "model.safetensors"]
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
@@ -439,13 +439,13 @@ def test_what_is_needed_is_fetched_once_and_the_newest_is_taken(hub: LocalHub) -
     assert get_cached_commit("runs/mine") is None
 
 
-def test_a_failure_that_passes_is_tried_again(hub: LocalHub) -> None:
+def test_temporary_failures_are_retried(hub: LocalHub) -> None:
     hub.fail("GET", "/api/models/ann/model", 503)
     hub.fail("GET", "/objects/", "cut")
     assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
 
 
-def test_a_closed_port_leaves_what_is_cached(
+def test_the_cache_is_used_if_the_port_is_closed(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = get_model_folder("ann/model")
@@ -456,7 +456,7 @@ def test_a_closed_port_leaves_what_is_cached(
         get_model_folder("ann/other")
 
 
-def test_a_silent_hub_is_given_up_in_time(hub: LocalHub, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_times_out(hub: LocalHub, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
     monkeypatch.setattr(loading, "TIMEOUT", 0.5)
     started = time.monotonic()
@@ -465,7 +465,7 @@ def test_a_silent_hub_is_given_up_in_time(hub: LocalHub, silent: str, monkeypatc
     assert 1.0 <= time.monotonic() - started < 10
 
 
-def test_what_may_not_be_read_is_not_taken_from_anywhere(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forbidden_files_are_not_read_from_the_cache(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("the Hub has no such model", "hf auth login", error=OSError):
         get_model_folder("ann/typo")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
@@ -476,7 +476,7 @@ def test_what_may_not_be_read_is_not_taken_from_anywhere(hub: LocalHub, monkeypa
         get_model_folder("ann/empty")
 
 
-def test_a_part_of_a_model_in_the_cache_is_none(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder("ann/model", CONFIG_FILES)) is not None
@@ -484,13 +484,13 @@ def test_a_part_of_a_model_in_the_cache_is_none(hub: LocalHub, monkeypatch: pyte
         get_model_folder("ann/model")
 
 
-# At last, what had to wait -------------------------------------------------------------------------------------------
+# Results of the background process -----------------------------------------------------------------------------------
 
 
-def test_our_scripts_give_up_on_a_hub_that_never_answers(
-    kept_waiting: tuple[subprocess.Popen[str], float], silent: str
+def test_scripts_stop_if_the_hub_never_responds(
+    waiting_script: tuple[subprocess.Popen[str], float], silent: str
 ) -> None:
-    process, started = kept_waiting
+    process, started = waiting_script
     _, errors = process.communicate(timeout=max(1.0, started + SECONDS - time.monotonic()))
     assert_ends_with_one_line(
         process.returncode, errors, f"{silent} does not respond", "timed out", "Check the network"

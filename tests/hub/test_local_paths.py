@@ -1,4 +1,4 @@
-"""Names of data, models and teachers: a path of this machine is known as one wherever and whenever it is published."""
+"""Names of data, models and teachers: local paths are recognized as local on every machine."""
 
 import logging
 import shutil
@@ -38,7 +38,7 @@ from modeling_vitcls.training.runner import build_runner, check_same_flags, reso
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with folders of misleading names in it, and data next to it."""
+    """Return a working folder that contains folders with misleading names, next to a data folder."""
     for name in ("here/digits", "here/vitcls-tiny", "here/acme/data", "here/data/teach", "clinic/scans"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
@@ -46,11 +46,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def test_what_is_a_path_becomes_absolute(here: Path) -> None:
+def test_paths_become_absolute(here: Path) -> None:
     for name in ("acme/data", "data/teach", "weights.pt"):
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
     assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
+    assert resolve_name("timm:local_dir:data/teach") == f"timm:local_dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
     for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
         assert resolve_name(other) == other
@@ -67,20 +68,20 @@ def test_what_is_a_path_becomes_absolute(here: Path) -> None:
         *((name, name) for name in ("digits", "acme/data", "timm:resnet18", "transformers:acme/vit@main")),
     ],
 )
-def test_only_what_is_absolute_is_of_this_machine(here: Path, name: str, shared: str) -> None:
+def test_only_absolute_paths_are_local(here: Path, name: str, shared: str) -> None:
     assert strip_folders(name) == shared
     assert is_local(name) is (name != shared)
     assert not is_local(None) and not is_local(["/a"])
 
 
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
-    """Of a run on local data, as given on the command line."""
+    """Return options of a run on local data, as on the command line."""
     teacher = DistillationOptions(teacher="timm:resnet18@weights.pt")
     model = ModelOptions("vitcls-tiny", num_distillation_tokens=1)
     return FinetuneOptions(output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others))
 
 
-def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_path(
+def test_a_model_trained_on_local_data_is_pushed_without_its_path(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -103,10 +104,8 @@ def test_what_was_trained_on_local_data_is_pushed_from_elsewhere_without_its_pat
     assert "clinic" not in published.decode()
 
 
-def test_the_files_of_a_run_name_no_folders_of_this_machine(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They repeat the run from the same folder, and still show that its data and teacher are local."""
+def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files repeat the run from the same folder, and show that data and teacher are local."""
     folder = tmp_path / "runs" / "mine"
     runner = build_runner(options_of(folder, str(tmp_path / "clinic" / "scans")))
     runner.claim_folder()
@@ -120,7 +119,7 @@ def test_the_files_of_a_run_name_no_folders_of_this_machine(
     assert again.distillation == runner.options.distillation
     assert Path(again.data.dataset).resolve() == Path(runner.options.data.dataset)
     check_same_flags(runner.get_flags(), to_flags(runner.options), folder)
-    monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, whichever folder is current
+    monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
 
@@ -144,14 +143,14 @@ def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, rel
     assert make_relative(None) is None
 
 
-def test_the_built_in_data_and_presets_go_before_folders_of_their_name(here: Path, tmp_path: Path) -> None:
+def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
     options = build_runner(options_of(tmp_path / "run", "digits")).options
     assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
     pretraining = resolve_names(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
     assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")
 
 
-def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
         return to_flags(resolve_names(options_of(tmp_path / "run", dataset)))
 
@@ -159,9 +158,8 @@ def test_a_run_is_resumed_with_its_data_written_otherwise(here: Path, tmp_path: 
     assert before["dataset"] == f"{here}/data/teach"
     for spelling in ("./data/teach", str(here / "data/teach"), "../here/data/teach", "data/../data/teach"):
         check_same_flags(before, flags(spelling), tmp_path)
-        check_same_flags(
-            before | {"dataset": "data/teach"}, flags(spelling), tmp_path
-        )  # as they were written formerly
+        # as written by earlier versions
+        check_same_flags(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
     check_same_flags(before, before | {"license": "mit", "card_samples": True}, tmp_path)
     with raises_one_line("--dataset", "acme/data", "another --output-dir"):
         check_same_flags(before, flags("acme/data"), tmp_path)
@@ -186,12 +184,12 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
             check_output_is_empty(used)
 
 
-# Images of this machine ----------------------------------------------------------------------------------------------
+# Local images --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(hub: LocalHub) -> LocalHub:
-    """A Hub with a private repository and a public one, which this process talks to as ann."""
+    """Start a Hub with a private and a public repository for this process, as ann."""
     hub.create("ann/private", private=True)
     hub.create("ann/public", private=False)
     return hub
@@ -210,7 +208,7 @@ def hub(hub: LocalHub) -> LocalHub:
         ("acme/none", "ann/public", {}, True),
     ],
 )
-def test_images_of_this_machine_are_not_published_unasked(
+def test_local_images_are_not_published_without_a_flag(
     hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
 ) -> None:
     warnings: list[str] = []
@@ -226,7 +224,7 @@ def test_images_of_this_machine_are_not_published_unasked(
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_push_says_who_can_see_the_images(
+def test_a_push_prints_who_can_see_the_images(
     hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"

@@ -1,4 +1,6 @@
-"""Pushed models and other versions of transformers: the lowest supported one, and one-line errors before it."""
+"""Pushed models with other versions of transformers: the lowest supported version, and one-line errors for older
+versions.
+"""
 
 import os
 import shutil
@@ -40,7 +42,7 @@ Install = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
-    """Install a version of transformers into a folder of its own; torch is the one of this environment."""
+    """Install a version of transformers into a separate folder; torch is shared with this environment."""
 
     def install_version(version: str) -> Path:
         folder = tmp_path_factory.mktemp("transformers") / version
@@ -68,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_older_version_is_a_one_line_error(
     hub: LocalHub, folder: Path, tmp_path: Path, install: Install, version: str
 ) -> None:
-    """From a folder as well as from the Hub."""
+    """Check a folder and the Hub."""
     push_folder(folder, "ann/mine")
     environment = os.environ | {"PYTHONPATH": str(install(version))}
     for source in (folder, "ann/mine"):
@@ -89,7 +91,7 @@ def test_the_lowest_version_has_the_same_outputs(
 
 
 def test_the_version_is_checked_before_any_other_import(tmp_path: Path, folder: Path) -> None:
-    """In place of an old version: a module that has nothing but its version."""
+    """A module that contains only a version replaces an old version of transformers."""
     shutil.copyfile(folder / "configuration_vitcls.py", tmp_path / "configuration_vitcls.py")
     (tmp_path / "transformers.py").write_text('__version__ = "4.57.1"\n')
     code = "import sys\nsys.path.insert(0, '')\ntry:\n    import configuration_vitcls\n"

@@ -1,4 +1,4 @@
-"""Where a model comes from: licenses are inherited as they are written, and never made up."""
+"""Provenance of models: licenses are inherited without changes, and never invented."""
 
 import time
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from modeling_vitcls.hub.provenance import Provenance, find_provenance
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"
 
 
-def folder_with(folder: Path, metadata: str, **files: str) -> Path:
-    """A model folder with a card and further files."""
+def write_folder(folder: Path, metadata: str, **files: str) -> Path:
+    """Write a model folder with a card and further files."""
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(f"---\n{metadata}---\n\n# Model\n")
     for name, text in files.items():
@@ -27,8 +27,8 @@ def folder_with(folder: Path, metadata: str, **files: str) -> Path:
     return folder
 
 
-def test_a_folder_passes_on_what_its_card_says(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
+def test_the_metadata_of_a_card_is_inherited(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
     found = find_provenance(str(source))
     expected = Provenance("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
     assert found == expected == find_provenance(f"transformers:{source}")
@@ -37,21 +37,21 @@ def test_a_folder_passes_on_what_its_card_says(tmp_path: Path) -> None:
     output.mkdir()
     found.copy_license(output)
     assert (output / "LICENSE.md").read_text() == "the text"
-    found.copy_license(source)  # the run that writes into the folder that it started from
+    found.copy_license(source)  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"
 
 
-def test_a_link_to_a_file_that_is_not_there_is_dropped(tmp_path: Path) -> None:
-    assert find_provenance(str(folder_with(tmp_path / "mine", DINOV3))).license_link is None
+def test_links_to_missing_files_are_removed(tmp_path: Path) -> None:
+    assert find_provenance(str(write_folder(tmp_path / "mine", DINOV3))).license_link is None
 
 
-def test_other_licenses_are_linked_to_the_file_that_holds_them(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
+def test_other_licenses_link_to_their_file(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
     assert find_provenance(str(source)).license_link == "LICENSE"
 
 
-def test_what_a_license_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "mine", "license: other\nlicense_name: x\n")
+def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n")
     taken = ["COPYING", "LICENCE.txt", "NOTICE", "licence-weights.md", "license"]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
@@ -69,13 +69,13 @@ def test_what_a_license_asks_to_be_passed_on_goes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "tags:\n- vit\n"])
-def test_what_no_card_says_stays_unknown(tmp_path: Path, card: str) -> None:
-    assert find_provenance(str(folder_with(tmp_path / "mine", card))) == Provenance("mine")
+def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
+    assert find_provenance(str(write_folder(tmp_path / "mine", card))) == Provenance("mine")
     (tmp_path / "mine" / "README.md").unlink()
     assert find_provenance(str(tmp_path / "mine")) == Provenance("mine")
 
 
-def test_timm_knows_the_license_of_its_weights() -> None:
+def test_timm_weights_have_their_license() -> None:
     found = find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")
     assert (found.license, found.license_name) == ("other", "dinov3-license")
     assert found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
@@ -89,8 +89,8 @@ def test_timm_knows_the_license_of_its_weights() -> None:
     assert find_provenance("timm:no_such_model") == Provenance("timm:no_such_model")
 
 
-def test_timm_reads_folders_too(tmp_path: Path) -> None:
-    source = folder_with(tmp_path / "mine", "license: mit\n")
+def test_timm_folders_are_read(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "mine", "license: mit\n")
     assert find_provenance(f"timm:local-dir:{source}").license == "mit"
 
 
@@ -99,7 +99,7 @@ def test_timm_reads_folders_too(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    """A Hub with one model, and a cache of its own for this process."""
+    """Start a Hub with one model, and set an empty cache."""
     with running_hub() as running:
         files = {"README.md": f"---\n{DINOV3}---\n".encode(), "LICENSE.md": b"the text", "config.json": b"{}"}
         running.create("ann/dinov3", private=False, files=files)
@@ -112,7 +112,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 @pytest.mark.parametrize("source", ["ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3"])
-def test_a_model_on_the_hub_passes_on_its_license(hub: LocalHub, tmp_path: Path, source: str) -> None:
+def test_a_model_on_the_hub_passes_its_license_on(hub: LocalHub, tmp_path: Path, source: str) -> None:
     found = find_provenance(source)
     assert (found.name, found.base_model, found.license_name) == ("ann/dinov3", "ann/dinov3", "dinov3-license")
     assert found.license_link == "LICENSE.md"
@@ -125,12 +125,12 @@ def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub) -> None:
     assert find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
 
 
-def test_a_model_that_is_not_there_has_an_unknown_license(hub: LocalHub) -> None:
+def test_a_missing_model_has_an_unknown_license(hub: LocalHub) -> None:
     assert find_provenance("ann/nothing") == Provenance("ann/nothing", base_model="ann/nothing")
     assert find_provenance("no id at all") == Provenance("no id at all")
 
 
-def test_without_a_network_the_cache_answers(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_cache_is_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     known = find_provenance("ann/dinov3")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
@@ -139,7 +139,7 @@ def test_without_a_network_the_cache_answers(hub: LocalHub, monkeypatch: pytest.
     assert len(hub.requests) == asked
 
 
-def test_a_silent_hub_costs_seconds(hub: LocalHub) -> None:
+def test_a_silent_hub_times_out(hub: LocalHub) -> None:
     hub.fail("GET", "/api/models/ann/dinov3", "wait", times=9)
     started = time.perf_counter()
     assert find_provenance("ann/dinov3") == Provenance("ann/dinov3", base_model="ann/dinov3")

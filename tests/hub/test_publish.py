@@ -1,4 +1,4 @@
-"""Pushing model folders to a Hub on this machine, through the real huggingface_hub client."""
+"""Pushing model folders to a local Hub, with the real huggingface_hub client."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ TOKENS = {
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
-    """An empty Hub, which the client of this process talks to as ann."""
+    """Start an empty Hub for this process, as ann."""
     hub.tokens |= TOKENS
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
     return hub
@@ -60,7 +60,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a run leaves: a model, what is told about it, and what must not leave the machine."""
+    """Return an output folder: a model, its description, and files that must not be pushed."""
     target = tmp_path / "my-run"
     save_model(target)
     (target / "README.md").write_text(CARD)
@@ -90,18 +90,18 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-def num_commits(hub: LocalHub, repo_id: str) -> int:
-    """Pushes that a repository has seen; its first commit comes with it."""
+def count_pushes(hub: LocalHub, repo_id: str) -> int:
+    """Return the number of pushes to a repository, without its first commit."""
     return len(hub.repositories[repo_id].commits) - 1
 
 
-# What is pushed ------------------------------------------------------------------------------------------------------
+# Pushed files --------------------------------------------------------------------------------------------------------
 
 
-def test_a_push_is_one_commit_of_what_belongs_to_the_model(hub: LocalHub, folder: Path) -> None:
+def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
     before = snapshot(folder)
     pushed = push_folder(folder, "ann/model", message="Trained")
-    assert num_commits(hub, "ann/model") == 1
+    assert count_pushes(hub, "ann/model") == 1
     assert hub.repositories["ann/model"].branches == {"main": pushed.commit}
     assert hub.repositories["ann/model"].commits[pushed.commit].message == "Trained"
     assert pushed.url == f"{hub.url}/ann/model/commit/{pushed.commit}"
@@ -116,7 +116,7 @@ def test_a_push_is_one_commit_of_what_belongs_to_the_model(hub: LocalHub, folder
     assert snapshot(folder) == before
 
 
-def test_the_report_is_pushed_unless_it_shows_images_of_a_local_data_set(hub: LocalHub, folder: Path) -> None:
+def test_the_report_is_pushed_unless_it_shows_images_of_a_local_dataset(hub: LocalHub, folder: Path) -> None:
     (folder / "report.html").write_text("<html>")
     recipe = folder / "config.resolved.yaml"
     for flags, is_pushed in (
@@ -127,35 +127,47 @@ def test_the_report_is_pushed_unless_it_shows_images_of_a_local_data_set(hub: Lo
         recipe.write_text(yaml.safe_dump(flags))
         push_folder(folder, "ann/model")
         assert ("report.html" in hub.files("ann/model")) == is_pushed
-    recipe.unlink()  # then nobody knows whose images the report shows
+    recipe.unlink()  # then the dataset of the report is unknown
     push_folder(folder, "ann/model")
     assert "report.html" not in hub.files("ann/model")
 
 
-def test_onnx_files_are_pushed_while_their_report_fits_the_weights(
+def test_onnx_files_are_pushed_if_their_report_matches_the_weights(
     hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    (folder / "onnx" / "report.json").write_text(json.dumps({"weights_sha256": {WEIGHTS: digest}}))
+    comparison = {"file": "onnx/model.onnx", "largest_difference": 2.5e-7, "top1_agreement": 1.0}
+    labeled = {"dataset": "digits", "split": "test", "num_images": 1000, "metric": "accuracy", "model": 0.974}
+    report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison], "labeled": None}
+    (folder / "onnx" / "report.json").write_text(json.dumps(report))
     push_folder(folder, "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model")) and not caplog.messages
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% |\n" in hub.read("ann/model", "README.md").decode()
+    report["labeled"] = labeled | {"files": {"model.onnx": 0.9725}}
+    (folder / "onnx" / "report.json").write_text(json.dumps(report))
+    push_folder(folder, "ann/model")
+    card = hub.read("ann/model", "README.md").decode()
+    assert (
+        "1,000 images of `digits` (test), one image at a time. The weights in PyTorch have the accuracy 97.40%" in card
+    )
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and card.count("## ONNX files") == 1
     save_model(folder, num_register_tokens=2)
     push_folder(folder, "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
     assert "onnx/model.onnx, onnx/report.json is not published" in caplog.text
 
 
-def test_the_recipe_is_pushed_without_the_paths_of_this_machine(hub: LocalHub, folder: Path) -> None:
+def test_the_recipe_is_pushed_without_local_paths(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
     assert recipe["epochs"] == 3.0 and recipe["dataset"] == "digits"
     assert "secret" not in str(recipe)
-    assert not [flag for flag in recipe if "hub" in flag]  # whoever repeats the run does not push it there
+    assert not [flag for flag in recipe if "hub" in flag]  # a repeated run must not push to this repository
 
 
-def test_pushing_again_keeps_every_commit_and_sends_only_what_changed(
+def test_pushing_again_keeps_every_commit_and_uploads_only_changes(
     hub: LocalHub, folder: Path, tmp_path: Path
 ) -> None:
     first = push_folder(folder, "ann/model").commit
@@ -165,8 +177,8 @@ def test_pushing_again_keeps_every_commit_and_sends_only_what_changed(
     weights = (folder / WEIGHTS).read_bytes()
     save_model(folder, num_register_tokens=2)
     third = push_folder(folder, "ann/model").commit
-    assert len({first, second, third}) == num_commits(hub, "ann/model") == 3
-    assert hub.count_requests("PUT", "/objects/") == 2  # the weights of the first and the third
+    assert len({first, second, third}) == count_pushes(hub, "ann/model") == 3
+    assert hub.count_requests("PUT", "/objects/") == 2  # the weights of the first and the third push
     found = [
         Path(HfApi().hf_hub_download("ann/model", WEIGHTS, revision=commit, cache_dir=tmp_path / "cache")).read_bytes()
         for commit in (first, second, third)
@@ -174,7 +186,7 @@ def test_pushing_again_keeps_every_commit_and_sends_only_what_changed(
     assert found[0] == found[1] == weights != found[2] == (folder / WEIGHTS).read_bytes()
 
 
-def test_shards_replace_the_weights_of_an_earlier_push_and_the_other_way_round(hub: LocalHub, folder: Path) -> None:
+def test_shards_replace_a_single_weights_file_and_vice_versa(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.md", repo_id="ann/model")
     (folder / WEIGHTS).unlink()
@@ -192,7 +204,7 @@ def test_shards_replace_the_weights_of_an_earlier_push_and_the_other_way_round(h
     assert {WEIGHTS, "notes.md"} <= there and not shards & there and "model.safetensors.index.json" not in there
 
 
-def test_a_branch_gets_its_own_commits(hub: LocalHub, folder: Path) -> None:
+def test_branches_have_their_own_commits(hub: LocalHub, folder: Path) -> None:
     main = push_folder(folder, "ann/model").commit
     save_model(folder, num_register_tokens=2)
     branch = push_folder(folder, "ann/model", branch="checkpoints/step-100").commit
@@ -205,7 +217,7 @@ def test_a_branch_gets_its_own_commits(hub: LocalHub, folder: Path) -> None:
 
 
 def test_a_push_removes_only_outdated_files_of_its_own_branch(hub: LocalHub, folder: Path) -> None:
-    """Neither branch has all files of the other branch."""
+    """Neither branch contains all files of the other branch."""
     push_folder(folder, "ann/model")
     push_folder(folder, "ann/model", branch="new")
     HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model", revision="new")
@@ -214,7 +226,7 @@ def test_a_push_removes_only_outdated_files_of_its_own_branch(hub: LocalHub, fol
     push_folder(folder, "ann/model", branch="new")
     assert not {"metrics.jsonl", "results.json"} & set(hub.files("ann/model", "new"))
     HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="metrics.jsonl", repo_id="ann/model")
-    push_folder(folder, "ann/model", branch="new")  # fails if it deletes a file that only main has
+    push_folder(folder, "ann/model", branch="new")  # fails if it deletes a file that exists only on main
     assert "metrics.jsonl" in hub.files("ann/model")
 
 
@@ -227,7 +239,7 @@ def test_a_new_repository_has_the_visibility_of_its_organization(
     assert hub.repositories["lab/model"].private is pushed.is_private is is_private
 
 
-def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+def test_a_private_push_is_visible_only_to_its_owner(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
     push_folder(folder, "ann/model", private=True)
     assert hub.repositories["ann/model"].private
     assert HfApi().model_info("ann/model").private
@@ -249,19 +261,21 @@ def test_a_private_push_is_seen_by_its_owner_alone(hub: LocalHub, folder: Path, 
         (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
     ],
 )
-def test_a_folder_that_would_not_load_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
+def test_a_folder_that_cannot_be_loaded_is_not_pushed(
+    hub: LocalHub, folder: Path, spoil: Any, words: list[str]
+) -> None:
     spoil(folder)
     with raises_one_line(*words):
         push_folder(folder, "ann/model")
     assert not hub.repositories
 
 
-def test_wrong_metadata_of_the_card_stops_the_push_at_once(hub: LocalHub, folder: Path) -> None:
+def test_invalid_metadata_of_the_card_stops_the_push(hub: LocalHub, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with raises_one_line("README.md", "vitcls push", error=PushFailed):
         push_folder(folder, "ann/model")
     assert hub.count_requests("POST", "/validate-yaml") == 1
-    assert num_commits(hub, "ann/model") == 0
+    assert count_pushes(hub, "ann/model") == 0
 
 
 # The card ------------------------------------------------------------------------------------------------------------
@@ -298,8 +312,8 @@ Trained in my-run, against "my-run-2".
 """
 
 
-def test_the_card_is_published_under_the_repositorys_name(hub: LocalHub, folder: Path) -> None:
-    """And stays as it is in the folder. What a person wrote is not touched."""
+def test_the_card_is_published_with_the_name_of_the_repository(hub: LocalHub, folder: Path) -> None:
+    """The card in the folder is not changed, nor is text written by a person."""
     (folder / "README.md").write_text(OWN_CARD)
     push_folder(folder, "ann/other")
     assert (folder / "README.md").read_text() == OWN_CARD
@@ -319,20 +333,21 @@ def test_the_card_is_published_under_the_repositorys_name(hub: LocalHub, folder:
     [
         (OWN_CARD.replace("my-run\n", "ann/other\n").replace('"my-run"', '"ann/other"').replace("l my", "l x"), False),
         (CARD, False),  # written by hand
-        ("# my-run\n", False),  # a heading that is no model's name
-        ('# old/name\nfrom_pretrained("old/name")\n', True),  # made for another repository
-        ("---\nlicense: [\n---\n# x\n", False),  # the Hub says what is wrong with it
+        ("# my-run\n", False),  # a heading that is not the name of a model
+        ('# old/name\nfrom_pretrained("old/name")\n', True),  # written for another repository
+        ('---\nlicense: mit\n---\n\n# old/name\nfrom_pretrained("old/name")\n', True),
+        ("---\nlicense: [\n---\n# x\n", False),  # the Hub returns the error
         ("---\nmodel-index: 3\n---\n", False),
         ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),
         ("", False),
     ],
 )
-def test_other_cards_stay_as_they_are_to_the_letter(text: str, is_changed: bool) -> None:
+def test_other_cards_are_not_changed(text: str, is_changed: bool) -> None:
     found = rename_card("ann/other", text, "my-run")
     assert found == (text.replace("old/name", "ann/other") if is_changed else text)
 
 
-def test_a_push_takes_away_what_tells_about_another_model(hub: LocalHub, folder: Path) -> None:
+def test_a_push_removes_files_about_another_model(hub: LocalHub, folder: Path) -> None:
     (folder / "certificate.json").write_text("{}")
     push_folder(folder, "ann/model")
     for name in ("results.json", "certificate.json", "config.resolved.yaml", "pictures/attention.png"):
@@ -344,7 +359,7 @@ def test_a_push_takes_away_what_tells_about_another_model(hub: LocalHub, folder:
     )
 
 
-# Rights --------------------------------------------------------------------------------------------------------------
+# Permissions ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,7 +374,7 @@ def test_a_push_takes_away_what_tells_about_another_model(hub: LocalHub, folder:
         ("hf_one_model", "ann/there", "ann/there"),
     ],
 )
-def test_a_token_that_may_push_gives_the_full_id(
+def test_a_token_with_permission_returns_the_full_id(
     hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.create("ann/there", private=False)
@@ -377,14 +392,14 @@ def test_a_token_that_may_push_gives_the_full_id(
         ("hf_read", None, ["is read-only", "ann/my-run", "'write'"]),
         ("hf_fine_read", None, ["fine-grained", "ann/my-run", "Write access"]),
         ("hf_one_model", "ann/other", ["fine-grained", "ann/other"]),
-        ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # which it may not make
+        ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # the token may not create it
         ("hf_ann", "bob/model", ["bob is neither your user name nor", "ann, lab, club, school"]),
         ("hf_ann", "school/model", ["role in school is 'read'"]),
         ("hf_ann", "ann/my model", ["--hub-model-id"]),
         ("hf_ann", "a/b/c", ["--hub-model-id"]),
     ],
 )
-def test_a_token_that_may_not_push_is_told_why_and_nothing_happens(
+def test_a_token_without_permission_is_an_error_and_nothing_is_pushed(
     hub: LocalHub, token: str | None, repo_id: str | None, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.create("ann/there", private=False)
@@ -398,7 +413,7 @@ def test_a_token_that_may_not_push_is_told_why_and_nothing_happens(
     assert {method for method, _ in hub.requests} <= {"GET"}
 
 
-def test_a_public_repository_is_no_place_for_what_is_meant_to_be_private(hub: LocalHub) -> None:
+def test_a_private_push_to_a_public_repository_is_an_error(hub: LocalHub) -> None:
     hub.create("ann/public", private=False)
     hub.create("ann/private", private=True)
     assert check_push_permissions("ann/private", "my-run", private=True) == "ann/private"
@@ -408,7 +423,7 @@ def test_a_public_repository_is_no_place_for_what_is_meant_to_be_private(hub: Lo
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", "hf_read", "hf_bob"])
-def test_a_token_that_lost_its_rights_in_the_meantime(
+def test_a_token_that_has_lost_its_permissions(
     hub: LocalHub, folder: Path, token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(folder)
@@ -416,7 +431,7 @@ def test_a_token_that_lost_its_rights_in_the_meantime(
     with raises_one_line("HTTP 40", f"finish with: {build_push_command(folder, 'ann/model')}", error=PushFailed):
         push_folder(folder, "ann/model")
     assert not hub.repositories
-    assert hub.count_requests("POST", "/repos/create") == 1  # trying again would not help
+    assert hub.count_requests("POST", "/repos/create") == 1  # a retry would not help
     assert snapshot(folder) == before
 
 
@@ -440,18 +455,16 @@ def test_a_token_that_lost_its_rights_in_the_meantime(
         ("POST", "/branch/", 504),
     ],
 )
-def test_what_passes_is_tried_again(hub: LocalHub, folder: Path, method: str, path: str, kind: str | int) -> None:
+def test_temporary_faults_are_retried(hub: LocalHub, folder: Path, method: str, path: str, kind: str | int) -> None:
     hub.fail(method, path, kind)
     pushed = push_folder(folder, "ann/model", branch="new")
     assert not any(fault.times for fault in hub.faults)
-    assert num_commits(hub, "ann/model") == 1
+    assert count_pushes(hub, "ann/model") == 1
     assert hub.read("ann/model", WEIGHTS, pushed.commit) == (folder / WEIGHTS).read_bytes()
     assert hub.repositories["ann/model"].branches["new"] == pushed.commit
 
 
-def test_too_many_requests_are_followed_by_the_wait_that_is_asked_for(
-    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_many_requests_wait_as_requested(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.fail("POST", "/commit/", 429, retry_after=1)
     started = time.perf_counter()
     push_folder(folder, "ann/model")
@@ -477,16 +490,16 @@ def test_the_error_of_a_gated_repository_has_a_remedy(hub: LocalHub) -> None:
     assert message.startswith(f"ann/model is gated. Accept its conditions at {hub.url}/ann/model, and log in")
 
 
-def test_a_short_wait_is_not_called_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_short_waits_are_not_printed_as_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.fail("POST", "/commit/", 500)
     push_folder(folder, "ann/model")
     assert "trying again immediately" in caplog.text and "0 s" not in caplog.text
 
 
-def test_a_push_that_failed_is_finished_by_the_command_it_names(
+def test_a_failed_push_is_finished_by_the_printed_command(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it would have been pushed: with its message, branch and checkpoint."""
+    """The command pushes with the same message, branch and checkpoint."""
     (folder / "checkpoints" / "step-1").rename(folder / "notes")
     CheckpointStore(folder / "checkpoints", keep=1).save(1, {"model": {"x": torch.ones(1)}}, {"flags": {}}, False)
     before = snapshot(folder)
@@ -496,7 +509,7 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     command = build_push_command(folder, "ann/model", **how)
     with raises_one_line("HTTP 500", f"finish with: {command}", error=PushFailed):
         push_folder(folder, "ann/model", **how)
-    assert num_commits(hub, "ann/model") == 0
+    assert count_pushes(hub, "ann/model") == 0
     assert snapshot(folder) == before
     sent = hub.count_requests("PUT", "/objects/")
     assert sent == 2
@@ -504,18 +517,18 @@ def test_a_push_that_failed_is_finished_by_the_command_it_names(
     assert (program, script) == ("vitcls", "push")
     assert run_in_process("push_to_hub.py", *flags, "--no-verify") == 0
     repository = hub.repositories["ann/model"]
-    assert num_commits(hub, "ann/model") == 1 and repository.private
+    assert count_pushes(hub, "ann/model") == 1 and repository.private
     assert repository.commits[repository.branches["new"]].message == message
     assert f"checkpoints/step-00000001/{WEIGHTS}" in hub.files("ann/model", "new")
-    assert hub.count_requests("PUT", "/objects/") == sent  # the weights were there already
+    assert hub.count_requests("PUT", "/objects/") == sent  # the weights were already uploaded
 
 
 def test_the_command_for_a_plain_push_is_short(folder: Path) -> None:
     assert build_push_command(folder, "ann/model") == f"vitcls push --model {folder} --hub-model-id ann/model"
 
 
-def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
-    """The first one's commit arrives after that of the second, on which it does not rest: it is built anew."""
+def test_two_simultaneous_pushes_do_not_mix_their_files(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    """The first push arrives after the second, on which it is not based, and is built again."""
     whole = tmp_path / "whole"
     save_model(whole, num_register_tokens=2)
     (whole / "results.json").write_text("{}")
@@ -532,12 +545,12 @@ def test_two_who_push_at_once_do_not_mix_their_files(hub: LocalHub, folder: Path
     pushing.join(timeout=60)
     there = set(hub.files("ann/model"))
     assert "model.safetensors.index.json" in there and not {WEIGHTS, "results.json"} & there
-    assert num_commits(hub, "ann/model") == 2
+    assert count_pushes(hub, "ann/model") == 2
     assert hub.count_requests("POST", "/commit/") == 3
 
 
 def wait_until(is_so: Any) -> None:
-    """Until something is so, for a minute at most."""
+    """Wait until a condition is true, for at most a minute."""
     deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline
@@ -557,7 +570,7 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
         assert time.perf_counter() - started < 5
 
 
-def test_a_silent_endpoint_is_given_up(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_endpoint_times_out(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push_permissions, "TIMEOUT", 0.3)
     monkeypatch.setattr(publish, "TIMEOUT", 0.3)
     hub.fail("GET", "/whoami-v2", "wait")
@@ -568,39 +581,39 @@ def test_a_silent_endpoint_is_given_up(hub: LocalHub, folder: Path, monkeypatch:
         push_folder(folder, "ann/model")
 
 
-def test_patience_ends_requests_that_the_client_sends_without_a_limit(hub: LocalHub) -> None:
+def test_requests_without_a_client_timeout_time_out(hub: LocalHub) -> None:
     hub.create("ann/there", private=False)
     hub.fail("GET", "/api/models/ann/there", "wait", times=9)
     with pytest.raises(connection.HTTPError), connection.set_hub_timeout(0.2):
         HfApi().model_info("ann/there")
 
 
-def limits_of_a_request(hub: LocalHub, **options: Any) -> dict[str, float | None]:
-    """How long the client of huggingface_hub waits for what, at present; asked of a request that it sends."""
+def get_request_timeouts(hub: LocalHub, **options: Any) -> dict[str, float | None]:
+    """Return the timeouts of huggingface_hub's client for a request."""
     return get_session().get(f"{hub.url}/api/whoami-v2", **options).request.extensions["timeout"]
 
 
-def limits(seconds: float | None) -> dict[str, float | None]:
-    """The same for all."""
+def build_timeouts(seconds: float | None) -> dict[str, float | None]:
+    """Return the same timeout for all phases."""
     return dict.fromkeys(connection.TIMEOUT_NAMES, seconds)
 
 
 def test_the_shortest_timeout_applies_to_all_threads(hub: LocalHub) -> None:
-    """They share a client, whose own limit comes back when the last one is done."""
-    before = limits_of_a_request(hub)
+    """The threads share a client, whose own timeout is restored after the last thread."""
+    before = get_request_timeouts(hub)
     first, second, third = set_hub_timeout(30.0), set_hub_timeout(5.0), set_hub_timeout(60.0)
     for block, seconds in ((first, 30.0), (second, 5.0), (third, 5.0)):
         block.__enter__()
-        assert limits_of_a_request(hub) == limits(seconds)
+        assert get_request_timeouts(hub) == build_timeouts(seconds)
     for block, seconds in ((first, 5.0), (second, 60.0)):
         block.__exit__(None, None, None)
-        assert limits_of_a_request(hub) == limits(seconds)
+        assert get_request_timeouts(hub) == build_timeouts(seconds)
     third.__exit__(None, None, None)
-    assert limits_of_a_request(hub) == before == limits(None)
+    assert get_request_timeouts(hub) == before == build_timeouts(None)
 
 
 def test_a_timeout_applies_to_new_clients(hub: LocalHub) -> None:
-    """huggingface_hub makes one whenever it cannot connect; blocks that overlap may see several."""
+    """huggingface_hub creates a client whenever it cannot connect. Overlapping blocks may use several clients."""
     first, second = set_hub_timeout(30.0), set_hub_timeout(5.0)
     first.__enter__()
     client = get_session()
@@ -609,43 +622,46 @@ def test_a_timeout_applies_to_new_clients(hub: LocalHub) -> None:
         with pytest.raises(connection.HTTPError):
             http_backoff("GET", f"http://127.0.0.1:{unused.getsockname()[1]}", max_retries=0)
     assert get_session() is not client
-    assert limits_of_a_request(hub) == limits(30.0)
+    assert get_request_timeouts(hub) == build_timeouts(30.0)
     second.__enter__()
     close_session()
-    assert limits_of_a_request(hub) == limits(5.0)
+    assert get_request_timeouts(hub) == build_timeouts(5.0)
     first.__exit__(None, None, None)
-    assert limits_of_a_request(hub) == limits(5.0)
+    assert get_request_timeouts(hub) == build_timeouts(5.0)
     second.__exit__(None, None, None)
-    assert limits_of_a_request(hub) == limits(None)
+    assert get_request_timeouts(hub) == build_timeouts(None)
 
 
 def test_a_timeout_keeps_the_users_client_factory_and_timeouts_of_requests(hub: LocalHub) -> None:
-    """A client's own limit gives way, since it is for requests of all kinds; that of a single request stays."""
+    """The timeout of a client is replaced, because it is for all kinds of requests.
+
+    The timeout of a single request is kept.
+    """
     own = get_session().__class__
     before = hub_http._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: own(headers={"X-Mine": "yes"}, timeout=3.0))
     try:
         with set_hub_timeout(30.0):
             assert get_session().headers["X-Mine"] == "yes"
-            assert limits_of_a_request(hub) == limits(30.0)
-            assert limits_of_a_request(hub, timeout=7.0) == limits(7.0)
-            assert limits_of_a_request(hub, timeout=None) == limits(30.0)
+            assert get_request_timeouts(hub) == build_timeouts(30.0)
+            assert get_request_timeouts(hub, timeout=7.0) == build_timeouts(7.0)
+            assert get_request_timeouts(hub, timeout=None) == build_timeouts(30.0)
         assert get_session().headers["X-Mine"] == "yes"
-        assert limits_of_a_request(hub) == limits(3.0)
+        assert get_request_timeouts(hub) == build_timeouts(3.0)
         with set_hub_timeout(30.0):
-            assert len(get_session().event_hooks["request"]) == 1  # watched once
+            assert len(get_session().event_hooks["request"]) == 1  # wrapped once
     finally:
         set_client_factory(before)
 
 
-def test_a_push_in_the_background_is_silent_and_starts_no_threads(
+def test_a_background_push_prints_nothing_and_starts_no_threads(
     hub: LocalHub,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    """The end of Python would wait for those that send several large files."""
+    """The Python interpreter would wait at exit for threads that upload several large files."""
     (folder / WEIGHTS).unlink()
     save_model(folder, max_shard_size="20KB")
     monkeypatch.setattr(local_hub_server, "WAIT_SECONDS", 0.5)
@@ -659,12 +675,12 @@ def test_a_push_in_the_background_is_silent_and_starts_no_threads(
     while pushing.is_alive():
         seen |= {thread.name for thread in threading.enumerate()}
         time.sleep(0.01)
-    assert num_commits(hub, "ann/model") == 1 and hub.count_requests("PUT", "/objects/") > 2
+    assert count_pushes(hub, "ann/model") == 1 and hub.count_requests("PUT", "/objects/") > 2
     assert not caplog.text and not "".join(capfd.readouterr())
     assert not [name for name in seen if "ThreadPool" in name]
 
 
-def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_an_immediate_error(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with raises_one_line("HF_HUB_OFFLINE"):
         check_push_permissions("ann/model", "my-run")
@@ -685,7 +701,7 @@ def test_offline_says_so_at_once(hub: LocalHub, folder: Path, monkeypatch: pytes
         ("hf_fine_read", "the fine-grained Hugging Face token has no permission to write to ann/model"),
     ],
 )
-def test_the_script_says_what_is_wrong_with_a_token(
+def test_the_script_explains_errors_of_a_token(
     hub: LocalHub,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -703,7 +719,7 @@ def test_the_script_says_what_is_wrong_with_a_token(
     assert snapshot(folder) == before
 
 
-def test_the_published_checkpoint_is_the_newest_that_is_whole_and_names_no_paths(
+def test_the_published_checkpoint_is_the_newest_complete_one_without_local_paths(
     hub: LocalHub, folder: Path, tmp_path: Path
 ) -> None:
     store = CheckpointStore(folder / "checkpoints", keep=9)
@@ -723,12 +739,14 @@ def test_the_published_checkpoint_is_the_newest_that_is_whole_and_names_no_paths
     (tmp_path / "state").mkdir()
     for name in (WEIGHTS, "state.json"):
         (tmp_path / "state" / name).write_bytes(hub.read("ann/model", f"{place}/{name}"))
-    published = read_checkpoint(tmp_path / "state")  # with a checksum of its own
+    published = read_checkpoint(tmp_path / "state")  # with its own checksum
     assert published.facts == {"step": 2, "flags": {"teacher": None, "epochs": 3.0, "seed": 2}}
     assert torch.equal(published.load_tensors("model")["x"], torch.ones(2))
 
 
-def test_the_script_finds_no_checkpoint_to_push(hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_checkpoint_is_an_error_of_the_script(
+    hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert run_in_process("push_to_hub.py", "--model", folder, "--push-optimizer") == 1
     assert "checkpoints has no undamaged checkpoint to publish" in capsys.readouterr().err
     assert not hub.repositories
@@ -748,15 +766,13 @@ def test_the_script_finds_no_checkpoint_to_push(hub: LocalHub, folder: Path, cap
         ("--verify-only ann/model --no-verify", ["--no-verify"]),
     ],
 )
-def test_flags_that_do_not_go_together_end_with_status_2(
-    flags: str, words: list[str], capsys: pytest.CaptureFixture
-) -> None:
+def test_incompatible_flags_exit_with_status_2(flags: str, words: list[str], capsys: pytest.CaptureFixture) -> None:
     assert run_in_process("push_to_hub.py", *flags.split()) == 2
     printed = "".join(capsys.readouterr())
     assert all(word in printed for word in words), printed
 
 
-def test_the_script_ends_with_one_line_and_status_1(
+def test_errors_of_the_script_are_one_line_with_status_1(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(folder)

@@ -1,4 +1,4 @@
-"""The demo's page in a real browser, on this machine and as the Space that is pushed to a Hub on this machine."""
+"""The page of the demo in a real browser: on this machine, and as a Space that is pushed to a local Hub."""
 
 import ast
 import base64
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradio_client import Client, handle_file
 from huggingface_hub import HfApi, constants, snapshot_download
 from local_hub import LocalHub, Token
 from PIL import Image
@@ -56,9 +57,9 @@ from modeling_vitcls.hub.space import (
 
 NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
 TOKENS = {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
-PATIENCE = 60_000  # milliseconds that the browser waits
+PATIENCE = 60_000  # timeout of the browser in milliseconds
 
-# Runs a file as `python FILE` does, where modeling_vitcls cannot be imported.
+# Runs a file like `python FILE`, in a process that cannot import modeling_vitcls.
 WITHOUT_PACKAGE = """
 import runpy, sys
 sys.path.insert(0, {tests!r})
@@ -69,12 +70,12 @@ runpy.run_path("app.py", run_name="__main__")
 """
 
 
-# What is shown -------------------------------------------------------------------------------------------------------
+# Test inputs and helpers ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real photograph of 640 x 427 pixels."""
+    """Return a real photograph of 640 x 427 pixels."""
     file = tmp_path_factory.mktemp("pictures") / "temple.png"
     Image.fromarray(load_sample_images().images[0]).save(file)
     return file
@@ -82,7 +83,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with special tokens of all kinds, whose image processor cuts images."""
+    """Return a classifier with special tokens of all kinds, whose image processor crops images."""
     config = build_tiny_config(
         num_cls_tokens=2,
         num_distillation_tokens=1,
@@ -94,18 +95,20 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = vitcls.ViTCLSImageProcessor(
         size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
     )
-    return saved(vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor)
+    return save_uncertain_model(
+        vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor
+    )
 
 
-def saved(model: Any, folder: Path, processor: Any = None) -> Path:
-    """A model's folder, with weights that make it sure of nothing and an image processor."""
+def save_uncertain_model(model: Any, folder: Path, processor: Any = None) -> Path:
+    """Save a model with an image processor, and weights that predict no class with certainty."""
     randomize(model).save_pretrained(folder)
     (processor or vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
     return folder
 
 
-def own_answer(folder: Path, picture: Path) -> dict[str, float]:
-    """What the model says, asked without the demo: the five most probable labels."""
+def predict_top_labels(folder: Path, picture: Path) -> dict[str, float]:
+    """Return the model's prediction without the demo: the five most probable labels."""
     model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
     pixel_values = vitcls.ViTCLSImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -114,8 +117,8 @@ def own_answer(folder: Path, picture: Path) -> dict[str, float]:
 
 
 @contextmanager
-def served(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
-    """Run a page in a process of its own; gives its address."""
+def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
+    """Run a page in a separate process and yield its address."""
     child = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
@@ -136,36 +139,36 @@ def served(command: list[str], folder: Path, **environment: str) -> Iterator[str
 
 @pytest.fixture(scope="module")
 def demo(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of the classifier, from scripts/demo_app.py."""
-    with served(
+    """Start scripts/demo_app.py with the classifier, and yield the address."""
+    with run_page(
         [str(SCRIPTS / "demo_app.py"), "--model", str(classifier)], tmp_path_factory.mktemp("elsewhere")
     ) as at:
         yield at
 
 
 @contextmanager
-def opened(browser: Browser, address: str, width: int = 1280) -> Iterator[Page]:
-    """The page, which may ask nobody but its own server for anything."""
+def open_page(browser: Browser, address: str, width: int = 1280) -> Iterator[Page]:
+    """Open the page and yield it. The page may send requests only to its own server."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(PATIENCE)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested_urls: list[str] = []
+    page.on("request", lambda request: requested_urls.append(request.url))
     try:
         page.goto(address)
         yield page
-        hosts = {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))}
+        hosts = {urlsplit(url).netloc for url in requested_urls if not url.startswith(("data:", "blob:"))}
         assert hosts == {urlsplit(address).netloc}
     finally:
         page.close()
 
 
-def give(page: Page, picture: Path) -> None:
-    """Upload a file."""
+def upload_on_page(page: Page, picture: Path) -> None:
+    """Upload a file with the file input of the page."""
     page.locator("input[type=file]").first.set_input_files(picture)
 
 
-def shown_labels(page: Page, count: int = 5) -> dict[str, str]:
-    """Labels with their percentages, as they stand there once there are so many."""
+def read_labels(page: Page, count: int = 5) -> dict[str, str]:
+    """Return the displayed labels with percentages, as soon as there are `count`."""
     shown = page.locator("[data-testid$=-confidence-set]")
     expect(shown).to_have_count(count)
     lines = [line.strip().split("\n") for line in shown.all_inner_texts()]
@@ -173,50 +176,50 @@ def shown_labels(page: Page, count: int = 5) -> dict[str, str]:
 
 
 def assert_shows(labels: dict[str, str], wanted: dict[str, float]) -> None:
-    """The same labels in the same order, with their probabilities."""
+    """Check that the labels, their order and their probabilities are equal."""
     assert list(labels) == list(wanted)
     assert [int(text.rstrip("%")) for text in labels.values()] == pytest.approx(
         [value * 100 for value in wanted.values()], abs=0.5001
     )
 
 
-def source_of_map(page: Page) -> str:
-    """The address of the image that is drawn."""
+def get_map_address(page: Page) -> str:
+    """Return the address of the displayed map."""
     return page.locator("#map img").get_attribute("src") or ""
 
 
-def assert_changes(page: Page, before: str) -> str:
-    """Another image is drawn; gives its address."""
+def wait_for_change(page: Page, before: str) -> str:
+    """Wait until another map is displayed, and return its address."""
     expect(page.locator("#map img")).not_to_have_attribute("src", before)
-    return source_of_map(page)
+    return get_map_address(page)
 
 
-# On this machine -----------------------------------------------------------------------------------------------------
+# Local demo ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_photograph_gets_labels_and_a_map_on_its_own_pixels(
     browser: Browser, demo: str, classifier: Path, photo: Path
 ) -> None:
-    with opened(browser, demo) as page:
-        give(page, photo)
-        assert_shows(shown_labels(page), own_answer(classifier, photo))
+    with open_page(browser, demo) as page:
+        upload_on_page(page, photo)
+        assert_shows(read_labels(page), predict_top_labels(classifier, photo))
         expect(page.locator("#shares")).to_contain_text("CLS 1, layer 3 of 3, mean of all heads")
         drawn = page.locator("#map img")
-        expect(drawn).to_have_js_property("naturalWidth", 640)  # it is 0 until the browser has decoded it
+        expect(drawn).to_have_js_property("naturalWidth", 640)  # 0 until the browser has decoded the image
         expect(drawn).to_have_js_property("naturalHeight", 427)
         expect(page.locator("#layers img")).to_have_count(3)
 
 
 def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo: Path) -> None:
-    with opened(browser, demo) as page:
-        give(page, photo)
+    with open_page(browser, demo) as page:
+        upload_on_page(page, photo)
         expect(page.locator("#layers img")).to_have_count(3)
-        first = source_of_map(page)
+        first = get_map_address(page)
         of_cls = page.locator("#layers img").first.get_attribute("src") or ""
 
         page.get_by_label("register 2").check()
         expect(page.locator("#shares")).to_contain_text("register 2, layer 3 of 3")
-        second = assert_changes(page, first)
+        second = wait_for_change(page, first)
         expect(page.locator("#layers img").first).not_to_have_attribute("src", of_cls)
         of_register = page.locator("#layers img").first.get_attribute("src") or ""
 
@@ -224,56 +227,76 @@ def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo:
         slider.fill("1")
         slider.press("Enter")
         expect(page.locator("#shares")).to_contain_text("register 2, layer 1 of 3")
-        third = assert_changes(page, second)
+        third = wait_for_change(page, second)
 
         page.get_by_label("Heads").click()
         page.get_by_role("option", name="head 2").click()
         expect(page.locator("#shares")).to_contain_text("register 2, layer 1 of 3, head 2")
-        fourth = assert_changes(page, third)
+        fourth = wait_for_change(page, third)
 
-        expect(page.locator("#layers img").first).not_to_have_attribute("src", of_register)  # a new one is not clicked
+        # a new one has not been clicked
+        expect(page.locator("#layers img").first).not_to_have_attribute("src", of_register)
         page.locator("#layers button").nth(1).click()
         expect(page.locator("#shares")).to_contain_text("register 2, layer 2 of 3, head 2")
-        fifth = assert_changes(page, fourth)
+        fifth = wait_for_change(page, fourth)
         assert len({first, second, third, fourth, fifth}) == 5
 
 
+def test_all_images_are_loaded_and_complete_in_a_narrow_window(browser: Browser, demo: str, photo: Path) -> None:
+    with open_page(browser, demo, width=390) as page:
+        upload_on_page(page, photo)
+        for name in ("#map", "#through", "#patches", "#similarity"):  # without scrolling to the image
+            expect(page.locator(f"{name} img").last).not_to_have_js_property("naturalWidth", 0)
+        box = page.locator("#through .grid-wrap")
+        assert box.evaluate("box => box.scrollHeight <= box.clientHeight")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 @pytest.mark.slow
-def test_a_file_that_is_no_image_is_named_and_leaves_nothing_of_the_last_one(
-    browser: Browser, demo: str, photo: Path, tmp_path: Path
-) -> None:
+def test_unreadable_image_clears_the_previous_result(browser: Browser, demo: str, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
-    with opened(browser, demo) as page:
-        give(page, photo)
-        assert shown_labels(page)
+    with open_page(browser, demo) as page:
+        upload_on_page(page, photo)
+        assert read_labels(page)
         page.get_by_label("Remove Image").first.click()
         expect(page.locator("[data-testid$=-confidence-set]")).to_have_count(0)
-        give(page, tmp_path / "notes.png")
+        upload_on_page(page, tmp_path / "notes.png")
         problem = page.locator("#problem")
         expect(problem).to_contain_text(
             "No prediction: cannot read an image from 'notes.png': it is not an image in a supported format"
         )
         expect(page.locator("#map img")).to_have_count(0)
-        give(page, photo)
-        assert shown_labels(page)
+        upload_on_page(page, photo)
+        assert read_labels(page)
         expect(problem).to_be_hidden()
 
 
-def test_only_what_was_uploaded_is_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:
-    """Whoever talks to the server without the page may name any file of that machine, or any address."""
-    assert_opens_nothing_else(demo, photo, tmp_path)
+def test_programs_can_call_one_function(demo: str, classifier: Path, photo: Path) -> None:
+    with urlopen(f"{demo.rstrip('/')}/gradio_api/info", timeout=60) as answer:
+        assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
+    client = Client(demo, verbose=False)
+    *_, label = client.predict(handle_file(photo), api_name="/predict")
+    confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+    assert confidences == pytest.approx(predict_top_labels(classifier, photo), abs=1e-4)
+    with pytest.raises(ValueError, match="draw_all"):
+        client.predict(1, 1, 1, api_name="/draw_all")
 
 
-def assert_opens_nothing_else(at: str, photo: Path, folder: Path) -> None:
-    """The server of a page answers about an uploaded image alone, and says of others not even whether they exist."""
+def test_only_uploaded_files_are_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:
+    """A client without the page may send the path of any file on the server, or any address."""
+    assert_opens_only_uploads(demo, photo, tmp_path)
+
+
+def assert_opens_only_uploads(at: str, photo: Path, folder: Path) -> None:
+    """Check that the server only opens uploaded images, and does not reveal whether other files exist."""
     uploaded = upload(at, photo)
-    assert "confidences" in json.dumps(asked(at, {"path": uploaded}))
+    assert "confidences" in json.dumps(request_prediction(at, {"path": uploaded}))
     secret = folder / "secret.png"
     secret.write_bytes(photo.read_bytes())
     link = Path(uploaded).with_name("link.png")
     link.symlink_to(secret)
     above = os.path.relpath(secret, Path(uploaded).parent)
-    with listening() as (address, requests):
+    with record_requests() as (address, requests):
         files: list[dict[str, Any]] = [
             {"path": str(path)}
             for path in (secret, folder / "missing.png", f"{Path(uploaded).parent}/{above}", link, folder, "a\0b", "")
@@ -284,18 +307,18 @@ def assert_opens_nothing_else(at: str, photo: Path, folder: Path) -> None:
             {"orig_name": "x"},
         ]
         files += [{"path": "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()}]
-        answers = {json.dumps(asked(at, file)["data"]) for file in files}
+        answers = {json.dumps(request_prediction(at, file)["data"]) for file in files}
         assert len(answers) == 1 and "has to be uploaded to this page" in answers.pop()
         as_page = {"meta": {"_type": "gradio.FileData"}}
         for more in ({}, {"is_stream": True}, {"url": f"{address}/picture.png"}):
-            assert "confidences" not in json.dumps(asked(at, {"path": str(secret)} | as_page | more))
-            fetched = json.dumps(asked(at, {"path": f"{address}/picture.png"} | as_page | more))
+            assert "confidences" not in json.dumps(request_prediction(at, {"path": str(secret)} | as_page | more))
+            fetched = json.dumps(request_prediction(at, {"path": f"{address}/picture.png"} | as_page | more))
             assert "has to be uploaded to this page" in fetched
         assert not requests
 
 
 def upload(at: str, file: Path) -> str:
-    """Send a file as the page does; gives its path on the server."""
+    """Upload a file as the page does, and return its path on the server."""
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
     body = form + file.read_bytes() + b"\r\n--x--\r\n"
     request = Request(f"{at.rstrip('/')}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
@@ -303,8 +326,8 @@ def upload(at: str, file: Path) -> str:
         return json.load(answer)[0]
 
 
-def asked(at: str, file: dict[str, Any]) -> Any:
-    """What the server says about a file, asked through its queue."""
+def request_prediction(at: str, file: dict[str, Any]) -> Any:
+    """Return the server's response for a file, through its queue."""
     at = at.rstrip("/")
     with urlopen(f"{at}/config", timeout=60) as answer:
         events = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
@@ -323,8 +346,8 @@ def asked(at: str, file: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def listening() -> Iterator[tuple[str, list[str]]]:
-    """A server of this machine that nobody should ask; gives its address and what was asked for."""
+def record_requests() -> Iterator[tuple[str, list[str]]]:
+    """Start a server to which no requests should be sent; yield its address and the received requests."""
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -335,7 +358,7 @@ def listening() -> Iterator[tuple[str, list[str]]]:
         do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
-            """Stay silent."""
+            """Log nothing."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -348,50 +371,48 @@ def listening() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_the_model_is_asked_once_per_image_also_about_several_tasks(
-    browser: Browser, photo: Path, tmp_path: Path
-) -> None:
+def test_the_model_runs_once_per_image_also_for_several_tasks(browser: Browser, photo: Path, tmp_path: Path) -> None:
     tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
-    folder = saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
+    folder = save_uncertain_model(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
     reader = DemoModel.load(str(folder))
     runs: list[int] = []
     reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
     page_of_model = build_page(reader, [photo])
     address = launch(page_of_model)
     try:
-        with opened(browser, address, width=390) as page:
+        with open_page(browser, address, width=390) as page:
             names = {*tasks["species"], *tasks["age"]}
-            assert set(shown_labels(page, len(names))) == names  # of the example, without a click
+            assert set(read_labels(page, len(names))) == names  # of the example, without a click
             expect(page.locator("#shares")).to_contain_text("CLS age, layer 2 of 2")
-            asked = len(runs)
-            before = source_of_map(page)
+            num_runs = len(runs)
+            before = get_map_address(page)
             page.get_by_label("CLS species").check()
             expect(page.locator("#shares")).to_contain_text("CLS species, layer 2 of 2")
-            assert_changes(page, before)
-            assert len(runs) == asked == 1  # for labels, attention, attribution and patches
+            wait_for_change(page, before)
+            assert len(runs) == num_runs == 1  # for labels, attention, attribution and patches
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
     finally:
         page_of_model.close()
 
 
 @pytest.mark.slow
-def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
+def test_the_last_request_is_displayed_in_the_end(
     browser: Browser, classifier: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn_at_once = DemoResult.draw_all_layers
 
-    def drawn_slowly(self: DemoResult, *args: Any) -> list[Image.Image]:
+    def draw_slowly(self: DemoResult, *args: Any) -> list[Image.Image]:
         time.sleep(0.7)
         return drawn_at_once(self, *args)
 
-    monkeypatch.setattr(DemoResult, "draw_all_layers", drawn_slowly)
+    monkeypatch.setattr(DemoResult, "draw_all_layers", draw_slowly)
     page_of_model = build_page(DemoModel.load(str(classifier)))
     address = launch(page_of_model)
     try:
-        with opened(browser, address) as page:
-            give(page, photo)
-            assert shown_labels(page)
+        with open_page(browser, address) as page:
+            upload_on_page(page, photo)
+            assert read_labels(page)
             page.get_by_label("CLS 2").check()
             page.get_by_label("register 1").check()
             expect(page.locator("#shares")).to_contain_text("register 1, layer 3 of 3")
@@ -403,12 +424,14 @@ def test_what_is_asked_for_while_something_is_drawn_is_drawn_in_the_end(
         page_of_model.close()
 
 
-# The model's answer --------------------------------------------------------------------------------------------------
+# Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: Path) -> None:
-    several = DemoModel.load(str(saved(classifier_of("multi_label_classification"), tmp_path / "several")))
-    numbers = DemoModel.load(str(saved(classifier_of("regression"), tmp_path / "numbers")))
+def test_each_problem_type_displays_its_predictions(photo: Path, tmp_path: Path) -> None:
+    several = DemoModel.load(
+        str(save_uncertain_model(build_classifier_page("multi_label_classification"), tmp_path / "several"))
+    )
+    numbers = DemoModel.load(str(save_uncertain_model(build_classifier_page("regression"), tmp_path / "numbers")))
     logits = several.model(several.processor(photo, return_tensors="pt")["pixel_values"]).logits[0]
     assert several.predict(photo).predictions == {
         "Labels with independent probabilities": {
@@ -422,44 +445,48 @@ def test_each_kind_of_classifier_answers_in_its_own_way(photo: Path, tmp_path: P
     }
 
 
-def classifier_of(problem_type: str) -> Any:
-    """A classifier without special tokens, for one of transformers' kinds of problems."""
+def build_classifier_page(problem_type: str) -> Any:
+    """Build a classifier without special tokens for a problem type of transformers."""
     config = build_tiny_config(problem_type=problem_type, num_cls_tokens=0, pooling="mean")
     return vitcls.ViTCLSForImageClassification(config)
 
 
-def test_without_special_tokens_there_are_labels_and_a_word_about_it(photo: Path, tmp_path: Path) -> None:
-    reader = DemoModel.load(str(saved(classifier_of("single_label_classification"), tmp_path / "plain")))
+def test_without_special_tokens_the_page_displays_labels_and_a_note(photo: Path, tmp_path: Path) -> None:
+    reader = DemoModel.load(
+        str(save_uncertain_model(build_classifier_page("single_label_classification"), tmp_path / "plain"))
+    )
     assert sum(reader.predict(photo).predictions["Label"].values()) == pytest.approx(1)  # type: ignore[union-attr]
     assert "no special tokens" in explain_missing_output(reader)
-    assert components(build_page(reader)) == {"label": 1}
+    assert count_components(build_page(reader)) == {"label": 1}
 
 
-def test_an_encoder_shows_attention_alone(photo: Path, tmp_path: Path) -> None:
+def test_an_encoder_displays_only_attention(photo: Path, tmp_path: Path) -> None:
     config = build_tiny_config(pooling="attention", num_register_tokens=1)
-    reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder")))
+    reader = DemoModel.load(
+        str(save_uncertain_model(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder"))
+    )
     reading = reader.predict(photo)
     assert reading.predictions == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
     assert "encoder without a classifier" in explain_missing_output(reader)
     assert reading.attributions == {} and reading.features.shape == (2, 4, 4, 16)
-    assert components(build_page(reader)) == {"radio": 1, "gallery": 2}
+    assert count_components(build_page(reader)) == {"radio": 1, "gallery": 2}
 
 
-def components(page: Any) -> dict[str, int]:
-    """How many of some components are on a page."""
+def count_components(page: Any) -> dict[str, int]:
+    """Return the number of components of each type on a page."""
     kinds = [component["type"] for component in page.get_config_file()["components"]]
     return {kind: kinds.count(kind) for kind in ("label", "radio", "gallery") if kind in kinds}
 
 
-def test_an_encoder_without_special_tokens_shows_its_patches(photo: Path, tmp_path: Path) -> None:
+def test_an_encoder_without_special_tokens_displays_its_patches(photo: Path, tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=0, pooling="mean")
-    reader = DemoModel.load(str(saved(vitcls.ViTCLSModel(config), tmp_path / "patches")))
+    reader = DemoModel.load(str(save_uncertain_model(vitcls.ViTCLSModel(config), tmp_path / "patches")))
     assert reader.predict(photo).draw_colors(1).size == (640, 427)
-    assert components(build_page(reader)) == {}
+    assert count_components(build_page(reader)) == {}
 
 
 def test_maps_through_all_layers_and_patches(classifier: Path, photo: Path) -> None:
-    """The same as the functions of the analysis return for the image."""
+    """Compare with the functions of the analysis for the same image."""
     reader = DemoModel.load(str(classifier))
     reading = reader.predict(photo)
     pixel_values = reader.processor(photo, return_tensors="pt")["pixel_values"]
@@ -478,8 +505,8 @@ def test_maps_through_all_layers_and_patches(classifier: Path, photo: Path) -> N
 
 
 def test_a_click_on_a_patch_changes_the_similarity(browser: Browser, demo: str, photo: Path) -> None:
-    with opened(browser, demo) as page:
-        give(page, photo)
+    with open_page(browser, demo) as page:
+        upload_on_page(page, photo)
         expect(page.locator("#similar")).to_contain_text("row 3, column 3")
         before = page.locator("#similarity img").get_attribute("src") or ""
         patches = page.locator("#patches img")
@@ -492,7 +519,7 @@ def test_a_click_on_a_patch_changes_the_similarity(browser: Browser, demo: str, 
         expect(page.locator("#through img")).to_have_count(2)
 
 
-def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: Path, photo: Path) -> None:
+def test_a_map_covers_the_model_input_and_its_values_sum_to_one(classifier: Path, photo: Path) -> None:
     reader = DemoModel.load(str(classifier))
     reading = reader.predict(photo)
     assert reader.tokens == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
@@ -502,22 +529,22 @@ def test_a_map_covers_what_the_model_saw_and_its_shares_sum_to_one(classifier: P
     assert shares[-1] == pytest.approx(head.sum().item(), abs=1e-5)
     drawn = np.asarray(reading.draw(3, 1, 0)).astype(int)  # [427, 640, 3]
     assert drawn.shape == (427, 640, 3)
-    spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640], 0 is gray
-    # 60 x 40 are left of 640 x 427, and the model is shown 32 x 32 of these.
+    spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640]; 0 is gray
+    # The crop keeps 60 x 40 of 640 x 427 pixels, of which the model receives 32 x 32.
     assert spread[50:376, 160:480].any()
     for unseen in (spread[:40], spread[388:], spread[:, :135], spread[:, 505:]):
         assert not unseen.any()
 
 
-def test_images_of_any_mode_reach_grey_models_and_color_models(photo: Path, tmp_path: Path) -> None:
+def test_gray_and_color_models_accept_images_of_any_mode(photo: Path, tmp_path: Path) -> None:
     grey = vitcls.ViTCLSImageProcessor(
         size={"height": 32, "width": 32}, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
     )
     of_grey = vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=1))
     of_colour = vitcls.ViTCLSForImageClassification(build_tiny_config())
     readers = [
-        DemoModel.load(str(saved(of_grey, tmp_path / "grey", grey))),
-        DemoModel.load(str(saved(of_colour, tmp_path / "colour"))),
+        DemoModel.load(str(save_uncertain_model(of_grey, tmp_path / "grey", grey))),
+        DemoModel.load(str(save_uncertain_model(of_colour, tmp_path / "colour"))),
     ]
     picture = Image.open(photo).resize((64, 48))
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
@@ -525,10 +552,10 @@ def test_images_of_any_mode_reach_grey_models_and_color_models(photo: Path, tmp_
         (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(file)
         for reader in readers:
             drawn = reader.predict(file).draw(0, 0, None)
-            assert drawn.size == (384, 288), mode  # 64 x 48, in whole steps to 384
+            assert drawn.size == (384, 288), mode  # 64 x 48, scaled by an integer factor to 384
 
 
-def test_large_images_are_shown_smaller(classifier: Path, tmp_path: Path) -> None:
+def test_large_images_are_displayed_smaller(classifier: Path, tmp_path: Path) -> None:
     file = tmp_path / "large.png"
     Image.new("RGB", (3000, 1500), "teal").save(file)
     reading = DemoModel.load(str(classifier)).predict(file)
@@ -536,12 +563,14 @@ def test_large_images_are_shown_smaller(classifier: Path, tmp_path: Path) -> Non
     assert reading.visible_region.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
 
 
-def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_unsupported_models_are_a_one_line_error(tmp_path: Path) -> None:
     merging = build_tiny_config(num_cls_tokens=0, pooling="mean", merged_patches_per_layer=2)
-    bare = saved(vitcls.ViTCLSModel(merging), tmp_path / "bare")
+    bare = save_uncertain_model(vitcls.ViTCLSModel(merging), tmp_path / "bare")
     with raises_one_line("no labels and merges patches"):
         DemoModel.load(str(bare))
-    deep = saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=4)), tmp_path / "deep")
+    deep = save_uncertain_model(
+        vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=4)), tmp_path / "deep"
+    )
     with raises_one_line("4 channels"):
         DemoModel.load(str(deep))
     (tmp_path / "other").mkdir()
@@ -552,12 +581,12 @@ def test_models_that_cannot_be_shown_are_refused_in_one_line(tmp_path: Path) -> 
         DemoModel.load(str(tmp_path / "nowhere"))
 
 
-def test_the_script_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_script_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_in_process("demo_app.py", "--model", tmp_path) == 1
     assert capsys.readouterr().err.strip().startswith("error: there is no config.json in")
 
 
-def test_a_port_that_is_taken_is_named(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_named(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run_in_process("demo_app.py", "--model", classifier, "--port", port) == 1
@@ -569,7 +598,7 @@ def test_a_port_that_is_taken_is_named(classifier: Path, capsys: pytest.CaptureF
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """An empty Hub, which the client of this process talks to as ann."""
+    """Start an empty Hub for this process, as ann."""
     hub.tokens |= TOKENS
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
@@ -578,7 +607,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 
 @pytest.fixture
 def model(hub: LocalHub, classifier: Path) -> PublishedModel:
-    """The classifier, on that Hub."""
+    """Push the classifier to that Hub and return its id."""
     push_folder(classifier, "ann/mine")
     return find_published_model("ann/mine")
 
@@ -592,7 +621,7 @@ def test_the_pushed_space_runs_without_this_package(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The model's code is in another repository; later commits to that and to the model's change nothing."""
+    """The model's code is in another repository. Later commits to either repository have no effect."""
     mine = tmp_path / "mine"
     shutil.copytree(classifier, mine)
     code = push_folder(mine, "ann/code").commit
@@ -607,20 +636,20 @@ def test_the_pushed_space_runs_without_this_package(
         f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
     )
     HfApi().upload_file(path_or_fileobj=b"raise SystemExit", path_in_repo="modeling_vitcls.py", repo_id="ann/code")
-    saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
-    push_folder(tmp_path / "newer", "ann/mine")  # the Space stays with the commit that it was made for
+    save_uncertain_model(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
+    push_folder(tmp_path / "newer", "ann/mine")  # the Space uses the commit for which it was created
 
     space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1] / "helpers"), folder=str(space))
-    with served(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at, opened(browser, at) as page:
+    with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at, open_page(browser, at) as page:
         expect(page.get_by_text("ann/mine at commit")).to_contain_text(model.commit[:7])
-        assert_shows(shown_labels(page), own_answer(classifier, photo))  # of the example
+        assert_shows(read_labels(page), predict_top_labels(classifier, photo))  # of the example
         expect(page.locator("#patches img")).to_be_visible()
         page.get_by_label("distillation").check()
         expect(page.locator("#shares")).to_contain_text("distillation, layer 3 of 3")
         page.get_by_role("button", name="How to load this model").click()
         expect(page.locator("pre code")).to_contain_text(f'revision="{model.commit}", code_revision="{code}"')
-        assert_opens_nothing_else(at, photo, tmp_path)
+        assert_opens_only_uploads(at, photo, tmp_path)
 
 
 def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel) -> None:
@@ -640,7 +669,7 @@ def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel)
     assert "torch>=2.11.0" in lines and any(line.startswith("matplotlib>=") for line in lines)
 
 
-def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> None:
+def test_shipped_files_import_only_shipped_modules(model: PublishedModel) -> None:
     listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
     available = listed - {"pillow", "scikit-learn"} | {"PIL", "sklearn", "gradio"} | set(sys.stdlib_module_names)
     for name in PAGE_FILES:
@@ -658,19 +687,17 @@ def test_what_is_shipped_needs_nothing_that_is_not(model: PublishedModel) -> Non
                 assert all(alias.name.partition(".")[0] in available for alias in node.names)
 
 
-def test_a_push_is_one_commit_and_removes_what_an_older_one_left(
-    hub: LocalHub, model: PublishedModel, photo: Path
-) -> None:
+def test_a_push_is_one_commit_and_removes_old_files(hub: LocalHub, model: PublishedModel, photo: Path) -> None:
     contents = build_space_files(model, examples=[photo])
     first = push_space(contents | {f"{FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
-    assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first comes with the Space
+    assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first commit is created with the Space
     second = push_space(build_space_files(model), model, "ann/demo")
     assert first.commit != second.commit
     assert set(hub.files("spaces/ann/demo")) == {".gitattributes", "notes.txt"} | set(build_space_files(model))
     assert push_space(build_space_files(model), model, "ann/demo").commit == second.commit  # nothing has changed
 
 
-def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_finish_with(
+def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
     hub: LocalHub, model: PublishedModel, photo: Path
 ) -> None:
     hub.fail("POST", "/spaces/ann/demo/commit/", 503)
@@ -691,10 +718,10 @@ def test_what_fails_for_a_while_is_tried_again_and_else_there_is_a_command_to_fi
     assert "title: Ann's own" in hub.read("spaces/ann/other", "README.md").decode()
 
 
-def test_two_who_push_a_space_at_once_do_not_mix_their_files(
+def test_two_simultaneous_pushes_of_a_space_do_not_mix_their_files(
     hub: LocalHub, model: PublishedModel, photo: Path
 ) -> None:
-    """The first one's commit arrives after that of the second, on which it does not rest: it is built anew."""
+    """The first push arrives after the second, on which it is not based, and is built again."""
     hub.fail("POST", "/spaces/ann/demo/commit/", "hold")
     pushing = threading.Thread(target=push_space, args=(build_space_files(model), model, "ann/demo"))
     pushing.start()
@@ -709,13 +736,15 @@ def test_two_who_push_a_space_at_once_do_not_mix_their_files(
 
 
 @pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
-def test_flags_that_do_not_go_together_end_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incompatible_flags_exit_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "ann/mine", "--output", "space", *more.split()]
     assert run_in_process("push_space.py", *flags) == 2
     assert f"--output pushes nothing, but {more.split()[0]}" in "".join(capsys.readouterr())
 
 
-def test_a_private_model_needs_a_secret(hub: LocalHub, classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_private_model_requires_a_secret(
+    hub: LocalHub, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     push_folder(classifier, "ann/hidden", private=True)
     assert run_in_process("push_space.py", "--model", "ann/hidden", "--private") == 0
     assert hub.repositories["spaces/ann/hidden-demo"].private
@@ -723,7 +752,9 @@ def test_a_private_model_needs_a_secret(hub: LocalHub, classifier: Path, capsys:
     assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
 
 
-def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permissions_are_those_of_spaces(
+    hub: LocalHub, model: PublishedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with raises_one_line("neither your user name nor one of your organizations", "--space-id"):
         check_push_permissions("bob/demo", "demo", repo_type="space")
     push_space(build_space_files(model), model, "ann/demo")
@@ -735,7 +766,7 @@ def test_rights_are_those_of_spaces(hub: LocalHub, model: PublishedModel, monkey
         check_push_permissions("ann/demo", "demo", repo_type="space")
 
 
-def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
+def test_models_that_a_space_cannot_load_are_errors(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
     with raises_one_line("is a folder", "vitcls push --model"):
         find_published_model(str(classifier))
     for name in ("ann/nothing", "no/such/folder"):
@@ -749,7 +780,7 @@ def test_models_that_a_space_cannot_load_are_refused(hub: LocalHub, classifier: 
         find_published_model("ann/empty")
 
 
-def test_examples_are_images_with_names_of_their_own(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
+def test_examples_are_images_with_unique_names(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     with raises_one_line("notes.png", "not an image in a supported format"):
         build_space_files(model, examples=[tmp_path / "notes.png"])
@@ -767,7 +798,7 @@ def test_the_files_can_be_written_without_a_push(hub: LocalHub, model: Published
         write_space(build_space_files(model), target)
 
 
-def test_the_line_to_load_a_model_with_works(classifier: Path) -> None:
+def test_the_printed_line_loads_the_model(classifier: Path) -> None:
     code = re.search(r"```python\n(.*)```", build_loading_code(DemoModel.load(str(classifier))), re.DOTALL)
     assert code is not None
     found: dict[str, Any] = {}

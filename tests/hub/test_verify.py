@@ -1,6 +1,6 @@
-"""Published models, loaded in new processes: what is right gets a certificate, what is wrong a reason.
+"""Verification of published models in new processes: a certificate if all checks pass, otherwise a reason.
 
-The new processes are real where that matters, so there are few of them: what can be refused before is.
+Real new processes are slow, so few tests start them; errors are detected before a process starts if possible.
 """
 
 import copy
@@ -43,20 +43,22 @@ BACKENDS = ["AutoImageProcessor, torchvision", "AutoImageProcessor, pil"]
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """An empty Hub, which the client of this process and of its children talks to as ann."""
+    """Start an empty Hub for this process and its child processes, as ann."""
     hub.tokens |= {"hf_bob": Token("bob")}
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # which a new process must not use
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # a new process must not use it
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
     return hub
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A classifier with its image processor."""
-    return saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), tmp_path / "my-run")
+    """Return a classifier with its image processor."""
+    return save_model(
+        vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), tmp_path / "my-run"
+    )
 
 
-def saved(model: Any, target: Path) -> Path:
+def save_model(model: Any, target: Path) -> Path:
     """Save a model with random weights."""
     randomize(model).save_pretrained(target)
     vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
@@ -65,7 +67,7 @@ def saved(model: Any, target: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
-    """The repository is private, the first request for weights is lost, and there is only the one commit to see."""
+    """The repository is private, the first request for weights fails, and there is only one commit."""
     hub.fail("GET", "/objects/", "cut")
     ended = run_fresh(SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -90,11 +92,13 @@ def test_the_script_pushes_and_prints_a_certificate(hub: LocalHub, folder: Path,
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_verification")
 def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path: Path) -> None:
-    """An old commit, by its tag, of a repository that holds another kind of model now; without the folder."""
+    """Verify the tag of an old commit of a repository that now contains another kind of model."""
     config = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
-    first = push_folder(saved(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model").commit
+    first = push_folder(
+        save_model(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model"
+    ).commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
-    second = push_folder(saved(vitcls.ViTCLSModel(build_tiny_config()), tmp_path / "second"), "ann/model").commit
+    second = push_folder(save_model(vitcls.ViTCLSModel(build_tiny_config()), tmp_path / "second"), "ann/model").commit
     certificate = verify("ann/model", "v1")
     assert certificate.revision == first != second
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
@@ -103,12 +107,12 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
     assert f'revision="{first}"' in certificate.build_load_line()
 
 
-# Code in a repository of its own -------------------------------------------------------------------------------------
+# Code in a separate repository ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_verification")
-def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, folder: Path) -> None:
+def test_code_and_weights_may_be_in_different_repositories(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/code")
     (folder / "README.md").write_text('## Use\n\nfrom_pretrained("x", revision="<commit hash>")\n')
     use_shared_code(folder, "ann/code")
@@ -127,10 +131,12 @@ def test_code_may_live_in_one_repository_and_weights_in_another(hub: LocalHub, f
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_code_in_several_repositories_cannot_be_pinned(hub: LocalHub, folder: Path, file: str) -> None:
-    """Neither pushed nor verified, whichever file it is that names another one."""
+    """The model is neither pushed nor verified, whichever file refers to another repository."""
     commit = push_folder(folder, "ann/weights").commit
     settings = json.loads((folder / file).read_text())
-    settings["auto_map"] = {name: elsewhere(reference) for name, reference in settings["auto_map"].items()}
+    settings["auto_map"] = {
+        name: refer_to_other_repository(reference) for name, reference in settings["auto_map"].items()
+    }
     (folder / file).write_text(json.dumps(settings))
     with raises_one_line("several repositories (ann/code, the model's own)", "shared_code.py"):
         push_folder(folder, "ann/weights")
@@ -140,25 +146,25 @@ def test_code_in_several_repositories_cannot_be_pinned(hub: LocalHub, folder: Pa
         verify("ann/weights")
 
 
-def elsewhere(references: Any) -> Any:
-    """References to classes, whose code is in ann/code."""
+def refer_to_other_repository(references: Any) -> Any:
+    """Return references to classes whose code is in ann/code."""
     if isinstance(references, dict):
-        return {name: elsewhere(reference) for name, reference in references.items()}
+        return {name: refer_to_other_repository(reference) for name, reference in references.items()}
     return f"ann/code--{references}"
 
 
-def test_what_says_that_its_code_is_where_it_is_has_it_beside_the_weights(hub: LocalHub, folder: Path) -> None:
+def test_local_code_references_require_code_next_to_the_weights(hub: LocalHub, folder: Path) -> None:
     with_own_name = (folder / "config.json").read_text().replace('": "modeling', '": "ann/model--modeling')
     (folder / "config.json").write_text(with_own_name)
     assert push_folder(folder, "ann/model").commit
 
 
-def test_a_card_that_pins_nothing_stays_as_it_is() -> None:
+def test_a_card_without_pinned_code_is_not_changed() -> None:
     text = '# Mine\n\n## Use\n\n    AutoModel.from_pretrained("x")\n'
     assert pin_code_in_card(text, "ann/code") == text
 
 
-# A stranger's code ---------------------------------------------------------------------------------------------------
+# Untrusted code ------------------------------------------------------------------------------------------------------
 
 
 CHANGES = {
@@ -175,12 +181,12 @@ CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.p
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["backbone", pytest.param("classifier", marks=pytest.mark.slow)])
-def test_published_code_that_answers_differently_is_found(
+def test_published_code_with_other_outputs_is_detected(
     hub: LocalHub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs in another process alone, which is told nothing of this one's secrets."""
+    """The code runs only in a separate process, which receives no secrets of this process."""
     model_class, fields, _ = KINDS[kind]
-    folder = saved(model_class(build_tiny_config(**fields)), tmp_path / kind)
+    folder = save_model(model_class(build_tiny_config(**fields)), tmp_path / kind)
     code, seen = folder / CHANGED_FILES[kind], tmp_path / "seen.json"
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGES[kind] + spy)
@@ -195,9 +201,9 @@ def test_published_code_that_answers_differently_is_found(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_compared_with_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> None:
+def test_the_reference_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> None:
     model_class, fields, _ = KINDS[kind]
-    folder = saved(model_class(build_tiny_config(**fields)), tmp_path / kind)
+    folder = save_model(model_class(build_tiny_config(**fields)), tmp_path / kind)
     ran = tmp_path / "ran"
     for file in folder.glob("*.py"):
         file.write_text(f"open({str(ran)!r}, 'w')\n" + file.read_text())
@@ -214,7 +220,7 @@ def test_what_is_compared_with_runs_no_code_of_the_folder(tmp_path: Path, kind: 
     assert {model["module"] for model in report["models"].values()} == {"modeling_vitcls.modeling_vitcls"}
 
 
-def test_only_a_closed_repository_is_loaded_with_the_token(
+def test_only_private_repositories_are_loaded_with_the_token(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in {
@@ -233,7 +239,7 @@ def test_only_a_closed_repository_is_loaded_with_the_token(
 
 
 @pytest.mark.slow
-def test_code_that_needs_this_package_does_not_load(hub: LocalHub, folder: Path) -> None:
+def test_code_that_imports_this_package_does_not_load(hub: LocalHub, folder: Path) -> None:
     code = folder / "modeling_vitcls.py"
     code.write_text("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n" + code.read_text())
     pushed = push_folder(folder, "ann/model")
@@ -254,18 +260,18 @@ def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Pat
 
 
 def save_checkpoint(folder: Path, value: float = 1.0) -> None:
-    """What `--resume` needs, as a run leaves it."""
+    """Save the files that `--resume` requires, as a run does."""
     tensors = {"model": {"x": torch.ones(2)}, "optimizer": {"y": torch.full((2,), value)}}
     CheckpointStore(folder / "checkpoints", keep=1).save(2, tensors, {"step": 2, "flags": {}}, False)
 
 
-def test_the_state_of_the_optimizer_is_compared_too(hub: LocalHub, folder: Path) -> None:
+def test_the_optimizer_state_is_compared(hub: LocalHub, folder: Path) -> None:
     save_checkpoint(folder)
     commit = push_folder(folder, "ann/model", with_optimizer=True).commit
     save_checkpoint(folder, value=2.0)
     with raises_one_line("checkpoints/step-00000002/", "differs from the file in", error=NotVerified):
         verify("ann/model", commit, folder)
-    pushed = push_folder(folder, "ann/model")  # which takes it away
+    pushed = push_folder(folder, "ann/model")  # which removes it
     with raises_one_line("lacks checkpoints/step-00000002/", error=NotVerified):
         verify("ann/model", pushed.commit, folder, with_optimizer=True)
     assert not pushed.with_optimizer
@@ -274,18 +280,18 @@ def test_the_state_of_the_optimizer_is_compared_too(hub: LocalHub, folder: Path)
         verify_push(lost, folder)
 
 
-def test_a_folder_that_changed_after_the_push_is_another_model(hub: LocalHub, folder: Path) -> None:
+def test_a_folder_that_changed_after_the_push_is_detected(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(folder, "ann/model")
     (folder / "README.md").write_text("# new\n")
     with raises_one_line("lacks README.md", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
-    saved(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    save_model(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
     with raises_one_line("differs from the file in", "Push the model again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
 
-def test_what_is_not_there_cannot_be_verified(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_cannot_be_verified(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_folder(folder, "ann/model", private=True)
     hub.create("ann/other", private=False)
     with raises_one_line("has no revision v9"):
@@ -302,7 +308,7 @@ def test_what_is_not_there_cannot_be_verified(hub: LocalHub, folder: Path, monke
         verify("ann/model")
 
 
-def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
+def test_verification_stops_if_the_hub_stays_down(hub: LocalHub, folder: Path) -> None:
     push_folder(folder, "ann/model")
     hub.fail("GET", "/api/models/ann/model", 500, times=3)
     with raises_one_line("cannot look up ann/model", "HTTP 500", error=OSError):
@@ -311,7 +317,7 @@ def test_a_hub_that_stays_down_is_given_up(hub: LocalHub, folder: Path) -> None:
 
 MODEL = HubCommit("ann/model", "a" * 40, needs_token=False)
 CODE = HubCommit("ann/code", "c" * 40, needs_token=False)
-REMOTE_MODULES = "transformers_modules."  # start of the names of modules from the Hub
+REMOTE_MODULES = "transformers_modules."  # prefix of the names of modules from the Hub
 SCRIPT_REPORT = {
     "has_package": False,
     "commits": [MODEL.commit],
@@ -384,7 +390,7 @@ def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, mo
         ([1.0], False),
     ],
 )
-def test_answers_may_differ_by_a_millionth(found: list[float], is_right: bool) -> None:
+def test_outputs_may_differ_by_a_millionth(found: list[float], is_right: bool) -> None:
     wanted = {"AutoModel/logits": torch.tensor([1.0, 100.0], dtype=torch.float64)}
     answers = {"AutoModel/logits": torch.tensor(found, dtype=torch.float64)}
     if is_right:
@@ -392,5 +398,5 @@ def test_answers_may_differ_by_a_millionth(found: list[float], is_right: bool) -
     else:
         with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=NotVerified):
             compare_outputs("ann/model", answers, wanted)
-    with raises_one_line("other tensors", "AutoModel/logits", error=NotVerified):
+    with raises_one_line("unexpected tensors", "AutoModel/logits", error=NotVerified):
         compare_outputs("ann/model", {}, wanted)

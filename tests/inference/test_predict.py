@@ -612,6 +612,15 @@ def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
     assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
 
 
+def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
+    columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
+    for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
+        print_table(
+            [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
+        )
+        assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
+
+
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
     """A terminal would run escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"

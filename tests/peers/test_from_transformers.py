@@ -187,6 +187,13 @@ REFUSED = {
     "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
     "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "reads the first patch"),
     "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
+    "norms over all heads": (
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        PLAIN | {"use_qk_norm": True},
+        {},
+        "qk_norm",
+    ),
     "rectangular positions": (
         "Dinov2Model",
         "Dinov2Config",

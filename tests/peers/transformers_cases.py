@@ -95,6 +95,25 @@ CASES = {
         "DINOv3ViTConfig",
         PLAIN | {"query_bias": False, "key_bias": True, "proj_bias": False, "mlp_bias": False, "rope_theta": 50.0},
     ),
+    "sapiens2": Case(
+        "Sapiens2Model",
+        "Sapiens2Config",
+        PLAIN | {"num_hidden_layers": 3, "num_key_value_heads_per_layer": [4, 2, 1], "rms_norm_eps": 0.02},
+    ),
+    "sapiens2 plain": Case(
+        "Sapiens2Model",
+        "Sapiens2Config",
+        PLAIN | {"use_gated_mlp": False, "use_qk_norm": False, "key_bias": False, "proj_bias": False},
+    ),
+    "tipsv2": Case("Tipsv2VisionModel", "Tipsv2VisionConfig", RATIO | {"num_register_tokens": 2}),
+    "tipsv2 swiglu": Case("Tipsv2VisionModel", "Tipsv2VisionConfig", RATIO | {"use_swiglu_ffn": True}),
+    "internvl": Case("InternVLVisionModel", "InternVLVisionConfig", PLAIN),
+    "internvl cls": Case(
+        "InternVLVisionModel", "InternVLVisionConfig", PLAIN | {"attention_bias": True, "use_mean_pooling": False}
+    ),
+    "internvl rms": Case("InternVLVisionModel", "InternVLVisionConfig", PLAIN | {"norm_type": "rms_norm"}),
+    "qianfan ocr": Case("QianfanOCRVisionModel", "QianfanOCRVisionConfig", PLAIN),
+    "chinese clip": Case("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", PLAIN, interpolates=True),
     "clip": Case("CLIPVisionModel", "CLIPVisionConfig", PLAIN, interpolates=True),
     "clip projection": Case(
         "CLIPVisionModelWithProjection", "CLIPVisionConfig", PLAIN | {"projection_dim": 7}, interpolates=True

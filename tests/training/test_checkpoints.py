@@ -1,6 +1,6 @@
-"""Checkpoints: whole or not at all, verified, pruned; the state of training as tensors; being asked to stop.
+"""Checkpoints: atomic, verified and pruned; the training state as tensors; signals that stop a run.
 
-What two processes do is in checkpoint_worker.py. Whole runs that are killed and resumed are in test_resume.py.
+The checks of two processes are in checkpoint_worker.py. test_resume.py kills and resumes whole runs.
 """
 
 import json
@@ -55,18 +55,18 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints", keep=2)
 
 
-def tensors_of(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
-    """Something to save that tells its step."""
+def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
+    """Return tensors to save, which depend on the step."""
     return {"model": {"weight": torch.full((size,), float(step))}, "optimizer": {"step/weight": torch.tensor(step)}}
 
 
 def save(store: CheckpointStore, *steps: int, best: int | None = None) -> None:
     for step in steps:
-        store.save(step, tensors_of(step), {"flag": step}, is_best=step == best)
+        store.save(step, build_tensors(step), {"flag": step}, is_best=step == best)
 
 
-def found(store: CheckpointStore) -> tuple[int | None, list[str]]:
-    """The step that would be resumed, with its contents checked, and the warnings."""
+def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
+    """Return the step that would be resumed, after a check of its contents, and the warnings."""
     warnings: list[str] = []
     checkpoint = store.load_newest(warnings.append)
     if checkpoint is None:
@@ -77,7 +77,7 @@ def found(store: CheckpointStore) -> tuple[int | None, list[str]]:
     return checkpoint.step, warnings
 
 
-def files_below(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
@@ -85,7 +85,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def test_nothing_to_resume(store: CheckpointStore) -> None:
-    assert found(store) == (None, [])
+    assert get_newest(store) == (None, [])
 
 
 def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
@@ -110,7 +110,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "nested": {"name": ["é", True, -0.0]},
     }
     assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_path(7)
-    assert files_below(store.folder) == [
+    assert list_files(store.folder) == [
         "step-00000007",
         "step-00000007/model.safetensors",
         "step-00000007/state.json",
@@ -135,20 +135,20 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
     save(store, 60, best=60)
     assert store.list_steps() == [50, 60]
     save(store, 100_000_000)
-    assert found(store) == (100_000_000, [])
+    assert get_newest(store) == (100_000_000, [])
 
 
-def test_a_run_that_went_back_drops_what_came_later(store: CheckpointStore) -> None:
+def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore) -> None:
     save(store, 10, 20, 30)
     truncate(store.get_path(30) / "model.safetensors")
-    assert found(store)[0] == 20
+    assert get_newest(store)[0] == 20
     save(store, 25)
     assert store.list_steps() == [20, 25]
 
 
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 10)
-    store.save(10, tensors_of(10), {"flag": 10, "again": True}, is_best=False)
+    store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.facts["again"]
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
@@ -158,10 +158,10 @@ def test_clear_removes_an_earlier_run(store: CheckpointStore) -> None:
     store.clear()
     save(store, 10)
     store.clear()
-    assert found(store) == (None, [])
+    assert get_newest(store) == (None, [])
 
 
-def test_clear_removes_what_a_killed_removal_left(store: CheckpointStore) -> None:
+def test_clear_removes_the_rest_of_a_killed_removal(store: CheckpointStore) -> None:
     save(store, 10)
     left = store.folder / ".step-00000010.partial"
     left.mkdir()
@@ -170,11 +170,11 @@ def test_clear_removes_what_a_killed_removal_left(store: CheckpointStore) -> Non
     assert not store.folder.exists()
 
 
-def test_facts_that_json_cannot_hold_leave_nothing_behind(store: CheckpointStore) -> None:
+def test_facts_that_are_not_json_write_nothing(store: CheckpointStore) -> None:
     save(store, 10)
     with pytest.raises(TypeError, match="set is not JSON serializable"):
-        store.save(20, tensors_of(20), {"flag": {1, 2}}, is_best=False)
-    assert found(store) == (10, [])
+        store.save(20, build_tensors(20), {"flag": {1, 2}}, is_best=False)
+    assert get_newest(store) == (10, [])
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -223,18 +223,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: Checkpo
     name, harm, what = DAMAGES[damage]
     save(store, 10, 20)
     harm(store.get_path(20) / name)
-    step, warnings = found(store)
+    step, warnings = get_newest(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged" in warnings[0] and what in warnings[0]
     assert "\n" not in warnings[0]
 
 
-def test_only_damaged_checkpoints_are_refused(store: CheckpointStore) -> None:
+def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
     save(store, 10, 20)
     for step in (10, 20):
         truncate(store.get_path(step) / "model.safetensors")
     with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
-        found(store)
+        get_newest(store)
 
 
 def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
@@ -245,7 +245,7 @@ def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
 
 
 def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
-    """A file of pickled code in place of the tensors, with the checksum to match: an error, and it does not run."""
+    """Replace the tensors with pickled code and a matching checksum: an error, and the code does not run."""
     save(store, 10)
     file = store.get_path(10) / "model.safetensors"
     ran = tmp_path / "ran"
@@ -265,7 +265,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
 
 
 def write_state(store: CheckpointStore, state: Any) -> None:
-    """Replace state.json of step 20; an object gets the checksum of its content."""
+    """Replace state.json of step 20. An object gets a checksum of its contents."""
     text = format_state(state) if isinstance(state, dict) else json.dumps(state)
     (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
 
@@ -289,10 +289,10 @@ OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("shape", OTHER_STATES)
 def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: str) -> None:
-    """Also with a correct checksum."""
+    """Check also files with a correct checksum."""
     save(store, 10, 20)
     write_state(store, OTHER_STATES[shape](read_state(store.get_path(20))))
-    step, warnings = found(store)
+    step, warnings = get_newest(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged: state.json" in warnings[0]
 
@@ -301,7 +301,7 @@ def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: st
 def test_a_state_that_is_not_json_is_damaged(store: CheckpointStore, text: str) -> None:
     save(store, 10, 20)
     (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
-    assert found(store)[0] == 10
+    assert get_newest(store)[0] == 10
 
 
 def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
@@ -317,7 +317,7 @@ def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
 
 
 class Trap:
-    """Creates a file where it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -334,8 +334,8 @@ def save_without_end(folder: Path, begun: Any) -> None:
     store = CheckpointStore(folder, keep=2)
     begun.set()
     while True:
-        for step in (20, 30):  # each replaces its namesake
-            store.save(step, tensors_of(step, size=200_000), {"flag": step}, is_best=False)
+        for step in (20, 30):  # each replaces the previous checkpoint
+            store.save(step, build_tensors(step, size=200_000), {"flag": step}, is_best=False)
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointSt
     save(store, 10)
     steps = set()
     started = time.monotonic()
-    store.save(10, tensors_of(10, size=200_000), {"flag": 10}, is_best=False)
+    store.save(10, build_tensors(10, size=200_000), {"flag": 10}, is_best=False)
     seconds = time.monotonic() - started
     for _ in range(25):
         begun = READY.Event()
@@ -355,16 +355,16 @@ def test_a_save_killed_at_any_time_leaves_a_whole_checkpoint(store: CheckpointSt
         time.sleep(moments.uniform(0, 5 * seconds))
         process.kill()
         process.join()
-        step, warnings = found(store)
+        step, warnings = get_newest(store)
         assert step is not None and warnings == []
         steps.add(step)
     assert steps & {20, 30}
     save(store, 40)
-    assert not [name for name in files_below(store.folder) if name.startswith(".")]
+    assert not [name for name in list_files(store.folder) if name.startswith(".")]
 
 
 def save_and_die(folder: Path, calls: int) -> None:
-    """Save steps 20 and 20 again; die when files or folders are forced to the disk for the `calls`-th time."""
+    """Save step 20 twice; exit when files or folders are flushed to disk for the `calls`-th time."""
     count = 0
 
     def fsync(descriptor: int) -> None:
@@ -387,7 +387,7 @@ def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int
     process.start()
     process.join()
     assert process.exitcode == (-signal.SIGKILL if calls <= 10 else 0)  # 2 x (3 files, their folder, all folders)
-    assert found(store) == (10 if calls <= 4 else 20, [])
+    assert get_newest(store) == (10 if calls <= 4 else 20, [])
     save(store, 30)
     assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])
     assert not list(store.folder.glob(".*"))
@@ -398,16 +398,16 @@ def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     save(store, 10, 20)
     store.get_path(20).rename(store.folder / ".step-00000020.replaced")
     shutil.copytree(store.get_path(10), store.folder / ".step-00000020.partial")
-    assert found(store) == (20, [])
+    assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
 
 
-# No room -------------------------------------------------------------------------------------------------------------
+# Disk full -----------------------------------------------------------------------------------------------------------
 
 
 def no_room_message(store: CheckpointStore) -> str:
     with pytest.raises(OSError) as raised:
-        store.save(20, tensors_of(20, size=1_000_000), {"flag": 20}, is_best=False)
+        store.save(20, build_tensors(20, size=1_000_000), {"flag": 20}, is_best=False)
     message = str(raised.value)
     assert "\n" not in message
     assert f"cannot write the checkpoint of step 20 to {store.folder}" in message
@@ -416,7 +416,7 @@ def no_room_message(store: CheckpointStore) -> str:
 
 
 def test_files_that_may_not_grow(store: CheckpointStore) -> None:
-    """As under a quota: the system refuses to write."""
+    """The system refuses to write, as with a quota."""
     save(store, 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -426,7 +426,7 @@ def test_files_that_may_not_grow(store: CheckpointStore) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in message and "the checkpoint of step 10 is intact" in message
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
-    assert found(store) == (10, [])
+    assert get_newest(store) == (10, [])
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -441,13 +441,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert "No space left on device" in message and "there is no earlier checkpoint" in message
         save(store, 10)
         filler = tmp_path / "filler"
-        filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free))  # not even room for state.json
+        filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free))  # no space even for state.json
         message = no_room_message(store)
         assert "0 MB are free" in message and "the checkpoint of step 10 is intact" in message
-        assert found(store) == (10, [])
+        assert get_newest(store) == (10, [])
         filler.unlink()
         save(store, 20)
-        assert found(store) == (20, [])
+        assert get_newest(store) == (20, [])
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -498,7 +498,7 @@ KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "tied", "compiled")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_to_the_bit(store: CheckpointStore, kind: str) -> None:
+def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
     model = build(kind, seed=0)
     model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
@@ -531,7 +531,7 @@ def test_names_are_the_models_own(kind: str) -> None:
         assert names == get_model_state_dict(build("plain", seed=0)).keys()
 
 
-def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
+def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     accelerator = Accelerator(cpu=True)
     model = build("plain", seed=0)
     model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
@@ -549,7 +549,7 @@ def test_the_loss_scaler_goes_on_too(store: CheckpointStore) -> None:
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
 
-def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
+def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> None:
     accelerator = Accelerator(cpu=True)
     model = build("plain", seed=0)
     optimizer = build_optimizer("plain", model)
@@ -565,18 +565,20 @@ def test_another_models_checkpoint_is_refused(store: CheckpointStore) -> None:
             scatter_state(checkpoint, facts, accelerator, other, build_optimizer("plain", other), None)
 
 
-# Being asked to stop -------------------------------------------------------------------------------------------------
+# Signals -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_becomes_a_question(number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_stop_training_at_the_next_check(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("modeling_vitcls.training.loop.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
     before = signal.getsignal(number)
     with Interruption(Accelerator(cpu=True)) as interruption:
         assert interruption.get_signal() is None and interruption.exit_status == 0
         os.kill(os.getpid(), number)
         assert interruption.get_signal() == number.name
-        os.kill(os.getpid(), number)  # the launcher's echo
+        os.kill(os.getpid(), number)  # the launcher sends the signal again
         assert interruption.get_signal() == number.name
         assert interruption.exit_status == status
     assert signal.getsignal(number) is before
@@ -586,7 +588,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
     with Interruption(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         interruption.received_at -= 2
-        os.kill(os.getpid(), signal.SIGTERM)  # not in a hurry: the checkpoint is on its way
+        os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -602,7 +604,7 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGINT, old)
 
 
-def test_outside_of_the_main_thread_nothing_is_noted() -> None:
+def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGTERM)
     answers: list[object] = []
 
@@ -619,8 +621,8 @@ def test_outside_of_the_main_thread_nothing_is_noted() -> None:
 
 @pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
 @needs_fork
-def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None) -> None:
-    """Its child looks every step; the child of any other parent does not mind."""
+def test_the_end_of_the_launcher_is_detected(launcher: str, answer: str | None) -> None:
+    """A child of a launcher checks its parent in every step; other child processes do not."""
     receiver, sender = READY.Pipe(duplex=False)
     parent = READY.Process(target=launch_and_die, args=(sender, launcher))
     parent.start()
@@ -630,7 +632,7 @@ def test_a_launcher_that_died_is_noticed(launcher: str, answer: str | None) -> N
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-def test_workers_outlive_signals_that_are_not_their_parents() -> None:
+def test_workers_ignore_signals_of_other_processes() -> None:
     loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
     before = multiprocessing.active_children()
     batches = iter(loader)
@@ -646,7 +648,7 @@ def test_workers_outlive_signals_that_are_not_their_parents() -> None:
 
 
 def launch_and_die(sender: Any, variable: str) -> None:
-    """A launcher, which sets an environment variable for its child."""
+    """Start a launcher, which sets an environment variable for its child process, and exit."""
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     os.environ.setdefault(variable, "no")
@@ -667,7 +669,7 @@ def launch_and_die(sender: Any, variable: str) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Check -> error, empty if it passed."""
+    """Return check -> error, "" if it passed."""
     return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
 
 

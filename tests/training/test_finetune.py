@@ -1,8 +1,8 @@
-"""Fine-tuning as a whole: the command line, what a run leaves behind, and runs of every kind.
+"""Fine-tuning runs: the command line, the files of a run, and runs of every kind.
 
-Two runs start the real script: in one process with batches of 14, and in two with batches of 7. Their metrics must
-agree; test_accelerate_configs.py has the real `accelerate launch`. The rest runs in this process. Its parts have tests
-of their own: test_data, test_batches, test_loop, ...
+Two runs start the real script: one process with batches of 14, and two processes with batches of 7. Their metrics must
+agree. test_accelerate_configs.py starts the real `accelerate launch`. All other runs use the test process. Single
+modules are tested in test_data, test_batches, test_loop, ...
 """
 
 import math
@@ -58,14 +58,14 @@ NUM_HELD_OUT_DIGITS = 372
 
 
 def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run a script by itself."""
+    """Run a script in a separate process."""
     command = list(map(str, [sys.executable, "-X", "importtime", SCRIPTS / script, *flags]))
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, batches of 14, with two CLS tokens, a distillation token and registers."""
+    """Run one process with batches of 14, and two CLS tokens, a distillation token and registers."""
     folder = tmp_path_factory.mktemp("launched") / "my-model"
     sizes = ["--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64]
     tokens = ["--num-cls-tokens", 2, "--num-distillation-tokens", 1, "--cls-pooling", "mean"]
@@ -78,8 +78,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images in two classes that are easy to tell apart, of odd sizes and modes."""
+def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write images of two colors, one class each, in different sizes and modes."""
     folder = tmp_path_factory.mktemp("colours")
     for index in range(23):
         for name, colour in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
@@ -95,8 +95,8 @@ def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOpt
     return build_tiny_options(output_dir, dataset, **settings)
 
 
-def trained(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
-    """The results of such a run."""
+def train(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
+    """Return the results of such a run."""
     reset_accelerate()
     return run_task(FinetuneTask(tiny_options(output_dir, dataset, **others)))
 
@@ -143,7 +143,7 @@ def test_summary_is_printed_first(launched: Path) -> None:
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
-    """From the resolved recipe, with half the batch; 372 images do not divide into rounds of 2 x 7."""
+    """Use the resolved recipe with half the batch size. 372 images are not a multiple of 2 x 7."""
     flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
     run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
     one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
@@ -179,7 +179,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_the_folder_loads_without_the_package(launched: Path) -> None:
-    """The demo's second half, as it would run anywhere, checks the accuracy that results.json claims."""
+    """Run the second half of the demo, which checks the accuracy in results.json."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", launched)
     ran = run_fresh(*words, environment=environment, cwd=launched.parent)
@@ -262,8 +262,8 @@ def test_an_impossible_model_ends_in_one_line(
 # Runs of every kind --------------------------------------------------------------------------------------------------
 
 
-def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    results = trained(tmp_path / "out", colours, max_steps=20)
+def test_image_folder_is_learned(color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = train(tmp_path / "out", color_images, max_steps=20)
     assert results["accuracy"] == 1.0 and results["num_images"] + results["num_training_images"] == 46
     assert f"accuracy 100.00% on {results['num_images']} held-out images" in capsys.readouterr().out
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "out")
@@ -271,31 +271,31 @@ def test_image_folder_is_learned(colours: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.fixture(scope="module")
-def tasks(colours: Path) -> Path:
-    """The same images with two columns of labels, a few of them missing, and one column of several labels."""
+def tasks(color_images: Path) -> Path:
+    """Return the same images with two columns of labels, some of them missing, and a column of several labels."""
     rows = [
         (str(path), path.parent.name, "" if index % 7 == 0 else f"kind {index % 3}", f"{path.parent.name}|all")
-        for index, path in enumerate(sorted(colours.glob("*/*.png")))
+        for index, path in enumerate(sorted(color_images.glob("*/*.png")))
     ]
     lines = ["image,time,kind,tags", *map(",".join, rows)]
-    (colours.parent / "tasks.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return colours.parent / "tasks.csv"
+    (color_images.parent / "tasks.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return color_images.parent / "tasks.csv"
 
 
 def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
-    results = trained(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
+    results = train(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
     assert results["time_accuracy"] == 1.0
     assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
     assert results["token_layout"]["cls"] == 2
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
     assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
-    again = trained(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path)
-    assert again["time_accuracy"] == 1.0  # with the heads that were saved
+    again = train(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path)
+    assert again["time_accuracy"] == 1.0  # with the saved heads
 
 
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
-    results = trained(tmp_path, tasks, **options)
+    results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
@@ -303,67 +303,69 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_what_is_for_one_label_is_refused_for_several(tasks: Path, tmp_path: Path, flag: str) -> None:
+def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_path: Path, flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag} requires one label per image"):
         FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
 
 
-def test_a_stream_is_learned(colours: Path, tmp_path: Path) -> None:
-    results = trained(tmp_path, colours, streaming=True, max_steps=20, held_out_fraction=0.4)
+def test_a_stream_is_learned(color_images: Path, tmp_path: Path) -> None:
+    results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
     assert results["num_training_images"] is None and results["num_images"] > 4
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
-        FinetuneTask(tiny_options(tmp_path / "other", colours, streaming=True, max_steps=None))
+        FinetuneTask(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
 
 
-def test_unreadable_images_are_named_and_skipped(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_images_are_named_and_skipped(
+    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "pictures"
-    for path in colours.glob("*/*.png"):
+    for path in color_images.glob("*/*.png"):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
         (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
     (folder / "noon" / "1.png").write_bytes(b"no picture")
-    (folder / "dusk" / "2.png").write_bytes((colours / "dusk" / "2.png").read_bytes()[:60])
-    results = trained(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
+    (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
+    results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
     output = capsys.readouterr().out
     assert results["num_broken_training_images"] + results["num_broken_images"] == 2
     assert "noon/1.png" in output and "dusk/2.png" in output
     with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-broken-images"):
-        trained(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
+        train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
 
 
 @pytest.fixture(scope="module")
-def pretrained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to go on from."""
+def pretrained(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint for fine-tuning."""
     folder = tmp_path_factory.mktemp("pretrained")
-    trained(folder, "digits", max_steps=2)
+    train(folder, "digits", max_steps=2)
     return folder
 
 
-def changed(before: Path, after: Path) -> set[str]:
-    """Names of the weights that differ."""
+def list_changed_weights(before: Path, after: Path) -> set[str]:
+    """Return the names of the weights that differ."""
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
     return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
 
 
-def test_linear_probing_trains_the_head_alone(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
-    results = trained(tmp_path, "digits", max_steps=20, **start)
-    assert changed(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
+    results = train(tmp_path, "digits", max_steps=20, **start)
+    assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
     assert "encoding 1,425 images once" in capsys.readouterr().out
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_the_last_layers_alone(pretrained: Path, tmp_path: Path) -> None:
-    trained(tmp_path, "digits", trainable="last-1", model=pretrained)
-    names = changed(pretrained, tmp_path)
+def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path) -> None:
+    train(tmp_path, "digits", trainable="last-1", model=pretrained)
+    names = list_changed_weights(pretrained, tmp_path)
     assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
     assert any(name.startswith("vitcls.layers.1.") for name in names)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
-    results = trained(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
-    names = {name for name in changed(pretrained, tmp_path) if name.endswith("proj.weight")}
+    results = train(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
+    names = {name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")}
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     ViTCLSForImageClassification.from_pretrained(tmp_path)
@@ -372,14 +374,14 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     }
 
 
-def test_a_preset_is_no_checkpoint_to_freeze(tmp_path: Path) -> None:
+def test_freezing_a_preset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trainable head requires a trained checkpoint, but vitcls-tiny has random"):
         FinetuneTask(tiny_options(tmp_path, "digits", trainable="head"))
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CNN of transformers; what it would teach does not matter here."""
+    """Return a small CNN of transformers; its predictions do not matter."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     labels = {str(digit): digit for digit in range(10)}
@@ -391,10 +393,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_a_teacher_teaches_the_distillation_token(
+def test_a_teacher_trains_the_distillation_token(
     teacher: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:
-    results = trained(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
+    results = train(tmp_path, "digits", teacher=str(teacher), distillation=kind, max_steps=4, mixup=0.2)
     assert results["token_layout"]["distillation"] == 1 and results["teacher"] == f"path/to/{teacher.name}"
     assert {"cls_accuracy", "distillation_accuracy"} <= results.keys()
     last = read_metrics(tmp_path)[-1]
@@ -404,17 +406,17 @@ def test_a_teacher_teaches_the_distillation_token(
     assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
 
 
-def test_kept_answers_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
+def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
-    results = trained(tmp_path, "digits", **options)
+    results = train(tmp_path, "digits", **options)
     assert results["steps"] == 7
     with pytest.raises(ValueError, match="--teacher-views caches the logits of single images"):
         FinetuneTask(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
-def test_everything_at_once(tmp_path: Path) -> None:
-    """What can be combined with one label per image, in one run: they must not get in each other's way."""
-    results = trained(
+def test_all_options_at_once(tmp_path: Path) -> None:
+    """Combine all options that are possible with one label per image."""
+    results = train(
         tmp_path,
         "digits",
         mixup=0.4,
@@ -436,7 +438,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
-    """40 gray images of one class and 8 of another, which differ by noise: without weights the frequent one wins."""
+    """40 gray images of one class and 8 of another differ only by noise: without weights, the first class wins."""
     generator = torch.Generator().manual_seed(0)
     for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
         for index in range(count):
@@ -445,24 +447,24 @@ def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("L", (32, 32), level + noise).save(folder / f"{index}.png")
     options = {"max_steps": 40, "num_hidden_layers": 1}
-    plain = trained(tmp_path / "plain", tmp_path / "pictures", **options)
-    weighted = trained(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
+    plain = train(tmp_path / "plain", tmp_path / "pictures", **options)
+    weighted = train(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
     recalls = [results["per_class"][1]["recall"] for results in (plain, weighted)]
     assert recalls[0] < recalls[1]
 
 
 @pytest.mark.slow
-def test_a_compiled_run_gives_the_same(tmp_path: Path) -> None:
-    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel is a second of g++
-    eager = trained(tmp_path / "eager", "digits", **fields)
-    compiled = trained(tmp_path / "compiled", "digits", **fields, compile=True)
+def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
+    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}  # each kernel takes g++ a second
+    eager = train(tmp_path / "eager", "digits", **fields)
+    compiled = train(tmp_path / "compiled", "digits", **fields, compile=True)
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
     ViTCLSForImageClassification.from_pretrained(tmp_path / "compiled")
 
 
 def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trained(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
+    train(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
     folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
@@ -473,9 +475,9 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of the card, and figures of the report, which the last line names."""
+    """The images are from the card and the report, and the last line names them."""
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trained(tmp_path, "digits", log_with=("tensorboard",), report=True)
+    train(tmp_path, "digits", log_with=("tensorboard",), report=True)
     files = "(model, image processor, README.md, report.html, results.json)"
     assert f"saved     {tmp_path} {files}" in capsys.readouterr().out
     folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
@@ -491,9 +493,11 @@ def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.
         assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.entropy() > 0.5  # drawn on white
 
 
-def test_without_a_report_none_of_an_earlier_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_report_removes_the_report_of_an_earlier_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tmp_path.joinpath("report.html").write_text("of an earlier run")
-    trained(tmp_path, "digits", max_steps=1, overwrite=True)
+    train(tmp_path, "digits", max_steps=1, overwrite=True)
     assert not (tmp_path / "report.html").exists()
     assert "(model, image processor, README.md, results.json)" in capsys.readouterr().out
 
@@ -507,7 +511,7 @@ def test_a_tracker_that_is_not_installed_is_named() -> None:
 
 
 def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    trained(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
+    train(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
     files = hub.files("ann/my-model")
     assert {"README.md", "config.json", "model.safetensors", "modeling_vitcls.py", "results.json"} <= files.keys()
     assert not any("checkpoints" in name or "optimizer" in name for name in files)
@@ -530,12 +534,12 @@ def test_a_dry_run_checks_push_permissions(
 
 
 def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
-    trained(tmp_path / "my-model", "digits")
-    trained(tmp_path / "my-model", "digits", resume=True, push_to_hub=True, hub_verify=False)
+    train(tmp_path / "my-model", "digits")
+    train(tmp_path / "my-model", "digits", resume=True, push_to_hub=True, hub_verify=False)
     assert "model.safetensors" in hub.files("ann/my-model")
 
 
-def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub, tmp_path: Path) -> None:
+def test_a_failed_push_keeps_the_model_and_prints_the_command_to_finish(hub: LocalHub, tmp_path: Path) -> None:
     run = FinetuneTask(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
     hub.fail("POST", "/api/repos/create", 403)
     with pytest.raises(RunStopped, match=r"vitcls push --model .*my-model"):
@@ -543,10 +547,10 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_finish(hub: LocalHub
     ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
 
 
-# What can go wrong ---------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_token_without_updates_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = FinetuneTask(tiny_options(tmp_path, "digits"))
     run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
     results = run_task(run)
@@ -558,9 +562,9 @@ def test_a_token_that_does_not_move_is_named(tmp_path: Path, capsys: pytest.Capt
     assert results["token_movement"]["registers[0]"] == 0.0 < results["token_movement"]["cls[0]"]
 
 
-def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
+def test_a_non_finite_loss_names_its_images(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match=r"not finite in step 2\. Try a lower --learning-rate.*non_finite\.json"):
-        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+        train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
     report = read_json(tmp_path / "non_finite.json")
     assert report["step"] == 2
     (batch,) = report["batches"]
@@ -568,32 +572,32 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path: Path) -> None:
     assert list((tmp_path / "non_finite").glob("step-*/model.safetensors"))
 
 
-def test_an_unfinished_run_is_not_thrown_away(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
-        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
+        train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
     with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue it with --resume, restart"):
         FinetuneTask(tiny_options(tmp_path, "digits"))
-    assert trained(tmp_path, "digits", overwrite=True)["steps"] == 3
-    assert trained(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished one
+    assert train(tmp_path, "digits", overwrite=True)["steps"] == 3
+    assert train(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished run
 
 
-def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
-    """As when the disk with the held-out images goes away, or a cluster does not wait for the evaluation."""
+def test_a_failed_evaluation_is_repeated(tmp_path: Path) -> None:
+    """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
 
     class Gone(list):
         def __getitem__(self, index: Any) -> Any:
             raise OSError("the disk is gone")
 
-    settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps an epoch
-    whole = trained(tmp_path / "whole", "digits", **settings)
+    settings = {"max_steps": 6, "batch_size": 479, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
+    whole = train(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
     run = FinetuneTask(tiny_options(tmp_path / "cut", "digits", **settings))
     run.data = replace(run.data, held_out=replace(run.data.held_out, images=Gone()))
     with pytest.raises(RunStopped, match="the disk is gone"):
         run_task(run)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
-    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed once it was logged
-    again = trained(tmp_path / "cut", "digits", resume=True, **settings)
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed after it was logged
+    again = train(tmp_path / "cut", "digits", resume=True, **settings)
     different = {"images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions"}
     found, expected = (
         [{name: value for name, value in values.items() if name not in different} for values in records]
@@ -602,8 +606,8 @@ def test_an_evaluation_that_fails_is_made_again(tmp_path: Path) -> None:
     assert found == expected and [record["step"] for record in found[1:]] == [2, 3, 4, 6]
 
 
-def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None:
-    """As under a quota: the system refuses to write."""
+def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
+    """The system refuses to write, as with a quota."""
     run = FinetuneTask(tiny_options(tmp_path, "digits"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -614,13 +618,13 @@ def test_a_model_that_cannot_be_written_ends_in_one_line(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_loss_that_is_not_finite_is_said_on_a_full_disk_too(tmp_path: Path) -> None:
-    (tmp_path / "non_finite").touch()  # in place of the folder
+def test_a_non_finite_loss_is_reported_on_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "non_finite").touch()  # a file in place of the folder
     with raises_one_line("not finite in step 2", "could not be saved: cannot write", error=RunStopped):
-        trained(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
+        train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
 
 
-def test_metrics_that_cannot_be_written_end_in_one_line(tmp_path: Path) -> None:
+def test_metrics_that_cannot_be_written_are_a_one_line_error(tmp_path: Path) -> None:
     run = FinetuneTask(tiny_options(tmp_path, "digits", log_every=1))
     run.runner.reporter.metrics_file = Path("/dev/full")
     with raises_one_line("cannot write /dev/full (No space left on device). Free disk space", error=OSError):
@@ -653,7 +657,7 @@ def on_main_alone() -> None:
         ("1", fails, "process 1: error: no such file\n"),
     ],
 )
-def test_a_process_speaks_for_itself_unless_all_have_the_error(
+def test_processes_print_their_own_errors_unless_all_have_the_same(
     process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     Accelerator(cpu=True)
@@ -664,7 +668,7 @@ def test_a_process_speaks_for_itself_unless_all_have_the_error(
     assert capsys.readouterr().err == said
 
 
-def test_a_dry_run_does_everything_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_executes_all_steps_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "3 steps, an evaluation, a checkpoint, saving succeeded" in output
@@ -688,7 +692,7 @@ def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -
     assert built.newly_initialized == set()
 
 
-def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -> None:
+def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> None:
     saved = ViTCLSForImageClassification.from_pretrained(launched)
     options = ModelOptions(model=str(launched), image_size=(48, 64), num_register_tokens=3)
     built = build_model(options, digits_named(["dusk", "noon"]))
@@ -703,7 +707,7 @@ def test_a_checkpoint_gets_a_fresh_classifier_for_other_labels(launched: Path) -
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
-    """Also with a mask token, and where the class head alone answers: several processes would wait for the rest."""
+    """Check also a mask token and the class head as the only predictor: DDP would wait for missing gradients."""
     config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
@@ -718,7 +722,7 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     assert still == {"embeddings.mask_token"}
 
 
-def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+def test_another_kind_of_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         build_model(ModelOptions(model=str(tmp_path)), digits_named(["a", "b"]))

@@ -1,4 +1,6 @@
-"""Linear probing on cached features: the same heads as with the encoder in every step, which then never runs again."""
+"""Linear probing on cached features equals training with the encoder in every step; after caching, the encoder never
+runs.
+"""
 
 import os
 from pathlib import Path
@@ -67,33 +69,33 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
 
 
-class Pictures:
-    """Images in memory, of which some may be broken."""
+class MemoryImages:
+    """Images in memory. Images with an index in `unreadable` raise an error."""
 
-    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+    def __init__(self, unreadable: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
         arrays = torch.randint(0, 256, (NUM_IMAGES, 40, 36, 3), generator=generator, dtype=torch.uint8)
         self.images = [Image.fromarray(array.numpy()) for array in arrays]
-        self.broken = broken
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Image.Image:
-        if index in self.broken:
+        if index in self.unreadable:
             raise UnreadableImage(f"picture {index} is broken")
         return self.images[index]
 
 
 class Probe:
-    """Everything around a model whose heads are trained."""
+    """A model whose heads are trained, with its data and options."""
 
     def __init__(
         self,
         model_class: Any = ViTCLSForImageClassification,
         options: AugmentationOptions = STILL,
         views: int = 1,
-        broken: tuple[int, ...] = (),
+        unreadable: tuple[int, ...] = (),
         **fields: Any,
     ) -> None:
         self.model = apply_trainable(randomize(model_class(build_tiny_config(**fields))), "head")
@@ -104,7 +106,7 @@ class Probe:
         tasks = fields.get("tasks")
         one = range(NUM_IMAGES)
         labels: list[Any] = [{task: i % n for task, n in tasks.items()} if tasks else i % 3 for i in one]
-        self.source = LabeledImages(Pictures(broken), labels)  # type: ignore[arg-type]
+        self.source = LabeledImages(MemoryImages(unreadable), labels)  # type: ignore[arg-type]
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
         self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
         augmentation = build_augmentation(options, (32, 32), self.processor.resample)
@@ -119,7 +121,7 @@ class Probe:
         return cache_features(self.model, self.images, keys, self.normalise, **settings)
 
     def train(self, module: Any, batches: Any, inputs: Any) -> None:
-        """Eight steps over each two batches, in train mode."""
+        """Train eight steps of two batches each, in train mode."""
         set_train_mode(module)
         objective = Classification(inputs, self.label_loss)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -131,17 +133,17 @@ class Probe:
                 optimizer.zero_grad()
 
     def count_calls(self) -> list[int]:
-        """A list that grows with each batch that the encoder sees."""
+        """Return a list that grows with each batch that the encoder processes."""
         calls: list[int] = []
         self.model.vitcls.register_forward_hook(lambda module, inputs, outputs: calls.append(len(inputs[0])))
         return calls
 
 
-# The heads alone -----------------------------------------------------------------------------------------------------
+# Heads ---------------------------------------------------------------------------------------------------------------
 
 
 @each_model
-def test_heads_on_features_answer_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
+def test_heads_on_features_predict_as_the_whole_model(model_class: Any, fields: dict[str, Any]) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
     with torch.no_grad():
         found = build_head_only(model)(compute_features(model, build_images()))
@@ -186,12 +188,12 @@ def test_what_is_trained_outside_the_heads(
         {},
         {"num_distillation_tokens": 1, "num_register_tokens": 2},
         {"options": SHIFTED, "views": 2},
-        {"broken": (0, 7)},
+        {"unreadable": (0, 7)},
         {"model_class": ViTCLSForMultiTaskClassification, "num_cls_tokens": 2, "tasks": TASKS},
     ],
     ids=["still", "distillation", "views", "broken", "tasks"],
 )
-def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes: dict[str, Any]) -> None:
+def test_trained_heads_equal_those_of_training_with_the_frozen_encoder(changes: dict[str, Any]) -> None:
     noisy: dict[str, Any] = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.3}
     slow, fast = Probe(**noisy, **changes), Probe(**noisy, **changes)
     slow.train(slow.model, iterate_training_batches(slow.images, slow.plan, 0, 0), PixelInputs(slow.normalise))
@@ -209,8 +211,8 @@ def test_trained_heads_are_those_of_the_frozen_encoder_run_in_every_step(changes
         assert wanted.requires_grad == (not torch.equal(found, before[name])), name
 
 
-def test_batches_are_those_of_the_plan_but_for_the_pixels() -> None:
-    probe = Probe(options=SHIFTED, views=2, broken=(4,))
+def test_batches_equal_those_of_the_plan_without_pixels() -> None:
+    probe = Probe(options=SHIFTED, views=2, unreadable=(4,))
     cached = probe.cache()
     expected = list(iterate_training_batches(probe.images, probe.plan, 0, 0))
     found = list(iterate_feature_batches(cached, probe.plan, 0, 2))
@@ -233,14 +235,14 @@ def test_each_view_of_each_image_is_encoded_once() -> None:
     calls = probe.count_calls()
     cached = probe.cache(batch_size=7)
     assert cached["features"].shape == (3 * NUM_IMAGES, 16)
-    assert sum(calls) == 70 and set(calls) == {7}  # 69 and one place to fill the last batch
+    assert sum(calls) == 70 and set(calls) == {7}  # 69, and one repeated key that fills the last batch
     assert cached["view"].tolist() == [view for view in range(3) for _ in range(NUM_IMAGES)]
     assert cached["index"].tolist() == list(range(NUM_IMAGES)) * 3
     first, second, _ = cached["features"].chunk(3)
     assert get_largest_difference(first, second) > 1e-2
 
 
-def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
+def test_caching_restores_the_mode_of_the_model_and_uses_workers() -> None:
     probe = Probe(hidden_dropout_prob=0.5)
     probe.model.train()
     here = probe.cache()
@@ -248,14 +250,14 @@ def test_caching_leaves_the_mode_of_the_model_and_uses_workers() -> None:
 
 
 def test_an_error_of_a_worker_is_one_line() -> None:
-    probe = Probe(broken=tuple(range(NUM_IMAGES)))
+    probe = Probe(unreadable=tuple(range(NUM_IMAGES)))
     with raises_one_line("none of the 23 images can be read"):
         probe.cache(num_workers=1)
 
 
 @pytest.mark.parametrize("num_keys", [1, 4, 8, 9, 23])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_shares_put_together_by_rounds_are_all_keys_in_order(num_keys: int, num_processes: int) -> None:
+def test_shards_of_processes_combine_to_all_keys_in_order(num_keys: int, num_processes: int) -> None:
     keys = [(0, index) for index in range(num_keys)]
     parts = [split_keys(keys, 4, process, num_processes) for process in range(num_processes)]
     gathered = [key for turn in zip(*parts, strict=True) for batch in turn for key in batch]
@@ -265,7 +267,7 @@ def test_shares_put_together_by_rounds_are_all_keys_in_order(num_keys: int, num_
 
 
 def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Numbers agree but for rounding, and so do the answers behind them."""
+    """Check that metrics and predictions are equal up to rounding."""
     assert found.keys() == expected.keys()
     assert found["confusion_matrix"] == expected["confusion_matrix"]
     numbers = [name for name, value in expected.items() if isinstance(value, int | float)]
@@ -275,8 +277,8 @@ def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> None:
-    probe = Probe(num_distillation_tokens=1, broken=(2,))
+def test_evaluating_the_heads_equals_evaluating_the_model() -> None:
+    probe = Probe(num_distillation_tokens=1, unreadable=(2,))
     said: list[str] = []
     evaluator = Evaluator(
         probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator, max_broken_images=3, warn=said.append
@@ -296,8 +298,8 @@ def test_evaluation_of_the_heads_is_that_of_the_model_without_its_encoder() -> N
 # Two processes -------------------------------------------------------------------------------------------------------
 
 
-def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
-    """One process's part: encode, train the heads for four steps of eight images in all, evaluate."""
+def run_process_share(rank: int, num_processes: int) -> dict[str, Any]:
+    """Run the share of one process: encode, train the heads for four steps of eight images in total, evaluate."""
     probe = Probe(num_distillation_tokens=1, options=SHIFTED, views=2)
     assert probe.accelerator.num_processes == num_processes
     training = TrainingOptions(max_steps=4, batch_size=8 // num_processes)
@@ -318,17 +320,17 @@ def share_of_a_probe(rank: int, num_processes: int) -> dict[str, Any]:
 
 
 def probe_in_a_process(rank: int, port: int, folder: Path) -> None:
-    """One of two processes; leaves its record in the folder."""
+    """Run one of two processes, which writes its results to the folder."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.save(share_of_a_probe(rank, 2), folder / f"{rank}.pt")
+    torch.save(run_process_share(rank, 2), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(probe_in_a_process, (find_free_port(), tmp_path), 2, start_method=METHOD)
-    alone = share_of_a_probe(0, 1)
+    alone = run_process_share(0, 1)
     for record in (torch.load(tmp_path / f"{rank}.pt") for rank in range(2)):
         assert torch.equal(record["cached"]["index"], alone["cached"]["index"])
         assert_same_outputs(record["cached"], alone["cached"], tolerance=1e-5)

@@ -1,4 +1,4 @@
-"""The training loop: accumulation, learning rates, moving average, the tokens' health, losses that are not finite."""
+"""The training loop: accumulation, learning rates, moving average, token monitoring, non-finite losses."""
 
 import json
 import math
@@ -45,8 +45,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 DIGITS = load_training_data(DataOptions(dataset="digits"))
 
 
-class Bench:
-    """A loop on digits, with everything that it was asked to do noted."""
+class LoopRecorder:
+    """A training loop on digits that records all calls of its hooks."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Bench:
 
     def evaluate(self) -> dict[str, Any]:
         assert not self.model.training
-        self.evaluations.append(weights_of(self.model))
+        self.evaluations.append(copy_weights(self.model))
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
@@ -108,31 +108,31 @@ class Bench:
         return self.loop.run(self.batches())
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def after_four_steps(**training: Any) -> dict[str, torch.Tensor]:
-    """The weights after four steps of SGD without momentum, which hides no difference in scale."""
+def run_four_steps(**training: Any) -> dict[str, torch.Tensor]:
+    """Return the weights after four steps of SGD without momentum, which shows every difference in scale."""
     reset_accelerate()
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
-    bench = Bench(groups, **training)
+    bench = LoopRecorder(groups, **training)
     bench.run()
     assert bench.state.step == 4
-    return weights_of(bench.model)
+    return copy_weights(bench.model)
 
 
 def test_accumulation_equals_the_large_batch() -> None:
-    large = after_four_steps(batch_size=16, gradient_accumulation_steps=1)
-    small = after_four_steps(batch_size=8, gradient_accumulation_steps=2)
-    start = after_four_steps(batch_size=16, learning_rate=1e-12)
+    large = run_four_steps(batch_size=16, gradient_accumulation_steps=1)
+    small = run_four_steps(batch_size=8, gradient_accumulation_steps=2)
+    start = run_four_steps(batch_size=16, learning_rate=1e-12)
     for name in large:
         torch.testing.assert_close(small[name], large[name], atol=1e-6, rtol=0)
     moved = max((large[name] - start[name]).abs().max().item() for name in large)
-    assert moved > 1e-4  # far above the tolerance
+    assert moved > 1e-4  # much larger than the tolerance
 
 
 def test_a_weighted_loss_accumulates_too() -> None:
@@ -152,8 +152,8 @@ def test_learning_rate_rises_then_falls() -> None:
     assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
 
 
-def test_each_logged_step_says_how_it_went() -> None:
-    bench = Bench(max_steps=5, log_every=2, health_every=0)
+def test_logged_records() -> None:
+    bench = LoopRecorder(max_steps=5, log_every=2, health_every=0)
     metrics = bench.run()
     assert [record["step"] for record in bench.records] == [2, 4, 5]
     for record in bench.records:
@@ -168,8 +168,21 @@ def test_each_logged_step_says_how_it_went() -> None:
     json.dumps(bench.records, allow_nan=False)
 
 
-def test_the_last_evaluation_is_made_again_where_all_steps_are_done() -> None:
-    bench = Bench(max_steps=4)
+def test_logged_losses_are_means_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a second process is larger by 2."""
+    bench, own = LoopRecorder(max_steps=1, log_every=1), []
+
+    def reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
+        own.extend(losses.tolist())
+        return {"mean": losses + 1, "sum": 2 * losses + 2}[reduction]
+
+    monkeypatch.setattr(bench.accelerator, "reduce", reduce)
+    bench.run()
+    assert [bench.records[0]["loss"]] == pytest.approx([loss + 1 for loss in own], abs=1e-5)
+
+
+def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
+    bench = LoopRecorder(max_steps=4)
     bench.state.step = 4
     assert bench.run()["accuracy"] == 0.5
 
@@ -177,12 +190,12 @@ def test_the_last_evaluation_is_made_again_where_all_steps_are_done() -> None:
 # Parameter groups ----------------------------------------------------------------------------------------------------
 
 
-def a_model(**values: Any) -> ViTCLSForImageClassification:
+def build_random_model(**values: Any) -> ViTCLSForImageClassification:
     return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.config_values() | values)))
 
 
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
-    model = a_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
+    model = build_random_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = build_parameter_groups(model, weight_decay=0.05)
     assert len(groups) == 2
@@ -196,8 +209,8 @@ def test_only_weights_of_linear_layers_and_patches_decay() -> None:
     assert all(name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight"))
 
 
-def test_learning_rates_fall_from_the_head_to_the_tokens() -> None:
-    model = a_model(num_hidden_layers=3, num_distillation_tokens=1)
+def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
+    model = build_random_model(num_hidden_layers=3, num_distillation_tokens=1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]
@@ -214,7 +227,7 @@ def test_learning_rates_fall_from_the_head_to_the_tokens() -> None:
 
 
 def test_learning_rate_reaches_each_group() -> None:
-    bench = Bench(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0)
+    bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0)
     bench.loop.step(bench.batches(), with_health=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
@@ -224,8 +237,8 @@ def test_learning_rate_reaches_each_group() -> None:
 
 
 def test_the_average_is_evaluated_and_the_weights_stay() -> None:
-    """Compared with torch's own AveragedModel, with the same decay at each step."""
-    bench = Bench(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
+    """Compare with torch's AveragedModel, with the same decay in each step."""
+    bench = LoopRecorder(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
     decays = iter([2 / 11, 3 / 12, 0.3, 0.3])  # (1 + step) / (10 + step), at most `ema_decay`
     reference = AveragedModel(
         bench.model, multi_avg_fn=lambda averages, new, _: get_ema_multi_avg_fn(next(decays))(averages, new, 0)
@@ -245,35 +258,35 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
 # Checkpoints and signals ---------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_come_when_they_are_due() -> None:
-    bench = Bench(max_steps=8, save_every=3)
+def test_checkpoints_are_saved_when_due() -> None:
+    bench = LoopRecorder(max_steps=8, save_every=3)
     bench.run()
     assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
-    at_evaluations = Bench(epochs=2, max_steps=None, batch_size=479, log_every=100)  # three steps an epoch
+    at_evaluations = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=100)  # three steps per epoch
     at_evaluations.run()
     assert at_evaluations.saved == [(3, False), (3, True), (6, False), (6, True)]
 
 
-def test_the_best_is_saved_as_such() -> None:
-    bench = Bench(epochs=3, max_steps=None, batch_size=479, save_every=100)
+def test_the_best_checkpoint_is_marked() -> None:
+    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479, save_every=100)
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
 
 
-def test_a_signal_after_the_best_evaluation_leaves_it_the_best() -> None:
-    bench = Bench(epochs=3, max_steps=None, batch_size=479)
+def test_a_signal_after_the_best_evaluation_keeps_it_the_best() -> None:
+    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479)
     bench.signal_at = 3
     with pytest.raises(Interrupted):
         bench.run()
     assert bench.saved == [(3, False), (3, True), (3, True)]
 
 
-def test_an_evaluation_that_was_cut_short_is_made_again_from_what_was_saved() -> None:
-    whole = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
+    whole = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=2)
     whole.run()
     reset_accelerate()
-    bench = Bench(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    bench = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=2)
     evaluate, bench.accuracies = bench.loop.hooks.evaluate, iter([])
     with pytest.raises(StopIteration):
         bench.run()
@@ -291,7 +304,7 @@ def test_an_evaluation_that_was_cut_short_is_made_again_from_what_was_saved() ->
 
 
 def test_a_signal_saves_and_stops() -> None:
-    bench = Bench(max_steps=6)
+    bench = LoopRecorder(max_steps=6)
     bench.signal_at = 2
     with pytest.raises(Interrupted, match="SIGTERM"):
         bench.run()
@@ -299,32 +312,32 @@ def test_a_signal_saves_and_stops() -> None:
 
 
 def test_a_signal_after_the_last_step_stops_nothing() -> None:
-    bench = Bench(max_steps=3)
+    bench = LoopRecorder(max_steps=3)
     bench.signal_at = 3
     assert bench.run()["accuracy"] == 0.5
     assert bench.saved == [(3, False), (3, True)]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loss_that_is_not_finite_stops_before_it_does_harm(accumulation: int) -> None:
-    bench = Bench(max_steps=4, gradient_accumulation_steps=accumulation)
+def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
+    bench = LoopRecorder(max_steps=4, gradient_accumulation_steps=accumulation)
     batches = bench.batches()
     bench.loop.advance(batches)
-    before = weights_of(bench.model)
+    before = copy_weights(bench.model)
     objective = bench.loop.objective
     bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * math.nan}
     with pytest.raises(NonFiniteLoss, match=r"not finite in step 2\. Try a lower --learning-rate") as caught:
         bench.loop.advance(batches)
     assert len(caught.value.batches) == accumulation
     assert caught.value.batches[0]["index"].shape == (8,)
-    assert all(torch.equal(before[name], weight) for name, weight in weights_of(bench.model).items())
+    assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
 
 
-def overflowing_bench(**training: Any) -> Bench:
-    """As under fp16: gradients are infinite, and the loss scaler leaves out each step."""
-    bench = Bench(**training)
+def build_overflowing_loop(**training: Any) -> LoopRecorder:
+    """Return a loop as with fp16: gradients are infinite, and the loss scaler skips every step."""
+    bench = LoopRecorder(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
     bench.loop.optimizer_step.optimizer = bench.state.optimizer
@@ -333,15 +346,15 @@ def overflowing_bench(**training: Any) -> Bench:
     return bench
 
 
-def test_gradients_that_overflow_are_null() -> None:
-    bench = overflowing_bench(max_steps=2, log_every=1)
+def test_overflowing_gradients_are_logged_as_null() -> None:
+    bench = build_overflowing_loop(max_steps=2, log_every=1)
     bench.run()
     assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
     json.dumps(bench.records, allow_nan=False)
 
 
-def test_gradients_that_are_never_finite_stop_the_run() -> None:
-    bench = overflowing_bench(max_steps=40, log_every=40)
+def test_permanently_non_finite_gradients_stop_the_run() -> None:
+    bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
         bench.run()
 
@@ -350,7 +363,7 @@ def test_gradients_that_are_never_finite_stop_the_run() -> None:
 
 
 def test_a_token_without_gradient_is_named_once() -> None:
-    bench = Bench(
+    bench = LoopRecorder(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=6, log_every=2
     )
     bench.run()
@@ -361,8 +374,8 @@ def test_a_token_without_gradient_is_named_once() -> None:
     assert bench.loop.monitor.compute_movement()["cls[0]"] > 0
 
 
-def test_health_is_that_of_the_step() -> None:
-    bench = Bench(max_steps=1, max_gradient_norm=1e9, log_every=1)
+def test_token_monitor_records_the_current_step() -> None:
+    bench = LoopRecorder(max_steps=1, max_gradient_norm=1e9, log_every=1)
     token = bench.model.vitcls.embeddings.cls_token
     before = token.detach().clone()
     gradients: list[torch.Tensor] = []
@@ -375,22 +388,22 @@ def test_health_is_that_of_the_step() -> None:
     assert record["token_update_ratio"]["cls[0]"] == pytest.approx(update.item(), rel=1e-4)
 
 
-def test_entropy_of_cls_attention_is_that_of_eager_attentions() -> None:
+def test_entropy_of_cls_attention_equals_eager_attention() -> None:
     torch.manual_seed(0)
-    model = a_model(num_cls_tokens=2, initializer_range=0.5)
+    model = build_random_model(num_cls_tokens=2, initializer_range=0.5)
     normalise = lambda pixels: pixels / 255  # noqa: E731
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     model.train()
     (found,) = AttentionEntropy(model, normalise)({"pixels": pixels}).values()
     assert model.training
-    eager = a_model(num_cls_tokens=2)
+    eager = build_random_model(num_cls_tokens=2)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
     attentions = eager.eval()(normalise(pixels), output_attentions=True).attentions
     rows = [weights[:, :, model.config.token_layout.cls] for weights in attentions]
     expected = [-(row * row.log()).sum(-1).mean().item() for row in rows]
     assert found == pytest.approx(expected, abs=1e-3)
-    assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not simply uniform
+    assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not uniform
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
@@ -414,7 +427,7 @@ def test_multi_label_loss_is_binary() -> None:
     torch.testing.assert_close(MultiLabelLoss(0.0)(logits, labels), expected)
 
 
-def test_multi_task_loss_leaves_out_missing_labels() -> None:
+def test_multi_task_loss_ignores_missing_labels() -> None:
     config = ViTCLSConfig(**TINY.config_values(), num_cls_tokens=2, tasks={"age": 3, "kind": 2})
     torch.manual_seed(0)
     model = ViTCLSForMultiTaskClassification(config)
@@ -425,17 +438,18 @@ def test_multi_task_loss_leaves_out_missing_labels() -> None:
     outputs = model(normalise(batch["pixels"]), labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
-    torch.testing.assert_close(outputs.loss, expected)  # the mean over the labeled images, as Trainer uses it
+    torch.testing.assert_close(outputs.loss, expected)  # the mean over the labeled images, as in Trainer
     loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())  # DDP waits for all of them
+    # DDP waits for the gradients of all parameters
+    assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
     loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})["loss"]
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
-def test_every_head_learns_without_a_teacher() -> None:
+def test_every_head_is_trained_without_a_teacher() -> None:
     torch.manual_seed(0)
-    model = a_model(num_distillation_tokens=1)
+    model = build_random_model(num_distillation_tokens=1)
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
     Classification(PixelInputs(normalise), SingleLabelLoss(0.0))(model, batch)["loss"].backward()
@@ -443,7 +457,7 @@ def test_every_head_learns_without_a_teacher() -> None:
     assert without == []
 
 
-def test_masked_images_are_hidden_where_the_mask_says() -> None:
+def test_masked_images_are_masked_as_specified() -> None:
     config = ViTCLSConfig(**TINY.config_values(), use_mask_token=True)
     torch.manual_seed(0)
     model = ViTCLSForMaskedImageModeling(config)

@@ -1,6 +1,6 @@
-"""What training is said to cost, and how much of the machine it is said to use.
+"""FLOPs and model FLOPs utilization (MFU) of training.
 
-Operations have to be right to the last one, against torch's own count of a forward and a backward pass.
+FLOPs must equal torch's count of a forward and a backward pass exactly.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 BATCH = 3
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
-# Fields of the configuration that change what is multiplied, or which gradients there are.
+# Fields of the configuration that change the matrix products or the required gradients.
 CASES: dict[str, dict[str, Any]] = {
     "one_cls": {},
     "tokens": TOKENS,
@@ -62,11 +62,11 @@ CASES: dict[str, dict[str, Any]] = {
 STEPS, SIZE = 4, 8
 
 
-# Operations ----------------------------------------------------------------------------------------------------------
+# FLOPs ---------------------------------------------------------------------------------------------------------------
 
 
-def counted(loss: Callable[[], torch.Tensor], computes_twice: bool = False) -> int:
-    """What torch counts of a forward and a backward pass; what is computed a second time only if asked for."""
+def count_flops(loss: Callable[[], torch.Tensor], computes_twice: bool = False) -> int:
+    """Return the FLOPs that torch counts in a forward and a backward pass, without recomputation unless requested."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if computes_twice:
             loss().backward()
@@ -76,11 +76,11 @@ def counted(loss: Callable[[], torch.Tensor], computes_twice: bool = False) -> i
     return counter.get_total_flops()
 
 
-def loss_of(model: Any, labels: Any = None) -> torch.Tensor:
+def compute_loss(model: Any, labels: Any = None) -> torch.Tensor:
     return model(build_images(BATCH), labels=torch.arange(BATCH) % 3 if labels is None else labels).loss
 
 
-def a_classifier(trainable: str = "full", **fields: Any) -> Any:
+def build_classifier(trainable: str = "full", **fields: Any) -> Any:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.set_attn_implementation("eager")
     apply_trainable(model, trainable)
@@ -90,57 +90,61 @@ def a_classifier(trainable: str = "full", **fields: Any) -> Any:
 
 @pytest.mark.parametrize("trainable", ["full", "head", "last-1", "last-2", "lora"])
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
-def test_operations_are_those_that_torch_counts(fields: dict[str, Any], trainable: str) -> None:
-    model = a_classifier(trainable, **fields)
-    expected = counted(lambda: loss_of(model))
-    if trainable == "lora" and not model.config.token_layout.num_prefix_tokens:  # nothing is trained below
+def test_training_flops_equal_those_of_torch(fields: dict[str, Any], trainable: str) -> None:
+    model = build_classifier(trainable, **fields)
+    expected = count_flops(lambda: compute_loss(model))
+    if trainable == "lora" and not model.config.token_layout.num_prefix_tokens:  # nothing is trained below these
         assert expected < count_training_flops(model, BATCH) < 1.1 * expected
     else:
         assert count_training_flops(model, BATCH) == expected
 
 
-def test_by_hand() -> None:
-    """16 patches and a CLS token of width 16, in two layers with MLPs of 24, of which the last is for that token."""
+def test_flops_equal_a_manual_count() -> None:
+    """16 patches, a CLS token, width 16, two layers with MLPs of width 24; the last layer only for the CLS token."""
     patches = 16 * 8 * 8 * 3 * 16
     first = 17 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 17 * 17 * 16
     last = 17 * 2 * 16 * 16 + (2 * 16 * 16 + 2 * 16 * 24) + 2 * 17 * 16
     head = 16 * 3
-    assert count_training_flops(a_classifier()) == 2 * (2 * patches + 3 * (first + last + head))
-    assert count_training_flops(a_classifier("last-1")) == 2 * (patches + first + 3 * (last + head))
-    assert count_training_flops(a_classifier("head")) == 2 * (patches + first + last + 2 * head)
-    assert count_training_flops(a_classifier(), 5) == 5 * count_training_flops(a_classifier())
+    assert count_training_flops(build_classifier()) == 2 * (2 * patches + 3 * (first + last + head))
+    assert count_training_flops(build_classifier("last-1")) == 2 * (patches + first + 3 * (last + head))
+    assert count_training_flops(build_classifier("head")) == 2 * (patches + first + last + 2 * head)
+    assert count_training_flops(build_classifier(), 5) == 5 * count_training_flops(build_classifier())
 
 
-def test_of_several_tasks() -> None:
+def test_flops_of_several_tasks() -> None:
     model: Any = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = {task: torch.zeros(BATCH, dtype=torch.long) for task in TASKS}
-    assert count_training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
+    assert count_training_flops(model, BATCH) == count_flops(lambda: compute_loss(model, labels))
     apply_trainable(model, "head")
     model.zero_grad()
-    assert count_training_flops(model, BATCH) == counted(lambda: loss_of(model, labels))
+    assert count_training_flops(model, BATCH) == count_flops(lambda: compute_loss(model, labels))
 
 
-def test_of_masked_images() -> None:
+def test_flops_of_masked_images() -> None:
     model: Any = randomize(ViTCLSForMaskedImageModeling(build_tiny_config())).train()
     mask = torch.arange(BATCH * 16).view(BATCH, 16) % 3 == 0
-    assert count_training_flops(model, BATCH) == counted(lambda: model(build_images(BATCH), bool_masked_pos=mask).loss)
+    assert count_training_flops(model, BATCH) == count_flops(
+        lambda: model(build_images(BATCH), bool_masked_pos=mask).loss
+    )
 
 
-def test_of_attention_pooling() -> None:
-    assert count_training_flops(pooled := a_classifier(pooling="attention"), BATCH) == counted(lambda: loss_of(pooled))
-    probed = a_classifier("head", pooling="attention")
-    of_what_is_read = BATCH * 2 * 2 * 16 * 16 * 16  # for keys and values, of 16 patches
-    assert count_training_flops(probed, BATCH) == counted(lambda: loss_of(probed)) + of_what_is_read
+def test_flops_of_attention_pooling() -> None:
+    assert count_training_flops(pooled := build_classifier(pooling="attention"), BATCH) == count_flops(
+        lambda: compute_loss(pooled)
+    )
+    probed = build_classifier("head", pooling="attention")
+    of_what_is_read = BATCH * 2 * 2 * 16 * 16 * 16  # keys and values of 16 patches
+    assert count_training_flops(probed, BATCH) == count_flops(lambda: compute_loss(probed)) + of_what_is_read
 
 
-def test_what_is_computed_again_does_not_count() -> None:
-    model = a_classifier()
+def test_recomputation_is_not_counted() -> None:
+    model = build_classifier()
     once = count_training_flops(model, BATCH)
     model.gradient_checkpointing_enable()
-    assert count_training_flops(model, BATCH) == once < counted(lambda: loss_of(model), computes_twice=True)
+    assert count_training_flops(model, BATCH) == once < count_flops(lambda: compute_loss(model), computes_twice=True)
 
 
-# A run's share of the machine ----------------------------------------------------------------------------------------
+# Utilization of a run ------------------------------------------------------------------------------------------------
 
 
 def test_utilization_is_a_fraction_of_the_peak() -> None:
@@ -156,20 +160,20 @@ def test_utilization_is_a_fraction_of_the_peak() -> None:
     }
 
 
-def test_it_goes_on_after_a_checkpoint_on_another_machine() -> None:
+def test_utilization_is_resumed_on_another_machine() -> None:
     before = Utilization(flops_per_image=1e9, peak=1e10)
-    before.update(num_images=50, seconds=10.0)  # half of it
+    before.update(num_images=50, seconds=10.0)  # half of the peak
     after = Utilization(flops_per_image=1e9, peak=4e10)
     after.load_state(json.loads(json.dumps(before.get_state())))
-    after.update(num_images=50, seconds=10.0)  # an eighth
+    after.update(num_images=50, seconds=10.0)  # an eighth of the peak
     assert (after.done, after.possible) == (1e11, 5e11)
     old = Utilization(flops_per_image=1e9, peak=1e10)
     old.load_state({})
     assert old.update(num_images=1, seconds=1.0) == {"utilisation": 0.1}
 
 
-def test_more_than_the_peak_is_unknown() -> None:
-    """A peak that was measured while another program ran, and is not reached any more once that has ended."""
+def test_utilization_above_100_percent_is_unknown() -> None:
+    """The peak was measured while another program ran, and training is faster after that program has ended."""
     found = Utilization(flops_per_image=1e9, peak=1e10)
     assert found.update(num_images=147, seconds=10.0) == {"utilisation": None}
     assert found.results() == {
@@ -185,13 +189,13 @@ def test_the_largest_of_several_peaks_counts() -> None:
     found = Utilization(flops_per_image=1e9, peak=1e10, measure=lambda: later.pop(0))
     found.load_state({"done": 1e11, "possible": 2e11})
     assert found.update(num_images=90, seconds=9.0) == {"utilisation": 1.0} and len(later) == 2  # 9 s at the peak
-    assert found.update(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured anew: 4e10
-    assert found.possible == 2e11 + 10 * 4e10  # of earlier steps, too
+    assert found.update(num_images=20, seconds=1.0) == {"utilisation": 0.5} and later == [1e10]  # measured again: 4e10
+    assert found.possible == 2e11 + 10 * 4e10  # also for earlier steps
     assert found.update(num_images=800, seconds=40.0) == {"utilisation": 0.5} and not later  # 20 s at the new peak
     assert found.peak == 4e10
 
 
-def test_the_fastest_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     durations, now = [9.0, 0.5, 0.1, 0.4, 0.4], [0.0]  # the first call warms up
 
     def work() -> torch.Tensor:
@@ -202,14 +206,14 @@ def test_the_fastest_turn_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.measure_fastest_call(work, torch.device("cpu")) == pytest.approx(0.1)
 
 
-def test_measuring_draws_no_random_numbers(peaks: list[float]) -> None:
+def test_measuring_draws_no_random_numbers(fast_peaks: list[float]) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     mfu.measure_gemm_peak(torch.device("cpu"), torch.float32)
-    assert torch.equal(torch.get_rng_state(), before) and len(peaks) == 1
+    assert torch.equal(torch.get_rng_state(), before) and len(fast_peaks) == 1
 
 
-def test_without_a_peak_nothing_is_claimed() -> None:
+def test_without_a_peak_there_is_no_utilization() -> None:
     unknown = Utilization(flops_per_image=1e9)
     assert unknown.update(num_images=50, seconds=10.0) == {} and unknown.results() is None
 
@@ -230,61 +234,61 @@ def test_numbers_format_si(value: float, shown: str) -> None:
     assert format_si(value) == shown
 
 
-def a_plan(**changes: Any) -> BatchPlan:
+def build_plan(**changes: Any) -> BatchPlan:
     return BatchPlan.from_options(
         100, TrainingOptions(**{"max_steps": 3, "batch_size": 64} | changes), num_processes=1
     )
 
 
-def started(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
+def get_utilization(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
     lines: dict[str, str] = {}
     return start_utilization(model, plan, Accelerator(cpu=True), lines.__setitem__), lines
 
 
-def test_a_short_run_measures_nothing() -> None:
-    model = a_classifier()
-    plan = a_plan(batch_size=5, gradient_accumulation_steps=4)
-    found, lines = started(model, plan)
+def test_a_short_run_does_not_measure_the_peak() -> None:
+    model = build_classifier()
+    plan = build_plan(batch_size=5, gradient_accumulation_steps=4)
+    found, lines = get_utilization(model, plan)
     assert found.peak is None and found.flops_per_image == count_training_flops(model)
     assert lines.keys() == {"costs"}
     assert lines["costs"].startswith(f"{format_si(20 * count_training_flops(model))}FLOP per step, and about")
 
 
-def test_memory_is_what_the_model_estimates() -> None:
-    model = a_classifier(image_size=256)
+def test_memory_equals_the_estimate_of_the_model() -> None:
+    model = build_classifier(image_size=256)
     estimate = estimate_memory(model, batch_size=5)
-    _, lines = started(model, a_plan(batch_size=5))
+    _, lines = get_utilization(model, build_plan(batch_size=5))
     assert f" {(estimate.total - estimate.parameters) / 2**20:.0f} MiB beyond the weights" in lines["costs"]
 
 
-def test_memory_is_that_of_the_device_where_it_trains() -> None:
-    """The model is still on the CPU, which would keep less."""
-    model, accelerator = a_classifier(), Accelerator(cpu=True)
-    here = estimate_memory_beyond_weights(model, a_plan(), accelerator)
+def test_memory_is_estimated_for_the_training_device() -> None:
+    """The model is still on the CPU, which would save less memory."""
+    model, accelerator = build_classifier(), Accelerator(cpu=True)
+    here = estimate_memory_beyond_weights(model, build_plan(), accelerator)
     accelerator.state.device = torch.device("cuda")
-    of_mlps = 64 * (17 + 1) * 24 * 4  # bytes after the activations of both layers, the last for one token
-    assert estimate_memory_beyond_weights(model, a_plan(batch_size=64), accelerator) == here + of_mlps
+    of_mlps = 64 * (17 + 1) * 24 * 4  # bytes after the activations of both layers; the last layer computes one token
+    assert estimate_memory_beyond_weights(model, build_plan(batch_size=64), accelerator) == here + of_mlps
 
 
-def test_nothing_is_claimed_of_a_model_that_merges_patches(peaks: list[float]) -> None:
-    """Its costs are counted as if it merged none: it would seem to use more of the machine than it does."""
-    found, lines = started(a_classifier(merged_patches_per_layer=2), a_plan())
-    assert found == Utilization() and lines == {} and peaks == []
+def test_models_that_merge_patches_have_no_utilization(fast_peaks: list[float]) -> None:
+    """The FLOPs are counted without merging, so the utilization would be too high."""
+    found, lines = get_utilization(build_classifier(merged_patches_per_layer=2), build_plan())
+    assert found == Utilization() and lines == {} and fast_peaks == []
 
 
-def test_frozen_layers_see_whole_images() -> None:
-    whole, half = (a_classifier("last-1", patch_drop_rate=rate) for rate in (0, 0.5))
+def test_frozen_layers_compute_all_patches() -> None:
+    whole, half = (build_classifier("last-1", patch_drop_rate=rate) for rate in (0, 0.5))
     assert count_training_flops(half) == count_training_flops(whole)
     assert estimate_memory(half) == estimate_memory(whole)
-    assert count_training_flops(a_classifier(patch_drop_rate=0.5)) < count_training_flops(a_classifier())
+    assert count_training_flops(build_classifier(patch_drop_rate=0.5)) < count_training_flops(build_classifier())
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def peaks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Any run measures its peak, in a moment; the peaks that this process measured."""
+def fast_peaks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let all runs measure their peak quickly; return the list of measured peaks."""
     return measure_soon(monkeypatch)
 
 
@@ -309,7 +313,7 @@ def run(folder: Path, **flags: Any) -> dict[str, Any]:
 
 
 class Ran(NamedTuple):
-    """A run that measured its peak."""
+    """Results and folder of a run that measured its peak."""
 
     folder: Path
     peak: float
@@ -327,26 +331,26 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder, peak, results, said.getvalue().splitlines())
 
 
-def records_of(folder: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_writes_what_it_uses(ran: Ran) -> None:
+def test_a_run_logs_its_utilization(ran: Ran) -> None:
     found = ran.results["utilisation"]
     flops = count_training_flops(ViTCLSForImageClassification.from_pretrained(ran.folder).train())
     assert found["gemm_peak_flops_per_second"] == pytest.approx(ran.peak, rel=1e-3)
     assert (found["training_flops_per_image"], found["gemm_dtype"]) == (flops, "float32")
     shares = []
-    for record in records_of(ran.folder):
+    for record in read_records(ran.folder):
         shares.append(record["utilisation"])
         assert shares[-1] == pytest.approx(record["images_per_second"] * flops / ran.peak, rel=1e-3, abs=1e-4)
     assert min(shares) - 1e-4 <= found["of_training_steps"] <= max(shares) + 1e-4
 
 
-def test_a_run_says_what_it_uses(ran: Ran) -> None:
+def test_a_run_prints_its_utilization(ran: Ran) -> None:
     names = [line.split()[0] for line in ran.lines]
     assert names[names.index("device") + 1 :][:3] == ["costs", "peak", "step"]
-    first, share = records_of(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
+    first, share = read_records(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
     (line,) = [line for line in ran.lines if line.startswith("step 1/")]
     assert f"lr {first['learning_rate']:.1e}  {first['images_per_second']:.0f} images/s" in line
     assert f" images/s, {first['utilisation']:.1%} of peak  " in line and line.endswith(" s left")
@@ -357,12 +361,12 @@ def test_a_run_says_what_it_uses(ran: Ran) -> None:
 def test_a_disturbed_measurement_gives_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The first measurement finds the machine busy; after the first step it is measured again."""
+    """The machine is busy during the first measurement. After the first step, the peak is measured again."""
     found = iter([1e3, 1e3, 1e15])
     monkeypatch.setattr(mfu, "MIN_FLOPS", 0.0)
     monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: next(found, 1e15))
     results = run(tmp_path)
-    shares = [record["utilisation"] for record in records_of(tmp_path)]
+    shares = [record["utilisation"] for record in read_records(tmp_path)]
     assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
     assert 0 <= results["utilisation"]["of_training_steps"] <= 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
@@ -373,51 +377,53 @@ def test_a_disturbed_measurement_gives_no_number(
     assert "utilization is unknown" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
 
 
-def test_measuring_changes_nothing(ran: Ran, tmp_path: Path) -> None:
-    """And a run as short as this one is not worth it."""
+def test_measuring_does_not_change_training(ran: Ran, tmp_path: Path) -> None:
+    """A run as short as this one does not measure."""
     assert run(tmp_path)["utilisation"] is None
-    assert not any("utilisation" in record for record in records_of(tmp_path))
-    assert [record["loss"] for record in records_of(tmp_path)] == [record["loss"] for record in records_of(ran.folder)]
+    assert not any("utilisation" in record for record in read_records(tmp_path))
+    assert [record["loss"] for record in read_records(tmp_path)] == [
+        record["loss"] for record in read_records(ran.folder)
+    ]
     assert "matrix products" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_resumed_run_counts_what_it_did_before(ran: Ran, tmp_path: Path, peaks: list[float]) -> None:
+def test_a_resumed_run_includes_earlier_steps(ran: Ran, tmp_path: Path, fast_peaks: list[float]) -> None:
     last = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08}"
     shutil.copytree(ran.folder, tmp_path / "run")
     shutil.rmtree(last)
     (tmp_path / "run" / "results.json").unlink()
     results = run(tmp_path / "run", resume=True)
-    assert len(peaks) == 1
+    assert len(fast_peaks) == 1
     facts = json.loads((last / "state.json").read_text(encoding="utf-8"))["facts"]["utilisation"]
     assert facts["done"] == STEPS * SIZE * ran.results["utilisation"]["training_flops_per_image"]
     assert results["utilisation"]["of_training_steps"] == pytest.approx(facts["done"] / facts["possible"], abs=1e-4)
 
 
-def test_heads_on_cached_features_use_nothing(
-    ran: Ran, tmp_path: Path, peaks: list[float], capsys: pytest.CaptureFixture
+def test_heads_on_cached_features_have_no_utilization(
+    ran: Ran, tmp_path: Path, fast_peaks: list[float], capsys: pytest.CaptureFixture
 ) -> None:
     results = run(tmp_path, model=ran.folder, trainable="head")
-    assert results["utilisation"] is None and not peaks
+    assert results["utilisation"] is None and not fast_peaks
     output = capsys.readouterr().out
     assert "encoding 1,425 images once" in output and "FLOP" not in output
 
 
-def one_of_two(rank: int, port: int, queue: Any) -> None:
-    """What a run on two processes begins with."""
+def run_process(rank: int, port: int, queue: Any) -> None:
+    """Run the start of a run on two processes."""
     os.environ.update(get_rank_variables(rank, 2, port))
     torch.set_num_threads(1)
     plan = BatchPlan.from_options(100, TrainingOptions(max_steps=3, batch_size=5), num_processes=2)
     with pytest.MonkeyPatch.context() as patch:
-        peaks = measure_soon(patch)
-        found, lines = started(a_classifier(), plan)
-    queue.put((peaks[0], found.peak, found.flops_per_image, lines["costs"]))
+        fast_peaks = measure_soon(patch)
+        found, lines = get_utilization(build_classifier(), plan)
+    queue.put((fast_peaks[0], found.peak, found.flops_per_image, lines["costs"]))
 
 
 @pytest.mark.slow
-def test_processes_share_the_machine() -> None:
-    """Each measures what it reaches while the others do; the peak of the run is their sum."""
+def test_processes_share_the_peak() -> None:
+    """All processes measure at the same time; the peak of the run is the sum."""
     port, queue = find_free_port(), READY.SimpleQueue()
-    processes = [READY.Process(target=one_of_two, args=(rank, port, queue)) for rank in range(2)]
+    processes = [READY.Process(target=run_process, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -425,6 +431,6 @@ def test_processes_share_the_machine() -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     (first, total, per_image, line), (second, same_total, *_) = queue.get(), queue.get()
     assert total == same_total == pytest.approx(first + second)
-    flops = count_training_flops(a_classifier())
+    flops = count_training_flops(build_classifier())
     assert per_image == flops
     assert line.startswith(f"{format_si(10 * flops)}FLOP per step, and about") and "MiB per process beyond" in line

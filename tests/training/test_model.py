@@ -1,4 +1,4 @@
-"""The model that training starts from, flags that are refused, what `--trainable` trains, and LoRA's plain models."""
+"""The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
 
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.fixture(scope="module")
 def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with two tasks."""
+    """Return a checkpoint with two tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     torch.manual_seed(0)
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3})
@@ -41,7 +41,7 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["more tasks", "one task", "no tasks"],
 )
-def test_a_checkpoint_of_several_tasks_learns_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
+def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
     built = build_model(ModelOptions(model=str(two_tasks)), label_space)
     heads = {name for name, _ in built.model.named_parameters() if not name.startswith("vitcls.")}
@@ -58,8 +58,8 @@ def test_a_checkpoint_of_several_tasks_learns_other_labels(two_tasks: Path, labe
         assert logits.shape == (1, 2) and built.model.config.tasks is None
 
 
-def test_patches_are_left_out_of_layers_that_learn(two_tasks: Path, tmp_path: Path) -> None:
-    """How many layers there are is known once the checkpoint is there."""
+def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
+    """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
     with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes them"):
@@ -70,7 +70,7 @@ def test_patches_are_left_out_of_layers_that_learn(two_tasks: Path, tmp_path: Pa
     assert run.model.config.patch_drop_rate == 0.5
 
 
-def test_flags_that_contradict_each_other_are_refused() -> None:
+def test_contradictory_flags_are_errors() -> None:
     options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
     check_combinations(options)
     refused = {
@@ -108,16 +108,16 @@ each_choice = pytest.mark.parametrize("choice", CHOICES)
 each_model = pytest.mark.parametrize(("model_class", "fields"), MODELS.values(), ids=MODELS)
 
 
-def built(model_class: Any = ViTCLSForImageClassification, **fields: Any) -> Any:
-    """A model with random weights, its mask token frozen as in training."""
+def build_random_model(model_class: Any = ViTCLSForImageClassification, **fields: Any) -> Any:
+    """Return a model with random weights whose mask token is frozen, as in training."""
     model = randomize(model_class(build_tiny_config(**fields)))
     if model.vitcls.embeddings.mask_token is not None:
         model.vitcls.embeddings.mask_token.requires_grad_(False)
     return model
 
 
-def trained(model: torch.nn.Module) -> set[str]:
-    """Names of what is trained, by what it belongs to: `layers.1`, `lora`, or the parameter's module."""
+def group_trainable(model: torch.nn.Module) -> set[str]:
+    """Return the names of trainable parameters, grouped by `layers.1`, `lora`, or the module of the parameter."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = {re.sub(r"^vitcls\.|^embeddings\.", "", name) for name in names}
     groups = {"lora" if "lora_" in name else name for name in groups}
@@ -126,8 +126,8 @@ def trained(model: torch.nn.Module) -> set[str]:
     }
 
 
-def loss_of(model: Any) -> torch.Tensor:
-    """A loss over everything that the model answers."""
+def compute_loss(model: Any) -> torch.Tensor:
+    """Return a loss that depends on all outputs of the model."""
     outputs = model(build_images())
     if isinstance(outputs.logits, dict):
         return torch.stack([answer.square().mean() for answer in outputs.logits.values()]).sum()
@@ -135,7 +135,7 @@ def loss_of(model: Any) -> torch.Tensor:
     return torch.stack([logits.square().mean() for logits in heads]).sum()
 
 
-# What is trained -----------------------------------------------------------------------------------------------------
+# Trainable parameters ------------------------------------------------------------------------------------------------
 
 
 HEADS = {"classifier", "distillation_classifier"}
@@ -150,32 +150,37 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
 def test_what_is_trained(choice: str, expected: set[str]) -> None:
-    assert trained(apply_trainable(built(**LAYOUT), choice, 4)) == expected
+    assert group_trainable(apply_trainable(build_random_model(**LAYOUT), choice, 4)) == expected
 
 
-def test_full_trains_everything_but_what_was_frozen() -> None:
-    model = apply_trainable(built(use_mask_token=True), "full")
+def test_full_trains_everything_except_frozen_parameters() -> None:
+    model = apply_trainable(build_random_model(use_mask_token=True), "full")
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["vitcls.embeddings.mask_token"]
 
 
 def test_pooler_with_parameters_belongs_to_the_head() -> None:
-    assert trained(apply_trainable(built(pooling="attention"), "head")) == {"pooler", "classifier"}
+    assert group_trainable(apply_trainable(build_random_model(pooling="attention"), "head")) == {
+        "pooler",
+        "classifier",
+    }
 
 
 def test_heads_of_all_tasks_are_trained() -> None:
-    assert trained(apply_trainable(built(ViTCLSForMultiTaskClassification, **TASKS), "head")) == {"classifiers"}
+    assert group_trainable(apply_trainable(build_random_model(ViTCLSForMultiTaskClassification, **TASKS), "head")) == {
+        "classifiers"
+    }
 
 
-def test_mask_token_stays_frozen_even_when_it_is_fresh() -> None:
-    model = built(use_mask_token=True)
+def test_a_new_mask_token_stays_frozen() -> None:
+    model = build_random_model(use_mask_token=True)
     apply_trainable(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
-    assert trained(model) == {"classifier"}
+    assert group_trainable(model) == {"classifier"}
 
 
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
 def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tmp_path: Path) -> None:
-    """From the checkpoint's configuration to what is trained: nothing new stays random."""
+    """All new tokens of an adapted checkpoint are trained."""
     fields = {"position_embedding_tokens": "all", "num_register_tokens": 1}
     names = ["ant", "bee", "cat"]
     saved = ViTCLSForImageClassification(build_tiny_config(**fields, id2label=dict(enumerate(names))))
@@ -184,7 +189,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     start = build_model(options, labels)
-    found = trained(apply_trainable(start.model, choice, 4, start.newly_initialized))
+    found = group_trainable(apply_trainable(start.model, choice, 4, start.newly_initialized))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
@@ -195,41 +200,41 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
 def test_gates_of_added_tokens_are_trained() -> None:
     fields = LAYOUT | {"gated_tokens": {"registers": 2}}
     fresh = {"vitcls.embeddings.register_tokens"}
-    assert "gates.gates" in trained(apply_trainable(built(**fields), "head", newly_initialized=fresh))
-    assert "gates.gates" not in trained(apply_trainable(built(**fields), "head"))
+    assert "gates.gates" in group_trainable(
+        apply_trainable(build_random_model(**fields), "head", newly_initialized=fresh)
+    )
+    assert "gates.gates" not in group_trainable(apply_trainable(build_random_model(**fields), "head"))
 
 
-def test_choices_that_cannot_be() -> None:
+def test_invalid_choices_are_errors() -> None:
     with raises_one_line("last-3", "2 layers"):
-        apply_trainable(built(), "last-3")
+        apply_trainable(build_random_model(), "last-3")
     for choice in ("last-0", "tail", "last-"):
         with raises_one_line(repr(choice), "last-2"):
-            apply_trainable(built(), choice)
+            apply_trainable(build_random_model(), choice)
 
 
-# That it learns ------------------------------------------------------------------------------------------------------
+# Gradients -----------------------------------------------------------------------------------------------------------
 
 
 @each_choice
 @each_model
-def test_all_that_is_trained_gets_a_gradient_and_nothing_else_moves(
-    choice: str, model_class: Any, fields: dict[str, Any]
-) -> None:
-    """On several processes a trained parameter without a gradient stops the run."""
-    model = apply_trainable(built(model_class, **fields), choice, 4)
+def test_exactly_the_trainable_parameters_change(choice: str, model_class: Any, fields: dict[str, Any]) -> None:
+    """With several processes, a trainable parameter without a gradient stops the run."""
+    model = apply_trainable(build_random_model(model_class, **fields), choice, 4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_train_mode(model)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learns, lr=0.1)
     for _ in range(2):  # LoRA's A moves from the second step on
         optimizer.zero_grad()
-        loss_of(model).backward()
+        compute_loss(model).backward()
         assert all(parameter.grad is not None for parameter in learns)
         optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved <= wanted
-    assert all("k_proj.bias" in name for name in wanted - moved)  # softmax does not see the keys' bias
+    assert all("k_proj.bias" in name for name in wanted - moved)  # key biases do not change the softmax
 
 
 # Modes ---------------------------------------------------------------------------------------------------------------
@@ -251,15 +256,15 @@ def modes(model: Any) -> dict[str, bool]:
     ],
 )
 def test_frozen_parts_stay_in_eval_mode(choice: str, fresh: set[str], in_training: set[Any]) -> None:
-    model = apply_trainable(built(), choice, 4, fresh)
+    model = apply_trainable(build_random_model(), choice, 4, fresh)
     set_train_mode(model)
     assert {name for name, is_training in modes(model).items() if is_training} == in_training
 
 
-def test_frozen_encoder_drops_nothing_out() -> None:
-    model = built(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
+def test_a_frozen_encoder_has_no_dropout() -> None:
+    model = build_random_model(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
     apply_trainable(model, "head")
-    set_train_mode(torch.nn.Sequential(model))  # as a wrapper would hold it
+    set_train_mode(torch.nn.Sequential(model))  # as wrapped by other code
     first, second = (model(build_images()).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()
@@ -277,8 +282,8 @@ def test_frozen_encoder_drops_nothing_out() -> None:
         ("head", {"vitcls.embeddings.cls_token"}, True),
     ],
 )
-def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drops: bool) -> None:
-    model = apply_trainable(built(patch_drop_rate=0.5), choice, 4, fresh)
+def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], drops: bool) -> None:
+    model = apply_trainable(build_random_model(patch_drop_rate=0.5), choice, 4, fresh)
     set_train_mode(torch.nn.Sequential(model))
     lengths: list[int] = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
@@ -289,9 +294,9 @@ def test_frozen_first_layers_see_whole_images(choice: str, fresh: set[str], drop
 # LoRA ----------------------------------------------------------------------------------------------------------------
 
 
-def with_lora(**fields: Any) -> Any:
-    """A model with additions that are not zero."""
-    model = apply_trainable(built(**fields), "lora", 4)
+def build_lora_model(**fields: Any) -> Any:
+    """Return a model with LoRA weights that are not zero."""
+    model = apply_trainable(build_random_model(**fields), "lora", 4)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -300,22 +305,22 @@ def with_lora(**fields: Any) -> Any:
 
 
 def test_lora_changes_nothing_at_first() -> None:
-    expected = built(**LAYOUT)(build_images()).logits
-    found = apply_trainable(built(**LAYOUT), "lora", 4)(build_images()).logits
+    expected = build_random_model(**LAYOUT)(build_images()).logits
+    found = apply_trainable(build_random_model(**LAYOUT), "lora", 4)(build_images()).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_lora_is_in_queries_and_values_of_the_layers_alone() -> None:
-    model = apply_trainable(built(pooling="attention"), "lora", 3)
+def test_lora_is_only_in_queries_and_values_of_the_layers() -> None:
+    model = apply_trainable(build_random_model(pooling="attention"), "lora", 3)
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert set(found) == {f"vitcls.layers.{layer}.attention.{part}_proj" for layer in (0, 1) for part in "qv"}
     assert {module.r["default"] for module in found.values()} == {3}
 
 
-def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
-    model = with_lora(**LAYOUT)
+def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> None:
+    model = build_lora_model(**LAYOUT)
     expected = model(build_images()).logits
-    assert get_largest_difference(expected, built(**LAYOUT)(build_images()).logits) > 1e-3
+    assert get_largest_difference(expected, build_random_model(**LAYOUT)(build_images()).logits) > 1e-3
     weights = merge_lora(model.state_dict())
     plain = ViTCLSForImageClassification(build_tiny_config(**LAYOUT)).eval()
     plain.load_state_dict(weights)
@@ -327,8 +332,8 @@ def test_merged_model_answers_alike_and_is_plain(tmp_path: Path) -> None:
     assert torch.equal(loaded(build_images()).logits, plain(build_images()).logits)
 
 
-def test_merging_is_pefts() -> None:
-    model = with_lora()
+def test_merging_equals_peft() -> None:
+    model = build_lora_model()
     weights = merge_lora(model.state_dict())
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -336,8 +341,8 @@ def test_merging_is_pefts() -> None:
             assert get_largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
 
 
-def test_weights_without_lora_stay_as_they_are() -> None:
-    weights = built().state_dict()
+def test_weights_without_lora_do_not_change() -> None:
+    weights = build_random_model().state_dict()
     merged = merge_lora(weights)
     assert list(merged) == list(weights)
     assert all(merged[name] is weights[name] for name in weights)

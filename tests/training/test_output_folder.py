@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, and what it replaces there. Locks are held by real processes."""
+"""Output folders: one run at a time, and the files that a new run replaces. Real processes hold the locks."""
 
 import atexit
 import json
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def hold(folder: Path, ready: Any, how_long: float = SECONDS) -> None:
-    """Take the lock in a process of its own, and keep it until a signal comes."""
+    """Take the lock and hold it until a signal arrives."""
     with FolderLock(folder) as lock:
         lock.acquire()
         ready.put(os.getpid())
@@ -49,11 +49,11 @@ def fail(folder: Path, ready: Any) -> None:
 
 def forget(folder: Path, ready: Any) -> None:
     FolderLock(folder).acquire()
-    atexit._run_exitfuncs()  # as Python does at its end, but not in a process of multiprocessing
+    atexit._run_exitfuncs()  # as Python does when it exits, which multiprocessing does not do
 
 
 def fork(folder: Path, ready: Any) -> None:
-    """A child process that ends by itself, and one that gets SIGTERM, leave the lock to their parent."""
+    """Start a child process that exits, and one that receives SIGTERM. The parent keeps the lock."""
     with FolderLock(folder) as lock:
         lock.acquire()
         for end in (lambda: lock.release(), lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -65,7 +65,7 @@ def fork(folder: Path, ready: Any) -> None:
         ready.put(lock.file.exists())
 
 
-def take_when_told(folder: Path, ready: Any, start: Any, end: Any) -> None:
+def wait_and_lock(folder: Path, ready: Any, start: Any, end: Any) -> None:
     with FolderLock(folder) as lock:
         start.wait()
         try:
@@ -77,8 +77,8 @@ def take_when_told(folder: Path, ready: Any, start: Any, end: Any) -> None:
 
 
 @pytest.fixture
-def held(folder: Path) -> Any:
-    """A process that holds the lock."""
+def lock_holder(folder: Path) -> Any:
+    """Start a process that holds the lock."""
     queue = READY.SimpleQueue()
     process = READY.Process(target=hold, args=(folder, queue))
     process.start()
@@ -96,12 +96,12 @@ def run_in_process(target: Callable[..., None], folder: Path) -> Any:
     return process, queue
 
 
-def owner_of(folder: Path) -> dict[str, Any]:
+def read_owner(folder: Path) -> dict[str, Any]:
     return json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
 
 
 def write_owner(folder: Path, **changes: Any) -> None:
-    """Put a lock there that differs from this process's."""
+    """Write a lock that differs from the lock of this process."""
     folder.mkdir(parents=True, exist_ok=True)
     owner = vars(LockOwner.this_process()) | changes
     (folder / LOCK_FILE).write_text(json.dumps(owner), encoding="utf-8")
@@ -110,27 +110,27 @@ def write_owner(folder: Path, **changes: Any) -> None:
 def can_lock(folder: Path) -> bool:
     with FolderLock(folder) as lock:
         lock.acquire()
-        return owner_of(folder)["pid"] == os.getpid()
+        return read_owner(folder)["pid"] == os.getpid()
 
 
-def test_a_second_process_is_refused(folder: Path, held: Any) -> None:
-    before = owner_of(folder)
-    with raises_one_line(f"{folder} is in use", f"process {held.pid} on this machine", "another --output-dir"):
+def test_a_second_process_gets_an_error(folder: Path, lock_holder: Any) -> None:
+    before = read_owner(folder)
+    with raises_one_line(f"{folder} is in use", f"process {lock_holder.pid} on this machine", "another --output-dir"):
         FolderLock(folder).acquire()
-    assert owner_of(folder) == before and before["pid"] == held.pid
+    assert read_owner(folder) == before and before["pid"] == lock_holder.pid
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, held: Any, number: int) -> None:
-    os.kill(held.pid, number)
-    held.join(SECONDS)
-    assert held.exitcode == -number
+def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_holder: Any, number: int) -> None:
+    os.kill(lock_holder.pid, number)
+    lock_holder.join(SECONDS)
+    assert lock_holder.exitcode == -number
     assert (folder / LOCK_FILE).exists() is (number == signal.SIGKILL)
     assert can_lock(folder)
     assert not (folder / LOCK_FILE).exists()
 
 
-def test_a_process_that_nobody_has_waited_for_has_ended(folder: Path) -> None:
+def test_a_zombie_process_does_not_hold_the_lock(folder: Path) -> None:
     child = os.fork()
     if not child:
         os._exit(0)
@@ -145,8 +145,8 @@ def started_after_boot(pid: int) -> float:
     return psutil.Process(pid).create_time() - psutil.boot_time()
 
 
-def test_a_process_number_that_is_in_use_again_does_not_count(folder: Path) -> None:
-    parent = os.getppid()  # alive, and another process
+def test_a_reused_process_id_does_not_hold_the_lock(folder: Path) -> None:
+    parent = os.getppid()  # running, but another process
     write_owner(folder, pid=parent, started_after_boot=started_after_boot(parent) - 60)
     assert can_lock(folder)
     write_owner(folder, pid=parent, started_after_boot=started_after_boot(parent))
@@ -163,7 +163,7 @@ def test_the_lock_of_another_host_is_respected(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}', "no JSON"])
-def test_a_lock_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
+def test_an_unreadable_lock_is_named(folder: Path, text: str) -> None:
     folder.mkdir(parents=True)
     (folder / LOCK_FILE).write_text(text)
     with raises_one_line(f"the lock file {folder / LOCK_FILE} cannot be read", "delete the file"):
@@ -172,21 +172,21 @@ def test_a_lock_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("target", [fail, forget])
 def test_the_lock_is_released_at_every_end(folder: Path, target: Callable[..., None]) -> None:
-    """After an exception, and at the end of the process. Folders that were made for the lock go with it."""
+    """Check an exception and the end of the process. Folders that were created for the lock are removed."""
     process, _ = run_in_process(target, folder)
     assert process.exitcode == (1 if target is fail else 0)
     assert not folder.parent.exists()
 
 
-def test_a_forked_process_leaves_the_lock_alone(folder: Path) -> None:
+def test_a_forked_process_keeps_the_lock(folder: Path) -> None:
     process, queue = run_in_process(fork, folder)
     assert process.exitcode == 0 and queue.get() is True
 
 
-def test_one_of_many_takes_over_a_stale_lock(folder: Path) -> None:
+def test_only_one_process_takes_over_a_stale_lock(folder: Path) -> None:
     write_owner(folder, pid=os.getppid(), started_after_boot=-100.0)
     queue, start, end = READY.SimpleQueue(), READY.Event(), READY.Event()
-    processes = [READY.Process(target=take_when_told, args=(folder, queue, start, end)) for _ in range(6)]
+    processes = [READY.Process(target=wait_and_lock, args=(folder, queue, start, end)) for _ in range(6)]
     for process in processes:
         process.start()
     start.set()
@@ -199,8 +199,8 @@ def test_one_of_many_takes_over_a_stale_lock(folder: Path) -> None:
 
 
 def test_it_is_released_in_order(folder: Path) -> None:
-    """SIGTERM is handled as before, and the folder stays if something is in it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # other tests leave locks behind
+    """The handler of SIGTERM is restored, and a folder that contains files is kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # other tests leave locks
     before = signal.getsignal(signal.SIGTERM)
     with FolderLock(folder) as lock:
         lock.acquire()
@@ -229,7 +229,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one step."""
+    """Return the folder of a finished run of one step."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(folder)
     return folder
@@ -237,7 +237,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def earlier(finished: Path, folder: Path) -> Path:
-    """A copy of it that a test may change."""
+    """Return a copy of the folder, which tests may change."""
     for name, content in contents(finished).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -247,12 +247,12 @@ def earlier(finished: Path, folder: Path) -> Path:
 def test_a_run_locks_its_folder_until_it_ends(folder: Path) -> None:
     reset_accelerate()
     prepared = FinetuneTask(options_of(folder))
-    assert owner_of(folder)["pid"] == os.getpid()
+    assert read_owner(folder)["pid"] == os.getpid()
     run_task(prepared)
     assert not (folder / LOCK_FILE).exists()
 
 
-def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, held: Any) -> None:
+def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
     for changes in ({}, {"resume": True}, {"overwrite": True}):
         with raises_one_line(f"{folder} is in use by another run"):
             run(folder, **changes)
@@ -280,16 +280,14 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
-def test_a_finished_run_is_not_begun_again_without_its_checkpoints(earlier: Path) -> None:
+def test_a_finished_run_without_checkpoints_is_not_repeated(earlier: Path) -> None:
     CheckpointStore(earlier / "checkpoints", keep=1).clear()
     with raises_one_line(f"{earlier} contains a finished run"):
         run(earlier, resume=True)
 
 
-def test_the_old_model_never_stands_next_to_the_new_configuration(
-    earlier: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whenever the new run is killed. Here the process ends at each removal of a file."""
+def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new run may be killed at any time. Here, the process exits at each removal of a file."""
     config = (earlier / "config.resolved.yaml").read_bytes()
     (earlier / "notes.txt").write_text("mine")
     states: list[set[str]] = []
@@ -309,11 +307,12 @@ def test_the_old_model_never_stands_next_to_the_new_configuration(
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt", LOCK_FILE}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
     assert len(states) > 10 and "results.json" in states[0]
-    assert not any("results.json" in names for names in states[1:])  # no part of a run passes for a finished one
+    # an incomplete run is never recognized as finished
+    assert not any("results.json" in names for names in states[1:])
     prepared.runner.lock.release()
 
 
-def test_what_is_wrong_is_found_before_anything_is_removed(earlier: Path) -> None:
+def test_errors_are_raised_before_files_are_removed(earlier: Path) -> None:
     before = contents(earlier)
     with raises_one_line("no-such-folder", error=(ValueError, OSError)):
         run(earlier, dataset="./no-such-folder", overwrite=True)
@@ -322,11 +321,11 @@ def test_what_is_wrong_is_found_before_anything_is_removed(earlier: Path) -> Non
 
 def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
     before = contents(earlier)
-    run(earlier, resume=True, keep_checkpoints=5)  # a flag that may differ
+    run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
     assert contents(earlier) == before
 
 
-def test_the_model_to_start_from_is_not_removed(earlier: Path) -> None:
+def test_the_initial_model_is_not_removed(earlier: Path) -> None:
     before = contents(earlier)
     with raises_one_line("--model is in --output-dir", "Choose another --output-dir"):
         run(earlier, model=str(earlier), overwrite=True)
@@ -337,7 +336,7 @@ OTHERS = ["README.md", "config.json", "LICENSE", "report.html", "metrics.jsonl",
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_files_that_no_run_wrote_stay(folder: Path, name: str) -> None:
+def test_files_of_other_programs_are_kept(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("mine")
     for changes in ({}, {"resume": True}):
@@ -355,7 +354,7 @@ def test_other_files_are_overwritten_on_request(folder: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_that_appears_while_a_run_is_stopped_stays(earlier: Path) -> None:
+def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> None:
     for name in list_final_files(earlier):
         (earlier / name).unlink()
     (earlier / "README.md").write_text("mine")
@@ -382,7 +381,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     assert set(contents(earlier)) == set(mine)
 
 
-def test_a_run_writes_what_it_is_known_to_write(finished: Path) -> None:
-    """Or a file of an earlier run would stay next to those of the next one."""
+def test_a_run_writes_only_listed_files(finished: Path) -> None:
+    """A file that is not listed would stay next to the files of the next run."""
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
     assert names == {*list_final_files(finished), output_folder.METRICS, output_folder.RECIPE}

@@ -1,4 +1,4 @@
-"""Masked image modeling: what is hidden, what is measured on held-out images, and the encoder it leaves behind."""
+"""Masked image modeling: masks, evaluation on held-out images, and the saved encoder."""
 
 import shutil
 from dataclasses import replace
@@ -48,14 +48,14 @@ TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation
 
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
-    """Three epochs of three steps on digits, with an evaluation after each."""
+    """Return options of three epochs of three steps on digits, with an evaluation after each epoch."""
     flags = {"max_steps": 9, "batch_size": 479, "learning_rate": 3e-3, "ema_decay": 0.9, "report": True} | training
     return build_tiny_options(folder, "digits", PretrainOptions, **vars(TINY) | flags)
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a short run leaves behind."""
+    """Return the output folder of a short run."""
     folder = tmp_path_factory.mktemp("pretrained") / "encoder"
     reset_accelerate()
     run_task(PretrainTask(tiny_options(folder)))
@@ -68,20 +68,20 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("grid", [(5, 5), (5, 7), (14, 14)])
 @pytest.mark.parametrize("block", [1, 2, 3])
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_each_image_has_exactly_its_part_hidden(grid: tuple[int, int], block: int, ratio: float) -> None:
+def test_each_image_has_the_exact_fraction_masked(grid: tuple[int, int], block: int, ratio: float) -> None:
     masks = MaskGenerator(MaskingOptions(mask_ratio=ratio, mask_block=block), grid)(50, CPU)
     assert masks.shape == (50, grid[0] * grid[1]) and masks.dtype == torch.bool
     assert masks.sum(dim=1).unique().tolist() == [round(ratio * grid[0] * grid[1])]
     assert len(masks.unique(dim=0)) > 5
 
 
-def test_squares_are_hidden_whole() -> None:
+def test_squares_are_masked_as_a_whole() -> None:
     masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=2), (6, 8))(20, CPU)
     squares = masks.view(20, 3, 2, 4, 2).sum(dim=(2, 4))  # [20, squares down, squares across]
     assert squares.unique().tolist() == [0, 4]
 
 
-def test_every_patch_is_hidden_equally_often() -> None:
+def test_every_patch_is_masked_equally_often() -> None:
     torch.manual_seed(0)
     for block in (1, 2):
         masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=block), (4, 4))(4000, CPU)
@@ -97,7 +97,7 @@ def test_masks_follow_torchs_seed() -> None:
     assert torch.equal(choose(8, CPU), first)
 
 
-def test_masks_that_make_no_sense_are_refused() -> None:
+def test_invalid_masks_are_errors() -> None:
     with raises_one_line("--mask-ratio", "0.01 masks 0 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
     with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
@@ -109,8 +109,8 @@ def test_masks_that_make_no_sense_are_refused() -> None:
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
-    """The metrics of a model on the held-out digits."""
+def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
+    """Return the metrics of a model on the held-out digits."""
     processor = build_model(TINY)[1]
     evaluator = ReconstructionEvaluator(
         load_unlabeled_data(DIGITS).held_out.images,
@@ -129,14 +129,14 @@ def measured(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
 
 
 @pytest.mark.integration
-def test_the_measured_loss_is_the_mean_over_the_images() -> None:
+def test_the_evaluation_loss_is_the_mean_over_images() -> None:
     torch.manual_seed(0)
     model, processor = build_model(TINY)
     model.eval()
-    metrics = measured(model, batch_size=64)
+    metrics = evaluate(model, batch_size=64)
     assert metrics["num_images"] == NUM_HELD_OUT_DIGITS
-    assert measured(model, batch_size=7) == metrics
-    assert measured(model, batch_size=7, mask_seed=1) != metrics
+    assert evaluate(model, batch_size=7) == metrics
+    assert evaluate(model, batch_size=7, mask_seed=1) != metrics
 
     mask_generator = MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4))
     losses = []
@@ -159,8 +159,10 @@ def test_the_best_evaluation_has_the_lowest_loss() -> None:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    """Special tokens, which nothing reads, get theirs from the patches that attend to them; several processes would
-    wait for any that is missing."""
+    """Special tokens have gradients because patches attend to them.
+
+    With several processes, a missing gradient stops the run.
+    """
     torch.manual_seed(0)
     model, processor = build_model(TINY)
     objective = MaskedImages(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
@@ -172,7 +174,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
+def test_a_run_reduces_the_loss(pretrained: Path) -> None:
     losses = [record["held_out_reconstruction_loss"] for record in read_metrics(pretrained) if "epoch" in record]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
     results = read_json(pretrained / "results.json")
@@ -182,7 +184,7 @@ def test_a_run_learns_to_fill_in(pretrained: Path) -> None:
     assert all(moved > 0 for moved in results["token_movement"].values())
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_loss(pretrained: Path) -> None:
     newest = read_json(pretrained / "checkpoints" / "step-00000009" / "state.json")
     assert newest["is_best"]
     results = read_json(pretrained / "results.json")
@@ -191,15 +193,15 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(pretrained: Path) -> Non
 
 
 @pytest.mark.slow
-def test_no_token_is_said_not_to_learn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_token_is_reported_as_not_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_task(PretrainTask(tiny_options(tmp_path, max_steps=2, log_every=1)))
     output = capsys.readouterr().out
     assert "reconstruction loss" in output and "WARNING" not in output
 
 
 @pytest.mark.slow
-def test_resumption_hides_the_same_patches(pretrained: Path, tmp_path: Path) -> None:
-    """From the checkpoint after six of the nine steps, as if the run had been killed then."""
+def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) -> None:
+    """Resume the checkpoint after six of the nine steps, as if the run had been killed then."""
     folder = tmp_path / "resumed"
     shutil.copytree(pretrained, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000009")
@@ -219,7 +221,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
+def test_flags_for_fine_tuning_are_errors(tmp_path: Path) -> None:
     options = tiny_options(tmp_path / "never")
     with raises_one_line("--mixup", "no labels"):
         PretrainTask(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
@@ -230,7 +232,7 @@ def test_flags_for_fine_tuning_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
-# What it leaves behind -----------------------------------------------------------------------------------------------
+# The output folder ---------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_loads_as_an_encoder(pretrained: Path) -> None:
@@ -242,7 +244,7 @@ def test_the_folder_loads_as_an_encoder(pretrained: Path) -> None:
     assert isinstance(AutoModelForMaskedImageModeling.from_pretrained(pretrained), ViTCLSForMaskedImageModeling)
 
 
-def test_the_card_says_what_was_measured(pretrained: Path) -> None:
+def test_the_card_contains_the_measured_metrics(pretrained: Path) -> None:
     card = (pretrained / "README.md").read_text(encoding="utf-8")
     results = read_json(pretrained / "results.json")
     assert f"| {results['reconstruction_loss']:.4f} |" in card
@@ -252,14 +254,14 @@ def test_the_card_says_what_was_measured(pretrained: Path) -> None:
     assert "mask_ratio: 0.6" in card
 
 
-def test_pre_training_goes_on_from_a_checkpoint(pretrained: Path) -> None:
+def test_pre_training_starts_from_a_checkpoint(pretrained: Path) -> None:
     trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
     model, processor = build_model(ModelOptions(model=str(pretrained), image_size=48))
     assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
     assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
 
 
-def test_a_checkpoint_that_drops_patches_is_told_to_keep_them(tmp_path: Path) -> None:
+def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:
     saved, folder = ViTCLSModel(build_tiny_config(patch_drop_rate=0.5)), str(tmp_path)
     saved.save_pretrained(folder)
     ViTCLSImageProcessor(size=32).save_pretrained(folder)
@@ -282,8 +284,8 @@ def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_broken_output_folder_ends_in_one_line(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
     run = PretrainTask(tiny_options(tmp_path / "encoder", max_steps=1, batch_size=8))
-    (tmp_path / "encoder" / "README.md").mkdir()  # in the way of the card
+    (tmp_path / "encoder" / "README.md").mkdir()  # a folder in place of the card
     with raises_one_line("cannot write the model to", "--resume", error=RunStopped):
         run_task(run)

@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def a_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
+def build_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
     output = io.StringIO()
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
     reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True, **console)
@@ -50,8 +50,8 @@ def a_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
 
 
 def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, clock: list[float]) -> None:
-    """Of a run that was resumed after step 10: two steps took four minutes."""
-    reporter, output = a_reporter(tmp_path)
+    """After a resume at step 10, two steps took four minutes."""
+    reporter, output = build_reporter(tmp_path)
     reporter.start_at(10, 20)
     clock[0] += 240
     reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25}, "accuracy")
@@ -59,11 +59,11 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
         "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  16 min left  held out: accuracy 25.00%\n"
     )
     reporter.log(RECORD | {"step": 20}, "accuracy")
-    assert output.getvalue().endswith("100 images/s\n")  # there is nothing left
+    assert output.getvalue().endswith("100 images/s\n")  # no time remains
 
 
 def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> None:
-    reporter, output = a_reporter(tmp_path, force_terminal=True, width=200)
+    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
     reporter.progress.disable = False
     reporter.start_at(0, 20)
     with reporter:
@@ -74,7 +74,7 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
 
 
 def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
-    """The first step, which takes longer, does not count; the evaluation is of a quarter of the images."""
+    """The first step, which takes longer, is not counted; the evaluation uses a quarter of the images."""
 
     class Plan:
         num_steps, num_images = 100, 50

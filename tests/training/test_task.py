@@ -140,7 +140,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 
 
 def test_the_training_split_does_not_select(tmp_path: Path) -> None:
-    """Without a split called train, the validation split is trained on."""
+    """Without a split called train, the validation split is used for training."""
     data = write_images(tmp_path, {split: {"dusk": 20, "noon": 20} for split in ("val", "test")})
     loaded = load_training_data(data, with_selection=True)
     assert loaded.selection is not None and loaded.held_out_name == "split 'test'"
@@ -199,7 +199,7 @@ def test_folds_require_a_single_split(tmp_path: Path) -> None:
         load_training_data(replace(data, folds=2, fold=1))
 
 
-def test_all_images_are_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2)
     dry_run(FinetuneTask, options)
@@ -234,7 +234,7 @@ def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
-    """A damaged best checkpoint is an error and not another model."""
+    """A damaged best checkpoint is an error; no other model is saved."""
     options = build_options(tmp_path / "run", max_steps=2, select="best")
     task = FinetuneTask(options)
     task.runner.store.load_best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore

@@ -1,4 +1,4 @@
-"""Teachers: their labels and preprocessing, the losses against them, and the cache of their answers."""
+"""Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,71 +44,71 @@ NAMES = ["ant", "bee", "cat"]
 DIGITS = [str(digit) for digit in range(10)]
 
 
-def labels_of(*names: str) -> LabelSpace:
+def build_label_space(*names: str) -> LabelSpace:
     return LabelSpace("single_label_classification", {"label": list(names)})
 
 
-def teach(source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Teacher:
-    """The teacher of a student with these labels."""
-    return load_teacher(str(source), labels_of(*(names or NAMES)), channels, size, CPU)
+def load_labeled_teacher(source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Teacher:
+    """Return the teacher of a student with these labels."""
+    return load_teacher(str(source), build_label_space(*(names or NAMES)), channels, size, CPU)
 
 
-def pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
-    """Random 8-bit images [B, C, H, W]."""
+def build_pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    """Return random 8-bit images [B, C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
-def smooth_pixels(height: int, width: int) -> torch.Tensor:
-    """One color image [1, 3, H, W] without sharp edges, which every filter resizes much alike."""
+def build_smooth_pixels(height: int, width: int) -> torch.Tensor:
+    """Return a color image [1, 3, H, W] without sharp edges, which all filters resize similarly."""
     rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     return (torch.stack([rows, columns, rows * columns]) * 255).to(torch.uint8)[None]
 
 
-def pictures(batch: torch.Tensor) -> list[Image.Image]:
-    """The same as PIL images."""
+def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
+    """Return the same images as PIL images."""
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in batch]
 
 
-def saved(folder: Path, model: Any, processor: Any) -> Path:
+def save_teacher(folder: Path, model: Any, processor: Any) -> Path:
     randomize(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def tiny_resnet(names: list[str] | None = NAMES, **fields: Any) -> ResNetForImageClassification:
+def build_tiny_resnet(names: list[str] | None = NAMES, **fields: Any) -> ResNetForImageClassification:
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
     labels = {"num_labels": 3} if names is None else {"id2label": dict(enumerate(names))}
     return ResNetForImageClassification(ResNetConfig(**sizes, **labels, **fields))
 
 
-def half_processor(**settings: Any) -> ViTImageProcessor:
+def build_half_processor(**settings: Any) -> ViTImageProcessor:
     return ViTImageProcessor(**{"size": {"height": 24, "width": 24}, **settings})
 
 
 @pytest.fixture
 def resnet(tmp_path: Path) -> Path:
-    """A teacher of three named labels, at 24 x 24 pixels."""
-    return saved(tmp_path / "resnet", tiny_resnet(), half_processor())
+    """Return the folder of a teacher with three named labels, at 24 x 24 pixels."""
+    return save_teacher(tmp_path / "resnet", build_tiny_resnet(), build_half_processor())
 
 
 @pytest.fixture(scope="module")
 def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The CNN that knows the digits, its labels backwards, and its accuracy."""
+    """Return a CNN trained on digits, with its labels in reverse order, and its accuracy."""
     folder = tmp_path_factory.mktemp("cnn")
     return folder, train_cnn_teacher("digits", folder, label_names=tuple(DIGITS[::-1]))
 
 
-# A teacher gives what it gives by itself -----------------------------------------------------------------------------
+# Outputs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Path, float]) -> None:
+def test_a_small_cnn_predicts_digits_in_the_order_of_the_student(digits_teacher: tuple[Path, float]) -> None:
     folder, own_accuracy = digits_teacher
     assert own_accuracy >= 0.98
     held_out = load_training_data(DataOptions(dataset="digits")).held_out
-    teacher = teach(folder, *DIGITS, channels=1)
+    teacher = load_labeled_teacher(folder, *DIGITS, channels=1)
     grey = [
         np.asarray(held_out.images[index].resize((32, 32), Image.Resampling.BILINEAR))
         for index in range(len(held_out))
@@ -117,42 +117,45 @@ def test_small_cnn_teaches_digits_in_the_students_order(digits_teacher: tuple[Pa
     assert (answers == torch.tensor(held_out.labels)).float().mean() >= 0.98
 
 
-def convnext() -> tuple[Any, Any]:
+def build_convnext() -> tuple[Any, Any]:
     config = ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, id2label=dict(enumerate(NAMES)))
     return ConvNextForImageClassification(config), ConvNextImageProcessor(size={"shortest_edge": 64})
 
 
-def mobile_vit() -> tuple[Any, Any]:
-    """Its image processor swaps red and blue, which constant preprocessing tables would miss."""
+def build_mobile_vit() -> tuple[Any, Any]:
+    """Its image processor swaps red and blue, which constant preprocessing tables would not do."""
     sizes = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 6 + [16], "image_size": 64}
     config = MobileViTConfig(**sizes, num_attention_heads=2, id2label=dict(enumerate(NAMES)))
     settings = {"size": {"height": 64, "width": 64}, "do_center_crop": False}
     return MobileViTForImageClassification(config), MobileViTImageProcessor(**settings)
 
 
-def ours() -> tuple[Any, Any]:
+def build_vitcls() -> tuple[Any, Any]:
     config = build_tiny_config(id2label=dict(enumerate(NAMES)), num_distillation_tokens=1)
     return ViTCLSForImageClassification(config), ViTCLSImageProcessor(size={"height": 32, "width": 32}, resample=2)
 
 
 TEACHERS = {
-    "resnet": lambda: (tiny_resnet(), half_processor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])),
-    "convnext": convnext,
-    "mobilevit": mobile_vit,
-    "ours": ours,
+    "resnet": lambda: (
+        build_tiny_resnet(),
+        build_half_processor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]),
+    ),
+    "convnext": build_convnext,
+    "mobilevit": build_mobile_vit,
+    "ours": build_vitcls,
 }
 
 
 @pytest.mark.parametrize("build", TEACHERS.values(), ids=TEACHERS)
-def test_answers_are_those_of_the_model_with_its_own_image_processor(build: Any, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "teacher", *build())
-    batch = pixels()
-    teacher = teach(folder)
+def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "teacher", *build())
+    batch = build_pixels()
+    teacher = load_labeled_teacher(folder)
     size = teacher.preprocessing.height_width
-    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)  # needs no resizing any more
+    shown = torch.nn.functional.interpolate(batch.float(), size=size).to(torch.uint8)  # requires no resizing
     processor = AutoImageProcessor.from_pretrained(folder)
     alone = AutoModelForImageClassification.from_pretrained(folder).eval()
-    whole = processor(pictures(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
+    whole = processor(build_pil_images(shown), do_resize=False, do_center_crop=False, return_tensors="pt")
     with torch.no_grad():
         assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
         if "shortest_edge" not in processor.size:
@@ -161,146 +164,158 @@ def test_answers_are_those_of_the_model_with_its_own_image_processor(build: Any,
     assert teacher.note == "" and f"{size[0]} x {size[1]} pixels" in teacher.description
 
 
-def test_whole_crop_is_seen_where_the_processor_would_cut_off_its_borders(tmp_path: Path) -> None:
+def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
     settings = {"size": {"height": 32, "width": 32}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
-    folder = saved(tmp_path / "crops", tiny_resnet(), half_processor(**settings))
-    teacher = teach(folder)
+    folder = save_teacher(tmp_path / "crops", build_tiny_resnet(), build_half_processor(**settings))
+    teacher = load_labeled_teacher(folder)
     assert teacher.preprocessing.height_width == (16, 16)
-    border = pixels()
-    border[:, :, 8:24, 8:24] = 100  # all that a center crop would leave
+    border = build_pixels()
+    border[:, :, 8:24, 8:24] = 100  # the part that a center crop would keep
     other = border.clone()
     other[:, :, :8] = 0
     assert get_largest_difference(teacher(border), teacher(other)) > 1e-3
 
 
-def test_filter_is_the_processors(tmp_path: Path) -> None:
+def test_the_filter_of_the_processor_is_used(tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("bilinear", "bicubic")}
     for number, folder in zip((2, 3), folders.values(), strict=True):
-        saved(folder, tiny_resnet(), half_processor(resample=number))
-    batch = pixels()
+        save_teacher(folder, build_tiny_resnet(), build_half_processor(resample=number))
+    batch = build_pixels()
     for name, folder in folders.items():
-        mode = teach(folder).preprocessing.interpolation
+        mode = load_labeled_teacher(folder).preprocessing.interpolation
         assert mode.value == name
-    assert get_largest_difference(teach(folders["bilinear"])(batch), teach(folders["bicubic"])(batch)) > 1e-3
+    assert (
+        get_largest_difference(
+            load_labeled_teacher(folders["bilinear"])(batch), load_labeled_teacher(folders["bicubic"])(batch)
+        )
+        > 1e-3
+    )
 
 
-def test_size_follows_the_shape_of_the_students_images(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "edges", tiny_resnet(), half_processor(size={"shortest_edge": 20}))
-    teacher = teach(folder, size=(32, 48))
+def test_the_size_depends_on_the_aspect_ratio_of_the_student(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "edges", build_tiny_resnet(), build_half_processor(size={"shortest_edge": 20}))
+    teacher = load_labeled_teacher(folder, size=(32, 48))
     assert teacher.preprocessing.height_width == (20, 30)
-    assert teacher(pixels(height=32, width=48)).shape == (2, 3)
+    assert teacher(build_pixels(height=32, width=48)).shape == (2, 3)
 
 
 def test_mixed_pixels_are_rounded(resnet: Path) -> None:
-    teacher, batch = teach(resnet), pixels()
+    teacher, batch = load_labeled_teacher(resnet), build_pixels()
     assert get_largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
     assert get_largest_difference(teacher(batch), teacher(batch.float() + 20)) > 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grey_and_color_are_converted(channels: int, tmp_path: Path) -> None:
+def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> None:
     one_mean = {"image_mean": [0.5], "image_std": [0.5]}
-    grey = saved(tmp_path / "grey", tiny_resnet(num_channels=1), half_processor(**one_mean))
-    colour = saved(tmp_path / "colour", tiny_resnet(), half_processor())
-    batch = pixels(channels=channels)
+    grey = save_teacher(tmp_path / "grey", build_tiny_resnet(num_channels=1), build_half_processor(**one_mean))
+    colour = save_teacher(tmp_path / "colour", build_tiny_resnet(), build_half_processor())
+    batch = build_pixels(channels=channels)
     for folder in (grey, colour):
-        assert teach(folder, channels=channels)(batch).shape == (2, 3)
+        assert load_labeled_teacher(folder, channels=channels)(batch).shape == (2, 3)
     as_grey = (
         batch
         if channels == 1
         else torch.stack(
-            [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures(batch)]
+            [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in build_pil_images(batch)]
         )
     )
-    assert get_largest_difference(teach(grey, channels=1)(as_grey), teach(grey, channels=channels)(batch)) <= 2e-2
+    assert (
+        get_largest_difference(
+            load_labeled_teacher(grey, channels=1)(as_grey), load_labeled_teacher(grey, channels=channels)(batch)
+        )
+        <= 2e-2
+    )
 
 
-def test_other_channels_are_refused(resnet: Path) -> None:
+def test_other_channels_are_errors(resnet: Path) -> None:
     with raises_one_line("3 channel(s)", "have 4"):
-        teach(resnet, channels=4)
+        load_labeled_teacher(resnet, channels=4)
 
 
 def test_teacher_is_frozen_and_stays_in_eval_mode(resnet: Path) -> None:
-    teacher = nn.ModuleList([teach(resnet)]).train()[0]
+    teacher = nn.ModuleList([load_labeled_teacher(resnet)]).train()[0]
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not teacher(pixels()).requires_grad
+    assert not teacher(build_pixels()).requires_grad
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_matched_by_name(resnet: Path) -> None:
-    plain = teach(resnet)(pixels())
-    assert torch.equal(teach(resnet, "cat", "ant", "bee")(pixels()), plain[:, [2, 0, 1]])
-    some = teach(resnet, "cat", "ant")
-    assert torch.equal(some(pixels()), plain[:, [2, 0]])
+    plain = load_labeled_teacher(resnet)(build_pixels())
+    assert torch.equal(load_labeled_teacher(resnet, "cat", "ant", "bee")(build_pixels()), plain[:, [2, 0, 1]])
+    some = load_labeled_teacher(resnet, "cat", "ant")
+    assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
     assert some.note == "2 of the teacher's 3 labels are used"
 
 
-def test_labels_without_names_are_taken_in_order_and_said(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "unnamed", tiny_resnet(names=None), half_processor())
-    teacher = teach(folder)
+def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor())
+    teacher = load_labeled_teacher(folder)
     assert teacher.columns is None and "order" in teacher.note
     with raises_one_line("3 labels without names", "has 2"):
-        teach(folder, "ant", "bee")
+        load_labeled_teacher(folder, "ant", "bee")
 
 
 def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
     with raises_one_line("'dog'", "ant, bee, cat"):
-        teach(resnet, "ant", "dog", "cat")
+        load_labeled_teacher(resnet, "ant", "dog", "cat")
 
 
 def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "twice", tiny_resnet(names=["crane", "bee", "crane"]), half_processor())
+    folder = save_teacher(
+        tmp_path / "twice", build_tiny_resnet(names=["crane", "bee", "crane"]), build_half_processor()
+    )
     with raises_one_line("more than one label 'crane'"):
-        teach(folder, "bee", "crane")
+        load_labeled_teacher(folder, "bee", "crane")
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])
-def test_other_kinds_of_labels_are_refused(kind: Any, resnet: Path) -> None:
+def test_other_kinds_of_labels_are_errors(kind: Any, resnet: Path) -> None:
     with raises_one_line("one label per image", kind):
         load_teacher(str(resnet), LabelSpace(kind, {"label": NAMES}), 3, (32, 32), CPU)
 
 
-# What is no teacher --------------------------------------------------------------------------------------------------
+# Invalid teachers ----------------------------------------------------------------------------------------------------
 
 
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:
     with raises_one_line("nowhere", error=OSError):
-        teach(tmp_path / "nowhere")
+        load_labeled_teacher(tmp_path / "nowhere")
 
 
 def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
-    encoder = ResNetModel(tiny_resnet().config)
+    encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("saved without classifier"):
-        teach(saved(tmp_path / "encoder", encoder, half_processor()))
+        load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
 
 
 def test_model_of_another_kind(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
     with raises_one_line("'bert'", "image classifier"):
-        teach(tmp_path)
+        load_labeled_teacher(tmp_path)
 
 
 def test_model_without_an_image_processor(tmp_path: Path) -> None:
-    tiny_resnet().save_pretrained(tmp_path)
+    build_tiny_resnet().save_pretrained(tmp_path)
     with raises_one_line("image processor", error=OSError):
-        teach(tmp_path)
+        load_labeled_teacher(tmp_path)
 
 
 def test_damaged_weights(resnet: Path) -> None:
     (resnet / "model.safetensors").write_bytes(b"nothing")
     with raises_one_line("resnet", error=OSError):
-        teach(resnet)
+        load_labeled_teacher(resnet)
 
 
-def test_code_of_others_is_not_run(tmp_path: Path) -> None:
+def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
     with raises_one_line("its own code", "timm:NAME"):
-        teach(tmp_path)
+        load_labeled_teacher(tmp_path)
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -308,7 +323,7 @@ def test_code_of_others_is_not_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def timm_weights(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """A gray test_resnet of three labels."""
+    """Return a gray test_resnet with three labels."""
     model = randomize(timm.create_model("test_resnet", num_classes=3, in_chans=1))
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
@@ -316,9 +331,9 @@ def timm_weights(tmp_path: Path) -> tuple[Path, nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
-def test_timm_model_with_weights_of_its_own(name: str, timm_weights: tuple[Path, nn.Module]) -> None:
+def test_timm_model_with_local_weights(name: str, timm_weights: tuple[Path, nn.Module]) -> None:
     folder, model = timm_weights
-    teacher = teach(f"timm:test_resnet@{folder / name}", channels=3)
+    teacher = load_labeled_teacher(f"timm:test_resnet@{folder / name}", channels=3)
     settings = timm.data.resolve_model_data_config(model)
     assert teacher.preprocessing.height_width == settings["input_size"][1:]
     assert "order" in teacher.note
@@ -330,27 +345,27 @@ def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     model = randomize(timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)).eval()
     torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
-    teacher = teach(tmp_path / "deit.pth")
-    normalized = pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
+    teacher = load_labeled_teacher(tmp_path / "deit.pth")
+    normalized = build_pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
     normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
-    assert get_largest_difference(teacher(pixels()), model(normalized)) <= 1e-5
+    assert get_largest_difference(teacher(build_pixels()), model(normalized)) <= 1e-5
     assert "no names" in teacher.note and "deit.pth" in teacher.description
 
 
-def test_timm_preprocessing_is_timms_own(tmp_path: Path) -> None:
+def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     model = randomize(timm.create_model("test_vit", num_classes=3))
     model.pretrained_cfg["label_names"] = NAMES
     save_for_hf(model, tmp_path, model_config={"label_names": NAMES})
-    teacher = teach(f"timm:local-dir:{tmp_path}", "cat", "bee", "ant")
+    teacher = load_labeled_teacher(f"timm:local-dir:{tmp_path}", "cat", "bee", "ant")
     settings = timm.data.resolve_model_data_config(model) | {"crop_pct": 1.0}
     transform = timm.data.create_transform(**settings, is_training=False)
     height, width = settings["input_size"][1:]
-    batch = pixels(height=height, width=width)
+    batch = build_pixels(height=height, width=width)
     with torch.no_grad():
-        expected = model(torch.stack([transform(picture) for picture in pictures(batch)]))
+        expected = model(torch.stack([transform(picture) for picture in build_pil_images(batch)]))
         assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
-        smooth = smooth_pixels(48, 48)
-        expected = model(torch.stack([transform(picture) for picture in pictures(smooth)]))
+        smooth = build_smooth_pixels(48, 48)
+        expected = model(torch.stack([transform(picture) for picture in build_pil_images(smooth)]))
         assert get_largest_difference(teacher(smooth), expected[:, [2, 1, 0]]) <= 0.02 * expected.abs().max()
 
 
@@ -367,33 +382,33 @@ def test_timm_models_that_cannot_be_loaded(
     source: str, words: list[str], timm_weights: tuple[Path, nn.Module]
 ) -> None:
     with raises_one_line(*words, error=OSError):
-        teach(source.format(file=timm_weights[0] / "weights.pt"))
+        load_labeled_teacher(source.format(file=timm_weights[0] / "weights.pt"))
 
 
-def test_weights_that_need_unpickling_are_refused(tmp_path: Path) -> None:
+def test_weights_that_require_unpickling_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
-    torch.save({"state_dict": tiny_resnet()}, file)
+    torch.save({"state_dict": build_tiny_resnet()}, file)
     with raises_one_line(str(file), error=OSError):
-        teach(f"timm:test_resnet@{file}")
+        load_labeled_teacher(f"timm:test_resnet@{file}")
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
 
 
-def logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
+def build_logits(batch: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def test_hard_loss_is_the_mean_negative_log_probability_of_the_teachers_answer() -> None:
-    student, teacher = logits(seed=1), logits(seed=2)
+def test_hard_loss_is_the_mean_negative_log_likelihood_of_the_teacher_label() -> None:
+    student, teacher = build_logits(seed=1), build_logits(seed=2)
     probabilities = student.softmax(-1)[torch.arange(6), teacher.argmax(-1)]
     assert (
         get_largest_difference(distillation_loss("hard", student, teacher, 3.0), -probabilities.log().mean()) <= 1e-6
     )
 
 
-def test_soft_loss_is_the_scaled_divergence_from_the_teacher() -> None:
-    student, teacher, tau = logits(seed=1), logits(seed=2), 2.5
+def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
+    student, teacher, tau = build_logits(seed=1), build_logits(seed=2), 2.5
     of_student, of_teacher = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
     assert get_largest_difference(distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
@@ -401,15 +416,15 @@ def test_soft_loss_is_the_scaled_divergence_from_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_losses_of_accumulated_batches_add_up(kind: str) -> None:
-    student, teacher = logits(seed=1), logits(seed=2)
+def test_losses_of_accumulated_batches_are_summed(kind: str) -> None:
+    student, teacher = build_logits(seed=1), build_logits(seed=2)
     whole = distillation_loss(kind, student, teacher, 3.0)
     halves = [distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
     assert get_largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
 
 
-def test_half_precision_is_computed_in_full() -> None:
-    student, teacher = logits(seed=1).bfloat16(), logits(seed=2).bfloat16()
+def test_losses_are_computed_in_float32() -> None:
+    student, teacher = build_logits(seed=1).bfloat16(), build_logits(seed=2).bfloat16()
     found = distillation_loss("soft", student, teacher, 3.0)
     assert found.dtype is torch.float32
     assert torch.equal(found, distillation_loss("soft", student.float(), teacher.float(), 3.0))
@@ -417,16 +432,16 @@ def test_half_precision_is_computed_in_full() -> None:
 
 def test_wrong_arguments_of_losses() -> None:
     with raises_one_line("'medium'", "soft or hard"):
-        distillation_loss("medium", logits(), logits(), 1.0)
+        distillation_loss("medium", build_logits(), build_logits(), 1.0)
     with raises_one_line("(6, 4)", "(6, 3)"):
-        distillation_loss("soft", logits()[:, :3], logits(), 1.0)
+        distillation_loss("soft", build_logits()[:, :3], build_logits(), 1.0)
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
 
 
-class Calls:
-    """Counts what a teacher is asked."""
+class CallCounter:
+    """Count the images that a teacher predicts."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.batches = 0
@@ -436,19 +451,19 @@ class Calls:
         self.batches += 1
 
 
-def views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Every view of every image once, in a random order, in batches of four."""
-    everything = pixels(num_images * num_views, seed=99)
+def iterate_views(num_images: int, num_views: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield every view of every image once, in a random order, in batches of four."""
+    everything = build_pixels(num_images * num_views, seed=99)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
     for chosen in order.split(4):
         yield {"pixels": everything[chosen], "view": chosen // num_images, "index": chosen % num_images}
 
 
-def test_cache_asks_once_about_each_view(resnet: Path) -> None:
-    teacher = teach(resnet)
-    calls, cache = Calls(teacher), TeacherCache(teacher, num_images=10, num_views=2, num_labels=3)
+def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
+    teacher = load_labeled_teacher(resnet)
+    calls, cache = CallCounter(teacher), TeacherCache(teacher, num_images=10, num_views=2, num_labels=3)
     for seed in range(4):
-        for batch in views(10, 2, seed):
+        for batch in iterate_views(10, 2, seed):
             answer = cache.predict(batch)
             assert answer.dtype is torch.float32
             rounding = answer.abs().max() * 2**-11
@@ -458,18 +473,18 @@ def test_cache_asks_once_about_each_view(resnet: Path) -> None:
 
 
 @pytest.mark.integration
-def test_cached_answers_are_the_same_whenever_they_are_asked(digits_teacher: tuple[Path, float]) -> None:
-    """A run that is resumed after the first epoch asks again, in batches of other images: to the bit the same."""
-    teacher = teach(digits_teacher[0], *DIGITS)
+def test_cached_predictions_do_not_depend_on_the_batch(digits_teacher: tuple[Path, float]) -> None:
+    """A run that is resumed after the first epoch predicts again, in other batches: to the bit the same."""
+    teacher = load_labeled_teacher(digits_teacher[0], *DIGITS)
     uninterrupted = TeacherCache(teacher, 24, 2, 10)
-    for batch in views(24, 2, seed=0):
+    for batch in iterate_views(24, 2, seed=0):
         uninterrupted.predict(batch)
     resumed = TeacherCache(teacher, 24, 2, 10)
-    for batch in views(24, 2, seed=1):
+    for batch in iterate_views(24, 2, seed=1):
         assert torch.equal(resumed.predict(batch), uninterrupted.predict(batch))
 
 
-def test_cache_with_mixed_images_is_refused() -> None:
+def test_caching_mixed_images_is_an_error() -> None:
     check_teacher_views(0, AugmentationOptions(mixup=0.8, cutmix=1.0))
     check_teacher_views(3, AugmentationOptions())
     with raises_one_line("--teacher-views", "--mixup"):

@@ -1,0 +1,122 @@
+// Classify an image and draw the attention of the CLS tokens, in the browser. The folder model/ is written by
+// `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the address selects another file.
+
+import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env } from "transformers.js";
+
+const TOP_K = 5;
+const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention
+
+env.allowRemoteModels = false;
+env.allowLocalModels = true;
+env.useBrowserCache = false; // it would keep the files of an older model
+env.localModelPath = new URL("./", import.meta.url).pathname;
+const library = new URL(import.meta.resolve("transformers.js"));
+if (library.origin === location.origin) {
+  env.backends.onnx.wasm.wasmPaths = new URL("./", library).href; // default: a CDN
+}
+
+const dtype = new URLSearchParams(location.search).get("dtype") ?? "fp32";
+const loaded = Promise.all([
+  AutoModelForImageClassification.from_pretrained("model", { dtype, device: "wasm" }),
+  AutoImageProcessor.from_pretrained("model"),
+]);
+
+/**
+ * Return the predictions for an image, sorted by score, the attention of the CLS tokens, and the image as the model
+ * receives it. `attention` is a tensor [1, layers, CLS tokens, rows, columns], or undefined.
+ */
+export async function predict(source) {
+  const [model, processor] = await loaded;
+  const { pixel_values } = await processor(await RawImage.read(source));
+  const { logits, cls_attention } = await model.forward({ pixel_values });
+  const isMultiLabel = model.config.problem_type === "multi_label_classification";
+  const scores = (isMultiLabel ? sigmoid : softmax)(Array.from(logits.data));
+  const predictions = scores.map((score, index) => ({ label: model.config.id2label[index], score }));
+  predictions.sort((first, second) => second.score - first.score);
+  return { predictions, attention: cls_attention, image: toImageData(pixel_values, processor) };
+}
+
+const sigmoid = (logits) => logits.map((logit) => 1 / (1 + Math.exp(-logit)));
+
+function softmax(logits) {
+  const largest = Math.max(...logits);
+  const exponentials = logits.map((logit) => Math.exp(logit - largest));
+  const sum = exponentials.reduce((total, value) => total + value, 0);
+  return exponentials.map((value) => value / sum);
+}
+
+/** Return `pixel_values` [1, 3, H, W] as an image, without the normalization. */
+function toImageData({ data, dims: [, , height, width] }, processor) {
+  const image = new ImageData(width, height);
+  const { image_mean: mean, image_std: std, do_normalize: isNormalized } = processor;
+  for (let index = 0; index < width * height; index++) {
+    for (let channel = 0; channel < 3; channel++) {
+      const value = data[channel * width * height + index];
+      image.data[4 * index + channel] = 255 * (isNormalized ? value * std[channel] + mean[channel] : value);
+    }
+    image.data[4 * index + 3] = 255;
+  }
+  return image;
+}
+
+const find = (id) => document.getElementById(id);
+let result = null;
+
+/** Draw the image, darkened where the selected token attends less. */
+function draw() {
+  const { attention, image } = result;
+  const [, numLayers, numTokens, rows, columns] = attention.dims;
+  const first = ((find("layer").value - 1) * numTokens + find("token").selectedIndex) * rows * columns;
+  const map = Array.from(attention.data.slice(first, first + rows * columns));
+  const largest = Math.max(...map);
+  const shade = new ImageData(columns, rows);
+  map.forEach((value, index) => {
+    shade.data[4 * index + 3] = 255 * (1 - MIN_BRIGHTNESS) * (1 - value / largest);
+  });
+  const patches = new OffscreenCanvas(columns, rows);
+  patches.getContext("2d").putImageData(shade, 0, 0);
+  const canvas = find("map");
+  Object.assign(canvas, { width: image.width, height: image.height });
+  const context = canvas.getContext("2d");
+  context.putImageData(image, 0, 0);
+  context.drawImage(patches, 0, 0, image.width, image.height);
+  find("number").value = `${find("layer").value} of ${numLayers}`;
+}
+
+/** Show the predictions for an image and its attention in the last layer. */
+async function show(source) {
+  find("labels").replaceChildren();
+  find("attention").hidden = true;
+  result = await predict(source);
+  for (const { label, score } of result.predictions.slice(0, TOP_K)) {
+    const row = find("labels").insertRow();
+    row.insertCell().textContent = label;
+    row.insertCell().textContent = `${(100 * score).toFixed(1)} %`;
+  }
+  find("attention").hidden = !result.attention;
+  if (!result.attention) return;
+  const [, numLayers, numTokens] = result.attention.dims;
+  if (!find("token").length) {
+    Object.assign(find("layer"), { max: numLayers, value: numLayers });
+    for (let number = 1; number <= numTokens; number++) find("token").add(new Option(number));
+    find("token").closest("p").hidden = numTokens === 1;
+  }
+  draw();
+}
+
+find("layer").oninput = draw;
+find("token").onchange = draw;
+find("file").onchange = async ({ target }) => {
+  if (!target.files.length) return;
+  find("status").textContent = "Classifying.";
+  try {
+    await show(target.files[0]);
+    find("status").textContent = "";
+  } catch (error) {
+    find("status").textContent = `No prediction: ${error.message ?? error}`;
+  }
+};
+loaded.then(
+  () => (find("status").textContent = "Select an image."),
+  (error) => (find("status").textContent = `The model cannot be loaded: ${error.message ?? error}`),
+);

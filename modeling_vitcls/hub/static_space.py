@@ -1,0 +1,77 @@
+"""A static Space on the Hub: a page that runs a copy of the model in the browser, with transformers.js.
+
+export_for_transformers_js("someone/model@commit", folder)
+files = build_static_space_files(model, folder)       # space.py pushes the files
+
+index.html, app.js   the page, from modeling_vitcls/demo/
+model/               the exported model
+transformers.js/     transformers.js and onnxruntime, if they are not loaded from a CDN
+README.md            the settings of the Space
+"""
+
+import html
+import json
+from pathlib import Path
+
+from .manifest import RepoFiles
+from .space import PACKAGE, PublishedModel, build_space_card
+
+
+MODEL_FOLDER = "model"
+LIBRARY_FOLDER = "transformers.js"
+TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
+LIBRARY_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
+# Files in the folder node_modules that the page requires.
+LIBRARY_FILES = (
+    "@huggingface/transformers/dist/transformers.min.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
+)
+
+DESCRIPTION = """
+Select an image to see the predictions of the Vision Transformer [{model}]({address}) and the attention of its CLS
+token.
+
+The model runs in the browser, with transformers.js. Images are not uploaded. The folder `{folder}/` was exported from
+commit [`{commit}`]({address}/tree/{commit}).
+"""
+
+
+def build_static_space_files(
+    model: PublishedModel, exported: Path, title: str | None = None, node_modules: Path | None = None
+) -> RepoFiles:
+    """Build the files of the Space.
+
+    Args:
+        model: The model on the Hub.
+        exported: The folder written by `export_for_transformers_js`.
+        title: Title of the page.
+        node_modules: Folder with the npm package `@huggingface/transformers`, whose files are copied. Default: the
+            page loads transformers.js from a CDN.
+
+    Raises:
+        ValueError: If `node_modules` lacks a file.
+    """
+    title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
+    files: RepoFiles = {
+        f"{MODEL_FOLDER}/{file.relative_to(exported).as_posix()}": file
+        for file in sorted(exported.rglob("*"))
+        if file.is_file()
+    }
+    library = LIBRARY_URL
+    if node_modules is not None:
+        library = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
+        for name in LIBRARY_FILES:
+            if not (node_modules / name).is_file():
+                raise ValueError(
+                    f"--node-modules requires {name}, but {node_modules} lacks it. Run `npm install "
+                    f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
+                )
+            files[f"{LIBRARY_FOLDER}/{Path(name).name}"] = node_modules / name
+    page = (PACKAGE / "demo" / "static.html").read_text(encoding="utf-8")
+    page = page.replace('"LIBRARY"', json.dumps(library)).replace("TITLE", html.escape(title))
+    return files | {
+        "index.html": page.encode(),
+        "app.js": PACKAGE / "demo" / "static.js",
+        "README.md": build_space_card(model, title, DESCRIPTION, {"sdk": "static"}, folder=MODEL_FOLDER).encode(),
+    }

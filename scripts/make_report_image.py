@@ -1,0 +1,55 @@
+"""Draw the image of docs/inspecting.md: the beginning of the report on the model of the digits recipe.
+
+    python scripts/make_report_image.py --model runs/digits
+
+The model is trained with `vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits`. The image is
+a screenshot in Chromium, which `make browser` installs.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from playwright.sync_api import sync_playwright
+
+
+WIDTH, HEIGHT, MARGIN = 1000, 900, 16  # pixels: width and height of the window, and margin below the last verdict
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass
+class ReportImageOptions:
+    """Draw the image of docs/inspecting.md."""
+
+    model: Path = Path("runs", "digits")
+    """Folder of the model."""
+    output: Path = Path("docs", "images", "report.png")
+    """The image."""
+
+
+def main() -> None:
+    """Write a report, then take a screenshot of it up to the last verdict."""
+    options = tyro.cli(ReportImageOptions, description=__doc__)
+    script = Path(__file__).with_name("inspect_tokens.py")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        report = Path(folder, "report.html")
+        flags = ["--model", options.model, "--dataset", "digits", "--patch-sizes", 4, 8, 16, "--output", report]
+        subprocess.run([sys.executable, script, *map(str, flags)], check=True)
+        program = next(filter(None, map(shutil.which, BROWSERS)), None)  # None: the browser that playwright installed
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        page.goto(report.as_uri())
+        end = page.locator(".verdicts").bounding_box()
+        assert end is not None
+        clip = {"x": 0.0, "y": 0.0, "width": float(WIDTH), "height": end["y"] + end["height"] + MARGIN}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=options.output, full_page=True, clip=clip)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
