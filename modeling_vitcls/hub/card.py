@@ -248,7 +248,7 @@ def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> lis
     """Return the description and the path of each confusion matrix."""
     suffixes = {"confusion_matrix": ""} | {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
     return [
-        (f"Confusion matrix{suffix}: rows are the true classes, columns are the predictions", images[key])
+        (f"Confusion matrix{suffix}: rows are the true classes, columns the predictions", images[key])
         for key, suffix in suffixes.items()
         if key in images
     ]

@@ -227,9 +227,9 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     return (
         f"The model FLOPs utilization of the training steps was {fraction:.1%} of the peak throughput of large matrix "
         f"products, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
-        f"{measurements['gemm_dtype']}, measured before and during training. An image counts as "
-        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations, forward and "
-        "backward, without recomputed operations."
+        f"{measurements['gemm_dtype']}, measured before and during training. Each image counts as "
+        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations in the "
+        "forward and backward pass, excluding recomputed operations."
     )
 
 

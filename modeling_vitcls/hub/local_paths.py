@@ -61,13 +61,13 @@ def strip_folders(name: str) -> str:
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_path(stored: Any, current: Any) -> bool:
+def is_same_path(stored_name: Any, current_name: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if its files have been moved."""
-    if stored == current or not (isinstance(stored, str) and is_local(current)):
-        return bool(stored == current)
-    (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored), split_prefix(current)
+    if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
+        return bool(stored_name == current_name)
+    (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored_name), split_prefix(current_name)
     is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
-    has_moved = is_local(stored) and not Path(old_path).exists() and Path(old_path).name == Path(new_path).name
+    has_moved = is_local(stored_name) and not Path(old_path).exists() and Path(old_path).name == Path(new_path).name
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 

@@ -135,11 +135,11 @@ def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
         )
 
 
-def is_in_scope(repo_id: str, fine_grained: dict[str, Any], exists: bool) -> bool:
+def is_in_scope(repo_id: str, token_permissions: dict[str, Any], exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
     writable_names = [
         entry["entity"].get("name", "")
-        for entry in fine_grained.get("scoped", ())
+        for entry in token_permissions.get("scoped", ())
         if "repo.write" in entry.get("permissions", ())
     ]
     accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])

@@ -343,11 +343,11 @@ def assign_ranges(ranges: Iterator[range], process: int, num_processes: int) -> 
     return islice(ranges, process, None, num_processes)
 
 
-def describe_difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+def describe_difference(stored_manifest: dict[str, Any], current_manifest: dict[str, Any]) -> str | None:
     """Return the first difference between two manifests, whose keys are mostly flags; None if they are equal."""
-    for name in {**stored, **current}:
-        if stored.get(name) != current.get(name):
+    for name in {**stored_manifest, **current_manifest}:
+        if stored_manifest.get(name) != current_manifest.get(name):
             if name in ("format", "input", "model"):
                 return f"another {name}"
-            return f"--{name.replace('_', '-')} {stored.get(name)}, not {current.get(name)}"
+            return f"--{name.replace('_', '-')} {stored_manifest.get(name)}, not {current_manifest.get(name)}"
     return None
