@@ -253,7 +253,7 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 
 
 def find_newest_checkpoint(folder: Path) -> Checkpoint:
-    """Return the newest undamaged checkpoint. No files are changed, because a run may be writing to the folder."""
+    """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
     store = CheckpointStore(folder / "checkpoints", keep=1)
     for step in reversed(store.list_steps()):
         try:

@@ -14,7 +14,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskCl
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
-CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
+CLASSES: dict[str, type[Classifier]] = {
     "single_label_classification": ViTCLSForImageClassification,
     "multi_label_classification": ViTCLSForImageClassification,
     "multi_task": ViTCLSForMultiTaskClassification,
@@ -66,7 +66,7 @@ def load_classifier(source: str, folder: str) -> Classifier:
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
-    classes = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
+    classes = {model_class.__name__: model_class for model_class in CLASSES.values()}
     class_name = (config.architectures or ["a model of unknown class"])[0]
     if class_name not in classes or not (config.tasks or config.num_labels):
         raise ValueError(
