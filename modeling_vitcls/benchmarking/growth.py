@@ -201,7 +201,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     comparisons = [entry for entry in comparisons if "axis" in entry]
     columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
-        raise ValueError("--plot requires measured rows of at least one axis. Set --work growth and omit --rows.")
+        raise ValueError("--plot requires growth rows of at least one axis. Set --work growth and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time_axes, memory_axes), axis in zip(grid.T, columns, strict=True):
