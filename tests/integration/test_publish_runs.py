@@ -133,7 +133,7 @@ def test_what_is_damaged_on_the_hub_ends_the_run_in_one_line(hub: LocalHub, tmp_
     assert ended.err.splitlines() == [ended.err.strip()] and ended.err.startswith("the model was pushed, but not ver")
     for words in (
         "is damaged on the Hub: model.safetensors",
-        f"complete in {folder}",
+        f"saved in {folder}",
         f"vitcls push --verify-only ann/my-run --revision {commit}",
     ):
         assert words in ended.err
