@@ -1,4 +1,4 @@
-"""List the packages of the wheel; all other settings are in pyproject.toml.
+"""Define the packages of the wheel; all other settings are in pyproject.toml.
 
 Two folders of the repository are shipped inside the package: the templates of model cards, and the recipes that
 `vitcls finetune --config NAME` finds by name.

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 # Module -> its public names.
-PUBLIC = {
+PUBLIC_NAMES = {
     "api": ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"),
     "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_state_dict": ("convert_state_dict",),
@@ -71,7 +71,7 @@ PUBLIC = {
         "ViTCLSPreTrainedModel",
     ),
 }
-MODULES = {name: module for module, names in PUBLIC.items() for name in names}
+MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

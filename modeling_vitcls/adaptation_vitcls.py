@@ -38,7 +38,7 @@ from .positions_vitcls import resample_positions, resize_decoded_patches, resize
 
 logger = logging.get_logger(__name__)
 
-# Keywords of `from_pretrained` that select the files to read, and keywords that configurations do not accept.
+# Arguments of `from_pretrained` that select the files to read, and arguments that configurations do not accept.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
@@ -54,7 +54,7 @@ class AdaptableModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint, and adapt it to values of `ADAPTABLE_FIELDS` that differ from its configuration.
 
-        Other arguments are those of `PreTrainedModel.from_pretrained`.
+        Other arguments are as in `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError, RuntimeError: if the checkpoint is missing or damaged, or does not fit; the message is one line.
@@ -82,7 +82,7 @@ class AdaptableModel(PreTrainedModel):
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: if a field cannot be adapted, or a value contradicts the others.
+            ValueError: if a field cannot be adapted, or a value contradicts other values.
         """
         if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
@@ -117,27 +117,27 @@ def resolve_config(
     if not overrides:
         return None, kwargs
     check_folder(source, config is not None or bool(kwargs.get("subfolder")))
-    model_keywords = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
-    hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
     config, kwargs = config_class.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
-    return config, kwargs | model_keywords | hub_keywords | {"config": config}
+    return config, kwargs | model_kwargs | hub_kwargs | {"config": config}
 
 
 def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint's values of `ADAPTABLE_FIELDS`; empty if it has no configuration."""
+    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint; empty if the checkpoint has no configuration."""
     if source is None:  # the caller passes a state dict instead
         return {}
-    hub_keywords = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
-        stored, _ = config_class.get_config_dict(source, **hub_keywords)
+        stored, _ = config_class.get_config_dict(source, **hub_kwargs)
     except OSError:
         return {}
     return {name: stored.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if stored else {}
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
-    """Return a copy of a configuration with other values."""
+    """Return a copy of a configuration with changed fields."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
@@ -150,35 +150,35 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
 
 
 def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
-    """Return `gated_tokens` of the adapted model: `changes` or the remaining gates, with new tokens if requested."""
+    """Return the new `gated_tokens`: the value in `changes` or the remaining gates, plus new tokens if requested."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
-    gated = dict(changes.get("gated_tokens", remaining) or {})
+    new_gates = dict(changes.get("gated_tokens", remaining) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
-        if gate_new_tokens and num_added > gated.get(group, 0):
-            gated[group] = num_added
-    return gated or None
+        if gate_new_tokens and num_added > new_gates.get(group, 0):
+            new_gates[group] = num_added
+    return new_gates or None
 
 
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Copy the weights of `source` to `target`, adapt them to its configuration, and log every change.
+    """Copy the weights of `source` to `target`, adapted to the configuration of `target`, and log every change.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
-    frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
+    frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
-    for name, fresh in new_weights.items():
+    for name, initial in new_weights.items():
         stored = old_weights.get(name)
-        weight, note = adapt_weight(Weight(name, fresh, stored, old_weights, source.config, target.config))
-        if name in frozen and weight is not fresh:
+        weight, note = adapt_weight(Weight(name, initial, stored, old_weights, source.config, target.config))
+        if name in frozen_names and weight is not initial:
             parameters[name].requires_grad_(False)
-        fresh.copy_(weight)
+        initial.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
     for name in sorted(old_weights.keys() - new_weights.keys()):
@@ -189,7 +189,7 @@ class Weight(NamedTuple):
     """A weight of the new model, and the old weights and configurations from which it is adapted."""
 
     name: str
-    fresh: Tensor  # initial value in the new model
+    initial: Tensor  # initial value in the new model
     stored: Tensor | None  # the weight of this name in the old model
     old_weights: Mapping[str, Tensor]
     old: ViTCLSConfig
@@ -200,45 +200,45 @@ AdaptedWeight = tuple[Tensor, str]  # the weight, and a description of the chang
 
 
 def adapt_weight(weight: Weight) -> AdaptedWeight:
-    """Adapt a weight by the first entry of `ADAPTERS` whose key is part of its name."""
+    """Adapt a weight with the function of the first key of `ADAPTERS` that the name of the weight contains."""
     for part, adapt in ADAPTERS.items():
         if part in weight.name:
             return adapt(weight)
     if weight.stored is None:
-        return weight.fresh, "newly initialized"
-    if weight.stored.shape != weight.fresh.shape:
-        return weight.fresh, "newly initialized, because its shape changed"
+        return weight.initial, "newly initialized"
+    if weight.stored.shape != weight.initial.shape:
+        return weight.initial, "newly initialized, because its shape changed"
     return weight.stored, ""
 
 
 def adapt_tokens(weight: Weight) -> AdaptedWeight:
-    """Keep the first tokens [1, n, D]; new tokens keep their initialization."""
-    return copy_prefix_tokens(weight, weight.fresh.clone(), f"initialized by token_init={weight.new.token_init!r}")
+    """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
+    return copy_prefix_tokens(weight, weight.initial.clone(), f"initialized by token_init={weight.new.token_init!r}")
 
 
 def adapt_token_positions(weight: Weight) -> AdaptedWeight:
     """Keep the first positions [1, n, D] of special tokens; new positions start at zero."""
-    return copy_prefix_tokens(weight, torch.zeros_like(weight.fresh), "initialized to zero")
+    return copy_prefix_tokens(weight, torch.zeros_like(weight.initial), "initialized to zero")
 
 
 def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> AdaptedWeight:
     """Copy the first min(m, n) stored rows [1, m, D] to the start of `rows` [1, n, D]."""
-    available = 0 if weight.stored is None else weight.stored.shape[1]
-    kept = min(available, rows.shape[1])
+    num_stored = 0 if weight.stored is None else weight.stored.shape[1]
+    num_kept = min(num_stored, rows.shape[1])
     if weight.stored is not None:
-        rows[:, :kept] = weight.stored[:, :kept]
-    if available == kept == rows.shape[1]:
+        rows[:, :num_kept] = weight.stored[:, :num_kept]
+    if num_stored == num_kept == rows.shape[1]:
         return rows, ""
-    notes = [f"{kept} kept"]
-    if available > kept:
-        notes.append(f"{available - kept} dropped")
-    if rows.shape[1] > kept:
-        notes.append(f"{rows.shape[1] - kept} added, {initialization}")
+    notes = [f"{num_kept} kept"]
+    if num_stored > num_kept:
+        notes.append(f"{num_stored - num_kept} dropped")
+    if rows.shape[1] > num_kept:
+        notes.append(f"{rows.shape[1] - num_kept} added, {initialization}")
     return rows, ", ".join(notes)
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Resample a weight with one row per patch or distance, by `resample(weight, grid, new grid, configuration)`."""
+    """Resample a weight with one row per patch or distance with `resample(weight, grid, new grid, configuration)`."""
     grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
     if grid == new_grid:
         return stored, ""
@@ -247,7 +247,7 @@ def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWei
 
 
 def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Resize a weight with one entry per pixel of a patch, by `resize(weight, patch size, new patch size)`."""
+    """Resize a weight with one entry per pixel of a patch with `resize(weight, patch size, new patch size)`."""
     size, new_size = weight.old.patch_height_width, weight.new.patch_height_width
     stored = weight.old_weights[weight.name]
     if size == new_size:
@@ -261,14 +261,14 @@ def adapt_distillation_head(weight: Weight) -> AdaptedWeight:
     if weight.stored is not None:
         return weight.stored, ""
     classifier = weight.old_weights.get(weight.name.replace("distillation_classifier", "classifier"))
-    if classifier is None or classifier.shape != weight.fresh.shape:
-        return weight.fresh, "newly initialized"
+    if classifier is None or classifier.shape != weight.initial.shape:
+        return weight.initial, "newly initialized"
     return classifier, "initialized as a copy of the classifier"
 
 
 def adapt_gates(weight: Weight) -> AdaptedWeight:
     """Keep gates [n] with their tokens; new gates start closed for new tokens, open for existing tokens."""
-    gates = weight.fresh.clone()
+    gates = weight.initial.clone()
     stored = () if weight.stored is None else weight.stored
     old_gates = dict(zip(list_gated_tokens(weight.old), stored, strict=True))
     new_gates = list_gated_tokens(weight.new)
@@ -310,9 +310,9 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 
 # Loading errors ------------------------------------------------------------------------------------------------------
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `load`, a `from_pretrained` method; errors are one line that names the file or weight.
+    """Return the output of `load`, a `from_pretrained` method, and raise one-line errors that name the file or weight.
 
-    transformers reports mismatched weights in a table, and builds a default model if config.json is missing.
+    Otherwise, transformers would report mismatched weights in a table, and build a default model without config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
@@ -352,13 +352,13 @@ def check_folder(source: Any, config_is_elsewhere: bool) -> None:
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Load the weights with matching shapes, and return an error message that names the others."""
+    """Load the weights with matching shapes, and return an error message about the other weights."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
-    name, saved, built = mismatched[0]
+    name, saved, expected = mismatched[0]
     others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
     return (
-        f"the weights in {source} do not fit: {name} is {list(saved)} there and {list(built)} in the model{others}: "
+        f"the weights in {source} do not fit: {name} is {list(saved)}, but the model has {list(expected)}{others}: "
         "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"
     )

@@ -27,7 +27,7 @@ from .options import (
 
 Options = TypeVar("Options")
 
-OWN_FLAGS = {"config"}  # flags that only the commands have
+COMMAND_ONLY_FLAGS = {"config"}  # flags that the functions do not have
 
 
 def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
     from .training.finetune import FinetuneTask
 
     options = build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    return run(FinetuneTask, options)
+    return run_training(FinetuneTask, options)
 
 
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
     from .training.pretrain import PretrainTask
 
     options = build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    return run(PretrainTask, options)
+    return run_training(PretrainTask, options)
 
 
-def run(task_class: Any, options: Any) -> dict[str, Any]:
+def run_training(task_class: Any, options: Any) -> dict[str, Any]:
     """Run a task and return the content of results.json; empty for `dry_run=True`."""
     from .training.task import dry_run, run_folds, run_task
 
@@ -82,7 +82,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        dataset: as in `finetune`. Of a dataset without splits, the images that `finetune` holds out are evaluated;
+        dataset: as in `finetune`. If the dataset has no splits, the images that `finetune` holds out are evaluated;
             `{"test": images}` evaluates all images.
         flags: flags of `vitcls evaluate`.
 
@@ -106,8 +106,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
         flags: flags of `vitcls predict`, except `output` and `shard_size`.
 
     Returns:
-        One dict for each image: `index`, `image`, the predicted columns, and `error` (None, or why an image has no
-        prediction). Errors are as in `finetune`.
+        One dict for each image: `index`, `image`, the predicted columns, and `error` (None, or the reason why an
+        image has no prediction). Errors are as in `finetune`.
     """
     from .inference.predict import predict_from_options
 
@@ -138,47 +138,49 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def build_options(options_class: type[Options], fixed: dict[str, Any] | None = None, /, **flags: Any) -> Options:
+def build_options(
+    options_class: type[Options], command_values: dict[str, Any] | None = None, /, **flags: Any
+) -> Options:
     """Build the options of a command from flags by name. Data in memory is registered.
 
-    `fixed` are the values of flags that only the command has. Raise TypeError for an unknown flag, and ValueError if a
-    value is not allowed.
+    `command_values` contains the values of flags that are not keyword arguments. Raise TypeError for an unknown flag,
+    and ValueError if a value is not allowed.
     """
-    known = get_flag_names(options_class) - OWN_FLAGS - set(fixed or {})
+    known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(command_values or {})
     for name in flags:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f". Use {close[0]}" if close else ""
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f". Use {similar[0]}" if similar else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return fill_options(options_class, flags | (fixed or {}))
+    return fill_options(options_class, flags | (command_values or {}))
 
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
-    """Return a dataclass with the flags of its fields and of its nested dataclasses."""
-    values, kinds = {}, get_type_hints(options_class)
+    """Build a dataclass of options, including its nested dataclasses, from flags by name."""
+    values, hints = {}, get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(field.type):
             values[field.name] = fill_options(field.type, flags)
         elif field.name in flags:
-            values[field.name] = convert_value(field.name, flags[field.name], kinds[field.name])
+            values[field.name] = convert_value(field.name, flags[field.name], hints[field.name])
     return options_class(**values)
 
 
-def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """Return a value in the type of its flag: lists become tuples, and strings become paths if a path is expected.
+def convert_value(name: str, value: Any, hint: Any) -> Any:
+    """Return a value in the type of its flag. Lists become tuples, and strings become paths if the flag is a path.
     Raise ValueError for a value that is not one of the choices."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    choices = [choice for option in kinds if get_origin(option) is Literal for choice in get_args(option)]
+    hints = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = [choice for option in hints if get_origin(option) is Literal for choice in get_args(option)]
     if choices and value is not None and value not in choices:
         raise ValueError(f"{name} is {value!r}. Set one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, str) and any(get_origin(option) is tuple for option in kinds):
+    if isinstance(value, str) and any(get_origin(option) is tuple for option in hints):
         return (value,)  # one value of a flag that accepts several
-    if isinstance(value, str) and Path in kinds:
+    if isinstance(value, str) and Path in hints:
         return Path(value)
-    return str(value) if isinstance(value, Path) and Path not in kinds else value
+    return str(value) if isinstance(value, Path) and Path not in hints else value

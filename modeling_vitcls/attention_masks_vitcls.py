@@ -6,8 +6,8 @@
     RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines them into what an attention implementation adds to the scores before the softmax. All
-tokens can attend to special tokens. `config.cls_scopes` hides patches from CLS tokens only.
+`build_attention_mask` combines them in the form that the attention implementation expects. `config.cls_scopes` hides
+patches from CLS tokens only; all tokens can attend to special tokens.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def build_attention_mask(
         grid: rows and columns of patches.
 
     Returns:
-        One mask for all layers, None if nothing is hidden, or a list with one mask per layer.
+        One mask for all layers, a list with one mask per layer, or None if no mask is required.
 
     Raises:
         ValueError: if the mask has a different shape, or the attention implementation does not accept the mask.
@@ -59,8 +59,8 @@ def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -
     if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
         return
     raise ValueError(
-        f"attention_mask has shape {list(attention_mask.shape)}, but the sequence is {list(hidden_states.shape[:2])} "
-        "[batch, tokens], special tokens included: make them equal"
+        f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens included, "
+        f"but it has shape {list(attention_mask.shape)}"
     )
 
 
@@ -68,7 +68,7 @@ def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
     """Raise ValueError for attention implementations that do not accept an additive bias."""
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
-            f"{feature} adds a bias to the attention scores, but {config._attn_implementation} accepts none: "
+            f"{feature} adds a bias to the attention scores, but {config._attn_implementation} does not accept it: "
             'set attn_implementation to "sdpa" or "eager"'
         )
 
@@ -89,15 +89,15 @@ def build_cls_attention_mask(
     """Build the mask that limits each CLS token to the patches of its scope (`config.cls_scopes`)."""
     if "flash" in config._attn_implementation:
         raise ValueError(
-            f"cls_scopes requires an attention mask, but {config._attn_implementation} accepts none: "
+            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not accept it: "
             'set attn_implementation to "sdpa", "flex_attention" or "eager"'
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError("cls_scopes cannot be combined with a 4-dimensional attention_mask: pass [batch, tokens]")
-    visible = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
+    visibility = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible[query, key]
+        return visibility[query, key]
 
     return create_bidirectional_mask(
         config=config, inputs_embeds=hidden_states, attention_mask=attention_mask, and_mask_function=is_visible
@@ -108,11 +108,11 @@ def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: to
     """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid)
-    visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for index, scope in enumerate(config.cls_scopes or ()):
-        if not isinstance(scope, str):  # "image" hides nothing
-            visible[index, layout.patches] = build_cell_mask(scope, grid, device)
-    return visible
+        if not isinstance(scope, str):  # the scope "image" hides no patches
+            visibility[index, layout.patches] = build_cell_mask(scope, grid, device)
+    return visibility
 
 
 def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -159,14 +159,14 @@ class RelativePositionBias(nn.Module):
         rows, columns = grid
         y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
         y, x = y.flatten(), x.flatten()  # [rows * columns] each
-        down = y[:, None] - y[None, :] + rows - 1
-        right = x[:, None] - x[None, :] + columns - 1
+        row_distance = y[:, None] - y[None, :] + rows - 1
+        column_distance = x[:, None] - x[None, :] + columns - 1
         num_distances = (2 * rows - 1) * (2 * columns - 1)
         num_tokens = layout.get_num_tokens(rows, columns)
         index = torch.full((num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device)
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
-        index[layout.patches, layout.patches] = down * (2 * columns - 1) + right
+        index[layout.patches, layout.patches] = row_distance * (2 * columns - 1) + column_distance
         return index
 
 
@@ -188,15 +188,15 @@ class TokenGates(nn.Module):
     g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step length does not depend on the size of the gradient:
 
-    - It is linear in g. The gradient with respect to log(g) would be a millionth of the gradient of an open token.
-    - g is 50 times its magnitude, because a gate moves from 0 to 1 while other weights are about 0.02.
-    - Its sign is ignored. A gate clamped at zero would stay there after one step below zero.
+    - g is linear in the parameter. For log(g), the gradient would be a millionth of the gradient of an open gate.
+    - g is 50 times the magnitude of the parameter, because g moves from 0 to 1, but typical weights are about 0.02.
+    - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """
 
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # value of the parameter for g = 1
     CLOSED = 1e-6 / SCALE  # initial value of the parameter
-    MIN_GATE = 2.0**-24  # added to g: keeps the logarithm finite, and is lost to rounding in g = 1
+    MIN_GATE = 2.0**-24  # added to g, which keeps the logarithm finite; rounded away if g = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RM
 
 
 def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
-    """Build the norm `config.norm_type` over `width` channels, the last axis (default: `config.hidden_size`)."""
+    """Build a norm of type `config.norm_type` over the last axis, `width` channels (default: `config.hidden_size`)."""
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -52,13 +52,13 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.patch_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Project the patches of images [B, C, H, W]; `get_grid_size` has checked their shape."""
+        """Project the patches of images [B, C, H, W], whose shape `get_grid_size` has checked."""
         patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return patches if self.norm is None else self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return rows and columns of patches. Raises ValueError for images that the model does not accept."""
+        """Return the number of patch rows and columns. Raises ValueError if the model does not accept the images."""
         if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
@@ -72,7 +72,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
             patch = f"one patch of {patch_height} x {patch_width}"
-            raise ValueError(f"images of {height} x {width} pixels are smaller than {patch}: enlarge them")
+            raise ValueError(f"images of {height} x {width} pixels are smaller than {patch}: enlarge the images")
         return height // patch_height, width // patch_width
 
 
@@ -94,7 +94,7 @@ class ViTCLSEmbeddings(nn.Module):
         """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
 
         Raises:
-            ValueError: if `get_grid_size` rejects the images, or the mask has a different shape than the patches.
+            ValueError: if `get_grid_size` rejects the images, or the mask does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
         grid = self.patch_embeddings.get_grid_size(pixel_values)
@@ -116,20 +116,20 @@ class ViTCLSEmbeddings(nn.Module):
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
                 return patches
-            # A mask that masks nothing: in distributed training, every parameter requires a gradient.
+            # An all-false mask, because distributed training requires a gradient of every parameter.
             bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if self.mask_token is None:
             raise ValueError("bool_masked_pos requires a mask token, but the model has none: set use_mask_token=True")
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
-                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, but the images have "
-                f"{tuple(patches.shape[:2])} patches [batch, patches]: make them equal"
+                f"bool_masked_pos must have shape [batch, patches] = {tuple(patches.shape[:2])}, but it has shape "
+                f"{tuple(bool_masked_pos.shape)}"
             )
         return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
 
 class LearnedPositions(nn.Module):
-    """Learned positions of patches, resampled to other grids, and of `config.position_embedding_tokens`."""
+    """Learned positions of `config.position_embedding_tokens`. Patch positions are resampled to other grids."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -149,10 +149,10 @@ class LearnedPositions(nn.Module):
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid, grid):
             positions = resample_positions(positions, self.grid, grid, self.config)
-        with_positions = {name: self.add_to_special(name, tokens) for name, tokens in special_tokens.items()}
+        with_positions = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
         return with_positions, patches + positions
 
-    def add_to_special(self, name: str, tokens: Tensor) -> Tensor:
+    def add_special_positions(self, name: str, tokens: Tensor) -> Tensor:
         """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
         positions = getattr(self, name)
         return tokens if positions is None else tokens + positions
@@ -216,7 +216,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# Called with query, key, value, mask, scaling and the attended values; see `ViTCLSAttention.recorder`.
+# Function of query, key, value, mask, scaling and the attended values; see `ViTCLSAttention.recorder`.
 AttentionRecorder = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor], None]
 
 
@@ -225,14 +225,14 @@ class ViTCLSAttention(nn.Module):
 
     Attributes:
         recorder: a function that every forward pass calls with the inputs and output of the attention function; None
-            by default. Set it to read queries, keys and values.
+            by default. Set a recorder to read queries, keys and values.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
-        self.qk_head_dim = self.head_dim  # half of it in differential attention
+        self.qk_head_dim = self.head_dim  # head_dim // 2 in differential attention
         self.scaling = self.qk_head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -262,9 +262,9 @@ class ViTCLSAttention(nn.Module):
 
         Args:
             hidden_states: [B, N, D].
-            attention_mask: in the form of the attention implementation (attention_masks_vitcls.py).
+            attention_mask: in the form that the attention implementation expects (attention_masks_vitcls.py).
             position_embeddings: (cos, sin) of rotary positions.
-            num_queries: n, compute only the first n tokens, which must be special tokens. Default: all N tokens.
+            num_queries: n, to compute only the first n tokens, which must be special tokens. Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
@@ -279,8 +279,8 @@ class ViTCLSAttention(nn.Module):
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
-        # -1 heads: under tensor parallelism each process has some of them
-        # cat copies the rows: for a view of them, torch.onnx would fix an example batch of 1
+        # -1 is the number of heads: under tensor parallelism, each process has only some of the heads
+        # cat copies the rows: with a view, torch.onnx would fix the batch size for an example batch of 1
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
@@ -399,7 +399,7 @@ class DropPath(nn.Module):
 
 
 class EncoderLayer(GradientCheckpointingLayer):
-    """Base class of all layers, by which transformers finds them to record hidden states."""
+    """Base class of all layers. transformers records the output of each layer as a hidden state."""
 
 
 class ViTCLSLayer(EncoderLayer):

@@ -2,11 +2,11 @@
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
-                               state.json: step, metadata, the SHA-256 of each file, and its own
+                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of state.json
       step-00000240/
       .step-00000360.partial/  left behind if a save or removal was killed; removed by the next save
 
-A checkpoint is written to a hidden folder, synchronized to the disk and then renamed. So the previous checkpoint
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so the previous checkpoint
 survives if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or executed.
 training/distributed_state.py collects the tensors from the processes.
 """
@@ -34,7 +34,7 @@ from .distributed import run_on_main
 Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
-COMPLETE = re.compile(r"step-(\d{8,})")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete; complete, but being replaced
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
 
@@ -53,7 +53,7 @@ class Checkpoint:
     files: dict[str, str]  # name -> SHA-256, of all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
-        """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if it has no checksum."""
+        """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
             raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum of {file}")
@@ -68,14 +68,14 @@ class CheckpointStore:
     """Checkpoints of one run. Only the main process writes and reads them."""
 
     folder: Path
-    keep: int  # number of newest checkpoints to keep in addition to the best checkpoint
+    num_kept: int  # number of newest checkpoints to keep in addition to the best checkpoint
 
     def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool) -> Path:
         """Write a checkpoint, then remove old checkpoints.
 
         Args:
             tensors: file name without its suffix -> named tensors, on any device.
-            facts: metadata in JSON types. Floats are restored exactly, tuples become lists.
+            facts: metadata in JSON types. Floats are restored exactly, and tuples become lists.
             is_best: whether the model is the best so far; the newest such checkpoint is always kept.
 
         Raises:
@@ -96,29 +96,29 @@ class CheckpointStore:
         return target
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints. `warn` prints a warning about a
-        damaged checkpoint.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints. `warn` is called with a warning
+        about each damaged checkpoint.
 
         Raises:
             ValueError: if all checkpoints are damaged.
         """
         self.remove_leftovers()
-        damaged = []
+        messages = []
         for step in reversed(self.list_steps()):
             try:
                 return read_checkpoint(self.get_path(step))
             except DamagedCheckpoint as error:
-                damaged.append(str(error))
+                messages.append(str(error))
                 warn(f"{error}; the previous checkpoint is used")
-        if damaged:
+        if messages:
             raise ValueError(
-                f"all checkpoints in {self.folder} are damaged ({damaged[0]}). To start from the beginning, set "
+                f"all checkpoints in {self.folder} are damaged ({messages[0]}). To start from the beginning, set "
                 "--overwrite instead of --resume"
             )
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation. Raise ValueError if there is none, or it is damaged."""
+        """Return the checkpoint with the best evaluation. Raise ValueError if it does not exist or is damaged."""
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_path(step)):
                 return read_checkpoint(self.get_path(step))
@@ -136,7 +136,7 @@ class CheckpointStore:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        names = [COMPLETE.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        names = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(name[1]) for name in names if name)
 
     def get_path(self, step: int) -> Path:
@@ -144,13 +144,16 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Keep the newest checkpoints and the best one up to `step`. Later checkpoints were saved before a resume."""
+        """Remove old checkpoints: all except the newest and the best up to `step`, which was saved last.
+
+        Checkpoints of later steps were saved before the run was resumed from an earlier step, and are also removed.
+        """
         steps = self.list_steps()
-        past = [other for other in steps if other <= step]
-        best = [other for other in past if is_best_checkpoint(self.get_path(other))]
-        kept = {*past[-self.keep :], *best[-1:]}
+        earlier_steps = [other for other in steps if other <= step]
+        best_steps = [other for other in earlier_steps if is_best_checkpoint(self.get_path(other))]
+        kept_steps = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
         for other in steps:
-            if other not in kept:
+            if other not in kept_steps:
                 remove_checkpoint(self.get_path(other))
 
     def remove_leftovers(self) -> None:
@@ -166,14 +169,15 @@ class CheckpointStore:
 
     def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, with required and free space."""
-        required = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        required_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         steps = self.list_steps()
-        last = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        earlier = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        existing_folder = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free_bytes = shutil.disk_usage(existing_folder).free
         return (
             f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. It "
-            f"requires {format_megabytes(required)}, but {format_megabytes(shutil.disk_usage(existing).free)} are "
-            f"free; {last}. Free disk space, then use --resume"
+            f"requires {format_megabytes(required_bytes)}, but {format_megabytes(free_bytes)} are free; {earlier}. "
+            "Free disk space, then use --resume"
         )
 
 
@@ -188,7 +192,7 @@ def save_on_main(
     facts: dict[str, Any],
     is_best: bool,
 ) -> None:
-    """Save a checkpoint on the main process while the others wait. An error is raised on all processes."""
+    """Save a checkpoint on the main process while the other processes wait. An error is raised on all processes."""
 
     def save() -> None:
         store.save(step, tensors, facts, is_best)
@@ -199,7 +203,7 @@ def save_on_main(
 def load_on_main(
     accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return a checkpoint on the main process, and its metadata on all; None if `load` returns no checkpoint."""
+    """Return a checkpoint on the main process, and its metadata on all processes; None without a checkpoint."""
     loaded: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:
@@ -217,8 +221,8 @@ def write_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
-    for name, named in tensors.items():
-        save_file(copy_shared_memory(named), folder / f"{name}.safetensors")
+    for name, named_tensors in tensors.items():
+        save_file(copy_shared_memory(named_tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
@@ -255,7 +259,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json, and names only files of the same folder."""
+    """Return whether a JSON object has the fields of state.json, and only names of files in the same folder."""
     files, facts = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int
@@ -267,7 +271,7 @@ def is_state(state: dict[str, Any]) -> bool:
 
 
 def format_state(state: dict[str, Any]) -> str:
-    """Return the text of state.json for a state from `read_state`."""
+    """Return the text of state.json, with its checksum, for a state without checksum."""
     return json.dumps(state | {"sha256": compute_digest(state)}, indent=1) + "\n"
 
 
@@ -282,13 +286,13 @@ def is_best_checkpoint(folder: Path) -> bool:
 def copy_shared_memory(tensors: Tensors) -> Tensors:
     """Return the tensors on the CPU, contiguous, with separate memory. Safetensors does not support the shared memory
     of tied weights."""
-    seen: set[int] = set()
+    seen_addresses: set[int] = set()
     result: Tensors = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen_addresses else tensor
+        seen_addresses.add(address)
     return result
 
 
@@ -304,8 +308,8 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
-    leftover = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
-    shutil.rmtree(leftover, ignore_errors=True)
+    hidden_folder = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
+    shutil.rmtree(hidden_folder, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
@@ -314,7 +318,7 @@ def get_hidden_path(folder: Path, suffix: str) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Write a file, or the list of files in a folder, to the disk (fsync)."""
+    """Synchronize a file, or the list of files in a folder, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -326,8 +330,8 @@ def sync_to_disk(path: Path) -> None:
 
 def compute_file_digest(file: Path) -> str:
     """Return the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def compute_digest(state: dict[str, Any]) -> str:

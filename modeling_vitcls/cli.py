@@ -28,17 +28,17 @@ LIBRARIES = ("tyro", "yaml")  # libraries of the extra `scripts`
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line in `vitcls --help`, its module in commands/, and whether it supports --config."""
+    """A subcommand: its summary in `vitcls --help`, its module in commands/, and whether --config is a recipe."""
 
     summary: str
     module: str
-    reads_recipes: bool = False
+    has_recipes: bool = False
 
 
 COMMANDS = {
-    "finetune": Command("Fine-tune a ViT on labeled images", "finetune", reads_recipes=True),
+    "finetune": Command("Fine-tune a ViT on labeled images", "finetune", has_recipes=True),
     "pretrain": Command("Pre-train a ViT on images without labels (masked image modeling)", "pretrain", True),
-    "evaluate": Command("Evaluate a model on labeled images", "evaluate", reads_recipes=True),
+    "evaluate": Command("Evaluate a model on labeled images", "evaluate", has_recipes=True),
     "predict": Command("Predict the labels of images, or write their features", "predict"),
     "convert": Command("Convert a ViT of timm or transformers, with a parity report", "convert"),
     "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
@@ -104,19 +104,19 @@ def run_program(name: str, flags: list[str]) -> None:
     from .commands.parsing import exit_on_error, parse, parse_flags
 
     settings = {"prog": f"vitcls {name}", "description": format_description(module)}
-    options = (parse if command.reads_recipes else parse_flags)(module.OPTIONS, flags, **settings)
+    options = (parse if command.has_recipes else parse_flags)(module.OPTIONS, flags, **settings)
     if hasattr(module, "check"):
         module.check(options)
 
     from .configuration_vitcls import ViTCLSConfig
 
-    ViTCLSConfig.register_auto_classes()  # __init__.py leaves it to this program
+    ViTCLSConfig.register_auto_classes()  # __init__.py registers no classes for this program
     with exit_on_error():
         module.run(options)
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand, which has OPTIONS, run(options) and perhaps check(options).
+    """Import the module of a subcommand, which has OPTIONS, run(options) and optionally check(options).
 
     Exits with status 1 if the libraries of the command line are not installed.
     """
@@ -150,14 +150,14 @@ def format_help() -> str:
 
 def exit_on_wrong_command(name: str) -> NoReturn:
     """Exit with status 2 and one line about a wrong subcommand."""
-    known = [*COMMANDS, *OTHER_COMMANDS]
+    known_commands = [*COMMANDS, *OTHER_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":
         message = "error: vitcls env has no flags"
     else:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        advice = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        similar = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
+        advice = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(known_commands)}"
         message = f"error: vitcls has no command {name}: {advice}"
     print(message, file=sys.stderr)
     raise SystemExit(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration: the special tokens of a ViT and every other choice that determines how it is built.
+"""The configuration of a ViT: its special tokens, and all other choices that determine how the model is built.
 
 The token order is the same in the whole package:
 
@@ -14,7 +14,7 @@ import transformers
 
 
 MIN_TRANSFORMERS = (5, 4)
-if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:  # older versions fail in the imports
+if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:  # older versions fail to import
     raise ImportError(
         f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS))}, but "
         f"{transformers.__version__} is installed. Run: pip install -U transformers"
@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Auto class -> file and class. All are saved, so that every Auto class finds its code, whichever class was saved.
+# Auto class -> file and class. Every checkpoint contains the complete map, so that each Auto class finds its code.
 AUTO_MAP = {
     "AutoConfig": "configuration_vitcls.ViTCLSConfig",
     "AutoModel": "modeling_vitcls.ViTCLSModel",
@@ -47,7 +47,7 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
 }
 
-# `mlp_type` -> how each linear layer is split in tensor parallelism.
+# `mlp_type` -> tensor parallel plan: how each linear layer is split.
 GLU_TP_PLAN = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 MLP_TP_PLANS = {"mlp": {"fc1": "colwise", "fc2": "rowwise"}, "glu": GLU_TP_PLAN, "swiglu": GLU_TP_PLAN}
 
@@ -66,14 +66,14 @@ TRANSFORMERS_KEYWORDS = frozenset(
     "gradient_checkpointing per_layer_config tie_last_hidden_states".split()
 )
 
-# Group of special tokens -> the field that counts them.
+# Group of special tokens -> field with the number of tokens.
 TOKEN_COUNTS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
 
-# Fields that adapt the weights of a checkpoint in `from_pretrained(..., field=value)` (adaptation_vitcls.py).
+# Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
 TOKEN_FIELDS = (*TOKEN_COUNTS.values(), "cls_scopes", "gated_tokens", "register_neurons")
 ADAPTABLE_FIELDS = ("image_size", "patch_size", *TOKEN_FIELDS)
 
-# Field -> smallest and largest value. The upper limits only reject typing errors that would exhaust the memory.
+# Field -> smallest and largest value. The upper limits only reject typos that would exhaust the memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(TOKEN_COUNTS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
@@ -83,10 +83,11 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved in config.json even with their defaults
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even if they have their default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
-# Field -> values that `merged_patches_per_layer` supports. Other values treat single patches differently in attention.
+# Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
+# which merging combines.
 MERGING_REQUIREMENTS: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned", "sincos_2d", "none"),
     "relative_position_bias": ("none",),
@@ -161,12 +162,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): Region of the image that each CLS token can attend to, one entry per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Group -> number of its last tokens whose influence on the other
-            tokens is scaled by a learned gate (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
-        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations move to the last register
-            (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds them.
+        gated_tokens (`dict[str, int]`, *optional*): Group -> number of gated tokens at its end. A learned gate scales
+            the influence of a token on other tokens (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
+        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
+            register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
-            of labels or label names. The tasks are sorted by name, and task i reads CLS token i.
+            of labels or label names. Tasks are sorted by name; the classifier of task i reads CLS token i.
 
     Pooling and heads:
         pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"`
@@ -177,18 +178,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
-        distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Which logits are returned
-            in inference by a model with two heads (DeiT, section 5.2: their mean).
+        distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
+            two heads returns in inference: the mean (DeiT, section 5.2), or the logits of one head.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
-            It determines the grid of learned positions; the model accepts images of any other size.
+            It determines the grid of the learned positions. The model also accepts images of other sizes.
         patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
 
     Model:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`): 768, 12, 12, 3072.
-            `hidden_size` is a multiple of `num_attention_heads`, unless `attention_head_size` is set.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to 768, 12, 12, 3072):
+            Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`, unless `attention_head_size` is set.
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed; MoCo v3, arXiv
             2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the patches; DINOv3, arXiv 2508.10104),
             `"rope_mixed"` (rotary with learned frequencies per layer and head; RoPE-ViT, arXiv 2403.13298),
@@ -206,8 +207,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             patches, at most half of them (ToMe, arXiv 2210.09461). Faster but inexact; requires no training.
 
     Regularization:
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout of residual branches and
-            embeddings, and of attention weights; in [0, 1).
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates of residual branches
+            and embeddings, and of attention weights; in [0, 1).
         drop_path_rate (`float`, defaults to 0): Rate at which residual branches are dropped per image in the last
             layer, increasing linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382); in [0, 1).
         patch_drop_rate (`float`, defaults to 0): Fraction of the patches of each image that training drops at random
@@ -262,22 +263,22 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention output projection and the MLP.
 
     Pooling:
-        pooled_norm (`bool`, defaults to `False`): Norm on the pooled vector, of the encoder's type (timm's `fc_norm`).
+        pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector (timm's `fc_norm`).
         pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in the
             base models of ViT and DeiT). Default: neither layer nor activation.
-        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Keys of `pooling="attention"`.
+        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Tokens that attention pooling reads.
         attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
             `pooling="attention"`. Default: as in the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether a norm and an MLP follow (AIMv2 has neither).
+        attention_pool_mlp (`bool`, defaults to `True`): Whether a norm and an MLP are added (AIMv2 has neither).
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
     """
 
     model_type = "vitcls"
-    # Whether to skip validation. True only in the copy that loads a checkpoint whose tokens are adapted afterwards.
+    # Whether to skip validation. True only while a checkpoint is loaded whose weights are adapted afterwards.
     _skip_validation: ClassVar[bool] = False
-    # outputs that Trainer does not collect as predictions
+    # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
         "cls_logits distillation_logits losses hidden_states attentions".split()
     )
@@ -407,7 +408,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from a stored dict. Overrides are applied before validation, so that contradictions raise an error."""
+        """Build a configuration from a stored dict; overrides are applied before the configuration is validated."""
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
@@ -423,28 +424,28 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
             new_counts = stored_counts | counts
             stored["gated_tokens"] = get_remaining_gates(stored.get("gated_tokens"), stored_counts, new_counts)
-        extras = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
+        unknown_fields = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
         built = super().from_dict({**stored, **overrides}, **kwargs)
         config = built[0] if isinstance(built, tuple) else built
-        for name, value in extras.items():  # set by the user before saving, or written by another version
+        for name, value in unknown_fields.items():  # set by the user before saving, or written by another version
             logger.warning(f"The stored configuration has a field {name!r} that this version does not use.")
             setattr(config, name, value)
         return built
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as in transformers. `auto_map` refers to the code in the same folder."""
+        """Save the configuration as transformers does, with an `auto_map` that refers to code in the same folder."""
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the values to save: `SAVED_FIELDS` that are not None, and fields that differ from defaults."""
+        """Return the values to save: `SAVED_FIELDS` that are not None, and fields that differ from their defaults."""
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         defaults |= dict.fromkeys(SAVED_FIELDS)
         values = super().to_diff_dict()
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def build_auto_map(self) -> dict[str, str]:
-        """Build the map from Auto class to file and class. Multi-task checkpoints have their own class."""
+        """Return `AUTO_MAP`, with the multi-task class as the classifier if the configuration has tasks."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {"AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"}
@@ -453,11 +454,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def register_auto_classes(cls) -> None:
         """Register the configuration, models, backbone and image processors with the Auto classes of transformers.
 
-        Composite models, for example `VisionTextDualEncoderModel`, require this. A registered class takes precedence
-        over `trust_remote_code` and `revision` in every later load of this process.
+        Composite models, for example `VisionTextDualEncoderModel`, require the registration. A registered class takes
+        precedence over `trust_remote_code` and `revision` in all later loads in this process.
 
-        The files are imported by name, because they import this file. The remote-code loader of transformers finds the
-        files that it has to copy by these lines (in versions before 5.17, only by lines of this file):
+        The files are imported by name, because they import this file. transformers' loader of remote code copies the
+        files that are imported in these lines (before version 5.17, it searches only this file for imports):
 
             from .adaptation_vitcls import *
             from .attention_masks_vitcls import *
@@ -475,11 +476,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         models = importlib.import_module(".modeling_vitcls", __package__)
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
         transformers.AutoModel.register(cls, models.ViTCLSModel, exist_ok=True)
-        # transformers selects the class that `config.architectures` names, otherwise the first.
+        # transformers selects the class that `config.architectures` names, otherwise the first class.
         classifiers = (models.ViTCLSForImageClassification, models.ViTCLSForMultiTaskClassification)
         transformers.AutoModelForImageClassification.register(cls, classifiers, exist_ok=True)
-        masked = models.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(cls, masked, exist_ok=True)
+        masked_model = models.ViTCLSForMaskedImageModeling
+        transformers.AutoModelForMaskedImageModeling.register(cls, masked_model, exist_ok=True)
         transformers.AutoBackbone.register(cls, models.ViTCLSBackbone, exist_ok=True)
         processors = {"torchvision": images.ViTCLSImageProcessor, "pil": images.ViTCLSImageProcessorPil}
         transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
@@ -549,7 +550,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the plan without attention or the MLP if a norm spans its split dimension."""
+        """Build the plan. Attention or the MLP is not split if it contains a norm over the split dimension."""
         plan: dict[str, str] = {}
         if not self.attention_norm:
             plan |= type(self).base_model_tp_plan
@@ -575,11 +576,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Checks of what you choose ---------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that no two tokens start and stay identical."""
-        positioned = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
+        groups_with_positions = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
         has_learned_positions = self.position_embedding_type.startswith("learned")
-        distinct = positioned[self.position_embedding_tokens] if has_learned_positions else ()
+        distinct_groups = groups_with_positions[self.position_embedding_tokens] if has_learned_positions else ()
         for group, field in TOKEN_COUNTS.items():
-            if self.token_init == "zeros" and group not in distinct and getattr(self, field) > 1:
+            if self.token_init == "zeros" and group not in distinct_groups and getattr(self, field) > 1:
                 raise ValueError(
                     f'`token_init="zeros"` keeps the {group} tokens identical. Set token_init="trunc_normal".'
                 )
@@ -635,7 +636,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
             raise ValueError(
-                f"`tasks` requires one CLS token per task, but it has {len(self.tasks)} tasks and `num_cls_tokens` is "
+                f"`tasks` requires one CLS token per task, but has {len(self.tasks)} tasks, and `num_cls_tokens` is "
                 f"{self.num_cls_tokens}. Set num_cls_tokens={max(len(self.tasks), 1)}."
             )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
@@ -645,7 +646,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f'`tasks` requires a CLS token, but `pooling` is "{self.pooling}". Set pooling="cls".')
         for name, labels in self.tasks.items():
             if not name.isidentifier():
-                raise ValueError(f"`tasks` has the name {name!r}. Use letters, digits and underscores.")
+                raise ValueError(f"`tasks` does not support the name {name!r}. Use letters, digits and underscores.")
             num_labels = labels if isinstance(labels, int) else len(set(labels))
             if not 1 <= num_labels <= MAX_LABELS or (isinstance(labels, list) and len(labels) != num_labels):
                 raise ValueError(f"`tasks`: {name!r} requires 1 to {MAX_LABELS:,} distinct labels.")
@@ -703,14 +704,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
         for axis, pixels, patch in axes:
             if pixels % patch:
-                below = pixels // patch * patch
-                nearest = f"{below} or {below + patch}" if below else f"{patch}"
+                rounded_down = pixels // patch * patch
+                nearest = f"{rounded_down} or {rounded_down + patch}" if rounded_down else f"{patch}"
                 raise ValueError(
                     f"`image_size`: {axis} {pixels} is not a multiple of the patch {axis} {patch}. Use {nearest}."
                 )
 
     def validate_attention(self) -> None:
-        """Check that heads divide the hidden size, and that positions and attention type support their size."""
+        """Check that the heads divide the hidden size, and that positions and attention type support the head size."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
@@ -731,8 +732,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
             raise ValueError(
-                '`attention_type="differential"` requires an even head size and no rotary positions, but they are '
-                f'{self.head_dim} and "{self.position_embedding_type}".'
+                '`attention_type="differential"` requires an even head size and no rotary positions, but the head '
+                f'size is {self.head_dim} and position_embedding_type is "{self.position_embedding_type}".'
             )
 
     def validate_activations(self) -> None:
@@ -797,7 +798,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def get_remaining_gates(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after the token counts (by the fields in `TOKEN_COUNTS`) change from `counts`.
+    """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
     """
@@ -810,7 +811,7 @@ def get_remaining_gates(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return a size, one number for both axes or [height, width], as a pair."""
+    """Return a size as a pair. The size is one number for both axes, or [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

@@ -13,8 +13,8 @@
 
 On CPUs without bfloat16 or float16 instructions, products in half precision are computed in float32 and rounded. The
 subclasses have no state: parameters, state dicts, `isinstance` checks, copying and pickling work as in the plain
-modules. Plain PyTorch runs on other devices, in exported and traced programs, under torch.func and autocast (oneDNN),
-with hooks, and with quantized, sharded or parametrized weights, and if PyTorch lacks a private name.
+modules. Plain PyTorch runs on other devices, in exported and traced programs, under torch.func, with hooks, with
+quantized, sharded or parametrized weights, and if PyTorch lacks a private name. Under autocast, oneDNN is not called.
 """
 
 import os
@@ -41,7 +41,7 @@ try:
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
     softmax_backward = torch._softmax_backward_data
-    onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None if built without oneDNN
+    onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in builds without oneDNN
     HALF_PRECISION_CHECKS: dict[torch.dtype, Callable[[], bool] | None] = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
@@ -107,7 +107,7 @@ class CPULinear(CPUKernel, nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
-            parameters = self._parameters  # reading them as attributes takes ten times as long
+            parameters = self._parameters  # attribute access takes ten times as long
             linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
             return linear(inputs, parameters["weight"], parameters["bias"])
         if is_emulated(inputs) and has_plain_parameters(self):
@@ -207,7 +207,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN is faster for these plain CPU tensors, and no mode records or transforms operators."""
+    """Return whether oneDNN is faster for plain CPU tensors, and autocast, torch.func and dispatch modes are off."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
     if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
@@ -258,7 +258,7 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
     """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
     if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
-    if torch.is_grad_enabled():  # not in `KernelLinear.forward`
+    if torch.is_grad_enabled():  # false in `KernelLinear.forward`
         return KernelLinear.apply(onednn_linear_autograd, inputs, weight, bias)
     return onednn_linear(inputs, weight, bias)
 
@@ -286,13 +286,13 @@ def compute_linear_gradients(
 
     Args:
         linear: function that computes a linear layer, `linear(inputs, weight, bias)`.
-        needs_grad: which of the three gradients to compute; the others are None.
+        needs_grad: which of the three gradients to compute; the other gradients are None.
         grad: gradient of the output, [..., out].
     """
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
-    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if its weight argument is the longer one
+    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if its weight argument is longer
         weight_grad = linear(grad_rows.t(), rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(rows.t(), grad_rows.t(), None).t()
@@ -366,9 +366,9 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
         MIN_WORK[torch.bfloat16, False] = 0
 
 
-# Half precision on CPUs without its instructions ---------------------------------------------------------------------
-# PyTorch multiplies such numbers one by one there, 8 times as slowly as float32, and a checkpoint saved in bfloat16 is
-# loaded in bfloat16. Sums are float32 in both ways. The backward pass keeps tensors in half precision.
+# Half precision on CPUs without half-precision instructions ----------------------------------------------------------
+# PyTorch multiplies half-precision numbers one by one, 8 times as slowly as float32, for example in bfloat16 models.
+# Like PyTorch, these functions sum in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED: set[torch.dtype] = set()
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only
@@ -387,7 +387,7 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_product_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers multiply: the dtype of autocast, or of their inputs."""
+    """Return the dtype in which linear layers multiply: the dtype of autocast, otherwise the dtype of `inputs`."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
@@ -396,7 +396,7 @@ def get_product_dtype(inputs: Tensor) -> torch.dtype:
 def cast_for_autocast(inputs: Tensor) -> Tensor:
     """Cast float32 inputs to the dtype of autocast once, so that several projections share the copy."""
     if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
-        return inputs  # without a cast to the same dtype, which exported programs would contain
+        return inputs  # no cast to the same dtype, which exported programs would contain
     return inputs.to(get_product_dtype(inputs))
 
 
@@ -423,7 +423,7 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def recompute_in_backward(
     module: nn.Module, function: Callable[..., Tensor], first: Tensor, *others: Tensor | None
 ) -> Tensor:
-    """Return `function(first, *others)`, and keep only its inputs for the backward pass; values are bit-identical.
+    """Return `function(first, *others)`, and keep only its inputs for the backward pass; the values are bit-identical.
 
     Modules with hooks run the function normally, because recomputation would call a hook twice.
     """
@@ -451,8 +451,8 @@ def can_recompute(inputs: Tensor) -> bool:
 # backward pass recomputes the weights chunk by chunk.
 
 MAX_CHUNKED_KEYS = 1200  # maximum sequence length at which chunked attention was faster
-MIN_CHUNKED_SCORES = 20_000  # minimum number of scores of all images and heads
-SCORES_PER_THREAD = 2**19  # scores per chunk and thread: 1 MiB in bfloat16, about the cache of a core
+MIN_CHUNKED_SCORES = 20_000  # minimum number of attention scores of all images and heads
+SCORES_PER_THREAD = 2**19  # attention scores per chunk and thread: 1 MiB in bfloat16, about the L2 cache of a core
 
 
 def sdpa_attention(
@@ -465,7 +465,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attended values [B, n, heads, head_dim] and None, by chunked attention if faster, else by SDPA."""
+    """Return the attended values [B, n, heads, head_dim], computed by chunked attention or SDPA, and None."""
     if dropout == 0 and use_chunked_attention(query, key):
         return chunked_attention(query, key, value, attention_mask, scaling), None
 
@@ -481,7 +481,7 @@ def sdpa_attention(
 def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
 
-    Exported and traced programs may run on other machines, and compiled training would keep all weights: False.
+    Exported programs may run on other CPUs, and compiled training would store all weights, so the result is False.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False

@@ -1,7 +1,7 @@
 """Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, run actions on the main process.
 
-ZeRO-2 shards gradients and optimizer state across the processes, ZeRO-3 the weights as well. The optimizer step is in
-training/optimizer.py, gathering of shards in training/distributed_state.py.
+ZeRO-2 shards gradients and optimizer state across the processes; ZeRO-3 also shards the weights. The optimizer step
+is in training/optimizer.py. The shards are gathered in training/distributed_state.py.
 """
 
 import importlib.util
@@ -25,12 +25,12 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .blocks_vitcls import EncoderLayer
-from .errors import on_all_processes
+from .errors import mark_errors_of_all_processes
 from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-MAX_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams, pushes
+MAX_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams and pushes
 
 
 def build_accelerator(
@@ -43,24 +43,24 @@ def build_accelerator(
 
     On CPUs, the process keeps freed memory after this call (system.py). `cpu=True` is required on machines without an
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
-    backend is set instead, because `cpu=True` would disable DeepSpeed.
+    gloo backend is set instead, because `cpu=True` would disable DeepSpeed.
 
     `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
 
     Raises:
-        ValueError: if this machine or DeepSpeed does not support the precision, for FSDP 1 and unsupported stages of
-            ZeRO, or if a tracker is not installed.
+        ValueError: if this machine or DeepSpeed does not support the precision, if FSDP 1 or an unsupported ZeRO stage
+            is configured, or if a tracker is not installed.
     """
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu:
+    use_cpu = not torch.accelerator.is_available()
+    if use_cpu:
         keep_freed_memory()
-    with_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    use_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     accelerator = Accelerator(
-        cpu=on_cpu and not with_deepspeed,
+        cpu=use_cpu and not use_deepspeed,
         mixed_precision=mixed_precision,
         log_with=check_trackers(trackers) or None,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu and with_deepspeed else None, timeout=MAX_WAIT)
+            InitProcessGroupKwargs(backend="gloo" if use_cpu and use_deepspeed else None, timeout=MAX_WAIT)
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
@@ -85,9 +85,9 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
-    """Set FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
+    """Configure FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
 
-    Accelerate would require all layer types that the model class supports, and fail.
+    Otherwise, Accelerate would fail, because it requires a layer of each type that the model class supports.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
@@ -98,7 +98,7 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the trackers as a list. Raise ValueError if one is not installed; Accelerate would silently ignore it."""
+    """Return the trackers as a list. Raise ValueError if a tracker is not installed; Accelerate would ignore it."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log-with {name} requires the package {name}: pip install {name}")
@@ -114,16 +114,17 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the stage of ZeRO; None without DeepSpeed."""
+    """Return the ZeRO stage; None without DeepSpeed."""
     return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
     """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
-    fp16, or an unsupported stage of ZeRO.
+    fp16, or an unsupported ZeRO stage.
 
-    DeepSpeed's own bf16 would train and save bf16 weights, so autocast replaces it. The DeepSpeed configuration of
-    Transformers is removed, because Transformers would load all models in shards, including the teacher.
+    DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
+    configuration of Transformers is removed, because Transformers would load all models in shards, including the
+    teacher.
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
@@ -132,10 +133,10 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 is not supported with DeepSpeed. Set --mixed-precision bf16 or no")
     config = accelerator.deepspeed_plugin.deepspeed_config
-    in_bf16 = config["bf16"]["enabled"]
+    use_bf16 = config["bf16"]["enabled"]
     config["bf16"]["enabled"] = False
-    # Without modules in this list, processes communicate in float32.
-    config["torch_autocast"] = {"enabled": in_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    # With an empty list of modules, processes communicate in float32.
+    config["torch_autocast"] = {"enabled": use_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def get_precision(accelerator: Accelerator) -> str:
@@ -159,7 +160,7 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 
 
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set the batch size and gradient clipping of DeepSpeed, which it would read from a DataLoader or its own file."""
+    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from its configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None
@@ -180,8 +181,8 @@ def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
         except (ValueError, OSError) as error:
             outcome = [None, error]
     broadcast_object_list(outcome)
-    result, raised = outcome
-    if raised is not None:
-        with on_all_processes():
-            raise raised
+    result, main_error = outcome
+    if main_error is not None:
+        with mark_errors_of_all_processes():
+            raise main_error
     return result

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 MAX_LENGTH = 400  # maximum length of an error message from another library, in characters
-ON_ALL_PROCESSES = "on all processes"  # note that marks errors which every process of a run raises
+ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a run raises
 
 
 def format_error(error: BaseException) -> str:
@@ -18,7 +18,7 @@ def format_error(error: BaseException) -> str:
 
 
 @contextmanager
-def on_all_processes() -> Iterator[None]:
+def mark_errors_of_all_processes() -> Iterator[None]:
     """Mark errors of this block as raised on all processes, so that only one process prints the message."""
     try:
         yield
@@ -28,5 +28,5 @@ def on_all_processes() -> Iterator[None]:
 
 
 def is_on_all_processes(error: BaseException) -> bool:
-    """Return whether an error is marked by `on_all_processes`."""
+    """Return whether an error is marked by `mark_errors_of_all_processes`."""
     return ON_ALL_PROCESSES in getattr(error, "__notes__", ())

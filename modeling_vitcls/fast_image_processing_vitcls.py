@@ -39,12 +39,12 @@ def read_jpeg(source: Any) -> Tensor | None:
 
     Return None for other formats, and if torchvision cannot decode the file or decodes it differently (CMYK).
     """
-    encoded = read_jpeg_bytes(source) if decode_jpeg is not None else None
-    if encoded is None:
+    jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
+    if jpeg_bytes is None:
         return None
     try:
-        data = torch.frombuffer(encoded, dtype=torch.uint8)
-        pixels: Tensor = decode_jpeg(data, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        encoded = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
+        pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     except RuntimeError:
         return None
     if len(pixels) == 1:
@@ -53,7 +53,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the content of a JPEG file, given as path or bytes; None for other formats and other types of files."""
+    """Return the content of a JPEG file, given as a path or bytes; None for other formats and types of files."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
@@ -109,9 +109,9 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of unscaled pixels, float32 [C, 1, 1], computed as in transformers."""
-    scaled = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
-    return scaled[0].view(-1, 1, 1).numpy(), scaled[1].view(-1, 1, 1).numpy()
+    """Return mean and standard deviation for pixels from 0 to 255, float32 [C, 1, 1], computed as in transformers."""
+    scaled_statistics = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
+    return scaled_statistics[0].view(-1, 1, 1).numpy(), scaled_statistics[1].view(-1, 1, 1).numpy()
 
 
 def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list[Tensor]:

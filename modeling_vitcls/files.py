@@ -1,4 +1,4 @@
-"""Read JSON, write files atomically, show text from files, and detect closed pipes."""
+"""Read JSON, write files atomically, make text from files printable, and detect closed pipes."""
 
 import json
 import os
@@ -46,21 +46,21 @@ def write_atomically(file: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot be written. The message contains `file`.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    unfinished_file = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
-        yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(file)
+        yield unfinished_file
+        with unfinished_file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unfinished_file.replace(file)
     except OSError as error:
         if error.errno is None:  # raised while the contents are computed, not by writing
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        unfinished_file.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name
+        os.fsync(folder)  # writes the new name to the disk
     finally:
         os.close(folder)
 

@@ -4,7 +4,7 @@
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
 The losses support `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels.
-Unlike the `loss_function` of transformers, they do not guess the problem type and store it in the configuration.
+Unlike the `loss_function` of transformers, the losses do not set `config.problem_type`.
 """
 
 from collections import OrderedDict
@@ -24,8 +24,8 @@ IGNORED_LABEL = -100
 class TokenPooler(nn.Module):
     """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
 
-    "cls": the CLS token; `config.cls_pooling` combines several. "mean" and "max": over the patches. "cls_mean": the
-    CLS token and the mean of the patches, concatenated.
+    "cls": the CLS token; `config.cls_pooling` combines several tokens. "mean" and "max": over the patches. "cls_mean":
+    the CLS token and the mean of the patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -98,7 +98,7 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler `config.pooling`, [B, N, D] -> [B, P], followed by the optional norm and dense layer."""
+    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by the optional norm and dense layer."""
     pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
@@ -111,7 +111,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
-    """Build the classifier `config.head_type`, [B, in_features] -> [B, num_labels]; an identity without labels."""
+    """Build a classifier of type `config.head_type`, [B, in_features] -> [B, num_labels]; an identity for 0 labels."""
     if not num_labels:
         return nn.Identity()
     if config.head_type == "linear":
@@ -121,7 +121,7 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
 
 
 def combine_logits(cls_logits: Tensor, distillation_logits: Tensor, distillation_inference: str) -> Tensor:
-    """Return the logits that `config.distillation_inference` selects: one head's, or the mean of both."""
+    """Return the logits that `config.distillation_inference` selects: the logits of one head, or the mean of both."""
     if distillation_inference == "mean":
         return (cls_logits + distillation_logits) / 2
     return cls_logits if distillation_inference == "cls" else distillation_logits
@@ -152,7 +152,7 @@ class PixelDecoder(nn.Module):
 def classification_loss(
     logits: Tensor, labels: Tensor, config: ViTCLSConfig, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the loss of logits [B, C], C classes, that `config.problem_type` selects.
+    """Return the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
 
     - integer labels [B]: cross-entropy; -100 is ignored;
     - float labels with "single_label_classification": cross-entropy with probabilities [B, C] (mixup, CutMix);
@@ -160,7 +160,7 @@ def classification_loss(
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: divisor of the summed loss, the labels of all accumulated batches. Default: of this batch.
+        num_items_in_batch: number of labels in all accumulated batches, which divides the loss. Default: this batch.
 
     Raises:
         ValueError: if a label is not a class index, or `problem_type` is not set for float labels.
@@ -193,7 +193,7 @@ def classification_loss(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, task: str = "the model"
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] with classes [B]; -100 is ignored; 0 if all labels are -100.
+    """Return the cross-entropy of logits [B, C] and class indices [B]. Labels of -100 are ignored; 0 if all are -100.
 
     Raises:
         ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index.
@@ -218,7 +218,7 @@ def check_label_shape(labels: Tensor, logits: Tensor) -> None:
     """Raise ValueError if the shapes of labels and logits differ."""
     if labels.shape != logits.shape:
         raise ValueError(
-            f"labels have shape {list(labels.shape)}, but the logits have {list(logits.shape)}: make them equal"
+            f"labels must have the shape of the logits, {list(logits.shape)}, but they have shape {list(labels.shape)}"
         )
 
 

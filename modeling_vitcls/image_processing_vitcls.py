@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# Both backends. `save_pretrained` of transformers names only the class it saves.
+# Classes of both backends. transformers' `save_pretrained` would write only the class of the saved object.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -62,7 +62,7 @@ AUTO_MAP = {
     }
 }
 
-# Formats that PIL may open. Excluded formats include EPS, which starts an external program.
+# Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 
 # Keys of `size` that the backends of transformers support.
@@ -71,7 +71,7 @@ SIZE_KEYS = (("height", "width"), ("shortest_edge",), ("shortest_edge", "longest
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczos, bilinear, bicubic
 
-# Rounding of a center crop's margins: transformers rounds half a pixel down, torchvision and timm to the even number.
+# Rounding of the margins of a center crop: transformers rounds half pixels down, torchvision and timm to even.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -107,7 +107,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from saved settings; keywords override them."""
+        """Build an image processor from saved settings; keyword arguments override the settings."""
         check_setting_names(kwargs)
         return super().from_dict(image_processor_dict, **kwargs)
 
@@ -129,7 +129,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Read every path, URL and encoded image of a (nested) list. Images in memory are returned unchanged.
 
         Raises:
-            ValueError: If a source cannot be read or decoded, or an object is not an image. The message names it.
+            ValueError: If a source cannot be read or decoded, or an object is not an image. The message says which.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
@@ -168,10 +168,10 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return a flat list of single images. Unlike transformers, this accepts grayscale arrays [H, W]."""
-        singles = list(flatten_images(self.fetch_images(images)))
-        if not singles:
+        single_images = list(flatten_images(self.fetch_images(images)))
+        if not single_images:
             raise ValueError("no images were given: the list is empty")
-        return singles
+        return single_images
 
     def _standardize_kwargs(  # type: ignore[override]
         self, size: Any = None, crop_size: Any = None, **kwargs: Any
@@ -183,7 +183,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
-        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL reads names as bilinear
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # for names, PIL would use bilinear
             known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
             raise ValueError(f"unknown resample {resample!r}: use one of {known}")
         return settings
@@ -197,14 +197,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Prepares images for the ViTCLS models with torchvision: in batches, and on a GPU if `device` is set.
+    r"""Image processor for the ViTCLS models with torchvision. It processes batches, on a GPU if `device` is set.
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
-    Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as each mean and deviation.
+    Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as means and deviations.
 
-    The input is an image, a batch or a list, the output a `BatchFeature` with `pixel_values` [B, C, H, W] float32. An
-    image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL image,
-    or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. Files have one of the formats in `IMAGE_FORMATS`.
+    The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B, C, H, W] float32.
+    An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL
+    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. Files have a format in `IMAGE_FORMATS`.
 
     Steps before resizing:
         - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame is used.
@@ -217,8 +217,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           per channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
-    bicubic resizing, the backends differ on photographs by at most 2 of 255 gray levels and by 0.05 on average, on
-    pure noise by at most 16 and 0.5 (PIL rounds and clips between its two passes). Nearest and Lanczos differ more.
+    bicubic resizing, values differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
+    (0.5 on average) on noise, because PIL rounds and clips between its two passes. Nearest and Lanczos differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -233,7 +233,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`; `False` for floats in [0, 1].
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std (`float` or `list[float]`): One value, or one per channel, for the rescaled image.
+        image_mean, image_std (`float` or `list[float]`): One value, or one value per channel, for the rescaled image.
 
     Raises:
         ValueError: If a file is missing, truncated or not an image, an object is not an image, sizes, channels or
@@ -263,7 +263,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return batch
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
-        """Return the output of `preprocess` for checked settings for which `can_use_fast_path` is true."""
+        """Return the output of `preprocess` for checked settings that the fast path supports."""
         are_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
         tensors = map_in_threads(self._load_image, images) if are_sources else list(map(self._load_image, images))
         check_same_shape(tensors)
@@ -280,9 +280,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
 
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
-    """Prepares images for the ViTCLS models with PIL and NumPy, one by one, without torchvision.
+    """Image processor for the ViTCLS models with PIL and NumPy, without torchvision. Images are processed one by one.
 
-    Settings, inputs and errors are those of `ViTCLSImageProcessor`. Its docstring states how results can differ.
+    Settings, inputs and errors are as in `ViTCLSImageProcessor`, whose docstring states how the results can differ.
     """
 
 
@@ -292,7 +292,7 @@ ViTCLSImageProcessorPil.register_for_auto_class()
 
 # Reading sources -----------------------------------------------------------------------------------------------------
 def read_image(source: ImageSource) -> PIL.Image.Image:
-    """Read and decode one path, URL or encoded image. The result is upright, in the mode of the file.
+    """Return the decoded image of a path, a URL or encoded bytes, upright and in the mode of the file.
 
     Raises:
         ValueError: If the source cannot be read or is not a complete image. The message names the source.
@@ -310,7 +310,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError as error:  # its message names an object in memory
+    except PIL.UnidentifiedImageError as error:  # PIL's message names an object in memory
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
@@ -369,7 +369,7 @@ def image_to_tensor(
         return pil_to_tensor(image, to_rgb)
     if isinstance(image, np.ndarray):
         try:
-            # Copies only arrays that PyTorch cannot share: negative strides and read-only arrays.
+            # Copies only arrays that PyTorch cannot share: arrays with negative strides, and read-only arrays.
             image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"cannot use an array of {image.dtype} as an image: pass integers or floats") from error
@@ -410,7 +410,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
-        raise ValueError(f"an image has the shape [H, W], [C, H, W] or [H, W, C] and at least one pixel, not {shape}")
+        raise ValueError(f"an image must be [H, W], [C, H, W] or [H, W, C] with at least one pixel, not {shape}")
     if image.ndim == 2:
         return image[None]
     if data_format is None:
@@ -441,11 +441,11 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     low, high = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"the values of this image are between {low:g} and {high:g}: pass 0 to 255, 16 bits as uint16, or floats "
-            "with do_rescale=False"
+            f"the values of this image are between {low:g} and {high:g}: pass 0 to 255, 16-bit values as uint16, or "
+            "floats with do_rescale=False"
         )
     if pixels.is_floating_point() and 0 < high <= 1:
-        raise ValueError(f"the values of this image are at most {high:g}, already rescaled: set do_rescale=False")
+        raise ValueError(f"this image is already rescaled, to values up to {high:g}: set do_rescale=False")
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 

@@ -97,7 +97,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         loss: the loss of `logits`, if labels were given.
         logits: [B, labels], the prediction of the model (`config.distillation_inference`).
         cls_logits: [B, labels], output of the classifier on the pooled tokens.
-        distillation_logits: [B, labels], output of the classifier on the distillation token; None without it.
+        distillation_logits: [B, labels], output of the classifier on the distillation token, None if there is none.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -188,7 +188,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             super()._init_weights(module)  # norms
 
     def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoded tokens of images [B, C, H, W], [B, N, D], like the method of this name in timm."""
+        """Return the encoded tokens [B, N, D] of images [B, C, H, W], as the timm method of this name does."""
         tokens: Tensor = self.base_model(pixel_values).last_hidden_state
         return tokens
 
@@ -202,7 +202,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         """Return the attention of the special tokens, for any attention implementation, without full attention maps.
 
         The values are equal to the rows of eager attention without dropout. The cost is a forward pass and a few rows
-        per layer. The output has gradients: use `torch.no_grad()` if they are not needed.
+        of the attention map per layer. The output has gradients: use `torch.no_grad()` if they are not needed.
 
         Args:
             pixel_values: [B, C, H, W].
@@ -224,7 +224,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
         Only matrix products and convolutions are counted, a multiply-add as two operations. The last layer is counted
-        for the tokens that it computes. `image_size` is in pixels; default: `config.image_size`.
+        only for the tokens that are computed. `image_size` is in pixels; default: `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
@@ -282,7 +282,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pixel_values: [B, C, H, W]; images of any size, at least one patch.
             bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
             attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
-            num_tokens_read: compute the last layer for, and return, only this many special tokens. Default: all.
+            num_tokens_read: number of special tokens to compute in the last layer and to return. Default: all tokens.
             interpolate_pos_encoding: has no effect, because positions are always resampled to the image size.
             output_hidden_states, output_attentions, return_dict: as in all models of transformers.
 
@@ -354,7 +354,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.post_init()
 
     def build_classifiers(self) -> None:
-        """Build the classifiers of `config.num_labels` labels."""
+        """Build the classifiers for `config.num_labels` labels."""
         self.num_labels = self.config.num_labels
         self.classifier = build_head(self.config, self.config.pooled_size, self.num_labels)
         self.distillation_classifier = None
@@ -362,7 +362,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers by new classifiers, as in timm; 0 labels: no classifiers."""
+        """Replace the classifiers with newly initialized classifiers, as in timm. 0 classes: no classifier."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()
@@ -380,8 +380,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
-        The loss is computed from `logits`. In training with two classifiers, it is the mean of their losses, so that
-        both classifiers are trained. Distillation from a teacher is part of the training loop (training/losses.py).
+        The loss is computed from `logits`. In training with two classifiers, the loss is the mean of both losses,
+        so that both are trained. Distillation from a teacher is part of the training loop (training/losses.py).
 
         Args:
             labels, num_items_in_batch: as in `classification_loss`.
@@ -396,7 +396,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         elif torch.onnx.is_in_onnx_export():
-            cls_logits = None  # the same tensor as logits
+            cls_logits = None  # the graph outputs the same tensor as logits
         loss = None
         if labels is not None:
             head_logits = [logits]
@@ -445,7 +445,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             labels: task -> class index of each image [B]. Tasks may be missing; labels of -100 are ignored.
 
         Raises:
-            ValueError: if a task is unknown, or a label is not less than the number of its task's labels.
+            ValueError: if a task is unknown, or a label is not a class index of its task.
         """
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
@@ -466,7 +466,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return task -> mean cross-entropy over its labeled images, or 0 (finetune.py divides by all images)."""
+        """Return task -> mean cross-entropy over labeled images, or 0. (training/losses.py divides by all images.)"""
         if unknown := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
         losses = {}
@@ -479,9 +479,9 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 
 
 def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the classifiers read, so that the last layer can skip the rest; None for all tokens.
+    """Return the number of tokens that the classifiers read, so that the last layer can skip the others; None for all.
 
-    The special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
+    Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
     read patches, the last layer writes to a register, hidden states or attentions are requested, a recorder or a hook
     on the encoder, its last layer or its norm may read all tokens, or the attention is neither SDPA nor eager.
     """

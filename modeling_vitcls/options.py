@@ -27,22 +27,22 @@ class DataOptions:
     label_names: tuple[str, ...] | None = None
     """All labels, for a streamed dataset that does not declare them."""
     held_out_fraction: float = 0.2
-    """Fraction of the images to hold out for evaluation if the dataset has no split for it. A checksum of each image
-    decides, so the split stays the same when images are added. 0: train on all images, and measure nothing."""
+    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. The split of an image
+    depends only on a checksum of the image and --split-seed. 0: train on all images, without evaluation."""
     split_seed: int = 0
     """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
     run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
-    """With --folds: hold out only this fold, from 1, and write to OUTPUT_DIR itself. Default: all folds in turn."""
+    """With --folds: hold out only this fold (from 1), and write to OUTPUT_DIR itself. Default: all folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
-    """Number of images from which a streamed dataset draws the next one. A folder streams class by class: set it to
-    the number of images."""
+    """Number of images from which a streamed dataset draws the next one. An image folder is streamed class by class:
+    set the number of its images."""
     max_broken_images: int = 100
-    """Maximum number of unreadable images, which are reported and skipped. If there are more, the run stops."""
+    """Maximum number of unreadable images, which are reported and skipped. The run stops if there are more."""
     num_workers: int = 2
     """Data loading processes per training process. 0: load in the training process."""
 
@@ -98,10 +98,10 @@ class ModelOptions:
     merged_patches_per_layer: int | None = None
     """Number of patches that each layer removes by merging similar patches: faster, less accurate."""
     initializer_range: float | None = None
-    """Standard deviation of new weights. Default: by the width of a preset (training/defaults.py), because narrow
-    models learn slowly with the usual 0.02."""
+    """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
+    narrow models learn slowly with the usual 0.02."""
 
-    def config_values(self) -> dict[str, Any]:
+    def get_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that are set."""
         return {name: value for name, value in vars(self).items() if name != "model" and value is not None}
 
@@ -135,7 +135,7 @@ class AugmentationOptions:
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
     repeated_augmentation: int = 1
-    """Augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
+    """Number of augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
 
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
@@ -158,13 +158,13 @@ class TrainingOptions:
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
-    """Training images per process and forward pass. Default: 64, or 32 if there are fewer than 10,000 images."""
+    """Training images per process and forward pass. Default: 64, or 32 for fewer than 10,000 images."""
     gradient_accumulation_steps: int = 1
-    """Forward and backward passes per optimizer step."""
+    """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine. Default: by the initial
-    weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5 for a pre-trained
-    ViT-B."""
+    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine. Default: depends on the
+    initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5 for a
+    pre-trained ViT-B."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
     before the first (BEiT, Bao et al. 2021). 1: the same rate for all. Default: 0.75 for pre-trained weights,
@@ -183,9 +183,9 @@ class TrainingOptions:
     """Maximum norm of the gradients; larger gradients are scaled down. 1 is the value of the ViT paper."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
-    0.999 suits a few thousand steps. Default: no average."""
+    0.999 is suitable for a few thousand steps. Default: no average."""
     trainable: str = "full"
-    """What is trained: `full`, `head` (linear probing), `last-N` (the last N layers and the head), or `lora`."""
+    """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
     feature_views: int = 0
     """With `--trainable head`: number of augmented views of each image, which are encoded once. 0: the image without
     augmentation."""
@@ -207,8 +207,8 @@ class TrainingOptions:
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
     """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
-    selected on images that are not reported: the validation split if there is a test split, otherwise a further part
-    of the training images."""
+    selected on other images than the reported metrics: the validation split if there is a test split, otherwise a
+    further part of the training images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
@@ -222,8 +222,8 @@ class TrainingOptions:
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.patience is not None and self.select != "best":
             raise ValueError("--patience requires --select best, but it is last. Set --select best")
-        is_decay = self.layer_decay is None or 0 < self.layer_decay <= 1
-        check_value(self, "layer_decay", is_decay, "above 0 and at most 1")
+        is_valid_decay = self.layer_decay is None or 0 < self.layer_decay <= 1
+        check_value(self, "layer_decay", is_valid_decay, "above 0 and at most 1")
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
         check_value(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
@@ -271,10 +271,10 @@ class RunOptions:
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
-    """Write report.html (see `vitcls inspect`) and add images of attention to the model card."""
+    """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
     dry_run: bool = False
-    """Test the run and estimate its duration: run a few steps, an evaluation, a checkpoint and saving, and check the
-    permission to push. The output is removed."""
+    """Test the run and estimate its duration: train a few steps, evaluate, save a checkpoint and the model, and check
+    the permission to push. The output is removed."""
     push_to_hub: bool = False
     """Push the result to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
@@ -285,16 +285,16 @@ class RunOptions:
     """Load the pushed commit in a new process and compare its outputs."""
     hub_checkpoint_every: int | None = None
     """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
-    Default: no such pushes."""
+    Default: off."""
     hub_checkpoint_branch: str = "checkpoints"
-    """Branch for these pushes. It is created if it does not exist."""
+    """Branch for the pushes of --hub-checkpoint-every. It is created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
     machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
     --resume. Requires --push-to-hub."""
     license: str | None = None
-    """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. Weights that
-    started from a model with a license keep that license. Default: no license in the card."""
+    """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. If the
+    initial weights have a license, the card states that license instead. Default: no license in the card."""
     card_samples: bool = False
     """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
     of `digits` and of datasets on the Hub are always shown."""
@@ -308,8 +308,8 @@ class RunOptions:
         check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
-        is_identifier = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        check_value(self, "license", is_identifier, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
+        is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
+        check_value(self, "license", is_valid_license, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 flag = f"--{name.replace('_', '-')}"
@@ -349,7 +349,7 @@ class MaskingOptions:
     mask_ratio: float = 0.6
     """Fraction of the patches to mask. 0.6 is the value of SimMIM (Xie et al. 2021)."""
     mask_block: int = 1
-    """Side of the square blocks of patches that are masked together. SimMIM masks blocks of 32 x 32 pixels."""
+    """Side of the square blocks that are masked together, in patches. SimMIM masks blocks of 32 x 32 pixels."""
 
     def __post_init__(self) -> None:
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
@@ -375,7 +375,7 @@ class EvaluateOptions:
     """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
     fine-tuning. Default: the held-out split of the model's run, or `test`."""
     batch_size: int = 64
-    """Images per process and forward pass."""
+    """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     frozen: str | None = None
@@ -404,37 +404,38 @@ class ImageOptions:
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
     `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
-    """Image files, folders (with all folders in them), or URLs."""
+    """Image files, folders (including subfolders), or URLs."""
     dataset: str | None = None
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
     `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with the images or their paths. Default: detected by its type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. Complete attention maps reduce it to save memory."""
+    """Maximum number of images per process and forward pass. If complete attention maps are computed, the number is
+    reduced to save memory."""
 
 
 @dataclass(frozen=True)
 class PredictOptions(ImageOptions):
     """Predict the labels of images, or write their features.
 
-    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. Several processes
-    share the images.
+    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. The images are
+    distributed over all processes.
     """
 
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
-    """Split of the dataset. Default: the only one."""
+    """Split of the dataset. Default: the only split."""
     streaming: bool = False
     """Read the dataset without downloading or storing it."""
     output: Path | None = None
     """A .csv, .json, .jsonl or .parquet file; or a folder for Parquet files of --shard-size images each. If the folder
     exists, only missing files are written. Default: a table on the terminal."""
     shard_size: int = 10_000
-    """Images per Parquet file of a folder."""
+    """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Number of labels per image, the most probable first. Default: 1; for a multi-label model all labels with a
+    """Number of labels per image, the most probable first. Default: 1, or for a multi-label model, all labels with a
     probability of --threshold or more."""
     threshold: float = 0.5
     """Minimum probability of a label of a multi-label model."""
@@ -449,7 +450,7 @@ class PredictOptions(ImageOptions):
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
-            raise ValueError("Set exactly one of PATHS, --list and --dataset: they name the images.")
+            raise ValueError("Set exactly one of PATHS, --list and --dataset, to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError("--split, --image-column and --streaming require --dataset, but it is not set.")
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
@@ -486,7 +487,7 @@ class InspectOptions(ImageOptions):
     json: Path | None = None
     """JSON file to write the values of the report to."""
     num_images: int = 8
-    """Number of images in the report: wrong predictions, then the least confident, then typical images."""
+    """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
     """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
     patch_sizes: tuple[int, ...] = ()
@@ -496,7 +497,7 @@ class InspectOptions(ImageOptions):
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
         check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
         if bool(self.paths) == (self.dataset is not None):
-            raise ValueError("Set exactly one of PATHS and --dataset: they name the images.")
+            raise ValueError("Set exactly one of PATHS and --dataset, to select the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
             raise ValueError(
                 "--image-column, --label-column and --label-separator require --dataset, but it is not set."
@@ -521,7 +522,7 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_names(options_class: Any) -> set[str]:
-    """Return the names of all flags of a dataclass, including its nested dataclasses: `batch_size`."""
+    """Return the names of all flags of a dataclass, including its nested dataclasses, for example `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):
         names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
@@ -529,7 +530,7 @@ def get_flag_names(options_class: Any) -> set[str]:
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return name and value of all flags of a run except `--config`, in types of YAML and JSON."""
+    """Return name -> value of all flags of a run except `--config`, in types that YAML and JSON support."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):

@@ -118,7 +118,7 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
 
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
-    """Return whether two grids differ; always True in export, because the graph would contain the comparison."""
+    """Return whether two grids differ; True for dynamic sizes in an export, which a comparison would fix."""
     if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
         return True
     return grid != new_grid
@@ -130,7 +130,7 @@ def resample_positions(
     """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
     maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # resample to a square with the longer side, then crop its top left (RADIO, arXiv 2312.06709)
+        # resample to a square as long as the longer side, then crop the top left (RADIO, arXiv 2312.06709)
         side = max(new_grid)
         square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)
@@ -154,18 +154,18 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly if patches grow, in
-    the least-squares sense if they shrink. With the resizing matrix B, it is pinv(B transposed) times the old kernel.
+    the least-squares sense if they shrink. With the resizing matrix B, the new kernel is pinv(B^T) times the old one.
     """
     height, width = kernel.shape[-2:]
-    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # on the CPU: MPS has no float64
-    resized = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
-    to_new = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B transposed
-    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ to_new.T).unflatten(2, new_size)  # [D, C, *new_size]
+    basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64
+    resized_basis = nn.functional.interpolate(basis, size=new_size, mode="bilinear", align_corners=False)
+    inverse = torch.linalg.pinv(resized_basis.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B^T
+    new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(2, new_size)  # [D, C, *new_size]
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)
 
 
 def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Resize the weight or bias [C * height * width, ...] of a layer so that its output pixels are resized."""
+    """Resize the patches that a linear layer outputs, by resizing its weight or bias [C * height * width, ...]."""
     patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
     patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
     return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

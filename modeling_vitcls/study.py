@@ -75,7 +75,7 @@ class Study:
     subsets: dict[str, Flags] = field(default_factory=dict)
 
     def plan_runs(self) -> list[StudyRun]:
-        """Return the runs of the grid: all seeds of a combination of levels, then the next combination."""
+        """Return the runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
         for levels in itertools.product(*self.factors.values()):
             combination = dict(zip(self.factors, levels, strict=True))
@@ -102,9 +102,9 @@ def load_study(file: Path) -> Study:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {file}: {format_error(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} does not contain keys. A study requires {', '.join(REQUIRED_KEYS)}")
-    if missing := [key for key in REQUIRED_KEYS if not content.get(key)]:
-        raise ValueError(f"{file} has no value for {', '.join(missing)}")
+        raise ValueError(f"{file} does not contain `key: value` lines. A study requires {', '.join(REQUIRED_KEYS)}")
+    if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
+        raise ValueError(f"{file} has no value for {', '.join(missing_keys)}")
     if unknown := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
         raise ValueError(f"{file} has unknown keys: {', '.join(unknown)}")
     factors = {
@@ -114,7 +114,7 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of a factor")
+            raise ValueError(f"{file}: the baseline {factor}: {level} is not defined in factors")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
@@ -132,7 +132,7 @@ def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
 
 
 def to_file_name(text: str) -> str:
-    """Convert a text to a part of a file name: `100 %` -> `100-`."""
+    """Return text with all characters except letters, digits, dots and hyphens replaced by hyphens."""
     return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
 
 
@@ -141,12 +141,12 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A running process of a run."""
+    """A started run, its current process and its remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
     stages: Iterator[tuple[str, list[str]]]
-    started: float
+    start_time: float
 
 
 @dataclass
@@ -157,23 +157,25 @@ class StudyRunner:
     folder: Path
     jobs: int = 1  # maximum number of runs at a time
     threads: int = 1  # threads per run
-    memory_limit: float | None = None  # total memory of all runs in GiB; a run starts only if the largest would fit
+    memory_limit: float | None = (
+        None  # total memory of all runs in GiB; a run starts only if the largest run so far would fit
+    )
     dataset: str | None = None  # dataset for all subsets, instead of the dataset in the study file
-    largest_run: float = 0.0  # largest peak memory of the runs so far, in bytes
+    largest_run: float = 0.0  # largest memory of a run so far, in bytes
     seconds: list[float] = field(default_factory=list)  # durations of the runs of this process
 
     def execute(self) -> None:
         """Execute all runs that are not finished. A failed run does not stop the other runs."""
         self.write_subsets()
         runs = self.study.plan_runs()
-        waiting = [run for run in runs if not self.is_finished(run)]
-        num_finished = len(runs) - len(waiting)
+        waiting_runs = [run for run in runs if not self.is_finished(run)]
+        num_finished = len(runs) - len(waiting_runs)
         print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
         running: list[RunProcess] = []
         try:
-            while waiting or running:
-                while waiting and len(running) < self.jobs and self.has_memory(running):
-                    running.append(self.start(waiting.pop(0)))
+            while waiting_runs or running:
+                while waiting_runs and len(running) < self.jobs and self.fits_memory_limit(running):
+                    running.append(self.start(waiting_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running)
                 for item in [item for item in running if item.process.poll() is not None]:
@@ -182,8 +184,8 @@ class StudyRunner:
                         continue
                     running.remove(item)
                     num_finished += 1
-                    self.seconds.append(time.monotonic() - item.started)
-                    self.print_progress(item, num_finished, len(waiting) + len(running))
+                    self.seconds.append(time.monotonic() - item.start_time)
+                    self.print_progress(item, num_finished, len(waiting_runs) + len(running))
         finally:
             for item in running:
                 item.process.send_signal(signal.SIGTERM)  # the run saves a checkpoint
@@ -244,7 +246,7 @@ class StudyRunner:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
         return value.replace("{run}", str(self.get_folder(run))).replace("{folder}", str(self.folder))
 
-    def has_memory(self, running: list[RunProcess]) -> bool:
+    def fits_memory_limit(self, running: list[RunProcess]) -> bool:
         """Return whether another run fits into the memory limit. The first run always starts."""
         if self.memory_limit is None or not running:
             return True
@@ -252,14 +254,14 @@ class StudyRunner:
         return 0 < expected <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running: list[RunProcess]) -> None:
-        """Update the peak memory of a run."""
+        """Update the largest peak memory of the runs."""
         for item in running:
             try:
                 process = psutil.Process(item.process.pid)
-                used = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
+                used_bytes = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
             except psutil.Error:  # the process has just ended
                 continue
-            self.largest_run = max(self.largest_run, used)
+            self.largest_run = max(self.largest_run, used_bytes)
 
     def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
         """Print one line about a run that has ended."""
@@ -270,8 +272,11 @@ class StudyRunner:
             row = collect_row(self, item.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
-        left = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
-        print(f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{left}", flush=True)
+        remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
+        print(
+            f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{remaining_time}",
+            flush=True,
+        )
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -308,7 +313,7 @@ class StudyRunner:
 def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
 
-    Numbers of `finetune` keep their name; names of other stages start with the stage: `inspect.patches.outliers`.
+    Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`.
     """
     import pandas
 
@@ -345,14 +350,14 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     from .system import get_processor_name, get_versions
 
     study = runner.study
-    finished = [row for row in rows if row["status"] == "finished"]
+    finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
-    seconds = sum(row.get("seconds", 0.0) for row in finished)
+    seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
     parts = [f"# {study.title}", study.question]
     if study.answer:
         parts.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
-        groups = group_values(study, finished, metric)
+        groups = group_values(study, finished_rows, metric)
         if groups:
             image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
             draw_groups(groups, metric, runner.folder / image)
@@ -360,10 +365,10 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
             parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
     parts.append(
-        f"## How it was measured\n\n{len(finished)} of {len(rows)} runs finished, seeds {seeds}; {seconds / 60:.0f} "
-        f"minutes of training in total, {runner.threads} thread(s) per run, on {get_processor_name()}. A value is the "
-        "mean over seeds with its 95 % confidence interval (Student's t). Differences are paired by seed. "
-        "Each test image is used once per finished run.\n\n"
+        f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
+        f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
+        f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
+        "Differences are paired by seed. Each test image is used once per finished run.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )
@@ -387,11 +392,11 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
         reference = tuple(study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True))
-        shared = sorted(values.keys() & groups.get(reference, {}).keys())
+        shared_seeds = sorted(values.keys() & groups.get(reference, {}).keys())
         difference = "baseline"
         if reference != levels:
-            differences = [values[seed] - groups[reference][seed] for seed in shared]
-            difference = format_interval(differences, "+") if shared else ""
+            differences = [values[seed] - groups[reference][seed] for seed in shared_seeds]
+            difference = format_interval(differences, "+") if shared_seeds else ""
         rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -403,7 +408,7 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Draw each run as a dot, and mean and interval per combination of levels, to a PNG file."""
+    """Draw each run as a dot, and each combination of levels as mean and interval, and save a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
@@ -420,14 +425,14 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 
 
 def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
-    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line for the
-    page, `settings` are further arguments of `StudyRunner`."""
+    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line on
+    the page. `settings` are further arguments of `StudyRunner`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "study.json"
+    record_file = folder / "study.json"
     plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if record.exists() and read_json(record) != json.loads(json.dumps(plan)):
+    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(plan)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
-    write_json(record, plan)
+    write_json(record_file, plan)
     runner = StudyRunner(study, folder, **settings)
     try:
         runner.execute()

@@ -1,6 +1,6 @@
-"""Versions of libraries, names of devices and processors, memory, energy, peak throughput of matrix products.
+"""Versions of libraries, names of devices and processors, memory, energy, and peak throughput of matrix products.
 
-Energy is an estimate, power times duration:
+Energy is estimated as power times duration. The power is:
 
     GPU power limit of the board, from the driver
     CPU             `WATTS_PER_CPU_THREAD` per thread
@@ -31,12 +31,15 @@ from torch import nn
 from .version import __version__
 
 
-SHARDED = {DistributedType.FSDP: "weights sharded by FSDP", DistributedType.DEEPSPEED: "sharded by DeepSpeed"}
+SHARDING_DESCRIPTIONS = {
+    DistributedType.FSDP: "weights sharded by FSDP",
+    DistributedType.DEEPSPEED: "sharded by DeepSpeed",
+}
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameters of mallopt in glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned to the system; -1 disables it
-M_MMAP_MAX = -4  # maximum number of blocks allocated with mmap, which are returned to the system when they are freed
+M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned; -1: never
+M_MMAP_MAX = -4  # maximum number of blocks allocated with mmap, which are returned when they are freed
 
 
 def keep_freed_memory() -> None:
@@ -45,8 +48,8 @@ def keep_freed_memory() -> None:
     Environment variables of the user take precedence. C libraries other than glibc are not changed.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not is_set:
+    is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_configured:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
@@ -66,7 +69,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
         device: device of this process.
 
     Returns:
-        "kilowatt_hours", "watts_per_process", and "assumption", the assumption behind the numbers, as text.
+        "kilowatt_hours", "watts_per_process", and "assumption", a text that states how the power was estimated.
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
@@ -87,8 +90,8 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
 
 def get_power_limit(device: torch.device) -> float | None:
     """Return the power limit of a GPU in watts, or None if `nvidia-smi` is missing or does not report it."""
-    board = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", f"--id={board}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    gpu_id = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
         return float(process.stdout.strip())
@@ -99,40 +102,40 @@ def get_power_limit(device: torch.device) -> float | None:
 GEMM_SECONDS = 0.25  # duration of the measurement of each implementation
 MIN_GEMM_CALLS = 3
 
-# Side of the square matrices: large enough to keep the device busy, small enough for several turns.
-MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
-DEFAULT_MATRIX_SIDE = 4096
+# Size of the square matrices: large enough to keep the device busy, small enough for several calls.
+MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
+DEFAULT_MATRIX_SIZE = 4096
 
 
 @torch.no_grad()
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products: the fastest of many repetitions, in the fastest implementation.
+    """Return the FLOP/s of large matrix products: the fastest of many calls, with the fastest implementation.
 
     The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
     as fast. The result is a lower bound: other programs that run at the same time can only lower it.
     """
     device = torch.device(device)
-    side = MATRIX_SIDES.get(device.type, DEFAULT_MATRIX_SIDE)
+    size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
     generator = torch.Generator(device)  # the random state of training stays unchanged
-    first, second = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    first, second = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         packed_first, packed_second = first.to_mkldnn(), second.to_mkldnn()
         implementations.append(lambda: nn.functional.linear(packed_first, packed_second))
-    return 2 * side**3 / min(measure_fastest_call(multiply, device) for multiply in implementations)
+    return 2 * size**3 / min(measure_fastest_call(multiply, device) for multiply in implementations)
 
 
-def measure_fastest_call(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def measure_fastest_call(function: Callable[[], torch.Tensor], device: torch.device) -> float:
     """Return the duration of the fastest call in seconds, after a warm-up call."""
-    work()
+    function()
     durations: list[float] = []
     synchronize(device)
-    started = time.perf_counter()
-    while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - started < GEMM_SECONDS:
-        before = time.perf_counter()
-        work()
+    start_time = time.perf_counter()
+    while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - start_time < GEMM_SECONDS:
+        call_start = time.perf_counter()
+        function()
         synchronize(device)
-        durations.append(time.perf_counter() - before)
+        durations.append(time.perf_counter() - call_start)
     return min(durations)
 
 
@@ -160,7 +163,7 @@ def reset_peak_memory(device: torch.device) -> None:
 def describe_device(accelerator: Accelerator) -> str:
     """Return the name of the device and, if the model is sharded, how it is sharded over the processes."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
-    return ", ".join(filter(None, [name, SHARDED.get(accelerator.distributed_type)]))
+    return ", ".join(filter(None, [name, SHARDING_DESCRIPTIONS.get(accelerator.distributed_type)]))
 
 
 def format_device_name(device: torch.device) -> str:
@@ -181,9 +184,9 @@ def get_versions(*libraries: str) -> dict[str, str]:
 
 def get_processor_name() -> str:
     """Return the model of the processor from /proc/cpuinfo, or from Python if the system is not Linux."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
+    cpuinfo_file = Path("/proc/cpuinfo")
+    if cpuinfo_file.is_file():
+        for line in cpuinfo_file.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

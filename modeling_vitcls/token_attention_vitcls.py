@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the special tokens: their rows of the attention maps, layer by layer.
+"""Attention of the special tokens: the rows of the attention maps that belong to special tokens.
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
@@ -38,7 +38,7 @@ def compute_token_attention(
         rows[layer] = compute_attention_rows(query, key, select_mask_rows(mask, query, key), scaling)
 
     with record_attention(encoder, layer_indices, record):
-        model(pixel_values, attention_mask=attention_mask)  # not the encoder, which FSDP2 may not gather
+        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require a call of the whole model
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
 
 
@@ -49,7 +49,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
     Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
     """
     attentions = {index: encoder.layers[index].attention for index in layers}
-    previous = {index: attention.recorder for index, attention in attentions.items()}
+    previous_recorders = {index: attention.recorder for index, attention in attentions.items()}
     try:
         for index, attention in attentions.items():
             attention.recorder = partial(record, index)
@@ -57,7 +57,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
             yield
     finally:
         for index, attention in attentions.items():
-            attention.recorder = previous[index]
+            attention.recorder = previous_recorders[index]
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:

@@ -20,8 +20,8 @@ def get_token_names(config: ViTCLSConfig) -> list[str]:
 def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
     """Return `get_token_names` for each of the three special groups of `config.token_layout`."""
     layout = config.token_layout
-    special = range(layout.num_prefix_tokens)
-    names = {group: number_names(word, len(special[getattr(layout, group)])) for group, word in TOKEN_TERMS.items()}
+    indices = range(layout.num_prefix_tokens)
+    names = {group: number_names(term, len(indices[getattr(layout, group)])) for group, term in TOKEN_TERMS.items()}
     if config.tasks:
         names["cls"] = [f"{TOKEN_TERMS['cls']} {task}" for task in config.task_labels()]
     for index, scope in enumerate(config.cls_scopes or ()):
@@ -31,6 +31,6 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
     return names
 
 
-def number_names(word: str, count: int) -> list[str]:
-    """Return the word for a single token, or the word with numbers from 1 for several tokens."""
-    return [word] if count == 1 else [f"{word} {number}" for number in range(1, count + 1)]
+def number_names(term: str, count: int) -> list[str]:
+    """Return the term for a single token, or the term with numbers from 1 for several tokens."""
+    return [term] if count == 1 else [f"{term} {number}" for number in range(1, count + 1)]

@@ -82,7 +82,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention in which each head subtracts a second map from its first (Ye et al. 2024, arXiv 2410.05258).
 
     The query and key of a head are split into halves, one per map. The weight of the second map is one learned number
-    per layer; the paper computes it as a difference of exponentials of learned vectors, and scales the norm.
+    per layer. The paper computes this weight from exponentials of learned vectors, and scales the output of the norm.
     """
 
     INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the norm's output is scaled by 1 - 0.8
@@ -128,9 +128,8 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    The register receives the largest activation of the patches by magnitude, the activations of the patches become
-    zero, and other special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section
-    4).
+    The register receives the patch activation of largest magnitude, the patch activations become zero, and the other
+    special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -142,11 +141,11 @@ class RegisterNeurons(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         """Return the activations [B, N, intermediate] after the move."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
-        largest = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
-        moved = activations.clone()
-        moved[:, self.patches, self.neurons] = 0
-        moved[:, self.register, self.neurons] = patch_activations.gather(1, largest).squeeze(1)
-        return moved
+        largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
+        edited = activations.clone()
+        edited[:, self.patches, self.neurons] = 0
+        edited[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
+        return edited
 
     def extra_repr(self) -> str:
         return f"neurons={self.neurons}"
@@ -163,8 +162,8 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Each kept patch keeps its position: learned positions are already added, rotary positions are selected with the
-    patches. Special tokens are always kept, and nothing is dropped in evaluation.
+    Each kept patch keeps its position: learned positions are already added, and rotary positions are selected with the
+    patches. Special tokens are always kept. In evaluation, all patches are kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -173,27 +172,27 @@ class PatchDropout(nn.Module):
         self.num_special = config.token_layout.num_prefix_tokens
 
     def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
-        """Drop patches of hidden states [B, N, D], and the rows of masks and position embeddings that belong to them.
+        """Drop patches from hidden states [B, N, D], and the same patches from masks and position embeddings.
 
         Masks and position embeddings are one value for all layers, a list with one value per layer, or None.
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
-        kept = self.choose_patches(hidden_states)  # [B, n patches]
-        special = torch.arange(self.num_special, device=kept.device).expand(kept.shape[0], -1)
-        indices = torch.cat([special, kept + self.num_special], dim=1)  # [B, n]
+        kept_indices = self.choose_patches(hidden_states)  # [B, n patches]
+        special = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
+        indices = torch.cat([special, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
             map_layers(mask, lambda each: select_mask(each, indices)),
-            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept)),
+            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept_indices)),
         )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices of the patches to keep, in ascending order, [B, n patches]."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
         num_kept = get_num_kept_patches(self.rate, num_patches)
-        order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
-        return order[:, :num_kept].sort(dim=1).values
+        random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
+        return random_order[:, :num_kept].sort(dim=1).values
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -209,7 +208,7 @@ def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
             f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}: "
-            "set patch_drop_rate=0 to train it"
+            "set patch_drop_rate=0 to train the model"
         )
 
 
@@ -266,45 +265,45 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: Te
 
 @dataclass(frozen=True)
 class MergedGroups:
-    """Assignment of the N positions of the sequence to T tokens. Each special token has its own group.
+    """Partition of the N tokens of the sequence into T groups. Each special token has its own group.
 
     Attributes:
-        sizes: [B, T], the number of positions of each token.
-        position_index: [B, T], one position of each token.
-        token_index: [B, N], the token of each position.
+        sizes: [B, T], number of tokens of each group.
+        member_index: [B, T], index in the sequence of one token of each group.
+        group_index: [B, N], index of the group of each token.
     """
 
     sizes: Tensor
-    position_index: Tensor
-    token_index: Tensor
+    member_index: Tensor
+    group_index: Tensor
 
     @classmethod
     def from_tokens(cls, hidden_states: Tensor) -> Self:
         """Build groups of size one for hidden states [B, N, D]."""
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        positions = positions.expand(hidden_states.shape[0], -1)  # [B, N]
-        return cls(torch.ones_like(positions, dtype=torch.float32), positions, positions)
+        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        indices = indices.expand(hidden_states.shape[0], -1)  # [B, N]
+        return cls(torch.ones_like(indices, dtype=torch.float32), indices, indices)
 
     def collect(self, hidden_states: Tensor) -> Tensor:
-        """Return one token per group, [B, T, D], from [B, N, D] with equal states within groups."""
-        return select_tokens(hidden_states, self.position_index)
+        """Return one token per group, [B, T, D], of hidden states [B, N, D] that are equal within groups."""
+        return select_tokens(hidden_states, self.member_index)
 
     def expand(self, tokens: Tensor) -> Tensor:
-        """Return the token of each position, [B, N, D], from [B, T, D]."""
-        return select_tokens(tokens, self.token_index)
+        """Copy the token of each group, [B, T, D], to all members of the group, [B, N, D]."""
+        return select_tokens(tokens, self.group_index)
 
     def get_attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the bias of the scores of each key, [B, 1, 1, T]: a key counts once per position of its group."""
+        """Return the bias of the scores of each key, [B, 1, 1, T]: a key counts once per member of its group."""
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge the tokens `sources` [B, r], all different, into `targets` [B, r], which are not sources.
+        """Merge the tokens at indices `sources` [B, r], all different, into tokens at other indices `targets`.
 
         Returns:
-            The tokens [B, T - r, D], averages over the positions of the groups, and the new groups.
+            The tokens [B, T - r, D], averages over the members of the groups, and the new groups.
         """
         num_remaining = tokens.shape[1] - sources.shape[1]
-        is_kept = torch.ones_like(self.position_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
+        is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
         new_index = is_kept.cumsum(dim=1) - 1  # [B, T], correct for kept tokens
         new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
@@ -314,7 +313,7 @@ class MergedGroups:
         merged = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
         merged = merged.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
         return merged, MergedGroups(
-            sizes, self.position_index.gather(1, kept_index), new_index.gather(1, self.token_index)
+            sizes, self.member_index.gather(1, kept_index), new_index.gather(1, self.group_index)
         )
 
 
@@ -329,12 +328,12 @@ def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]
     keys = nn.functional.normalize(keys, dim=-1)
     similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
     best_similarity, partners = similarity.max(dim=-1)
-    even = best_similarity.topk(num_pairs, dim=-1).indices
-    return 2 * even, 2 * partners.gather(1, even) + 1
+    even_indices = best_similarity.topk(num_pairs, dim=-1).indices
+    return 2 * even_indices, 2 * partners.gather(1, even_indices) + 1
 
 
 class MergingAttention(ViTCLSAttention):
-    """Attention that returns the mean key of each token over the heads, [B, T, d], instead of its weights."""
+    """Attention that returns the mean key of each token over the heads, [B, T, d], instead of attention weights."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -380,14 +379,14 @@ class MergingLayer(ViTCLSLayer):
         groups: MergedGroups,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, MergedGroups]:
-        """Return [B, N or num_tokens, D] and the groups for the next layer, for states [B, N, D] equal within groups.
+        """Return [B, N or num_tokens, D] and the new groups. The states [B, N, D] are equal within the given groups.
 
         Raises:
             ValueError: if a mask is passed, or the attention implementation does not support an additive bias.
         """
         require_additive_mask(self.config, "merged_patches_per_layer")
         if attention_mask is not None:
-            raise ValueError("attention_mask may hide patches that are merged: set merged_patches_per_layer=0")
+            raise ValueError("attention_mask is not supported with merged patches: set merged_patches_per_layer=0")
         tokens, bias = groups.collect(hidden_states), groups.get_attention_bias(hidden_states.dtype)
         if num_tokens is not None:  # special tokens only: nothing to merge
             return super().forward(tokens, bias, position_embeddings, num_tokens, **kwargs), groups
@@ -399,7 +398,7 @@ class MergingLayer(ViTCLSLayer):
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge at most half of the patches of [B, T, D], the pairs with the most similar keys [B, T, d]."""
+        """Merge at most half of the patches in tokens [B, T, D]: the pairs with the most similar keys [B, T, d]."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
             return tokens, groups

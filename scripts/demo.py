@@ -18,34 +18,34 @@ RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
 PRETRAINED = "timm:vit_small_patch14_reg4_dinov2"
 
-# The defaults of accelerate, which prints a warning if these flags are not set.
+# Default values of accelerate's flags. accelerate prints a warning if these flags are not set.
 LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 
 console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Train, load, and print what to do next. If a step fails, exit with its status."""
-    started = time.perf_counter()
+    """Train and load a model, and print the next steps. If a step fails, exit with its status."""
+    start_time = time.perf_counter()
     output = get_output_dir(sys.argv[1:])
-    recipe = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
+    finetune_arguments = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
     if output == OUTPUT:  # replaces an earlier demo
-        recipe.append("--overwrite")
+        finetune_arguments.append("--overwrite")
     run_step(
         "1. Fine-tune a small ViT on 1,425 handwritten digits",
-        ["accelerate", "launch", *recipe],
-        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *recipe, *sys.argv[1:]],
+        ["accelerate", "launch", *finetune_arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *finetune_arguments, *sys.argv[1:]],
     )
     run_step(
         "2. Load it in a new process, without importing this package, and classify the 372 held-out digits",
         ["python", SCRIPTS / "demo_load.py", output],
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )
-    console.print(f"\n[bold green]Done in {time.perf_counter() - started:.0f} s.[/] Next:")
+    console.print(f"\n[bold green]Done in {time.perf_counter() - start_time:.0f} s.[/] Next:")
     console.print(f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl")
     if (output / "report.html").exists():
         console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
-    console.print(f"  {RECIPE}: the recipe; change a number of tokens and run it again")
+    console.print(f"  {RECIPE}: the recipe; change the number of tokens and run it again")
     console.print("  fine-tune a pre-trained model on your own images, in one folder per class:")
     vitcls = os.path.relpath(Path(sys.executable).with_name("vitcls"))
     console.print(f"    {vitcls} finetune --model {PRETRAINED} --dataset FOLDER --output-dir runs/mine")
@@ -55,7 +55,7 @@ def main() -> None:
 def run_step(title: str, printed_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
     console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, printed_command))}\n")
-    # One thread: more threads make a small model hardly faster, and much slower if other programs use the cores.
+    # With more than one thread, a small model is hardly faster, and much slower if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:

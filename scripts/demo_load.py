@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 def main(folder: str) -> None:
     """Load the model, predict, and compare with results.json. Exits with status 1 if they differ."""
-    disable_progress_bar()  # the progress bar of loading weights
+    disable_progress_bar()  # shown while weights are loaded
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")
     for name, group in model.config.token_layout.items():
@@ -28,9 +28,9 @@ def main(folder: str) -> None:
 
     classify = pipeline("image-classification", model=folder, trust_remote_code=True)
     images, labels = load_held_out_digits()
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     predictions = [top_labels[0] for top_labels in classify(images, top_k=1, batch_size=60)]
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start_time
 
     pairs = list(zip(predictions, labels, strict=True))
     for prediction, label in pairs[:5]:
@@ -54,7 +54,7 @@ def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
 
 
 def is_held_out(content: bytes, fraction: float = 0.2, seed: int = 0) -> bool:
-    """Return whether an image is held out: if a hash of its bytes and the seed is below the fraction."""
+    """Return whether an image is held out: a hash of its bytes and the seed, scaled to 0 to 1, is below `fraction`."""
     key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
     bits = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
     return int.from_bytes(bits, "big") / 2**64 < fraction

@@ -32,17 +32,17 @@ TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_gr
 BENCHMARKS = ("inference", "growth", "step", "inexact")
 BATCH_SIZE = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# name -> mode of torch.compile; max-autotune uses CUDA graphs
-MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
-FLASH = "eager, flash attention"  # raises an error if PyTorch would use another kernel; half precision only
-LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference to fp32 on the CPU / largest logit
-REGISTERS = {"197 tokens": 0, "200 tokens": 3}
+# Name -> mode of torch.compile; max-autotune uses CUDA graphs.
+COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
+FLASH_MODE = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
+LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
+NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
 
 def main() -> None:
-    """Run the tests and the benchmarks. The exit status is the exit status of the tests."""
+    """Run the tests and the benchmarks, and exit with the status of the tests."""
     if not torch.cuda.is_available():
-        print("PyTorch finds no CUDA device on this machine: no tests or benchmarks were run")
+        print("This machine has no CUDA device: no tests or benchmarks were run")
         return
     status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
     settings = BenchmarkSettings(("transformers", "timm"), num_pairs=9, device="cuda")
@@ -77,14 +77,14 @@ def measure_forward_passes(device: str) -> Rows:
     Raises:
         ValueError: If the logits differ by more than LIMITS from fp32 logits computed on the CPU.
     """
-    for tokens, num_registers in REGISTERS.items():
+    for tokens, num_registers in NUM_REGISTERS.items():
         model = build_model(num_registers).eval()
         images = build_random_images(BATCH_SIZE, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
             pixel_values = images.to(device, dtype)
-            modes = MODES if precision == "fp32" else MODES | {FLASH: None}
+            modes = COMPILE_MODES if precision == "fp32" else COMPILE_MODES | {FLASH_MODE: None}
             for mode, compile_mode in modes.items():
                 predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
                 with torch.inference_mode(), select_attention(mode):
@@ -100,8 +100,8 @@ def measure_forward_passes(device: str) -> Rows:
 def measure_steps(device: str) -> Rows:
     """Yield a row with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
     peak = measure_gemm_peak(device, torch.bfloat16)
-    for tokens, num_registers in REGISTERS.items():
-        for mode, compile_mode in MODES.items():
+    for tokens, num_registers in NUM_REGISTERS.items():
+        for mode, compile_mode in COMPILE_MODES.items():
             model = build_model(num_registers).to(device).train()
             pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
             labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels
@@ -120,8 +120,8 @@ def measure_steps(device: str) -> Rows:
 
 
 def select_attention(mode: str) -> AbstractContextManager:
-    """Return a context that allows only the flash attention kernel if the mode is FLASH."""
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH else nullcontext()
+    """Return a context that allows only the flash attention kernel if the mode is FLASH_MODE."""
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH_MODE else nullcontext()
 
 
 def run_fsdp2(settings: Path, num_processes: int) -> str:
@@ -142,7 +142,7 @@ def run_fsdp2(settings: Path, num_processes: int) -> str:
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:
-    """Return the model, compiled if a mode is given."""
+    """Return the model; if `mode` is set, compiled in this mode."""
     torch.compiler.reset()
     return model if mode is None else torch.compile(model, mode=mode)
 

@@ -45,7 +45,7 @@ TIMM_MODULES = (
     "qwen3_vit",
 )
 GRID = (4, 4)  # patches of the native size
-SMALL = {
+SMALL_CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -58,8 +58,8 @@ SMALL = {
     "mask_ratio": 0.0,
 }
 ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
-# Reason -> fields of a configuration, any of which is set.
-NOT_PLAIN = {
+# Reason why a class is not a plain ViT -> configuration fields, any of which is set.
+NOT_PLAIN_REASONS = {
     "windows or several resolutions": ("window_size", "depths", "global_attn_indexes"),
     "videos": ("temporal_patch_size", "num_frames", "tubelet_size"),
     "merged patches": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
@@ -68,12 +68,13 @@ NOT_PLAIN = {
 # Class without rules -> what ViTCLS or the converter does not support.
 REASONS = {
     # timm
-    "Beit": "position biases are resampled with splines on a nonuniform grid; `transformers:` converts BEiT exactly",
+    "Beit": "position biases are resampled at unevenly spaced points; `transformers:` converts BEiT exactly",
     "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
     "NaFlexVit": "one module for patches, tokens and positions, which also reads packed patches of several images",
     "Cait": "talking-heads attention, and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
-    **dict.fromkeys(("DeepseekVitClassifier", "DeepseekVitEncoder"), "a projector that merges patches"),
+    "DeepseekVitClassifier": "an encoder in a submodule, for which the converter has no rules",
+    "DeepseekVitEncoder": "a projector that merges patches",
     **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "blocks with four norms"),
     **dict.fromkeys(("Qwen3VitClassifier", "Qwen3VitEncoder"), "positions resampled with aligned corners"),
     # transformers
@@ -98,12 +99,12 @@ REASONS = {
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. It builds every architecture with random weights and two layers,
-converts it, and compares all tokens and logits at the native size and at a rectangle in float32 (limit 1e-5). timm
+converts it, and compares all tokens and logits at the native size and a non-square size in float32 (limit 1e-5). timm
 {timm}, transformers {transformers}.
 
-The denominator of timm is every module whose models have one resolution and attention among all patches;
-`vision_transformer_hybrid` (a CNN before the ViT) and `vision_transformer_sam` (windows) do not. EUPE is a set of
-weights of the module `eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
+The denominator of timm is every module whose models have one resolution and attention among all patches, except
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights of architectures in the module
+`eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
 
 """
 
@@ -122,13 +123,13 @@ def main() -> None:
 
 
 def format_timm() -> str:
-    """Return timm's section."""
+    """Return the section about timm."""
     results = {module: [measure_timm(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES}
-    exact = [difference for rows in results.values() for difference, _ in rows if difference is not None]
+    exact_differences = [difference for rows in results.values() for difference, _ in rows if difference is not None]
     lines = [
         "## timm\n",
-        f"{len(exact)} of {sum(map(len, results.values()))} architectures are exact. The largest difference is "
-        f"{max(exact):.1e}.\n",
+        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures are exact. The largest "
+        f"difference is {max(exact_differences):.1e}.\n",
         "| module | architectures | exact | others |",
         "|---|---:|---:|---|",
     ]
@@ -142,7 +143,7 @@ def format_timm() -> str:
 
 @torch.no_grad()
 def measure_timm(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of an architecture and "", or None and the reason."""
+    """Return the largest difference of an architecture and "", or None and the reason why it is not exact."""
     try:
         model = build_timm(name)
         converted = convert_from_timm(model)
@@ -156,7 +157,7 @@ def measure_timm(name: str) -> tuple[float | None, str]:
 
 
 def build_timm(name: str) -> Any:
-    """Build an architecture with two blocks, six heads of its own width, and random values.
+    """Build an architecture with two blocks, six heads of the original head size, and random values.
 
     Raises:
         ConversionError: If the conversion does not support its class.
@@ -164,14 +165,14 @@ def build_timm(name: str) -> Any:
     options: dict[str, Any] = {"depth": 2, "num_classes": 7}
     try:
         original: Any = timm.create_model(name, device="meta", **options)
-    except (TypeError, AssertionError):  # an architecture without these arguments, or with one value per block
+    except (TypeError, AssertionError):  # an architecture that has no such arguments, or requires one value per block
         original = timm.create_model(name, device="meta")
     if get_class_name(original) not in TIMM_CLASSES:
         class_name = get_class_name(original)
         raise ConversionError(f"{class_name}: not supported, {REASONS.get(class_name, 'no rules')}")
     num_heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
     options |= {"embed_dim": 6 * original.embed_dim // num_heads, "num_heads": 6}
-    if "sapiens2" in name:  # by default one value per block of the full depth
+    if "sapiens2" in name:  # the default has one value for each block of the full depth
         options["num_kv_heads"] = (6, 3)
     model: Any = timm.create_model(name, **options)
     height, width = model.patch_embed.patch_size
@@ -183,21 +184,22 @@ def build_timm(name: str) -> Any:
 
 
 def format_transformers() -> str:
-    """Return the section of transformers."""
-    exact, reasons = {}, defaultdict(list)
+    """Return the section about transformers."""
+    exact_differences, reasons = {}, defaultdict(list)
     for name, config in list_vision_classes().items():
         difference, reason = measure_transformers(name) if config is None else (None, describe_config(name, config))
         if difference is None:
             reasons[reason].append(name)
         else:
-            exact[name] = difference
-    total = len(exact) + sum(map(len, reasons.values()))
-    rows = {"exact": list(exact)} | dict(sorted(reasons.items()))
+            exact_differences[name] = difference
+    total = len(exact_differences) + sum(map(len, reasons.values()))
+    rows = {"exact": list(exact_differences)} | dict(sorted(reasons.items()))
     return "\n".join(
         [
             "## transformers\n",
             "Convertible classes, and base models whose configuration has the fields of an image encoder: "
-            f"{len(exact)} of {total} are exact. The largest difference is {max(exact.values()):.1e}.\n",
+            f"{len(exact_differences)} of {total} are exact. The largest difference is "
+            f"{max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
             *(f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |" for result, names in rows.items()),
@@ -206,9 +208,9 @@ def format_transformers() -> str:
 
 
 def list_vision_classes() -> dict[str, Any]:
-    """Return class names of transformers and their configurations, None for convertible classes.
+    """Return class names of transformers -> configuration, or None for convertible classes.
 
-    They are the convertible classes, and all base models with the fields of an image encoder in their configuration.
+    The names are the convertible classes, and all base models whose configuration has the fields of an image encoder.
     """
     names: dict[str, Any] = dict.fromkeys(CONVERTIBLE_CLASSES)
     for model_type, config_class in CONFIG_MAPPING.items():
@@ -224,26 +226,26 @@ def list_vision_classes() -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_transformers(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of a convertible class and "", or None and the reason."""
+    """Return the largest difference of a convertible class and "", or None and the reason why it is not exact."""
     model_class = getattr(transformers, name)
     try:
         source = TransformersSource(
             "small", ".", randomize_weights(model_class(build_config(model_class.config_class))), []
         )
         comparisons, _ = compare_models(source, source.convert("keep", None), with_logits=source.has_classifier)
-    except Exception as error:  # small sizes may contradict a configuration
+    except Exception as error:  # some classes do not support the small sizes
         return None, shorten(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""
 
 
 def build_config(config_class: Any) -> Any:
-    """Build a small configuration, also of its vision part."""
+    """Build a small configuration, with a small vision configuration if the class contains one."""
     default = config_class()
     if hasattr(default, "vision_config"):
         return config_class(vision_config=build_config(type(default.vision_config)).to_dict())
-    fields: dict[str, Any] = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+    fields: dict[str, Any] = {name: value for name, value in SMALL_CONFIG.items() if hasattr(default, name)}
     if isinstance(getattr(default, "mlp_ratio", None), float):
-        fields["mlp_ratio"] = float(SMALL["mlp_ratio"])
+        fields["mlp_ratio"] = float(SMALL_CONFIG["mlp_ratio"])
     if hasattr(default, "summary_idxs"):
         fields |= {"num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [2, 0]}
     return config_class(**fields)
@@ -251,14 +253,14 @@ def build_config(config_class: Any) -> Any:
 
 def describe_config(name: str, config: Any) -> str:
     """Return why a class cannot be converted, from its configuration or from `REASONS`."""
-    for reason, fields in NOT_PLAIN.items():
+    for reason, fields in NOT_PLAIN_REASONS.items():
         if any(getattr(config, field, None) for field in fields):
             return f"not supported: {reason}"
     return f"not supported: {REASONS.get(name, 'no rules')}"
 
 
 def shorten(text: str) -> str:
-    """Return the first clause of a message for a table cell."""
+    """Return the first 160 characters of a message, escaped for a table cell."""
     return " ".join(text.split())[:160].replace("|", "\\|")
 
 

@@ -1,10 +1,10 @@
 """Draw the image of README.md: digits, their patches as colors, and the attention of CLS and register tokens.
 
-    python scripts/make_hero.py                       trains the model first (a few minutes on one CPU thread)
-    python scripts/make_hero.py --model runs/hero     draws with an existing model
+    python scripts/make_hero.py                       # trains the model first (a few minutes on one CPU thread)
+    python scripts/make_hero.py --model runs/hero     # uses an existing model
 
 The model is trained with the digits recipe, but with a patch size of 4 instead of 8 pixels. Its head uses only the CLS
-token of the last layer, so the features and maps of patches and registers are taken from the layer before it.
+token of the last layer, so the features and maps of patches and registers are taken from the second-to-last layer.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ PATCH_SIZE = 4  # pixels; one patch per pixel of scikit-learn's digits
 DIGITS = (3, 8)  # classes to show, one row each: the first image of each class
 NUM_PCA_IMAGES = 500  # images on which the principal components are computed
 TITLES = ("image", "patches (PCA)", "CLS", "register 1", "register 2")
-BACKGROUND, INK = "#ffffff", "#24292f"
+BACKGROUND_COLOR, TEXT_COLOR = "#ffffff", "#24292f"
 
 
 @dataclass
@@ -41,28 +41,29 @@ class HeroOptions:
 
 
 def main() -> None:
-    """Train the model if there is none, then draw."""
+    """Train the model if its folder does not exist, then draw the image."""
     options = tyro.cli(HeroOptions, description=__doc__)
     if not options.model.exists():
         train(options.model)
     with exit_on_error():
         figure = draw_rows(*compute_maps(options.model))
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.output, dpi=100, facecolor=BACKGROUND, metadata={"Software": None})
+        figure.savefig(options.output, dpi=100, facecolor=BACKGROUND_COLOR, metadata={"Software": None})
 
 
 def train(folder: Path) -> None:
-    """Fine-tune the model of the image."""
+    """Train the model whose attention is drawn."""
     flags = ["--config", SCRIPTS / "recipes" / "digits.yaml", "--patch-size", PATCH_SIZE, "--output-dir", folder]
     subprocess.run([sys.executable, SCRIPTS / "finetune.py", *map(str, flags)], check=True)
 
 
 @torch.no_grad()
 def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return the shown digits, their patches as colors [digits, rows, columns, 3] in [0, 1], and their maps.
+    """Return the digits to draw, their patches as colors, and their attention maps.
 
     Returns:
-        The third array is the attention of CLS and of each register to the patches, [digits, token, rows, columns].
+        The digits, the colors [digits, rows, columns, 3] in [0, 1], and the attention of the CLS token and each
+        register to the patches, [digits, token, rows, columns].
     """
     from sklearn.datasets import load_digits
 
@@ -71,27 +72,27 @@ def compute_maps(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [images, 8, 8]
-    shown = [digits.target.tolist().index(digit) for digit in DIGITS]
+    shown_indices = [digits.target.tolist().index(digit) for digit in DIGITS]
 
     model = ViTCLSForImageClassification.from_pretrained(folder).eval()
     processor = ViTCLSImageProcessor.from_pretrained(folder)
     layout, size = model.config.token_layout, model.config.image_height_width
 
     def encode(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixel values, and the patches [images, patches, D] after the last layer but one."""
+        """Return pixel values, and the patches [images, patches, D] after the second-to-last layer."""
         pixel_values = processor([pixels[index] for index in indices], return_tensors="pt")["pixel_values"]
         hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
         return pixel_values, hidden_states[-2][:, layout.patches]
 
     components = PCA(n_components=3).fit(encode(range(NUM_PCA_IMAGES))[1].flatten(0, 1).numpy())
-    pixel_values, patches = encode(shown)
+    pixel_values, patches = encode(shown_indices)
     colors = components.transform(patches.flatten(0, 1).numpy())
     low, high = np.percentile(colors, (2, 98), axis=0)
-    colors = ((colors - low) / (high - low)).clip(0, 1).reshape(len(shown), *model.config.grid_size, 3)
+    colors = ((colors - low) / (high - low)).clip(0, 1).reshape(len(shown_indices), *model.config.grid_size, 3)
 
     rows = model.token_attention(pixel_values, tokens=("cls", "registers")).mean(dim=2)  # [digits, layer, token, key]
     rows = torch.cat([rows[:, -1, : layout.cls.stop], rows[:, -2, layout.cls.stop :]], dim=1)
-    return [pixels[index] for index in shown], colors, extract_patch_maps(rows, model.config, size).numpy()
+    return [pixels[index] for index in shown_indices], colors, extract_patch_maps(rows, model.config, size).numpy()
 
 
 def draw_rows(images: list[np.ndarray], colors: np.ndarray, maps: np.ndarray) -> Figure:
@@ -105,7 +106,7 @@ def draw_rows(images: list[np.ndarray], colors: np.ndarray, maps: np.ndarray) ->
         for axis, title in zip(axes, TITLES, strict=True):
             axis.set_axis_off()
             if row == 0:
-                axis.set_title(title, color=INK, fontsize=17)
+                axis.set_title(title, color=TEXT_COLOR, fontsize=17)
     return figure
 
 

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Train a small ResNet on labeled images, to be a teacher for distillation.
+"""Train a small ResNet on labeled images, as a teacher for distillation.
 
 python scripts/train_cnn_teacher.py --dataset digits --folder runs/teacher
 vitcls finetune --config digits --teacher runs/teacher --output-dir runs/student
@@ -24,7 +24,7 @@ from modeling_vitcls.options import DataOptions
 
 
 BATCH_SIZE = 64
-MAX_SHIFT = 0.1  # of the image size
+MAX_SHIFT = 0.1  # maximum shift of the training images, as a fraction of the image size
 
 
 def train_cnn_teacher(
@@ -43,16 +43,16 @@ def train_cnn_teacher(
     Args:
         dataset: Labeled images, as for `vitcls finetune`.
         folder: Folder for the model.
-        image_size: Size to which images are resized, in pixels.
-        hidden_sizes: Channels of each stage.
-        epochs: Passes over the training images.
-        flip: Flip half of the images horizontally.
+        image_size: Height and width to which images are resized, in pixels.
+        hidden_sizes: Number of channels of each stage.
+        epochs: Number of passes over the training images.
+        flip: Whether to flip half of the images horizontally.
         seed: Seed of the weights and of the augmentation.
         label_names: Order of the labels. Default: the order in the dataset.
     """
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
-    assert isinstance(data.train, LabeledImages)  # no stream
+    assert isinstance(data.train, LabeledImages)  # not a streamed dataset
     names = data.label_space.names
     order = label_names or tuple(names)
     config = ResNetConfig(
@@ -67,9 +67,9 @@ def train_cnn_teacher(
     size = {"height": image_size, "width": image_size}
     processor = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def prepare(part: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
-        images = [part.images[index].convert("RGB") for index in range(len(part))]
-        labels = torch.tensor([order.index(names[label]) for label in part.labels])
+    def prepare(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [split.images[index].convert("RGB") for index in range(len(split))]
+        labels = torch.tensor([order.index(names[label]) for label in split.labels])
         return processor(images, return_tensors="pt")["pixel_values"], labels
 
     train_network(model, *prepare(data.train), epochs, flip)

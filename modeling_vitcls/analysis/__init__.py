@@ -9,19 +9,19 @@
     model_outputs.py        predictions or features of a model for many images
     effects.py              differences of outputs, with intervals
     ablation.py             effects of tokens on outputs, with null distributions
-    artifacts.py            patches of large norms
-    diagnosis.py            verdicts in words, with their numbers
+    artifacts.py            patches with large norms
+    diagnosis.py            verdicts in words, with the measured values
     map_checks.py           whether rollout and attribution show what predictions depend on
-    patch_features.py       patches as colors (PCA), and their similarity to one patch
+    patch_features.py       patches as colors (PCA), and similarity of all patches to one patch
     attention_recorder.py   attention of every layer of a forward pass
-    model_utils.py          unwrap models; evaluation mode
-    image_report.py         one image: predictions and maps
+    model_utils.py          unwrapping of models, evaluation mode
+    image_report.py         predictions and maps of one image
     figures.py              figures of tokens and predictions, for cards, notebooks and trackers
     figures_over_depth.py   curves over layers
     figures_of_states.py    similarities, norms, effects
     card_images.py          images of a model card
     patch_sizes.py          cost and accuracy with other patch sizes
-    test_time_registers.py  register neurons, moved to a register without training
+    test_time_registers.py  neuron activations moved from patches to a register, without training
     inspection_inputs.py    images and labels of an inspection
     inspection.py           all measurements for a model and images
     report_data.py          an inspection as JSON values
@@ -29,14 +29,14 @@
     inspect_tokens.py       the program `vitcls inspect`
 
 PUBLIC lists the public names. A file is imported when one of its names is used. No file of this folder is copied to
-the Hub, except maps.py and patch_features.py, which are part of the demo (hub/space.py).
+the Hub, except the files that the demo imports (listed in hub/space.py).
 """
 
 import importlib
 from typing import Any
 
 
-# File -> its public names.
+# File name without suffix -> public names in the file.
 PUBLIC = {
     "ablation": ("Ablation", "compute_ablation_effects", "compute_ablations"),
     "artifacts": ("PatchDiagnosis", "SecondMode", "describe_artifacts", "find_second_mode"),
@@ -78,7 +78,7 @@ __all__ = sorted(FILES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported from its file."""
+    """Import and return the object with a public name."""
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)

@@ -1,15 +1,15 @@
-"""Ablations: the change in outputs when special tokens lose their information or their presence.
+"""Ablations: the change in outputs if the information or the presence of special tokens is removed.
 
     information   the states of the tokens are held at their means over images after the embeddings and each layer, so
                   that they are the same for every image. Removing tokens or setting them to zero would instead produce
                   inputs that the model was never trained on.
-    presence      the tokens are hidden from attention by the mask, so that no token reads them.
+    presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches, findings.mean_states)
     ablations["information"]["registers[0]"].effect        the effect, with a 95 % interval (effects.py)
-    ablations["information"]["registers"].is_beyond_null   of all registers together, compared with the null
+    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds the null
 
-An effect alone is not meaningful, because holding any patch also changes predictions. Each effect is therefore
+An effect alone is not meaningful, because ablating any patch also changes predictions. Each effect is therefore
 compared with two null distributions on the same images: the effect of random patches, and the effect of the same token
 after it was redrawn at random with the same norm.
 """
@@ -34,7 +34,7 @@ from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_mode
 
 KINDS = ("information", "presence")
 MIN_NULL_LIMIT = 1e-3  # minimum limit of a null distribution; smaller effects are rounding errors
-NUM_NULL = 8  # number of random patches, and of random tokens, of a null distribution
+NUM_NULL = 8  # number of random draws of patches, and of tokens, in a null distribution
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        compared: size of the effect on the images of the null distributions, which may be fewer.
+        compared: size of the effect on the images of the null distributions, which may be a subset of all images.
         patches: sizes of the effect of ablating the same number of random patches.
         redrawn: sizes of the effect of ablating the tokens after they were redrawn at random with the same norm. Empty
-            for tokens that the head reads, because all of these have an effect.
+            for tokens that the head reads, because each of these tokens has an effect.
         redraw_effect: mean size of the effect of redrawing the tokens; None if not measured.
     """
 
@@ -67,7 +67,7 @@ class Ablation:
 
     @property
     def is_beyond_null(self) -> bool:
-        """Return whether outputs change, and by more than in both null distributions."""
+        """Return whether outputs change, and by more than the limits of both null distributions."""
         null = self.null
         return null is not None and self.effect.changes_outputs and self.compared > null[1]
 
@@ -98,11 +98,11 @@ def compute_ablations(
 
     Args:
         model: any ViTCLS model.
-        batches: returns the images.
+        batches: callable that returns an iterable over batches of images and labels.
         mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
         before: `collect_outputs(model, batches)`, if already computed.
-        sample: batches of the images for the null distributions, and their indices among all images. Default: all.
-        known: outputs with hidden tokens that are already computed, by key of the token or name of the group.
+        sample: batches of images for the null distributions, and the indices of these images. Default: all images.
+        known: already computed outputs with hidden tokens, by key of the token or name of the group.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -146,7 +146,7 @@ def compute_ablation_effects(
 
     Args:
         model: a classifier.
-        batches: returns the images.
+        batches: callable that returns an iterable over batches of images and labels.
         mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
         before: `collect_predictions(model, batches)`, if already computed.
 
@@ -199,7 +199,7 @@ def measure_patch_effects(
 
 
 def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL random sets of `size` patches [n]; for single patches without repetition, so at most n sets."""
+    """Return NUM_NULL random sets of `size` of the n patches; single patches are not repeated (at most n sets)."""
     if size == 1:
         return patches[torch.randperm(len(patches), generator=generator)[:NUM_NULL]].unsqueeze(1).tolist()
     orders = [torch.randperm(len(patches), generator=generator) for _ in range(NUM_NULL)]
@@ -213,8 +213,8 @@ def measure_redraw_effects(
     hidden_outputs: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return, by key of a token or name of a group, the mean size of the effect of redrawing the tokens, and by kind
-    the sizes of the effects of ablating the redrawn tokens. The tokens of a group share their null distribution.
+    """Return two values by key of a token or name of a group: the mean size of the effect of redrawing the tokens, and
+    the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
     `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. They are the same
     for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
@@ -237,7 +237,7 @@ def measure_redraw_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to measure the
-    effects of redrawn tokens. Each draw replaces one token of a group, in turn, or the group.
+    effects of redrawn tokens. Each draw replaces one token of a group, in turn, or all tokens of the group.
 
     These effects are not measured for tokens that the head reads, because all of these tokens have an effect.
     """
@@ -256,10 +256,11 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
 
 
 def count_null_passes(model: Any) -> int:
-    """Return the maximum number of passes over the images of the null distributions."""
+    """Return the maximum number of passes over the images of the null distributions. The first pass only determines
+    the number of tokens."""
     sizes = {len(indices) for indices in get_ablated_parts(model.config.token_layout).values()}
     num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))
-    return 1 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
+    return 2 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Artifacts: patches whose norms form a second, higher mode, and whether registers absorb such patches.
+"""Detection of artifacts (patches whose norms form a second, higher mode) and of registers that absorb artifacts.
 
 find_second_mode(findings.patch_ratios[layer])    a SecondMode, or None
-diagnose_patches(config, findings, has_head)      a PatchDiagnosis, in words
+diagnose_patches(config, findings, has_head)      a PatchDiagnosis
 """
 
 import math
@@ -15,22 +15,22 @@ from .maps import count_read_layers
 from .token_statistics import Findings
 
 
-# Second mode of the norms: width of a histogram bin as a natural logarithm, and widths of windows in bins
-BIN_WIDTH, WINDOWS = 0.05, (5, 9, 17)
-MAX_LOG_RATIO = 5.0  # larger norms, as logarithms of their ratio to the median, are counted in the last bin
-MIN_VALLEY = 0.25  # minimum logarithm of the ratio between the modes
+# Histogram of the natural logarithms of norms: width of a bin, and widths of the compared windows in bins
+BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
+MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
+MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of the patches in a second mode; more are not outliers
-MIN_RISE_SCORE = 4.0  # minimum rise of outliers without registers, in standard deviations of a binomial distribution
+MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
+MIN_RISE_SCORE = 4.0  # minimum rise of outliers with hidden registers, in binomial standard deviations
 
 
 @dataclass(frozen=True)
 class SecondMode:
-    """Patches whose norms form a second, higher mode in the distribution of logarithms.
+    """A second, higher mode in the distribution of the logarithms of patch norms.
 
     Attributes:
-        threshold: smallest norm of a patch in the mode, as a multiple of the median of its image.
-        ratio: median norm in the mode, as a multiple of the median of its image.
+        threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
+        ratio: median norm of the patches in the mode, each divided by the median norm of the image.
         fraction: fraction of the patches in the mode.
         score: difference between mode and valley, in standard deviations of a Poisson distribution.
     """
@@ -47,16 +47,16 @@ class PatchDiagnosis:
 
     Attributes:
         word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
-        meaning: "bad" or "good".
+        rating: "bad" or "good".
         reason: sentences with the measured values.
-        layer: the layer of the values; 0 means the embeddings.
+        layer: the layer that the values belong to; 0 means the embeddings.
         mode: the second mode after this layer; None if there is no second mode.
-        mode_without_registers: the second mode with the registers hidden from attention.
+        mode_without_registers: the second mode with the registers hidden from attention; None if there is none.
         num_patches: number of patches.
     """
 
     word: Literal["artifacts", "no artifacts"]
-    meaning: Literal["good", "bad"]
+    rating: Literal["good", "bad"]
     reason: str
     layer: int
     mode: SecondMode | None
@@ -67,18 +67,19 @@ class PatchDiagnosis:
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     """Return the second mode of the patch norms, or None if their distribution has one mode.
 
-    Artifacts form a mode of their own at any distance (Darcet et al. 2023, arXiv 2309.16588, figure 3), but a wide
-    distribution with one mode has patches above any fixed limit. A second mode is a window of the histogram of
-    logarithms that holds significantly more patches than a window (the valley) between this window and the median.
+    Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
+    detect them, because a wide distribution with one mode also has patches above the limit. A second mode is a window
+    of the histogram of logarithms that contains significantly more patches than a window (the valley) between the
+    second mode and the median.
 
     Args:
-        ratios: [n], norms divided by the median of their image (`Findings.patch_ratios` of one layer).
+        ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
     """
     logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
     best: SecondMode | None = None
-    for width in WINDOWS:
+    for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
         scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
@@ -86,19 +87,20 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         is_pair = (starts[:, None] >= math.ceil(MIN_VALLEY / BIN_WIDTH)) & (starts >= starts[:, None] + width)
         scores = scores.where(is_pair, -torch.inf)
         score = scores.max().item()
-        valleys = (scores >= score).any(dim=1).nonzero().flatten()  # equally deep windows; the middle is the threshold
+        valleys = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
-        least, most = MODE_FRACTIONS
-        if score >= MIN_MODE_SCORE and least <= fraction <= most and (best is None or score > best.score):
+        is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
+        if is_mode and (best is None or score > best.score):
             best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
     return best
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Return whether the norms of patches have a second mode in the last quarter of the layers that are read (Darcet
-    et al. 2023, arXiv 2309.16588, measure the output), in earlier layers, and whether registers absorb outliers."""
+    """Diagnose whether the norms of patches have a second mode in the last quarter of the layers whose output is read
+    (Darcet et al. 2023, arXiv 2309.16588, measure the last layer) or in earlier layers, and whether registers absorb
+    outliers."""
     last = count_read_layers(config, has_head)[-1]
     first = max(last - max(last // 4, 1) + 1, min(last, 1))
     modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last + 1)]
@@ -106,28 +108,28 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     layer = max(range(first, last + 1), key=lambda each: fractions[each])
     mode, ratios = modes[layer], findings.patch_ratios[layer]
     if mode is not None:
-        more = "more registers" if config.num_register_tokens else "registers"
-        advice = f"{more} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        share = f"{mode.fraction:.2%} of the patches form a second mode of norms"
+        registers = "more registers" if config.num_register_tokens else "registers"
+        advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
+        fraction = f"{mode.fraction:.2%} of the patches form a second mode of norms"
         after = describe_layer(layer)
-        parts = [f"Artifacts: {after}, {share}, at {mode.ratio:.1f} times the median of their image; {advice}"]
+        parts = [f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
     else:
-        largest = f"the largest norm is {ratios.max():.1f} times the median of its image"
+        largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
         parts = [f"No artifacts: {norms}; {largest}"]
     earlier = max(range(first), key=lambda each: fractions[each], default=0)
     if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
-        gone = "" if mode is not None else ", but not in the last layers that are read"
+        suffix = "" if mode is not None else ", but not in the last layers that are read"
         fraction = f"{fractions[earlier]:.2%}"
-        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{gone}")
-    hidden, absorbed = compare_without_registers(findings, layer)
+        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
+    mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
-        meaning="bad" if mode is not None else "good",
-        reason=". ".join(parts + absorbed) + ".",
+        rating="bad" if mode is not None else "good",
+        reason=". ".join(parts + sentences) + ".",
         layer=layer,
         mode=mode,
-        mode_without_registers=hidden,
+        mode_without_registers=mode_without_registers,
         num_patches=len(ratios),
     )
 
@@ -138,21 +140,22 @@ def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool 
 
 
 def describe_layer(layer: int) -> str:
-    """Return the number of a layer in words; 0 means the embeddings."""
+    """Return the layer in words; 0 means the embeddings."""
     return f"after layer {layer}" if layer else "in the embeddings"
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden, and a sentence if registers absorb outliers."""
+    """Return the second mode of the norms with the registers hidden, and one sentence, or none if registers do not
+    absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
-    ratios, without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    hidden = find_second_mode(without)
-    if hidden is None:
+    ratios, ratios_without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    mode = find_second_mode(ratios_without)
+    if mode is None:
         return None, []
-    before, after = ((each > hidden.threshold).float().mean().item() for each in (ratios, without))
+    before, after = ((each > mode.threshold).float().mean().item() for each in (ratios, ratios_without))
     pooled = (before + after) / 2
     if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
-        return hidden, []
+        return mode, []
     rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
-    return hidden, [f"The registers absorb outliers: {rise} (above {hidden.threshold:.1f} times the median)"]
+    return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

@@ -2,7 +2,7 @@
 
     with record_attention_layers(model) as layers:
         model(pixel_values)
-    layers[0].weights()      # [B, maps, N, N], computed on call: the maps of one layer in memory at a time
+    layers[0].compute_weights()    # [B, maps, N, N]; only the maps of this layer are in memory
 
 The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
 """
@@ -27,10 +27,10 @@ class RecordedLayer:
     value: torch.Tensor  # [B, maps, N, head_dim]
     mask: Any
     scaling: float
-    attended: torch.Tensor  # [B, N, maps, head_dim]
+    attention_output: torch.Tensor  # [B, N, maps, head_dim]
 
-    def weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """Return the attention maps [B, maps, N, N] of eager attention, or the rows of the first `num_rows` tokens.
+    def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
+        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens.
 
         Maps are computed in float32, so that rows sum to 1 for half-precision models too.
         """

@@ -1,11 +1,11 @@
 """Attribution of a prediction to tokens, through all layers: attention rollout and gradient-weighted attribution.
 
-    compute_attention_rollout(model, pixel_values)    [B, special token, key]    contribution to each special token
-    compute_attribution(model, pixel_values)          [B, key]                   contribution to the predicted class
+    compute_attention_rollout(model, pixel_values)    [B, special token, key]    contributions to each special token
+    compute_attribution(model, pixel_values)          [B, key]                   contributions to the predicted class
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
-multiply one row by the maps of each layer, from the last layer to the first, so that the maps of only one layer are in
-memory. They support every attention implementation.
+multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
+are in memory. They support every attention implementation.
 """
 
 from dataclasses import dataclass
@@ -53,13 +53,13 @@ def compute_attribution(
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
     2103.15679, equations 5 and 6), starting from the tokens that the head reads.
 
-    The gradient of a map is computed from the gradient of the attention output and the values, so that the maps do not
-    require gradients.
+    The gradient of a map is computed from the values and the gradient of the attention output, so the maps do not have
+    to be part of the autograd graph.
 
     Args:
         model: a classifier.
         pixel_values: [B, C, H, W].
-        target: class index, one for all images or [B]. Default: the predicted class.
+        target: class index for all images, or [B], one class index per image. Default: the predicted class.
         task: the task, required for a multi-task model.
 
     Returns:
@@ -77,16 +77,16 @@ class AttentionTrace:
     """A forward pass with the attention of all layers, from which several maps are computed."""
 
     config: ViTCLSConfig
-    outputs: Any  # of the model, with hidden states
+    outputs: Any  # outputs of the model, with hidden states
     layers: list[RecordedLayer]
-    attentions: list[Any]  # the attention modules of the layers
+    attention_modules: list[Any]  # one per layer
     last_hidden_state: Any  # [B, N, D], the output of the encoder; None for a backbone
 
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
         num_special = self.config.token_layout.num_prefix_tokens
-        return torch.stack([layer.weights(num_special) for layer in self.layers], dim=1)
+        return torch.stack([layer.compute_weights(num_special) for layer in self.layers], dim=1)
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
@@ -94,13 +94,13 @@ class AttentionTrace:
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)
         flow = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
-        for layer, attention in zip(reversed(self.layers), reversed(self.attentions), strict=True):
-            flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.weights(), attention)
+        for layer, attention in zip(reversed(self.layers), reversed(self.attention_modules), strict=True):
+            flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.compute_weights(), attention)
         return flow
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace requires gradients."""
-        recorded = [*(layer.attended for layer in self.layers), self.last_hidden_state]
+        """Return the attribution [B, N] of a class (`compute_attribution`). The trace needs gradients."""
+        recorded = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded, retain_graph=True)
@@ -108,8 +108,8 @@ class AttentionTrace:
             start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
                 map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-                flow = flow + flow @ (map_gradient * layer.weights()).clamp(min=0).mean(dim=1)
-            return (flow - start).squeeze(1)  # excludes the start weights, which do not depend on attention
+                flow = flow + flow @ (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
+            return (flow - start).squeeze(1)  # the start weights do not depend on attention
 
 
 def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
@@ -118,12 +118,12 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     encoder_outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
-        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # even if all weights are frozen
+        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # weights may be frozen
         with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)
-    attentions = [layer.attention for layer in model.base_model.layers]
+    attention_modules = [layer.attention for layer in model.base_model.layers]
     last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # a backbone has none
-    return AttentionTrace(model.config, outputs, layers, attentions, last_hidden_state)
+    return AttentionTrace(model.config, outputs, layers, attention_modules, last_hidden_state)
 
 
 def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
@@ -158,7 +158,7 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
 
 def compute_read_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
     """Return the start weight [B, 1, N] of each token: 1 for a special token that the head reads, 1 in total for all
-    patches that it reads, and 0 for other tokens. The head reads a token if its `gradient` [B, N, D] is not zero."""
+    patches that the head reads, and 0 for other tokens. The head reads tokens with a nonzero `gradient` [B, N, D]."""
     weights = (gradient != 0).any(dim=-1).float()  # [B, N]
     patches = config.token_layout.patches
     weights[:, patches] /= weights[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)

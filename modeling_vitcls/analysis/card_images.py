@@ -1,4 +1,4 @@
-"""Images of a model card: figures drawn, compressed and written next to the card.
+"""Images of a model card. Figures are drawn, compressed and written next to the card.
 
 pictures/token_layout.png               always
 pictures/confusion_matrix[_TASK].png    if results are given
@@ -26,10 +26,10 @@ from .maps import VisibleRegion, count_read_layers, extract_patch_maps, get_visi
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-FOLDER = "pictures"
-LAYOUT, MATRIX, ATTENTION = "token_layout", "confusion_matrix", "attention"
+IMAGES_FOLDER = "pictures"
+LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "attention"
 
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
 # (dots per inch, palette size or None for all colors), tried in this order.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
@@ -57,18 +57,19 @@ def write_card_images(
 
     Returns:
         Name -> path relative to `folder` for each image: "token_layout"; "confusion_matrix", or
-        "confusion_matrix_TASK" per task; "attention". Files of images that are not drawn again are removed.
+        "confusion_matrix_TASK" per task; "attention". Older confusion matrices and attention figures that
+        are not drawn again are removed.
 
     Raises:
         OSError: if a file cannot be written.
     """
     paths: dict[str, str] = {}
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
     for name, figure in build_figures(model, processor, results, samples):
-        paths[name] = f"{FOLDER}/{name}.png"
+        paths[name] = f"{IMAGES_FOLDER}/{name}.png"
         (folder / paths[name]).write_bytes(encode_small_png(figure))
-    for file in (folder / FOLDER).glob("*.png"):
-        if file.stem.startswith((MATRIX, ATTENTION)) and file.stem not in paths:
+    for file in (folder / IMAGES_FOLDER).glob("*.png"):
+        if file.stem.startswith((MATRIX_NAME, ATTENTION_NAME)) and file.stem not in paths:
             file.unlink()
     return paths
 
@@ -78,14 +79,14 @@ def build_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for each figure that the model, the results and the samples support."""
     config = unwrap_model(model).config
-    yield LAYOUT, plot_token_layout(config)
+    yield LAYOUT_NAME, plot_token_layout(config)
     for name, matrix, class_names in find_confusion_matrices(results, config):
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
     num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
-    if shown := list(islice(build_attention_samples(model, processor, samples), num_samples)):
-        images, maps, titles, visible_regions = zip(*shown, strict=True)
-        yield ATTENTION, plot_attention(images, maps, names, titles, visible_regions)
+    if selected := list(islice(build_attention_samples(model, processor, samples), num_samples)):
+        images, maps, titles, visible_regions = zip(*selected, strict=True)
+        yield ATTENTION_NAME, plot_attention(images, maps, names, titles, visible_regions)
 
 
 def find_confusion_matrices(
@@ -93,9 +94,11 @@ def find_confusion_matrices(
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
     """Yield (image name, matrix, class names) of each nonempty confusion matrix in the results."""
     if config.tasks:
-        candidates = [(f"{MATRIX}_{task}", f"{task}_{MATRIX}", names) for task, names in config.task_labels().items()]
+        candidates = [
+            (f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", names) for task, names in config.task_labels().items()
+        ]
     else:
-        candidates = [(MATRIX, MATRIX, get_label_space(config).names)]
+        candidates = [(MATRIX_NAME, MATRIX_NAME, get_label_space(config).names)]
     for name, key, class_names in candidates:
         matrix = results.get(key)
         if matrix and any(map(any, matrix)):
@@ -142,22 +145,22 @@ def build_attention_samples(
 
 def format_title(label: str | None, prediction: Row) -> str:
     """Return the label and the prediction, such as "7, predicted 7"; unknown parts are omitted."""
-    words = []
+    labels = []
     for column, value in prediction.items():
         if column == "label":
-            words.append(value)
+            labels.append(value)
         elif column.endswith("_label"):
-            words.append(f"{column.removesuffix('_label')} {value}")
+            labels.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
-            words.append(", ".join(value) or NO_LABELS)
-    return ", ".join(filter(None, (label, f"predicted {', '.join(words)}" if words else None)))
+            labels.append(", ".join(value) or NO_LABELS)
+    return ", ".join(filter(None, (label, f"predicted {', '.join(labels)}" if labels else None)))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG, with the first of `QUALITIES` below MAX_BYTES."""
+    """Return the figure as a PNG, with the first of `QUALITIES` that is smaller than MAX_BYTES, or the last."""
     for resolution, num_colors in QUALITIES:
         image, png = render_figure(figure, resolution), BytesIO()
         if num_colors is not None:

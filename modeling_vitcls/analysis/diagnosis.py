@@ -1,5 +1,5 @@
-"""Diagnosis in words, with measured values: what each special token and each group does, and how selective its
-attention is over depth.
+"""Diagnosis in words, with measured values: what each special token and each group does, and how selective the
+attention of each token is over depth.
 
     diagnose_tokens(config, findings, ablations, ...)   one Verdict per special token
     diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
@@ -38,7 +38,7 @@ Word = Literal[
     "equal attention",
     "not judged",
 ]
-Meaning = Literal["good", "neutral", "doubtful", "bad"]
+Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
 MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity of identical tokens
@@ -46,9 +46,9 @@ MAX_TWIN_DISTANCE = 0.01  # maximum distance of identical tokens, as a fraction 
 MAX_MAP_DISTANCE = 0.1  # maximum distance of equal attention maps, as a fraction of their distance from uniform maps
 MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity to its embedding of a token that layers change
+MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state of a changed token
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token, divided by the number of ablations
+MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
@@ -66,15 +66,15 @@ class Verdict:
         word: "effect beyond the null" (predictions or features depend on it more than on random tokens and patches),
             "no measurable effect", "harmful" (the accuracy rises without it), "norm too large" (its embedding
             dominates its state), "not moved" (by training), "same for all images", "cut off from the patches",
-            "collapsed" (identical to another token), "equal attention" (to that of another token), or "not judged".
-        meaning: "good", "neutral", "doubtful" or "bad".
+            "collapsed" (identical to another token), "equal attention" (equal to another token's), or "not judged".
+        rating: "good", "neutral", "doubtful" or "bad".
         reason: one sentence with the measured values.
         numbers: the measured values by name.
     """
 
     token: str
     word: Word
-    meaning: Meaning
+    rating: Rating
     reason: str
     numbers: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ def diagnose_tokens(
             findings=findings,
             index=index,
             names=names,
-            read_layers=count_read_layers(config, has_head),
+            num_read_layers=count_read_layers(config, has_head),
             ablations={} if ablations is None else {kind: ablations[kind][key] for kind in KINDS},
             num_tests=1 if ablations is None else sum(map(len, ablations.values())),
             movement=movement.get(key),
@@ -123,18 +123,18 @@ class TokenEvidence:
 
     findings: Findings
     index: int
-    names: list[str]  # of all special tokens
-    read_layers: list[int]  # `count_read_layers`
-    ablations: dict[str, Ablation]  # by kind; empty if not measured
+    names: list[str]  # names of all special tokens
+    num_read_layers: list[int]  # for each special token, then for the patches (`count_read_layers`)
+    ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
     num_tests: int  # number of ablations of the model
     movement: float | None
     other_tokens_moved: bool  # whether training moved any token
-    caveat: str  # clause for statements about predictions
+    caveat: str  # clause about accuracy not better than chance; may be empty
 
     @property
     def last(self) -> int:
         """Return the index of the last state that is read; 0 means the embedding."""
-        return self.read_layers[self.index]
+        return self.num_read_layers[self.index]
 
     @property
     def is_read_by_head(self) -> bool:
@@ -151,11 +151,11 @@ class TokenEvidence:
 
     @property
     def twin(self) -> tuple[int, int] | None:
-        """Return the index of an identical token and the last state that is read of both, or None."""
+        """Return the index of an identical token, and the last state index at which both are read, or None."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
-            last = min(self.last, self.read_layers[other])
+            last = min(self.last, self.num_read_layers[other])
             norms = findings.mean_states[last].norm(dim=-1)  # [S]
             variation = findings.variation[last] * norms  # [S], in the unit of `apart`
             limit = MAX_TWIN_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
@@ -167,12 +167,13 @@ class TokenEvidence:
 
     @property
     def map_twin(self) -> tuple[int, float] | None:
-        """Return the index of a token with nearly equal attention maps, and their distance as a fraction of their
-        distance from uniform maps; None if there is no such token."""
+        """Return the index of the token whose attention maps are nearly equal to the maps of this token, and the
+        distance between the maps of both tokens, divided by the mean distance of these maps from uniform maps; None if
+        there is no such token."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
-            layers = slice(0, min(self.last, self.read_layers[other]))
+            layers = slice(0, min(self.last, self.num_read_layers[other]))
             distance = findings.map_distance[layers, index, other].sum().item()
             selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
             if other != index and selectivity > 0:
@@ -223,8 +224,8 @@ class TokenEvidence:
         }
 
 
-def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
-    """Return word, meaning and reason of a verdict. The first condition that is true determines the verdict."""
+def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
+    """Return word, rating and reason of a verdict. The first condition that is true determines the verdict."""
     findings = token.findings
     where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
     if token.twin is not None:
@@ -233,7 +234,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
         distance = f"distance {findings.apart[last, token.index, other]:.2g}"
         return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
-        limit = f"in each layer and head at most {token.patch_mass:.2%} of its attention goes to patches"
+        limit = f"in each layer and attention head, at most {token.patch_mass:.2%} of its attention goes to patches"
         return "cut off from the patches", "bad", f"{limit}, although the head reads it."
     if token.is_same_for_all_images:
         variation = findings.variation[token.last, token.index].item()
@@ -248,8 +249,9 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
         return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
     if token.map_twin is not None:
         twin, apart = token.map_twin
-        equal = f"its attention maps are nearly equal to those of {token.names[twin]} in all layers that are read"
-        return "equal attention", "doubtful", f"{equal} (distance {apart:.2g} of that from uniform attention)."
+        equal = f"its attention maps are nearly equal to the maps of {token.names[twin]} in all layers that are read"
+        distance = f"their distance is {apart:.2g} times the distance from uniform attention"
+        return "equal attention", "doubtful", f"{equal} ({distance})."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:
@@ -260,19 +262,19 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Meaning, str]:
     return judge_effect(token.ablations, token.caveat, reason)
 
 
-def judge_unmoved_token(token: TokenEvidence) -> tuple[Meaning, str]:
-    """Return meaning and reason for a token with a movement of 0, which may be frozen or already trained."""
+def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
+    """Return rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if token.findings.num_images < MIN_IMAGES:
         missing = describe_missing_images(token.findings.num_images)
-        return "neutral", f"not moved in this run (by 0); its effect is unknown: {missing}."
+        return "neutral", f"its movement in this run is 0, and its effect is unknown: {missing}."
     if not token.ablations:
-        return "neutral", "not moved in this run (by 0): it is frozen or receives no gradient."
+        return "neutral", "its movement in this run is 0: it is frozen or receives no gradient."
     comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
     if any(ablation.is_beyond_null for ablation in token.ablations.values()):
-        return "neutral", f"frozen or already trained: not moved in this run (by 0); {comparison}"
+        return "neutral", f"frozen or already trained: its movement in this run is 0; {comparison}"
     if token.other_tokens_moved:
-        return "bad", f"training moved other tokens, but not this one (by 0), and {comparison}"
-    return "neutral", f"frozen, like all tokens of this run (moved by 0); {comparison}"
+        return "bad", f"training moved other tokens, but its movement in this run is 0; {comparison}"
+    return "neutral", f"frozen, like all tokens of this run (movement 0); {comparison}"
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -294,8 +296,8 @@ def diagnose_groups(
     return verdicts
 
 
-def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Meaning, str]:
-    """Return word, meaning and reason of the verdict on a group."""
+def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Rating, str]:
+    """Return word, rating and reason of the verdict on a group."""
     num_images = ablations[KINDS[0]].effect.num_images
     if num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(num_images)}."
@@ -304,8 +306,8 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
     return judge_effect(ablations, caveat, f"{describe_comparison(ablations, possessive='their')}{caveat}.")
 
 
-def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[Word, Meaning, str]:
-    """Return word, meaning and the reason of a verdict on measured effects."""
+def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[Word, Rating, str]:
+    """Return word, rating and the reason of a verdict on measured effects."""
     if not any(ablation.is_beyond_null for ablation in ablations.values()):
         return "no measurable effect", "neutral", reason
     return "effect beyond the null", "neutral" if caveat else "good", reason
@@ -313,7 +315,7 @@ def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tu
 
 def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
     """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
-    than a constant prediction; None if there is none."""
+    than a constant prediction; None if there is no such ablation."""
     for kind, effect in ((kind, ablation.effect) for kind, ablation in ablations.items()):
         is_measured = isinstance(effect, AblationEffect) and effect.improvement is not None
         if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_PROBABILITY / num_tests:
@@ -360,7 +362,7 @@ def describe_missing_images(num_images: int) -> str:
 
 
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
-    """Compare the effects of ablations with their null distributions."""
+    """Describe the effects of ablations, compared with the null distributions."""
     beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
     clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
     terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
@@ -372,7 +374,7 @@ def describe_effect(ablation: Ablation) -> str:
     effect = ablation.effect
     low, high = effect.interval
     if isinstance(effect, AblationEffect):
-        text = f"{describe_changed_answers(effect)} predictions change, and logits by {effect.size:.2g}"
+        text = f"{describe_changed_answers(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
         text = f"the cosine change of the features is {changes}"
@@ -400,12 +402,12 @@ def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") ->
 
 
 def describe_chance_accuracy(predictions: Any) -> str:
-    """Return a clause that the accuracy is not better than chance; empty if it is better or unknown."""
+    """Return a clause about accuracy that is not better than chance; empty if it is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
     return (
         f"; but the accuracy is not better than chance ({predictions.accuracy():.1%} on "
-        f"{len(predictions.predicted):,} images; the most frequent label alone {predictions.chance():.1%})"
+        f"{len(predictions.predicted):,} images; most frequent label: {predictions.chance():.1%} of the images)"
     )
 
 
@@ -417,14 +419,14 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
     read. For CLS and distillation tokens, compare it with the expected pattern: near uniform early, selective in the
     middle.
 
-    The number of tokens attended to is the exponential of the entropy; 100% are all visible tokens.
+    The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
     widths = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
     fractions = widths / findings.uniform_by_token["entropy"].exp()  # [L, S]
-    read_layers = count_read_layers(config, has_head)
+    num_read_layers = count_read_layers(config, has_head)
     texts = []
     for index, name in enumerate(get_token_names(config)):
-        num_layers = read_layers[index]
+        num_layers = num_read_layers[index]
         if num_layers == 0:
             texts.append(f"{name} attends to other tokens only in layer 1, and nothing reads its output.")
             continue
@@ -456,7 +458,7 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:
-    """Return one line: the tokens and groups by verdict, and whether patches hold artifacts."""
+    """Return one line: the tokens and groups by verdict, and whether there are artifacts."""
     by_word: dict[str, list[str]] = {}
     for verdict in [*verdicts, *groups]:
         by_word.setdefault(verdict.word, []).append(verdict.token)

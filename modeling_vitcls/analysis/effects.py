@@ -1,4 +1,4 @@
-"""Effects of an ablation: the difference between the outputs of a model before and after, with 95 % intervals.
+"""Effects of an ablation: differences between the outputs of a model before and after it, with 95 % intervals.
 
 compute_effect(before, after)    AblationEffect of `Predictions`, FeatureEffect of `Features` (model_outputs.py)
 """
@@ -95,7 +95,7 @@ class FeatureEffect:
 
 
 def compute_effect(before: Any, after: Any) -> Any:
-    """Return the difference of two outputs: `AblationEffect` of `Predictions`, `FeatureEffect` of `Features`."""
+    """Return the difference between two outputs: `AblationEffect` of `Predictions`, `FeatureEffect` of `Features`."""
     return compare_features(before, after) if isinstance(before, Features) else compare_predictions(before, after)
 
 

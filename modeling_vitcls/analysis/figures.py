@@ -1,8 +1,8 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
-Each function except render_figure returns a matplotlib `Figure` on white. Figures are created without pyplot, so they
-do not remain in global state. Maps are computed in maps.py, and files of figures in card_images.py. Figures over many
-images are in figures_over_depth.py and figures_of_states.py.
+Each plot function returns a matplotlib `Figure` on white. Figures are created without pyplot, so they do not remain
+in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over many images are
+in figures_over_depth.py and figures_of_states.py.
 """
 
 import math
@@ -32,7 +32,7 @@ from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 INK = "#222222"
-FAINT = "#EFEFEF"
+LIGHT_GRAY = "#EFEFEF"
 ELLIPSIS = "…"
 
 
@@ -43,21 +43,21 @@ WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
-GAP = 0.2  # between groups
+GROUP_GAP = 0.2  # gap between groups
 CHARACTER_WIDTH = 0.078
 
-MAX_BOXES = 12  # per group
-MAX_CELLS = 64  # per side of the patch grid
+MAX_BOXES = 12  # maximum number of boxes per group
+MAX_CELLS = 64  # maximum number of cells per side of the patch grid
 
 TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
 @dataclass(frozen=True)
 class Box:
-    """Position of one special token, or of an `ELLIPSIS` for several tokens."""
+    """Box of one special token, or of an `ELLIPSIS` for several tokens."""
 
     group: str
-    index: int  # within its group
+    index: int  # index of the token within its group
     name: str
     left: float
     width: float
@@ -79,15 +79,16 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
         axes.text(center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=INK)
-    names_fit = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
+    is_horizontal = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
-        draw_box(axes, box, rotation=0 if names_fit else 90)
+        draw_box(axes, box, rotation=0 if is_horizontal else 90)
         if box.name != ELLIPSIS and is_read(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
-    axes.add_patch(Rectangle((MARGIN, 0.18), WIDTH - 2 * MARGIN, 0.36, facecolor=FAINT, edgecolor=INK, linewidth=0.8))
+    corner, width = (MARGIN, 0.18), WIDTH - 2 * MARGIN
+    axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=INK, linewidth=0.8))
     draw_text(axes, WIDTH / 2, 0.36, describe_head(config), 10, INK)
     return figure
 
@@ -95,10 +96,10 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
-    least_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
-    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GAP * len(groups)
+    min_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
+    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
-        widths = {group: max(box_width * len(tokens), least_widths[group]) for group, tokens in groups.items()}
+        widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:
             break
     boxes, headers = [], []
@@ -108,7 +109,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
         start = left + (widths[group] - box_width * len(tokens)) / 2
         for position, (index, name) in enumerate(tokens.items()):
             boxes.append(Box(group, index, name, start + position * box_width, box_width))
-        left += widths[group] + GAP
+        left += widths[group] + GROUP_GAP
     return boxes, [*headers, (build_group_header(config, "patches"), left + GRID_WIDTH / 2)], left
 
 
@@ -156,7 +157,7 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
 
 
 def describe_head(config: ViTCLSConfig) -> str:
-    """Describe what reads the tokens."""
+    """Return a text about the heads that read the tokens."""
     if is_masked_image_model(config):
         return "read by the decoder of masked patches"
     if config.tasks:
@@ -168,19 +169,19 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------
 
-MAX_NUMBERED_CLASSES = 20
-MAX_NAMED_CLASSES = 50
+MAX_NUMBERED_CLASSES = 20  # maximum number of classes for which counts are shown
+MAX_NAMED_CLASSES = 50  # maximum number of classes for which names are shown
 MAX_NAME_LENGTH = 18  # maximum length of a class name
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot the number of predictions by true class, colored by the fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
     for up to 50.
 
     Args:
-        matrix: [L, L], rows are true classes, columns predictions.
+        matrix: [L, L], rows are true classes, columns are predicted classes.
         class_names: L names.
 
     Raises:
@@ -193,17 +194,18 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
             f"The confusion matrix has shape {counts.shape}, but there are {num_classes} class names. "
             "Pass one name per row."
         )
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
     figure = create_figure(side + 0.6, side)
     axes = figure.add_subplot()
-    drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, label="fraction of the true class", ticks=[0, 0.05, 0.2, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
+    axes_image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    ticks = [0, 0.05, 0.2, 0.5, 1]
+    colorbar = figure.colorbar(axes_image, ax=axes, shrink=0.8, label="fraction of the true class", ticks=ticks)
+    colorbar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
     axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
     if num_classes <= MAX_NUMBERED_CLASSES:
-        draw_counts(axes, counts, shares)
+        draw_counts(axes, counts, fractions)
     return figure
 
 
@@ -212,25 +214,26 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
     if len(names) > MAX_NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
         return
-    shown = [shorten(name, MAX_NAME_LENGTH) for name in names]
-    size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
-    axes.set_yticks(range(len(names)), shown, fontsize=size)
-    axes.set_xticks(range(len(names)), shown, fontsize=size, rotation=0 if max(map(len, shown)) <= 3 else 90)
+    short_names = [shorten(name, MAX_NAME_LENGTH) for name in names]
+    font_size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
+    axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
+    rotation = 0 if max(map(len, short_names)) <= 3 else 90
+    axes.set_xticks(range(len(names)), short_names, fontsize=font_size, rotation=rotation)
 
 
-def draw_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
+def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
     """Draw the counts in their cells; zeros are light gray."""
-    size = 9 if counts.max() < 1000 else 7
+    font_size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
-        color = "white" if shares[row, column] > 0.3 else INK if count else "#B5B5B5"
-        draw_text(axes, column, row, f"{count}", size, color)
+        color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
+        draw_text(axes, column, row, f"{count}", font_size, color)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # an image and its overlays; further overlays are in the next row
-TILE, TITLE = 1.45, 0.35  # inches
-TILE_SIDE = 320  # pixels
+MAX_COLUMNS = 7  # maximum number of tiles in a row: an image and overlays
+TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile, and height of its title, in inches
+TILE_SIDE = 320  # longer side of an image in pixels
 
 
 def plot_attention(
@@ -249,7 +252,7 @@ def plot_attention(
         maps: S tensors [T, gh, gw], or one [S, T, gh, gw], of attention to patches (`extract_patch_maps`).
         names: T names of tokens (`get_token_names`).
         titles: S texts, such as "7, predicted 7".
-        visible_regions: The region of each image that its maps cover (`get_visible_region`). Default: the whole image.
+        visible_regions: the region of each image that its maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
         ValueError: if the numbers of images, maps, names or titles differ, or there are no images.
@@ -262,36 +265,38 @@ def plot_attention(
         )
     if any(len(tokens) != len(names) for tokens in maps):
         raise ValueError(
-            f"Expected one name per token, got {len(names)} for {[len(tokens) for tokens in maps]} tokens."
+            f"The maps have {[len(tokens) for tokens in maps]} tokens, but the number of names is {len(names)}. "
+            "Pass one name per token."
         )
-    lines = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
-    columns = 1 + math.ceil(len(names) / lines)
-    small = [
+    num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
+    columns = 1 + math.ceil(len(names) / num_rows)
+    resized = [
         resize_with_region(to_upright_rgb(image), region, TILE_SIDE, TILE_SIDE)
         for image, region in zip(images, visible_regions, strict=True)
     ]
-    heights = [TILE * min(image.height / image.width, 1) + TITLE for image, _ in small for _ in range(lines)]
-    figure = Figure(figsize=(TILE * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
+    row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized]
+    heights = [height for height in row_heights for _ in range(num_rows)]
+    figure = Figure(figsize=(TILE_WIDTH * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
-    for index, ((image, region), tokens, title) in enumerate(zip(small, maps, titles, strict=True)):
-        tiles = grid[index * lines : (index + 1) * lines]
+    for index, ((image, region), tokens, title) in enumerate(zip(resized, maps, titles, strict=True)):
+        tiles = grid[index * num_rows : (index + 1) * num_rows]
         draw_image(tiles[0, 0], image, title)
         for tile, values, name in zip(tiles[:, 1:].flat, tokens, names, strict=False):
             draw_image(tile, overlay(image, values, region), name)
     return figure
 
 
-DEPTH_TILE = 1.1  # inches
-DEPTH_TILE_SIDE = 160  # pixels
+DEPTH_TILE_WIDTH = 1.1  # width of a tile in inches
+DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:
     """Plot the attention of each special token (rows) in each layer (columns), and its rollout.
 
-    The first column has the image and the attribution of each prediction (`compute_attribution`). The number below an
-    overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
+    The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
+    an overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
 
     Args:
         config: configuration of the model.
@@ -303,16 +308,16 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """
     num_layers, num_heads, *_ = report.attention.shape
     if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head is {head}, but there is no head {head}: the model has {num_heads}. Count from 0.")
+        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Use 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [" ".join(filter(None, ("for", each.task, each.first))) for each in report.predictions]
+    titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
     first_column = list(zip(report.attributions, titles, strict=True))
     num_lines = max(len(names), 1 + len(first_column))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
-    height = DEPTH_TILE * min(image.height / image.width, 1.5) + TITLE
+    height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
-    figure = create_figure(DEPTH_TILE * num_columns + 0.8, height * num_lines + 0.2)
+    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_lines + 0.2)
     grid = figure.subplots(num_lines, num_columns, squeeze=False)
     for tile in grid.flat:
         tile.axis("off")
@@ -320,14 +325,16 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     for tile, (values, title) in zip(grid[1:, 0], first_column, strict=False):
         draw_image(tile, overlay(image, values, visible_region), title)
     for index, name in enumerate(names):
-        line = grid[index, 1:]
-        for layer, tile in enumerate(line[:-1]):
+        tiles = grid[index, 1:]
+        for layer, tile in enumerate(tiles[:-1]):
             values = attention[layer, index]
             draw_image(tile, overlay(image, values, visible_region), f"layer {layer + 1}" if index == 0 else "")
-            share = f"{values.sum():.0%}"
-            draw_text(tile, 0.5, -0.03, share, 7, INK, va="top", transform=tile.transAxes)
-        draw_image(line[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
-        line[0].text(-0.08, 0.5, shorten(name, 24), transform=line[0].transAxes, rotation=90, ha="right", va="center")
+            percentage = f"{values.sum():.0%}"
+            draw_text(tile, 0.5, -0.03, percentage, 7, INK, va="top", transform=tile.transAxes)
+        draw_image(tiles[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
+        tiles[0].text(
+            -0.08, 0.5, shorten(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
+        )
     return figure
 
 

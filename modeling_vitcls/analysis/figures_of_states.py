@@ -1,7 +1,7 @@
 """Figures of the states of tokens and patches, and of the effects of tokens on predictions.
 
-Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
-means the embeddings. Curves are in figures_over_depth.py.
+Each plot function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer
+0" means the embeddings. Curves are in figures_over_depth.py.
 """
 
 import math
@@ -27,12 +27,12 @@ from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
 from .token_statistics import Findings
 
 
-BINS = 48  # number of bins of a histogram
-MIN_RATIO = 1e-3  # smaller norms are drawn at this multiple of the median
-OUTLIER_COLOR = "#B3261E"  # bars of outlier patches
-OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # cosines of -1 and 1; 0 is white
-COSINES = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
-MAX_NUMBERED_TOKENS = 12
+NUM_BINS = 48  # number of bins of a histogram
+MIN_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
+OUTLIER_COLOR = "#B3261E"  # color of bars of outlier patches
+OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of cosines -1 and 1; 0 is white
+COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
+MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which cosines are shown as numbers
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -40,9 +40,9 @@ MAX_NUMBERED_TOKENS = 12
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Norms of the patches after one layer, as multiples of the median of their image."""
+    """Norms of the patches after one layer, as multiples of the median norm of the image."""
 
-    counts: list[int]  # [BINS], number of patches per bin; the edges of the bins have equal ratios
+    counts: list[int]  # [NUM_BINS], number of patches per bin; bins have equal width on a logarithmic scale
     low: float  # lower edge of the first bin
     high: float  # upper edge of the last bin
     mode: SecondMode | None  # patches in a second mode (`find_second_mode`); None if the norms have one mode
@@ -55,15 +55,15 @@ def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
     registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=MIN_RATIO).tolist()
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
-    counts = ratios.log().histc(BINS, min=math.log(low), max=math.log(high)).int().tolist()
+    counts = ratios.log().histc(NUM_BINS, min=math.log(low), max=math.log(high)).int().tolist()
     return NormHistogram(counts, low, high, find_second_mode(findings.patch_ratios[layer]), registers)
 
 
 def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -1) -> Figure:
-    """Plot a histogram of the patch norms after a layer, relative to the median of their image, on logarithmic scales.
+    """Plot a histogram of the patch norms after a layer, divided by the median norm of the image (logarithmic axes).
 
-    If the norms have a second mode, its patches are red, and the dashed line is its lower limit. Triangles are the
-    registers.
+    If the norms have a second mode, the bars of this mode are red, and the dashed line is its lower limit. Triangles
+    mark the registers.
 
     Args:
         config: configuration of the model.
@@ -78,7 +78,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     figure = create_figure(6.4, 3.4)
     axes = figure.subplots()
     axes.set_title(f"Norms of the patches, {describe_layer(layer)}", fontsize=11, color=INK)
-    edges = np.geomspace(histogram.low, histogram.high, BINS + 1)
+    edges = np.geomspace(histogram.low, histogram.high, NUM_BINS + 1)
     limit = math.inf if histogram.mode is None else histogram.mode.threshold
     colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
     axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
@@ -117,7 +117,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     layer = normalize_layer(layer, findings)
     names = [shorten(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     if len(names) < 2:
-        raise ValueError(f"The figure requires two special tokens, but the model has {len(names)} special tokens.")
+        raise ValueError(f"The figure requires two or more special tokens, but the model has {len(names)}.")
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
     figure = create_figure(side + 0.5, side)
     axes = figure.subplots()
@@ -135,8 +135,8 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
 
 
 def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the cosine similarity between the states of each special token after two layers; blocks are layers with
-    little change.
+    """Plot the cosine similarity between the states of each special token after each pair of layers; blocks are
+    consecutive layers with little change.
 
     Raises:
         ValueError: if the model has no special tokens.
@@ -144,7 +144,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
     names = get_token_names(config)
     if not names:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
-    figure, grid = create_token_grid(names, width=2.2, height=2.3, more_width=1, more_height=0.3)
+    figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
         drawn = draw_cosines(axes, matrix)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -156,7 +156,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 def draw_cosines(axes: Axes, matrix: torch.Tensor) -> AxesImage:
     """Draw a square matrix [n, n] of cosines."""
-    return axes.imshow(matrix.numpy(), cmap=COSINES, vmin=-1, vmax=1, interpolation="nearest")
+    return axes.imshow(matrix.numpy(), cmap=COSINE_COLORMAP, vmin=-1, vmax=1, interpolation="nearest")
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 
 def normalize_layer(layer: int, findings: Findings) -> int:
-    """Return a nonnegative layer index, with the embeddings as 0. Raises ValueError if the layer does not exist."""
+    """Return a nonnegative layer index; 0 means the embeddings. Raises ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
-        raise ValueError(f"There is no layer {layer}: the model has {num_states - 1}, and 0 means the embeddings.")
+        raise ValueError(f"layer is {layer}, but the model has {num_states - 1} layers. 0 means the embeddings.")
     return layer % num_states
 
 

@@ -1,7 +1,7 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-Each function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer 0"
-means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
+Each plot function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer
+0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
 """
 
 import math
@@ -25,45 +25,46 @@ from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
-WIDTH, HEIGHT = 6.4, 3.2  # inches per axes, without the legend
-LEGEND_LINE_HEIGHT = 0.2  # inches
-MIN_WIDTH = 3.2  # inches per figure
-MAX_COLUMNS = 4
+WIDTH, HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
+LEGEND_LINE_HEIGHT = 0.2  # height of a line of the legend in inches
+MIN_WIDTH = 3.2  # minimum width of a figure in inches
+MAX_COLUMNS = 4  # maximum number of columns in a grid of axes
 MAX_NAME_LENGTH = 24  # maximum length of names in legends
-MIN_LOG_RATIO = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
+MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 
-PATCHES = GROUP_COLORS["patches"]
+PATCH_COLOR = GROUP_COLORS["patches"]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
-FADE = 0.55  # fraction of white in the color of the last token of a group
+MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
 
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
 class Curve(NamedTuple):
-    """A figure over depth of the attribute of `Findings` with the same name."""
+    """Labels of a figure that shows one attribute of `Findings` over depth."""
 
     title: str
-    axis: str  # label of the y axis
-    in_percent: bool = False
+    y_label: str
+    is_percentage: bool = False
 
 
-# Attributes are [L, H, S] over heads, [L, H] over heads for all patches, or [L + 1, S] for states.
+# Attribute of `Findings` -> labels of its figure. Shapes are [L, H, S] for attention of tokens, [L, H] for attention
+# of patches, and [L + 1, S] for states.
 CURVES = {
     "entropy": Curve("Entropy of attention", "nats"),
     "spread": Curve("Spread of attention over the image", "pixels"),
-    "received": Curve("Attention received from patches", "fraction", in_percent=True),
+    "received": Curve("Attention received from patches", "fraction", is_percentage=True),
     "patch_distance": Curve("Attention distance of patches", "pixels"),
-    "variation": Curve("Variation between images", "fraction of the norm", in_percent=True),
+    "variation": Curve("Variation between images", "fraction of the norm", is_percentage=True),
     "to_patches": Curve("Similarity to the mean patch", "cosine"),
 }
 
 
 def get_uniform_values(findings: Findings, name: str) -> list[float]:
-    """Return the values of uniform attention for one of CURVES, one or (if CLS tokens see different regions) several;
-    empty for states."""
+    """Return the values of uniform attention for one of CURVES: one value, or several if CLS tokens attend to
+    different regions; empty for states."""
     if name == "received":
         return [math.exp(-findings.uniform["entropy"])]  # 1 / N
     if name == "patch_distance":
@@ -77,10 +78,10 @@ class LineStyle:
 
     name: str
     color: tuple[float, float, float]
-    index: int = 0  # within the group
+    index: int = 0  # index of the token within the group
 
 
-PATCH_STYLE = LineStyle("patches", to_rgb(PATCHES))
+PATCH_STYLE = LineStyle("patches", to_rgb(PATCH_COLOR))
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
@@ -111,16 +112,16 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     baselines = sorted({float(f"{value:.5g}") for value in get_uniform_values(findings, name)})
     figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
     axes.set_title(curve.title, fontsize=11, color=INK)
-    axes.set_ylabel(curve.axis)
+    axes.set_ylabel(curve.y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         heads = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, heads.mean(dim=1), heads.amin(dim=1), heads.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
-        label = "uniform" if index == 0 else "_again"
+        label = "uniform" if index == 0 else "_nolegend_"
         axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=label)
     format_layer_axis(axes, len(lines), first_layer)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
-    if curve.in_percent:
+    if curve.is_percentage:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     draw_legend(figure, axes)
     return figure
@@ -131,7 +132,7 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            white = FADE * index / max(len(names) - 1, 1)
+            white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
             red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
             styles.append(LineStyle(shorten(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
@@ -161,16 +162,16 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     if not names:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
-    figure, grid = create_token_grid(names, width=2.4, height=1.9, more_height=0.5)
+    figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.mass.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
-        below = np.zeros(len(fractions))
+        bottom = np.zeros(len(fractions))
         for group in groups:
             values = fractions[:, index, order.index(group)].numpy()
-            axes.bar(layers, values, bottom=below, width=0.92, color=GROUP_COLORS[group])
-            below += values
+            axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
+            bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         hide_frame(axes)
@@ -184,32 +185,32 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot norms of the special tokens and of 90 % of the patches, and the fraction of outlier patches.
+    """Plot the norms of the special tokens and of 90 % of the patches, and the fraction of outlier patches.
 
-    Models without registers may store global information in patches of low information, whose norms become outliers
-    (Darcet et al. 2023, arXiv 2309.16588).
+    Models without registers may store global information in patches with little information, whose norms then become
+    outliers (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
-    shares = {"patches": findings.outliers}
+    fractions = {"patches": findings.outliers}
     if findings.outliers_without_registers is not None:
-        shares["patches, registers hidden"] = findings.outliers_without_registers
-    figure, (norms, outliers) = create_axes(2, len(styles) + len(shares))
+        fractions["patches, registers hidden"] = findings.outliers_without_registers
+    figure, (norms, outliers) = create_axes(2, len(styles) + len(fractions))
     norms.set_title("Norms of tokens and patches", fontsize=11, color=INK)
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
     draw_line(norms, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(norms, style, line, line, line, 0)
     plotted = torch.cat([low, high, findings.token_norms.flatten()])
-    if plotted.min() > 0 and plotted.max() > MIN_LOG_RATIO * plotted.min():
+    if plotted.min() > 0 and plotted.max() > MIN_RATIO_FOR_LOG_SCALE * plotted.min():
         norms.set_yscale("log")
         norms.set_ylabel("norm, logarithmic")
     else:
         norms.set_ylim(bottom=0)
         norms.set_ylabel("norm")
     outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
-    for index, (name, share) in enumerate(shares.items()):
-        draw_line(outliers, LineStyle(name, to_rgb(PATCHES), index), share, share, share, 0)
-    outliers.set_ylim(0, max(1.1 * max(share.max().item() for share in shares.values()), 0.01))
+    for index, (name, fraction) in enumerate(fractions.items()):
+        draw_line(outliers, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+    outliers.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
     outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norms, outliers):
         format_layer_axis(axes, len(median), 0)
@@ -221,7 +222,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
-    """Create a figure with axes side by side, with space for a legend of `num_names` below."""
+    """Create a figure with axes side by side, with space for a legend of `num_names` names below."""
     width = WIDTH if num_axes == 1 else 1.5 * WIDTH
     height = HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_legend_columns(width))
     figure = create_figure(width, height)
@@ -229,13 +230,13 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 
 
 def create_token_grid(
-    names: Sequence[str], width: float, height: float, more_width: float = 0, more_height: float = 0
+    names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure with a grid of small axes over layers, one per token, of this width and height in inches;
-    `more_width` and `more_height` are for legends and labels."""
+    `extra_width` and `extra_height` are for legends and labels."""
     columns = min(len(names), MAX_COLUMNS)
     rows = math.ceil(len(names) / columns)
-    figure = create_figure(max(width * columns + more_width, MIN_WIDTH), height * rows + more_height)
+    figure = create_figure(max(width * columns + extra_width, MIN_WIDTH), height * rows + extra_height)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
         axes.set_title(shorten(name, MAX_NAME_LENGTH), fontsize=9, color=INK)
@@ -262,7 +263,7 @@ def format_layer_axis(axes: Axes, count: int, first_layer: int) -> None:
 
 
 def hide_frame(axes: Axes) -> None:
-    """Hide the upper and right side of the frame."""
+    """Hide the top and right lines of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,4 +1,4 @@
-"""One image in the report: the model's predictions, and maps of the attention of its special tokens.
+"""Report on one image: predictions of the model, and attention maps of the special tokens.
 
 Statistics over many images are in token_statistics.py.
 """
@@ -19,7 +19,7 @@ from .patch_features import arrange_patch_features
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
-IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}  # in this order
+IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}  # in display order
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ImagePrediction:
     """Prediction of a model for an image, or of one task of a multi-task model."""
 
     task: str | None
-    labels: list[Label]  # the most probable first; for a multi-label model, the predicted labels, which may be none
-    first: str  # the most probable label, even if a multi-label model does not predict it
+    labels: list[Label]  # most probable label first; for a multi-label model, all predicted labels, possibly none
+    top_label: str  # the most probable label, even if a multi-label model does not predict it
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class ImageReport:
 
     Attributes:
         name: name of the image.
-        image: upright, RGB.
+        image: the image, upright and in RGB.
         visible_region: the region of the image that the patches cover.
         truth: the true label in words; None if unknown.
-        predictions: one, or one per task; empty for an encoder.
+        predictions: one prediction, or one per task; empty for an encoder.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention through all layers (`compute_attention_rollout`).
-        attributions: [gh, gw] for each prediction, attribution of its most probable label (`compute_attribution`).
-        features: [L, gh, gw, D], patches after each layer (`compute_patch_features`).
-        kind: why the image is shown, one of IMAGE_KINDS; None if it was not selected by its prediction.
+        attributions: [gh, gw] per prediction, attribution of the most probable label (`compute_attribution`).
+        features: [L, gh, gw, D], hidden states of the patches after each layer (`compute_patch_features`).
+        kind: reason why the image is shown, one of IMAGE_KINDS; None if it was not selected by its prediction.
     """
 
     name: str
@@ -81,7 +81,7 @@ def build_image_report(
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
-    upright = to_upright_rgb(image)
+    upright_image = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
     predictions: list[ImagePrediction] = []
     if is_classifier(model):
@@ -92,8 +92,10 @@ def build_image_report(
 
     return ImageReport(
         name=name,
-        image=upright,
-        visible_region=get_visible_region(processor, (upright.height, upright.width), config.patch_height_width),
+        image=upright_image,
+        visible_region=get_visible_region(
+            processor, (upright_image.height, upright_image.width), config.patch_height_width
+        ),
         truth=truth,
         predictions=predictions,
         attention=extract(trace.compute_rows()[0]),
@@ -120,4 +122,4 @@ def build_image_prediction(
     """Return the prediction for logits [1, labels]."""
     (most_probable_labels,) = select_top_labels(logits, names, MAX_LABELS)
     (labels,) = select_probable_labels(logits, names) if is_multi_label else [most_probable_labels]
-    return ImagePrediction(task, labels, first=most_probable_labels[0][0])
+    return ImagePrediction(task, labels, top_label=most_probable_labels[0][0])

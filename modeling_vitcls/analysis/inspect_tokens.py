@@ -1,4 +1,4 @@
-"""The program `vitcls inspect`: options -> model and images -> report, JSON values and a summary on the
+"""The program `vitcls inspect`: inspects a model with images, and writes the report, JSON values and a summary on the
 terminal."""
 
 from collections.abc import Iterator
@@ -34,11 +34,11 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """Inspect a saved model, write the report, and print the verdicts.
 
     Raises:
-        ValueError, OSError: with a one-line message, if the model or the images cannot be read or do not match, or
-            files cannot be written.
+        ValueError, OSError: with a one-line message, if the model or the images cannot be read or do not match, or the
+            report cannot be written.
     """
     console = Console(soft_wrap=True, highlight=False)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    error_console = Console(stderr=True, soft_wrap=True, highlight=False)
     if is_preset(options.model):
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
@@ -50,7 +50,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
-    with show_progress(errors) as on_progress:
+    with show_progress(error_console) as on_progress:
         inspection = inspect_model(
             model,
             processor,
@@ -58,7 +58,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             token_movement=read_token_movement(folder),
             patch_sizes=options.patch_sizes,
             batch_size=options.batch_size,
-            on_warning=lambda message: errors.print(f"WARNING: {message}", style="bold yellow", markup=False),
+            on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
             on_progress=on_progress,
         )
     write_page(options.output, inspection, get_model_name(options.model), images.source)
@@ -69,7 +69,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:
-    """Return the distance that training moved each token, from results.json; None if it is not recorded."""
+    """Return the distance that training moved each token, from results.json; None if unknown."""
     file = Path(folder, RESULTS_FILE)
     return (read_json(file).get("token_movement") or None) if file.is_file() else None
 
@@ -115,7 +115,7 @@ def build_verdict_table(inspection: Inspection) -> Table:
     """Build a table of tokens, groups of several tokens, verdicts and reasons."""
     verdicts = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
-        sign = SIGNS[verdict.word, verdict.meaning]
-        word = f"[{STYLES[verdict.meaning]}]{sign} {verdict.word}[/]"
+        sign = SIGNS[verdict.word, verdict.rating]
+        word = f"[{STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
         verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))
     return verdicts

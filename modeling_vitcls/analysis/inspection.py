@@ -31,7 +31,7 @@ from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
-# Minimum and maximum number of images of the null distributions, and maximum operations of a pass over these images
+# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over them
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 
@@ -51,14 +51,14 @@ class Inspection:
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
         accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
-        verdicts: one per special token.
-        group_verdicts: one per group of several special tokens.
+        verdicts: one verdict per special token.
+        group_verdicts: one verdict per group of several special tokens.
         patches: diagnosis of the norms of patches.
-        depth: one text per special token, on its attention over depth.
+        depth: one text per special token about its attention over depth.
         image_reports: reports of the images to show.
         num_null_images: number of images of the null distributions.
-        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small classifier of
-            one label.
+        map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
+            single-label classifier.
         patch_sizes: comparison of patch sizes; empty unless requested.
         num_unreadable: number of images that could not be read.
     """
@@ -82,7 +82,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token by its mean; None without a classifier."""
+        """Return the effect on predictions of holding each token at its mean; None without a classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
@@ -129,7 +129,7 @@ def inspect_model(
             -100 if unknown.
         statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
         num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
-            that the statistics are over the same images. Default: all images.
+            statistics over the same images. Default: all images.
         token_movement: distance that each token moved in training (`token_movement` in results.json).
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
@@ -152,7 +152,8 @@ def inspect_model(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout))
+    # the outputs without registers are reused
+    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,
@@ -207,20 +208,20 @@ def inspect_model(
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images; empty for large models, because the checks
-    require about 40 passes per image, and unless the model is a classifier of one label."""
+    """Return the checks of rollout and attribution for a few images. Empty for large models, because the checks
+    require about 40 passes per image, and for models other than single-label classifiers."""
     num_affordable = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
-    sample, _ = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
-    return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample() for image in pixel_values])
+    sample_batches, _ = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
+    return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
 def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
-    enough others, the most confident first), the least confident of the others (at most a quarter), and typical images
-    at even distances. All images of an encoder are selected at even distances, without a kind."""
+    enough others, the most confident first), the least confident of the others (at most a quarter), and evenly
+    spaced typical images. For an encoder, all selected images are evenly spaced, without a kind."""
     if not isinstance(before, Predictions):
         return dict.fromkeys(spread_evenly(range(len(before)), count))
     confidences = compute_confidences(before.logits, config).tolist()
@@ -238,8 +239,8 @@ def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of the prediction for logits [images, labels] of all tasks; the smallest of
-    several tasks or labels."""
+    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks; the minimum
+    over tasks or labels if there are several."""
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
@@ -249,7 +250,7 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def spread_evenly(indices: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the indices, at even distances."""
+    """Return at most `count` of the indices, evenly spaced."""
     count = max(min(count, len(indices)), 0)
     return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
 
@@ -301,7 +302,7 @@ class ImagePreparer:
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
         """Return the pixels of all usable images by index. Raises ValueError if no image can be used."""
         if not images:
-            raise ValueError("An inspection requires at least one image, but there are no images. Pass one or more.")
+            raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
         for index in range(len(images)):
             on_progress("reading images", index, len(images))
@@ -335,7 +336,7 @@ class InspectionBatches:
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
     def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `count` images at even distances, and the indices of these images among the images
+        """Return batches of at most `count` evenly spaced images, and the indices of these images among the images
         that this object yields."""
         positions = spread_evenly(range(len(self.order)), count)
         indices = [self.order[position] for position in positions]
@@ -370,7 +371,7 @@ def count_tokens(model: Any, pixels: torch.Tensor) -> int:
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the number of images [C, H, W] that require at most MAX_BATCH_BYTES of memory; at least 1.
+    """Return the maximum batch size for images [C, H, W] that requires at most MAX_BATCH_BYTES of memory; at least 1.
 
     The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
     activations of its MLP.

@@ -1,6 +1,6 @@
 """Images of an inspection and, if known, their labels. Images are decoded on access.
 
-PATHS       files, folders and URLs; a folder with the name of a class is the label of its images
+PATHS       files, folders and URLs; images in a folder with the name of a class have this label
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
@@ -58,12 +58,12 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
     """Load image files, with labels from the names of their folders."""
-    listed = open_image_files(paths)
-    files = [str(content) for content in listed.contents]
+    image_files = open_image_files(paths)
+    files = [str(content) for content in image_files.contents]
     for file in files:
         if "://" not in file and not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
-    names = [name if "://" in name else Path(name).name for name in listed.names]
+    names = [name if "://" in name else Path(name).name for name in image_files.names]
     source = ", ".join(map(get_short_name, paths))
     return InspectionImages(FileImages(files), names, get_folder_labels(files, model), source)
 
@@ -74,8 +74,8 @@ def get_short_name(path: str) -> str:
 
 
 def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
-    """Return the class named like the folder of each file, or IGNORED_LABEL; None if no folder is named like a
-    class."""
+    """Return the index of the class with the name of each file's folder, or IGNORED_LABEL if there is no such class;
+    None if no folder has the name of a class."""
     config = model.config
     if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
         return None
@@ -87,7 +87,7 @@ def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
 def load_from_dataset(
     options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
 ) -> InspectionImages:
-    """Load one split, with the label indices of the model, or without labels if the model has none."""
+    """Load one split, with the label indices of the model, or without labels if it is not a classifier."""
     columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
     data = DataOptions(dataset, **columns)
     if is_classifier(model):
@@ -103,7 +103,7 @@ def load_from_dataset(
 
 
 def load_unlabeled(data: DataOptions, split: str) -> Sequence[Image.Image]:
-    """Load the images of a split, or of the only split of a dataset."""
+    """Load the images of a split. If the dataset has only one split, load this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:

@@ -1,9 +1,9 @@
 """Checks of maps: whether attention rollout and attribution show what predictions depend on.
 
-Deletion and insertion (Petsiuk et al. 2018, arXiv 1806.07421) replace the patches of highest value by the mean color,
-or all other patches. A faithful map lowers the probability of the predicted class faster, or raises it faster, than a
-random order of patches. The randomized-weights check (Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of
-all weights: a map that depends on the weights changes.
+Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
+et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
+with a random order of patches, and insertion raises it faster. The randomized-weights check (Adebayo et al. 2018,
+arXiv 1810.03292) shuffles the values of all weights; a map that depends on the weights changes.
 """
 
 import copy
@@ -31,12 +31,14 @@ class MapCheck:
 
     Attributes:
         num_images: number of images.
-        deletion: probability of the predicted class after the patches of highest value are replaced, per FRACTIONS.
-        insertion: the same after all other patches are replaced; FRACTIONS are the patches that are kept.
+        deletion: probability of the predicted class after a fraction of the patches, those with the highest values, is
+            replaced; one value for each of FRACTIONS.
+        insertion: probability of the predicted class if only this fraction of the patches is not replaced.
         random_deletion, random_insertion: the same with a random order of patches.
-        weight_correlation: rank correlation (Spearman) between the maps with the model's and with shuffled weights.
-        p_value: p-value of a map that is not better than a random order, in both curves together (one-sided test of
-            Wilcoxon over images).
+        weight_correlation: rank correlation (Spearman) between the maps of the model and of a copy with shuffled
+            weights.
+        p_value: p-value of the hypothesis that the map is not better than a random order, over both curves together
+            (one-sided Wilcoxon test over images).
     """
 
     num_images: int
@@ -73,7 +75,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
     """Check the rollout of the first special token that the head reads, and the attribution of the predicted class.
 
     Args:
-        model: a classifier of one task.
+        model: a single-label classifier.
         images: [1, C, H, W] each, on the model's device.
         seed: seed of the random orders and of the shuffled weights.
 
@@ -112,7 +114,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value of deletion and insertion curves [images, 2, fractions] against random curves."""
+    """Return the p-value (`MapCheck`) of deletion and insertion curves [images, 2, fractions]."""
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
     gains = (insertion - deletion).numpy()  # [images]
     return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0
@@ -125,36 +127,36 @@ def compute_maps(
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    best = logits[0].argmax() if target is None else target
-    maps = {"attribution": extract_patch_maps(trace.compute_attribution(best)[0].float().cpu(), config, size)}
-    *reads, _ = get_read_tokens(config)
-    if any(reads):
-        rollout = trace.compute_rollout()[0, reads.index(True)]
+    class_index = logits[0].argmax() if target is None else target
+    maps = {"attribution": extract_patch_maps(trace.compute_attribution(class_index)[0].float().cpu(), config, size)}
+    *read_tokens, _ = get_read_tokens(config)
+    if any(read_tokens):
+        rollout = trace.compute_rollout()[0, read_tokens.index(True)]
         maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
 
 @torch.no_grad()
 def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
-    """Return the probability of a class in the deletion and insertion curves of a map [gh, gw] for pixel values
-    [1, C, H, W], [2, len(FRACTIONS)]."""
+    """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
+    the image `pixel_values` [1, C, H, W] with replaced patches."""
     ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion
     patch_height, patch_width = model.config.patch_height_width
     is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
     height, width = is_replaced.shape[-2:]
-    changed = pixel_values.repeat(len(masks), 1, 1, 1)
+    changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
     mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
-    changed[..., :height, :width] = torch.where(is_replaced, mean, changed[..., :height, :width])
+    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean, changed_pixels[..., :height, :width])
     with evaluation_mode(model):
-        logits = torch.cat([model(part).logits for part in changed.split(len(FRACTIONS))])
+        logits = torch.cat([model(part).logits for part in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))
 
 
 @torch.no_grad()
 def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
-    """Return a copy of the model whose parameters have the same values in random order."""
+    """Return a copy of the model with the values of each parameter in random order."""
     shuffled = copy.deepcopy(model)
     for parameter in shuffled.parameters():
         order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)

@@ -25,13 +25,13 @@ from ..token_names import get_token_names_by_group
 
 
 Size = tuple[int, int]  # height, width in pixels
-Processor = Any  # ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
+Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
 
 
 class VisibleRegion(NamedTuple):
     """The region of an image that the model receives, as edges in pixels; (0, 0, w, h) is the whole image.
 
-    It extends beyond the image if the processor pads.
+    The region extends beyond the image if the processor pads.
     """
 
     left: float
@@ -41,10 +41,10 @@ class VisibleRegion(NamedTuple):
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Return the names of a layer's attention maps; differential attention has two per head."""
+    """Return the names of a layer's attention maps; differential attention has two maps per head."""
     heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
-        return [f"{head}, {which} map" for head in heads for which in ("first", "second")]
+        return [f"{head}, {ordinal} map" for head in heads for ordinal in ("first", "second")]
     return heads
 
 
@@ -63,8 +63,8 @@ def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True)
     if config.pooling == "attention" and config.attention_pool_tokens == "all":
         return True
     if group == "cls":
-        pooled = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
-        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled)
+        pooled_indices = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
+        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled_indices)
     if group == "distillation":
         return config.has_distillation_head and not config.tasks
     return group == "patches" and config.pooling != "cls"
@@ -98,7 +98,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
 
     Args:
         rows: [..., key], as returned by `model.token_attention`.
-        image_size: Height and width of `pixel_values`.
+        image_size: height and width of `pixel_values`.
 
     Returns:
         [..., gh, gw]: rows and columns of patches.
@@ -123,9 +123,9 @@ def upsample_maps(
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
-        image_size: Height and width of the upright image.
-        visible_region: The region that the maps cover (`get_visible_region`).
-        interpolate: Whether to interpolate; otherwise, all pixels of a patch have its value.
+        image_size: height and width of the upright image.
+        visible_region: the region that the maps cover (`get_visible_region`).
+        interpolate: whether to interpolate; otherwise, all pixels of a patch have the value of the patch.
 
     Returns:
         [..., h, w] float32, NaN outside the visible region.
@@ -142,7 +142,7 @@ def upsample_maps(
 
 
 def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Tensor:
-    """Return the centers of `length` pixels as float32 [length], scaled so that start..stop is -1..1."""
+    """Return the centers of `length` pixels as float32 [length], scaled so that `start` is -1 and `stop` is 1."""
     centers = torch.arange(length, dtype=torch.float64) + 0.5
     return ((centers - start) / (stop - start) * 2 - 1).float()
 
@@ -158,8 +158,8 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     image.
 
     Args:
-        image_size: Height and width of the upright image.
-        patch_size: Height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
+        image_size: height and width of the upright image.
+        patch_size: height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
             bottom that do not fill a patch are excluded, as in the model.
     """
     resized = image_size
@@ -174,11 +174,11 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    down, across = (own / scaled for own, scaled in zip(image_size, resized, strict=True))
-    return VisibleRegion(left * across, top * down, (left + width) * across, (top + height) * down)
+    y_scale, x_scale = (original / scaled for original, scaled in zip(image_size, resized, strict=True))
+    return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
 
 
-# Keys of the processor's size -> height and width after its resize, with the functions of transformers.
+# Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
     frozenset({"shortest_edge"}): lambda image_size, shortest_edge: get_size_with_aspect_ratio(
@@ -195,7 +195,7 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 
 def get_crop_offsets(processor: Processor, resized: Size, crop: Size) -> tuple[int, int]:
-    """Return the top and left offset of the center crop in pixels of the resized image; negative if it pads."""
+    """Return the top and left offset of the center crop in pixels of the resized image; negative if the crop pads."""
     top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized, crop, strict=True))
     is_padded = min(top, left) < 0
     rounding = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
@@ -225,14 +225,14 @@ def overlay(
 
     Args:
         values: [gh, gw] per patch, or [h, w] per pixel of the image; nonnegative. NaN is outside the visible region.
-        visible_region: The region that [gh, gw] covers (`get_visible_region`). Default: the whole image.
-        max_value: The value of the brightest color, to compare maps. Default: the maximum of the map, but at least
+        visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
+        max_value: the value of the brightest color, to compare maps. Default: the maximum of the map, but at least
             MIN_SCALE times its mean, so that uniform attention is not bright everywhere.
-        max_side: Scale the result down to at most this number of pixels per side.
-        min_side: Scale a smaller image up by a whole factor until its longer side has this number of pixels.
+        max_side: scale the result down to at most this number of pixels per side.
+        min_side: scale a smaller image up by a whole factor until its longer side has this number of pixels.
 
     Returns:
-        An RGB image of the size of the image, or of its scaled size.
+        An RGB image with the size of `image`, or its scaled size.
 
     Raises:
         ValueError: if the image processor does not accept the image.
@@ -249,7 +249,7 @@ def overlay(
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB like the image processor: rotated by its EXIF tag, transparency on white."""
+    """Convert an image to 8-bit RGB like the image processor: rotated by its EXIF tag, on a white background."""
     return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -265,8 +265,8 @@ def resize_with_region(
     elif min_side is not None and longer < min_side:
         factor = math.ceil(min_side / longer)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-    across, down = image.width / width, image.height / height
-    return image, VisibleRegion(left * across, top * down, right * across, bottom * down)
+    x_scale, y_scale = image.width / width, image.height / height
+    return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
 
 
 def to_gray(image: Image.Image) -> np.ndarray:
@@ -275,7 +275,7 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
 
 def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:
-    """Blend a map [h, w] in colors over a gray image [h, w, 3] with values from 0 to 1."""
+    """Color a map [h, w] and blend it over a gray image [h, w, 3] with values from 0 to 1."""
     finite = np.nan_to_num(values)
     if max_value is None:
         max_value = max(finite.max(), MIN_SCALE * finite.sum() / max(np.isfinite(values).sum(), 1))
@@ -286,7 +286,7 @@ def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) 
 
 
 def draw_hatching(gray: np.ndarray) -> np.ndarray:
-    """Return an image [h, w, 3] with values from 0 to 1, darkened, with diagonal lines."""
+    """Return an image [h, w, 3] with values from 0 to 1, darkened and with diagonal lines."""
     height, width, _ = gray.shape
     period = max(round(max(height, width) / 40), 2)
     lines = (np.arange(height)[:, None] + np.arange(width)[None, :]) % period < max(period / 8, 1)  # [h, w]

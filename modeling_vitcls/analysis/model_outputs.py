@@ -18,8 +18,8 @@ from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from .model_utils import evaluation_mode, get_runner, is_classifier
 
 
-# pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A] (see `Predictions`), or [B] if
-# A is 1. Called repeatedly, each time for the same images.
+# Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
+# (see `Predictions`), or [B] if A is 1. Each call returns the same images.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
 
 MIN_IMAGES = 16  # minimum number of images to judge an effect
@@ -32,7 +32,7 @@ class Predictions:
 
     logits: torch.Tensor  # [images, labels], all tasks concatenated
     # [images, A], class indices. A is 1 for a single-label model and the number of tasks for a multi-task model (in
-    # the order of `config.task_labels()`). For a multi-label model, 0 or 1 for each label.
+    # the order of `config.task_labels()`). For a multi-label model, A is the number of labels, and values are 0 or 1.
     predicted: torch.Tensor
     labels: torch.Tensor | None  # like `predicted`, IGNORED_LABEL if unknown; None if no label is known
 
@@ -41,10 +41,8 @@ class Predictions:
 
     def select(self, indices: Sequence[int]) -> "Predictions":
         """Return the predictions for some of the images."""
-        chosen = list(indices)
-        return Predictions(
-            self.logits[chosen], self.predicted[chosen], None if self.labels is None else self.labels[chosen]
-        )
+        rows = list(indices)
+        return Predictions(self.logits[rows], self.predicted[rows], None if self.labels is None else self.labels[rows])
 
     def accuracy(self) -> float | None:
         """Return the fraction of correct predictions among images with known labels; None if no label is known."""
@@ -53,13 +51,13 @@ class Predictions:
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def chance(self) -> float | None:
-        """Return the accuracy of always predicting the most frequent label (of each column); None if no label is
+        """Return the accuracy if the most frequent label (of each column) is always predicted; None if no label is
         known."""
         if self.labels is None or self.accuracy() is None:
             return None
         known = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
-        hits = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
-        return sum(hits) / sum(map(len, known))
+        counts = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
+        return sum(counts) / sum(map(len, known))
 
     def is_better_than_chance(self) -> bool | None:
         """Return whether the accuracy exceeds `chance` by two standard errors; None if no label is known."""
@@ -85,7 +83,7 @@ class Features:
         return Features({name: [rows[index] for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
-        """Return the indices of the NUM_NEIGHBORS most similar other images of each image, by the CLS tokens or the
+        """Return the indices of the NUM_NEIGHBORS other images that are most similar to each image, by CLS tokens or
         pooled features; None for fewer than MIN_IMAGES images."""
         if len(self) < MIN_IMAGES:
             return None
@@ -205,6 +203,6 @@ def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tenso
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
             f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "
-            f"they are {list(labels.shape)}. Pass one label per prediction."
+            f"they have shape {list(labels.shape)}. Pass one label per prediction."
         )
     return labels.cpu().view_as(predicted)

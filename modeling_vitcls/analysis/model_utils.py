@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
-# Classes are compared by name: a model loaded with the code of its repository has different class objects with the
-# same names.
-CLASSIFIERS = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
+# Classes are compared by name, because a model loaded with the code of a Hub repository has different class objects
+# with the same names.
+CLASSIFIER_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
 
 
 def unwrap_model(model: Any) -> Any:
@@ -27,22 +27,22 @@ def unwrap_model(model: Any) -> Any:
 
 
 def is_classifier(model: Any) -> bool:
-    """Return whether a model, or a subclass of one, predicts labels. Encoders and regression models do not."""
-    plain = unwrap_model(model)
-    config = plain.config
-    has_head = any(kind.__name__ in CLASSIFIERS for kind in type(plain).__mro__)
+    """Return whether a model is a classifier, or a subclass of one. Encoders and regression models are not."""
+    unwrapped = unwrap_model(model)
+    config = unwrapped.config
+    has_head = any(base.__name__ in CLASSIFIER_NAMES for base in type(unwrapped).__mro__)
     return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
 
 
 def get_runner(model: Any) -> Any:
-    """Return the classifier, or the encoder inside any other unwrapped model."""
+    """Return an unwrapped model itself if it is a classifier, and its encoder otherwise."""
     return model if is_classifier(model) else model.base_model
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode inside the block, then restore the mode of each module (frozen modules may
-    differ from the rest)."""
+    """Set the model to evaluation mode inside the block, and then restore the mode of each module. (Some modules, such
+    as frozen modules, may be in evaluation mode during training.)"""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -26,22 +26,22 @@ from .maps import (
 
 
 NUM_COLORS = 3  # red, green and blue
-NUM_COMPONENTS = 32  # principal components of compressed features
-# Quantiles of a component; smaller and larger values have the darkest and brightest color
+NUM_COMPONENTS = 32  # number of principal components of compressed features
+# Quantiles of a component that have the darkest and the brightest color; values outside are clipped
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
 
 @torch.no_grad()
 def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the patches after each layer, before the final norm.
+    """Return the hidden states of the patches after each layer, before the final norm.
 
     Args:
         model: any ViTCLS model, in evaluation mode.
         pixel_values: [B, C, H, W] on the model's device.
 
     Returns:
-        [B, L, gh, gw, D], float32 on the CPU: layer, row and column of patches, channel.
+        [B, L, gh, gw, D], float32 on the CPU: image, layer, row and column of the patch, channel.
 
     Raises:
         ValueError: if the model merges patches.
@@ -54,8 +54,8 @@ def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tens
 def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Return the patches [B, L, gh, gw, D] of the hidden states [B, N, D] of the embeddings and each layer. Raises
-    ValueError if the model merges patches."""
+    """Return the patches [B, L, gh, gw, D] after each layer. `hidden_states` [B, N, D] are the embeddings and the
+    output of each layer. Raises ValueError if the model merges patches."""
     if getattr(encoder.config, "merged_patches_per_layer", 0):
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
@@ -76,8 +76,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = Fa
 
     Args:
         features: [gh, gw, D] for each image; sizes may differ.
-        foreground: whether to color only the foreground. The first component separates it from the background, which
-            is the side with more patches at the border, and the colors are components of the foreground patches.
+        foreground: whether to color only the foreground (`find_foreground`). The colors are then the principal
+            components of the foreground patches.
 
     Returns:
         [gh, gw, 3] for each image, values from 0 to 1; NaN in the background.
@@ -95,8 +95,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = Fa
 
 
 def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
-    """Return a boolean mask [patches] of the patches on the side of the first principal component that has fewer
-    patches at the borders of the images."""
+    """Return a boolean mask [patches] of the foreground: the patches whose first principal component has the sign that
+    is less frequent at the borders of the images than inside."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
     for border in borders:
@@ -107,7 +107,7 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
 
 
 def split_images(rows: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Split values [patches, n] into one tensor [gh, gw, n] for each image of the features."""
+    """Split values [patches, n] into one tensor [gh, gw, n] per image, with the grid sizes of `features`."""
     sizes = [image.shape[0] * image.shape[1] for image in features]
     return [part.unflatten(0, image.shape[:2]) for part, image in zip(rows.split(sizes), features, strict=True)]
 
@@ -121,7 +121,7 @@ def draw_patch_colors(
 ) -> Image.Image:
     """Draw the colors of the patches [gh, gw, 3] on the pixels of an image, without interpolation.
 
-    The background of the foreground option is dark, and pixels outside the visible region are dark and hatched.
+    The background (NaN) is dark, and pixels outside the visible region are dark and hatched.
 
     Args:
         visible_region, max_side, min_side: as in `maps.overlay`.
@@ -146,26 +146,26 @@ def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> t
 
     Args:
         features: [gh, gw, D].
-        row, column: the patch, from 0.
+        row, column: row and column of the patch, counted from 0.
     """
     return torch.nn.functional.cosine_similarity(features, features[row, column], dim=-1)
 
 
 @dataclass(frozen=True)
 class PatchComponents:
-    """Principal components of normalized patch features of one layer, for similarities in a browser.
+    """Principal components of normalized patch features of one layer, to compute similarities in a browser.
 
-    The cosine similarity of two patches with values x and y is sum(scale² x y) + offset, divided by the square root of
-    the product of this value for (x, x) and (y, y).
+    The cosine similarity of two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
+    sum(scale² x y) + offset.
     """
 
     values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
-    scale: torch.Tensor  # [n], unit of the values of each component
-    offset: float  # squared norm of the mean feature outside the components
+    scale: torch.Tensor  # [n], factor of the values of each component
+    offset: float  # squared norm of the part of the mean feature that is orthogonal to the components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:
-    """Compress the patches [gh, gw, D] of several images in one layer to `num_components` bytes per patch."""
+    """Compress the patches [gh, gw, D] of several images after one layer to `num_components` bytes per patch."""
     rows = torch.cat([torch.nn.functional.normalize(image.flatten(0, 1), dim=-1) for image in features]).numpy()
     pca = PCA(min(num_components, *rows.shape), random_state=0).fit(rows)
     projected = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered

@@ -1,7 +1,7 @@
-"""Comparison of patch sizes for a model: tokens, compute and, with resampled weights, predictions.
+"""Comparison of patch sizes for a model: number of tokens, compute, and predictions with resampled weights.
 
 Large patches hide details; small patches cost more. The model is adapted to each size without training
-(adaptation_vitcls.py: FlexiViT's resizing of the patch projection, resampled positions).
+(adaptation_vitcls.py: FlexiViT's resizing of the patch projection, resampled position embeddings).
 """
 
 import copy
@@ -23,8 +23,8 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
-MIN_GRID_SIDE = 7  # patches per side of ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929
-HIGH_ATTENTION_FRACTION = 0.5  # minimum fraction of compute in attention maps that is reported
+MIN_GRID_SIDE = 7  # minimum patches per side: ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929
+HIGH_ATTENTION_FRACTION = 0.5  # maximum fraction of compute in attention maps without a note
 ACCURACY_TOLERANCE = 0.01  # maximum difference from the best accuracy that counts as equally good
 
 PatchSize = int | tuple[int, int]  # pixels; (height, width) if they differ
@@ -32,7 +32,7 @@ PatchSize = int | tuple[int, int]  # pixels; (height, width) if they differ
 
 @dataclass(frozen=True)
 class PatchSizeRow:
-    """A model with one patch size, without training at this size.
+    """Measurements of a model with one patch size, without training at this size.
 
     Attributes:
         patch_size: in pixels; one number if height and width are equal.
@@ -42,11 +42,11 @@ class PatchSizeRow:
         gflops: 10^9 operations per image; a multiplication and an addition count as two.
         attention_share: fraction of the operations in attention maps, which grow with the square of the sequence
             length.
-        milliseconds: median time per image, in batches, with all sizes measured alternately.
+        milliseconds: median time per image in a batch; all sizes are measured in turn.
         device: device of the time measurement.
         num_images: number of images.
         accuracy: fraction of correct predictions among known labels; None if no label is known.
-        agreement: fraction of images with the same prediction as the model's own size; None without a classifier.
+        agreement: fraction of images with the same prediction as at the model's own size; None without a classifier.
         note: possible problems of this size for these images; may be empty.
     """
 
@@ -71,8 +71,8 @@ class Candidate:
     model: Any
     patch_size: PatchSize
     is_native: bool
-    milliseconds: list[float] = field(default_factory=list)
-    predictions: list[Predictions] = field(default_factory=list)  # of each batch; empty without a classifier
+    milliseconds: list[float] = field(default_factory=list)  # time per image, one value per batch
+    predictions: list[Predictions] = field(default_factory=list)  # one per batch; empty without a classifier
 
 
 def compare_patch_sizes(
@@ -117,14 +117,17 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Return sentences: the model's own size, each other size compared with it, a recommendation, and its limits."""
     native = next(row for row in rows if row.is_native)
     others = [row for row in rows if not row.is_native]
-    sized = [(native, describe_native_size(native)), *((row, describe_other_size(row, native)) for row in others)]
-    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in sized]
+    described_rows = [
+        (native, describe_native_size(native)),
+        *((row, describe_other_size(row, native)) for row in others),
+    ]
+    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in described_rows]
     sentences += recommend_patch_size(rows)
     if others and native.agreement is not None:
         sentences.append(
             f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. They show the "
-            "difference from the model's own size, not the accuracy after fine-tuning (to measure it, fine-tune with "
-            "--patch-size)."
+            "difference from the model's own size, not the accuracy after fine-tuning. To measure the "
+            "latter, fine-tune with --patch-size."
         )
     return sentences
 
@@ -153,7 +156,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
     """Return the model itself, or the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # one line per adapted weight
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # logs each adapted weight
     try:
         adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
@@ -266,11 +269,11 @@ def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
     """Describe whether patches may be too large or too small for the images; empty if neither."""
     notes = []
     if min(grid) < MIN_GRID_SIDE:
-        notes.append(f"a patch spans 1/{min(grid)} of the image's side: maybe too large for small details")
+        notes.append(f"a patch spans 1/{min(grid)} of the image's side: patches may be too large for small details")
     if attention_fraction > HIGH_ATTENTION_FRACTION:
         notes.append(
             f"{attention_fraction:.0%} of the compute is in attention maps, which grow with the square of the "
-            "sequence length: maybe too small"
+            "sequence length: patches may be too small"
         )
     return "; ".join(notes)
 
@@ -287,11 +290,11 @@ def describe_native_size(row: PatchSizeRow) -> str:
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Recommend the cheapest size within ACCURACY_TOLERANCE of the best accuracy; empty if fewer than two accuracies
     are known."""
-    known = [(row.accuracy, row) for row in rows if row.accuracy is not None]
-    if len(known) < 2:
+    candidates = [(row.accuracy, row) for row in rows if row.accuracy is not None]
+    if len(candidates) < 2:
         return []
-    best_accuracy, best = max(known, key=lambda pair: (pair[0], -pair[1].gflops))
-    good = [row for accuracy, row in known if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    best_accuracy, best = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
+    good = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
     cheapest = min(good, key=lambda row: row.gflops)
     native = " (the model's own)" if cheapest.is_native else ""
     text = (
@@ -299,11 +302,11 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
         f"accuracy on {cheapest.num_images:,} images"
     )
     if cheapest is best:
-        return [f"{text} ({best_accuracy * 100:.1f} %, its own)."]
+        return [f"{text} ({best_accuracy * 100:.1f} %, at this size)."]
     ratio = format_ratio(cheapest.gflops, best.gflops)
     return [
-        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best.patch_size)}), at {ratio} its "
-        "compute."
+        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best.patch_size)}), at {ratio} the "
+        "compute of that size."
     ]
 
 

@@ -5,8 +5,9 @@
 
     inspection.py      measurements
     report_data.py     values and maps for the scripts
-    report.html.j2     text and tables; with report.css
-    report_page.js     shared by the other two scripts
+    report.html.j2     text and tables
+    report.css         style
+    report_page.js     code shared by the other two scripts
     report_maps.js     draws maps over images
     report_charts.js   draws curves, histograms and similarities
 
@@ -44,7 +45,7 @@ FOLDER = Path(__file__).parent
 MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
-# (verdict, meaning) -> sign, so that verdicts are distinguishable without color.
+# (verdict, rating) -> sign, so that verdicts can be distinguished without color.
 SIGNS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
@@ -82,7 +83,7 @@ def write_report(
         arguments: other arguments of `inspect_model`.
 
     Raises:
-        TypeError: if an argument is not an argument of `inspect_model`.
+        TypeError: if `inspect_model` does not have an argument with one of these names.
         ValueError: if no image can be read, or the hidden states of the model are not finite.
         OSError: if the file cannot be written.
     """
@@ -156,8 +157,8 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
 
 
 def build_effect_table(inspection: Inspection) -> dict[str, Any]:
-    """Return `header` and `rows` of text: for each token and each group, its effect without information and without
-    presence, and the null distributions."""
+    """Return `header` and `rows` of text: the effects of both ablations of each token and each group, with the null
+    distributions."""
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
@@ -191,7 +192,7 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
 def build_page_header(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
     """Return the values of the page header."""
     config = inspection.config
-    shapes = {report.rollout.shape for report in inspection.image_reports}  # depend on the image processor
+    shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
     grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
     counts = sorted(rows * columns for rows, columns in grids)
     return {
@@ -230,7 +231,7 @@ def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
 
-# Column header -> text of a row; empty if unknown.
+# Column header -> function that returns the text of a cell, which is empty if the value is unknown.
 PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
     "patch": lambda row: format_patch_size(row.patch_size) + (" (the model's own)" if row.is_native else ""),
     "tokens": lambda row: f"{row.sequence_length:,}",

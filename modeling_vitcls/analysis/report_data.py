@@ -1,8 +1,8 @@
 """An inspection as JSON values, for the scripts of the page (`build_page_data`) and for other programs
 (`build_json_values`).
 
-Maps are stored as one byte per patch, the square root of the value divided by the map's maximum. This keeps a page
-with thousands of maps small, with enough levels for weak attention.
+Maps are stored as one byte per patch: the square root of the ratio of the value to the map's maximum. This keeps a
+page with thousands of maps small, with enough levels for weak attention.
 """
 
 import base64
@@ -29,11 +29,11 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum bytes of the maps of single heads, and of compressed patch features, a third more in base64. Only the first
-# images, up to this size, have them.
+# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). These
+# values are omitted for images beyond this size.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
-IMAGE_SIDE = 640  # maximum pixels of the longer side of an image in the page
-LOSSLESS_SIDE = 96  # maximum pixels of the longer side of an image stored as PNG
+IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
+LOSSLESS_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
 QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # quantiles of the patch norms
 
 
@@ -43,17 +43,17 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     num_with_heads = count_images_with_heads(reports)
     patch_colors, components = build_patch_data(reports)
     config, findings = inspection.config, inspection.findings
-    *read_layers, patches_read = count_read_layers(config, inspection.has_head)
+    *num_read_layers, num_patch_layers = count_read_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `maps.overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [
-            {"name": name, "group": group, "read": read}
-            for name, group, read in zip(get_token_names(config), groups, read_layers, strict=True)
+            {"name": name, "group": group, "read": num_layers}
+            for name, group, num_layers in zip(get_token_names(config), groups, num_read_layers, strict=True)
         ],
         "layers": len(findings.entropy),
-        "patches_read": patches_read,
+        "patches_read": num_patch_layers,
         "heads": get_head_names(config) if num_with_heads else [],
         "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,
@@ -73,16 +73,16 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of first images whose maps of single heads fit into the page."""
+    """Return the number of images, counted from the first, whose maps of single heads fit into the page."""
     sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
     return sum(size <= MAX_MAP_BYTES for size in sizes)
 
 
 def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the patch features of each image, and the unit of their components in each layer.
+    """Return the patch colors and features of each image, and the scale and offset of the features in each layer.
 
-    "colors" are RGBA of all patches and of the foreground patches, for all layers. "features" are the compressed
-    features of all layers (`PatchComponents`), of as many images, from the first, as fit into the page.
+    "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
+    compressed features of all layers (`PatchComponents`); None for images whose features do not fit into the page.
     """
     by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
@@ -108,7 +108,7 @@ def to_rgba(colors: torch.Tensor) -> torch.Tensor:
 
 
 def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
-    """Return an image, and its maps in the order [layer, mean and heads, token]."""
+    """Return the values of one image, with maps in the order [layer, mean and heads, token]."""
     width, height = report.image.size
     mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
     attention = torch.cat([mean, report.attention], dim=1) if with_heads else mean
@@ -124,7 +124,7 @@ def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
         "rollout": pack_maps(report.rollout),
         "num_heads": report.attention.shape[1] if with_heads else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
-        "attributed": [": ".join(filter(None, (each.task, each.first))) for each in report.predictions],
+        "attributed": [": ".join(filter(None, (each.task, each.top_label))) for each in report.predictions],
     }
 
 
@@ -213,7 +213,7 @@ def round_values(values: Any) -> Any:
 
 
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
-    """Return all statements with their numbers, and the findings. Mean states are omitted, and patch norms are
+    """Return all statements with the measured values, and the findings. Mean states are omitted, and patch norms are
     summarized by quantiles."""
     omitted = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
     findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted}
@@ -225,7 +225,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
         "patches": build_patch_statement(inspection),
         "num_null_images": inspection.num_null_images,
         "verdicts": [
-            {name: getattr(verdict, name) for name in ("token", "word", "meaning", "reason")}
+            {"token": verdict.token, "word": verdict.word, "meaning": verdict.rating, "reason": verdict.reason}
             for verdict in inspection.verdicts
         ],
         "artifacts": inspection.artifacts,
@@ -255,17 +255,18 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
 
 
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """Return the verdicts with their numbers.
+    """Return the verdicts with the measured values.
 
-    `effect` is the change of the logits in standard deviations over images (of an encoder: the largest cosine change
-    of its features) if the token is held at its mean, `interval` its 95 % interval, and `null` the smallest effect and
-    the limit of the null distributions. "information" and "presence" contain all numbers of both ablations.
+    `effect` is the change if the token is held at its mean: the logit change in standard deviations over images, or
+    the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and `null`
+    the smallest effect and the limit of the null distributions. "information" and "presence" contain all values of
+    both ablations.
     """
     return [
         {
             "token": verdict.token,
             "diagnosis": verdict.word,
-            "meaning": verdict.meaning,
+            "meaning": verdict.rating,
             "statement": verdict.reason,
             **verdict.numbers,
         }
@@ -274,12 +275,12 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
 
 
 def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
-    """Return the diagnosis of the patches with its numbers and the histogram of its layer."""
+    """Return the diagnosis of the patches with the measured values, and the norm histogram of the diagnosed layer."""
     values = dataclasses.asdict(inspection.patches)
     histogram = compute_norm_histogram(inspection.config, inspection.findings, inspection.patches.layer)
     return {
         "diagnosis": values["word"],
-        "meaning": values["meaning"],
+        "meaning": values["rating"],
         "statement": values["reason"],
         "layer": values["layer"],
         "num_patches": values["num_patches"],

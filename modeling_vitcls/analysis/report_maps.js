@@ -1,11 +1,11 @@
 // Maps over images: drawn when they become visible, with values at the pointer, and enlarged on click.
 //
-// A spot identifies a map: { image, kind, layer, token }, where kind is "attention", "rollout" (one per token),
-// "attribution" (`token` is the index of the prediction), "colors" (principal components of the patches), "similarity"
-// (of the patches to the selected patch) or "image" (without a map).
+// The id of a map is { image, kind, layer, token }, where kind is "attention", "rollout" (one map per token), "attribution"
+// (`token` is the index of the prediction), "colors" (principal components of the patches), "similarity" (of the patches
+// to the selected patch) or "image" (without a map).
 "use strict";
 
-const SIDE = 200; // pixels of the longer side of a map in the grid
+const SIDE = 200; // longer side of a map in the grid, in pixels
 const IMAGE_BRIGHTNESS = 0.75; // these four constants are the same as in maps.py
 const HIDDEN_BRIGHTNESS = 0.35;
 const MIN_OPACITY = 0.25;
@@ -26,7 +26,7 @@ const images = data.images.map((image) => ({
   attention: unpackMaps(image.attention),
   rollout: unpackMaps(image.rollout),
   attribution: unpackMaps(image.attribution),
-  colors: image.colors.map(decodeBytes), // of all patches, and of the foreground
+  colors: image.colors.map(decodeBytes), // colors of all patches, and of the foreground patches
   features: image.features && new Int8Array(decodeBytes(image.features).buffer),
   selected: Math.floor(image.grid[0] / 2) * image.grid[1] + Math.floor(image.grid[1] / 2),
   loaded: loadImage(image.url),
@@ -34,10 +34,10 @@ const images = data.images.map((image) => ({
 }));
 
 const control = (id) => document.getElementById(id);
-const head = () => Number(control("head")?.value ?? 0);
-const scaleMode = () => control("brightness")?.value ?? "each";
-const asBlocks = () => control("blocks").checked;
-const foreground = () => Number(control("foreground").checked);
+const getHead = () => Number(control("head")?.value ?? 0);
+const getScaleMode = () => control("brightness")?.value ?? "each";
+const drawsBlocks = () => control("blocks").checked;
+const getForeground = () => Number(control("foreground").checked);
 
 async function loadImage(url) {
   const bitmap = new Image();
@@ -48,25 +48,25 @@ async function loadImage(url) {
 
 // Selection of maps ---------------------------------------------------------------------------------------------------
 
-function getMapIndex(spot) {
-  if (spot.kind !== "attention") return spot.token;
-  const { num_heads } = images[spot.image]; // images without maps of single heads show the mean
-  return (spot.layer * (1 + num_heads) + (num_heads ? head() : 0)) * data.tokens.length + spot.token;
+function getMapIndex(mapId) {
+  if (mapId.kind !== "attention") return mapId.token;
+  const { num_heads } = images[mapId.image]; // images without maps of single heads show the mean
+  return (mapId.layer * (1 + num_heads) + (num_heads ? getHead() : 0)) * data.tokens.length + mapId.token;
 }
 
-// The values of a map, its largest value, and the sum over patches.
-function getMap(spot) {
-  const image = images[spot.image];
+// Return the values of a map, its largest value, and the sum over patches.
+function getMap(mapId) {
+  const image = images[mapId.image];
   const count = image.grid[0] * image.grid[1];
-  if (spot.kind === "similarity") return getSimilarity(image, spot.layer, count);
-  const { values, largest, sum } = image[spot.kind];
-  const number = getMapIndex(spot);
+  if (mapId.kind === "similarity") return getSimilarity(image, mapId.layer, count);
+  const { values, largest, sum } = image[mapId.kind];
+  const number = getMapIndex(mapId);
   const unit = largest[number];
   const bytes = values.subarray(number * count, (number + 1) * count);
   return { values: Float32Array.from(bytes, (byte) => SQUARES[byte] * unit), largest: unit, sum: sum[number] };
 }
 
-// Cosine similarity of the compressed features (patch_features.py) to the selected patch.
+// Return the cosine similarity of all patches to the selected patch, from compressed features (patch_features.py).
 function getSimilarity(image, layer, count) {
   const { scale, offset } = data.components[layer];
   const length = scale.length;
@@ -86,40 +86,40 @@ function getSimilarity(image, layer, count) {
   return { values, largest: 1, sum: 0 };
 }
 
-// The value of the brightest color: for one map, for all layers of a token, or for all maps of an image. As in maps.py,
-// uniform attention is not bright everywhere.
-function getMaxValue(spot) {
-  if (spot.kind === "similarity") return 1;
-  const image = images[spot.image];
+// Return the value of the brightest color: for one map, for all layers of a token, or for all maps of an image. As in
+// maps.py, uniform attention is not bright everywhere.
+function getMaxValue(mapId) {
+  if (mapId.kind === "similarity") return 1;
+  const image = images[mapId.image];
   const getScale = (other) => {
     const number = getMapIndex(other);
     const { largest, sum } = image[other.kind];
     return Math.max(largest[number], (data.min_scale * sum[number]) / (image.grid[0] * image.grid[1]));
   };
-  if (spot.kind !== "attention" || scaleMode() === "each") return getScale(spot);
-  const tokens = scaleMode() === "token" ? [spot.token] : data.tokens.map((_, token) => token);
+  if (mapId.kind !== "attention" || getScaleMode() === "each") return getScale(mapId);
+  const tokens = getScaleMode() === "token" ? [mapId.token] : data.tokens.map((_, token) => token);
   let strongest = 0;
   for (let layer = 0; layer < data.layers; layer++)
-    for (const token of tokens) strongest = Math.max(strongest, getScale({ ...spot, layer, token }));
+    for (const token of tokens) strongest = Math.max(strongest, getScale({ ...mapId, layer, token }));
   return strongest;
 }
 
-// Whether nothing reads the output of the token, or of the patches, in the layer of a spot.
+// Return whether nothing reads the output of the token, or of the patches, in the layer of a map.
 function isUnread({ kind, layer, token }) {
   if (kind === "attention") return layer >= data.tokens[token].read;
   return (kind === "colors" || kind === "similarity") && layer >= data.patches_read;
 }
 
-function getTitle(spot) {
-  const image = images[spot.image];
-  if (spot.kind === "image") return image.name;
-  if (spot.kind === "colors") return `patch features, layer ${spot.layer + 1}, principal components`;
-  if (spot.kind === "similarity") return `similarity to a patch, layer ${spot.layer + 1}`;
-  if (spot.kind === "attribution") return `attribution of ${image.attributed[spot.token]}`;
-  const name = data.tokens[spot.token].name;
-  if (spot.kind === "rollout") return `${name}, rollout through all layers`;
-  const heads = head() && image.num_heads ? data.heads[head() - 1] : "mean of the heads";
-  return `${name}, layer ${spot.layer + 1}, ${heads}`;
+function getTitle(mapId) {
+  const image = images[mapId.image];
+  if (mapId.kind === "image") return image.name;
+  if (mapId.kind === "colors") return `patch features, layer ${mapId.layer + 1}, principal components`;
+  if (mapId.kind === "similarity") return `similarity to a patch, layer ${mapId.layer + 1}`;
+  if (mapId.kind === "attribution") return `attribution of ${image.attributed[mapId.token]}`;
+  const name = data.tokens[mapId.token].name;
+  if (mapId.kind === "rollout") return `${name}, rollout through all layers`;
+  const heads = getHead() && image.num_heads ? data.heads[getHead() - 1] : "mean of the heads";
+  return `${name}, layer ${mapId.layer + 1}, ${heads}`;
 }
 
 // Painting -------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ function drawBitmap(canvas, image, bitmap, longer) {
   return context;
 }
 
-// The gray values of an image at a size, 0 to 255.
+// Return the gray values (0 to 255) of an image, scaled so that its longer side has `longer` pixels.
 function getGray(image, bitmap, longer) {
   if (!image.grays.has(longer)) {
     const context = drawBitmap(document.createElement("canvas"), image, bitmap, longer);
@@ -153,36 +153,37 @@ function getGray(image, bitmap, longer) {
   return image.grays.get(longer);
 }
 
-// For each pixel along a side: the two neighboring patches, and the weight of the second; -1 outside.
-function between(length, start, stop, patches, blocks) {
+// Return the indices of the two nearest patches of each pixel along a side, and the weight of the second; the first index
+// is -1 outside the visible region.
+function getNeighbors(length, start, stop, patches, blocks) {
   const first = new Int16Array(length).fill(-1);
   const second = new Int16Array(length);
   const weight = new Float32Array(length);
   for (let pixel = 0; pixel < length; pixel++) {
-    const part = ((pixel + 0.5) / length - start) / (stop - start);
-    if (part < 0 || part > 1) continue;
-    const place = Math.min(Math.max(part * patches - (blocks ? 0 : 0.5), 0), patches - 1);
-    first[pixel] = Math.floor(place);
+    const fraction = ((pixel + 0.5) / length - start) / (stop - start);
+    if (fraction < 0 || fraction > 1) continue;
+    const position = Math.min(Math.max(fraction * patches - (blocks ? 0 : 0.5), 0), patches - 1);
+    first[pixel] = Math.floor(position);
     second[pixel] = Math.min(first[pixel] + 1, patches - 1);
-    weight[pixel] = blocks ? 0 : place - first[pixel];
+    weight[pixel] = blocks ? 0 : position - first[pixel];
   }
   return { first, second, weight };
 }
 
-async function paint(canvas, spot, longer) {
-  const image = images[spot.image];
+async function paint(canvas, mapId, longer) {
+  const image = images[mapId.image];
   const bitmap = await image.loaded;
-  if (spot.kind === "image") {
+  if (mapId.kind === "image") {
     drawBitmap(canvas, image, bitmap, longer);
     return;
   }
   const { gray, width, height } = getGray(image, bitmap, longer);
   const [left, top, right, bottom] = image.visible_region;
   const [rows, columns] = image.grid;
-  const blocks = asBlocks() || spot.kind === "colors";
-  const x = between(width, left, right, columns, blocks);
-  const y = between(height, top, bottom, rows, blocks);
-  const drawPixel = spot.kind === "colors" ? colorPatches(image, spot, x, y) : colorValues(spot, columns, x, y);
+  const blocks = drawsBlocks() || mapId.kind === "colors";
+  const x = getNeighbors(width, left, right, columns, blocks);
+  const y = getNeighbors(height, top, bottom, rows, blocks);
+  const drawPixel = mapId.kind === "colors" ? getPatchPainter(image, mapId, x, y) : getValuePainter(mapId, columns, x, y);
   const painted = new ImageData(width, height);
   const period = Math.max(Math.round(Math.max(height, width) / 40), 2);
   for (let row = 0, pixel = 0; row < height; row++) {
@@ -199,13 +200,13 @@ async function paint(canvas, spot, longer) {
   canvas.height = height;
   const context = canvas.getContext("2d");
   context.putImageData(painted, 0, 0);
-  if (spot.kind === "colors" || spot.kind === "similarity") outlineSelected(context, image);
+  if (mapId.kind === "colors" || mapId.kind === "similarity") outlineSelected(context, image);
 }
 
-// A function that draws one pixel in the color of its value, over the gray image.
-function colorValues(spot, columns, x, y) {
-  const { values } = getMap(spot);
-  const strongest = getMaxValue(spot) || 1;
+// Return a function that draws one pixel in the color of its value, over the gray image.
+function getValuePainter(mapId, columns, x, y) {
+  const { values } = getMap(mapId);
+  const strongest = getMaxValue(mapId) || 1;
   const mix = (one, other, weight) => one * (1 - weight) + other * weight;
   return (pixels, target, row, column, gray) => {
     const mixRow = (patchRow) => {
@@ -221,11 +222,11 @@ function colorValues(spot, columns, x, y) {
   };
 }
 
-// A function that draws one pixel in the color of its patch; the background is dark.
-function colorPatches(image, spot, x, y) {
+// Return a function that draws one pixel in the color of its patch; the background is dark.
+function getPatchPainter(image, mapId, x, y) {
   const [rows, columns] = image.grid;
-  const colors = image.colors[foreground()];
-  const start = spot.layer * rows * columns;
+  const colors = image.colors[getForeground()];
+  const start = mapId.layer * rows * columns;
   return (pixels, target, row, column, gray) => {
     const first = 4 * (start + y.first[row] * columns + x.first[column]);
     for (let channel = 0; channel < 3; channel++)
@@ -248,9 +249,9 @@ function outlineSelected(context, image) {
   }
 }
 
-// Values at the pointer --- ---------------------------------------------------------------------------------------
+// Values at the pointer ------------------------------------------------------------------------------------------
 
-// The patch at a pointer position over a canvas; null outside the visible region.
+// Return the patch at a pointer position over a canvas; null outside the visible region.
 function findPatch(canvas, image, event) {
   const box = canvas.getBoundingClientRect();
   const [left, top, right, bottom] = image.visible_region;
@@ -260,38 +261,38 @@ function findPatch(canvas, image, event) {
   return { row: Math.floor(down * image.grid[0]), column: Math.floor(across * image.grid[1]) };
 }
 
-function describeValue(spot, patch) {
-  if (!patch) return "outside the visible region of the model";
-  const columns = images[spot.image].grid[1];
+function describeValue(mapId, patch) {
+  if (!patch) return "outside the region that the model receives";
+  const columns = images[mapId.image].grid[1];
   const where = `row ${patch.row + 1}, column ${patch.column + 1}`;
-  if (spot.kind === "colors") return where;
-  const { values, largest } = getMap(spot);
+  if (mapId.kind === "colors") return where;
+  const { values, largest } = getMap(mapId);
   const value = values[patch.row * columns + patch.column];
-  if (spot.kind === "similarity") return `${where}: cosine ${plain(value)}`;
-  if (spot.kind === "attribution") return `${where}: ${plain(value / (largest || 1))} of the maximum`;
-  return `${where}: ${percent(value)} of ${spot.kind === "rollout" ? "its rollout" : "its attention"}`;
+  if (mapId.kind === "similarity") return `${where}: cosine ${formatNumber(value)}`;
+  if (mapId.kind === "attribution") return `${where}: ${formatNumber(value / (largest || 1))} of the maximum`;
+  return `${where}: ${formatPercent(value)} of ${mapId.kind === "rollout" ? "the rollout" : "the attention"}`;
 }
 
-function getSummary(spot) {
-  const unread = isUnread(spot) ? " Nothing reads this output of the layer." : "";
-  if (spot.kind === "image") return "";
-  if (spot.kind === "attribution") return "Point at the map for its values, relative to the maximum.";
-  if (spot.kind === "colors" || spot.kind === "similarity") {
-    const { features, selected, grid } = images[spot.image];
+function getSummary(mapId) {
+  const unread = isUnread(mapId) ? " Nothing reads this output of the layer." : "";
+  if (mapId.kind === "image") return "";
+  if (mapId.kind === "attribution") return "Point at the map to see its values relative to the maximum.";
+  if (mapId.kind === "colors" || mapId.kind === "similarity") {
+    const { features, selected, grid } = images[mapId.image];
     if (!features) return `Similar colors mean similar features.${unread}`;
     const where = `row ${Math.floor(selected / grid[1]) + 1}, column ${(selected % grid[1]) + 1}`;
-    const meaning = spot.kind === "colors" ? "Similar colors mean similar features" : "Cosine similarity";
+    const meaning = mapId.kind === "colors" ? "Similar colors mean similar features" : "Cosine similarity";
     return `${meaning}; selected patch: ${where}. Click or tap to select another patch.${unread}`;
   }
-  const { largest, sum } = getMap(spot);
-  return `Maximum per patch ${percent(largest)}, all patches ${percent(sum)}; uniform attention would be ${percent(
-    1 / (data.tokens.length + images[spot.image].grid[0] * images[spot.image].grid[1]),
+  const { largest, sum } = getMap(mapId);
+  return `Maximum per patch ${formatPercent(largest)}, all patches ${formatPercent(sum)}; uniform attention would be ${formatPercent(
+    1 / (data.tokens.length + images[mapId.image].grid[0] * images[mapId.image].grid[1]),
   )} per token.${unread}`;
 }
 
 // The grids ------------------------------------------------------------------------------------------------------
 
-const cells = new Map(); // canvas -> its spot
+const cells = new Map(); // canvas -> id of its map
 const inView = new Set();
 const watcher = new IntersectionObserver(watch, { rootMargin: "200px" });
 
@@ -304,118 +305,118 @@ function watch(entries) {
   }
 }
 
-const getState = (spot) =>
-  [head(), scaleMode(), asBlocks() ? "blocks" : "smooth", foreground(), images[spot.image].selected].join(" ");
+const getState = (mapId) =>
+  [getHead(), getScaleMode(), drawsBlocks() ? "blocks" : "smooth", getForeground(), images[mapId.image].selected].join(" ");
 
 // Redraw a canvas of a grid if its state has changed.
 function repaint(canvas) {
-  const spot = cells.get(canvas);
-  const state = getState(spot);
+  const mapId = cells.get(canvas);
+  const state = getState(mapId);
   if (canvas.dataset.state === state) return;
   canvas.dataset.state = state;
-  paint(canvas, spot, SIDE);
+  paint(canvas, mapId, SIDE);
   const share = canvas.parentElement.querySelector(".share");
   if (!share) return;
-  const { largest, sum } = getMap(spot);
-  const short = (value) => percent(Number(value.toPrecision(2)));
-  share.replaceChildren(short(sum), element("span", {}, `, peak ${short(largest)}${isUnread(spot) ? ", not read" : ""}`));
+  const { largest, sum } = getMap(mapId);
+  const short = (value) => formatPercent(Number(value.toPrecision(2)));
+  share.replaceChildren(short(sum), element("span", {}, `, peak ${short(largest)}${isUnread(mapId) ? ", not read" : ""}`));
 }
 
 const selectsPatch = ({ kind, image }) => (kind === "colors" || kind === "similarity") && images[image].features;
 
-function selectPatch(spot, canvas, event) {
-  const image = images[spot.image];
+function selectPatch(mapId, canvas, event) {
+  const image = images[mapId.image];
   const patch = findPatch(canvas, image, event);
   if (patch) image.selected = patch.row * image.grid[1] + patch.column;
   inView.forEach(repaint);
 }
 
-function cell(spot, label, row, column) {
+function buildCell(mapId, label, row, column) {
   const canvas = element("canvas", { "aria-hidden": "true" });
   const button = element("button", { type: "button", class: "cell", "aria-label": `${label}: enlarge`, tabindex: -1 });
   Object.assign(button.dataset, { row, column });
-  const image = images[spot.image];
+  const image = images[mapId.image];
   canvas.style.aspectRatio = image.width / image.height;
   button.append(canvas);
-  if (spot.kind === "attention" || spot.kind === "rollout") button.append(element("span", { class: "share" }));
-  else if (isUnread(spot)) button.append(element("span", { class: "note" }, "not read"));
-  cells.set(canvas, spot);
+  if (mapId.kind === "attention" || mapId.kind === "rollout") button.append(element("span", { class: "share" }));
+  else if (isUnread(mapId)) button.append(element("span", { class: "note" }, "not read"));
+  cells.set(canvas, mapId);
   watcher.observe(canvas);
   button.addEventListener("click", (event) => {
-    if (event.detail && selectsPatch(spot)) selectPatch(spot, canvas, event); // detail is 0 for the keyboard
-    else enlarge(spot, button);
+    if (event.detail && selectsPatch(mapId)) selectPatch(mapId, canvas, event); // detail is 0 for the keyboard
+    else enlarge(mapId, button);
   });
-  if (selectsPatch(spot)) {
+  if (selectsPatch(mapId)) {
     button.classList.add("selects");
-    button.addEventListener("dblclick", () => enlarge(spot, button));
+    button.addEventListener("dblclick", () => enlarge(mapId, button));
   }
-  if (spot.kind !== "image")
+  if (mapId.kind !== "image")
     canvas.addEventListener("pointermove", (event) => {
       if (event.pointerType === "touch") return; // a tap enlarges or selects
-      const text = describeValue(spot, findPatch(canvas, image, event));
-      tip.show(event.clientX, event.clientY, [getTitle(spot), text]);
+      const text = describeValue(mapId, findPatch(canvas, image, event));
+      tip.show(event.clientX, event.clientY, [getTitle(mapId), text]);
     });
   canvas.addEventListener("pointerleave", () => tip.hide());
   return button;
 }
 
-const captioned = (button, text) => element("div", { class: "captioned" }, button, element("span", {}, text));
+const addCaption = (button, text) => element("div", { class: "captioned" }, button, element("span", {}, text));
 
-// Indices of the layers to show: every n-th and the last, which has to be in any selection.
+// Return the indices of the shown layers: every n-th layer, counted back from the last layer.
 function getShownLayers() {
   const every = Number(control("every")?.value ?? 1);
   return Array.from({ length: data.layers }, (_, layer) => layer).filter((layer) => (data.layers - 1 - layer) % every === 0);
 }
 
-// The image, the attributions of its predictions, and the grid of patches, tokens and layers.
-function fill(box) {
+// Fill a box with the image, the attributions of its predictions, and the grid of patches, tokens and layers.
+function fillBox(box) {
   for (const canvas of box.querySelectorAll(".cell canvas")) {
     cells.delete(canvas);
     inView.delete(canvas);
     watcher.unobserve(canvas);
   }
-  const place = Number(box.dataset.maps);
-  const image = images[place];
+  const index = Number(box.dataset.maps);
+  const image = images[index];
   const layers = getShownLayers();
   box.style.setProperty("--ratio", Math.min(image.width / image.height, 1.6));
   box.style.setProperty("--columns", layers.length + 1);
   const overview = element("div", { class: "overview" });
-  overview.append(captioned(cell({ image: place, kind: "image" }, image.name, 0, 0), "image"));
+  overview.append(addCaption(buildCell({ image: index, kind: "image" }, image.name, 0, 0), "image"));
   image.attributed.forEach((name, token) => {
-    const spot = { image: place, kind: "attribution", token };
-    overview.append(captioned(cell(spot, getTitle(spot), 0, token + 1), `attribution of ${name}`));
+    const mapId = { image: index, kind: "attribution", token };
+    overview.append(addCaption(buildCell(mapId, getTitle(mapId), 0, token + 1), `attribution of ${name}`));
   });
-  box.replaceChildren(overview, buildGrid(place, layers));
+  box.replaceChildren(overview, buildGrid(index, layers));
   if (data.heads.length > 1 && !image.num_heads)
     box.append(element("p", { class: "quiet" }, "Maps of single heads are omitted for this image to limit the size of the page."));
   box.querySelector(".cell").tabIndex = 0;
 }
 
-function buildGrid(place, layers) {
+function buildGrid(index, layers) {
   const grid = element("div", { class: "grid" });
-  const addRow = (title, row, first, spotOf, label) => {
+  const addRow = (title, row, first, getMapId, label) => {
     grid.append(title, first);
     for (const [column, layer] of layers.entries())
-      grid.append(cell(spotOf(layer), `${label}, layer ${layer + 1}`, row, column + 1));
+      grid.append(buildCell(getMapId(layer), `${label}, layer ${layer + 1}`, row, column + 1));
   };
   grid.append(element("span", { class: "corner" }), element("span", { class: "layer" }, data.tokens.length ? "rollout" : ""));
   for (const layer of layers) grid.append(element("span", { class: "layer" }, `layer ${layer + 1}`));
   const kinds = { colors: "patches (PCA)", similarity: "similarity to a patch" };
   Object.entries(kinds).forEach(([kind, name], row) => {
-    if (kind === "similarity" && !images[place].features) return;
+    if (kind === "similarity" && !images[index].features) return;
     const title = element("span", { class: "token g-patches" }, name);
-    addRow(title, row + 1, element("span", {}), (layer) => ({ image: place, kind, layer }), name);
+    addRow(title, row + 1, element("span", {}), (layer) => ({ image: index, kind, layer }), name);
   });
   data.tokens.forEach(({ name, group }, token) => {
     const title = element("span", { class: `token g-${group}` }, name);
-    const rollout = cell({ image: place, kind: "rollout", token }, `${name}, rollout`, token + 3, 0);
-    addRow(title, token + 3, rollout, (layer) => ({ image: place, kind: "attention", layer, token }), name);
+    const rollout = buildCell({ image: index, kind: "rollout", token }, `${name}, rollout`, token + 3, 0);
+    addRow(title, token + 3, rollout, (layer) => ({ image: index, kind: "attention", layer, token }), name);
   });
   return grid;
 }
 
-// Arrow keys move between maps; each image is one tab stop.
-function walkFocus(event) {
+// Move the focus between maps with arrow keys; each image is one tab stop.
+function moveFocus(event) {
   const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
   const box = event.currentTarget;
   const from = document.activeElement;
@@ -443,31 +444,32 @@ const dialog = document.getElementById("enlarged");
 const enlargedMap = document.getElementById("enlarged-map");
 const enlargedValue = document.getElementById("enlarged-value");
 const BY_LAYER = ["attention", "rollout", "colors", "similarity"];
-let enlarged = null; // the enlarged spot
+let enlarged = null; // id of the enlarged map
 let openedBy = null; // the button that opened the dialog
 
-function enlarge(spot, button) {
+function enlarge(mapId, button) {
   tip.hide();
   openedBy = button;
   if (!dialog.open) dialog.showModal();
-  showEnlarged(spot);
+  showEnlarged(mapId);
 }
 
-function showEnlarged(spot) {
-  enlarged = spot;
-  const image = images[spot.image];
-  const title = spot.kind === "image" ? image.name : `${getTitle(spot)} · ${image.name}`;
+function showEnlarged(mapId) {
+  enlarged = mapId;
+  const image = images[mapId.image];
+  const title = mapId.kind === "image" ? image.name : `${getTitle(mapId)} · ${image.name}`;
   document.getElementById("enlarged-title").textContent = title;
   enlargedMap.setAttribute("aria-label", title);
-  enlargedValue.textContent = getSummary(spot);
+  enlargedValue.textContent = getSummary(mapId);
   const ratio = image.width / image.height;
   enlargedMap.style.aspectRatio = ratio;
   enlargedMap.style.width = `min(100%, ${ratio} * 66vh)`;
-  dialog.querySelector(".walk").hidden = !BY_LAYER.includes(spot.kind);
-  paint(enlargedMap, spot, Math.min(900, Math.max(innerWidth, innerHeight) * devicePixelRatio));
+  dialog.querySelector(".walk").hidden = !BY_LAYER.includes(mapId.kind);
+  paint(enlargedMap, mapId, Math.min(900, Math.max(innerWidth, innerHeight) * devicePixelRatio));
 }
 
-// Arrow keys and buttons: layers to the left and right, rollout before the first; tokens up and down.
+// Select another map by arrow keys or buttons: left and right change the layer (the rollout is before the first layer), up
+// and down change the token.
 function walk(direction) {
   if (!BY_LAYER.includes(enlarged.kind)) return;
   const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
@@ -479,10 +481,10 @@ function walk(direction) {
   showEnlarged({ image: enlarged.image, kind: layer < 0 ? "rollout" : "attention", layer, token });
 }
 
-function findButton(spot) {
+function findButton(mapId) {
   for (const [canvas, other] of cells)
-    if (["image", "kind", "token"].every((key) => other[key] === spot[key]))
-      if (spot.kind === "rollout" || other.layer === spot.layer) return canvas.parentElement;
+    if (["image", "kind", "token"].every((key) => other[key] === mapId[key]))
+      if (mapId.kind === "rollout" || other.layer === mapId.layer) return canvas.parentElement;
   return openedBy;
 }
 
@@ -516,18 +518,18 @@ enlargedMap.addEventListener("pointerleave", (event) => {
   if (event.pointerType !== "touch") enlargedValue.textContent = getSummary(enlarged); // keep the value after a tap
 });
 
-// At the start ---------------------------------------------------------------------------------------------------
+// Initialization ---------------------------------------------------------------------------------------------------
 
 const boxes = [...document.querySelectorAll("[data-maps]")];
 for (const box of boxes) {
-  fill(box);
-  box.addEventListener("keydown", walkFocus);
+  fillBox(box);
+  box.addEventListener("keydown", moveFocus);
 }
 for (const canvas of document.querySelectorAll("[data-thumbnail]"))
   paint(canvas, { image: Number(canvas.dataset.thumbnail), kind: "image" }, SIDE);
 
 if (control("head")) {
-  data.heads.forEach((name, place) => control("head").append(element("option", { value: place + 1 }, name)));
+  data.heads.forEach((name, index) => control("head").append(element("option", { value: index + 1 }, name)));
   control("head-choice").hidden = data.heads.length < 2;
   const scale = control("scale").getContext("2d");
   for (let step = 0; step < 256; step++) {
@@ -537,7 +539,7 @@ if (control("head")) {
 }
 for (const name of ["head", "brightness", "blocks", "foreground"])
   control(name)?.addEventListener("change", () => inView.forEach(repaint));
-control("every").addEventListener("change", () => boxes.forEach(fill));
+control("every").addEventListener("change", () => boxes.forEach(fillBox));
 control("size").addEventListener("input", () => {
   control("images").style.setProperty("--size", control("size").value);
 });

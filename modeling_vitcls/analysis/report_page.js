@@ -3,19 +3,19 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const percent = (share) => (share === null ? "unknown" : `${plain(100 * share)}%`);
-const plain = (value) => (value === null ? "unknown" : String(Number(value.toPrecision(3))));
+const formatPercent = (share) => (share === null ? "unknown" : `${formatNumber(100 * share)}%`);
+const formatNumber = (value) => (value === null ? "unknown" : String(Number(value.toPrecision(3))));
 
-// A new element: tag, attributes, children (elements or text).
+// Create an HTML or SVG element with attributes and children (elements or text).
 function element(tag, attributes = {}, ...children) {
   const namespace = "svg g path line rect text circle".split(" ").includes(tag) ? "http://www.w3.org/2000/svg" : null;
-  const made = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const created = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
+  created.append(...children);
+  return created;
 }
 
-// A tooltip with lines of text or elements next to a point of the window.
+// Tooltip with lines of text or elements, next to a point of the window.
 const tip = {
   box: document.getElementById("tip"),
   show(x, y, lines) {

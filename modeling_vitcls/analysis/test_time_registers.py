@@ -20,7 +20,7 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median norm of its image. (The paper sets a norm per model.)
+# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al.: a norm per model).
 OUTLIER_RATIO = 3.0
 
 
@@ -28,7 +28,7 @@ def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
     """Return the fraction of patches whose norm after the last layer (before the final norm) exceeds `ratio` times the
-    median of their image.
+    median norm of the image.
 
     Args:
         pixel_values: [B, C, H, W].
@@ -44,7 +44,8 @@ def find_register_neurons(
     ratio: float = OUTLIER_RATIO,
     last_layer: int | None = None,
 ) -> list[list[int]]:
-    """Return the MLP neurons that are most active at outlier patches (algorithm 1 of the paper), strongest first.
+    """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
+    descending order.
 
     Outliers are detected after the last layer. Magnitudes of activations are averaged over the outliers of each image,
     then over images, in all layers up to the layer where the outliers first appear.
@@ -70,17 +71,17 @@ def find_register_neurons(
             "Decrease ratio or pass more images."
         )
     if last_layer is None:
-        shares = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
-        last_layer = next(index for index, share in enumerate(shares) if share >= 0.5)  # the last layer has all
-    searched = activations[: last_layer + 1]
-    scores = torch.stack([average_outlier_activations(outliers, states) for states in searched])  # [layers, neurons]
+        fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+        last_layer = next(index for index, fraction in enumerate(fractions) if fraction >= 0.5)
+    candidates = activations[: last_layer + 1]
+    scores = torch.stack([average_outlier_activations(outliers, states) for states in candidates])  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
             f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
             f"layers 0 to {last_layer}."
         )
-    strongest = scores.flatten().topk(num_neurons).indices.tolist()
-    return [list(divmod(index, scores.shape[1])) for index in strongest]
+    top_indices = scores.flatten().topk(num_neurons).indices.tolist()
+    return [list(divmod(index, scores.shape[1])) for index in top_indices]
 
 
 @torch.no_grad()
@@ -97,10 +98,10 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     if model.config.register_neurons:
         raise ValueError("This model already has a test-time register. Pass all neurons in one call.")
     adapted = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
-    base: Any = adapted.base_model
-    base.embeddings.register_tokens[:, -1] = 0
+    encoder: Any = adapted.base_model
+    encoder.embeddings.register_tokens[:, -1] = 0
     if "registers" in (adapted.config.gated_tokens or {}):
-        base.gates.gates[-1] = base.gates.OPEN  # the last gate belongs to the last register
+        encoder.gates.gates[-1] = encoder.gates.OPEN  # the last gate belongs to the last register
     return adapted
 
 
@@ -112,23 +113,23 @@ def encode_patches(
 
     The forward pass runs in evaluation mode, without gradients, on the model's device.
     """
-    base: Any = model.base_model
-    patches = base.config.token_layout.patches
+    encoder: Any = model.base_model
+    patches = encoder.config.token_layout.patches
     activations: list[torch.Tensor] = []
 
     def read_activations(mlp: Any, inputs: tuple[torch.Tensor]) -> None:
         activations.append(mlp.get_activations(inputs[0])[:, patches])
 
     with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
-        for layer in base.layers:
+        for layer in encoder.layers:
             hooks.enter_context(layer.mlp.register_forward_pre_hook(read_activations))
-        outputs = base(pixel_values.to(model.device), output_hidden_states=True)
+        outputs = encoder(pixel_values.to(model.device), output_hidden_states=True)
     return [states[:, patches] for states in outputs.hidden_states], activations
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a boolean mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median of
-    their image."""
+    """Return a boolean mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median
+    norm of the image."""
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
 

@@ -25,7 +25,7 @@ MAX_NORMS = 200_000  # maximum number of patch norms stored for histograms
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Means over images. L layers, H heads (attention maps, with differential attention), S special tokens.
+    """Means over images. L layers, H attention maps (two per head with differential attention), S special tokens.
 
     "States" are the L + 1 hidden states before the final norm: the embeddings and the output of each layer.
 
@@ -33,7 +33,7 @@ class Findings:
         num_images: number of images.
         uniform: `entropy` (ln N), `spread` and `patch_distance` of uniform attention to all tokens or patches.
         uniform_by_token: `entropy` and `spread`, [S] each, of uniform attention to all tokens that a special token may
-            attend to. Differs from `uniform` for CLS tokens restricted to a region (`config.cls_scopes`).
+            attend to. The values differ from `uniform` for CLS tokens restricted to a region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
         spread: [L, H, S], in pixels: mean distance of the attended patches from their center of mass.
         patch_distance: [L, H], in pixels: mean distance between a patch and the patches it attends to (mean attention
@@ -42,8 +42,9 @@ class Findings:
         received: [L, H, S], mean fraction of the attention of patches that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity of the special tokens' states.
         apart: [L + 1, S, S], root mean square distance between the states of two special tokens for the same image.
-            It shows differences that cosines hide if one channel is very large in all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after two layers.
+            The distance shows differences that cosines hide if one channel is very large in all tokens.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of
+            layers.
         to_patches: [L + 1, S], cosine similarity to the mean of the patches.
         variation: [L + 1, S], variation between images: root mean square distance of a token's state from its mean
             over images, divided by the norm of the mean.
@@ -51,11 +52,11 @@ class Findings:
             is the same for all images makes `variation` small, but not `channel_variation`.
         mean_states: [L + 1, S, D], mean states.
         patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
-        outliers: [L + 1], fraction of patches with a norm above 3 times the median of their image (Darcet et al. 2023,
-            arXiv 2309.16588, find artifacts by their norm).
+        outliers: [L + 1], fraction of patches with a norm above 3 times the median norm of the image (Darcet et al.
+            2023, arXiv 2309.16588, find artifacts by norm).
         outliers_without_registers: [L + 1], `outliers` with the registers hidden from attention; None without
             registers.
-        patch_ratios: [L + 1, n], norms of patch states divided by the median of their image, for the same patches.
+        patch_ratios: [L + 1, n], `patch_norms` divided by the median norm of the image.
         patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None without
             registers.
         map_distance: [L, S, S], mean total variation distance between the attention maps of two special tokens (half
@@ -91,22 +92,22 @@ class Findings:
 
 
 class TokenStatistics:
-    """Accumulates sums over images for any ViTCLS model."""
+    """Accumulates statistics over images for any ViTCLS model."""
 
     def __init__(self, model: Any) -> None:
         self.model = unwrap_model(model)
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patches: dict[str, list[torch.Tensor]] = {}  # values of single patches, [L + 1, n] of a batch
+        self.patch_values: dict[str, list[torch.Tensor]] = {}  # values per patch, [L + 1, n] for each batch
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> tuple[Any, Any]:
         """Add a batch [B, C, H, W] on the model's device.
 
         Returns:
-            The output of the classifier, or of the encoder inside any other model, and its output with the registers
-            hidden from attention, or None without registers.
+            The output of the classifier, or of the encoder inside any other model, and the output with the registers
+            hidden from attention, or None if there are no registers.
         """
         grid = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid).to(pixel_values.device)  # [P, 2]
@@ -125,9 +126,11 @@ class TokenStatistics:
                 mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
-        values |= {name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}  # first layer
+        values |= {
+            name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")
+        }  # values of the first layer
         values |= self.compute_state_statistics(outputs.hidden_states)
-        values |= self.compute_uniform(grid, centers, len(pixel_values))
+        values |= self.compute_uniform_values(grid, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
         patches = {"norms": norms, "ratios": divide_by_median(norms)}
         values["outliers"] = compute_outlier_fractions(patches["ratios"])
@@ -139,9 +142,9 @@ class TokenStatistics:
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         for name, per_patch in patches.items():
-            stored = self.patches.setdefault(name, [])
-            num_stored = sum(part.shape[1] for part in stored)
-            stored.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
+            batches = self.patch_values.setdefault(name, [])
+            num_stored = sum(part.shape[1] for part in batches)
+            batches.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
         self.num_images += len(pixel_values)
         return outputs, outputs_without_registers
 
@@ -165,7 +168,7 @@ class TokenStatistics:
             uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
             uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},
-            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patches.items()},
+            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patch_values.items()},
         )
 
     # Values of one batch, [B, ...] each ------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class TokenStatistics:
     def compute_layer_statistics(self, layer: RecordedLayer, centers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
-        weights = layer.weights()  # [B, H, N, N]
+        weights = layer.compute_weights()  # [B, H, N, N]
         rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
         from_patches = weights[:, :, layout.patches]  # [B, H, P, N]
         visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
@@ -212,7 +215,7 @@ class TokenStatistics:
             "token_norms": special.norm(dim=-1),
         }
 
-    def compute_uniform(
+    def compute_uniform_values(
         self, grid: tuple[int, int], centers: torch.Tensor, num_images: int
     ) -> dict[str, torch.Tensor]:
         """Return the values of uniform attention, [B] each."""
@@ -230,12 +233,12 @@ class TokenStatistics:
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for norms [B, L + 1, P] divided by their median."""
+    """Return the fraction of outlier patches [B, L + 1] for norm ratios [B, L + 1, P] (`divide_by_median`)."""
     return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 
 def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
-    """Return norms [..., P] divided by the median of their image."""
+    """Return norms [..., P] divided by the median norm of the image."""
     return norms / norms.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
 
 

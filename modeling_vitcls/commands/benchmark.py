@@ -5,9 +5,9 @@
     vitcls benchmark --work growth --plot cost.png
     vitcls benchmark --work training
 
-Both sides take turns. The result is the median of the ratios of neighboring turns, because other programs slow down
-both sides. Speed is only measured if the outputs are equal. The benchmarks are implemented in
-modeling_vitcls/benchmarking/.
+Each round measures this package and the other project, one after the other. The result is the median of the speed
+ratios of all rounds, because other programs slow down both. Speed is only measured if the outputs are equal. The
+benchmarks are implemented in modeling_vitcls/benchmarking/.
 """
 
 import os
@@ -32,15 +32,15 @@ class BenchmarkOptions:
     """Kinds of work. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
     tokens and batch size. step: training steps without data loading, and their memory. inexact: merged and dropped
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
-    label. probe: a linear probe with cached features, compared with one without. training: `vitcls finetune`, compared
-    with transformers' Trainer. attention: reading attention, compared with a plain forward pass, and its memory."""
+    label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
+    transformers' Trainer. attention: time and memory of reading attention, compared with a plain forward pass."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
-    """Other side of inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
+    """Peers of inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""
     pairs: int = 9
-    """Number of turns of each side."""
+    """Number of timed rounds. Each round measures this package and the peer once."""
     output: Path | None = None
     """JSON file for the results."""
     markdown: Path | None = None
@@ -52,7 +52,7 @@ class BenchmarkOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of inference, growth, step and inexact. Other work is measured on the CPU."""
     toy: bool = False
-    """Use tiny models and one call per turn, to test the program. The results are meaningless."""
+    """Use tiny models and one call per measurement, to test the program. The results are meaningless."""
 
 
 OPTIONS = BenchmarkOptions

@@ -1,4 +1,4 @@
-"""`vitcls convert`: convert a ViT of timm or transformers exactly, or a vitcls model to a class of transformers.
+"""`vitcls convert`: convert a ViT of timm or transformers exactly, or a vitcls model to a transformers model.
 
     vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
@@ -25,11 +25,11 @@ class ConvertOptions:
     """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
 
     output: Path
-    """A folder that does not exist or is empty."""
+    """Folder to write to. It must not exist, or it must be empty."""
     source: str | None = None
     """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
-    """Convert --source to a vitcls model, or --model to a class of transformers, which requires no code."""
+    """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
     model: str | None = None
     """With --to transformers: folder or Hub id of a vitcls model."""
     any_size: bool = False
@@ -41,7 +41,7 @@ class ConvertOptions:
     num_labels: int | None = None
     """Number of labels of a new classifier; the source may have no classifier."""
     family: str | None = None
-    """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected."""
+    """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter names."""
 
 
 OPTIONS = ConvertOptions
@@ -77,7 +77,7 @@ def run(options: ConvertOptions) -> None:
     disable_progress_bar()
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
-        print_report(report, options.output, trust="")
+        print_report(report, options.output, trust_argument="")
         return
     report = convert_checkpoint(
         str(options.source),
@@ -99,7 +99,7 @@ def is_vitcls_folder(folder: Path) -> bool:
         return False
 
 
-def print_report(report: "ParityReport", output: Path, trust: str = ", trust_remote_code=True") -> None:
+def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
     """Print the parity report, and the code and command that load and publish the model."""
     from rich.console import Console
     from rich.table import Table
@@ -119,8 +119,8 @@ def print_report(report: "ParityReport", output: Path, trust: str = ", trust_rem
         console.print(line)
     auto_class = "AutoModelForImageClassification" if "Classification" in report.model_class else "AutoModel"
     console.print(f"\nWritten to {output}. Load the model with")
-    console.print(f'  model = {auto_class}.from_pretrained("{output}"{trust})')
-    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust})')
+    console.print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
+    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')
     console.print("or publish the model and its card, and verify the published model, with")
     console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 

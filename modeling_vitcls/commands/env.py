@@ -57,11 +57,11 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Describe whether the kernels of cpu_kernels_vitcls.py are on, and why if they are off."""
+    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:
-        return f"off: PyTorch {torch.__version__} lacks a private name that they require"
+        return f"off: PyTorch {torch.__version__} lacks a private name that the kernels require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})

@@ -13,7 +13,7 @@ OPTIONS = EvaluateOptions
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluate the model, or its frozen features for --frozen, and print the metrics."""
+    """Evaluate the model, or its frozen features if --frozen is set, and print the metrics."""
     from ..inference.evaluate import evaluate_checkpoint
     from ..inference.frozen import evaluate_frozen
 

@@ -26,11 +26,11 @@ class ExportOptions:
     """Export a model. Nothing is written if a difference exceeds the limit."""
 
     model: str
-    """A model folder, a model on the Hub, or a preset (random weights)."""
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """A file that does not exist; for transformers.js a folder."""
+    """File to write, which must not exist; for transformers.js a folder."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the size of the model."""
@@ -53,8 +53,8 @@ def check(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
-    changed = (options.image_size, options.dynamic, options.dtype, options.opset) != (None, True, "float32", None)
-    if options.format == "transformers.js" and changed:
+    values = (options.image_size, options.dynamic, options.dtype, options.opset)
+    if options.format == "transformers.js" and values != (None, True, "float32", None):
         exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
     if options.dataset is not None and options.format != "transformers.js":
         exit_with_message(f"--dataset requires --format transformers.js, but --format is {options.format}")

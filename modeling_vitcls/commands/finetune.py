@@ -21,15 +21,15 @@ OPTIONS = FinetuneOptions
 
 
 def run(options: FinetuneOptions) -> None:
-    """Fine-tune the model, or test the run for --dry-run."""
+    """Fine-tune the model, or do a dry run if --dry-run is set."""
     from ..training.finetune import FinetuneTask
 
     train(FinetuneTask, options)
 
 
 def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a task, or test the run for --dry-run. If the run stops early, exit with its status."""
-    from ..api import run as run_training
+    """Run a task, or do a dry run if --dry-run is set. If the run stops early, exit with its exit status."""
+    from ..api import run_training
     from ..training.runner import RunStopped
 
     try:

@@ -18,7 +18,7 @@ class Inspect(InspectOptions):
     __doc__ = InspectOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders (with all folders in them), or URLs."""
+    """Image files, folders (including subfolders), or URLs."""
 
 
 OPTIONS = Inspect
@@ -30,5 +30,5 @@ def run(options: Inspect) -> None:
 
     from ..analysis.inspect_tokens import inspect_tokens
 
-    disable_progress_bar()  # the progress bar of loading weights
+    disable_progress_bar()  # shown while weights are loaded
     inspect_tokens(options)

@@ -1,4 +1,4 @@
-"""Recipe files and flags -> options.
+"""Parse flags and recipe files into options.
 
     options = parse(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
 
@@ -27,8 +27,8 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: in the installed package, and in a checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-# Flags of other programs -> equivalent flags of these programs.
-ABBREVIATIONS = {
+# Flags of other projects' programs -> equivalent flags.
+EQUIVALENT_FLAGS = {
     "lr": "learning_rate",
     "bs": "batch_size",
     "wd": "weight_decay",
@@ -52,7 +52,7 @@ ABBREVIATIONS = {
     "smoothing": "label_smoothing",
 }
 
-# Flags that are named differently in programs that push a model, and accepted in all of them.
+# Flags whose names differ between the programs that push a model. Each program accepts both names.
 SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 
@@ -73,7 +73,7 @@ def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
     """
     flag_names = get_flag_names(options_class)
     recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
-    check_abbreviations(arguments, flag_names)
+    check_foreign_flags(arguments, flag_names)
     if recipe.config is not None:
         arguments = [*read_recipe(find_recipe(recipe.config), flag_names), *arguments]
     return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
@@ -83,18 +83,18 @@ def find_recipe(path: Path) -> Path:
     """Return the path of a recipe: the path itself, or the recipe of that name in the package."""
     if path.exists() or path.suffix or path.name != str(path):
         return path
-    found = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
-    return next((file for file in found if file.is_file()), path)
+    candidates = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in candidates if file.is_file()), path)
 
 
-def check_abbreviations(arguments: list[str], flag_names: set[str]) -> None:
-    """Exit with status 2 if a flag has its name in other programs; tyro only suggests similar spellings."""
+def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
+    """Exit with status 2 if a flag is in `EQUIVALENT_FLAGS`; tyro would only suggest similar spellings."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        full_name = ABBREVIATIONS.get(name)
-        if argument.startswith("--") and name not in flag_names and full_name in flag_names:
+        equivalent = EQUIVALENT_FLAGS.get(name)
+        if argument.startswith("--") and name not in flag_names and equivalent in flag_names:
             exit_with_message(
-                f"error: there is no flag --{name.replace('_', '-')}: use --{str(full_name).replace('_', '-')}"
+                f"error: there is no flag --{name.replace('_', '-')}: use --{str(equivalent).replace('_', '-')}"
             )
 
 
@@ -106,7 +106,7 @@ def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> A
 
 
 def rename_synonym(argument: str, flag_names: set[str]) -> str:
-    """Return a flag of `SYNONYMS` by the name that this program has for it; any other argument unchanged."""
+    """Return a flag in `SYNONYMS` with the name that this program uses; return any other argument unchanged."""
     for prefix in ("--no-", "--"):
         name = argument.removeprefix(prefix).replace("-", "_")
         if argument.startswith(prefix) and name not in flag_names and SYNONYMS.get(name) in flag_names:
@@ -115,18 +115,18 @@ def rename_synonym(argument: str, flag_names: set[str]) -> str:
 
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
-    """Return the flags of a recipe. Exits with status 2 if it cannot be read or has a key that is not a flag."""
+    """Return the flags of a recipe. Exits with status 2 if the file cannot be read, or a key is not a flag."""
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
-        exit_with_message(f"error: the recipe {path} requires lines of the form `flag: value`")
+        exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in flag_names and name.removeprefix("no_") not in flag_names:
-            close = ABBREVIATIONS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
+            close = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
             advice = f"use {close}" if close in flag_names else "`--help` lists the flags"
             exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
     return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]

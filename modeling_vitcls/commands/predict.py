@@ -20,7 +20,7 @@ class Predict(PredictOptions):
     __doc__ = PredictOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders (with all folders in them), or URLs."""
+    """Image files, folders (including subfolders), or URLs."""
 
 
 OPTIONS = Predict
@@ -29,13 +29,13 @@ OPTIONS = Predict
 def run(options: Predict) -> None:
     """Predict and print a summary.
 
-    The error of an unreadable image is in its row. The exit status is 1 only if no image has a prediction.
+    The row of an unreadable image contains its error. The exit status is 1 only if no image has a prediction.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from ..inference.predict import predict_images
 
-    disable_progress_bar()  # the progress bar of loading weights
+    disable_progress_bar()  # shown while weights are loaded
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")

@@ -15,7 +15,7 @@ OPTIONS = PretrainOptions
 
 
 def run(options: PretrainOptions) -> None:
-    """Pre-train the model, or test the run for --dry-run."""
+    """Pre-train the model, or do a dry run if --dry-run is set."""
     from ..training.pretrain import PretrainTask
 
     train(PretrainTask, options)

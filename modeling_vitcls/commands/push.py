@@ -29,11 +29,11 @@ class PushOptions:
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
     --resume."""
     endpoint_handler: bool = False
-    """Push handler.py, with which Inference Endpoints of Hugging Face serve the model."""
+    """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
-    """Repository to verify without a push, compared with --model if it is set. This runs its code."""
+    """Repository to verify without a push, compared with --model if it is set. This runs the repository's code."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 
@@ -55,7 +55,7 @@ VERIFICATION_FIELDS = ("verify_only", "revision", "model")
 
 
 def format_flag(name: str) -> str:
-    """Return the flag of a field that is not at its default."""
+    """Return the flag that sets a field to a value other than its default."""
     return "--no-verify" if name == "verify" else f"--{name.replace('_', '-')}"
 
 

@@ -59,7 +59,7 @@ OPTIONS = SpaceOptions
 
 
 def run(options: SpaceOptions) -> None:
-    """Find the model, build the files of the Space, push or write them, and print where they are."""
+    """Find the model, build the files of the Space, push or write the files, and print their location."""
     from ..hub.space import build_space_files, find_published_model
 
     model = find_published_model(options.model, options.revision)

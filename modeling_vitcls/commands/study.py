@@ -17,7 +17,7 @@ class StudyOptions:
     """Measure the effect of choices: a grid of runs over factors and seeds, with a page of tables and plots."""
 
     config: Path
-    """Study file, or the name of a study of the package, such as study_digits."""
+    """Study file, or the name of a study in the package, such as study_digits."""
     output_dir: Path
     """Folder for the runs and the page. Finished runs in it are not repeated."""
     dataset: str | None = None

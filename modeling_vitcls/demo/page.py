@@ -27,7 +27,8 @@ from .text import (
 )
 
 
-# Read by gradio on import or launch: disable usage statistics, and prevent browsers from storing images.
+# gradio reads these variables on import or launch. They disable usage statistics, and prevent browsers from storing
+# images.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -47,7 +48,7 @@ SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
     "font_mono": ("ui-monospace", "Menlo", "Consolas", "monospace"),
 }
-# Maps of all layers have a minimum width and as many columns as fit.
+# The galleries have as many columns of a minimum width as fit.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
@@ -94,7 +95,7 @@ def serve_demo(
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch(page, host, port)
-    except OSError as error:  # gradio's message names its own functions
+    except OSError as error:  # gradio's message names a function of gradio, not --port
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
@@ -150,8 +151,8 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
         outputs = [image_input.image, image_input.problem, *labels, state]
         add_listeners = [*image_input.events]
         if examples:
-            shown = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
-            add_listeners.append(shown.then)
+            load_event = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
+            add_listeners.append(load_event.then)
         for add_listener in add_listeners:
             event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
@@ -162,7 +163,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
 
 
 class ImageInput:
-    """Input of an image, and the message if it cannot be used.
+    """Image input, with a message if the image cannot be used.
 
     File information from the browser is not trusted, because a client can send any path or URL. Only uploaded files
     and the examples are opened.
@@ -192,8 +193,8 @@ class ImageInput:
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
         """Return updates of `image` and `problem`, and the model's output, or None if there is no image.
 
-        `file` is the information from the browser. gradio's preprocessing does not report files that are not images
-        clearly.
+        `file` is the file information from the browser. The listeners set preprocess=False, because gradio's errors
+        for files that are not images are unclear.
         """
         no_problem = gr.Markdown("", visible=False)
         if file is None:
@@ -211,16 +212,16 @@ class ImageInput:
         """Return the real path of a file that was uploaded or is an example; None for all other files."""
         if not isinstance(path, str) or "\0" in path:
             return None
-        real = Path(os.path.realpath(path))
-        is_allowed = str(real) in self.examples or real.is_relative_to(os.path.realpath(self.image.GRADIO_CACHE))
-        return str(real) if is_allowed and real.is_file() else None
+        file = Path(os.path.realpath(path))
+        is_allowed = str(file) in self.examples or file.is_relative_to(os.path.realpath(self.image.GRADIO_CACHE))
+        return str(file) if is_allowed and file.is_file() else None
 
 
 class AttentionView:
     """Controls for token, layer and heads, and the maps and sentences for the selection."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
-        self.reader = demo_model
+        self.demo_model = demo_model
         tokens, num_layers = demo_model.tokens, demo_model.num_layers
         gr.Markdown("## Attention of the special tokens")
         token = gr.Radio(tokens, value=tokens[0], type="index", label="Token")
@@ -230,19 +231,19 @@ class AttentionView:
             head = gr.Dropdown(heads, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
         with gr.Row():
             with gr.Column():
-                drawn = build_output_image("Attention to the image", "map", ["download", "fullscreen"])
-                words = gr.Markdown(elem_id="shares")
+                map_image = build_output_image("Attention to the image", "map", ["download", "fullscreen"])
+                caption = gr.Markdown(elem_id="shares")
                 gr.HTML('<div class="scale"><span>0</span><i></i><span>maximum of the map</span></div>')
             with gr.Column():
                 layers = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
-                through = build_gallery("Through all layers", "through")
+                rollouts = build_gallery("Through all layers", "through")
                 gr.Markdown("Through all layers: attention rollout of the token, and attribution of the prediction.")
         self.inputs = [state, token, layer, head]
-        self.outputs = [drawn, words, layers, through]
+        self.outputs = [map_image, caption, layers, rollouts]
         for control in (token, head):
             control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
-        layer.change(self.draw, self.inputs, [drawn, words], show_progress="hidden", **LATEST_DRAWING_REQUEST)
+        layer.change(self.draw, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST)
         layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
     def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
@@ -251,7 +252,7 @@ class AttentionView:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
         fractions = result.compute_attention_fractions(*selection)
-        return result.draw(*selection), describe_attention(self.reader, *selection, fractions)
+        return result.draw(*selection), describe_attention(self.demo_model, *selection, fractions)
 
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
@@ -265,7 +266,7 @@ class AttentionView:
 
 
 class PatchView:
-    """Patches as colors, and the similarity of all patches to a clicked one, in a layer."""
+    """Patches as colors, and the similarity of all patches to a selected patch, after one layer."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         num_layers = demo_model.num_layers
@@ -278,10 +279,10 @@ class PatchView:
                 colors = build_output_image("Patches as colors", "patches", ["fullscreen"])
             with gr.Column():
                 similarity = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
-                words = gr.Markdown(elem_id="similar")
+                caption = gr.Markdown(elem_id="similar")
         patch = gr.State()
         self.inputs = [state, layer, foreground, patch]
-        self.outputs = [colors, similarity, words]
+        self.outputs = [colors, similarity, caption]
         for add_listener in (layer.change, foreground.input):
             add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
         colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
@@ -291,24 +292,24 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return the patches as colors, the similarity to the selected patch or to the middle one, and a sentence."""
+        """Return the patches as colors, the similarity to one patch (default: the middle), and a sentence."""
         if result is None:
             return None, None, ""
         rows, columns = result.features.shape[1:3]
         row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
-        words = (
-            f"Cosine similarity to the patch in row {row + 1}, column {column + 1}; 0 and less is dark, 1 is bright."
+        caption = (
+            f"Cosine similarity to the patch in row {row + 1}, column {column + 1}; 0 or less is dark, 1 is bright."
         )
-        return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), words
+        return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), caption
 
 
 def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
-    """Build a slider over layers, which is hidden if there is only one."""
+    """Build a slider over layers, which is hidden if there is only one layer."""
     return gr.Slider(1, num_layers, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
 
 
 def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image:
-    """Build an image that shows an output."""
+    """Build an image component for an output."""
     return gr.Image(label=label, show_label=False, interactive=False, buttons=buttons, elem_id=elem_id)
 
 
@@ -327,5 +328,5 @@ def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectDa
 
 
 def get_clicked_layer(event: gr.SelectData) -> int:
-    """Return the layer of the clicked map."""
+    """Return the layer of the clicked map, counted from 1."""
     return event.index + 1

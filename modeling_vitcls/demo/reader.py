@@ -5,7 +5,7 @@
     result.predictions                               # {"Label": {"cat": 0.9, ...}}
     result.draw(token=0, layer=2, head=None)         # the image with the map over it
 
-Models are loaded with the Auto classes, so the code may come from their repository.
+Models are loaded with the Auto classes, so the model code may come from the repository of the checkpoint.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from ..token_names import get_token_names
 MODEL_TYPE = "vitcls"
 MAX_IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
 MIN_IMAGE_SIDE = 384  # minimum pixels of the longer side of a displayed image
-THUMBNAIL_SIDE = 320
+THUMBNAIL_SIDE = 320  # maximum pixels of the longer side of a small map
 
 Prediction = dict[str, float] | str  # label -> probability, or values as text
 
@@ -53,7 +53,7 @@ class DemoResult:
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # the region of the image that the patches cover
-    predictions: dict[str, Prediction]  # empty for an encoder
+    predictions: dict[str, Prediction]  # by name of the output; empty for an encoder
     rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
     maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
@@ -61,7 +61,7 @@ class DemoResult:
     features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
     def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention of a token in a layer over the image. `head` None is the mean over heads."""
+        """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
         values = select_head(self.maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
@@ -84,7 +84,7 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches after a layer to one patch; 0 and less is dark."""
+        """Draw the cosine similarity of all patches after a layer to one patch; 0 or less is dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -118,8 +118,8 @@ class DemoModel:
     model: Any
     processor: Any
     source: str  # folder or Hub id
-    commit: str | None  # of the repository; None for a folder
-    code_revision: str | None  # requested revision of the repository with the code
+    commit: str | None  # commit hash of the repository; None for a folder
+    code_revision: str | None  # requested revision of the code, if the code is in a separate repository
     is_classifier: bool
 
     @classmethod
@@ -137,23 +137,24 @@ class DemoModel:
                 cannot be read.
         """
         commit = resolve_commit(source, revision)
-        settings = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
-        if (model_type := settings.get("model_type")) != MODEL_TYPE:
+        config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
+        if (model_type := config_dict.get("model_type")) != MODEL_TYPE:
             raise ValueError(
                 f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
                 "it with `vitcls convert`."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
-        is_classifier = any("Classification" in name for name in settings.get("architectures") or ())
+        is_classifier = any("Classification" in name for name in config_dict.get("architectures") or ())
         auto_class: Any = AutoModelForImageClassification if is_classifier else AutoModel
         encoder_options = {} if is_classifier else {"add_pooling_layer": False}
-        model, info = load_checkpoint(
+        model, loading_info = load_checkpoint(
             auto_class.from_pretrained, source, output_loading_info=True, **options, **encoder_options
         )
-        if info["missing_keys"]:
+        if loading_info["missing_keys"]:
             raise ValueError(
-                f"The checkpoint {source} has no weights for {min(info['missing_keys'])}. Train the model first."
+                f"The checkpoint {source} has no weights for {min(loading_info['missing_keys'])}. Train the model "
+                "first."
             )
         processor = load_checkpoint(AutoImageProcessor.from_pretrained, source, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,8 +225,8 @@ class DemoModel:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
         visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
-        shown = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
-        return DemoResult(*shown, **self.run_model(pixel_values))
+        image_and_region = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
+        return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""

@@ -21,8 +21,8 @@ def build_header(demo_model: DemoModel) -> str:
     provenance = "A model in a local folder"
     if demo_model.commit is not None:
         url = f"{constants.ENDPOINT}/{demo_model.source}"
-        short = demo_model.commit[:7]
-        provenance = f"[{demo_model.source}]({url}) at commit [`{short}`]({url}/tree/{demo_model.commit})"
+        short_hash = demo_model.commit[:7]
+        provenance = f"[{demo_model.source}]({url}) at commit [`{short_hash}`]({url}/tree/{demo_model.commit})"
     tokens = f"special tokens: {', '.join(demo_model.tokens)}" if demo_model.tokens else "no special tokens"
     return (
         f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer of "
@@ -41,7 +41,7 @@ def build_loading_code(demo_model: DemoModel) -> str:
     revision = "" if demo_model.commit is None else f', revision="{demo_model.commit}"'
     revision += f', code_revision="{demo_model.code_revision}"' if demo_model.code_revision else ""
     auto_class = "AutoModelForImageClassification" if demo_model.is_classifier else "AutoModel"
-    repository = "the repository that its config.json names" if demo_model.code_revision else "that repository"
+    repository = "the code repository named in config.json" if demo_model.code_revision else "the model's repository"
     note = "" if demo_model.commit is None else f"\nThis runs code from {repository}, at the given commit.\n"
     arguments = f'"{demo_model.source}"{revision}, trust_remote_code=True'
     return f"""```python
@@ -64,7 +64,7 @@ def explain_missing_output(demo_model: DemoModel) -> str:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
     if demo_model.merges_patches:
         return (
-            "This model merges patches, so its attention cannot be shown. Set `merged_patches_per_layer=0` to see it."
+            "This model merges patches, so its attention cannot be shown. Set `merged_patches_per_layer=0` to show it."
         )
     return ""
 

@@ -58,13 +58,14 @@ class NamedOutputs(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs, [B, ...] each, for images [B, C, H, W]."""
-        attention = {}
+        attention: Outputs = {}
         if self.with_attention:
             model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
             hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
             rows = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
             hook.remove()
-            attention["cls_attention"] = extract_patch_maps(rows, self.model.config, pixel_values.shape[-2:])
+            height, width = pixel_values.shape[-2:]
+            attention["cls_attention"] = extract_patch_maps(rows, self.model.config, (height, width))
         else:
             model_outputs = [self.model(pixel_values)]
         outputs = self.read_outputs(model_outputs[0], self.model) | attention

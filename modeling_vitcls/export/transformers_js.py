@@ -32,7 +32,7 @@ from ..data.labels import is_multi_label
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..options import DataOptions, EvaluateOptions
 from .exportable import INPUT_NAME, ExportableModel, Outputs, compute_named_outputs, load_exportable
 from .exporter import export_model, get_report_path, move_files
@@ -130,7 +130,7 @@ def export_for_transformers_js(
     return report
 
 
-def has_cls_attention(model: ViTCLSForImageClassification) -> bool:
+def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
     """Return whether the graph can output the attention of CLS tokens to all patches."""
     return model.config.num_cls_tokens > 0 and not model.config.merged_patches_per_layer
 

@@ -254,7 +254,7 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 
 def find_newest_checkpoint(folder: Path) -> Checkpoint:
     """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
-    store = CheckpointStore(folder / "checkpoints", keep=1)
+    store = CheckpointStore(folder / "checkpoints", num_kept=1)
     for step in reversed(store.list_steps()):
         try:
             return read_checkpoint(store.get_path(step))

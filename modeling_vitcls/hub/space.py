@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
@@ -192,7 +193,7 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 
 
 def build_space_card(
-    model: PublishedModel, title: str, description: str, settings: dict[str, str], **fields: str
+    model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
     """Return README.md, whose header configures the Space. `description` is a template with the fields `model`,
     `commit`, `address` and `fields`."""

@@ -88,7 +88,7 @@ class BranchUploads:
         self.write(step, self.make_folder)
         if self.run.hub_push_optimizer:  # written first, because the tensors may share memory with the model
             tensors, facts = gather_checkpoint()
-            store = CheckpointStore(self.folder / "checkpoints", keep=1)
+            store = CheckpointStore(self.folder / "checkpoints", num_kept=1)
             self.write(step, lambda: store.save(step, tensors, facts, is_best=False))
         with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)

@@ -117,7 +117,7 @@ DEFAULTS: tuple[Default, ...] = (
 def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
     """Return the facts on which the defaults depend. Only the configuration of the model is read. Raise ValueError if
     the checkpoint is another kind of model, and OSError if it cannot be found or read."""
-    name, values = options.model.model, options.model.config_values()
+    name, values = options.model.model, options.model.get_config_values()
     from_scratch = is_preset(name)
     if from_scratch:
         config = ViTCLSConfig.from_preset(name)

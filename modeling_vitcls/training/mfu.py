@@ -25,7 +25,7 @@ from torch import nn
 from ..data.sampling import BatchPlan
 from ..distributed import get_precision
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from ..system import SHARDED, measure_gemm_peak, reset_peak_memory
+from ..system import SHARDING_DESCRIPTIONS, measure_gemm_peak, reset_peak_memory
 from .costs import (
     count_attention_flops,
     count_forward_flops,
@@ -164,7 +164,7 @@ def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan
     estimate = estimate_memory(
         model, batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
     )
-    num_shards = plan.num_processes if accelerator.distributed_type in SHARDED else 1
+    num_shards = plan.num_processes if accelerator.distributed_type in SHARDING_DESCRIPTIONS else 1
     return estimate.activations + (estimate.gradients + estimate.optimizer) // num_shards
 
 

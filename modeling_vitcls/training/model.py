@@ -54,7 +54,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
     """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if its labels
     are the same. Models for several tasks have one CLS token per task. Raise ValueError if values contradict each
     other, or the checkpoint is another kind of model, and OSError if it cannot be found or read."""
-    values = options.config_values()
+    values = options.get_config_values()
     if label_space.kind == "multi_task":
         values = {"num_cls_tokens": len(label_space.columns)} | values
     if is_preset(options.model):

@@ -112,7 +112,7 @@ def check_combinations(options: PretrainOptions) -> None:
 def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
     """Build a model from a preset with random weights, or load a checkpoint. Parameters that a checkpoint lacks (the
     mask token, the decoder) are initialized. Errors are as in `model.build_model`."""
-    values = options.config_values()
+    values = options.get_config_values()
     if is_preset(options.model):
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **values))
         processor = ViTCLSImageProcessor()

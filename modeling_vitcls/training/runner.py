@@ -31,7 +31,7 @@ from ..distributed import (
     set_deepspeed_batch_size,
     shard_by_layer,
 )
-from ..errors import is_on_all_processes, on_all_processes
+from ..errors import is_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
@@ -153,7 +153,7 @@ class Runner:
             self.start_trackers()
 
         def report_unreadable() -> None:
-            with on_all_processes():
+            with mark_errors_of_all_processes():
                 unreadable_images.add(gather_object(new_unreadable))
             new_unreadable.clear()
 
@@ -404,7 +404,7 @@ class Runner:
         try:
             run_on_main(self.accelerator, lambda: write_json(file, images))
             if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, keep=1)
+                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, num_kept=1)
                 state = self.state
                 tensors, rest = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(store, self.accelerator, error.step, tensors, {"step": error.step} | rest, is_best=False)

@@ -468,7 +468,7 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
     """Return the options of a dry run of a few steps, in a temporary folder that is removed afterwards. Raise
     ValueError if the content of the output folder does not allow the full run."""
     if not options.run.resume:
-        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, keep=1))
+        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, num_kept=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet

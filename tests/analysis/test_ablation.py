@@ -1,4 +1,4 @@
-"""What a special token is worth: the model's answers with the token held at its mean, against the same by hand."""
+"""Effects of special tokens: predictions with a token held at its mean, compared with direct computations."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,35 +42,35 @@ from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
 PIXELS = build_images(6)
-LABELS = 12  # many, so that answers differ
+LABELS = 12  # many labels, so that predictions differ
 
 
 class Batches:
-    """Images, in two batches, with right answers or without."""
+    """Images in two batches, with or without labels."""
 
     def __init__(self, right: torch.Tensor | None = None, pixels: torch.Tensor = PIXELS) -> None:
         self.pixels = pixels
         self.right = right
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """All images once."""
+        """Return all images in one batch."""
         for part in (slice(0, 4), slice(4, None)):
             yield self.pixels[part], None if self.right is None else self.right[part]
 
 
-def classifier(**fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     config = build_tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
     return center_logits(ViTCLSForImageClassification(config), PIXELS)
 
 
-def mean_states(model: Any) -> torch.Tensor:
-    """[L + 1, S, D] over the images."""
+def compute_mean_states(model: Any) -> torch.Tensor:
+    """Return the mean states over the images, [L + 1, S, D]."""
     return collect_findings(model, PIXELS).mean_states
 
 
 @torch.no_grad()
-def logits_by_hand(model: Any, place: int | None, means: torch.Tensor) -> torch.Tensor:
-    """Layer by layer, for all tokens, the one at a place replaced after each; [B, labels]."""
+def compute_logits(model: Any, place: int | None, means: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, labels], computed layer by layer; one token is replaced by its mean after each layer."""
     encoder = model.vitcls
     states = encoder.embeddings(PIXELS, None)
     grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
@@ -90,16 +90,16 @@ def logits_by_hand(model: Any, place: int | None, means: torch.Tensor) -> torch.
 
 @each_layout
 def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
-    """Heads read few tokens, and the last layer is computed for these alone: that changes nothing."""
-    model = classifier(**layout)
-    means = mean_states(model)
-    before = logits_by_hand(model, None, means)
+    """Heads read few tokens, and the last layer computes only these tokens: this has no effect."""
+    model = build_classifier(**layout)
+    means = compute_mean_states(model)
+    before = compute_logits(model, None, means)
     assert get_largest_difference(collect_predictions(model, Batches()).logits, before) <= 1e-5
     found = compute_ablation_effects(model, Batches(), means)
     assert list(found) == get_token_keys(model.config.token_layout)
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for place, name in enumerate(found):
-        after = logits_by_hand(model, place, means)
+        after = compute_logits(model, place, means)
         with hold_tokens(model, [place], means[:, [place]]):
             assert get_largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
@@ -120,18 +120,18 @@ def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
     ids=lambda fields: ", ".join(fields),
 )
 def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
-    model = classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
-    means = mean_states(model)
+    model = build_classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
+    means = compute_mean_states(model)
     for place in range(4):
         with hold_tokens(model, [place], means[:, [place]]):
             found = collect_predictions(model, Batches()).logits
-        assert get_largest_difference(found, logits_by_hand(model, place, means)) <= 1e-5
+        assert get_largest_difference(found, compute_logits(model, place, means)) <= 1e-5
 
 
-def test_a_token_that_is_all_that_the_head_reads() -> None:
-    """Without it all images get one answer."""
-    model = classifier(num_register_tokens=2)
-    means = mean_states(model)
+def test_holding_the_only_token_of_the_head() -> None:
+    """All images have the same prediction."""
+    model = build_classifier(num_register_tokens=2)
+    means = compute_mean_states(model)
     own = collect_predictions(model, Batches()).predicted.squeeze(1)
     right = own.clone()
     right[0] = (right[0] + 1) % LABELS
@@ -145,9 +145,9 @@ def test_a_token_that_is_all_that_the_head_reads() -> None:
     assert found.accuracy_change == pytest.approx((right == answer).float().mean().item() - 5 / 6)
 
 
-def test_a_token_that_nobody_attends_to() -> None:
-    model = classifier(num_register_tokens=2, gated_tokens={"registers": 2})
-    means = mean_states(model)
+def test_a_token_without_attention() -> None:
+    model = build_classifier(num_register_tokens=2, gated_tokens={"registers": 2})
+    means = compute_mean_states(model)
     with torch.no_grad():
         model.vitcls.gates.gates.copy_(torch.tensor([0.0, model.vitcls.gates.OPEN]))
     found = compute_ablation_effects(model, Batches(torch.arange(6)), means)
@@ -156,8 +156,8 @@ def test_a_token_that_nobody_attends_to() -> None:
     assert found["registers[1]"].logit_change > 1e-2
 
 
-def test_tasks_have_an_answer_each() -> None:
-    """In alphabetical order, age before species; each has its own CLS token."""
+def test_each_task_has_its_predictions() -> None:
+    """The tasks are in alphabetical order, age before species. Each has its own CLS token."""
     config = build_tiny_config(num_cls_tokens=2, tasks={"species": 9, "age": 7})
     model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
@@ -169,9 +169,9 @@ def test_tasks_have_an_answer_each() -> None:
     right[3, 0] = (right[3, 0] + 1) % 7
     right[:5, 1] = IGNORED_LABEL
     assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
-    effects = compute_ablation_effects(model, Batches(right), mean_states(model))
+    effects = compute_ablation_effects(model, Batches(right), compute_mean_states(model))
     for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
-        with hold_tokens(model, [place], mean_states(model)[:, [place]]):
+        with hold_tokens(model, [place], compute_mean_states(model)[:, [place]]):
             after = collect_predictions(model, Batches(right))
         assert len(after.predicted[:, place].unique()) == 1 < len(found.predicted[:, place].unique())
         changed = (after.predicted != found.predicted).any(dim=1).float().mean().item()
@@ -179,8 +179,8 @@ def test_tasks_have_an_answer_each() -> None:
         assert effects[name].accuracy_change == pytest.approx(after.accuracy() - 3 / 4)
 
 
-def test_each_of_several_labels_is_an_answer() -> None:
-    model = classifier(problem_type="multi_label_classification")
+def test_each_of_several_labels_is_a_prediction() -> None:
+    model = build_classifier(problem_type="multi_label_classification")
     with torch.no_grad():
         expected = (model(PIXELS).logits > 0).long()
     found = collect_predictions(model, Batches())
@@ -191,19 +191,19 @@ def test_each_of_several_labels_is_an_answer() -> None:
     assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
 
 
-def test_right_answers_that_are_not_known() -> None:
-    model = classifier()
+def test_unknown_labels() -> None:
+    model = build_classifier()
     own = collect_predictions(model, Batches()).predicted.squeeze(1)
     assert collect_predictions(model, Batches()).accuracy() is None
     assert collect_predictions(model, Batches(torch.full((6,), IGNORED_LABEL))).accuracy() is None
-    assert collect_predictions(model, Batches(own)).accuracy() == 1  # one for each image
+    assert collect_predictions(model, Batches(own)).accuracy() == 1  # one label for each image
     assert collect_predictions(model, Batches(own[:, None])).accuracy() == 1
     wrong = (own + 1) % LABELS
     partly = torch.where(
         torch.arange(6) < 4, torch.tensor(IGNORED_LABEL), torch.where(torch.arange(6) < 5, own, wrong)
     )
     assert collect_predictions(model, Batches(partly)).accuracy() == 0.5
-    found = compute_ablation_effects(model, Batches(torch.full((6,), IGNORED_LABEL)), mean_states(model))
+    found = compute_ablation_effects(model, Batches(torch.full((6,), IGNORED_LABEL)), compute_mean_states(model))
     assert found["cls[0]"].accuracy_change is None
 
     def first_batch_only() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -213,35 +213,36 @@ def test_right_answers_that_are_not_known() -> None:
     assert collect_predictions(model, first_batch_only).accuracy() is None
 
 
-def test_answers_that_are_known_are_not_asked_for_again() -> None:
-    model = classifier(num_register_tokens=1)
-    means = mean_states(model)
+def test_known_predictions_are_not_computed_again() -> None:
+    model = build_classifier(num_register_tokens=1)
+    means = compute_mean_states(model)
     passes = []
     with model.register_forward_hook(lambda *_: passes.append(1)):
         before = collect_predictions(model, Batches())
         found = compute_ablation_effects(model, Batches(), means, before)
-    assert len(passes) == 2 + 2 * 2  # two batches, once as they are and once for each token
+    assert len(passes) == 2 + 2 * 2  # two batches, once unchanged and once for each token
     assert found == compute_ablation_effects(model, Batches(), means)
 
 
-def test_chance_is_the_most_frequent_answer() -> None:
-    def answers(chosen: list[list[int]], right: list[list[int]]) -> Predictions:
+def test_chance_is_the_most_frequent_label() -> None:
+    def compute_effects(chosen: list[list[int]], right: list[list[int]]) -> Predictions:
         return Predictions(torch.zeros(len(chosen), 2), torch.tensor(chosen), torch.tensor(right))
 
     ten = [[0]] * 6 + [[1]] * 3 + [[IGNORED_LABEL]]
-    constant = answers([[0]] * 10, ten)
+    constant = compute_effects([[0]] * 10, ten)
     assert constant.chance() == pytest.approx(constant.accuracy()) == pytest.approx(6 / 9)
     assert constant.is_better_than_chance() is False
-    assert answers([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True  # 9 of 9, where 6 / 9 ± 0.31 are chance
-    assert answers([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
-    tasks = answers([[0, 1]] * 4, [[0, 1], [0, 1], [1, IGNORED_LABEL], [0, 0]])
+    # 9 of 9, where chance is 6 / 9 ± 0.31
+    assert compute_effects([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True
+    assert compute_effects([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
+    tasks = compute_effects([[0, 1]] * 4, [[0, 1], [0, 1], [1, IGNORED_LABEL], [0, 0]])
     assert tasks.chance() == pytest.approx((3 + 2) / 7)
-    assert answers([[0]], [[IGNORED_LABEL]]).is_better_than_chance() is None
+    assert compute_effects([[0]], [[IGNORED_LABEL]]).is_better_than_chance() is None
     assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).chance() is None
 
 
-def test_one_label_is_a_question_of_its_own() -> None:
-    """As where answers are shown: yes from a probability of 0.5 on, whatever the problem is called."""
+def test_one_label_is_predicted_from_one_half() -> None:
+    """As in predictions, a label holds from a probability of 0.5, for any problem type."""
     config = build_tiny_config(num_labels=1)
     logits = torch.tensor([[-0.1], [0.1], [3.0]])
     assert get_predicted_labels([logits], config).tolist() == [[0], [1], [1]]
@@ -269,13 +270,13 @@ def test_effects_in_numbers() -> None:
     rounding = Predictions(alike.logits + 1e-5, before.predicted, None)
     same = compute_effect(alike, alike)
     assert (same.changed_answers, same.logit_change, same.accuracy_change, same.improvement) == (0.0, 0.0, None, None)
-    assert compute_effect(alike, rounding).logit_change < 1e-3  # and not divided by no variation at all
+    assert compute_effect(alike, rounding).logit_change < 1e-3  # not divided by a variation of zero
     nothing = Predictions(torch.zeros(2, 2), before.predicted, None)
     assert compute_effect(nothing, nothing).logit_change == 0
 
 
-def test_the_effect_over_one_image_is_none() -> None:
-    model = classifier(num_register_tokens=1)
+def test_the_effect_on_one_image_is_none() -> None:
+    model = build_classifier(num_register_tokens=1)
     means = collect_findings(model, PIXELS[:1]).mean_states
 
     def batches() -> Iterator[tuple[torch.Tensor, None]]:
@@ -285,9 +286,9 @@ def test_the_effect_over_one_image_is_none() -> None:
         assert found.changed_answers == 0 and found.logit_change < 1e-3
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    model = classifier(num_register_tokens=1, hidden_dropout_prob=0.5)
-    means = mean_states(model)
+def test_the_model_is_not_changed() -> None:
+    model = build_classifier(num_register_tokens=1, hidden_dropout_prob=0.5)
+    means = compute_mean_states(model)
     expected = compute_ablation_effects(model, Batches(), means)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
@@ -298,18 +299,18 @@ def test_the_model_is_left_as_it_was() -> None:
         raise ValueError("broken")
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-    assert not any(hook.__module__.startswith("modeling_vitcls") for hook in hooks_of(model))
+    assert not any(hook.__module__.startswith("modeling_vitcls") for hook in count_hooks(model))
 
 
-def hooks_of(model: nn.Module) -> list[Any]:
+def count_hooks(model: nn.Module) -> list[Any]:
     return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
 @pytest.mark.slow
 @pytest.mark.integration
 def test_compiled_models() -> None:
-    model = classifier(num_register_tokens=1)
-    means = mean_states(model)
+    model = build_classifier(num_register_tokens=1)
+    means = compute_mean_states(model)
     expected = compute_ablation_effects(model, Batches(), means)
     model.compile(backend="eager")
     model(PIXELS)  # compiled without hooks
@@ -319,21 +320,21 @@ def test_compiled_models() -> None:
     assert found["cls[0]"].logit_change > 0.1
 
 
-def test_what_cannot_be_measured_is_said() -> None:
+def test_unsupported_models_are_errors() -> None:
     encoder = randomize_weights(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"])))
     with raises_one_line("Use a classifier"):
-        compute_ablation_effects(encoder, Batches(), mean_states(encoder))
-    model = classifier()
+        compute_ablation_effects(encoder, Batches(), compute_mean_states(encoder))
+    model = build_classifier()
     with raises_one_line("no images"):
         collect_predictions(model, lambda: iter(()))
     with raises_one_line("[4, 2]", "[4, 1]"):
         collect_predictions(model, Batches(torch.zeros(6, 2)))
-    several = classifier(problem_type="multi_label_classification")
+    several = build_classifier(problem_type="multi_label_classification")
     with raises_one_line("[4]", f"[4, {LABELS}]"):
         collect_predictions(several, Batches(torch.zeros(6)))
 
 
-def test_labels_of_datasets_become_right_answers() -> None:
+def test_labels_of_datasets_are_converted() -> None:
     plain = build_tiny_config()
     assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
     several = build_tiny_config(problem_type="multi_label_classification")
@@ -348,10 +349,10 @@ def test_labels_of_datasets_become_right_answers() -> None:
 # Null distributions --------------------------------------------------------------------------------------------------
 
 
-def test_redrawn_tokens_keep_their_norms() -> None:
-    """Their states are measured with the random embedding, which is the same for all images."""
-    model = classifier(num_register_tokens=2)
-    own = mean_states(model)
+def test_random_tokens_have_equal_norms() -> None:
+    """Their states are computed with the random embedding, which is the same for all images."""
+    model = build_classifier(num_register_tokens=2)
+    own = compute_mean_states(model)
     with redraw_tokens(model, [1, 2], torch.Generator().manual_seed(0)):
         means, outputs = collect_mean_states(model, Batches(), [0, 1, 2])
     assert torch.allclose(means[0].norm(dim=-1).float(), own[0].norm(dim=-1), rtol=1e-5)
@@ -361,10 +362,10 @@ def test_redrawn_tokens_keep_their_norms() -> None:
 
 
 @pytest.mark.parametrize("layout", [{"num_register_tokens": 3}, {"num_cls_tokens": 3}], ids=str)
-def test_effects_stand_against_null_distributions(layout: dict[str, Any]) -> None:
-    """Of random patches, and of redrawn tokens that the head does not read; for tokens, and groups as a whole."""
-    model = classifier(**layout)
-    means = mean_states(model)
+def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) -> None:
+    """Check random patches, and random tokens that the head does not read; for single tokens and groups."""
+    model = build_classifier(**layout)
+    means = compute_mean_states(model)
     found = compute_ablations(model, Batches(), means)
     single = compute_ablation_effects(model, Batches(), means)
     group = "registers" if "num_register_tokens" in layout else "cls"
@@ -378,16 +379,16 @@ def test_effects_stand_against_null_distributions(layout: dict[str, Any]) -> Non
                 ablation.compared > ablation.null[1] and ablation.effect.changed_answers > 0
             )
     for key, effect in single.items():
-        held = found["information"][key].effect  # from one image if the head reads no other token
+        held = found["information"][key].effect  # one image is sufficient if the head reads no other token
         assert held.logit_change == pytest.approx(effect.logit_change, rel=1e-4)
         assert held.changed_answers == effect.changed_answers
         hidden = collect_outputs(model, Batches(), [get_token_keys(model.config.token_layout).index(key)])
         assert found["presence"][key].effect == compute_effect(collect_outputs(model, Batches()), hidden)
 
 
-def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
-    model = classifier(num_register_tokens=1)
-    means, before = mean_states(model), collect_predictions(model, Batches())
+def test_null_effects_use_the_same_images() -> None:
+    model = build_classifier(num_register_tokens=1)
+    means, before = compute_mean_states(model), collect_predictions(model, Batches())
 
     def sample() -> Iterator[tuple[torch.Tensor, None]]:
         yield PIXELS[[1, 4]], None
@@ -401,8 +402,8 @@ def test_null_effects_of_fewer_images_are_compared_on_these() -> None:
 
 @pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
 def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
-    """Their own values change nothing then; each of the others reads the same as without them."""
-    model, batches = classifier(num_register_tokens=2), Batches(pixels=pixels)
+    """The values of hidden tokens have no effect; all other tokens read the same as without them."""
+    model, batches = build_classifier(num_register_tokens=2), Batches(pixels=pixels)
     hidden = collect_outputs(model, batches, [1, 2])
     with torch.no_grad():
         model.vitcls.embeddings.register_tokens.normal_()
@@ -410,7 +411,7 @@ def test_hidden_tokens_are_read_by_no_token(pixels: torch.Tensor) -> None:
     assert get_largest_difference(collect_outputs(model, batches, [1]).logits, hidden.logits) > 1e-3
 
 
-def test_features_of_encoders_are_compared_by_cosines() -> None:
+def test_features_of_encoders_are_compared_by_cosine_similarity() -> None:
     encoder = randomize_weights(ViTCLSModel(build_tiny_config(num_register_tokens=1)))
     before = collect_outputs(encoder, lambda: [(build_images(20), None)])
     assert set(before.vectors) == {"cls", "pooled", "patches"} and len(before) == 20

@@ -1,4 +1,4 @@
-"""Attention rollout and gradient-weighted attribution against plain references, from whole maps of eager attention."""
+"""Attention rollout and gradient-weighted attribution, compared with plain references on full eager attention maps."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ LAYERS = {"num_hidden_layers": 3}
 SIZES = [(32, 32), (24, 56)]
 TWO_CLS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1}
 
-# What changes the layers, or what tokens see.
+# Fields that change the layers or the attention masks.
 KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
     "rope": BLOCKS["rope"],
     "scopes": BLOCKS["scopes"],
@@ -51,7 +51,7 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
 }
 each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
 
-# Which tokens the head reads: fields, and the share of each place; "p" is what each patch has.
+# Tokens that the head reads: fields, and the share of each token; "p" is the share of each patch.
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
     "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
     "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
@@ -72,12 +72,12 @@ HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
 each_head = pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)
 
 
-def classifier(**fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     return randomize(ViTCLSForImageClassification(build_tiny_config(**LAYERS | fields)))
 
 
-def eager(model: Any, pixels: torch.Tensor) -> Any:
-    """The outputs with whole maps, of a model that is then as it was."""
+def run_eager(model: Any, pixels: torch.Tensor) -> Any:
+    """Return the outputs with full attention maps, and restore the model."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     outputs = model(pixels, output_attentions=True)
@@ -86,31 +86,33 @@ def eager(model: Any, pixels: torch.Tensor) -> Any:
 
 
 @torch.no_grad()
-def rollout_by_products(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """The definition: the product of all layers' (map + identity) / 2, from the first to the last, [B, N, N]."""
+def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Compute the definition: the product of (map + identity) / 2 over all layers, [B, N, N]."""
     product = None
-    for maps, layer in zip(eager(model, pixels).attentions, model.base_model.layers, strict=True):
+    for maps, layer in zip(run_eager(model, pixels).attentions, model.base_model.layers, strict=True):
         if model.config.attention_type == "differential":
-            maps = differences(maps, layer.attention.second_share.item())
+            maps = subtract_second_maps(maps, layer.attention.second_share.item())
         mixed = (maps.mean(dim=1) + torch.eye(maps.shape[-1])) / 2
         product = mixed if product is None else mixed @ product
     return product
 
 
-def differences(maps: torch.Tensor, share: float) -> torch.Tensor:
-    """What is left of each head's first map [B, 2 * heads, N, N] after a share of the second, as rows of sum 1."""
+def subtract_second_maps(maps: torch.Tensor, share: float) -> torch.Tensor:
+    """Return each head's first map [B, 2 * heads, N, N] minus a share of the second, as rows of sum 1."""
     left = (maps[:, 0::2] - share * maps[:, 1::2]).clamp(min=0)
     rows, itself = left.flatten(0, 2), torch.eye(left.shape[-1]).repeat(left.shape[0] * left.shape[1], 1)
     shares = [row / row.sum() if row.sum() > 0 else same for row, same in zip(rows, itself, strict=True)]
     return torch.stack(shares).view_as(left)
 
 
-def relevance_by_products(
+def compute_relevance(
     model: Any, pixels: torch.Tensor, target: int, task: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, with gradients by the maps: R = I; R = R + E[(gradient x map)+] R. Returns R - I, and the last
-    hidden state."""
-    outputs = eager(model, pixels.clone().requires_grad_())
+    """Compute the definition, with gradients of the maps: R = I; R = R + E[(gradient x map)+] R.
+
+    Returns R - I, and the last hidden state.
+    """
+    outputs = run_eager(model, pixels.clone().requires_grad_())
     logits = outputs.logits if task is None else outputs.logits[task]
     gradients = torch.autograd.grad(logits[:, target].sum(), outputs.attentions)
     identity = torch.eye(gradients[0].shape[-1])
@@ -120,8 +122,8 @@ def relevance_by_products(
     return relevance - identity, model.base_model(pixels).last_hidden_state
 
 
-def shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.Tensor:
-    """What the head reads of each token [B, N]."""
+def expand_shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.Tensor:
+    """Return the share of each token that the head reads, [B, N]."""
     of_patches = torch.zeros(sequence.shape[:2])[:, len(special) :]
     if patches == "all":
         of_patches += 1
@@ -132,7 +134,7 @@ def shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.
 
 
 def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within the tolerance of all comparisons here, and of the largest value: some are small."""
+    """Compare within the tolerance, and relative to the largest value, because some values are small."""
     assert expected.max() > 0
     assert get_largest_difference(found, expected) <= TOLERANCE * min(1, 10 * expected.max().item())
 
@@ -142,13 +144,13 @@ def assert_same_relevance(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @each_layout
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementation: str) -> None:
+def test_rollout_equals_the_product_of_all_layers(layout: dict[str, Any], implementation: str) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | layout)))
     model.set_attn_implementation(implementation)
     num_special = model.config.token_layout.num_prefix_tokens
     for size in SIZES:
         found = compute_attention_rollout(model, build_images(2, *size))
-        expected = rollout_by_products(model, build_images(2, *size))[:, :num_special]
+        expected = compute_rollout(model, build_images(2, *size))[:, :num_special]
         assert get_largest_difference(found, expected) <= TOLERANCE
         assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE
         assert not found.requires_grad
@@ -158,19 +160,19 @@ def test_rollout_is_the_product_of_all_layers(layout: dict[str, Any], implementa
 def test_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | fields)))
     found = compute_attention_rollout(model, build_images())
-    expected = rollout_by_products(model, build_images())[:, : found.shape[1]]
+    expected = compute_rollout(model, build_images())[:, : found.shape[1]]
     assert get_largest_difference(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("share", [0.0, 0.8, 1.0, 2.0])
 def test_rollout_of_differential_attention(share: float) -> None:
-    """What a head takes away does not flow; two maps that are one leave nothing, and the token keeps itself."""
+    """A negative difference does not flow. If both maps are equal, the token keeps its own value."""
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
         for layer in model.layers:
             layer.attention.second_share.fill_(share)
     found = compute_attention_rollout(model, build_images())
-    assert get_largest_difference(found, rollout_by_products(model, build_images())[:, :1]) <= TOLERANCE
+    assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
     assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0
     with torch.no_grad():
         for layer in model.layers:
@@ -183,9 +185,9 @@ def test_rollout_of_differential_attention(share: float) -> None:
 
 @pytest.mark.parametrize("name", ["classifier", "tasks", "masked", "backbone"])
 def test_rollout_of_every_class(name: str) -> None:
-    """Those whose heads read few tokens compute the last layer for them alone, but not here."""
+    """If the heads read few tokens, models compute the last layer only for them, except here."""
     models: dict[str, nn.Module] = {
-        "classifier": classifier(num_register_tokens=2),
+        "classifier": build_classifier(num_register_tokens=2),
         "tasks": ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
         "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
         "backbone": ViTCLSBackbone(build_tiny_config(out_indices=[0, 2])),
@@ -193,7 +195,7 @@ def test_rollout_of_every_class(name: str) -> None:
     model = randomize(models[name])
     found = compute_attention_rollout(model, build_images())
     assert found.shape[1] == model.config.token_layout.num_prefix_tokens > 0
-    assert get_largest_difference(found, rollout_by_products(model, build_images())[:, : found.shape[1]]) <= TOLERANCE
+    assert get_largest_difference(found, compute_rollout(model, build_images())[:, : found.shape[1]]) <= TOLERANCE
 
 
 # Attribution ---------------------------------------------------------------------------------------------------------
@@ -201,13 +203,13 @@ def test_rollout_of_every_class(name: str) -> None:
 
 @each_head
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_attribution_is_from_what_the_head_reads(
+def test_attribution_starts_at_the_tokens_that_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str, size: tuple[int, int]
 ) -> None:
-    model = classifier(**fields)
+    model = build_classifier(**fields)
     found = compute_attribution(model, build_images(2, *size), target=1)
-    relevance, sequence = relevance_by_products(model, build_images(2, *size), target=1)
-    expected = (shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
+    relevance, sequence = compute_relevance(model, build_images(2, *size), target=1)
+    expected = (expand_shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
     assert found.min() >= 0 and not found.requires_grad
 
@@ -215,24 +217,24 @@ def test_attribution_is_from_what_the_head_reads(
 @each_kind_of_layers
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attribution_of_every_kind_of_layers(fields: dict[str, Any], implementation: str) -> None:
-    model = classifier(**fields)
+    model = build_classifier(**fields)
     model.set_attn_implementation(implementation)
     found = compute_attribution(model, build_images(), target=2)
-    expected = relevance_by_products(model, build_images(), target=2)[0][:, 0]
+    expected = compute_relevance(model, build_images(), target=2)[0][:, 0]
     assert_same_relevance(found, expected)
 
 
 def test_attribution_of_tasks() -> None:
-    """Each reads its own CLS token; they stand in alphabetical order."""
+    """Each task reads its own CLS token. Tasks are in alphabetical order."""
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS)))
     for place, task in enumerate(["age", "species"]):
         found = compute_attribution(model, build_images(), target=1, task=task)
-        assert_same_relevance(found, relevance_by_products(model, build_images(), 1, task)[0][:, place])
+        assert_same_relevance(found, compute_relevance(model, build_images(), 1, task)[0][:, place])
     assert get_largest_difference(found, compute_attribution(model, build_images(), target=1, task="age")) > 1e-3
 
 
 def test_targets() -> None:
-    model = classifier()
+    model = build_classifier()
     pixels = build_images(3)
     of_each = torch.stack([compute_attribution(model, pixels, target) for target in range(3)])  # [class, B, N]
     chosen = model(pixels).logits.argmax(dim=-1)
@@ -242,8 +244,8 @@ def test_targets() -> None:
         assert torch.equal(compute_attribution(model, pixels, wanted), of_each[wanted.long(), torch.arange(3)])
 
 
-def test_what_cannot_be_attributed_is_said() -> None:
-    model = classifier()
+def test_unsupported_models_are_errors() -> None:
+    model = build_classifier()
     for target in (3, -1, torch.tensor([0, 3])):
         with raises_one_line("target", "0 to 2"):
             compute_attribution(model, build_images(), target)
@@ -261,10 +263,10 @@ def test_what_cannot_be_attributed_is_said() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["all", "encoder", "none"])
-def test_weights_are_left_alone(frozen: str) -> None:
-    """Frozen ones are no obstacle, none gets a gradient, and gradients need not be switched on."""
-    expected = compute_attribution(classifier(), build_images(), target=0)
-    model = classifier()
+def test_weights_are_not_changed(frozen: str) -> None:
+    """Weights may be frozen, no weight gets a gradient, and gradients may be disabled."""
+    expected = compute_attribution(build_classifier(), build_images(), target=0)
+    model = build_classifier()
     part: nn.Module = {"all": model, "encoder": model.vitcls, "none": nn.Module()}[frozen]
     part.requires_grad_(False)
     pixels = build_images()
@@ -278,9 +280,9 @@ def test_weights_are_left_alone(frozen: str) -> None:
     assert_no_recording(model)
 
 
-def test_the_mode_of_each_part_stays() -> None:
-    """Dropout is left out, and frozen parts, which are in evaluation mode while others train, stay so."""
-    model = classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
+def test_the_mode_of_each_module_is_kept() -> None:
+    """Dropout is disabled. Frozen modules, which are in evaluation mode while others train, stay in it."""
+    model = build_classifier(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5)
     expected = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     model.train()
     model.vitcls.layers[0].eval()
@@ -296,7 +298,7 @@ def test_the_mode_of_each_part_stays() -> None:
 
 @pytest.mark.integration
 def test_compiled_models() -> None:
-    model = classifier(num_register_tokens=1)
+    model = build_classifier(num_register_tokens=1)
     expected = compute_attention_rollout(model, build_images()), compute_attribution(model, build_images())
     model.compile(backend="eager")
     model(build_images())  # compiled without recorders
@@ -307,12 +309,12 @@ def test_compiled_models() -> None:
 
 @torch.no_grad()
 def test_recorded_maps_in_half_precision_sum_to_one() -> None:
-    model = classifier().bfloat16()
+    model = build_classifier().bfloat16()
     with record_attention_layers(model) as layers:
         model(build_images())
     assert len(layers) == 3
     for layer in layers:
-        weights = layer.weights()
+        weights = layer.compute_weights()
         assert weights.dtype == torch.float32
         assert get_largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) <= 1e-5
     assert_no_recording(model)

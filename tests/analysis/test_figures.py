@@ -1,4 +1,4 @@
-"""Figures of tokens and answers, and the images of a model card: that they show what is true of the model."""
+"""Figures of tokens and predictions, and the images of a model card, compared with the model."""
 
 from io import BytesIO
 from pathlib import Path
@@ -44,20 +44,20 @@ from modeling_vitcls.token_names import get_token_names
 MANY = {"num_cls_tokens": 3, "num_distillation_tokens": 2, "num_register_tokens": 8}
 
 
-def drawn(figure: Figure) -> FigureCanvasAgg:
-    """The figure, drawn."""
+def draw(figure: Figure) -> FigureCanvasAgg:
+    """Draw the figure and return it."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return canvas
 
 
-def texts(figure: Figure) -> list[str]:
-    """All that is written in it, outside of axes' labels."""
+def get_texts(figure: Figure) -> list[str]:
+    """Return all texts of a figure, without axis labels."""
     return [text.get_text() for axes in figure.axes for text in axes.texts if text.get_text()]
 
 
-def boxes_of(figure: Figure, group: str) -> list[Rectangle]:
-    """Those in the color of a group."""
+def get_boxes(figure: Figure, group: str) -> list[Rectangle]:
+    """Return the boxes in the color of a group."""
     patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
     return [patch for patch in patches if patch.get_facecolor() == to_rgba(GROUP_COLORS[group])]
 
@@ -84,22 +84,22 @@ def test_the_layout_names_every_token_in_order_and_the_patches(fields):
     config = build_tiny_config(**fields)
     figure = plot_token_layout(config)
     names = [name.replace(" (", "\n(") for name in get_token_names(config)]
-    written = texts(figure)
-    assert [text for text in written if text in names] == names
+    check_files = get_texts(figure)
+    assert [text for text in check_files if text in names] == names
     rows, columns = config.grid_size
-    assert any(text.endswith(f"{rows} × {columns} = {rows * columns}") for text in written)
+    assert any(text.endswith(f"{rows} × {columns} = {rows * columns}") for text in check_files)
     special = range(config.token_layout.num_prefix_tokens)
     for group, tokens in config.token_layout.items():
         expected = 1 if group == "patches" else len(special[tokens])
-        assert len(boxes_of(figure, group)) == expected
-    left_edges = [box.get_x() for group in GROUP_COLORS for box in boxes_of(figure, group)]
+        assert len(get_boxes(figure, group)) == expected
+    left_edges = [box.get_x() for group in GROUP_COLORS for box in get_boxes(figure, group)]
     assert left_edges == sorted(left_edges)
 
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_layout_is_readable_at_800_pixels(fields):
     figure = plot_token_layout(build_tiny_config(**fields))
-    renderer = drawn(figure).get_renderer()
+    renderer = draw(figure).get_renderer()
     assert (renderer.width, renderer.height) == (800, 290)
     places = []
     for text in figure.axes[0].texts:
@@ -112,11 +112,11 @@ def test_the_layout_is_readable_at_800_pixels(fields):
     assert not overlapping
 
 
-def test_the_layout_draws_some_of_very_many_tokens():
+def test_the_layout_omits_some_of_very_many_tokens():
     config = build_tiny_config(num_register_tokens=100)
     figure = plot_token_layout(config)
-    assert len(boxes_of(figure, "registers")) == 12
-    assert {"register 1", "…", "register 100", "registers\n100"} <= set(texts(figure))
+    assert len(get_boxes(figure, "registers")) == 12
+    assert {"register 1", "…", "register 100", "registers\n100"} <= set(get_texts(figure))
 
 
 POOLINGS = {
@@ -137,24 +137,24 @@ POOLINGS = {
 
 
 @pytest.mark.parametrize("fields", POOLINGS.values(), ids=POOLINGS)
-def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
-    """Those that its answers change with: their gradient behind the encoder is not zero."""
+def test_arrows_start_at_the_tokens_that_the_head_reads(fields):
+    """The gradient of the output with respect to these final tokens is not zero."""
     config = build_tiny_config(**fields)
     kinds = {"tasks": ViTCLSForMultiTaskClassification, "architectures": ViTCLSForMaskedImageModeling}
     kind = next((kinds[name] for name in kinds if name in fields), ViTCLSForImageClassification)
     model = randomize(kind(config))
     sequences: list[torch.Tensor] = []
 
-    def note(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
+    def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
         sequence.retain_grad()
         sequences.append(sequence)
 
-    model.vitcls.layernorm.register_forward_hook(note)
+    model.vitcls.layernorm.register_forward_hook(record)
     answers = model(build_images(batch=1))
     answers = answers.reconstruction if kind is ViTCLSForMaskedImageModeling else answers.logits
     parts = answers.values() if isinstance(answers, dict) else [answers]
     torch.stack([part.square().sum() for part in parts]).sum().backward()
-    gradient = sequences[0].grad[0].abs().sum(dim=1)  # of the tokens that were computed
+    gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
     layout = config.token_layout
     special = range(layout.num_prefix_tokens)
     for group, tokens in layout.items():
@@ -167,11 +167,13 @@ def test_arrows_lead_from_the_tokens_that_the_head_really_reads(fields):
     figure = plot_token_layout(config)
     arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
     groups = [(group, place) for group, tokens in layout.items() for place in range(len(special[tokens]) or 1)]
-    assert len(arrows) == sum(is_read(config, group, place) for group, place in set(groups) if exists(config, group))
+    assert len(arrows) == sum(
+        is_read(config, group, place) for group, place in set(groups) if has_tokens(config, group)
+    )
 
 
-def exists(config, group: str) -> bool:
-    """Whether there are tokens in this group."""
+def has_tokens(config, group: str) -> bool:
+    """Return whether there are tokens in this group."""
     tokens = getattr(config.token_layout, group)
     return tokens.stop is None or tokens.stop > tokens.start
 
@@ -183,7 +185,7 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
     matrix = [[8, 2, 0], [0, 0, 0], [1, 0, 3]]
     figure = plot_confusion_matrix(matrix, ["cat", "dog", "a very long name of a horse"])
     axes = figure.axes[0]
-    assert texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
+    assert get_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     shares = axes.images[0].get_array()
     assert np.allclose(shares, [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
@@ -194,14 +196,14 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
 
 
 @pytest.mark.parametrize(("num_classes", "has_numbers", "has_names"), [(20, 1, 1), (21, 0, 1), (50, 0, 1), (51, 0, 0)])
-def test_numbers_and_names_are_written_where_there_is_room(num_classes, has_numbers, has_names):
+def test_numbers_and_names_are_written_if_there_is_space(num_classes, has_numbers, has_names):
     figure = plot_confusion_matrix(np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)])
-    assert len(texts(figure)) == has_numbers * num_classes**2
+    assert len(get_texts(figure)) == has_numbers * num_classes**2
     assert len(figure.axes[0].get_xticks()) == has_names * num_classes
-    drawn(figure)
+    draw(figure)
 
 
-def test_a_matrix_and_names_that_do_not_fit_are_refused():
+def test_too_large_matrices_and_too_many_names_are_errors():
     with raises_one_line("(2, 2)", "3 class names"):
         plot_confusion_matrix([[1, 0], [0, 1]], ["a", "b", "c"])
 
@@ -209,8 +211,8 @@ def test_a_matrix_and_names_that_do_not_fit_are_refused():
 # Attention -------------------------------------------------------------------------------------------------------
 
 
-def shown(figure: Figure) -> list[list[str]]:
-    """Titles of the images in each row of a figure, "" where there is none."""
+def get_titles(figure: Figure) -> list[list[str]]:
+    """Return the titles of the images in each row of a figure, "" for none."""
     columns = figure.axes[0].get_gridspec().ncols
     titles = [axes.get_title() if axes.images else "" for axes in figure.axes]
     return [titles[start : start + columns] for start in range(0, len(titles), columns)]
@@ -219,16 +221,16 @@ def shown(figure: Figure) -> list[list[str]]:
 def test_an_attention_figure_has_a_row_per_image_and_a_column_per_token():
     pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
     figure = plot_attention(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
-    assert shown(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
-    drawn(figure)
+    assert get_titles(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
+    draw(figure)
 
 
-def test_tokens_beyond_the_width_go_on_below_their_image():
+def test_tokens_beyond_the_width_continue_in_the_next_row():
     names = [str(place) for place in range(13)]
     pictures = [Image.new("RGB", (60, 40))] * 2
     figure = plot_attention(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
     first = [["a", *"01234"], ["", *"56789"], ["", "10", "11", "12", "", ""]]
-    assert shown(figure) == [*first, ["b", *"01234"], *first[1:]]
+    assert get_titles(figure) == [*first, ["b", *"01234"], *first[1:]]
 
 
 def test_an_attention_figure_draws_each_map_over_its_own_image():
@@ -243,17 +245,17 @@ def test_an_attention_figure_draws_each_map_over_its_own_image():
     assert row >= len(second) * 3 / 4 and len(second) * 3 / 8 <= column < len(second) / 2
 
 
-def test_attention_that_does_not_fit_is_refused():
+def test_attention_of_a_wrong_shape_is_an_error():
     picture, maps = Image.new("L", (8, 8)), torch.rand(1, 2, 4, 4)
     with raises_one_line("1, 1, 2 and 1"):
         plot_attention([picture], maps, ["CLS", "register"], ["a", "b"])
-    with raises_one_line("got 1", "[2]"):
+    with raises_one_line("number of names is 1", "[2]"):
         plot_attention([picture], maps, ["CLS"], ["a"])
     with raises_one_line("at least one"):
         plot_attention([], [], ["CLS"], [])
 
 
-def test_figures_leave_nothing_in_pyplot():
+def test_figures_are_not_registered_in_pyplot():
     plot_token_layout(build_tiny_config())
     plot_confusion_matrix([[1]], ["a"])
     assert not matplotlib.pyplot.get_fignums()
@@ -265,15 +267,15 @@ FITTING = {"size": {"height": 32, "width": 32}}
 GREY = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
 
 
-def digits(count: int = 5) -> list[tuple[Image.Image, str]]:
-    """Handwritten digits, 8 x 8 pixels, gray, and what they are."""
+def load_digit_images(count: int = 5) -> list[tuple[Image.Image, str]]:
+    """Return handwritten digits, 8 x 8 gray pixels, with their labels."""
     data = load_digits()
     pictures = [Image.fromarray((values * 15).astype(np.uint8)) for values in data.images[:count]]
     return [(picture, str(label)) for picture, label in zip(pictures, data.target[:count], strict=True)]
 
 
-def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
-    """The images, after a look at their files."""
+def check_files(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
+    """Return the written images, after a check of their files."""
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == set(paths.values())
     assert all((folder / path).stat().st_size < MAX_BYTES for path in paths.values())
@@ -285,22 +287,22 @@ def written(folder: Path, paths: dict[str, str]) -> dict[str, Image.Image]:
     return opened
 
 
-def test_a_classifier_gets_all_images_and_stays_as_it_was(tmp_path):
+def test_a_classifier_has_all_images_and_is_not_changed(tmp_path):
     config = build_tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
     model = randomize(ViTCLSForImageClassification(config)).train()
     results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
-    paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, digits())
+    paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, load_digit_images())
     assert paths == {
         "token_layout": "pictures/token_layout.png",
         "confusion_matrix": "pictures/confusion_matrix.png",
         "attention": "pictures/attention.png",
     }
-    assert written(tmp_path, paths)["token_layout"].width > 800
+    assert check_files(tmp_path, paths)["token_layout"].width > 800
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
+def test_each_task_has_a_matrix_unless_no_image_was_counted(tmp_path):
     model = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks={"age": 2, "kind": 60, "x": 2}))
     )
@@ -311,27 +313,27 @@ def test_each_task_gets_its_matrix_unless_nothing_was_counted(tmp_path):
     }
     paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING), results)
     assert list(paths) == ["token_layout", "confusion_matrix_age", "confusion_matrix_kind"]
-    written(tmp_path, paths)
+    check_files(tmp_path, paths)
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
-def test_an_encoder_shows_attention_without_answers(model_class):
+def test_an_encoder_has_attention_without_predictions(model_class):
     model = randomize(model_class(build_tiny_config()))
     processor = ViTCLSImageProcessor(**FITTING)
-    assert [look.title for look in build_attention_samples(model, processor, digits(3))] == ["0", "1", "2"]
+    assert [look.title for look in build_attention_samples(model, processor, load_digit_images(3))] == ["0", "1", "2"]
 
 
-def test_images_of_an_earlier_model_do_not_stay(tmp_path):
+def test_images_of_an_earlier_model_are_removed(tmp_path):
     processor = ViTCLSImageProcessor(**FITTING)
     classifier = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=1)))
-    write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, digits())
+    write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, load_digit_images())
     (tmp_path / "pictures" / "mine.png").write_bytes(b"")
     no_tokens = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
-    assert set(write_card_images(tmp_path, no_tokens, processor, {}, digits())) == {"token_layout"}
+    assert set(write_card_images(tmp_path, no_tokens, processor, {}, load_digit_images())) == {"token_layout"}
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
 
 
-def test_looks_are_the_attention_of_the_last_layer_that_is_read_with_label_and_answer():
+def test_attention_samples_show_the_last_layer_that_is_read_with_label_and_prediction():
     fields = {"num_distillation_tokens": 1, "num_register_tokens": 2, "patch_size": [8, 4]}
     config = build_tiny_config(**fields, hidden_dropout_prob=0.5)
     config._attn_implementation = "eager"
@@ -351,9 +353,9 @@ def test_looks_are_the_attention_of_the_last_layer_that_is_read_with_label_and_a
     assert look.visible_region.right - look.visible_region.left == pytest.approx(36 * picture.width / 59)
 
 
-def test_samples_that_the_model_cannot_take_are_left_out():
+def test_unsupported_samples_are_skipped():
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_channels=1)))
-    samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *digits(1)]
+    samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *load_digit_images(1)]
     looks = list(build_attention_samples(model, ViTCLSImageProcessor(**FITTING, **GREY), samples))
     assert [look.title[:12] for look in looks] == ["0, predicted"]
 
@@ -386,11 +388,11 @@ def test_large_photographs_and_many_tokens_make_small_files(tmp_path):
     samples: list[Sample] = [(noise, None), (photograph, None)]
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**MANY)))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 36}, do_center_crop=True, crop_size=32)
-    opened = written(tmp_path, write_card_images(tmp_path, model, processor, {}, samples))
+    opened = check_files(tmp_path, write_card_images(tmp_path, model, processor, {}, samples))
     assert opened["attention"].width > 400
 
 
-def test_a_figure_is_lowered_in_quality_until_it_is_small():
+def test_the_quality_of_a_figure_is_reduced_until_its_file_is_small():
     figure = Figure(figsize=(7, 7), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(np.random.default_rng(0).random((900, 900, 3)))

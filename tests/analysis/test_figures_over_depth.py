@@ -1,4 +1,4 @@
-"""Figures over depth and of states: that lines, bars and cells are the findings, for every layout, without pyplot."""
+"""Figures over depth and of states: lines, bars and cells equal the findings, for every layout, without pyplot."""
 
 import math
 from dataclasses import replace
@@ -46,24 +46,24 @@ from modeling_vitcls.token_names import get_token_names
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 
 
-def measured(**fields: Any) -> tuple[Any, Findings]:
-    """Configuration and findings of a small random model, of three layers unless it says otherwise."""
+def measure(**fields: Any) -> tuple[Any, Findings]:
+    """Return configuration and findings of a small random model with three layers by default."""
     model = randomize(ViTCLSModel(build_tiny_config(**{"num_hidden_layers": 3} | fields)))
     return model.config, collect_findings(model, build_images(4))
 
 
 @pytest.fixture(scope="module")
 def found() -> tuple[Any, Findings]:
-    return measured(**TOKENS)
+    return measure(**TOKENS)
 
 
-def lines(axes: Axes) -> dict[str, np.ndarray]:
-    """y values of the lines, by name."""
+def get_lines(axes: Axes) -> dict[str, np.ndarray]:
+    """Return the y values of the lines, by name."""
     return {str(line.get_label()): np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()}
 
 
 def is_readable(figure: Figure) -> None:
-    """Nothing that is written leaves the figure, or lies on other words of its kind."""
+    """Return whether all texts are inside the figure, and do not overlap texts of their kind."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     whole = figure.bbox
@@ -84,7 +84,7 @@ def is_readable(figure: Figure) -> None:
 def test_a_line_is_the_mean_of_the_heads_and_its_band_their_range(found: Any, name: str) -> None:
     config, findings = found
     (axes,) = plot_curve(config, findings, name).axes
-    drawn, values = lines(axes), getattr(findings, name)  # [L, H, S]
+    drawn, values = get_lines(axes), getattr(findings, name)  # [L, H, S]
     assert list(drawn) == [*get_token_names(config), "uniform"]
     for place, token in enumerate(get_token_names(config)):
         assert np.allclose(drawn[token], values[:, :, place].mean(dim=1))
@@ -111,7 +111,7 @@ def test_states_have_no_band_and_no_baseline_and_begin_with_the_embeddings(found
     config, findings = found
     for name, values in {"variation": findings.variation, "to_patches": findings.to_patches}.items():
         (axes,) = plot_curve(config, findings, name).axes
-        drawn = lines(axes)
+        drawn = get_lines(axes)
         assert list(drawn) == get_token_names(config) and not axes.collections
         assert np.allclose(drawn["register 2"], values[:, 4]) and len(values) == 4
         assert axes.get_xlabel() == "after layer"
@@ -120,25 +120,25 @@ def test_states_have_no_band_and_no_baseline_and_begin_with_the_embeddings(found
 def test_patches_have_one_line(found: Any) -> None:
     config, findings = found
     (axes,) = plot_curve(config, findings, "patch_distance").axes
-    drawn = lines(axes)
+    drawn = get_lines(axes)
     assert np.allclose(drawn["patches"], findings.patch_distance.mean(dim=1))
     assert np.allclose(drawn["uniform"], findings.uniform["patch_distance"])
 
 
-def test_tokens_that_see_parts_of_the_image_have_baselines_of_their_own() -> None:
-    config, findings = measured(num_cls_tokens=2, cls_scopes=["image", [2, 2, 0, 1]])
+def test_scoped_tokens_have_their_own_baselines() -> None:
+    config, findings = measure(num_cls_tokens=2, cls_scopes=["image", [2, 2, 0, 1]])
     (axes,) = plot_curve(config, findings, "entropy").axes
     baselines = {round(float(line.get_ydata()[0]), 4) for line in axes.get_lines() if line.get_linewidth() == 1}
     assert baselines == {round(value, 4) for value in findings.uniform_by_token["entropy"].tolist()}
     assert len(baselines) == 2
 
 
-def test_another_name_is_refused(found: Any) -> None:
+def test_unknown_names_are_errors(found: Any) -> None:
     with raises_one_line("no figure 'entropies'", "patch_distance"):
         plot_curve(*found, "entropies")
 
 
-# Where attention goes, and norms -------------------------------------------------------------------------------------
+# Attention targets and norms -----------------------------------------------------------------------------------------
 
 
 def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
@@ -153,13 +153,13 @@ def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
         assert [to_rgb(group[0].get_facecolor()) for group in bars] == list(map(to_rgb, GROUP_COLORS.values()))
 
 
-def test_norms_of_tokens_stand_against_those_of_patches(found: Any) -> None:
+def test_norms_of_tokens_are_drawn_with_those_of_patches(found: Any) -> None:
     config, findings = found
     norms, outliers = plot_norms(config, findings).axes
-    drawn = lines(norms)
+    drawn = get_lines(norms)
     assert np.allclose(drawn["patches"], findings.patch_norms.median(dim=1).values, rtol=0.05)
     assert np.allclose(drawn["CLS 2"], findings.token_norms[:, 1])
-    shares = lines(outliers)
+    shares = get_lines(outliers)
     assert np.allclose(shares["patches"], findings.outliers)
     assert np.allclose(shares["patches, registers hidden"], findings.outliers_without_registers)
 
@@ -174,7 +174,7 @@ def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:
     assert plot_norms(config, near).axes[0].get_yscale() == "linear"
 
 
-def test_the_histogram_marks_what_stands_out(found: Any) -> None:
+def test_the_histogram_marks_outliers(found: Any) -> None:
     config, findings = found
     ratios = torch.ones(4, 1000)
     ratios[3, :50] = 20
@@ -192,7 +192,7 @@ def test_the_histogram_marks_what_stands_out(found: Any) -> None:
     assert not one_mode.texts and len({bar.get_facecolor() for bar in one_mode.containers[0]}) == 1
     assert axes.get_title() == "Norms of the patches, after layer 3"
     assert plot_norm_histogram(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
-    with raises_one_line("no layer 4", "the model has 3"):
+    with raises_one_line("layer is 4", "the model has 3 layers"):
         plot_norm_histogram(config, planted, 4)
 
 
@@ -208,11 +208,11 @@ def test_similarities_are_the_cosines(found: Any) -> None:
     figure = plot_layer_similarity(config, findings)
     for place in range(6):
         assert np.allclose(figure.axes[place].images[0].get_array(), findings.across_layers[place])
-    with raises_one_line("no layer -5"):
+    with raises_one_line("layer is -5"):
         plot_token_similarity(config, findings, -5)
 
 
-def test_effects_are_bars_and_the_accuracy_only_where_it_is_known(found: Any) -> None:
+def test_effects_are_bars_with_accuracy_only_if_it_is_known(found: Any) -> None:
     config, _ = found
     keys = ["cls[0]", "cls[1]", "distillation[0]", "registers[0]", "registers[1]", "registers[2]"]
     effects = {key: AblationEffect(0.1 * place, place, -0.05 * place, 10) for place, key in enumerate(keys)}
@@ -230,18 +230,18 @@ def test_effects_are_bars_and_the_accuracy_only_where_it_is_known(found: Any) ->
 # One image -----------------------------------------------------------------------------------------------------------
 
 
-def reading_of(model: Any) -> Any:
+def collect_image_report(model: Any) -> Any:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     return build_image_report(model, ViTCLSImageProcessor(size={"height": 32, "width": 32}), picture, "photo")
 
 
-def test_a_image_over_depth_has_a_tile_per_layer_and_token() -> None:
+def test_an_image_over_depth_has_a_tile_per_layer_and_token() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, num_hidden_layers=3)))
-    reading = reading_of(model)
+    reading = collect_image_report(model)
     figure = plot_attention_by_layer(model.config, reading)
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert titles[:5] == ["photo", "layer 1", "layer 2", "layer 3", "rollout"]
-    assert f"for {reading.predictions[0].first}" in titles
+    assert f"for {reading.predictions[0].top_label}" in titles
     assert sum(bool(axes.images) for axes in figure.axes) == 2 + 6 * 4
     columns = 5
     tile = figure.axes[2 * columns + 3]  # token 3, layer 3
@@ -251,14 +251,16 @@ def test_a_image_over_depth_has_a_tile_per_layer_and_token() -> None:
     assert np.abs(np.asarray(tile.images[0].get_array()).astype(int) - np.asarray(expected)).max() <= 1
     one = plot_attention_by_layer(model.config, reading, head=1)
     assert one.axes[2 * columns + 3].texts[0].get_text() == f"{reading.attention[2, 1, 2].sum():.0%}"
-    with raises_one_line("no head 2", "the model has 2"):
+    with raises_one_line("head is 2", "the model has 2 heads"):
         plot_attention_by_layer(model.config, reading, head=2)
 
 
 def test_every_task_is_explained() -> None:
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     titles = [
-        axes.get_title() for axes in plot_attention_by_layer(model.config, reading_of(model)).axes if axes.images
+        axes.get_title()
+        for axes in plot_attention_by_layer(model.config, collect_image_report(model)).axes
+        if axes.images
     ]
     assert {title.split()[1] for title in titles if title.startswith("for ")} == set(TASKS)
 
@@ -273,8 +275,8 @@ DRAWN = {name: LAYOUTS[name] for name in ("one_cls", "no_cls", "no_special_token
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", DRAWN.values(), ids=DRAWN)
-def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
-    config, findings = measured(num_hidden_layers=2, **layout)
+def test_every_layout_is_drawn_or_raises_an_error(layout: dict[str, Any]) -> None:
+    config, findings = measure(num_hidden_layers=2, **layout)
     num_tokens = config.token_layout.num_prefix_tokens
     for draw in (plot_norms, plot_norm_histogram):
         is_readable(draw(config, findings))
@@ -290,10 +292,10 @@ def test_every_layout_is_drawn_or_refused(layout: dict[str, Any]) -> None:
         else:
             with raises_one_line("special tokens"):
                 draw(config, findings)
-    is_readable(plot_attention_by_layer(config, reading_of(randomize(ViTCLSModel(config)))))
+    is_readable(plot_attention_by_layer(config, collect_image_report(randomize(ViTCLSModel(config)))))
 
 
-def test_nothing_stays_in_pyplot_and_a_figure_becomes_a_image(found: Any) -> None:
+def test_figures_are_not_registered_in_pyplot_and_can_be_saved(found: Any) -> None:
     picture = render_figure(plot_curve(*found, "entropy"), resolution=50)
     assert picture.mode == "RGB" and picture.width == 320
     assert not matplotlib.pyplot.get_fignums()

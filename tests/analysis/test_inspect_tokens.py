@@ -1,4 +1,4 @@
-"""The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and errors in one line."""
+"""The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and one-line errors."""
 
 import json
 import runpy
@@ -33,13 +33,13 @@ CLASSES = ["cat", "dog", "owl"]
 DIGITS = [str(digit) for digit in range(10)]
 
 
-def saved(folder: Path, model: Any) -> str:
+def save(folder: Path, model: Any) -> str:
     model.save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
 
 
-def labelled(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
     return randomize(
         ViTCLSForImageClassification(
             build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
@@ -49,12 +49,12 @@ def labelled(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(tmp_path_factory.mktemp("model"), labelled(CLASSES, num_register_tokens=2))
+    return save(tmp_path_factory.mktemp("model"), build_classifier(CLASSES, num_register_tokens=2))
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five images each in folders called cat and owl, one of no class, and a file that is none."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write five images each in folders called cat and owl, one without a class, and an unreadable file."""
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name, count in {"cat": 5, "owl": 5, "else": 1}.items():
@@ -67,12 +67,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own."""
+    """Run the script in a separate process."""
     return run_fresh(SCRIPTS / "inspect_tokens.py", *flags)
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    """The script in this process; its exit status."""
+    """Run the script in this process and return its exit status."""
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setattr(sys, "argv", ["inspect_tokens.py", *flags])
     try:
@@ -83,10 +83,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return 0
 
 
-def test_a_folder_of_images(model: str, pictures: Path, tmp_path: Path) -> None:
-    """Its folders say the labels; the broken one is named; the table says what the page says."""
+def test_a_folder_of_images(model: str, image_folder: Path, tmp_path: Path) -> None:
+    """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
-    ran = run("--model", model, str(pictures), "--output", str(page), "--json", str(figures), "--num-images", "4")
+    ran = run("--model", model, str(image_folder), "--output", str(page), "--json", str(figures), "--num-images", "4")
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("\n") == 1 and "skipped an image" in ran.stderr and "broken.png" in ran.stderr
     found = json.loads(figures.read_text())
@@ -98,18 +98,18 @@ def test_a_folder_of_images(model: str, pictures: Path, tmp_path: Path) -> None:
     text = page.read_text()
     assert found["verdicts"][0]["reason"][1:] in text.replace("&#39;", "'")
     assert found["accuracy"] is not None and {picture["truth"] for picture in found["pictures"]} <= {*CLASSES, None}
-    assert str(pictures) not in text and model not in text  # folders are nobody else's business
+    assert str(image_folder) not in text and model not in text  # local folders are not in the page
 
 
-def options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
+def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
 @pytest.mark.slow
 def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = saved(tmp_path / "model", labelled(DIGITS))
+    model = save(tmp_path / "model", build_classifier(DIGITS))
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.0}})
-    found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=24, patch_sizes=(4, 16)))
+    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=24, patch_sizes=(4, 16)))
     assert found.findings.num_images == 24 and len(found.image_reports) == 8 and found.accuracy is not None
     assert [verdict.word for verdict in found.verdicts] == ["not moved"]
     assert [row.patch_size for row in found.patch_sizes] == [4, 8, 16]
@@ -117,38 +117,40 @@ def test_digits_with_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for row in found.patch_sizes:
         assert f"<td>{row.sequence_length}</td>" in text and f"{row.accuracy:.1%}" in printed
     assert "digits, split test" in text
-    assert len({reading.truth for reading in found.image_reports}) > 2  # spread over the classes
+    assert len({reading.truth for reading in found.image_reports}) > 2  # from all classes
 
 
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
 )
-def test_converted_models(name: str, pictures: Path, tmp_path: Path) -> None:
-    """Of other projects: with a distillation token, with registers and no classifier."""
+def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None:
+    """Check models of other projects: with a distillation token, and with registers and no classifier."""
     source = timm.create_model(name, img_size=56, depth=2, num_classes=0 if "dinov2" in name else 5)
     converted = convert_from_timm(source)
     converted.save_pretrained(tmp_path / "model")
     size = {"height": 56, "width": 56} if "14" in name.split("_")[2] else {"height": 48, "width": 48}
     ViTCLSImageProcessor(size=size).save_pretrained(tmp_path / "model")
-    found = inspect_tokens(options(str(tmp_path / "model"), tmp_path, pictures / "cat", max_images=4, num_images=1))
+    found = inspect_tokens(
+        build_options(str(tmp_path / "model"), tmp_path, image_folder / "cat", max_images=4, num_images=1)
+    )
     assert len(found.verdicts) == converted.config.token_layout.num_prefix_tokens
     assert (found.effects is None) == ("dinov2" in name)
     assert found.num_unreadable == 1
 
 
 def test_an_encoder_on_a_dataset(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", randomize(ViTCLSModel(build_tiny_config(num_register_tokens=1))))
-    found = inspect_tokens(options(model, tmp_path, dataset="digits", max_images=5))
+    model = save(tmp_path / "model", randomize(ViTCLSModel(build_tiny_config(num_register_tokens=1))))
+    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=5))
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
 
 
 def test_a_revision_of_a_model_on_the_hub(
-    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page says which commit it was; a revision that does not exist is said in one line."""
+    """The page contains the commit. A missing revision is a one-line error."""
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
     page = tmp_path / "report.html"
-    flags = ["--model", "ann/pets", str(pictures / "owl"), "--output", str(page), "--revision"]
+    flags = ["--model", "ann/pets", str(image_folder / "owl"), "--output", str(page), "--revision"]
     with local_hub(tmp_path / "hub") as url:
         point_client_at(url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -162,15 +164,15 @@ def test_a_revision_of_a_model_on_the_hub(
 
 
 @pytest.mark.slow
-def test_several_tasks_on_paths(pictures: Path, tmp_path: Path) -> None:
-    """Folders cannot say the labels of several tasks."""
+def test_several_tasks_on_paths(image_folder: Path, tmp_path: Path) -> None:
+    """Folder names cannot be labels of several tasks."""
     tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
-    found = inspect_tokens(options(saved(tmp_path / "model", randomize(tasks)), tmp_path, pictures / "owl"))
+    found = inspect_tokens(build_options(save(tmp_path / "model", randomize(tasks)), tmp_path, image_folder / "owl"))
     assert found.accuracy is None and [verdict.token for verdict in found.verdicts] == ["CLS age", "CLS species"]
 
 
-def test_help_and_wrong_flags_answer_at_once(model: str, tmp_path: Path) -> None:
-    """With 2, and before torch is loaded."""
+def test_help_and_wrong_flags_exit_at_once(model: str, tmp_path: Path) -> None:
+    """The exit status is 2, and torch is not imported."""
     wrong = {
         "Set exactly one of PATHS": ["--model", model],
         "--num-images": ["--model", model, "a.png", "--num-images", "0"],
@@ -182,27 +184,27 @@ def test_help_and_wrong_flags_answer_at_once(model: str, tmp_path: Path) -> None
         assert ran.returncode == 2 and words in ran.stderr + ran.stdout and "Traceback" not in ran.stderr
 
 
-def test_what_cannot_be_used(
-    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unusable_inputs(
+    model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", model, str(tmp_path / "missing.png"), "--output", str(tmp_path / "report.html")]
     assert run_here(monkeypatch, *flags) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: Image ") and "does not exist" in error and error.count("\n") == 1
     with raises_one_line("not a folder", error=OSError):
-        inspect_tokens(options(str(tmp_path / "no" / "such" / "model"), tmp_path, pictures))
+        inspect_tokens(build_options(str(tmp_path / "no" / "such" / "model"), tmp_path, image_folder))
     with raises_one_line("preset"):
-        inspect_tokens(options("vitcls-tiny", tmp_path, pictures))
+        inspect_tokens(build_options("vitcls-tiny", tmp_path, image_folder))
     with raises_one_line("--revision", "is a folder"):
-        inspect_tokens(options(model, tmp_path, pictures, revision="main"))
+        inspect_tokens(build_options(model, tmp_path, image_folder, revision="main"))
     with raises_one_line("no images"):
-        inspect_tokens(options(model, tmp_path, tmp_path))
+        inspect_tokens(build_options(model, tmp_path, tmp_path))
     with raises_one_line("None of the 1", "broken.png"):
-        inspect_tokens(options(model, tmp_path, pictures / "cat" / "broken.png"))
+        inspect_tokens(build_options(model, tmp_path, image_folder / "cat" / "broken.png"))
     with raises_one_line("the dataset has the label", "cat, dog, owl"):
-        inspect_tokens(options(model, tmp_path, dataset="digits"))
+        inspect_tokens(build_options(model, tmp_path, dataset="digits"))
     with raises_one_line("no split 'nothing'"):
-        inspect_tokens(options(model, tmp_path, dataset="digits", split="nothing"))
+        inspect_tokens(build_options(model, tmp_path, dataset="digits", split="nothing"))
     with raises_one_line("patch size 5"):
-        inspect_tokens(options(model, tmp_path, pictures, patch_sizes=(5,)))
+        inspect_tokens(build_options(model, tmp_path, image_folder, patch_sizes=(5,)))
     assert not (tmp_path / "report.html").exists()

@@ -1,4 +1,6 @@
-"""Checks of maps: curves against a loop over patches, and models whose maps are right or wrong by construction."""
+"""Checks of maps: curves compared with a loop over patches, and models whose maps are constructed to be right or
+wrong.
+"""
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from modeling_vitcls.analysis.map_checks import FRACTIONS, check_maps, measure_c
 
 
 def test_curves_replace_the_highest_patches_first() -> None:
-    """By the mean color, patch by patch; insertion keeps those that deletion replaces."""
+    """Patches are replaced by the mean color one by one. Insertion keeps the patches that deletion replaces."""
     model = center_logits(ViTCLSForImageClassification(build_tiny_config(patch_size=[8, 16])), build_images())
-    pixels = build_images(1, 32, 40)  # the last 8 columns fill no patch
+    pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch
     values = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2).float()
     deletion, insertion = measure_curves(model, pixels, values, target=1)
     for index, fraction in enumerate(FRACTIONS):
@@ -31,7 +33,7 @@ def test_curves_replace_the_highest_patches_first() -> None:
             assert curve[index].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_shuffled_weights_are_the_same_values_elsewhere() -> None:
+def test_shuffled_weights_have_the_same_values() -> None:
     model = center_logits(ViTCLSForImageClassification(build_tiny_config()), build_images())
     shuffled = shuffle_weights(model, torch.Generator().manual_seed(0))
     weight, other = (each.vitcls.layers[0].mlp.fc1.weight for each in (model, shuffled))
@@ -42,7 +44,7 @@ def test_shuffled_weights_are_the_same_values_elsewhere() -> None:
 
 @pytest.mark.slow
 def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Better than a random order; maps that are turned upside down are not."""
+    """The maps are better than a random order, and inverted maps are not."""
     model = train_digits_model(epochs=6)
     pixels = [image.unsqueeze(0) for image in HELD_OUT[0][:24]]
     found = check_maps(model, pixels)
@@ -62,7 +64,7 @@ def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPa
     assert not inverted.is_faithful and "not measurably better than a random order" in inverted.describe("attribution")
 
 
-def test_without_a_token_that_the_head_reads_there_is_no_rollout() -> None:
+def test_rollout_requires_a_token_that_the_head_reads() -> None:
     config = build_tiny_config(num_cls_tokens=0, num_register_tokens=1, pooling="mean")
     model = center_logits(ViTCLSForImageClassification(config), build_images())
     assert set(check_maps(model, [build_images(1)])) == {"attribution"}

@@ -1,4 +1,4 @@
-"""Maps of attention on the image's own pixels, checked against what the real image processors show to a model."""
+"""Maps of attention on the pixels of the image, compared with the input that real image processors create."""
 
 import math
 
@@ -47,7 +47,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("fields", "names"), NAMES.values(), ids=NAMES)
-def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, names):
+def test_special_tokens_have_unique_names_in_the_order_of_the_sequence(fields, names):
     config = build_tiny_config(**fields)
     assert get_token_names(config) == names
     assert len(names) == config.token_layout.num_prefix_tokens
@@ -56,11 +56,11 @@ def test_special_tokens_have_one_name_each_in_the_order_of_the_sequence(fields, 
 # Maps ------------------------------------------------------------------------------------------------------------
 
 
-def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
+def test_patch_maps_contain_the_attention_to_each_patch():
     config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=3, patch_size=[8, 4])
     config._attn_implementation = "eager"
     model = randomize(ViTCLSModel(config))
-    pixel_values = build_images(height=24, width=41)  # 3 x 10 patches, and a pixel too many
+    pixel_values = build_images(height=24, width=41)  # 3 x 10 patches, and one additional pixel
     with torch.no_grad():
         maps = extract_patch_maps(model.token_attention(pixel_values), config, (24, 41))
         attentions = model(pixel_values, output_attentions=True).attentions
@@ -72,7 +72,7 @@ def test_patch_maps_of_a_real_model_hold_the_attention_to_each_patch():
             assert torch.allclose(maps[..., row, column], expected, atol=1e-6)
 
 
-def test_maps_of_another_image_size_are_refused():
+def test_maps_of_another_image_size_are_errors():
     config = build_tiny_config(num_register_tokens=2)
     with raises_one_line("16 patches", "64 x 32", "8 x 4"):
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
@@ -86,13 +86,13 @@ def test_a_model_without_special_tokens_has_no_maps():
     assert upsample_maps(maps, (50, 60), VisibleRegion(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
 
 
-# What the processor shows ----------------------------------------------------------------------------------------
+# The visible part of the image ---------------------------------------------------------------------------------------
 
-BLACK = 10  # what is added to coordinates, so that padding shows
+BLACK = 10  # added to coordinates, so that padding can be distinguished
 
 
-def coordinates(height: int, width: int) -> Image.Image:
-    """A image whose red is each pixel's column, and green its row, from 10."""
+def build_coordinates(height: int, width: int) -> Image.Image:
+    """Return an image whose red channel is the column of each pixel, and green the row, starting at 10."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x + BLACK, y + BLACK, 0 * x], axis=-1).astype(np.uint8))
 
@@ -132,29 +132,30 @@ PROCESSORS = {
 @pytest.mark.parametrize("size", [(180, 240), (240, 180)], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("backend", [ViTCLSImageProcessor, ViTCLSImageProcessorPil])
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
-def test_the_seen_part_is_what_the_processor_really_shows(settings, backend, size):
+def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size):
     processor = backend(resample=2, **RAW, **settings)
-    shown = processor(coordinates(*size), return_tensors="pt")["pixel_values"][0]  # [3, H, W]
+    shown = processor(build_coordinates(*size), return_tensors="pt")["pixel_values"][0]  # [3, H, W]
     left, top, right, bottom = get_visible_region(processor, size)
     for axis, (start, stop) in enumerate([(left, right), (top, bottom)]):
         values = shown[axis].amax(dim=axis)  # along x, then y; padding is 0
-        expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5  # of centers
+        # coordinates of centers
+        expected = start + (torch.arange(len(values)) + 0.5) * (stop - start) / len(values) - 0.5
         inside = (expected > -0.5) & (expected < size[1 - axis] - 0.5)
         assert torch.equal(values > 0, inside)
-        edge = (stop - start) / len(values) + 1  # where the filter lacks pixels on one side
+        edge = (stop - start) / len(values) + 1  # at the border, the filter lacks pixels on one side
         whole = (expected > edge) & (expected < size[1 - axis] - 1 - edge)
         assert whole.sum() > 10
-        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to whole gray levels
+        assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to integer gray levels
 
 
-def test_whole_patches_alone_count():
+def test_only_whole_patches_count():
     processor = ViTCLSImageProcessor(size={"height": 70, "width": 90})
     assert get_visible_region(processor, (140, 180), (16, 20)) == VisibleRegion(0, 0, 160, 128)
     cropping = ViTCLSImageProcessor(size={"shortest_edge": 80}, do_center_crop=True, crop_size=70)
     assert get_visible_region(cropping, (160, 160), (16, 16)) == VisibleRegion(10, 10, 138, 138)
 
 
-# On the image ----------------------------------------------------------------------------------------------------
+# Maps on the image ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [(60, 250), (400, 300), (230, 460)], ids=str)
@@ -166,8 +167,8 @@ def test_whole_patches_alone_count():
     ],
     ids=["rectangle", "crop"],
 )
-def test_a_spot_comes_back_to_its_place_on_the_image(settings, place):
-    """Real pixels through the real processor; the means of the model's patches serve as its attention."""
+def test_a_spot_is_mapped_to_its_position_in_the_image(settings, place):
+    """Real pixels are processed with the real processor; the mean of each patch replaces its attention."""
     config = ViTCLSConfig(image_size=96, patch_size=[2, 3])
     picture = np.zeros((480, 640, 3), np.uint8)
     picture[place[0] - 9 : place[0] + 9, place[1] - 9 : place[1] + 9] = 255
@@ -179,10 +180,10 @@ def test_a_spot_comes_back_to_its_place_on_the_image(settings, place):
     weight = drawn[0].nan_to_num().clamp(min=0)
     y, x = torch.meshgrid(torch.arange(480) + 0.5, torch.arange(640) + 0.5, indexing="ij")
     centre = ((weight * y).sum() / weight.sum(), (weight * x).sum() / weight.sum())
-    assert math.dist(centre, place) < 3  # pixels of 480 x 640; patches are 7 to 12 of them wide
+    assert math.dist(centre, place) < 3  # pixels of 480 x 640; patches are 7 to 12 pixels wide
 
 
-def test_maps_are_bilinear_between_centres_and_nan_outside():
+def test_maps_are_bilinear_between_centers_and_nan_outside():
     maps = torch.tensor([[1.0, 3.0]])
     drawn = upsample_maps(maps, (2, 8), VisibleRegion(1, 0, 7, 2))  # cells of 3 pixels, with centers at 2.5 and 5.5
     expected = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
@@ -200,41 +201,43 @@ def test_maps_of_half_precision_and_any_leading_axes():
 # Overlays --------------------------------------------------------------------------------------------------------
 
 
-def photograph(height: int = 60, width: int = 90) -> Image.Image:
-    """A random color image."""
+def build_photograph(height: int = 60, width: int = 90) -> Image.Image:
+    """Return a random color image."""
     return Image.fromarray(np.random.default_rng(0).integers(60, 200, (height, width, 3)).astype(np.uint8))
 
 
-def spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4)) -> torch.Tensor:
-    """A map with one hot cell."""
+def build_spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4)) -> torch.Tensor:
+    """Return a map with one cell of 1."""
     values = torch.zeros(rows, columns)
     values[place] = 0.5
     return values
 
 
-def lightness(picture: Image.Image) -> np.ndarray:
-    """[h, w]."""
+def get_lightness(picture: Image.Image) -> np.ndarray:
+    """Return the lightness of an image [h, w]."""
     return np.asarray(picture.convert("L"), dtype=float)
 
 
-def test_an_overlay_is_brightest_where_the_map_is():
-    drawn = overlay(photograph(), spot())
+def test_an_overlay_is_brightest_at_the_maximum_of_the_map():
+    drawn = overlay(build_photograph(), build_spot())
     assert (drawn.size, drawn.mode) == ((90, 60), "RGB")
-    bright = lightness(drawn) > 150
+    bright = get_lightness(drawn) > 150
     y, x = np.nonzero(bright)
     assert bright.sum() > 20
     assert y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75  # the cell
 
 
-def test_maps_per_pixel_are_drawn_as_those_per_patch():
+def test_maps_per_pixel_are_drawn_like_maps_per_patch():
     seen = VisibleRegion(15, 0, 75, 60)
-    per_pixel = upsample_maps(spot(), (60, 90), seen)
-    difference = lightness(overlay(photograph(), per_pixel)) - lightness(overlay(photograph(), spot(), seen))
+    per_pixel = upsample_maps(build_spot(), (60, 90), seen)
+    difference = get_lightness(overlay(build_photograph(), per_pixel)) - get_lightness(
+        overlay(build_photograph(), build_spot(), seen)
+    )
     assert np.abs(difference).max() <= 1
 
 
-def test_the_unseen_part_is_dark_and_the_seen_part_is_not():
-    drawn = lightness(
+def test_the_invisible_part_is_dark():
+    drawn = get_lightness(
         overlay(Image.new("RGB", (90, 60), (200, 200, 200)), torch.zeros(4, 4), VisibleRegion(15, 0, 75, 60))
     )
     assert drawn[:, :15].max() < 110 < drawn[:, 15:75].min()
@@ -243,47 +246,52 @@ def test_the_unseen_part_is_dark_and_the_seen_part_is_not():
 
 
 def test_overlays_of_large_and_small_images_are_scaled_on_request():
-    assert overlay(photograph(600, 900), spot(), max_side=300).size == (300, 200)
-    assert overlay(photograph(6, 9), spot(), min_side=40).size == (45, 30)
-    assert overlay(photograph(), spot(), max_side=300, min_side=40).size == (90, 60)
+    assert overlay(build_photograph(600, 900), build_spot(), max_side=300).size == (300, 200)
+    assert overlay(build_photograph(6, 9), build_spot(), min_side=40).size == (45, 30)
+    assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
     seen = VisibleRegion(150, 0, 750, 600)
-    small, large = overlay(photograph(600, 900), spot(), seen, max_side=90), overlay(photograph(), spot(), seen)
+    small, large = (
+        overlay(build_photograph(600, 900), build_spot(), seen, max_side=90),
+        overlay(build_photograph(), build_spot(), seen),
+    )
     assert small.size == large.size
-    assert (lightness(small)[:, :14] < 110).all()
+    assert (get_lightness(small)[:, :14] < 110).all()
 
 
-def test_even_attention_does_not_glow():
-    even, peaked = (lightness(overlay(photograph(), values)).max() for values in (torch.full((4, 6), 0.04), spot()))
+def test_uniform_attention_is_not_bright():
+    even, peaked = (
+        get_lightness(overlay(build_photograph(), values)).max() for values in (torch.full((4, 6), 0.04), build_spot())
+    )
     assert even < 150 < peaked
-    assert lightness(overlay(photograph(), torch.full((4, 6), 0.04), max_value=0.04)).max() > 190
+    assert get_lightness(overlay(build_photograph(), torch.full((4, 6), 0.04), max_value=0.04)).max() > 190
 
 
 def test_maps_share_a_scale_on_request():
-    weak = spot() / 10
-    assert lightness(overlay(photograph(), weak)).max() > 190
-    assert lightness(overlay(photograph(), weak, max_value=0.5)).max() < 150
+    weak = build_spot() / 10
+    assert get_lightness(overlay(build_photograph(), weak)).max() > 190
+    assert get_lightness(overlay(build_photograph(), weak, max_value=0.5)).max() < 150
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_images_of_all_modes_are_drawn(mode):
-    picture = photograph().convert("L" if mode == "I;16" else mode)
+    picture = build_photograph().convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     drawn = overlay(picture, torch.zeros(4, 6))
     assert drawn.mode == "RGB"
-    assert 20 < lightness(drawn).mean() < 120
+    assert 20 < get_lightness(drawn).mean() < 120
 
 
-def test_a_turned_photograph_is_drawn_upright():
-    picture = photograph()
+def test_a_rotated_photograph_is_drawn_upright():
+    picture = build_photograph()
     picture.getexif()[ORIENTATION] = 6
-    drawn = overlay(picture, spot(6, 4, (5, 0)))
+    drawn = overlay(picture, build_spot(6, 4, (5, 0)))
     assert drawn.size == (60, 90)
-    y, x = np.nonzero(lightness(drawn) > 190)
+    y, x = np.nonzero(get_lightness(drawn) > 190)
     assert y.min() >= 75 and x.max() < 15
 
 
-def test_maps_with_gradients_and_without_any_strength_are_drawn():
+def test_maps_with_gradients_and_maps_of_zeros_are_drawn():
     values = torch.zeros(4, 6, requires_grad=True)
-    assert overlay(photograph(), values).size == (90, 60)
-    assert overlay(photograph(), np.full((60, 90), np.nan)).size == (90, 60)
+    assert overlay(build_photograph(), values).size == (90, 60)
+    assert overlay(build_photograph(), np.full((60, 90), np.nan)).size == (90, 60)

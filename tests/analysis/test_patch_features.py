@@ -1,4 +1,4 @@
-"""Patch features: principal components as colors, similarities, and their compressed form, against plain NumPy."""
+"""Patch features: principal components as colors, similarities, and their compressed form, compared with NumPy."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from modeling_vitcls.analysis.patch_features import (
 
 
 def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:
-    """Random features whose components differ in size."""
+    """Return random features whose components have different sizes."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.arange(width, 0, -1).float() ** 2
     return [torch.randn(*size, width, generator=generator) * scales + 3 for size in sizes]
@@ -39,7 +39,7 @@ def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
 
 
 def test_colors_are_the_principal_components() -> None:
-    """Of the patches of all images together, up to their sign, between two quantiles."""
+    """The components are of the patches of all images, up to sign, scaled between two quantiles."""
     features = draw_features((4, 5), (3, 2))
     rows = torch.cat([one.flatten(0, 1) for one in features]).double().numpy()
     centered = rows - rows.mean(axis=0)
@@ -56,7 +56,7 @@ def test_colors_are_the_principal_components() -> None:
         assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
 
 
-def test_the_foreground_is_what_differs_from_the_border() -> None:
+def test_the_foreground_differs_from_the_border() -> None:
     features = draw_features((6, 6), (6, 6))
     for one in features:
         one *= 0.1
@@ -91,7 +91,7 @@ def test_similarity_is_the_cosine() -> None:
 
 @pytest.mark.parametrize(("num_components", "limit"), [(32, 0.02), (16, 0.1)])
 def test_compressed_features_keep_similarities(num_components: int, limit: float) -> None:
-    """Those of a trained model, in a byte per component; half of the components are nearly enough."""
+    """Features of a trained model, with one byte per component; half of the components are nearly sufficient."""
     features = compute_patch_features(train_digits_model(epochs=2), HELD_OUT[0][:16])[:, 1]
     compressed = compress_patch_features(list(features), num_components)
     assert len(compressed.values) == 16 and compressed.values[0].dtype == torch.int8

@@ -1,4 +1,4 @@
-"""What other patch sizes would mean: tokens, operations and answers of a model that is resampled to them."""
+"""Costs and predictions of a model after resampling it to other patch sizes."""
 
 import logging
 from typing import Any
@@ -30,71 +30,71 @@ from modeling_vitcls.analysis.patch_sizes import (
 NUM_IMAGES = 6
 
 
-def pictures(height: int = 40, width: int = 40, count: int = NUM_IMAGES) -> list[Image.Image]:
+def build_pil_images(height: int = 40, width: int = 40, count: int = NUM_IMAGES) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (count, height // 8, width // 8, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(one.numpy()).resize((width, height)) for one in noise]
 
 
-def processor_for(height: int = 32, width: int = 32) -> ViTCLSImageProcessor:
+def build_processor(height: int = 32, width: int = 32) -> ViTCLSImageProcessor:
     return ViTCLSImageProcessor(size={"height": height, "width": width})
 
 
-def classifier(**fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     config = build_tiny_config(num_labels=20, **fields)
-    (pixels,) = processor_for()(pictures(), return_tensors="pt").values()
+    (pixels,) = build_processor()(build_pil_images(), return_tensors="pt").values()
     return center_logits(ViTCLSForImageClassification(config), pixels)
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any) -> torch.Tensor:
-    """The class of each image, [images]."""
-    return model(processor(pictures(), return_tensors="pt")["pixel_values"]).logits.argmax(dim=-1)
+def predict(model: Any, processor: Any) -> torch.Tensor:
+    """Return the predicted class of each image, [images]."""
+    return model(processor(build_pil_images(), return_tensors="pt")["pixel_values"]).logits.argmax(dim=-1)
 
 
-def by_size(rows: list[PatchSizeRow]) -> dict[Any, PatchSizeRow]:
+def index_by_size(rows: list[PatchSizeRow]) -> dict[Any, PatchSizeRow]:
     return {row.patch_size: row for row in rows}
 
 
 def test_each_size_is_measured_on_the_adapted_model() -> None:
-    model, processor = classifier(num_register_tokens=2), processor_for()
-    own = answers(model, processor)
+    model, processor = build_classifier(num_register_tokens=2), build_processor()
+    own = predict(model, processor)
     labels = own.tolist()
     assert len(set(labels)) > 1
-    labels[0] = (labels[0] + 1) % 20  # one mistake of the model's own
+    labels[0] = (labels[0] + 1) % 20  # one wrong prediction of the original model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    rows = compare_patch_sizes(model.train(), processor, pictures(), labels, [16, 4, 8], batch_size=4)
+    rows = compare_patch_sizes(model.train(), processor, build_pil_images(), labels, [16, 4, 8], batch_size=4)
     assert model.training and all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [row.patch_size for row in rows] == [4, 8, 16]
     assert [row.is_native for row in rows] == [False, True, False]
     assert [row.grid for row in rows] == [(8, 8), (4, 4), (2, 2)]
     assert [row.sequence_length for row in rows] == [67, 19, 7]
     for row in rows:
-        there = answers(model.eval().adapt(patch_size=row.patch_size), processor)
+        there = predict(model.eval().adapt(patch_size=row.patch_size), processor)
         assert row.accuracy == pytest.approx((there == torch.tensor(labels)).float().mean().item())
         assert row.agreement == pytest.approx((there == own).float().mean().item())
         assert row.milliseconds > 0 and row.device and row.num_images == NUM_IMAGES
         assert 0 < row.attention_share < 1
-    assert by_size(rows)[8].agreement == 1 and by_size(rows)[8].accuracy == pytest.approx(5 / 6)
+    assert index_by_size(rows)[8].agreement == 1 and index_by_size(rows)[8].accuracy == pytest.approx(5 / 6)
     assert min(row.agreement for row in rows) < 1
     assert rows[0].gflops > rows[1].gflops > rows[2].gflops
 
 
-def test_the_models_own_size_is_always_there() -> None:
-    rows = compare_patch_sizes(classifier(), processor_for(), pictures(), None, [16])
+def test_the_original_size_is_always_measured() -> None:
+    rows = compare_patch_sizes(build_classifier(), build_processor(), build_pil_images(), None, [16])
     assert [(row.patch_size, row.is_native) for row in rows] == [(8, True), (16, False)]
     assert [row.accuracy for row in rows] == [None, None] and rows[0].agreement == 1
     own, other, *_ = describe_patch_sizes(rows)
-    assert "1/4 of the image's side: maybe too large" in own and "the model's own" in own
-    assert "1/2 of the image's side: maybe too large" in other and "the model's own" not in other
+    assert "1/4 of the image's side: patches may be too large" in own and "the model's own" in own
+    assert "1/2 of the image's side: patches may be too large" in other and "the model's own" not in other
 
 
 def test_rectangles() -> None:
-    """Oblong patches, and images of another size than the model was built for: positions are resampled once."""
-    model, processor = classifier(patch_size=[8, 4]), processor_for(24, 48)
-    expected = answers(model.adapt(patch_size=8, image_size=[24, 48]), processor)
-    assert not torch.equal(expected, answers(model, processor))
-    rows = compare_patch_sizes(model, processor, pictures(), expected.tolist(), [8])
+    """Check rectangular patches, and images of another size than the model's: positions are resampled once."""
+    model, processor = build_classifier(patch_size=[8, 4]), build_processor(24, 48)
+    expected = predict(model.adapt(patch_size=8, image_size=[24, 48]), processor)
+    assert not torch.equal(expected, predict(model, processor))
+    rows = compare_patch_sizes(model, processor, build_pil_images(), expected.tolist(), [8])
     assert [row.patch_size for row in rows] == [(8, 4), 8]
     assert [row.grid for row in rows] == [(3, 12), (3, 6)]
     assert rows[1].accuracy == 1 > rows[0].accuracy
@@ -115,10 +115,11 @@ def test_rectangles() -> None:
     ids=lambda fields: ", ".join(fields) or "plain",
 )
 @torch.no_grad()
-def test_operations_are_those_of_the_real_model(fields: dict[str, Any]) -> None:
-    """Counted without weights, and by PyTorch's counter on the model at work."""
-    model = classifier(**fields)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # older ones miss fused kernels
+def test_flops_equal_those_of_the_real_model(fields: dict[str, Any]) -> None:
+    """Compare the count without weights with PyTorch's counter."""
+    model = build_classifier(**fields)
+    # older versions do not count fused kernels
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, 24, 56))
     total, in_maps = count_flops(model, (24, 56))
     assert total == counter.get_total_flops()
@@ -126,7 +127,7 @@ def test_operations_are_those_of_the_real_model(fields: dict[str, Any]) -> None:
     assert model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
 
 
-def test_operations_of_a_plain_model_by_hand() -> None:
+def test_flops_of_a_plain_model_equal_a_manual_count() -> None:
     model = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     tokens, width, hidden, patches = 17, 16, 24, 16
     maps = 2 * 2 * tokens * tokens * width
@@ -135,48 +136,50 @@ def test_operations_of_a_plain_model_by_hand() -> None:
 
 
 def test_kinds_of_models() -> None:
-    """Several tasks and several labels have answers; an encoder has none, but a cost."""
+    """Models with several tasks or labels have predictions. An encoder has only costs."""
     tasks = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = [{"species": 1, "age": 0}, {"age": 1}, {}, None, {"species": 2}, {"age": 1, "species": -100}]
-    rows = compare_patch_sizes(tasks, processor_for(), pictures(), labels, [4])
+    rows = compare_patch_sizes(tasks, build_processor(), build_pil_images(), labels, [4])
     assert all(0 <= row.accuracy <= 1 for row in rows) and rows[1].agreement == 1
-    several = classifier(problem_type="multi_label_classification")
+    several = build_classifier(problem_type="multi_label_classification")
     labels = [[0.0, 1.0] * 10] * 5 + [None]
-    rows = compare_patch_sizes(several, processor_for(), pictures(), labels, [4])
-    (pixels,) = processor_for()(pictures(count=5), return_tensors="pt").values()
+    rows = compare_patch_sizes(several, build_processor(), build_pil_images(), labels, [4])
+    (pixels,) = build_processor()(build_pil_images(count=5), return_tensors="pt").values()
     with torch.no_grad():
         right = (several(pixels).logits > 0) == torch.tensor([False, True] * 10)
     assert rows[1].accuracy == pytest.approx(right.float().mean().item())
-    rows = compare_patch_sizes(randomize(ViTCLSModel(build_tiny_config())), processor_for(), pictures(), [0] * 6, [4])
+    rows = compare_patch_sizes(
+        randomize(ViTCLSModel(build_tiny_config())), build_processor(), build_pil_images(), [0] * 6, [4]
+    )
     assert [row.accuracy for row in rows] == [row.agreement for row in rows] == [None, None]
     assert rows[0].gflops > rows[1].gflops and len(describe_patch_sizes(rows)) == 2
 
 
-def test_nothing_is_logged_for_each_weight(caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_do_not_list_weights(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        compare_patch_sizes(classifier(), processor_for(), pictures(), None, [4])
+        compare_patch_sizes(build_classifier(), build_processor(), build_pil_images(), None, [4])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        classifier().adapt(patch_size=4)
+        build_classifier().adapt(patch_size=4)
     assert caplog.records  # as before
 
 
-def test_what_does_not_fit_is_one_line() -> None:
-    model = classifier()
+def test_unsupported_sizes_are_one_line_errors() -> None:
+    model = build_classifier()
     with raises_one_line("patch size 5", "32 x 32", "1, 2, 4, 8, 16, 32"):
-        compare_patch_sizes(model, processor_for(), pictures(), None, [4, 5])
+        compare_patch_sizes(model, build_processor(), build_pil_images(), None, [4, 5])
     with raises_one_line("patch size 16", "24 x 48", "1, 2, 3, 4, 6, 8, 12, 24"):
-        compare_patch_sizes(model, processor_for(24, 48), pictures(), None, [16])
+        compare_patch_sizes(model, build_processor(24, 48), build_pil_images(), None, [16])
     with raises_one_line("no images"):
-        compare_patch_sizes(model, processor_for(), [], None, [4])
-    scoped = classifier(num_cls_tokens=2, cls_scopes=["image", [4, 4, 0, 1]])
+        compare_patch_sizes(model, build_processor(), [], None, [4])
+    scoped = build_classifier(num_cls_tokens=2, cls_scopes=["image", [4, 4, 0, 1]])
     with raises_one_line("patch size 16", "cls_scopes"):
-        compare_patch_sizes(scoped, processor_for(), pictures(), None, [16])
+        compare_patch_sizes(scoped, build_processor(), build_pil_images(), None, [16])
     several = ViTCLSImageProcessor(size={"shortest_edge": 32})
     with raises_one_line("one size", "do_center_crop"):
-        compare_patch_sizes(model, several, [*pictures(), *pictures(40, 80)], None, [4])
+        compare_patch_sizes(model, several, [*build_pil_images(), *build_pil_images(40, 80)], None, [4])
     assert sort_patch_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
-    assert sort_patch_sizes([14], (27, 27), 14) == [14]  # the model's own may leave pixels over
+    assert sort_patch_sizes([14], (27, 27), 14) == [14]  # with the original size, pixels may remain
 
 
 def row(patch_size: int, **values: Any) -> PatchSizeRow:
@@ -196,7 +199,7 @@ def row(patch_size: int, **values: Any) -> PatchSizeRow:
     return PatchSizeRow(patch_size, **plain | values)
 
 
-def test_the_advice_in_words() -> None:
+def test_the_advice() -> None:
     native = row(16, is_native=True, sequence_length=197, gflops=10.0, milliseconds=10.0, accuracy=0.912, agreement=1)
     sentences = describe_patch_sizes([row(8), native])
     assert sentences[0].startswith("16 (the model's own): 197 tokens, 10 GFLOPs and 10 ms")
@@ -207,11 +210,12 @@ def test_the_advice_in_words() -> None:
     )
     assert sentences[2] == (
         "Recommended: 16 (the model's own), the cheapest within 1 point of the best accuracy on 200 images "
-        "(91.2 %, its own)."
+        "(91.2 %, at this size)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
-    remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: maybe too large")
-    assert describe_patch_sizes([remarkable])[0].endswith("(a patch spans 1/4 of the image's side: maybe too large).")
+    remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: patches may be too large")
+    note = "(a patch spans 1/4 of the image's side: patches may be too large)."
+    assert describe_patch_sizes([remarkable])[0].endswith(note)
     unknown = [row(8, accuracy=None, note="coarse"), row(16, is_native=True, accuracy=None)]
     assert describe_patch_sizes(unknown)[1].endswith(
         "the same predictions for 93.0 % of the images before any fine-tuning (coarse)."
@@ -219,9 +223,9 @@ def test_the_advice_in_words() -> None:
     assert len(describe_patch_sizes([native])) == 1
 
 
-def test_cost_is_weighed_against_accuracy() -> None:
-    def said(*accuracies: float | None) -> list[str]:
-        """Of patches of 4, 8, 16 and 32 pixels; 16 is the model's own."""
+def test_the_advice_compares_costs_and_accuracy() -> None:
+    def get_advice(*accuracies: float | None) -> list[str]:
+        """Return the advice for patches of 4, 8, 16 and 32 pixels; 16 is the original size."""
         rows = [
             row(2 ** (2 + place), is_native=place == 2, gflops=64 / 4**place, accuracy=accuracy)
             for place, accuracy in enumerate(accuracies)
@@ -229,19 +233,19 @@ def test_cost_is_weighed_against_accuracy() -> None:
         return [sentence for sentence in describe_patch_sizes(rows) if sentence.startswith("Recommended")]
 
     start = "cheapest within 1 point of the best accuracy on 200 images"
-    assert said(0.92, 0.911, 0.9, 0.5) == [
-        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times its compute."
+    assert get_advice(0.92, 0.911, 0.9, 0.5) == [
+        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times the compute of that size."
     ]
-    (own,) = said(0.92, 0.915, 0.912, 0.9)
+    (own,) = get_advice(0.92, 0.915, 0.912, 0.9)
     assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0 %, with patches of 4), at 0.062")
-    assert said(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, its own)."]
-    assert said(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, its own)."]
-    assert said(None, None, None, None) == []
+    assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, at this size)."]
+    assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, at this size)."]
+    assert get_advice(None, None, None, None) == []
 
 
-def test_much_attention_is_said() -> None:
-    """Small patches of large images: most of the compute is then in the maps."""
+def test_a_large_share_of_attention_is_mentioned() -> None:
+    """With small patches of large images, most of the compute is for attention maps."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    rows = compare_patch_sizes(model, processor_for(), pictures(count=1), None, [1])
+    rows = compare_patch_sizes(model, build_processor(), build_pil_images(count=1), None, [1])
     assert rows[0].patch_size == 1 and rows[0].attention_share > 0.5
     assert "attention maps" in describe_patch_sizes(rows)[1] and isinstance(model.vitcls, nn.Module)

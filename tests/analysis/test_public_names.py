@@ -1,4 +1,4 @@
-"""The analysis from Python: its public names, and models in wrappers, which are what is inside."""
+"""The analysis as Python functions: its public names, and models in wrappers, which are unwrapped."""
 
 import sys
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_importing_the_package_is_cheap_and_hides_no_name() -> None:
-    """In a new process: no figures nor pages, and a function stays one whatever imports the file of its name."""
+    """Figures and pages are not imported in a new process, and functions are not replaced by modules of their name."""
     code = """
 import sys, modeling_vitcls
 before = set(sys.modules)
@@ -56,29 +56,29 @@ assert again is compute_attribution and callable(again)
 
 
 class Mine(ViTCLSForImageClassification):
-    """Somebody's own, by inheritance."""
+    """A subclass of the user."""
 
 
-def classifier(kind: type = ViTCLSForImageClassification) -> Any:
+def build_classifier(kind: type = ViTCLSForImageClassification) -> Any:
     config = build_tiny_config(num_register_tokens=1, num_labels=5, num_hidden_layers=3)
     return center_logits(kind(config), build_images(4)).eval()
 
 
-def with_lora(model: Any) -> Any:
-    """PEFT's additions, which change something."""
+def add_lora(model: Any) -> Any:
+    """Add LoRA weights with PEFT that change the outputs."""
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
     return wrapped.eval()
 
 
 WRAPPERS: dict[str, Callable[[], Any]] = {
-    "compiled": lambda: torch.compile(classifier(), backend="eager"),
-    "inherited": lambda: classifier(Mine),
-    "peft": lambda: with_lora(classifier()),
-    "data parallel": lambda: torch.nn.DataParallel(classifier()),
+    "compiled": lambda: torch.compile(build_classifier(), backend="eager"),
+    "inherited": lambda: build_classifier(Mine),
+    "peft": lambda: add_lora(build_classifier()),
+    "data parallel": lambda: torch.nn.DataParallel(build_classifier()),
 }
 
 
-def pictures(count: int = 4) -> list[Image.Image]:
+def build_pil_images(count: int = 4) -> list[Image.Image]:
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -89,24 +89,24 @@ PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.integration
-def test_wrapped_models_are_inspected_as_what_they_are(wrapped: Callable[[], Any], tmp_path: Path) -> None:
+def test_wrapped_models_are_unwrapped(wrapped: Callable[[], Any], tmp_path: Path) -> None:
     model = wrapped()
     assert is_classifier(model)
-    found = analysis.write_report(tmp_path / "report.html", model, PROCESSOR, pictures(), labels=[0, 1, 2, 3])
+    found = analysis.write_report(tmp_path / "report.html", model, PROCESSOR, build_pil_images(), labels=[0, 1, 2, 3])
     assert found.has_head and found.effects is not None and found.accuracy is not None
     assert "There is no classifier" not in (tmp_path / "report.html").read_text()
     with torch.no_grad():
-        logits = model(PROCESSOR(pictures(), return_tensors="pt")["pixel_values"]).logits
+        logits = model(PROCESSOR(build_pil_images(), return_tensors="pt")["pixel_values"]).logits
     probabilities = [reading.predictions[0].labels[0][1] for reading in found.image_reports]
     assert probabilities == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist(), abs=1e-5)
     assert [len(reading.attributions) for reading in found.image_reports] == [1] * 4
-    (look, *_) = build_attention_samples(model, PROCESSOR, [(pictures()[0], "cat")])
+    (look, *_) = build_attention_samples(model, PROCESSOR, [(build_pil_images()[0], "cat")])
     assert look.title.startswith("cat, predicted LABEL_")
 
 
 @pytest.mark.parametrize("name", ["compiled", "peft"])
-def test_each_function_takes_wrapped_models(name: str) -> None:
-    """With the same numbers as of the model inside."""
+def test_each_function_accepts_wrapped_models(name: str) -> None:
+    """The results equal those of the inner model."""
     model = WRAPPERS[name]()
     plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
@@ -125,15 +125,15 @@ def test_each_function_takes_wrapped_models(name: str) -> None:
     assert effects == analysis.compute_ablation_effects(plain, batches, unwrapped.mean_states)
 
 
-def test_code_of_a_repository_has_classes_of_its_own(tmp_path: Path) -> None:
-    """Which are classifiers, though no instances of the package's."""
-    classifier().save_pretrained(tmp_path)
+def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:
+    """They are classifiers, but not instances of the package's classes."""
+    build_classifier().save_pretrained(tmp_path)
     kind = get_class_from_dynamic_module("modeling_vitcls.ViTCLSForImageClassification", str(tmp_path))
     model = kind.from_pretrained(tmp_path)
     assert not isinstance(model, ViTCLSForImageClassification) and is_classifier(model)
 
 
-def test_encoders_and_regressions_are_no_classifiers() -> None:
+def test_encoders_and_regressions_are_not_classifiers() -> None:
     assert not is_classifier(randomize(ViTCLSModel(build_tiny_config())))
     assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(problem_type="regression")))
     assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(num_labels=0)))

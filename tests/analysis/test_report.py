@@ -1,4 +1,4 @@
-"""The report in a real browser: planted faults are named, maps and curves show what the model does."""
+"""The report in a real browser: planted faults are named, and maps and curves equal those of the model."""
 
 import io
 import json
@@ -51,42 +51,42 @@ from modeling_vitcls.token_names import get_token_names
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
 SIZES = [(90, 60), (50, 80), (40, 40)]  # width, height
 NUM_LABELS = 8
-PATIENCE = 60_000  # milliseconds that the browser waits
+PATIENCE = 60_000  # timeout of the browser in milliseconds
 
 
-def processor(**settings: Any) -> ViTCLSImageProcessor:
-    """Shows the middle of a image, 32 x 32 of 40 along its shorter side."""
+def build_processor(**settings: Any) -> ViTCLSImageProcessor:
+    """Return a processor that crops the center of an image, 32 x 32 of 40 pixels along the shorter side."""
     crop = {"height": 32, "width": 32}
     return ViTCLSImageProcessor(
         **{"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": crop, **settings}
     )
 
 
-def pictures() -> list[Image.Image]:
+def build_pil_images() -> list[Image.Image]:
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
 
 
-def more_pictures() -> list[Image.Image]:
-    """With the others as many as it takes to judge a token."""
+def build_more_pil_images() -> list[Image.Image]:
+    """Return more images, so that there are enough to judge tokens."""
     generator = np.random.default_rng(1)
     noise = generator.integers(0, 256, (MIN_IMAGES - len(SIZES), 40, 40, 3), dtype=np.uint8)
     return [Image.fromarray(one) for one in noise]
 
 
-def pixels() -> torch.Tensor:
-    return processor()(pictures(), return_tensors="pt")["pixel_values"]
+def build_pixels() -> torch.Tensor:
+    return build_processor()(build_pil_images(), return_tensors="pt")["pixel_values"]
 
 
-def classifier(**fields: Any) -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     fields = {"num_labels": NUM_LABELS, "num_hidden_layers": 3, "num_register_tokens": 3} | fields
-    return center_logits(ViTCLSForImageClassification(build_tiny_config(**fields)), pixels())
+    return center_logits(ViTCLSForImageClassification(build_tiny_config(**fields)), build_pixels())
 
 
 @torch.no_grad()
-def planted() -> ViTCLSForImageClassification:
-    """One patch of sixteen with a huge norm, and two registers that are one."""
-    model = classifier()
+def build_planted_model() -> ViTCLSForImageClassification:
+    """Return a model in which one patch of sixteen has a large norm, and two registers are equal."""
+    model = build_classifier()
     embeddings = model.vitcls.embeddings
     embeddings.position_embeddings.patches[:, 5] += 200
     embeddings.register_tokens[:, 2] = embeddings.register_tokens[:, 0]
@@ -94,26 +94,28 @@ def planted() -> ViTCLSForImageClassification:
 
 
 @contextmanager
-def opened(browser: Browser, file: Path, scheme: Any = "light", width: int = 1280, **settings: Any) -> Iterator[Page]:
-    """The page from a file; it must say nothing on the console, load nothing, and never be wider than the window."""
+def open_page(
+    browser: Browser, file: Path, scheme: Any = "light", width: int = 1280, **settings: Any
+) -> Iterator[Page]:
+    """Open the page from a file. It must not write to the console, load files, or be wider than the window."""
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, **settings)
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url) if not is_local(request.url, file) else None)
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: messages.append(request.url) if not is_local(request.url, file) else None)
     page.add_init_script("addEventListener('error', () => { window.hasFailed = true })")
     page.goto(file.as_uri())
     page.wait_for_function(EVERYTHING_IS_DRAWN)
-    assert said == []
+    assert messages == []
     yield page
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert said == []
+    assert messages == []
     context.close()
 
 
-# Charts are drawn after they have been laid out, which moves what is below them.
+# Charts are drawn after layout, which moves the elements below them.
 EVERYTHING_IS_DRAWN = """
     window.hasFailed ||
     [...document.querySelectorAll('[data-thumbnail]')].every((canvas) => Math.max(canvas.width, canvas.height) === 200)
@@ -126,21 +128,21 @@ def is_local(url: str, file: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Inspection]:
-    """The page of a model with a frozen CLS token, a huge patch, and two registers that are one."""
+def faulty_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Inspection]:
+    """Return the page of a model with a frozen CLS token, a patch of large norm, and two equal registers."""
     file = tmp_path_factory.mktemp("report") / "report.html"
-    model = planted()
+    model = build_planted_model()
     movement = {"cls[0]": 0.0, "registers[0]": 0.3, "registers[1]": 0.2, "registers[2]": 0.3}
     labels = [0, 1, None]
     found = write_report(
         file,
         model,
-        processor(),
-        pictures(),
+        build_processor(),
+        build_pil_images(),
         names=NAMES,
         labels=labels,
-        statistics_images=[*pictures(), *more_pictures()],
-        statistics_labels=labels + [None] * len(more_pictures()),
+        statistics_images=[*build_pil_images(), *build_more_pil_images()],
+        statistics_labels=labels + [None] * len(build_more_pil_images()),
         token_movement=movement,
         source="a test",
     )
@@ -148,18 +150,21 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Inspect
 
 
 @pytest.fixture(scope="module")
-def page_to_read(browser: Browser, faulty: Any) -> Iterator[Page]:
-    """That page, for tests that only read it."""
-    with opened(browser, faulty[0]) as page:
+def read_only_page(browser: Browser, faulty_page: Any) -> Iterator[Page]:
+    """Return this page for tests that do not change it."""
+    with open_page(browser, faulty_page[0]) as page:
         yield page
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Text ----------------------------------------------------------------------------------------------------------------
 
 
-def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
-    cards = page_to_read.locator(".verdict").all_inner_texts()
-    words = [card.splitlines()[0] + ": " + card.splitlines()[1].strip() for card in filter(None, map(lines, cards))]
+def test_planted_faults_are_named(read_only_page: Page, faulty_page: Any) -> None:
+    cards = read_only_page.locator(".verdict").all_inner_texts()
+    words = [
+        card.splitlines()[0] + ": " + card.splitlines()[1].strip()
+        for card in filter(None, map(get_nonempty_lines, cards))
+    ]
     assert words[1] == "register 1: ≡ collapsed" and words[3] == "register 3: ≡ collapsed"
     assert words[0].startswith("CLS: ") and "not moved" in words[0] and words[5] == "patches: ✕ artifacts"
     assert words[2].split(": ")[0] == "register 2" and words[4].startswith("all 3 registers: ")
@@ -167,33 +172,33 @@ def test_planted_faults_are_named(page_to_read: Page, faulty: Any) -> None:
     assert "identical to register 3" in cards[1] and "6.25%" in cards[5]
 
 
-def lines(text: str) -> str:
-    """Without empty lines."""
+def get_nonempty_lines(text: str) -> str:
+    """Return the lines that are not empty."""
     return "\n".join(filter(str.strip, text.splitlines()))
 
 
-def test_a_token_that_is_the_same_for_every_image(browser: Browser, tmp_path: Path) -> None:
-    model = classifier(num_register_tokens=0)
+def test_a_token_with_equal_states_for_all_images(browser: Browser, tmp_path: Path) -> None:
+    model = build_classifier(num_register_tokens=0)
     with torch.no_grad():
         for layer in model.vitcls.layers:
             layer.attention.o_proj.weight.zero_()
-    write_report(tmp_path / "report.html", model, processor(), pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+    write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
+    with open_page(browser, tmp_path / "report.html") as page:
         assert "✕ same for all images" in page.locator(".verdict").first.inner_text()
         assert "same for every image" in page.locator(".verdict").first.inner_text()
 
 
-def test_names_are_text(page_to_read: Page, faulty: Any) -> None:
-    """Also where they look like elements."""
-    assert [name.strip() for name in page_to_read.locator("summary strong").all_inner_texts()] == NAMES
-    assert page_to_read.locator("summary strong b").count() == 0
+def test_names_are_escaped(read_only_page: Page, faulty_page: Any) -> None:
+    """Check names that look like HTML elements."""
+    assert [name.strip() for name in read_only_page.locator("summary strong").all_inner_texts()] == NAMES
+    assert read_only_page.locator("summary strong b").count() == 0
 
 
-def test_answers_and_truth(page_to_read: Page, faulty: Any) -> None:
-    _, model, found = faulty
+def test_predictions_and_labels(read_only_page: Page, faulty_page: Any) -> None:
+    _, model, found = faulty_page
     with torch.no_grad():
-        probabilities = model(pixels()).logits.softmax(dim=-1)
-    texts = page_to_read.locator(".image > summary").all_inner_texts()
+        probabilities = model(build_pixels()).logits.softmax(dim=-1)
+    texts = read_only_page.locator(".image > summary").all_inner_texts()
     for place, text in enumerate(texts):
         best = int(probabilities[place].argmax())
         assert f"LABEL_{best} ({probabilities[place, best]:.1%})" in text
@@ -204,16 +209,16 @@ def test_answers_and_truth(page_to_read: Page, faulty: Any) -> None:
     assert found.accuracy == right / 2
 
 
-def test_the_layout_says_what_is_read(page_to_read: Page, faulty: Any) -> None:
-    assert page_to_read.locator(".sequence .read").all_inner_texts()[0].startswith("CLS")
-    assert page_to_read.locator(".sequence .read").count() == 1
-    assert "16 patches" in page_to_read.locator(".sequence").inner_text()
+def test_the_layout_shows_the_tokens_that_are_read(read_only_page: Page, faulty_page: Any) -> None:
+    assert read_only_page.locator(".sequence .read").all_inner_texts()[0].startswith("CLS")
+    assert read_only_page.locator(".sequence .read").count() == 1
+    assert "16 patches" in read_only_page.locator(".sequence").inner_text()
 
 
-def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
-    """Each token and group in two rows: without information, and without presence."""
-    _, _, found = faulty
-    rows = [row.split("\t") for row in page_to_read.locator("#worth tbody tr").all_inner_texts()]
+def test_effects_of_tokens(read_only_page: Page, faulty_page: Any) -> None:
+    """Each token and group has two rows: without information, and without presence."""
+    _, _, found = faulty_page
+    rows = [row.split("\t") for row in read_only_page.locator("#effects tbody tr").all_inner_texts()]
     ablations = [found.ablations[kind][key] for key in found.ablations["presence"] for kind in found.ablations]
     names = ["CLS", "register 1", "register 2", "register 3", "all 3 registers"]
     assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
@@ -230,33 +235,33 @@ def test_what_tokens_are_worth(page_to_read: Page, faulty: Any) -> None:
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 
-def attention_of(model: Any, place: int) -> torch.Tensor:
-    """[layer, head, token, gh, gw]."""
+def compute_attention(model: Any, place: int) -> torch.Tensor:
+    """Return the attention maps, [layer, head, token, gh, gw]."""
     with torch.no_grad():
-        return extract_patch_maps(model.token_attention(pixels())[place], model.config, (32, 32))
+        return extract_patch_maps(model.token_attention(build_pixels())[place], model.config, (32, 32))
 
 
-def cell(page: Page, label: str, place: int = 0) -> Locator:
+def find_cell(page: Page, label: str, place: int = 0) -> Locator:
     return page.locator(f'[data-maps="{place}"] .cell[aria-label="{label}: enlarge"]')
 
 
-def in_view(part: Locator) -> None:
-    """Scroll there, and wait until the page has heard of it: labels vanish when it scrolls."""
+def scroll_into_view(part: Locator) -> None:
+    """Scroll to an element and wait for the event, because labels are hidden during scrolling."""
     part.scroll_into_view_if_needed()
     part.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
-    """Pixel by pixel what maps.py draws, on the image's own pixels: not square, and cropped."""
-    _, model, _ = faulty
-    picture = pictures()[0]
-    seen = get_visible_region(processor(), (60, 90), (8, 8))
-    by_layer = attention_of(model, 0).mean(dim=1)[:, 2]
+def test_the_enlarged_map_equals_the_overlay(browser: Browser, faulty_page: Any) -> None:
+    """Compare pixels with the overlay of maps.py, on the pixels of the image: not square, and cropped."""
+    _, model, _ = faulty_page
+    picture = build_pil_images()[0]
+    seen = get_visible_region(build_processor(), (60, 90), (8, 8))
+    by_layer = compute_attention(model, 0).mean(dim=1)[:, 2]
     values = by_layer[1]
     strongest = max(max(one.max(), MIN_SCALE * one.mean()).item() for one in by_layer)  # one scale per token
     drawn = overlay(picture, values, seen, strongest, min_side=900)
-    with opened(browser, faulty[0]) as page:
-        cell(page, "register 2, layer 2").click()
+    with open_page(browser, faulty_page[0]) as page:
+        find_cell(page, "register 2, layer 2").click()
         page.wait_for_function("document.getElementById('enlarged-map').width === 900")
         url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
     painted = Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB")
@@ -269,36 +274,39 @@ def test_the_enlarged_map_is_the_overlay(browser: Browser, faulty: Any) -> None:
     assert mine[hatched].mean() == pytest.approx(other[hatched].mean(), abs=1) and mine[hatched].max() < 130
 
 
-def test_values_under_the_pointer(browser: Browser, faulty: Any) -> None:
-    """In the middle of the wide image, in the mean of the heads and in one; and next to what the model sees."""
-    _, model, _ = faulty
-    maps = attention_of(model, 0)[2, :, 0]  # [head, gh, gw]
-    with opened(browser, faulty[0]) as page:
-        canvas = cell(page, "CLS, layer 3").locator("canvas")
-        in_view(canvas)
+def test_values_at_the_pointer(browser: Browser, faulty_page: Any) -> None:
+    """Check the center of the wide image, for the mean of the heads and one head, and the cropped border."""
+    _, model, _ = faulty_page
+    maps = compute_attention(model, 0)[2, :, 0]  # [head, gh, gw]
+    with open_page(browser, faulty_page[0]) as page:
+        canvas = find_cell(page, "CLS, layer 3").locator("canvas")
+        scroll_into_view(canvas)
         box = canvas.bounding_box()
         at = {"x": box["width"] * 0.52, "y": box["height"] * 0.52}  # row 3, column 3, of 4
         canvas.hover(position=at)
         tip = page.locator("#tip")
         expect(tip).to_contain_text("CLS, layer 3, mean of the heads")
-        assert tip.inner_text().splitlines() == ["CLS, layer 3, mean of the heads", said(maps.mean(dim=0)[2, 2])]
+        assert tip.inner_text().splitlines() == [
+            "CLS, layer 3, mean of the heads",
+            format_value(maps.mean(dim=0)[2, 2]),
+        ]
         page.locator("#head").select_option("2")
         canvas.hover(position={"x": at["x"] + 1, "y": at["y"]})
         expect(tip).to_contain_text("CLS, layer 3, head 2")
-        assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", said(maps[1, 2, 2])]
+        assert tip.inner_text().splitlines() == ["CLS, layer 3, head 2", format_value(maps[1, 2, 2])]
         canvas.hover(position={"x": 2, "y": at["y"]})
-        expect(tip).to_contain_text("outside the visible region")
+        expect(tip).to_contain_text("outside the region that the model receives")
         page.mouse.move(5, 5)
         expect(tip).to_be_hidden()
 
 
-def said(value: torch.Tensor) -> Any:
-    """The line of a value, to three digits of what a byte can hold."""
-    return Near("row 3, column 3: ", 100 * value.item(), "% of its attention")
+def format_value(value: torch.Tensor) -> Any:
+    """Return the displayed value, with three digits of the value in a byte."""
+    return ApproximateText("row 3, column 3: ", 100 * value.item(), "% of its attention")
 
 
-class Near:
-    """Equal to a text with a number close to this one."""
+class ApproximateText:
+    """Equal to a text with approximately this number."""
 
     def __init__(self, before: str, number: float, after: str) -> None:
         self.before, self.number, self.after = before, number, after
@@ -314,44 +322,45 @@ class Near:
         return f"{self.before}{self.number}{self.after}"
 
 
-def test_the_share_that_goes_to_patches(browser: Browser, faulty: Any) -> None:
-    _, model, _ = faulty
-    share = attention_of(model, 0)[0].mean(dim=0)[1].sum().item()
-    with opened(browser, faulty[0]) as page:
-        button = cell(page, "register 1, layer 1")
-        in_view(button)
+def test_the_share_of_attention_to_patches(browser: Browser, faulty_page: Any) -> None:
+    _, model, _ = faulty_page
+    share = compute_attention(model, 0)[0].mean(dim=0)[1].sum().item()
+    with open_page(browser, faulty_page[0]) as page:
+        button = find_cell(page, "register 1, layer 1")
+        scroll_into_view(button)
         page.wait_for_function("(cell) => cell.querySelector('.share').textContent", arg=button.element_handle())
         numbers = [float(text) for text in re.findall(r"[\d.]+(?=%)", button.inner_text())]
-        peak = attention_of(model, 0)[0].mean(dim=0)[1].max().item()
+        peak = compute_attention(model, 0)[0].mean(dim=0)[1].max().item()
         assert numbers == pytest.approx([100 * share, 100 * peak], rel=0.06)
 
 
 @pytest.mark.slow
-def test_keyboard(browser: Browser, faulty: Any) -> None:
-    """One tab stop for a image, arrows from map to map, Enter enlarges, arrows walk on, Escape closes."""
-    with opened(browser, faulty[0]) as page:
+def test_keyboard(browser: Browser, faulty_page: Any) -> None:
+    """One tab stop per image, arrow keys move between maps, Enter enlarges, arrows continue, Escape closes."""
+    with open_page(browser, faulty_page[0]) as page:
         first = page.locator('[data-maps="0"] .cell').first
         assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
         first.focus()
         for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
             page.keyboard.press(key)
-        expect(cell(page, "register 1, layer 2")).to_be_focused()
+        expect(find_cell(page, "register 1, layer 2")).to_be_focused()
         page.keyboard.press("Enter")
         title = page.locator("#enlarged-title")
         expect(title).to_have_text(f"register 1, layer 2, mean of the heads · {NAMES[0]}")
         expect(page.locator("#enlarged-value")).to_contain_text("Maximum per patch")
-        for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp"):  # the third one has nowhere to go
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp"):  # there is no cell to move to
             page.keyboard.press(key)
         expect(title).to_have_text(f"CLS, rollout through all layers · {NAMES[0]}")
         page.keyboard.press("Escape")
         expect(page.locator("dialog")).to_be_hidden()
-        expect(cell(page, "CLS, rollout")).to_be_focused()  # the page hears later that the dialog was closed
+        # the page receives the close event of the dialog later
+        expect(find_cell(page, "CLS, rollout")).to_be_focused()
         assert page.locator('[data-maps="0"] .cell[tabindex="0"]').count() == 1
 
 
-def test_brightness_of_all_layers_alike(browser: Browser, faulty: Any) -> None:
-    """Then only the strongest of all maps reaches the brightest color."""
-    with opened(browser, faulty[0]) as page:
+def test_one_scale_for_all_layers(browser: Browser, faulty_page: Any) -> None:
+    """Only the maximum of all maps has the brightest color."""
+    with open_page(browser, faulty_page[0]) as page:
         maps = '[data-maps="0"] .grid .cell:is([aria-label^=CLS], [aria-label^=register]) canvas'
         brightest = """(maps) => [...document.querySelectorAll(maps)].map((painted) => {
             const canvas = new OffscreenCanvas(painted.width, painted.height).getContext('2d');
@@ -377,14 +386,14 @@ def test_brightness_of_all_layers_alike(browser: Browser, faulty: Any) -> None:
 
 
 @torch.no_grad()
-def features_of(model: Any) -> torch.Tensor:
-    """[image, layer, gh, gw, D]."""
-    return compute_patch_features(model, pixels())
+def compute_features(model: Any) -> torch.Tensor:
+    """Return the patch features, [image, layer, gh, gw, D]."""
+    return compute_patch_features(model, build_pixels())
 
 
-def pixels_of(page: Page, label: str) -> np.ndarray:
-    """The enlarged map of the first image."""
-    cell(page, label).focus()
+def get_canvas_pixels(page: Page, label: str) -> np.ndarray:
+    """Return the pixels of the enlarged map of the first image."""
+    find_cell(page, label).focus()
     page.keyboard.press("Enter")
     page.wait_for_function("document.getElementById('enlarged-map').width === 900")
     url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
@@ -394,16 +403,16 @@ def pixels_of(page: Page, label: str) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("foreground", [False, True])
-def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, foreground: bool) -> None:
-    """Pixel by pixel what patch_features.py draws, but for the outline of the selected patch."""
-    _, model, _ = faulty
-    colors = compute_patch_colors(features_of(model)[:, 1], foreground)[0]
-    seen = get_visible_region(processor(), (60, 90), (8, 8))
-    drawn = np.asarray(draw_patch_colors(pictures()[0], colors, seen, min_side=900), dtype=int)
-    with opened(browser, faulty[0]) as page:
+def test_patch_colors_are_principal_components(browser: Browser, faulty_page: Any, foreground: bool) -> None:
+    """Compare pixels with patch_features.py, except for the outline of the selected patch."""
+    _, model, _ = faulty_page
+    colors = compute_patch_colors(compute_features(model)[:, 1], foreground)[0]
+    seen = get_visible_region(build_processor(), (60, 90), (8, 8))
+    drawn = np.asarray(draw_patch_colors(build_pil_images()[0], colors, seen, min_side=900), dtype=int)
+    with open_page(browser, faulty_page[0]) as page:
         if foreground:
             page.locator("#foreground").check()
-        painted = pixels_of(page, "patches (PCA), layer 2")
+        painted = get_canvas_pixels(page, "patches (PCA), layer 2")
     assert painted.shape == drawn.shape
     left, top, right, bottom = (round(10 * edge) for edge in seen)
     close = (np.abs(painted - drawn)[top:bottom, left:right] <= 8).all(axis=-1)
@@ -411,23 +420,23 @@ def test_patch_colors_are_principal_components(browser: Browser, faulty: Any, fo
 
 
 @pytest.mark.slow
-def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: Any) -> None:
-    """The cosines of the features, from their compressed components, in the layer of the map."""
-    _, model, _ = faulty
-    with opened(browser, faulty[0]) as page:
-        canvas = cell(page, "patches (PCA), layer 1").locator("canvas")
-        in_view(canvas)
+def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty_page: Any) -> None:
+    """Compare with the cosine similarity of the compressed features, in the layer of the map."""
+    _, model, _ = faulty_page
+    with open_page(browser, faulty_page[0]) as page:
+        canvas = find_cell(page, "patches (PCA), layer 1").locator("canvas")
+        scroll_into_view(canvas)
         box = canvas.bounding_box()
-        left, top, right, bottom = get_visible_region(processor(), (60, 90), (8, 8))
+        left, top, right, bottom = get_visible_region(build_processor(), (60, 90), (8, 8))
 
         def locate(row: int, column: int) -> Any:
-            """The middle of a patch, of 4 x 4, in pixels of the canvas."""
+            """Return the center of a patch, of 4 x 4, in pixels of the canvas."""
             x, y = left + (right - left) * (column + 0.5) / 4, top + (bottom - top) * (row + 0.5) / 4
             return {"x": x / 90 * box["width"], "y": y / 60 * box["height"]}
 
         canvas.click(position=locate(0, 3))
-        similar = cell(page, "similarity to a patch, layer 1").locator("canvas")
-        expected = compute_patch_similarity(features_of(model)[0, 0], 0, 3)
+        similar = find_cell(page, "similarity to a patch, layer 1").locator("canvas")
+        expected = compute_patch_similarity(compute_features(model)[0, 0], 0, 3)
         for row, column in ((0, 3), (2, 0), (3, 2)):
             similar.hover(position=locate(row, column))
             expect(page.locator("#tip")).to_contain_text(f"row {row + 1}, column {column + 1}: cosine")
@@ -437,33 +446,38 @@ def test_a_click_shows_the_similarity_to_that_patch(browser: Browser, faulty: An
 
 @pytest.mark.slow
 def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) -> None:
-    found = write_report(tmp_path / "report.html", classifier(num_hidden_layers=5), processor(), pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+    found = write_report(
+        tmp_path / "report.html", build_classifier(num_hidden_layers=5), build_processor(), build_pil_images()
+    )
+    with open_page(browser, tmp_path / "report.html") as page:
         page.locator("#brightness").select_option("each")
         page.locator("#blocks").check()
-        painted = pixels_of(page, "CLS, layer 2")
+        painted = get_canvas_pixels(page, "CLS, layer 2")
         values = found.image_reports[0].attention[1, :, 0].mean(dim=0)
-        seen = VisibleRegion(*(10 * edge for edge in get_visible_region(processor(), (60, 90), (8, 8))))
+        seen = VisibleRegion(*(10 * edge for edge in get_visible_region(build_processor(), (60, 90), (8, 8))))
         blocks = upsample_maps(values, (600, 900), seen, interpolate=False)
-        large = pictures()[0].resize((900, 600), Image.Resampling.NEAREST)
+        large = build_pil_images()[0].resize((900, 600), Image.Resampling.NEAREST)
         drawn = overlay(large, blocks, max_value=max(values.max(), MIN_SCALE * values.mean()).item())
         left, top, right, bottom = (round(edge) for edge in seen)
         assert np.abs(painted - np.asarray(drawn, dtype=int))[top:bottom, left:right].mean() < 2
         page.locator("#every").select_option("2")
         layers = page.locator('[data-maps="0"] .grid .layer').all_inner_texts()
         assert layers == ["rollout", "layer 1", "layer 3", "layer 5"]
-        width = cell(page, "CLS, layer 5").bounding_box()["width"]
+        width = find_cell(page, "CLS, layer 5").bounding_box()["width"]
         page.locator("#size").fill("2")
-        assert cell(page, "CLS, layer 5").bounding_box()["width"] > 1.5 * width
+        assert find_cell(page, "CLS, layer 5").bounding_box()["width"] > 1.5 * width
 
 
 @pytest.mark.slow
-def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
-    """The registers and patches of the last layer, with a head that reads the CLS token."""
-    with opened(browser, faulty[0]) as page:
-        in_view(cell(page, "register 1, layer 3"))
-        expect(cell(page, "register 1, layer 3")).to_contain_text("not read")
-        assert "not read" not in cell(page, "CLS, layer 3").inner_text()
+def test_states_that_are_not_read_are_marked(browser: Browser, faulty_page: Any) -> None:
+    """A head that reads only the CLS token does not read the registers and patches of the last layer."""
+    with open_page(browser, faulty_page[0]) as page:
+        scroll_into_view(find_cell(page, "register 1, layer 3"))
+        expect(find_cell(page, "register 1, layer 3")).to_contain_text("not read")
+        assert "not read" not in find_cell(page, "CLS, layer 3").inner_text()
+        cells = [find_cell(page, f"register 1, layer {layer}") for layer in (2, 3)]
+        tops = [cell.locator("canvas").bounding_box()["y"] for cell in cells]
+        assert tops[0] == tops[1]  # although one caption has more lines
         label = page.locator("[data-chart=entropy] .unread-label")
         assert label.text_content() == "not read: registers"
         assert page.locator("[data-chart=patch_distance] .unread").count() == 1
@@ -472,15 +486,15 @@ def test_what_nothing_reads_is_marked(browser: Browser, faulty: Any) -> None:
 
 @pytest.mark.slow
 def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None:
-    """Wrong predictions, then the least confident, then typical ones; a filter shows one kind."""
-    model, many = classifier(), [*pictures(), *more_pictures()]
-    values = processor()(many, return_tensors="pt")["pixel_values"]
+    """Wrong predictions come first, then uncertain ones, then typical ones. A filter shows one kind."""
+    model, many = build_classifier(), [*build_pil_images(), *build_more_pil_images()]
+    values = build_processor()(many, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         probabilities = model(values).logits.softmax(dim=-1)
     labels = probabilities.argmax(dim=-1)
     labels[:2] = (labels[:2] + 1) % NUM_LABELS
     found = write_report(
-        tmp_path / "report.html", model, processor(), many, labels=labels.tolist(), num_shown=6, batch_size=4
+        tmp_path / "report.html", model, build_processor(), many, labels=labels.tolist(), num_shown=6, batch_size=4
     )
     names = [report.name for report in found.image_reports]
     confidence = probabilities.amax(dim=-1)
@@ -488,21 +502,21 @@ def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None
     unsure = confidence[2:].argsort()[:2] + 2
     assert names[:4] == [f"image {index + 1}" for index in [*wrong, *unsure.tolist()]]
     assert [report.kind for report in found.image_reports] == ["wrong"] * 2 + ["uncertain"] * 2 + ["typical"] * 2
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         page.locator("#filter").select_option("uncertain")
         shown = page.locator(".image:visible")
         expect(shown).to_have_count(2)
         assert "least confident" in shown.first.inner_text()
     with raises_one_line("num_shown", "statistics_images=None"):
-        inspect_model(model, processor(), many, statistics_images=many, num_shown=2)
+        inspect_model(model, build_processor(), many, statistics_images=many, num_shown=2)
 
 
-def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
-    with opened(browser, faulty[0], "dark", 390, has_touch=True) as page:
-        cell(page, "CLS, layer 1").tap()
-        expect(page.locator("dialog")).to_be_visible()  # a tap becomes a click after a while
+def test_touch_enlarges_and_shows_values(browser: Browser, faulty_page: Any) -> None:
+    with open_page(browser, faulty_page[0], "dark", 390, has_touch=True) as page:
+        find_cell(page, "CLS, layer 1").tap()
+        expect(page.locator("dialog")).to_be_visible()  # a tap becomes a click after a delay
         page.locator("#enlarged-map").tap()
-        expect(page.locator("#enlarged-value")).to_contain_text("of its attention")
+        expect(page.locator("#enlarged-value")).to_contain_text("of the attention")
         page.locator("[data-walk=down]").tap()
         expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 1, layer 1,"))
         page.locator("dialog .close").tap()
@@ -512,71 +526,71 @@ def test_touch_enlarges_and_reads(browser: Browser, faulty: Any) -> None:
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_figure_is_drawn(page_to_read: Page, faulty: Any) -> None:
-    charts = page_to_read.locator("[data-chart]")
+def test_every_figure_is_drawn(read_only_page: Page, faulty_page: Any) -> None:
+    charts = read_only_page.locator("[data-chart]")
     assert charts.count() == 14
     for chart in charts.all():
         assert chart.locator("svg[role=img]").count() in (1, 4)  # one, or one for each token
         for svg in chart.locator("svg[role=img]").all():
             assert svg.locator("path, rect").count() >= 1
             assert svg.get_attribute("aria-label")
-    drawn = page_to_read.locator("main").inner_html()
+    drawn = read_only_page.locator("main").inner_html()
     assert "NaN" not in drawn and "undefined" not in drawn
 
 
-def test_curves_tell_their_numbers(browser: Browser, faulty: Any) -> None:
-    """Under the pointer, by arrow keys, and as a table; with the uniform baseline."""
-    entropy, uniform = faulty[2].findings.entropy, faulty[2].findings.uniform["entropy"]
-    with opened(browser, faulty[0]) as page:
+def test_curves_show_their_values(browser: Browser, faulty_page: Any) -> None:
+    """Check the pointer, the arrow keys and the table, with the uniform baseline."""
+    entropy, uniform = faulty_page[2].findings.entropy, faulty_page[2].findings.uniform["entropy"]
+    with open_page(browser, faulty_page[0]) as page:
         chart = page.locator("[data-chart=entropy]")
         svg = chart.locator("svg[role=img]")
         assert svg.locator(".baseline").count() == 1 and svg.locator("path.band").count() == 4
-        in_view(svg)
+        scroll_into_view(svg)
         svg.focus()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
         expect(page.locator("#tip")).to_contain_text("layer 2")
         told = page.locator("#tip").inner_text().splitlines()
-        assert told[0] == "layer 2" and told[-1] == f"uniform: {number(uniform)}"
+        assert told[0] == "layer 2" and told[-1] == f"uniform: {format_number(uniform)}"
         mean, low, high = entropy[1, :, 1].mean(), entropy[1, :, 1].min(), entropy[1, :, 1].max()
-        assert told[2] == f"register 1: {number(mean)} ({number(low)} to {number(high)})"
+        assert told[2] == f"register 1: {format_number(mean)} ({format_number(low)} to {format_number(high)})"
         chart.locator(".numbers summary").click()
         rows = [row.split("\t") for row in chart.locator("tbody tr").all_inner_texts()]
-        assert rows[2] == ["3", *(number(value) for value in entropy[2].mean(dim=0))]
+        assert rows[2] == ["3", *(format_number(value) for value in entropy[2].mean(dim=0))]
         before = svg.locator("path.line").count()
         chart.locator(".legend button", has_text="register 2").click()
         expect(svg.locator("path.line")).to_have_count(before - 1)
 
 
 @pytest.mark.slow
-def test_a_token_that_sees_a_part_has_its_own_baseline(browser: Browser, tmp_path: Path) -> None:
-    """Of entropy and spread; there are two lines, and a name for the other one."""
+def test_scoped_tokens_have_their_own_baselines(browser: Browser, tmp_path: Path) -> None:
+    """Check entropy and spread: two lines, and the name of the other baseline."""
     scopes = {"num_cls_tokens": 2, "num_register_tokens": 0, "cls_scopes": ["image", [2, 2, 0, 1]]}
-    found = write_report(tmp_path / "report.html", classifier(**scopes), processor(), pictures())
+    found = write_report(tmp_path / "report.html", build_classifier(**scopes), build_processor(), build_pil_images())
     alike, second = found.findings.uniform_by_token["entropy"], found.verdicts[1].token
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         svg = page.locator("[data-chart=entropy] svg[role=img]")
         assert svg.locator(".baseline").count() == 2
         assert page.locator("[data-chart=patch_distance] svg[role=img] .baseline").count() == 1
-        in_view(svg)
+        scroll_into_view(svg)
         svg.focus()
         page.keyboard.press("ArrowRight")
         expect(page.locator("#tip")).to_contain_text("layer 1")
         told = page.locator("#tip").inner_text().splitlines()
         assert told[-2:] == [
-            f"uniform: {number(alike[0])}",
-            f"uniform over the region of {second}: {number(alike[1])}",
+            f"uniform: {format_number(alike[0])}",
+            f"uniform over the region of {second}: {format_number(alike[1])}",
         ]
 
 
-def number(value: Any) -> str:
-    """As the page writes it: three digits, without zeros at the end."""
+def format_number(value: Any) -> str:
+    """Format a number as the page does: three digits, without trailing zeros."""
     text = f"{float(value):.3g}"
     return text if "e" in text else str(float(text)).removesuffix(".0")
 
 
-def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty: Any) -> None:
-    with opened(browser, faulty[0]) as page:
+def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty_page: Any) -> None:
+    with open_page(browser, faulty_page[0]) as page:
         chart = page.locator("[data-chart=histogram]")
         assert chart.locator(".beyond").count() >= 1 and chart.locator(".baseline").count() == 1
         expect(chart.locator(".mode")).to_contain_text("Second mode: 6.25% of the patches")
@@ -587,9 +601,9 @@ def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty: An
         expect(chart.locator(".beyond").first).to_be_visible()
 
 
-def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -> None:
-    between = faulty[2].findings.between_tokens
-    with opened(browser, faulty[0]) as page:
+def test_equal_registers_have_cosine_1(browser: Browser, faulty_page: Any) -> None:
+    between = faulty_page[2].findings.between_tokens
+    with open_page(browser, faulty_page[0]) as page:
         chart = page.locator("[data-chart=between_tokens]")
         assert chart.locator(".inside").all_text_contents() == [f"{value:.2f}" for value in between[-1].flatten()]
         assert chart.locator(".inside").all_text_contents()[1 * 4 + 3] == "1.00"
@@ -597,15 +611,15 @@ def test_registers_that_are_one_are_at_cosine_1(browser: Browser, faulty: Any) -
         expect(chart.locator(".inside")).to_have_text([f"{value:.2f}" for value in between[1].flatten()])
 
 
-# Looks ---------------------------------------------------------------------------------------------------------------
+# Appearance ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty: Any, scheme: str, width: int) -> None:
-    """Text stands out from what is behind it, by WCAG's 4.5 to 1."""
-    with opened(browser, faulty[0], scheme, width) as page:
+def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty_page: Any, scheme: str, width: int) -> None:
+    """Text has a contrast of at least 4.5 to 1 with its background (WCAG)."""
+    with open_page(browser, faulty_page[0], scheme, width) as page:
         is_dark = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")) < 0.2
         assert is_dark == (scheme == "dark")
         for selector in ("h1", "main section > p", ".verdict .word", ".verdict p", ".answer", ".layout figcaption"):
@@ -634,7 +648,7 @@ CONTRAST = """(element) => {
 
 
 def luminance(colour: str) -> float:
-    """`rgb(1, 2, 3)` -> 0 to 1, roughly."""
+    """Return the approximate luminance of `rgb(1, 2, 3)`, 0 to 1."""
     return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(", "))) / (3 * 255)
 
 
@@ -645,13 +659,13 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
-    found = write_report(tmp_path / "report.html", model, processor(), pictures())
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
     num_tokens = model.config.token_layout.num_prefix_tokens
     assert len(found.verdicts) == len(found.depth) == num_tokens
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         grid = page.locator('[data-maps="0"] .grid .cell')
         assert grid.count() == 3 * num_tokens + 2 * 2  # rollout and two layers; patch features in two layers
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the picture, and attribution
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 2  # the input image, and attribution
         caption = page.locator(".layout figcaption").inner_text()
         assert ("no CLS token" in caption) == (model.config.num_cls_tokens == 0)
         assert ("no other special token" in caption) == (num_tokens == 0)
@@ -663,9 +677,9 @@ def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) ->
 def test_several_tasks(browser: Browser, tmp_path: Path) -> None:
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = [{"species": 1, "age": -100}, {"species": 0, "age": 1}, {"species": -100, "age": -100}]
-    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images(), labels=labels)
     assert found.accuracy is not None
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         text = page.locator(".image > summary").first.inner_text()
         assert "age: " in text and "species: " in text and "true label species LABEL_1" in text
         assert page.locator('[data-maps="0"] .overview .cell').count() == 3  # attribution for each task
@@ -676,12 +690,12 @@ def test_several_labels(browser: Browser, tmp_path: Path) -> None:
     fields = {"problem_type": "multi_label_classification", "num_register_tokens": 1}
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     labels = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=labels)
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images(), labels=labels)
     with torch.no_grad():
-        chosen = (model(pixels()).logits > 0).float()
+        chosen = (model(build_pixels()).logits > 0).float()
     assert found.accuracy == pytest.approx((chosen == torch.tensor(labels)).float().mean().item())
-    with opened(browser, tmp_path / "report.html") as page:
-        assert page.locator("h1").inner_text() == "ViTCLSForImageClassification"  # from no folder
+    with open_page(browser, tmp_path / "report.html") as page:
+        assert page.locator("h1").inner_text() == "ViTCLSForImageClassification"  # not from a folder
         assert page.locator("summary strong").first.inner_text() == "image 1"
         assert "true label LABEL_0, LABEL_2" in page.locator(".image > summary").first.inner_text()
 
@@ -689,42 +703,42 @@ def test_several_labels(browser: Browser, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
 def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: type) -> None:
     model = randomize(model_class(build_tiny_config(num_register_tokens=1)))
-    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=[0, 1, 2])
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images(), labels=[0, 1, 2])
     assert found.effects is None and found.accuracy is None
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
-        assert "cosine change, cls" in page.locator("#worth thead").inner_text()
+        assert "cosine change, cls" in page.locator("#effects thead").inner_text()
         assert page.locator(".read").count() == 0
-        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # the picture alone
+        assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # only the input image
 
 
 def test_differential_attention_has_two_maps_per_head(browser: Browser, tmp_path: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(attention_type="differential")))
-    write_report(tmp_path / "report.html", model, processor(), pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+    write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
+    with open_page(browser, tmp_path / "report.html") as page:
         options = page.locator("#head option").all_inner_texts()
         assert len(options) == 1 + 2 * 2 and options[2] == "head 1, second map"
 
 
 def test_images_of_several_sizes(tmp_path: Path) -> None:
-    """A processor that keeps proportions: statistics in batches of one shape each."""
-    keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
-    found = write_report(tmp_path / "report.html", classifier(), keeps, pictures(), labels=[0, 1, 2])
+    """The processor keeps proportions, so statistics use batches of one shape."""
+    keeps = build_processor(do_center_crop=False, size={"shortest_edge": 32})
+    found = write_report(tmp_path / "report.html", build_classifier(), keeps, build_pil_images(), labels=[0, 1, 2])
     assert found.findings.num_images == 3
     assert [tuple(reading.attention.shape[-2:]) for reading in found.image_reports] == [(4, 6), (6, 4), (4, 4)]
 
 
 @pytest.mark.slow
-def test_single_heads_are_left_out_of_large_pages(
+def test_single_heads_are_omitted_from_large_pages(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report_data, "MAX_MAP_BYTES", 100)
-    write_report(tmp_path / "report.html", classifier(), processor(), pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+    write_report(tmp_path / "report.html", build_classifier(), build_processor(), build_pil_images())
+    with open_page(browser, tmp_path / "report.html") as page:
         assert page.locator("#head option").count() == 1 and page.locator("#head-choice").is_hidden()
         assert page.locator(".maps .quiet").count() == 0
-        cell(page, "register 3, layer 3").click()
+        find_cell(page, "register 3, layer 3").click()
         expect(page.locator("#enlarged-title")).to_contain_text(re.compile("^register 3, layer 3, mean of the heads"))
 
 
@@ -732,15 +746,15 @@ def test_single_heads_of_the_first_images_are_kept(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report_data, "MAX_MAP_BYTES", 2 * 3 * 2 * 4 * 16)  # of two images
-    write_report(tmp_path / "report.html", classifier(), processor(), pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+    write_report(tmp_path / "report.html", build_classifier(), build_processor(), build_pil_images())
+    with open_page(browser, tmp_path / "report.html") as page:
         assert page.locator("#head option").count() == 3
         assert page.locator(".maps .quiet").count() == 1
         assert "omitted for this image" in page.locator('[data-maps="2"] .quiet').text_content()
 
 
-def test_printing_keeps_colors_and_hides_tooltips(browser: Browser, faulty: Any) -> None:
-    with opened(browser, faulty[0]) as page:
+def test_printing_keeps_colors_and_hides_tooltips(browser: Browser, faulty_page: Any) -> None:
+    with open_page(browser, faulty_page[0]) as page:
         page.evaluate("tip.show(9, 9, ['a value'])")
         page.emulate_media(media="print")
         expect(page.locator("#tip")).to_be_hidden()
@@ -748,49 +762,49 @@ def test_printing_keeps_colors_and_hides_tooltips(browser: Browser, faulty: Any)
 
 
 @pytest.mark.slow
-def test_the_head_states_the_patches_that_there_are(browser: Browser, tmp_path: Path) -> None:
-    """Not those of the model's own image size: the image processor decides."""
-    wide = processor(do_center_crop=False, size={"height": 48, "width": 64})
-    found = write_report(tmp_path / "report.html", classifier(), wide, pictures())
-    with opened(browser, tmp_path / "report.html") as page:
+def test_the_header_contains_the_actual_number_of_patches(browser: Browser, tmp_path: Path) -> None:
+    """The image processor determines the number, not the model's image size."""
+    wide = build_processor(do_center_crop=False, size={"height": 48, "width": 64})
+    found = write_report(tmp_path / "report.html", build_classifier(), wide, build_pil_images())
+    with open_page(browser, tmp_path / "report.html") as page:
         assert "48 patches" in page.locator(".sequence").inner_text()
         assert "6 × 8 of 8 × 8 pixels" in page.locator(".sequence").inner_text()
     assert build_page_header(found, None, None)["num_patches"] == "48"
-    keeps = processor(do_center_crop=False, size={"shortest_edge": 32})
-    several = build_page_header(inspect_model(classifier(), keeps, pictures()), None, None)
+    keeps = build_processor(do_center_crop=False, size={"shortest_edge": 32})
+    several = build_page_header(inspect_model(build_classifier(), keeps, build_pil_images()), None, None)
     assert several["num_patches"] == "16 to 24" and several["grid"] == "4 × 4, 4 × 6, 6 × 4"
 
 
-# Answers -------------------------------------------------------------------------------------------------------------
+# Predictions ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=["1", "8"])
-def test_labels_hold_from_one_half_on(browser: Browser, tmp_path: Path, fields: dict[str, Any]) -> None:
-    """As scripts/predict.py has it; where none does, the page says so, and explains the most probable one."""
-    model = classifier(**fields)
+def test_labels_are_predicted_from_one_half(browser: Browser, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """As in scripts/predict.py. Without any predicted label, the page explains the most probable one."""
+    model = build_classifier(**fields)
     with torch.no_grad():
-        largest = model(pixels()).logits.amax(dim=1)
-        model.classifier.bias -= largest.sort().values[:2].mean()  # none for the image with the least
-    expected = predict(model, processor(), pictures())
-    found = write_report(tmp_path / "report.html", model, processor(), pictures())
-    said = [[name for name, _ in reading.predictions[0].labels] for reading in found.image_reports]
-    assert said == [row["labels"] for row in expected] and [] in said and any(said)
-    nothing = said.index([])
-    with opened(browser, tmp_path / "report.html") as page:
+        largest = model(build_pixels()).logits.amax(dim=1)
+        model.classifier.bias -= largest.sort().values[:2].mean()  # no label for the image with the lowest probability
+    expected = predict(model, build_processor(), build_pil_images())
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
+    predicted = [[name for name, _ in reading.predictions[0].labels] for reading in found.image_reports]
+    assert predicted == [row["labels"] for row in expected] and [] in predicted and any(predicted)
+    nothing = predicted.index([])
+    with open_page(browser, tmp_path / "report.html") as page:
         assert "nothing" in page.locator(".image > summary").nth(nothing).inner_text()
         explained = page.locator(f'[data-maps="{nothing}"] .overview').text_content()
-        assert f"attribution of {found.image_reports[nothing].predictions[0].first}" in str(explained)
+        assert f"attribution of {found.image_reports[nothing].predictions[0].top_label}" in str(explained)
 
 
-def test_one_label_is_right_where_it_holds_in_truth(tmp_path: Path) -> None:
-    """Accuracy and answers go by one rule, for 0.0 and 1.0."""
-    model = classifier(num_labels=1)
+def test_one_label_is_correct_if_it_is_predicted_and_true(tmp_path: Path) -> None:
+    """Accuracy and predictions use the same rule, for labels 0.0 and 1.0."""
+    model = build_classifier(num_labels=1)
     with torch.no_grad():
-        model.classifier.bias -= model(pixels()).logits.mean()
-        holds = (model(pixels()).logits > 0).float()  # [3, 1]
+        model.classifier.bias -= model(build_pixels()).logits.mean()
+        holds = (model(build_pixels()).logits > 0).float()  # [3, 1]
     assert 0 < holds.sum() < 3
-    found = write_report(tmp_path / "report.html", model, processor(), pictures(), labels=holds.tolist())
+    found = write_report(tmp_path / "report.html", model, build_processor(), build_pil_images(), labels=holds.tolist())
     assert found.accuracy == 1
     for reading in found.image_reports:
         assert reading.truth == (reading.predictions[0].labels[0][0] if reading.predictions[0].labels else "nothing")
@@ -807,11 +821,11 @@ FAMILIES = (
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converted_families(name: str, tmp_path: Path) -> None:
-    """Of transformers, with random weights."""
+    """Check families of transformers, with random weights."""
     model = convert_from_transformers(CASES[name].build()).eval()
     height, width = model.config.image_height_width
     resizing = ViTCLSImageProcessor(size={"height": height, "width": width})
-    found = write_report(tmp_path / "report.html", model, resizing, pictures(), names=NAMES, labels=[0, 1, 2])
+    found = write_report(tmp_path / "report.html", model, resizing, build_pil_images(), names=NAMES, labels=[0, 1, 2])
     is_encoder = type(model) is ViTCLSModel
     assert len(found.verdicts) == model.config.token_layout.num_prefix_tokens
     assert (found.effects is None) == (found.accuracy is None) == is_encoder == (name == "dinov3")
@@ -826,34 +840,36 @@ def test_converted_families(name: str, tmp_path: Path) -> None:
 # Python --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_page_from_what_was_found(tmp_path: Path, faulty: Any) -> None:
-    """Without measuring again: the same, but for the time it was made."""
-    file, _, found = faulty
+def test_a_page_from_existing_results(tmp_path: Path, faulty_page: Any) -> None:
+    """Nothing is measured again. Only the time differs."""
+    file, _, found = faulty_page
     write_page(tmp_path / "again.html", found, source="a test")
     texts = [re.sub(r"<dt>created</dt>.*", "", one.read_text()) for one in (file, tmp_path / "again.html")]
     assert texts[0] == texts[1]
 
 
-def test_an_argument_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_unknown_arguments_are_errors(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="lables"):
-        write_report(tmp_path / "report.html", classifier(), processor(), pictures(), lables=[0, 1, 2])
+        write_report(
+            tmp_path / "report.html", build_classifier(), build_processor(), build_pil_images(), lables=[0, 1, 2]
+        )
 
 
 def test_statistics_over_other_images(tmp_path: Path) -> None:
     found = write_report(
         tmp_path / "report.html",
-        classifier(),
-        processor(),
-        pictures()[:1],
-        statistics_images=pictures(),
+        build_classifier(),
+        build_processor(),
+        build_pil_images()[:1],
+        statistics_images=build_pil_images(),
         statistics_labels=[0, 1, 2],
         batch_size=2,
     )
     assert found.findings.num_images == 3 and len(found.image_reports) == 1 and found.accuracy is not None
 
 
-def test_figures_for_programs(tmp_path: Path, faulty: Any) -> None:
-    *_, found = faulty
+def test_figures_for_programs(tmp_path: Path, faulty_page: Any) -> None:
+    *_, found = faulty_page
     write_json_values(tmp_path / "figures.json", found, "mine")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["model"] == "mine" and figures["diagnosis"] == found.summary
@@ -872,39 +888,39 @@ def test_figures_for_programs(tmp_path: Path, faulty: Any) -> None:
     assert [picture["truth"] for picture in figures["pictures"]] == ["LABEL_0", "LABEL_1", None]
 
 
-def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
-    model = classifier().train()
+def test_the_model_is_not_changed(tmp_path: Path) -> None:
+    model = build_classifier().train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    write_report(tmp_path / "report.html", model, processor(), pictures())
+    write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
     assert model.training and all(weight.grad is None for weight in model.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_one_image_is_not_enough_to_judge(tmp_path: Path) -> None:
-    found = write_report(tmp_path / "report.html", classifier(), processor(), pictures()[:1])
+def test_one_image_is_not_sufficient_for_verdicts(tmp_path: Path) -> None:
+    found = write_report(tmp_path / "report.html", build_classifier(), build_processor(), build_pil_images()[:1])
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     with raises_one_line("no images"):
-        write_report(file, classifier(), processor(), [])
-    grey = processor(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+        write_report(file, build_classifier(), build_processor(), [])
+    grey = build_processor(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     warnings: list[str] = []
     with raises_one_line("None of the 1", "1 channel"):
-        write_report(file, classifier(), grey, [pictures()[0].convert("L")], on_warning=warnings.append)
+        write_report(file, build_classifier(), grey, [build_pil_images()[0].convert("L")], on_warning=warnings.append)
     assert len(warnings) == 1 and "skipped an image" in warnings[0]
-    damaged = classifier()
+    damaged = build_classifier()
     with torch.no_grad():
         damaged.vitcls.embeddings.register_tokens.fill_(float("nan"))
     with raises_one_line("not finite"):
-        write_report(file, damaged, processor(), pictures())
+        write_report(file, damaged, build_processor(), build_pil_images())
     assert not file.exists()
 
 
-def test_a_page_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_pages_are_written_atomically(tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("")
     with pytest.raises(OSError, match="folder"):
-        write_report(tmp_path / "folder" / "report.html", classifier(), processor(), pictures())
-    write_report(tmp_path / "new" / "report.html", classifier(), processor(), pictures())
+        write_report(tmp_path / "folder" / "report.html", build_classifier(), build_processor(), build_pil_images())
+    write_report(tmp_path / "new" / "report.html", build_classifier(), build_processor(), build_pil_images())
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]

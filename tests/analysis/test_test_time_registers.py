@@ -1,6 +1,7 @@
-"""Registers at test time, on models with planted artifacts: neurons that fire at a few patches and write a huge norm.
+"""Registers at test time, on models with planted artifacts: neurons that are active at few patches and write a large
+norm.
 
-Such neurons are planted in layer 1 of 3, so the outliers arise there, and arrive at the end.
+The neurons are planted in layer 1 of 3. The outliers start there and remain until the last layer.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ from modeling_vitcls.analysis.test_time_registers import (
 
 LAYER = 1
 PLANTED = (5, 17)  # neurons of layer 1
-PATCHES = (3, 9)  # where each fires, in every image
+PATCHES = (3, 9)  # patch at which each neuron is active, in every image
 SIZES: dict[str, Any] = {"num_hidden_layers": 3, "intermediate_size": 32, "position_embedding_tokens": "all"}
 MLPS = {"mlp": {"mlp_type": "mlp"}, "swiglu": {"mlp_type": "swiglu"}, "parallel": {"layer_type": "parallel"}}
 
@@ -36,10 +37,10 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
 
 @torch.no_grad()
-def planted(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -> Any:
-    """A model in which each planted neuron fires at one patch, which it recognizes by a channel of the position.
+def build_planted_model(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -> Any:
+    """Return a model in which each planted neuron is active at one patch, identified by a channel of its position.
 
-    That channel is zero at all other tokens up to layer 1. The neuron writes far along channel 2.
+    This channel is zero at all other tokens up to layer 1. The neuron writes a large value to channel 2.
     """
     model = randomize(model_class(build_tiny_config(**SIZES, **fields)))
     base = model.base_model
@@ -62,7 +63,7 @@ def planted(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -
 
 
 def plant_neuron(mlp: Any, neuron: int, channel: int, sign: float) -> None:
-    """After the norm the channel is above 2 at one patch and near 0 elsewhere."""
+    """After the norm, the channel is above 2 at one patch and near 0 elsewhere."""
     inner = mlp.fc1 if hasattr(mlp, "fc1") else mlp.gate_proj
     inner.weight[neuron] = 0
     inner.weight[neuron, channel] = 20
@@ -80,7 +81,7 @@ def _outer(mlp: Any) -> torch.nn.Linear:
 
 @all_mlps
 def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
-    model = planted(**fields)
+    model = build_planted_model(**fields)
     assert compute_outlier_fraction(model, build_images()) == 2 / 16
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
@@ -91,42 +92,41 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     with torch.no_grad():
         norms = better(build_images(), output_hidden_states=True).hidden_states[-1].norm(dim=-1)  # [B, N]
     register = better.config.token_layout.registers
-    assert (norms[:, register] > 3 * norms.median()).all()  # where the artifacts are now
-    assert compute_outlier_fraction(model, build_images()) == 2 / 16  # the model given stays as it was
+    assert (norms[:, register] > 3 * norms.median()).all()  # position of the artifacts after the change
+    assert compute_outlier_fraction(model, build_images()) == 2 / 16  # the original model is not changed
 
 
 @all_mlps
 def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> None:
-    found = find_register_neurons(planted(**fields), build_images(8), num_neurons=10)
+    found = find_register_neurons(build_planted_model(**fields), build_images(8), num_neurons=10)
     assert len(found) == 10
     assert sorted(found[:2]) == [[LAYER, neuron] for neuron in PLANTED]
-    assert all(layer <= LAYER for layer, _ in found)  # none behind the layer where outliers arise
+    assert all(layer <= LAYER for layer, _ in found)  # no neurons after the layer in which outliers start
 
 
-def test_a_layer_can_be_named() -> None:
-    model = planted()
+def test_the_layer_can_be_set() -> None:
+    model = build_planted_model()
     assert all(layer == 0 for layer, _ in find_register_neurons(model, build_images(), last_layer=0))
 
 
 def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
     """A gated MLP can write an artifact with a negative activation."""
-    model = planted(mlp_type="swiglu", sign=-1.0)
+    model = build_planted_model(mlp_type="swiglu", sign=-1.0)
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
     better = add_test_time_register(model, neurons)
     assert compute_outlier_fraction(better, build_images()) == 0.0
-    before = _activations(model)[:, model.config.token_layout.patches]
-    after = _activations(better)[:, better.config.token_layout.registers]
+    before = _record_activations(model)[:, model.config.token_layout.patches]
+    after = _record_activations(better)[:, better.config.token_layout.registers]
     for neuron, patch in zip(PLANTED, PATCHES, strict=True):
         assert before[:, patch, neuron].max() < -5
-        assert (
-            get_largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1
-        )  # attention has changed a little
+        # attention has changed slightly
+        assert get_largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1
 
 
 @all_mlps
 def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
-    model = planted(**fields)
+    model = build_planted_model(**fields)
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     register_neurons = better.layers[LAYER].mlp.register_neurons
     layout = better.config.token_layout
@@ -140,8 +140,8 @@ def test_only_planted_activations_of_patches_and_the_register_change(fields: dic
     assert torch.equal(moved[:, layout.registers][:, 0][:, PLANTED].abs(), of_patches.abs().amax(dim=1))
 
 
-def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
-    model = planted(ViTCLSForImageClassification, num_register_tokens=2)
+def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None:
+    model = build_planted_model(ViTCLSForImageClassification, num_register_tokens=2)
     better = add_test_time_register(model, [[LAYER, 5]])
     assert torch.equal(better.vitcls.embeddings.register_tokens[:, :2], model.vitcls.embeddings.register_tokens)
     assert not better.vitcls.embeddings.register_tokens[:, 2].any()
@@ -155,15 +155,15 @@ def test_the_register_starts_at_zero_and_the_rest_stays() -> None:
 
 
 def test_the_register_of_a_gated_group_is_open() -> None:
-    model = planted().adapt(num_register_tokens=2, gate_new_tokens=True)
+    model = build_planted_model().adapt(num_register_tokens=2, gate_new_tokens=True)
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
     assert compute_outlier_fraction(better, build_images()) == 0.0
 
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone])
-def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path) -> None:
-    model = planted(model_class)
+def test_saved_and_loaded_models_have_equal_outputs(model_class: type, tmp_path: Path) -> None:
+    model = build_planted_model(model_class)
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     better = add_test_time_register(model, neurons)
     again = save_and_load(better, tmp_path)
@@ -176,7 +176,7 @@ def test_saved_and_loaded_models_answer_alike(model_class: type, tmp_path: Path)
 
 @pytest.mark.slow
 def test_loads_without_the_package(tmp_path: Path) -> None:
-    better = add_test_time_register(planted(), [[LAYER, neuron] for neuron in PLANTED])
+    better = add_test_time_register(build_planted_model(), [[LAYER, neuron] for neuron in PLANTED])
     better.save_pretrained(tmp_path / "model")
     torch.save(build_images(), tmp_path / "images.pt")
     child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
@@ -204,8 +204,8 @@ with torch.no_grad():
 """
 
 
-def test_a_model_keeps_its_mode_and_has_no_hooks_left() -> None:
-    model = planted().train()
+def test_the_mode_is_kept_and_hooks_are_removed() -> None:
+    model = build_planted_model().train()
     compute_outlier_fraction(model, build_images())
     find_register_neurons(model, build_images())
     assert model.training
@@ -213,11 +213,11 @@ def test_a_model_keeps_its_mode_and_has_no_hooks_left() -> None:
 
 
 def test_images_without_outliers_do_not_count() -> None:
-    """The mean over images is one over those that have outliers."""
-    model = planted()
+    """The mean is over the images that have outliers."""
+    model = build_planted_model()
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
-        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now a patch is recognized by its brightness
+        model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now brightness activates the neuron at a patch
     bright = build_images(1, seed=3) * 0.01
     bright[:, :, 8:16, 8:16] = 0.2
     dark = build_images(1, seed=4) * 0.01
@@ -227,23 +227,23 @@ def test_images_without_outliers_do_not_count() -> None:
     assert find_register_neurons(model, both, num_neurons=5) == find_register_neurons(model, bright, num_neurons=5)
 
 
-def test_what_cannot_be_done_is_said() -> None:
+def test_unsupported_models_are_errors() -> None:
     healthy = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("no patch", "ratio"):
         find_register_neurons(healthy, build_images())
     with raises_one_line("num_neurons is 65", "64"):
-        find_register_neurons(planted(), build_images(), num_neurons=65)
+        find_register_neurons(build_planted_model(), build_images(), num_neurons=65)
     with raises_one_line("[1, 99]"):
         add_test_time_register(healthy, [[1, 99]])
-    better = add_test_time_register(planted(), [[LAYER, 5]])
+    better = add_test_time_register(build_planted_model(), [[LAYER, 5]])
     with raises_one_line("already has a test-time register"):
         add_test_time_register(better, [[LAYER, 17]])
     with raises_one_line("register_neurons", "num_register_tokens"):
         ViTCLSConfig(register_neurons=[[0, 0]])
 
 
-def _activations(model: ViTCLSModel) -> torch.Tensor:
-    """What enters the second linear layer of the planted MLP, [B, N, neurons]."""
+def _record_activations(model: ViTCLSModel) -> torch.Tensor:
+    """Return the input of the second linear layer of the planted MLP, [B, N, neurons]."""
     caught: list[torch.Tensor] = []
     mlp = model.layers[LAYER].mlp
     hook = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))

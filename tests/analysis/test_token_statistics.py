@@ -1,4 +1,4 @@
-"""Statistics over images against plain loops over images, layers, heads and tokens."""
+"""Token statistics compared with plain loops over images, layers, heads and tokens."""
 
 import math
 from typing import Any
@@ -35,8 +35,8 @@ TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "nu
 
 
 @torch.no_grad()
-def eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one image [C, H, W]: maps [L, H, N, N] and states [L + 1, N, D]."""
+def run_eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention maps [L, H, N, N] and states [L + 1, N, D] of one image [C, H, W]."""
     encoder = model.base_model
     encoder.set_attn_implementation("eager")
     outputs = encoder(image[None], output_attentions=True, output_hidden_states=True)
@@ -44,13 +44,13 @@ def eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outputs.attentions), torch.cat(outputs.hidden_states)
 
 
-def places(height: int, width: int) -> list[tuple[float, float]]:
-    """Middles of the patches of 8 x 4 pixels, row by row."""
+def get_patch_centers(height: int, width: int) -> list[tuple[float, float]]:
+    """Return the centers of patches of 8 x 4 pixels, row by row."""
     return [(8 * row + 4.0, 4 * column + 2.0) for row in range(height // 8) for column in range(width // 4)]
 
 
-def mean(values: list[Any]) -> torch.Tensor:
-    """Of figures of single images."""
+def average(values: list[Any]) -> torch.Tensor:
+    """Return the mean over the statistics of single images."""
     return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(dim=0)
 
 
@@ -59,9 +59,9 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
-    """The figures of what one image's tokens attend to, by loops."""
-    maps, _ = eager(model, image)
-    layout, points = model.config.token_layout, places(*image.shape[-2:])
+    """Check the attention statistics of one image with loops."""
+    maps, _ = run_eager(model, image)
+    layout, points = model.config.token_layout, get_patch_centers(*image.shape[-2:])
     num_special, num_patches = layout.num_prefix_tokens, len(points)
     for layer, head in ((layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])):
         rows = maps[layer, head].tolist()
@@ -86,8 +86,8 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
 
 
 def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
-    """The figures of one image's states, by loops."""
-    _, states = eager(model, image)
+    """Check the state statistics of one image with loops."""
+    _, states = run_eager(model, image)
     num_special = model.config.token_layout.num_prefix_tokens
     for step, state in enumerate(states):
         special, patches = state[:num_special], state[num_special:]
@@ -108,7 +108,7 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
 
 
 @each_layout
-def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> None:
+def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | layout)))
     image = build_images(1, 24, 32)
     found = collect_findings(model, image)
@@ -117,14 +117,14 @@ def test_the_figures_of_an_image_are_those_of_loops(layout: dict[str, Any]) -> N
     check_states(found, model, image[0])
     num_special = model.config.token_layout.num_prefix_tokens
     assert found.mean_states.shape == (4, num_special, 16)
-    assert get_largest_difference(found.mean_states, eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
-    assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is no other image
+    assert get_largest_difference(found.mean_states, run_eager(model, image[0])[1][:, :num_special]) <= TOLERANCE
+    assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is only one image
     assert found.entropy.shape == (3, 2, num_special)
     assert found.patch_distance.shape == (3, 2)
 
 
-def test_figures_over_images_are_means() -> None:
-    """Of single images, whatever the batches; images of several sizes too."""
+def test_statistics_over_images_are_means() -> None:
+    """They are means over single images for any batches, also with images of several sizes."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     pixels, oblong = build_images(5), build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)
@@ -139,16 +139,16 @@ def test_figures_over_images_are_means() -> None:
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
     for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
-        expected = mean([getattr(single, name) for single in singles])
+        expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
     for name in together.uniform:
-        assert together.uniform[name] == pytest.approx(mean([single.uniform[name] for single in singles]).item())
+        assert together.uniform[name] == pytest.approx(average([single.uniform[name] for single in singles]).item())
 
 
 def test_variation_is_the_distance_from_the_mean() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
-    states = torch.stack([eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
+    states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
     distances = (states - means).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S]
     expected = distances / means.norm(dim=-1)
@@ -156,16 +156,16 @@ def test_variation_is_the_distance_from_the_mean() -> None:
     assert get_largest_difference(found.channel_variation.double(), by_channel.median(dim=-1).values) <= 1e-4
     assert get_largest_difference(found.variation.double(), expected) <= TOLERANCE
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
-    assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings know no image
+    assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings do not depend on the image
 
 
-def test_tokens_are_apart_by_their_mean_distance() -> None:
-    """Over images, and over all channels alike."""
+def test_distances_between_tokens_are_relative_to_the_mean() -> None:
+    """The mean is over images and all channels."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     with torch.no_grad():
         model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
     found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
-    states = torch.stack([eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
+    states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     for one, other in ((0, 1), (2, 5), (3, 4)):
         expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
         assert get_largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
@@ -173,8 +173,8 @@ def test_tokens_are_apart_by_their_mean_distance() -> None:
     assert found.apart[:, 3, 5].max() == 0 < 0.1 < found.apart[:, 3, 4].min()
 
 
-def test_one_huge_channel_does_not_hide_what_varies() -> None:
-    """The same in all images and tokens, as in large models (massive activations)."""
+def test_one_large_channel_does_not_hide_variation() -> None:
+    """The channel is equal in all images and tokens, as in large models (massive activations)."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
 
     def shift(mlp: nn.Module, args: tuple, added: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_one_huge_channel_does_not_hide_what_varies() -> None:
 
 
 def test_small_variation_is_not_lost_to_rounding() -> None:
-    """Of a token with a large norm: a difference of squares in single precision would drown it."""
+    """A difference of squares in float32 would lose the variation of a token with a large norm."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
     with torch.no_grad():
         model.embeddings.cls_token += 1000
@@ -197,14 +197,14 @@ def test_small_variation_is_not_lost_to_rounding() -> None:
             for part in (layer.attention.o_proj, layer.mlp.fc2):
                 part.weight *= 0.1
     found = collect_findings(model, build_images(4))
-    states = torch.stack([eager(model, image)[1][:, 0] for image in build_images(4)]).double()
+    states = torch.stack([run_eager(model, image)[1][:, 0] for image in build_images(4)]).double()
     expected = (states - states.mean(0)).square().sum(-1).mean(0).sqrt() / states.mean(0).norm(dim=-1)
     assert 1e-7 < expected[-1] < 1e-3
     assert found.variation[-1, 0].item() == pytest.approx(expected[-1].item(), rel=0.05)
 
 
 @each_layout
-def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
+def test_uniform_attention_equals_the_baselines(layout: dict[str, Any]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | layout)))
     with torch.no_grad():
         for layer in model.layers:
@@ -212,7 +212,7 @@ def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
                 part.weight.zero_()
                 part.bias.zero_()
     found = collect_findings(model, build_images(3, 24, 40))
-    num_special, points = model.config.token_layout.num_prefix_tokens, places(24, 40)
+    num_special, points = model.config.token_layout.num_prefix_tokens, get_patch_centers(24, 40)
     assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
     middle = math.dist(points[0], points[-1]) / 2
     assert 0 < found.uniform["spread"] < middle
@@ -225,8 +225,8 @@ def test_uniform_attention_meets_the_baselines(layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
-    """The second CLS token sees a quarter of the patches, and all special tokens."""
+def test_uniform_attention_within_scopes(implementation: str) -> None:
+    """The second CLS token attends to a quarter of the patches, and all special tokens."""
     fields = {"num_cls_tokens": 2, "num_register_tokens": 1, "cls_scopes": ["image", [2, 2, 0, 1]]}
     model = randomize(ViTCLSModel(build_tiny_config(**fields)))
     model.set_attn_implementation(implementation)
@@ -234,19 +234,19 @@ def test_uniform_attention_to_what_a_token_may_see(implementation: str) -> None:
         for layer in model.layers:
             layer.attention.q_proj.weight.zero_()
             layer.attention.q_proj.bias.zero_()
-    with torch.compiler.set_stance("force_eager"):  # of flex attention: the same mathematics
+    with torch.compiler.set_stance("force_eager"):  # flex attention is mathematically equal
         found = collect_findings(model, build_images(2), build_images(1))
     alike = found.uniform_by_token
     assert alike["entropy"].tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
     corner = [(8 * row + 4.0, 8 * column + 4.0) for row in (0, 1) for column in (2, 3)]
-    assert alike["spread"].tolist()[1] == pytest.approx(mean([math.dist(one, (8, 24)) for one in corner]).item())
+    assert alike["spread"].tolist()[1] == pytest.approx(average([math.dist(one, (8, 24)) for one in corner]).item())
     assert alike["spread"][0].item() == pytest.approx(found.uniform["spread"])
     for name in ("entropy", "spread"):
         figures = getattr(found, name)
         assert get_largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
 
 
-def test_gated_tokens_and_biases_hide_nothing() -> None:
+def test_gates_and_biases_mask_no_tokens() -> None:
     fields = [{"gated_tokens": {"registers": 2}, "num_register_tokens": 2}, {"relative_position_bias": "layer"}]
     for one in fields:
         model = randomize(ViTCLSModel(build_tiny_config(**one)))
@@ -255,15 +255,15 @@ def test_gated_tokens_and_biases_hide_nothing() -> None:
         assert entropies.tolist() == pytest.approx([found.uniform["entropy"]] * len(entropies))
 
 
-def test_attention_of_each_patch_to_itself_reaches_nowhere() -> None:
-    """Exactly, at the size of real images."""
+def test_attention_of_patches_to_themselves_has_distance_zero() -> None:
+    """The distance is exactly zero, at the size of real images."""
     points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
     assert token_statistics.compute_patch_distance(torch.eye(196)[None, None], points).item() == 0
     assert token_statistics.compute_spread(torch.eye(196), points).abs().max() <= 1e-4
 
 
 def test_outliers_are_counted_after_each_layer() -> None:
-    """One patch of sixteen, in half of the images, gets a huge state in layer 2."""
+    """One patch of sixteen gets a large state in layer 2, in half of the images."""
     model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3, num_register_tokens=2)))
     pixels = build_images(4)
 
@@ -287,7 +287,7 @@ def test_outliers_are_counted_after_each_layer() -> None:
     ids=lambda fields: ", ".join(fields) or "plain",
 )
 def test_outliers_without_registers(fields: dict[str, Any]) -> None:
-    """A register that all patches attend to keeps one patch's norm down: hidden, it stands out."""
+    """A register to which all patches attend keeps the norm of one patch low. Without it, the patch is an outlier."""
     model = randomize(ViTCLSModel(build_tiny_config(**{"num_hidden_layers": 3, "num_register_tokens": 2, **fields})))
     pixels = build_images(4)
     first = model.config.token_layout.patches.start
@@ -295,7 +295,7 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     masks = []
 
     def plant(layer: nn.Module, args: tuple, states: torch.Tensor) -> torch.Tensor:
-        """What a trained layer might do, where it sees registers or not."""
+        """Simulate a trained layer, whose output depends on whether it attends to registers."""
         rows = args[1][:, 0] if args[1] is not None else torch.ones(1, 1, states.shape[1], dtype=torch.bool)
         masks.append(rows)
         states = states.clone()
@@ -307,11 +307,12 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     assert found.outliers.max() == 0
     assert found.outliers_without_registers.tolist() == pytest.approx([0, 0, 1 / 16, 1 / 16])
     assert found.patch_ratios_without_registers[2].max() > 100 > 3 > found.patch_ratios[2].max()
-    hidden = masks[-1].expand(4, -1, -1)  # the last pass: nobody attends to registers, and all else is as it was
+    # the last pass: no token attends to registers, and everything else is unchanged
+    hidden = masks[-1].expand(4, -1, -1)
     assert not hidden[:, :, registers].any() and hidden[:, first:, first:].all()
 
 
-def test_without_registers_there_is_nothing_to_hide() -> None:
+def test_models_without_registers_have_no_ablation() -> None:
     assert (
         collect_findings(randomize(ViTCLSModel(build_tiny_config())), build_images()).outliers_without_registers
         is None
@@ -346,14 +347,14 @@ def test_half_precision() -> None:
     assert get_largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
 
 
-def test_norms_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_statistics, "MAX_NORMS", 40)
     model = randomize(ViTCLSModel(build_tiny_config()))
     found = collect_findings(model, build_images(2), build_images(2), build_images(2))
     assert found.patch_norms.shape == (3, 40)
-    everything = torch.stack([eager(model, image)[1][:, 1:].norm(dim=-1) for image in build_images(2)], dim=1).flatten(
-        1
-    )
+    everything = torch.stack(
+        [run_eager(model, image)[1][:, 1:].norm(dim=-1) for image in build_images(2)], dim=1
+    ).flatten(1)
     assert get_largest_difference(found.patch_norms[:, :32], everything) <= 1e-4
 
 

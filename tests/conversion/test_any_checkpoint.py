@@ -1,4 +1,4 @@
-"""Any checkpoint by its name: vitcls models as they are, others converted once, commits pinned."""
+"""Checkpoints by name: vitcls models are used directly, others are converted once, and commits are pinned."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Use an empty cache, without a network, and forget the settings of Accelerate."""
+    """Use an empty cache without a network, and reset Accelerate."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     reset_accelerate()
@@ -49,8 +49,8 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cached_on_the_hub(tmp_path: Path) -> str:
-    """The id of a vitcls model that is in the cache of the Hub, at COMMIT."""
+def cached_hub_model(tmp_path: Path) -> str:
+    """Return the id of a vitcls model in the Hub cache, at COMMIT."""
     repository = tmp_path / "cache" / "hub" / "models--ann--mine"
     snapshot = repository / "snapshots" / COMMIT
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(snapshot)
@@ -89,8 +89,8 @@ def test_a_changed_source_is_converted_again(source: Path) -> None:
     assert torch.allclose(biases[1], biases[0] + 1)
 
 
-def test_a_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pretrained weights cannot be downloaded in tests: random ones take their place."""
+def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights replace the pretrained weights, which tests cannot download."""
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **keywords: create(name, **keywords))
     folder = resolve_checkpoint("timm:test_vit")
@@ -105,7 +105,7 @@ def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkey
     assert not own_cache.exists() or not list(own_cache.iterdir())
 
 
-def test_vitcls_folders_are_used_as_they_are(tmp_path: Path) -> None:
+def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
     assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
@@ -121,7 +121,8 @@ def test_unsupported_names_are_errors(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_a_published_state_dict(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()  # as DeiT published its weights
+    # in the layout in which DeiT published its weights
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()
     file = tmp_path / "deit_tiny.pth"
     torch.save({"model": theirs.state_dict()}, file)
     model, _ = load_model(str(file), with_head=True)
@@ -135,18 +136,18 @@ def test_a_published_state_dict(tmp_path: Path) -> None:
         resolve_checkpoint(str(tmp_path / "empty.pth"))
 
 
-def test_commits_are_pinned(cached_on_the_hub: str) -> None:
-    pinned = f"{cached_on_the_hub}@{COMMIT}"
-    assert pin_revision(cached_on_the_hub) == pin_revision(pinned) == pinned
-    assert pin_revision(f"transformers:{cached_on_the_hub}@main") == f"transformers:{pinned}"
+def test_commits_are_pinned(cached_hub_model: str) -> None:
+    pinned = f"{cached_hub_model}@{COMMIT}"
+    assert pin_revision(cached_hub_model) == pin_revision(pinned) == pinned
+    assert pin_revision(f"transformers:{cached_hub_model}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
-    assert is_pinned(pinned, cached_on_the_hub) and is_pinned(pinned, f"{cached_on_the_hub}@main")
-    assert not is_pinned(pinned, pinned) and not is_pinned(pinned, f"{cached_on_the_hub}@{'f' * 40}")
+    assert is_pinned(pinned, cached_hub_model) and is_pinned(pinned, f"{cached_hub_model}@main")
+    assert not is_pinned(pinned, pinned) and not is_pinned(pinned, f"{cached_hub_model}@{'f' * 40}")
     assert not is_pinned(None, None)
     assert resolve_checkpoint(pinned).endswith(COMMIT)
     load_model(pinned, with_head=True)
     with pytest.raises(OSError, match="ann/mine"):
-        resolve_checkpoint(f"{cached_on_the_hub}@{'f' * 40}")
+        resolve_checkpoint(f"{cached_hub_model}@{'f' * 40}")
 
 
 def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:
@@ -163,14 +164,14 @@ def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:
     return run_task(FinetuneTask(options))
 
 
-def test_a_run_records_the_commit(cached_on_the_hub: str, tmp_path: Path) -> None:
+def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    results = run(folder, cached_on_the_hub)
+    results = run(folder, cached_hub_model)
     resolved = yaml.safe_load((folder / "config.resolved.yaml").read_text(encoding="utf-8"))
-    assert resolved["model"] == f"{cached_on_the_hub}@{COMMIT}"
-    assert f"{cached_on_the_hub}@{COMMIT}" in (folder / "README.md").read_text(encoding="utf-8")
+    assert resolved["model"] == f"{cached_hub_model}@{COMMIT}"
+    assert f"{cached_hub_model}@{COMMIT}" in (folder / "README.md").read_text(encoding="utf-8")
     (folder / "results.json").unlink()
-    assert run(folder, cached_on_the_hub, resume=True)["accuracy"] == results["accuracy"]
+    assert run(folder, cached_hub_model, resume=True)["accuracy"] == results["accuracy"]
 
 
 def test_a_run_starts_from_a_converted_model(source: Path, tmp_path: Path) -> None:

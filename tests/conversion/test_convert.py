@@ -87,7 +87,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     return base / "converted", done.stdout, base / "source"
 
 
-def test_a_model_of_timm(from_timm: tuple[Path, str]) -> None:
+def test_a_timm_model_with_random_weights(from_timm: tuple[Path, str]) -> None:
     folder, _ = from_timm
     source = randomize_weights(timm.create_model("test_vit"))
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -165,7 +165,7 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     photograph("china.jpg").save(tmp_path / "china.png")
     lines = [line.strip() for line in printed.splitlines() if "from_pretrained(" in line]
     loading = "\n".join(line.replace("trust_remote_code", 'backend="pil", trust_remote_code') for line in lines)
-    loading = loading.replace('backend="pil", ', "", 1)  # the model has none; timm resizes with PIL
+    loading = loading.replace('backend="pil", ', "", 1)  # the model has no image processor; timm resizes with PIL
     words = ["-I", "-c", CHILD.format(loading=loading), tmp_path / "china.png", tmp_path / "logits"]
     child = run_fresh(*words, environment={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert child.returncode == 0, child.stderr[-2000:]
@@ -208,11 +208,11 @@ def test_wrong_flags_end_with_status_2(flags: list[str]) -> None:
 def add_to_weight(name: str) -> Callable[[Any], None]:
     """Return a function that adds 1e-3 to one weight."""
 
-    def spoil(model: Any) -> None:
+    def spoil_weight(model: Any) -> None:
         with torch.no_grad():
             model.get_parameter(name).view(-1)[0] += 1e-3
 
-    return spoil
+    return spoil_weight
 
 
 def use_bilinear_interpolation(model: Any) -> None:
@@ -223,8 +223,8 @@ def use_bilinear_interpolation(model: Any) -> None:
     positions.config.position_interpolation = "bilinear"
 
 
-def make_nan(model: Any) -> None:
-    """Fill a bias with NaN, which no comparison exceeds."""
+def fill_with_nan(model: Any) -> None:
+    """Fill a bias with NaN. Comparisons with NaN are always false."""
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
 
@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
     "a layer": (add_to_weight("vitcls.layers.3.mlp.fc1.bias"), "160 x 160 pixels: cls by"),
     "the classifier": (add_to_weight("classifier.bias"), "160 x 160 pixels: logits by 0.001"),
     "the interpolation": (use_bilinear_interpolation, "112 x 208 pixels: cls by"),
-    "nan": (make_nan, "logits by nan"),
+    "nan": (fill_with_nan, "logits by nan"),
 }
 
 
@@ -276,7 +276,7 @@ def test_a_failure_while_writing_leaves_nothing(method: str, tmp_path: Path, mon
     assert not list_all(tmp_path)
 
 
-def test_weights_that_do_not_load_as_they_are_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_change_when_loaded_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = ViTCLSForImageClassification.save_pretrained
 
     def wrong(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -308,7 +308,7 @@ def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
 # Sources
 
 
-def test_random_values_are_the_same_each_time_and_everywhere(tmp_path: Path) -> None:
+def test_random_weights_are_reproducible(tmp_path: Path) -> None:
     for name in ("one", "two"):
         convert_checkpoint("timm:test_vit", tmp_path / name, random_init=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -316,7 +316,7 @@ def test_random_values_are_the_same_each_time_and_everywhere(tmp_path: Path) -> 
     assert all(weight.std() > 0.01 for weight in one.values() if weight.numel() > 1)
 
 
-def test_random_init_needs_no_weights(tmp_path: Path) -> None:
+def test_random_init_requires_no_weights(tmp_path: Path) -> None:
     transformers.Dinov2WithRegistersConfig(
         **WIDTHS, image_size=32, patch_size=8, architectures=["Dinov2WithRegistersModel"]
     ).save_pretrained(tmp_path / "source")
@@ -434,7 +434,7 @@ class RunWhenUnpickled:
         return os.mkdir, (str(self.file),)
 
 
-def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
+def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
     source = save_checkpoint(
         randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
     )
@@ -457,7 +457,7 @@ def test_the_cause_of_a_loading_error_may_be_a_pickle() -> None:
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is asked, either: transformers would read the answer from the standard input."""
+    """transformers must not ask for confirmation on the standard input either."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run remote code"))
     source = save_checkpoint(
@@ -492,7 +492,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
         convert_checkpoint(f"transformers:{tmp_path}", tmp_path / "made")
 
 
-def test_half_precision_is_kept_if_it_is_exact(tmp_path: Path) -> None:
+def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     half = build_vit_classifier().to(torch.bfloat16)
     made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
     assert max(made.comparisons[0].differences.values()) <= LIMIT

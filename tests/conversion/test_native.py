@@ -61,7 +61,7 @@ def test_a_plain_vit_has_the_same_outputs_at_any_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["model", "masked", "backbone"])
-def test_of_other_models_the_encoder_is_written(tmp_path: Path, kind: str) -> None:
+def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) -> None:
     report = write_native_model(str(save(tmp_path / "mine", kind)), tmp_path / "native")
     assert report.model_class == "ViTModel" and report.classifier == "none"
 
@@ -75,7 +75,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
     assert "| logits |" in card.text and str(tmp_path) not in str(card)
 
 
-def test_what_no_class_supports_is_named(tmp_path: Path) -> None:
+def test_unsupported_features_are_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", qk_norm=True)
     with raises_one_line("qk_norm=True", "ViTForImageClassification", error=ConversionError):
         write_native_model(str(folder), tmp_path / "native")

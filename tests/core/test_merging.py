@@ -91,8 +91,8 @@ def test_patches_of_one_color_are_merged() -> None:
     outputs, pixel_values = record_groups(model), build_two_color_images()
     model(pixel_values, output_hidden_states=True)
     kinds = pixel_values[:, 0, ::8, ::8].flatten(1)  # [2, 16]
-    token_index = outputs[-1][0][1].token_index[:, PREFIX:]
-    together = token_index[:, :, None] == token_index[:, None, :]
+    group_index = outputs[-1][0][1].group_index[:, PREFIX:]
+    together = group_index[:, :, None] == group_index[:, None, :]
     assert together.sum() > 2 * 16
     assert (kinds[:, :, None] == kinds[:, None, :])[together].all()
 
@@ -106,11 +106,11 @@ def test_special_tokens_are_kept_and_merged_patches_share_a_state() -> None:
         left = 16 - 3 * (index + 1)
         assert group.sizes.shape == (2, PREFIX + left) and group.sizes.sum(1).tolist() == [PREFIX + 16] * 2
         assert group.sizes[:, :PREFIX].eq(1).all()
-        assert group.token_index[:, :PREFIX].eq(torch.arange(PREFIX)).all()
-        assert group.token_index[:, PREFIX:].min() >= PREFIX
+        assert group.group_index[:, :PREFIX].eq(torch.arange(PREFIX)).all()
+        assert group.group_index[:, PREFIX:].min() >= PREFIX
         assert state.shape == (2, PREFIX + 16, 16)
         assert_same_outputs(group.expand(group.collect(state)), state)
-        assert group.position_index.diff(dim=1).min() > 0  # tokens keep their order
+        assert group.member_index.diff(dim=1).min() > 0  # tokens keep their order
 
 
 def test_matching_and_averages_equal_the_paper() -> None:
@@ -148,8 +148,8 @@ def test_matching_and_averages_equal_the_paper() -> None:
             assert get_largest_difference(merged[image], wanted) <= 1e-6
             assert after.sizes[image].tolist() == [len(group) for group in new]
             for token, group in enumerate(new):
-                assert (after.token_index[image] == token).nonzero().flatten().tolist() == group
-                assert after.position_index[image, token].item() in group
+                assert (after.group_index[image] == token).nonzero().flatten().tolist() == group
+                assert after.member_index[image, token].item() in group
             members[image] = new
         tokens, groups = merged, after
 

@@ -1,4 +1,4 @@
-"""Random changes of training images: what they do, and what decides about them."""
+"""Random augmentation of training images: its effects, and its random numbers."""
 
 import math
 from typing import Any
@@ -30,57 +30,57 @@ def build(**options: Any) -> Augmentation:
     return build_augmentation(AugmentationOptions(**options), (24, 32), InterpolationMode.BICUBIC)
 
 
-def pictures(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
+def build_pil_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(count)]
 
 
-def augmented(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
+def augment(augmentation: Augmentation, sources: list[torch.Tensor], seed: int, indices: list[int]) -> torch.Tensor:
     fixed = [augmentation.fixed_transform(source) for source in sources]
     seeds = np.full(len(sources), seed, dtype=np.uint64)
     return augmentation(fixed, seeds, np.array(indices, dtype=np.uint64))
 
 
 @pytest.mark.parametrize("name", [*ALL, "everything"])
-def test_each_change_depends_on_its_own_seed_and_index_alone(name: str) -> None:
+def test_augmentation_depends_only_on_seed_and_index(name: str) -> None:
     augmentation = build(**(ALL if name == "everything" else STILL | {name: ALL[name]}))
-    sources = pictures(6)
+    sources = build_pil_images(6)
     indices = [5, 0, 7, 1, 2, 9]
-    first = augmented(augmentation, sources, 3, indices)
+    first = augment(augmentation, sources, 3, indices)
     assert first.shape == (6, 3, 24, 32) and first.dtype == torch.uint8
-    torch.rand(1)  # the state of the global generator must not matter, nor the company in the batch
-    assert torch.equal(augmented(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
-    assert not torch.equal(augmented(augmentation, sources, 4, indices), first)
-    assert not torch.equal(augmented(augmentation, sources, 3, indices[::-1]), first)
+    torch.rand(1)  # Neither the state of the global generator nor the other images of the batch must matter.
+    assert torch.equal(augment(augmentation, sources[2:4], 3, indices[2:4]), first[2:4])
+    assert not torch.equal(augment(augmentation, sources, 4, indices), first)
+    assert not torch.equal(augment(augmentation, sources, 3, indices[::-1]), first)
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_is_not_used() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    augmented(build(**ALL), pictures(2), 0, [0, 1])
+    augment(build(**ALL), build_pil_images(2), 0, [0, 1])
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_images_of_different_sizes_become_one_batch() -> None:
-    """Each image becomes what it becomes in a batch of its own."""
-    sources = [*pictures(1, (40, 36)), *pictures(1, (17, 90))]
+    """Each image is augmented as in a batch of its own."""
+    sources = [*build_pil_images(1, (40, 36)), *build_pil_images(1, (17, 90))]
     for options in (ALL, STILL):
-        batch = augmented(build(**options), sources, 0, [0, 1])
+        batch = augment(build(**options), sources, 0, [0, 1])
         assert batch.shape == (2, 3, 24, 32)
         for index, source in enumerate(sources):
-            assert torch.equal(batch[index], augmented(build(**options), [source], 0, [index])[0])
+            assert torch.equal(batch[index], augment(build(**options), [source], 0, [index])[0])
 
 
 def test_without_changes_images_are_resized() -> None:
-    (source,) = pictures(1)
+    (source,) = build_pil_images(1)
     resize = v2.Resize((24, 32), interpolation=InterpolationMode.BICUBIC)
-    assert torch.equal(augmented(build(**STILL), [source], 0, [0])[0], resize(source))
+    assert torch.equal(augment(build(**STILL), [source], 0, [0])[0], resize(source))
 
 
 def test_half_of_the_images_are_mirrored() -> None:
-    (source,) = pictures(1, (24, 32))
-    results = augmented(build(crop_scale=1.0, flip=True), [source] * 400, 0, list(range(400)))
+    (source,) = build_pil_images(1, (24, 32))
+    results = augment(build(crop_scale=1.0, flip=True), [source] * 400, 0, list(range(400)))
     mirrored = [torch.equal(result, source.flip(-1)) for result in results]
     assert all(found or torch.equal(result, source) for found, result in zip(mirrored, results, strict=True))
     assert 160 < sum(mirrored) < 240
@@ -96,12 +96,12 @@ def test_half_of_the_images_are_mirrored() -> None:
         ({"rotation": 20.0, "shift": 0.25, "zoom": 0.5}, [1, 1, 0, 1, 0], {}),
     ],
 )
-def test_placement_is_torchvisions_affine(
+def test_placement_equals_torchvision_affine(
     change: dict[str, float], numbers: list[float], affine: dict[str, Any]
 ) -> None:
-    """Numbers 0 and 1 are the ends of each range; unused ones are anything."""
+    """Random numbers 0 and 1 are the ends of each range; unused ones are arbitrary."""
     affine = affine or {"angle": 20, "translate": [-8, 6], "scale": 0.5}
-    smooth = v2.functional.gaussian_blur(torch.stack(pictures(2, (24, 32))), [7, 7], [3.0, 3.0])
+    smooth = v2.functional.gaussian_blur(torch.stack(build_pil_images(2, (24, 32))), [7, 7], [3.0, 3.0])
     placed = BatchTransform(AugmentationOptions(**{"crop_scale": 1.0, "flip": False, "shift": 0.0} | change))(
         smooth, np.array([numbers] * 2)
     )
@@ -111,8 +111,8 @@ def test_placement_is_torchvisions_affine(
     torch.testing.assert_close(placed.float()[inside], expected[inside], atol=1.0, rtol=0)
 
 
-def test_a_mirrored_image_is_placed_like_any_other() -> None:
-    source = torch.stack(pictures(1, (24, 32)))
+def test_a_mirrored_image_is_placed_like_other_images() -> None:
+    source = torch.stack(build_pil_images(1, (24, 32)))
     options = AugmentationOptions(crop_scale=1.0, flip=True, rotation=25, shift=0.2, zoom=0.1)
     numbers = np.array([[0.9, 0.8, 0.1, 0.7, 0.3]])
     of_mirrored = BatchTransform(options)(source.flip(-1), numbers)
@@ -120,8 +120,8 @@ def test_a_mirrored_image_is_placed_like_any_other() -> None:
     torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
 
 
-def test_erasing_changes_a_rectangle_and_nothing_else() -> None:
-    (source,) = pictures(1)
+def test_erasing_changes_only_a_rectangle() -> None:
+    (source,) = build_pil_images(1)
     torch.manual_seed(0)
     erased = Erasing(1.0)(source)
     changed = (erased != source).any(dim=0).nonzero()
@@ -136,44 +136,44 @@ def test_erasing_changes_a_rectangle_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("kind", ["rand", "trivial"])
 def test_automatic_augmentation_changes_images(kind: str) -> None:
-    source = v2.functional.gaussian_blur(pictures(1, (24, 32))[0], [7, 7], [3.0, 3.0])
-    results = augmented(build(**STILL, auto_augment=kind), [source] * 12, 0, list(range(12)))
+    source = v2.functional.gaussian_blur(build_pil_images(1, (24, 32))[0], [7, 7], [3.0, 3.0])
+    results = augment(build(**STILL, auto_augment=kind), [source] * 12, 0, list(range(12)))
     assert len({result.numpy().tobytes() for result in results}) > 6
 
 
 # Mixing --------------------------------------------------------------------------------------------------------------
 
 
-def mixed(**options: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four images of one value each, of four classes."""
+def build_mixed_batch(**options: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return four images with one value each, of four classes."""
     pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
     return BatchMixer(AugmentationOptions(**options), num_classes=5)(pixels, torch.arange(4))
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_mixed_labels_say_how_much_of_each_image_is_there(options: dict[str, float]) -> None:
+def test_mixed_labels_equal_the_fractions_of_the_images(options: dict[str, float]) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
-        pixels, labels = mixed(**options)
+        pixels, labels = build_mixed_batch(**options)
         assert pixels.dtype == torch.float32 and labels.shape == (4, 5)
         expected = labels @ torch.tensor([0.0, 80.0, 160.0, 240.0, 0.0])
         torch.testing.assert_close(pixels.mean(dim=(1, 2, 3)), expected, atol=0.01, rtol=0)
         torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
         torch.manual_seed(seed)
-        again, _ = mixed(**options)
+        again, _ = build_mixed_batch(**options)
         assert torch.equal(again, pixels)
 
 
-def test_with_both_each_batch_gets_one_of_the_two() -> None:
+def test_each_batch_gets_mixup_or_cutmix_if_both_are_on() -> None:
     torch.manual_seed(0)
-    is_mixup = [len(mixed(mixup=1.0, cutmix=1.0)[0][0].unique()) == 1 for _ in range(40)]
+    is_mixup = [len(build_mixed_batch(mixup=1.0, cutmix=1.0)[0][0].unique()) == 1 for _ in range(40)]
     assert 8 < sum(is_mixup) < 32
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
 
 
-def test_random_numbers_are_uniform_and_unrelated() -> None:
+def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     seeds = np.repeat(np.array([derive_seed(0), derive_seed(1)], dtype=np.uint64), 20_000)
     indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
     numbers = convert_to_fractions(draw_random_bits(seeds, indices, 3))  # [40000, 3]

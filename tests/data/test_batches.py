@@ -1,4 +1,4 @@
-"""Batches: which image comes when, on which process, in which view; and what stands in for broken ones."""
+"""Batches: the order of images, their distribution to processes and views, and substitutes of unreadable images."""
 
 import multiprocessing
 import subprocess
@@ -23,12 +23,12 @@ from modeling_vitcls.data.streaming import TrainingStream, augment_images
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
-def plan_for(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
+def build_plan(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
     data = {name: options.pop(name) for name in ("labels", "num_copies") if name in options}
     return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes, **data)
 
 
-def keys_of(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
+def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
     return [key for batch in plan.iterate_keys(process) for key in batch]
 
 
@@ -40,21 +40,21 @@ def build_images(
     return augment_images(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
 
 
-def noise(count: int) -> list[Image.Image]:
+def build_noise_images(count: int) -> list[Image.Image]:
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def equal(first: Batch, second: Batch) -> bool:
+def are_equal(first: Batch, second: Batch) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_epoch_shows_each_image_once() -> None:
-    plan = plan_for(10, epochs=3, batch_size=4)
-    keys = keys_of(plan)
+def test_every_epoch_contains_each_image_once() -> None:
+    plan = build_plan(10, epochs=3, batch_size=4)
+    keys = list_keys(plan)
     assert plan.num_steps == 8  # 3 x 10 images in batches of 4, rounded up
     for epoch in range(3):
         assert sorted(index for at, index in keys if at == epoch) == list(range(10))
@@ -62,9 +62,9 @@ def test_every_epoch_shows_each_image_once() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_copies": 2}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
-def test_batches_are_the_same_however_they_are_divided(extra: dict[str, Any]) -> None:
-    whole = plan_for(10, max_steps=7, batch_size=8, **extra)
-    shared = plan_for(10, max_steps=7, batch_size=2, gradient_accumulation_steps=2, num_processes=2, **extra)
+def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
+    whole = build_plan(10, max_steps=7, batch_size=8, **extra)
+    shared = build_plan(10, max_steps=7, batch_size=2, gradient_accumulation_steps=2, num_processes=2, **extra)
     parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
     for step, batch in enumerate(whole.iterate_keys(process=0)):
         pieces = [key for part in parts for piece in part[2 * step : 2 * step + 2] for key in piece]
@@ -72,24 +72,24 @@ def test_batches_are_the_same_however_they_are_divided(extra: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_copies": 3}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
-def test_batches_can_start_anywhere(extra: dict[str, Any]) -> None:
-    plan, again = (plan_for(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
+def test_batches_can_start_at_any_step(extra: dict[str, Any]) -> None:
+    plan, again = (build_plan(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
     assert list(plan.iterate_keys(process=0, first_step=4)) == list(again.iterate_keys(process=0))[4:]
 
 
-def test_repeated_augmentation_shows_copies_in_the_same_step() -> None:
-    plan = plan_for(10, epochs=6, batch_size=12, num_copies=3)
+def test_repeated_augmentation_puts_copies_into_the_same_step() -> None:
+    plan = build_plan(10, epochs=6, batch_size=12, num_copies=3)
     assert plan.num_steps == 5
     for batch in plan.iterate_keys(process=0):
         assert set(Counter(index for _, index in batch).values()) == {3}
-        assert len(set(batch)) == 12  # copies differ in their epoch, and so in their augmentation
-        assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing takes neighbors
-    assert sorted(keys_of(plan)) == [(epoch, index) for epoch in range(6) for index in range(10)]
+        assert len(set(batch)) == 12  # copies have different epochs, and therefore different augmentation
+        assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing combines neighbors
+    assert sorted(list_keys(plan)) == [(epoch, index) for epoch in range(6) for index in range(10)]
 
 
 def test_copies_do_not_have_to_divide_the_batch() -> None:
-    """--repeated-augmentation 3 works with the default batch of 64 images."""
-    plan = plan_for(100, epochs=2, batch_size=64, num_copies=3)
+    """--repeated-augmentation 3 is valid with the default batch of 64 images."""
+    plan = build_plan(100, epochs=2, batch_size=64, num_copies=3)
     batches = list(plan.iterate_keys(process=0))
     for batch in batches:
         assert len(set(batch)) == 64
@@ -98,13 +98,13 @@ def test_copies_do_not_have_to_divide_the_batch() -> None:
     assert len(set(first_images[:88])) == 88  # the next step continues with other images
 
 
-def test_balanced_sampling_shows_classes_equally_often() -> None:
+def test_balanced_sampling_draws_classes_equally_often() -> None:
     labels = [0] * 30 + [2] * 6 + [5] * 3
-    keys = keys_of(plan_for(39, epochs=40, batch_size=39, class_balance="sampling", labels=labels))
+    keys = list_keys(build_plan(39, epochs=40, batch_size=39, class_balance="sampling", labels=labels))
     for epoch in range(40):
         shown = Counter(labels[index] for _, index in keys[epoch * 39 : (epoch + 1) * 39])
         assert shown == {0: 13, 2: 13, 5: 13}
-    assert len(set(keys)) == len(keys)  # a image that comes again is augmented anew
+    assert len(set(keys)) == len(keys)  # repeated images are augmented differently
     for label, members in ((0, range(30)), (2, range(30, 36)), (5, range(36, 39))):
         times = Counter(index for _, index in keys if labels[index] == label)
         assert times.keys() == set(members)
@@ -113,20 +113,20 @@ def test_balanced_sampling_shows_classes_equally_often() -> None:
     assert orders[0] != orders[1]
 
 
-def test_balanced_sampling_of_classes_that_do_not_divide() -> None:
+def test_balanced_sampling_of_class_counts_that_are_not_divisors() -> None:
     labels = [0] * 7 + [1] * 2 + [2]
-    keys = keys_of(plan_for(10, epochs=30, batch_size=10, class_balance="sampling", labels=labels))
+    keys = list_keys(build_plan(10, epochs=30, batch_size=10, class_balance="sampling", labels=labels))
     assert Counter(labels[index] for _, index in keys) == {0: 100, 1: 100, 2: 100}
 
 
-def test_weights_are_inverse_to_frequency_and_one_on_average() -> None:
+def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
     labels = [0] * 6 + [1] * 3 + [3] + [-100] * 5
     weights = compute_class_weights(labels, 5)
     assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
     assert sum(weights[label].item() for label in labels[:10]) / 10 == pytest.approx(1)
 
 
-def test_streams_need_an_end() -> None:
+def test_streams_require_a_number_of_steps() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
         BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
     with pytest.raises(ValueError, match="--class-balance sampling requires one known label per image"):
@@ -137,8 +137,8 @@ def test_streams_need_an_end() -> None:
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_says_what_is_in_it() -> None:
-    source = LabeledImages(noise(5), [0, 1, 2, 3, 4])
+def test_a_batch_contains_its_keys() -> None:
+    source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
     batch = build_images(source)[[(3, 4), (0, 2)]]
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
@@ -161,13 +161,13 @@ def test_a_batch_says_what_is_in_it() -> None:
     ],
 )
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
-    pictures = build_images(LabeledImages(noise(2), labels))
+    pictures = build_images(LabeledImages(build_noise_images(2), labels))
     torch.testing.assert_close(pictures[[(0, 0), (0, 1)]]["labels"], expected)
 
 
 @pytest.mark.parametrize("as_arrays", [True, False])
 @pytest.mark.parametrize("options", [{"rotation": 20, "shift": 0.1}, {"crop_scale": 0.4}, {"auto_augment": "rand"}])
-def test_pixels_depend_on_seed_epoch_and_image_alone(as_arrays: bool, options: dict[str, Any]) -> None:
+def test_pixels_depend_only_on_seed_epoch_and_image(as_arrays: bool, options: dict[str, Any]) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
     arrays = ArrayImages(values)
     source = LabeledImages(arrays if as_arrays else list(arrays), [0] * 4)
@@ -183,11 +183,11 @@ def test_pixels_depend_on_seed_epoch_and_image_alone(as_arrays: bool, options: d
     whole = build_images(source, **options)[[(1, 2), (0, 3), (2, 0)]]["pixels"]
     assert torch.equal(whole[1], pixels(0, 0))
     other = LabeledImages(list(arrays) if as_arrays else arrays, [0] * 4)
-    assert torch.equal(build_images(other, **options)[[(0, 3)]]["pixels"][0], pixels(0, 0))  # wherever they are kept
+    assert torch.equal(build_images(other, **options)[[(0, 3)]]["pixels"][0], pixels(0, 0))  # for any kind of storage
 
 
-def test_views_recur_while_epochs_go_on() -> None:
-    pictures = build_images(LabeledImages(noise(3), [0, 1, 2]), num_views=2, rotation=20)
+def test_views_repeat_after_the_last_one() -> None:
+    pictures = build_images(LabeledImages(build_noise_images(3), [0, 1, 2]), num_views=2, rotation=20)
     batch = pictures[[(0, 1), (1, 1), (2, 1), (7, 1)]]
     assert batch["epoch"].tolist() == [0, 1, 2, 7]
     assert batch["view"].tolist() == [0, 1, 0, 1]
@@ -197,7 +197,7 @@ def test_views_recur_while_epochs_go_on() -> None:
 
 
 def test_pixels_match_the_image_processor() -> None:
-    """Without augmentation, training and evaluation see the same values."""
+    """Without augmentation, training and evaluation use equal values."""
     data = load_training_data(DataOptions(dataset="digits"))
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 16})
     pictures = build_images(data.train)
@@ -209,22 +209,22 @@ def test_pixels_match_the_image_processor() -> None:
 
 def test_small_datasets_are_decoded_once(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path, picture in zip(paths, noise(3), strict=True):
+    for path, picture in zip(paths, build_noise_images(3), strict=True):
         picture.save(path)
     pictures = build_images(LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
     before = pictures[[(5, 0), (5, 1), (5, 2)]]
     for path in paths:
         path.unlink()
-    assert equal(pictures[[(5, 0), (5, 1), (5, 2)]], before)
+    assert are_equal(pictures[[(5, 0), (5, 1), (5, 2)]], before)
 
 
-# Broken images -------------------------------------------------------------------------------------------------------
+# Unreadable images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def half_broken(tmp_path: Path) -> LabeledImages:
-    """Six images, of which the second, the third and the last cannot be read."""
-    for index, picture in enumerate(noise(6)):
+def half_unreadable(tmp_path: Path) -> LabeledImages:
+    """Return six images, of which the second, the third and the last are unreadable."""
+    for index, picture in enumerate(build_noise_images(6)):
         if index in (1, 2, 5):
             (tmp_path / f"{index}.png").write_bytes(b"no picture")
         else:
@@ -233,31 +233,31 @@ def half_broken(tmp_path: Path) -> LabeledImages:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_image_stands_in_for_a_broken_one(half_broken: LabeledImages, num_workers: int) -> None:
-    plan = plan_for(6, epochs=3, batch_size=3)
-    batches = list(iterate_training_batches(build_images(half_broken, rotation=20), plan, 0, num_workers))
+def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImages, num_workers: int) -> None:
+    plan = build_plan(6, epochs=3, batch_size=3)
+    batches = list(iterate_training_batches(build_images(half_unreadable, rotation=20), plan, 0, num_workers))
     assert len(batches) == 6
     stands_in = {1: 3, 2: 3, 5: 0}
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
         assert batch["index"].tolist() == batch["labels"].tolist() == [stands_in.get(at, at) for at in wanted]
         assert batch["replaced"].tolist() == [at if at in stands_in else -1 for at in wanted]
-    resumed = iterate_training_batches(build_images(half_broken, rotation=20), plan, 0, num_workers, first_step=4)
-    assert all(equal(*pair) for pair in zip(resumed, batches[4:], strict=True))
+    resumed = iterate_training_batches(build_images(half_unreadable, rotation=20), plan, 0, num_workers, first_step=4)
+    assert all(are_equal(*pair) for pair in zip(resumed, batches[4:], strict=True))
 
 
-def test_a_unreadable_image_is_described(half_broken: LabeledImages) -> None:
-    assert "5.png" in build_images(half_broken).describe_unreadable(5)
-    floats = build_images(LabeledImages([Image.new("F", (9, 9)), *noise(1)], [0, 1]))
-    assert floats[[(0, 0)]]["replaced"].tolist() == [0]  # decoded, yet of no use
+def test_an_unreadable_image_is_described(half_unreadable: LabeledImages) -> None:
+    assert "5.png" in build_images(half_unreadable).describe_unreadable(5)
+    floats = build_images(LabeledImages([Image.new("F", (9, 9)), *build_noise_images(1)], [0, 1]))
+    assert floats[[(0, 0)]]["replaced"].tolist() == [0]  # can be decoded, but not used
     assert "mode F" in floats.describe_unreadable(0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_dataset_without_any_readable_image_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
+def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path, num_workers: int) -> None:
     source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
     with pytest.raises(ValueError, match=r"none of the 3 images can be read, for example: .*\.png") as caught:
-        next(iterate_training_batches(build_images(source), plan_for(3, batch_size=2, max_steps=2), 0, num_workers))
+        next(iterate_training_batches(build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers))
     assert "\n" not in str(caught.value)
 
 
@@ -265,23 +265,25 @@ def test_a_dataset_without_any_readable_image_ends_in_one_line(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("first_step", [0, 3])
-def test_workers_change_nothing(first_step: int) -> None:
-    source = LabeledImages(noise(7), list(range(7)))
+def test_workers_do_not_change_batches(first_step: int) -> None:
+    source = LabeledImages(build_noise_images(7), list(range(7)))
     options = {"crop_scale": 0.5, "flip": True, "auto_augment": "trivial", "random_erasing": 0.5}
-    plan = plan_for(7, max_steps=6, batch_size=4)
+    plan = build_plan(7, max_steps=6, batch_size=4)
     alone = list(iterate_training_batches(build_images(source, **options), plan, 0, num_workers=0))
     shared = list(iterate_training_batches(build_images(source, **options), plan, 0, 2, first_step=first_step))
     assert len(shared) == 6 - first_step
-    assert all(equal(*pair) for pair in zip(alone[first_step:], shared, strict=True))
+    assert all(are_equal(*pair) for pair in zip(alone[first_step:], shared, strict=True))
 
 
-def test_workers_outlive_the_signals_that_stop_a_run() -> None:
-    """Ctrl-C and a cluster's SIGTERM reach all processes; the main one still has to save."""
-    source = LabeledImages(noise(4), [0] * 4)
-    batches = iterate_training_batches(build_images(source), plan_for(4, max_steps=60, batch_size=2), 0, num_workers=2)
+def test_workers_ignore_the_signals_that_stop_a_run() -> None:
+    """Ctrl-C and a cluster's SIGTERM reach all processes, but the main process still has to save."""
+    source = LabeledImages(build_noise_images(4), [0] * 4)
+    batches = iterate_training_batches(
+        build_images(source), build_plan(4, max_steps=60, batch_size=2), 0, num_workers=2
+    )
     before = multiprocessing.active_children()
     for _ in range(2):
-        next(batches)  # one from each worker: both are up
+        next(batches)  # one batch from each worker: both have started
     workers = [str(child.pid) for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
     for name in ("INT", "TERM"):
@@ -290,8 +292,10 @@ def test_workers_outlive_the_signals_that_stop_a_run() -> None:
     assert len(list(islice(batches, 50))) == 50
 
 
-def test_a_grey_model_skips_images_in_color() -> None:
-    pictures = [picture.convert(mode) for picture, mode in zip(noise(4), ("L", "RGB", "RGBA", "LA"), strict=True)]
+def test_a_gray_model_skips_color_images() -> None:
+    pictures = [
+        picture.convert(mode) for picture, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
+    ]
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
     source = LabeledImages(pictures, [0, 1, 2, 3])
     prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)

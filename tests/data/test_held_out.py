@@ -1,4 +1,4 @@
-"""Held-out images: which they are when datasets grow or move, and that evaluation uses those of the model's run."""
+"""Held-out images: stable if datasets grow or move, and used by evaluations of the run's model."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def get_names(part: Any) -> set[str]:
 
 
 def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
-    """Fine-tune for two steps; returns what results.json holds."""
+    """Fine-tune for two steps and return the contents of results.json."""
     return run_task(FinetuneTask(build_tiny_options(output, dataset, max_steps=2, batch_size=8, **flags)))
 
 
@@ -52,7 +52,7 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
     return evaluate_checkpoint(EvaluateOptions(str(model), DataOptions(str(dataset), num_workers=0, **data), split))
 
 
-# The choice ----------------------------------------------------------------------------------------------------------
+# Selection -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_growing_folder_keeps_its_split(tmp_path: Path) -> None:
@@ -65,9 +65,7 @@ def test_a_growing_folder_keeps_its_split(tmp_path: Path) -> None:
     assert trained < get_names(after.train)
 
 
-def test_the_split_is_that_of_the_names_wherever_the_folder_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_photos(tmp_path / "here", range(40))
     held_out = get_names(read(folder, split_seed=3).held_out)
     assert held_out != get_names(read(folder, split_seed=4).held_out)
@@ -84,8 +82,8 @@ def test_the_split_is_that_of_the_names_wherever_the_folder_is(
     assert get_names(read("list.csv", split_seed=3).held_out) == listed  # in any order
 
 
-def test_images_without_names_are_chosen_by_their_content(tmp_path: Path) -> None:
-    """Stored and streamed, in any order, with equal images on the same side."""
+def test_images_without_names_are_selected_by_their_content(tmp_path: Path) -> None:
+    """Check stored and streamed images, in any order; equal images are on the same side."""
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     found = []
     for order in (paths, paths[::-1], paths + paths):
@@ -99,8 +97,8 @@ def test_images_without_names_are_chosen_by_their_content(tmp_path: Path) -> Non
     assert found[0] == found[1] == found[2] == found[3] and 0 < len(found[0]) < 60
 
 
-def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
-    """Of 20,000 images, within 5 standard deviations; and a larger fraction holds what a smaller one holds."""
+def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
+    """Check 20,000 images, within 5 standard deviations. A larger fraction contains the images of a smaller one."""
     for fraction in (0.05, 0.2, 0.5):
         part, larger = HeldOutRule(fraction, 1), HeldOutRule(fraction + 0.1, 1)
         held_out = [key for key in range(20_000) if part.is_held_out(key)]
@@ -108,7 +106,7 @@ def test_the_fraction_is_kept_on_average(tmp_path: Path) -> None:
         assert all(larger.is_held_out(key) for key in held_out)
 
 
-def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
+def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(60))
     seeds = {}
     write_photos(tmp_path, range(1), "rare")
@@ -123,7 +121,7 @@ def test_classes_that_one_part_lacks_are_named(tmp_path: Path) -> None:
     assert describe_missing_classes(read(folder)) == []
 
 
-def test_parts_without_images_are_refused(tmp_path: Path) -> None:
+def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(2))
     with raises_one_line(
         "none of the 4 images would be held out", "--held-out-fraction 1e-06", "a larger --held-out-fraction"
@@ -138,8 +136,8 @@ def test_parts_without_images_are_refused(tmp_path: Path) -> None:
 # The record ----------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_uses_the_images_that_the_run_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The command of the README: without --split-seed, whatever the run's was."""
+def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Evaluate without --split-seed, for any --split-seed of the run."""
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
@@ -159,9 +157,7 @@ def test_evaluation_uses_the_images_that_the_run_held_out(tmp_path: Path, capsys
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
 
 
-def test_evaluation_warns_of_images_that_may_have_been_trained_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_photos(tmp_path / "photos", range(30))
     run(tmp_path / "run", folder, split_seed=7)
 
@@ -180,7 +176,7 @@ def test_evaluation_warns_of_images_that_may_have_been_trained_on(
     assert "held-out images are not the" in line
 
     split = write_photos(tmp_path / "split" / "test", range(5)).parent
-    assert get_warnings(split) == []  # all of it is evaluated
+    assert get_warnings(split) == []  # the whole dataset is evaluated
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     (tmp_path / "run" / "results.json").write_text(
         json.dumps(results | {"held_out": {"split": "validation", "num_images": 3}}), encoding="utf-8"
@@ -192,7 +188,7 @@ def test_evaluation_warns_of_images_that_may_have_been_trained_on(
     assert "has no record of its held-out images" in line
 
 
-def test_training_on_other_images_of_the_same_dataset_is_warned_of(
+def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = write_photos(tmp_path / "photos", range(50))

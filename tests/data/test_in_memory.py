@@ -1,4 +1,4 @@
-"""Datasets in memory: every kind gives the same images and labels as files on disk."""
+"""Datasets in memory: all kinds have the same images and labels as files on disk."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ NUM_IMAGES = 40
 
 
 def make_image(index: int) -> Image.Image:
-    """Return a random color image, always the same for an index."""
+    """Return a random color image that depends only on the index."""
     pixels = np.random.default_rng(index).integers(256, size=(8, 10, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -83,7 +83,7 @@ def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) ->
     assert (kind == "splits") == (data.held_out_name == "split 'test'")
 
 
-def test_the_split_is_that_of_the_same_images_on_disk(tmp_path: Path) -> None:
+def test_the_split_equals_that_of_the_same_images_on_disk(tmp_path: Path) -> None:
     """Images are held out by their bytes, so the kind of dataset does not matter."""
     in_memory = load_training_data(DataOptions(add_dataset(build("bytes", tmp_path))))
     build("datasets", tmp_path).to_parquet(tmp_path / "images.parquet")

@@ -1,4 +1,4 @@
-"""Labels of single values: integers and text, declared or not, with and without names of numbers."""
+"""Labels of single values: integers and text, declared or not, with and without class names."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_undeclared_integers_are_names_sorted_by_value() -> None:
     reader = build_reader([10, 9, 100, None])
     assert reader.space.names == ["9", "10", "100"]
     assert read_all(reader, [9, 10, 100, 10.0, "9"]) == [0, 1, 2, 1, 0]
-    for value in (0, 1, 2, -1, 3):  # no index
+    for value in (0, 1, 2, -1, 3):  # not an index
         with raises_one_line(f"row has the label {value}, which is not one of the 3 classes"):
             reader.read({"label": value}, "row")
 

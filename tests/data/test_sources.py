@@ -1,4 +1,4 @@
-"""Datasets: where they come from, which columns count, what labels become, what is held out, unreadable images."""
+"""Datasets: sources, columns, labels, held-out parts, unreadable images."""
 
 import gzip
 import io
@@ -26,8 +26,8 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images in two classes, of odd sizes and modes."""
+def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a folder of images in two classes, with different sizes and modes."""
     folder = tmp_path_factory.mktemp("colours")
     for index in range(10):
         for name, colour in (("dusk", (20, 20, 90 + 5 * index)), ("noon", (250, 240, 120 + 5 * index))):
@@ -41,14 +41,14 @@ def read(dataset: object, **options: Any) -> Any:
     return load_training_data(DataOptions(dataset=str(dataset), **options))
 
 
-def read_whole(dataset: object) -> LabeledImages:
-    """The only split, without a held-out part."""
+def read_single_split(dataset: object) -> LabeledImages:
+    """Return the only split, without a held-out part."""
     (part,) = load_splits(DataOptions(dataset=str(dataset))).parts.values()
     return part
 
 
-def everything(data: Any) -> list[tuple[Any, Any]]:
-    """All images of both parts with their labels."""
+def list_all(data: Any) -> list[tuple[Any, Any]]:
+    """Return all images of both parts with their labels."""
     return [pair for part in (data.train, data.held_out) for pair in zip(part.images, part.labels, strict=True)]
 
 
@@ -57,16 +57,16 @@ def is_noon(picture: Image.Image) -> bool:
 
 
 def assert_noon_is_class_1(data: Any) -> None:
-    for picture, label in everything(data):
+    for picture, label in list_all(data):
         assert is_noon(picture) == (label == 1)
 
 
-def paths_in(colours: Path) -> list[str]:
-    return sorted(map(str, colours.glob("*/*.png")))
+def list_paths(color_images: Path) -> list[str]:
+    return sorted(map(str, color_images.glob("*/*.png")))
 
 
 def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path:
-    """A Parquet file; columns with a feature get that type."""
+    """Write a Parquet file. Columns with a feature have its type."""
     table = datasets.Dataset.from_dict(rows)
     for column, feature in features.items():
         table = table.cast_column(column, feature)
@@ -77,9 +77,9 @@ def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path
 # Sources -------------------------------------------------------------------------------------------------------------
 
 
-def test_folder_of_folders(colours: Path) -> None:
-    data = read(colours)
-    assert data.name == colours.name
+def test_folder_of_folders(color_images: Path) -> None:
+    data = read(color_images)
+    assert data.name == color_images.name
     assert data.label_space.kind == "single_label_classification"
     assert data.label_space.names == ["dusk", "noon"]
     assert len(data.train) + len(data.held_out) == 20 and data.num_training_images == len(data.train)
@@ -87,9 +87,9 @@ def test_folder_of_folders(colours: Path) -> None:
     assert_noon_is_class_1(data)
 
 
-def test_folder_with_metadata(colours: Path, tmp_path: Path) -> None:
+def test_folder_with_metadata(color_images: Path, tmp_path: Path) -> None:
     lines = ["file_name,shade"]
-    for path in paths_in(colours):
+    for path in list_paths(color_images):
         name = f"{Path(path).parent.name}-{Path(path).name}"
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / name).write_bytes(Path(path).read_bytes())
@@ -101,11 +101,13 @@ def test_folder_with_metadata(colours: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
-def test_table_of_relative_paths_and_named_labels(colours: Path, tmp_path: Path, suffix: str, separator: str) -> None:
-    (tmp_path / "images").symlink_to(colours)
+def test_table_of_relative_paths_and_named_labels(
+    color_images: Path, tmp_path: Path, suffix: str, separator: str
+) -> None:
+    (tmp_path / "images").symlink_to(color_images)
     rows = [
-        separator.join([f"images/{Path(path).relative_to(colours)}", Path(path).parent.name])
-        for path in paths_in(colours)
+        separator.join([f"images/{Path(path).relative_to(color_images)}", Path(path).parent.name])
+        for path in list_paths(color_images)
     ]
     (tmp_path / f"list{suffix}").write_text("\n".join([f"path{separator}category", *rows]), encoding="utf-8")
     data = read(tmp_path / f"list{suffix}")
@@ -114,8 +116,8 @@ def test_table_of_relative_paths_and_named_labels(colours: Path, tmp_path: Path,
     assert_noon_is_class_1(data)
 
 
-def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_parquet_with_embedded_images_and_numbered_labels(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     rows = {"photo": paths, "extra": [0] * 20, "target": [7 if "noon" in path else 3 for path in paths]}
     file = write_table(tmp_path / "table.parquet", rows, photo=datasets.Image())
     data = read(file)
@@ -123,16 +125,16 @@ def test_parquet_with_embedded_images_and_numbered_labels(colours: Path, tmp_pat
     assert_noon_is_class_1(data)
 
 
-def test_parquet_with_bytes(colours: Path, tmp_path: Path) -> None:
-    rows = {"image": [Path(path).read_bytes() for path in paths_in(colours)], "label": ["x", "y"] * 10}
-    found = everything(read(write_table(tmp_path / "table.parquet", rows)))
+def test_parquet_with_bytes(color_images: Path, tmp_path: Path) -> None:
+    rows = {"image": [Path(path).read_bytes() for path in list_paths(color_images)], "label": ["x", "y"] * 10}
+    found = list_all(read(write_table(tmp_path / "table.parquet", rows)))
     assert sorted(np.asarray(picture).tobytes() for picture, _ in found) == sorted(
-        np.asarray(Image.open(path)).tobytes() for path in paths_in(colours)
+        np.asarray(Image.open(path)).tobytes() for path in list_paths(color_images)
     )
 
 
-def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_declared_labels_are_indices_for_any_names(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     rows = {"image": paths, "label": [int("noon" in path) for path in paths]}
     labels = datasets.ClassLabel(names=["1", "0"])
     file = write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), label=labels)
@@ -142,14 +144,14 @@ def test_declared_labels_are_indices_whatever_their_names(colours: Path, tmp_pat
         assert is_noon(picture) == (label == 1)
 
 
-def test_given_names_are_classes_by_name_or_by_place(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     numbers = write_table(tmp_path / "a.parquet", {"image": paths, "label": [int("noon" in path) for path in paths]})
     words = write_table(tmp_path / "b.parquet", {"image": paths, "label": [Path(path).parent.name for path in paths]})
     for file, names in ((numbers, ("dark", "light")), (words, ("dusk", "noon")), (words, ("noon", "dusk"))):
         data = read(file, label_names=names)
         assert data.label_space.names == list(names)
-        for picture, label in everything(data):
+        for picture, label in list_all(data):
             assert (names[label] in ("light", "noon")) == is_noon(picture)
     with pytest.raises(ValueError, match="row 10 has the label 'noon', which is not one of the 2 classes"):
         read(words, label_names=("dusk", "dawn"))
@@ -171,7 +173,7 @@ def write_idx(file: Path, values: np.ndarray) -> None:
 
 
 def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
-    """A folder in MNIST's format; returns the training images."""
+    """Write a folder in MNIST's format and return the training images."""
     folder.mkdir(exist_ok=True)
     images = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
     for split, count in (("train", 12), ("t10k", 4)):
@@ -220,64 +222,64 @@ def test_fashion_mnist() -> None:
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-def test_lists_of_declared_labels_are_several_labels(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_lists_of_declared_labels_are_several_labels(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     rows = {"image": paths, "tags": [[0, 2] if "noon" in path else [] for path in paths]}
     feature = datasets.List(datasets.ClassLabel(names=["sun", "moon", "sky"]))
     data = read(write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), tags=feature))
     assert data.label_space.kind == "multi_label_classification"
     assert data.label_space.names == ["sun", "moon", "sky"]
-    for picture, label in everything(data):
+    for picture, label in list_all(data):
         assert label == ([1.0, 0.0, 1.0] if is_noon(picture) else [0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("values", [["b", "a"], [30, 4]])
-def test_lists_of_words_or_numbers_are_several_labels(colours: Path, tmp_path: Path, values: list[Any]) -> None:
-    paths = paths_in(colours)
+def test_lists_of_text_or_numbers_are_several_labels(color_images: Path, tmp_path: Path, values: list[Any]) -> None:
+    paths = list_paths(color_images)
     rows = {"image": paths, "label": [values if "noon" in path else values[:1] for path in paths]}
     data = read(write_table(tmp_path / "table.parquet", rows))
     assert data.label_space.names == [str(value) for value in sorted(values)]
-    for picture, label in everything(data):
+    for picture, label in list_all(data):
         assert label == ([1.0, 1.0] if is_noon(picture) else [0.0, 1.0])
 
 
-def test_text_with_separators_is_several_labels(colours: Path, tmp_path: Path) -> None:
-    rows = [f"{path},{'sun | sky' if 'noon' in path else ''}" for path in paths_in(colours)]
+def test_text_with_separators_is_several_labels(color_images: Path, tmp_path: Path) -> None:
+    rows = [f"{path},{'sun | sky' if 'noon' in path else ''}" for path in list_paths(color_images)]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_separator="|")
     assert data.label_space.columns == {"label": ["sky", "sun"]}
-    for picture, label in everything(data):
+    for picture, label in list_all(data):
         assert label == ([1.0, 1.0] if is_noon(picture) else [0.0, 0.0])
 
 
-def test_several_columns_are_several_tasks(colours: Path, tmp_path: Path) -> None:
-    """Gaps make `datasets` read whole numbers as floats, and text as None."""
+def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -> None:
+    """Because of missing values, `datasets` reads integers as floats, and text as None."""
     rows = [
         f"{path},{Path(path).parent.name},{'' if index % 4 == 0 else index % 2 + 1}"
-        for index, path in enumerate(paths_in(colours))
+        for index, path in enumerate(list_paths(color_images))
     ]
     (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_column=("count", "shade"))
     assert data.label_space.kind == "multi_task"
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
-    counts = Counter(label["count"] for _, label in everything(data))
+    counts = Counter(label["count"] for _, label in list_all(data))
     assert counts == {-100: 5, 0: 5, 1: 10}
-    for picture, label in everything(data):
+    for picture, label in list_all(data):
         assert is_noon(picture) == (label["shade"] == 1)
 
 
-def test_missing_declared_labels_of_a_task_are_marked(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_missing_declared_labels_of_a_task_are_marked(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     rows = {"image": paths, "a": [-1, 0] * 10, "b": list(range(20))}
     names = datasets.ClassLabel(names=["x", "y"])
     data = read(write_table(tmp_path / "table.parquet", rows, a=names), label_column=("b", "a"))
-    assert Counter(label["a"] for _, label in everything(data)) == {-100: 10, 0: 10}
+    assert Counter(label["a"] for _, label in list_all(data)) == {-100: 10, 0: 10}
 
 
-def test_rows_without_a_label_are_left_out_and_counted(
-    colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_rows_without_a_label_are_skipped_and_counted(
+    color_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    paths = paths_in(colours)
+    paths = list_paths(color_images)
     declared = write_table(
         tmp_path / "a.parquet",
         {"image": paths, "label": [0, 1, -1, 1] * 5},
@@ -287,14 +289,14 @@ def test_rows_without_a_label_are_left_out_and_counted(
     for file, classes, first in ((declared, ["a", "b"], "2, 6, 10"), (table, ["x", "y"], "1, 5, 9")):
         caplog.clear()
         data = read(file)
-        assert len(everything(data)) == 15 and data.label_space.names == classes
+        assert len(list_all(data)) == 15 and data.label_space.names == classes
         assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are left out" in caplog.text
     with pytest.raises(ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-broken-images"):
         read(table, max_broken_images=4)
 
 
-def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Path) -> None:
-    paths = paths_in(colours)
+def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:
+    paths = list_paths(color_images)
     rows = {"image": paths, "tags": [["x"]] * 20, "size": [0.5] * 20, "shade": ["a"] * 20}
     file = write_table(tmp_path / "table.parquet", rows)
     for options, message in (
@@ -315,12 +317,12 @@ def test_labels_that_contradict_each_other_are_named(colours: Path, tmp_path: Pa
 # Held-out parts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_split_of_the_dataset_is_used_where_there_is_one(colours: Path, tmp_path: Path) -> None:
+def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_path: Path) -> None:
     for split, names in (("train", range(7)), ("test", range(7, 10))):
         for label in ("dusk", "noon"):
             (tmp_path / split / label).mkdir(parents=True)
             for name in names:
-                (tmp_path / split / label / f"{name}.png").symlink_to(colours / label / f"{name}.png")
+                (tmp_path / split / label / f"{name}.png").symlink_to(color_images / label / f"{name}.png")
     data = read(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
     options = DataOptions(dataset=str(tmp_path))
@@ -329,9 +331,9 @@ def test_a_split_of_the_dataset_is_used_where_there_is_one(colours: Path, tmp_pa
         load_evaluation_data(options, "tset")
 
 
-def write_splits(folder: Path, colours: Path, **labels: int | None) -> Path:
-    """A Parquet file per split; all of a split have the given label, or each its own."""
-    paths = paths_in(colours)
+def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path:
+    """Write a Parquet file per split. All images of a split have the given label, or each image has its own."""
+    paths = list_paths(color_images)
     names = datasets.ClassLabel(names=["dusk", "noon"])
     folder.mkdir(exist_ok=True)
     for split, label in labels.items():
@@ -340,8 +342,8 @@ def write_splits(folder: Path, colours: Path, **labels: int | None) -> Path:
     return folder
 
 
-def test_hidden_labels_of_an_unused_split_do_no_harm(colours: Path, tmp_path: Path) -> None:
-    folder = write_splits(tmp_path / "a", colours, train=None, validation=None, test=-1)
+def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_path: Path) -> None:
+    folder = write_splits(tmp_path / "a", color_images, train=None, validation=None, test=-1)
     data = read(folder)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
     options = DataOptions(dataset=str(folder))
@@ -349,49 +351,52 @@ def test_hidden_labels_of_an_unused_split_do_no_harm(colours: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
         load_evaluation_data(options, "test")
     with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
-        read(write_splits(tmp_path / "b", colours, train=None, test=-1))
+        read(write_splits(tmp_path / "b", color_images, train=None, test=-1))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("only", ["validation", "test"])
-def test_a_split_that_is_asked_for_by_name_is_whole(colours: Path, tmp_path: Path, only: str, streaming: bool) -> None:
-    options = DataOptions(str(write_splits(tmp_path / "data", colours, **{only: None})), streaming=streaming)
+def test_a_split_given_by_name_is_used_as_a_whole(
+    color_images: Path, tmp_path: Path, only: str, streaming: bool
+) -> None:
+    options = DataOptions(str(write_splits(tmp_path / "data", color_images, **{only: None})), streaming=streaming)
     assert len(load_evaluation_data(options, only)[1]) == 20
 
 
-def test_parts_of_the_only_split(colours: Path) -> None:
-    options = DataOptions(dataset=str(colours))
+def test_parts_of_the_only_split(color_images: Path) -> None:
+    options = DataOptions(dataset=str(color_images))
     data = load_training_data(options)
     for part, name in ((data.train, "train"), (data.held_out, "test")):
         assert load_evaluation_data(options, name)[1].images.indices == part.images.indices
     with pytest.raises(ValueError, match=r"single split of .* Remove --streaming, or set --split test"):
-        load_evaluation_data(DataOptions(dataset=str(colours), streaming=True), "train")
+        load_evaluation_data(DataOptions(dataset=str(color_images), streaming=True), "train")
 
 
-def test_images_too_few_to_be_divided_are_named(colours: Path, tmp_path: Path) -> None:
-    rows = {"image": paths_in(colours)[:4], "label": ["a", "b", "c", "d"]}
+def test_too_few_images_for_two_parts_are_named(color_images: Path, tmp_path: Path) -> None:
+    rows = {"image": list_paths(color_images)[:4], "label": ["a", "b", "c", "d"]}
     with pytest.raises(ValueError, match=r"of the 4 images would be held out by --held-out-fraction 1e-06 and"):
         read(write_table(tmp_path / "table.parquet", rows), held_out_fraction=1e-6)
 
 
-def test_unlabeled_images(colours: Path, tmp_path: Path) -> None:
-    for path in paths_in(colours):
+def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
+    for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
-    for folder in (tmp_path, colours):  # without and with sub-folders
+    for folder in (tmp_path, color_images):  # without and with sub-folders
         data = load_unlabeled_data(DataOptions(dataset=str(folder)))
         assert len(data.train) + len(data.held_out) == 20
         assert data.label_space.columns == {}
-        assert {label for _, label in everything(data)} == {-100}
-        assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in everything(data)}) == 20
+        assert {label for _, label in list_all(data)} == {-100}
+        assert len({np.asarray(picture.convert("RGB")).tobytes() for picture, _ in list_all(data)}) == 20
     digits = load_unlabeled_data(DataOptions(dataset="digits"))
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1425
-    labelled = load_training_data(DataOptions(dataset="digits"))  # fine-tuning must not have seen what it holds out
+    # fine-tuning must not use the images that it holds out
+    labelled = load_training_data(DataOptions(dataset="digits"))
     assert digits.held_out.images.indices == labelled.held_out.images.indices
     with pytest.raises(ValueError, match="contains images, but no class folders"):
         read(tmp_path)
 
 
-def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b,c\n1,2,3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"cannot determine the image column .*--image-column"):
         read(tmp_path / "table.csv")
@@ -404,11 +409,11 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         read("digits", streaming=True)
 
 
-# Odd and unreadable images -------------------------------------------------------------------------------------------
+# Unusual and unreadable images ---------------------------------------------------------------------------------------
 
 
-def write_odd_pictures(folder: Path) -> list[Path]:
-    """Images that are unusual, and whole."""
+def write_unusual_images(folder: Path) -> list[Path]:
+    """Write readable images of unusual modes and formats."""
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 6, 3), dtype=np.uint8))
     colour.convert("CMYK").save(folder / "cmyk.jpg")
     colour.convert("P").save(folder / "palette.png")
@@ -418,13 +423,13 @@ def write_odd_pictures(folder: Path) -> list[Path]:
     Image.fromarray(np.arange(54, dtype=np.uint16).reshape(9, 6) * 1000).save(folder / "sixteen.png")
     colour.save(folder / "moving.gif", save_all=True, append_images=[colour.rotate(180)])
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     colour.rotate(90, expand=True).save(folder / "turned.jpg", exif=exif)
     return sorted(folder.iterdir())
 
 
-def write_broken_pictures(folder: Path) -> list[Path]:
-    """Files that are no whole image."""
+def write_unreadable_images(folder: Path) -> list[Path]:
+    """Write files that are not complete images."""
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(jpeg, "JPEG")
     (folder / "truncated.jpg").write_bytes(jpeg.getvalue()[:-200])
@@ -436,8 +441,8 @@ def write_broken_pictures(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def as_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
-    """The same files by path, in a column of images, and as bytes, each in its order."""
+def build_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
+    """Return the same files as paths, as a column of images, and as bytes, in the same order."""
     folder.mkdir()
     names = ["x", "y"] * (len(paths) // 2)
     (folder / "list.csv").write_text(
@@ -450,22 +455,22 @@ def as_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
         write_table(folder / "a.parquet", {"image": list(map(str, paths)), "label": names}, image=datasets.Image()),
         write_table(folder / "b.parquet", {"image": encoded, "label": names}),
     ]
-    return [read_whole(file) for file in files]
+    return [read_single_split(file) for file in files]
 
 
-def test_odd_images_are_read(tmp_path: Path) -> None:
+def test_unusual_images_are_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    paths = write_odd_pictures(tmp_path / "images")
-    for source in as_three_sources(paths, tmp_path / "tables"):
+    paths = write_unusual_images(tmp_path / "images")
+    for source in build_three_sources(paths, tmp_path / "tables"):
         for path, picture in zip(paths, source.images, strict=True):
             assert pil_to_tensor(picture, to_rgb=True).shape == (3, 9, 6), path
 
 
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    paths = [*write_broken_pictures(tmp_path / "images")]
+    paths = [*write_unreadable_images(tmp_path / "images")]
     assert len(paths) == 4
-    by_path, in_column, as_bytes = as_three_sources(paths, tmp_path / "tables")
+    by_path, in_column, as_bytes = build_three_sources(paths, tmp_path / "tables")
     for index, path in enumerate(paths):
         for source, name in ((by_path, path.name), (in_column, path.name), (as_bytes, f"row {index}")):
             with pytest.raises(UnreadableImage, match=name) as caught:
@@ -483,21 +488,21 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     assert EncodedImages([{"path": None, "bytes": None}]).read_content(0) is None
 
 
-def test_missing_images_are_broken(tmp_path: Path) -> None:
+def test_missing_images_are_unreadable(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
-    pictures = read_whole(tmp_path / "list.csv").images
+    pictures = read_single_split(tmp_path / "list.csv").images
     with pytest.raises(UnreadableImage, match=r"absent\.png"):
         pictures[0]
     with pytest.raises(UnreadableImage, match="row 1 has no image"):
         pictures[1]
     table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
-    pictures = read_whole(table).images
+    pictures = read_single_split(table).images
     for index in range(3):
         with pytest.raises(UnreadableImage, match=f"row {index}"):
             pictures[index]
 
 
-def test_the_tally_names_each_unreadable_image_once_and_stops_beyond_the_limit() -> None:
+def test_the_tally_names_each_unreadable_image_once_and_has_a_limit() -> None:
     lines: list[str] = []
     tally = UnreadableImages(lambda index: f"file {index} is empty", lines.append, limit=2)
     tally.add([-1, 7, -1, 7])

@@ -1,4 +1,4 @@
-"""`--resume` on other data than the run was started with: refused, with the true reason."""
+"""`--resume` with other data than at the start of the run is an error that names the change."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
-    """A run of two steps, whatever the number of images is."""
+    """Return options of a run of two steps for any number of images."""
     names = ("cat", "dog") if dataset.suffix else None
     flags = {"streaming": streaming, "label_names": names, "max_steps": 2, "batch_size": 8}
     return build_tiny_options(dataset.parent / "run", dataset, **flags)
 
 
 def start(options: FinetuneOptions) -> FinetuneOptions:
-    """Leave an unfinished run behind; returns the options to resume it with."""
+    """Start a run that does not finish, and return the options to resume it."""
     run_task(FinetuneTask(options))
     (options.output_dir / "results.json").unlink()
     reset_accelerate()
@@ -56,7 +56,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES)
-def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
+def test_a_changed_folder_is_an_error(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = start(get_options(photos))
     FinetuneTask(options)  # with the same data
@@ -67,8 +67,8 @@ def test_a_changed_folder_is_refused(tmp_path: Path, change: Callable[[Path], ob
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
-    """Names, order and labels, stored and streamed."""
+def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
+    """Check names, order and labels, stored and streamed."""
     photos = write_photos(tmp_path / "photos", range(60), "cat", "dog")
     rows = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in sorted(photos.glob("*/*.png"))]
     table = tmp_path / "list.csv"
@@ -90,7 +90,7 @@ def test_a_changed_table_is_refused(tmp_path: Path, streaming: bool) -> None:
     assert FinetuneTask(options).runner.facts is not None
 
 
-def test_other_names_and_other_held_out_images_are_told_apart() -> None:
+def test_other_names_and_other_held_out_images_have_different_errors() -> None:
     names, labels = [f"{number}.png" for number in range(100)], [number % 2 for number in range(100)]
     counts = {"classes": {"label": ["a", "b"]}, "num_training_images": 100, "num_held_out_images": 9, "held_out": 1}
     before = counts | compute_fingerprint(names, labels, lambda index: b"")

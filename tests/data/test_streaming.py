@@ -1,5 +1,6 @@
-"""Streamed datasets: the same order from the same seed, every image once per pass on any number of processes,
-restarts at any step, and a held-out part that is never trained on."""
+"""Streamed datasets: reproducible order, every image once per pass on any number of processes, restarts at any step,
+and a held-out part that is not used for training.
+"""
 
 import io
 from collections import Counter
@@ -27,8 +28,8 @@ from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOp
 NUM_IMAGES = 60
 
 
-def encoded(index: int) -> bytes:
-    """A small PNG whose values say which it is: its corner holds its number, and its label is the number modulo 3."""
+def encode_example(index: int) -> bytes:
+    """Return a small PNG whose corner pixel is its index, with the index modulo 3 as its label."""
     values = np.full((8, 8, 3), index, dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
@@ -36,14 +37,14 @@ def encoded(index: int) -> bytes:
 
 
 def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, ...] = ()) -> Path:
-    """A folder of Parquet files of equal size."""
+    """Write a folder of Parquet files of equal size."""
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     names = labels.names if isinstance(labels, datasets.ClassLabel) else ["a", "b", "c"]
     for shard in range(num_shards):
         indices = range(shard, NUM_IMAGES, num_shards)
         rows = {
             "image": [
-                {"bytes": b"no picture" + bytes([index]) if index in broken else encoded(index), "path": None}
+                {"bytes": b"no picture" + bytes([index]) if index in broken else encode_example(index), "path": None}
                 for index in indices
             ],
             "label": [names[index % 3] for index in indices],
@@ -54,8 +55,8 @@ def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, 
 
 
 @pytest.fixture(autouse=True)
-def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` rests for 5 seconds after each pass over Parquet files."""
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the delay of 5 seconds that `datasets` adds after each pass over Parquet files."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
@@ -74,11 +75,11 @@ def read(folder: Path, **options: Any) -> TrainingData:
     return load_training_data(DataOptions(dataset=str(folder), streaming=True, shuffle_buffer=8, **options))
 
 
-def plan_for(num_processes: int = 1, num_copies: int = 1, **options: Any) -> BatchPlan:
+def build_plan(num_processes: int = 1, num_copies: int = 1, **options: Any) -> BatchPlan:
     return BatchPlan.from_options(None, TrainingOptions(**options), num_processes, num_copies=num_copies)
 
 
-def batches_of(
+def build_batches(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), (8, 8), 3)
@@ -86,33 +87,33 @@ def batches_of(
     return list(iterate_training_batches(pictures, plan, process, num_workers, first_step))
 
 
-def shown(examples: Any) -> list[int]:
-    """The numbers of the images."""
+def get_indices(examples: Any) -> list[int]:
+    """Return the indices of the images."""
     return [Image.open(io.BytesIO(example.encoded["bytes"])).getpixel((0, 0))[0] for example in examples]
 
 
-def held_out_of(data: TrainingData) -> list[int]:
+def get_held_out(data: TrainingData) -> list[int]:
     return [picture.getpixel((0, 0))[0] for picture in data.held_out.images]
 
 
-def equal(first: Batch, second: Batch) -> bool:
+def are_equal(first: Batch, second: Batch) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_every_pass_shows_each_image_once_in_another_order(shards: Path) -> None:
+def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> None:
     data = read(shards)
     assert isinstance(data.train, StreamedImages) and data.num_training_images is None
     assert data.label_space.columns == {"label": ["a", "b", "c"]}
-    held_out = held_out_of(data)
+    held_out = get_held_out(data)
     length = NUM_IMAGES - len(held_out)
     examples = list(islice(data.train.iterate_examples(0, 0, 1), 3 * length))
-    passes = [shown(examples[start : start + length]) for start in (0, length, 2 * length)]
+    passes = [get_indices(examples[start : start + length]) for start in (0, length, 2 * length)]
     for number, order in enumerate(passes):
         assert sorted([*order, *held_out]) == list(range(NUM_IMAGES))
         assert {example.epoch for example in examples[number * length : (number + 1) * length]} == {number}
     assert passes[0] != passes[1] != passes[2]
-    assert all(example.label == number % 3 for example, number in zip(examples, shown(examples), strict=True))
-    assert shown(islice(data.train.iterate_examples(1, 0, 1), length)) != passes[0]
+    assert all(example.label == number % 3 for example, number in zip(examples, get_indices(examples), strict=True))
+    assert get_indices(islice(data.train.iterate_examples(1, 0, 1), length)) != passes[0]
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
@@ -120,27 +121,27 @@ def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     data = read(shards)
     trained: list[int] = []
     for process in range(num_processes):
-        trained += shown(
+        trained += get_indices(
             example
             for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_IMAGES)
             if example.epoch == 0
         )
-    assert sorted([*trained, *held_out_of(data)]) == list(range(NUM_IMAGES))
+    assert sorted([*trained, *get_held_out(data)]) == list(range(NUM_IMAGES))
 
 
-def test_two_processes_see_in_a_step_what_one_sees(tmp_path: Path) -> None:
-    """Where the shards do not divide among the processes."""
+def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> None:
+    """The number of shards is not a multiple of the number of processes."""
     source = read(write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))).train
-    whole = batches_of(source, plan_for(max_steps=9, batch_size=8))
-    shared = plan_for(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
-    parts = [batches_of(source, shared, process) for process in (0, 1)]
+    whole = build_batches(source, build_plan(max_steps=9, batch_size=8))
+    shared = build_plan(num_processes=2, max_steps=9, batch_size=2, gradient_accumulation_steps=2)
+    parts = [build_batches(source, shared, process) for process in (0, 1)]
     for step, batch in enumerate(whole[:5]):  # within the first pass
         pieces = torch.cat([piece["index"] for part in parts for piece in part[2 * step : 2 * step + 2]])
         assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
 
 
-def test_batches_are_like_those_of_stored_images(two_shards: Path) -> None:
-    (batch,) = batches_of(read(two_shards).train, plan_for(max_steps=1, batch_size=4))
+def test_batches_equal_those_of_stored_images(two_shards: Path) -> None:
+    (batch,) = build_batches(read(two_shards).train, build_plan(max_steps=1, batch_size=4))
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([4, 3, 8, 8], torch.uint8),
         "labels": ([4], torch.int64),
@@ -149,24 +150,24 @@ def test_batches_are_like_those_of_stored_images(two_shards: Path) -> None:
         "view": ([4], torch.int64),
         "replaced": ([4], torch.int64),
     }
-    assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # the rest may be turned to black
+    assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # other pixels may be set to black
 
 
 @pytest.mark.parametrize(("first_step", "num_workers"), [(2, 0), (17, 0), (40, 0), (40, 2)])
-def test_a_restart_gives_the_same_batches(two_shards: Path, first_step: int, num_workers: int) -> None:
-    """In the first pass, the second, and the fourth or later."""
+def test_a_restart_continues_with_the_same_batches(two_shards: Path, first_step: int, num_workers: int) -> None:
+    """Check the first pass, the second, and the fourth or later."""
     source = read(two_shards).train
-    plan = plan_for(max_steps=44, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
-    whole = batches_of(source, plan, process=1)
-    resumed = batches_of(source, plan, 1, num_workers, first_step)
+    plan = build_plan(max_steps=44, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
+    whole = build_batches(source, plan, process=1)
+    resumed = build_batches(source, plan, 1, num_workers, first_step)
     assert whole[-1]["epoch"].max() >= 3
     assert len(resumed) == 2 * (44 - first_step)
-    assert all(equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
+    assert all(are_equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
 
 
 def test_copies_and_views(two_shards: Path) -> None:
     source = read(two_shards).train
-    batches = batches_of(source, plan_for(num_copies=3, max_steps=20, batch_size=6), views=2)
+    batches = build_batches(source, build_plan(num_copies=3, max_steps=20, batch_size=6), views=2)
     for batch in batches:
         assert set(Counter(batch["index"].tolist()).values()) == {3}
         assert torch.equal(batch["view"], batch["epoch"] % 2)
@@ -175,18 +176,18 @@ def test_copies_and_views(two_shards: Path) -> None:
 
 
 def test_copies_do_not_have_to_divide_the_batch(two_shards: Path) -> None:
-    for batch in batches_of(read(two_shards).train, plan_for(num_copies=4, max_steps=5, batch_size=6)):
+    for batch in build_batches(read(two_shards).train, build_plan(num_copies=4, max_steps=5, batch_size=6)):
         assert sorted(Counter(batch["index"].tolist()).values()) == [2, 4] or len(set(batch["index"].tolist())) == 2
         assert len(batch["index"]) == 6
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_image_of_the_batch_stands_in_for_a_broken_one(tmp_path: Path, num_workers: int) -> None:
+def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, num_workers: int) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
     folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
     source = read(folder).train
-    plan = plan_for(max_steps=10, batch_size=8)
-    batches = batches_of(source, plan, num_workers=num_workers)
+    plan = build_plan(max_steps=10, batch_size=8)
+    batches = build_batches(source, plan, num_workers=num_workers)
     examples = source.iterate_examples(plan.seed, 0, 1)
     found = 0
     for batch in batches:
@@ -205,13 +206,13 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
     for index in range(12):
         file = tmp_path / "xy"[index % 2] / f"{index}.png"
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b"no picture" if index == 7 else encoded(index))
+        file.write_bytes(b"no picture" if index == 7 else encode_example(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
     pictures = augment_images(
         source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
     )
-    batches = list(iterate_training_batches(pictures, plan_for(max_steps=8, batch_size=4), 0, 0))
+    batches = list(iterate_training_batches(pictures, build_plan(max_steps=8, batch_size=4), 0, 0))
     indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1
     assert "7.png" in pictures.describe_unreadable(*indices)
@@ -224,11 +225,11 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
 def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_shards: Path) -> None:
     data = read(shards)
     assert data.held_out_name == "about 20%, by checksum, split seed 0"
-    held_out = held_out_of(data)
+    held_out = get_held_out(data)
     assert 4 <= len(held_out) <= 24
     assert list(data.held_out.labels) == [number % 3 for number in held_out]
-    assert sorted(held_out) == sorted(held_out_of(read(two_shards)))
-    assert sorted(held_out_of(read(two_shards, split_seed=1))) != sorted(held_out)
+    assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
+    assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, pictures, *_ = load_evaluation_data(options, "test")
     assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
@@ -242,52 +243,56 @@ def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypa
         read(two_shards)
 
 
-def test_of_a_large_held_out_part_the_first_images_are_kept(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = held_out_of(read(two_shards))
+def test_only_the_first_images_of_a_large_held_out_part_are_kept(
+    two_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = get_held_out(read(two_shards))
     for module in (streaming, training_data):
         monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
     passed: list[int] = []
     holds = HeldOutRule.is_held_out
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
-    assert held_out_of(data) == whole[:3]
+    assert get_held_out(data) == whole[:3]
     assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3"
-    trained = shown(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
-    assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # none of the held-out part
+    trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
+    assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
 
-def test_the_held_out_part_of_a_folder_stays_when_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_held_out_part_of_a_folder_does_not_change_if_it_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for index in range(20):
         file = tmp_path / "here" / "xy"[index % 2] / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(index))
-    held_out = held_out_of(read(tmp_path / "here", split_seed=1))
+        file.write_bytes(encode_example(index))
+    held_out = get_held_out(read(tmp_path / "here", split_seed=1))
     (tmp_path / "here").rename(tmp_path / "there")
-    assert held_out_of(read(tmp_path / "there", split_seed=1)) == held_out
+    assert get_held_out(read(tmp_path / "there", split_seed=1)) == held_out
     monkeypatch.chdir(tmp_path)
-    assert held_out_of(read(Path("there"), split_seed=1)) == held_out
+    assert get_held_out(read(Path("there"), split_seed=1)) == held_out
 
 
-def test_a_split_of_the_dataset_is_read_whole(two_shards: Path, tmp_path: Path) -> None:
+def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: Path) -> None:
     for split, shard in (("train", 0), ("validation", 1)):
         (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
     data = read(tmp_path)
     assert data.held_out_name == "split 'validation'"
-    assert sorted(held_out_of(data)) == list(range(1, NUM_IMAGES, 2))
+    assert sorted(get_held_out(data)) == list(range(1, NUM_IMAGES, 2))
     assert isinstance(data.train, StreamedImages)
-    assert sorted(shown(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_IMAGES, 2))
+    assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_IMAGES, 2))
     _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
     assert len(pictures) == 30
 
 
-def test_labels_that_are_not_declared_have_to_be_named(tmp_path: Path) -> None:
+def test_undeclared_labels_require_names(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", 2, datasets.Value("string"))
     with pytest.raises(ValueError, match=r"does not declare the classes of 'label'. Set --label-names"):
         read(folder)
     data = read(folder, label_names=("c", "b", "a"))
     assert data.label_space.names == ["c", "b", "a"]
-    assert list(data.held_out.labels) == [2 - number % 3 for number in held_out_of(data)]
+    assert list(data.held_out.labels) == [2 - number % 3 for number in get_held_out(data)]
     with pytest.raises(ValueError, match="has the label 'c', which is not one of the 2 classes"):
         read(folder, label_names=("a", "b"))
 
@@ -295,12 +300,12 @@ def test_labels_that_are_not_declared_have_to_be_named(tmp_path: Path) -> None:
 def test_table_of_paths(tmp_path: Path) -> None:
     rows = ["file,kind"]
     for index in range(20):
-        (tmp_path / f"{index}.png").write_bytes(encoded(index))
+        (tmp_path / f"{index}.png").write_bytes(encode_example(index))
         rows.append(f"{index}.png,{'even' if index % 2 == 0 else 'odd'}")
     (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
-    assert list(data.held_out.labels) == [number % 2 for number in held_out_of(data)]
-    for batch in batches_of(data.train, plan_for(max_steps=3, batch_size=4)):
+    assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
+    for batch in build_batches(data.train, build_plan(max_steps=3, batch_size=4)):
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 
 
@@ -308,11 +313,11 @@ def test_unlabeled(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
     data = load_unlabeled_data(options)
     assert data.label_space.columns == {}
-    (batch,) = batches_of(data.train, plan_for(max_steps=1, batch_size=4))
+    (batch,) = build_batches(data.train, build_plan(max_steps=1, batch_size=4))
     assert batch["labels"].tolist() == [-100] * 4
 
 
-def test_reading_ahead_keeps_order_and_errors() -> None:
+def test_prefetching_keeps_order_and_errors() -> None:
     def numbers() -> Any:
         yield from range(5)
         raise ValueError("no more")

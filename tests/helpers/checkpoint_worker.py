@@ -91,7 +91,7 @@ class Training:
 
 
 def check_exact_resume(kind: str, folder: Path, accelerator: Accelerator) -> None:
-    store = CheckpointStore(folder / kind, keep=2)
+    store = CheckpointStore(folder / kind, num_kept=2)
     training = Training(kind, 0, accelerator)
     training.run(0, 3)
     training.save(store, 3)
@@ -108,7 +108,7 @@ def check_exact_resume(kind: str, folder: Path, accelerator: Accelerator) -> Non
 
 def check_other_number_of_shards(folder: Path, accelerator: Accelerator) -> None:
     """Check that DDP loads a checkpoint that FSDP2 saved."""
-    store = CheckpointStore(folder / "shards", keep=2)
+    store = CheckpointStore(folder / "shards", num_kept=2)
     training = Training("FSDP2", 0, accelerator)
     training.run(0, 2)
     training.save(store, 2)
@@ -137,7 +137,7 @@ def check_save_error_on_all_processes(folder: Path, accelerator: Accelerator) ->
         (folder / "a file").touch()
     accelerator.wait_for_everyone()
     try:
-        Training("DDP", 0, accelerator).save(CheckpointStore(folder / "a file", keep=2), 1)
+        Training("DDP", 0, accelerator).save(CheckpointStore(folder / "a file", num_kept=2), 1)
     except OSError as error:
         assert "cannot write the checkpoint of step 1" in str(error)
     else:
@@ -145,7 +145,7 @@ def check_save_error_on_all_processes(folder: Path, accelerator: Accelerator) ->
 
 
 def check_load_error_on_all_processes(folder: Path, accelerator: Accelerator) -> None:
-    store = CheckpointStore(folder / "damaged", keep=2)
+    store = CheckpointStore(folder / "damaged", num_kept=2)
     assert load_on_main(accelerator, lambda: store.load_newest(print)) == (None, None)
     training = Training("DDP", 0, accelerator)
     training.save(store, 1)

@@ -250,7 +250,7 @@ def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch
 @contextmanager
 def serve(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
     """Handle requests on a free port and yield the port."""
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.handler_for(hub, routes))
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.build_handler(hub, routes))
     listener.daemon_threads = True
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

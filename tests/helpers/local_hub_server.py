@@ -71,7 +71,7 @@ def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository
     if repository is None or (repository.private and not (request.token and request.token.can_read(repo_id))):
         if request.token is None:
             raise ErrorResponse(401, "Invalid username or password.", "RepoNotFound")
-        raise ErrorResponse(404, "Repository not matches", "RepoNotFound")
+        raise ErrorResponse(404, "Repository not found", "RepoNotFound")
     return repository
 
 
@@ -223,7 +223,7 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     start = f"{unquote(match['folder'])}/" if match["folder"] else ""
     matches = {path: file for path, file in sorted(commit.files.items()) if path.startswith(start)}
     if start and not matches:
-        raise ErrorResponse(404, "not matches", "EntryNotFound")
+        raise ErrorResponse(404, "not found", "EntryNotFound")
     folders = {"/".join(path.split("/")[:depth]) for path in matches for depth in range(1, path.count("/") + 1)}
     entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
     entries += [file_entry(path, file) for path, file in matches.items()]
@@ -253,7 +253,7 @@ def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response
     name, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     file = commit.files.get(unquote(match["file"]))
     if file is None:
-        raise ErrorResponse(404, "Entry not matches", "EntryNotFound", {"X-Repo-Commit": name})
+        raise ErrorResponse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})
     headers = {"X-Repo-Commit": name, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
     if file.is_lfs:
         location = f"{hub.storage_url}/objects/{file.sha256}"

@@ -501,7 +501,7 @@ def test_a_failed_push_is_finished_by_the_printed_command(
 ) -> None:
     """The command pushes with the same message, branch and checkpoint."""
     (folder / "checkpoints" / "step-1").rename(folder / "notes")
-    CheckpointStore(folder / "checkpoints", keep=1).save(1, {"model": {"x": torch.ones(1)}}, {"flags": {}}, False)
+    CheckpointStore(folder / "checkpoints", num_kept=1).save(1, {"model": {"x": torch.ones(1)}}, {"flags": {}}, False)
     before = snapshot(folder)
     hub.fail("POST", "/commit/", 500, times=4)
     message = 'It\'s trained; "well"'
@@ -722,7 +722,7 @@ def test_the_script_explains_errors_of_a_token(
 def test_the_published_checkpoint_is_the_newest_complete_one_without_local_paths(
     hub: LocalHub, folder: Path, tmp_path: Path
 ) -> None:
-    store = CheckpointStore(folder / "checkpoints", keep=9)
+    store = CheckpointStore(folder / "checkpoints", num_kept=9)
     flags = {"output_dir": "runs/x", "dataset": str(tmp_path), "model": "/gone/model", "teacher": None, "epochs": 3.0}
     for step in (1, 2, 3):
         store.save(step, {"model": {"x": torch.ones(step)}}, {"step": step, "flags": flags | {"seed": step}}, False)

@@ -262,7 +262,7 @@ def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Pat
 def save_checkpoint(folder: Path, value: float = 1.0) -> None:
     """Save the files that `--resume` requires, as a run does."""
     tensors = {"model": {"x": torch.ones(2)}, "optimizer": {"y": torch.full((2,), value)}}
-    CheckpointStore(folder / "checkpoints", keep=1).save(2, tensors, {"step": 2, "flags": {}}, False)
+    CheckpointStore(folder / "checkpoints", num_kept=1).save(2, tensors, {"step": 2, "flags": {}}, False)
 
 
 def test_the_optimizer_state_is_compared(hub: LocalHub, folder: Path) -> None:

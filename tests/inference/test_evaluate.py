@@ -1,7 +1,7 @@
-"""Evaluation: metrics against plain computations, every image counted once, saved models and their results.
+"""Evaluation: metrics compared with direct computations, every image counted once, saved models and their results.
 
-Two processes are started by the real `accelerate launch`, once, with evaluation_worker.py: they have to give exactly
-what one process gives.
+The real `accelerate launch` starts evaluation_worker.py once on two processes. Its results must equal those of one
+process.
 """
 
 import csv
@@ -64,13 +64,13 @@ MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ
 
 @pytest.fixture(scope="module")
 def by_one_process() -> dict[str, Any]:
-    """The metrics of every scenario of evaluation_worker.py."""
+    """Return the metrics of all scenarios of evaluation_worker.py."""
     return evaluate_all(build_accelerator())
 
 
 @pytest.fixture(scope="module")
-def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of evaluation_worker.py after two processes, with what they printed in `stdout`."""
+def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run evaluation_worker.py on two processes; return its folder, which contains the printed text in `stdout`."""
     folder = tmp_path_factory.mktemp("two")
     labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
     model = build_classifier("single")
@@ -83,8 +83,8 @@ def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers_of(name: str) -> tuple[Any, list[Any]]:
-    """The model's outputs for all images of a scenario at once, and their labels."""
+def compute_outputs(name: str) -> tuple[Any, list[Any]]:
+    """Return the model's outputs for all images of a scenario in one batch, and the labels."""
     pictures = build_labeled_images(name)
     processor = ViTCLSImageProcessor(size=16)
     pixel_values = processor(list(pictures.images), return_tensors="pt")["pixel_values"]
@@ -100,7 +100,7 @@ def close(value: float) -> Any:
 
 
 def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
-    """Guo et al. 2017, equation 3, with 15 bins."""
+    """Compute equation 3 of Guo et al. 2017 with 15 bins."""
     confidences, answers = (part.numpy() for part in logits.double().softmax(1).max(1))
     right = answers == labels
     error = 0.0
@@ -114,7 +114,7 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["single"]
-    outputs, labels = answers_of("single")
+    outputs, labels = compute_outputs("single")
     labels = np.array(labels)
     answers = outputs.logits.argmax(1).numpy()
     right = answers == labels
@@ -134,7 +134,7 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
 
 
 def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray) -> None:
-    """Recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None where it is 0 of 0."""
+    """Check recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None for 0 / 0."""
     expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
     assert [row["name"] for row in measured] == CLASSES
     for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
@@ -143,16 +143,16 @@ def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers:
             assert row[key] == (None if np.isnan(value) else close(value)), (row, key)
 
 
-def test_each_head_is_measured_by_itself(by_one_process: dict[str, Any]) -> None:
-    outputs, labels = answers_of("single")
+def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
+    outputs, labels = compute_outputs("single")
     for name in ("cls", "distillation"):
         right = outputs[f"{name}_logits"].argmax(1) == torch.tensor(labels)
         assert by_one_process["single"][f"{name}_accuracy"] == close(right.float().mean().item())
     answers = {name: tuple(outputs[f"{name}logits"].argmax(1).tolist()) for name in ("", "cls_", "distillation_")}
-    assert len(set(answers.values())) == 3  # or mixing them up would not show
+    assert len(set(answers.values())) == 3  # otherwise, swapped heads would not be detected
 
 
-def test_a_model_of_one_head_has_one_accuracy() -> None:
+def test_a_model_with_one_head_has_one_accuracy() -> None:
     metrics = SingleLabelMetrics(SPACES["single"], CPU)
     metrics.update(SimpleNamespace(logits=torch.eye(7), distillation_logits=None), torch.arange(7))
     assert "cls_accuracy" not in metrics.compute()
@@ -161,7 +161,7 @@ def test_a_model_of_one_head_has_one_accuracy() -> None:
 @pytest.mark.filterwarnings("ignore:No positive class")
 def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_label"]
-    outputs, labels = answers_of("multi_label")
+    outputs, labels = compute_outputs("multi_label")
     truth, probabilities = np.array(labels), outputs.logits.sigmoid().numpy()
     answers = (probabilities > 0.5).astype(int)
     precisions = [
@@ -176,10 +176,10 @@ def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["num_images"] == NUM_IMAGES
     assert_per_class(metrics["per_class"], truth, answers)
     measured = [row["average_precision"] for row in metrics["per_class"]]
-    assert measured == [*map(close, precisions), None]  # no image is of the last class
+    assert measured == [*map(close, precisions), None]  # no image has the last class
 
 
-def test_exact_match_needs_every_class() -> None:
+def test_exact_match_requires_every_class() -> None:
     metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU)
     logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [-0.1, -2.0], [1.0, 1.0]])
     metrics.update(SimpleNamespace(logits=logits), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
@@ -188,7 +188,7 @@ def test_exact_match_needs_every_class() -> None:
 
 def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_task"]
-    outputs, labels = answers_of("multi_task")
+    outputs, labels = compute_outputs("multi_task")
     accuracies, losses = [], []
     for task, names in SPACES["multi_task"].columns.items():
         truth = torch.tensor([label[task] for label in labels])
@@ -206,7 +206,7 @@ def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
     assert metrics["loss"] == close(sum(losses))
 
 
-def test_numbers_come_first_and_the_first_compares_models(by_one_process: dict[str, Any]) -> None:
+def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: dict[str, Any]) -> None:
     for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
         metrics = by_one_process[name]
         numbers = select_scalars(metrics)
@@ -223,7 +223,7 @@ def test_wilson_interval(num_right: int, num_images: int) -> None:
     assert compute_wilson_interval(0, 0) is None
 
 
-def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
+def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.rand(40, 7, generator=generator), torch.randint(7, (40,), generator=generator)
     metrics = SingleLabelMetrics(SPACES["single"], CPU)
@@ -231,7 +231,7 @@ def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
     assert metrics.compute()["calibration_error"] == close(calibration_error(logits, labels.numpy()))
 
 
-def test_many_classes_have_no_matrix_and_few_no_top_5() -> None:
+def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
     for num_classes, has_matrix, has_top_5 in (
         (1001, False, True),
         (1000, True, True),
@@ -247,25 +247,25 @@ def test_many_classes_have_no_matrix_and_few_no_top_5() -> None:
         assert (values["accuracy"], len(values["per_class"])) == (0.5, num_classes)
 
 
-def test_a_loss_that_is_no_number_is_none() -> None:
+def test_a_nan_loss_is_none() -> None:
     metrics = SingleLabelMetrics(SPACES["single"], CPU)
     metrics.update(SimpleNamespace(logits=torch.full((1, 7), torch.nan), distillation_logits=None), torch.tensor([1]))
     assert metrics.compute()["loss"] is None
 
 
-# Every image once ----------------------------------------------------------------------------------------------------
+# Every image is counted once -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_give_what_one_gives(by_one_process: dict[str, Any], by_two_processes: Path) -> None:
-    measured = read_json(by_two_processes / "scenarios.json")
+def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_folder: Path) -> None:
+    measured = read_json(two_process_folder / "scenarios.json")
     assert measured.keys() == by_one_process.keys()
     for name, metrics in by_one_process.items():
         assert measured[name] == metrics, name
         assert list(measured[name]) == list(metrics), name
 
 
-def test_only_the_main_process_prints(by_two_processes: Path) -> None:
-    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+def test_only_the_main_process_prints(two_process_folder: Path) -> None:
+    printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert printed.count("each counted once") == 1
     assert printed.count("'11.png'") == 2  # by two evaluators
 
@@ -273,7 +273,7 @@ def test_only_the_main_process_prints(by_two_processes: Path) -> None:
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
 )
-def test_each_image_has_one_place(num_images: int, batch_size: int, num_processes: int) -> None:
+def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int, num_processes: int) -> None:
     pictures = build_labeled_images("single", num_images)
     numbered = LabeledImages(pictures.images, range(num_images))
     processor = ViTCLSImageProcessor(size=16)
@@ -281,20 +281,21 @@ def test_each_image_has_one_place(num_images: int, batch_size: int, num_processe
         HeldOutImages(numbered, processor, SPACES["single"], batch_size, process, num_processes)
         for process in range(num_processes)
     ]
-    assert len({len(share) for share in shares}) == 1  # sharded models need as many batches on all processes
+    # sharded models require equal numbers of batches on all processes
+    assert len({len(share) for share in shares}) == 1
     batches = [share[place] for share in shares for place in range(len(share))]
     assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
     assert all(len(batch.labels) <= batch_size for batch in batches)
 
 
-def test_a_image_that_is_not_counted_is_an_error() -> None:
+def test_an_uncounted_image_is_an_error() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     evaluator.batches.loader.dataset.batches.pop()
     with pytest.raises(RuntimeError, match="counted 12 images and 0 unreadable images of 13"):
         evaluator(build_classifier("single"))
 
 
-def test_batches_are_of_one_size() -> None:
+def test_batches_have_equal_sizes() -> None:
     sizes = []
     model = build_classifier("single")
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
@@ -317,13 +318,13 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
     assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [True] * 4
     assert evaluator(model) == metrics == by_one_process["unreadable"]
     assert len(said) == 4
-    outputs, labels = answers_of("single")
+    outputs, labels = compute_outputs("single")
     good = [index for index in range(NUM_IMAGES) if index not in UNREADABLE]
     right = outputs.logits.argmax(1)[good] == torch.tensor(labels)[good]
     assert metrics["accuracy"] == close(right.float().mean().item())
 
 
-def test_too_many_unreadable_images_stop() -> None:
+def test_too_many_unreadable_images_are_an_error() -> None:
     accelerator = build_accelerator()
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
     evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
@@ -335,7 +336,7 @@ def test_too_many_unreadable_images_stop() -> None:
         evaluator(build_classifier("single"))
 
 
-def test_images_in_color_count_as_broken_for_a_grey_model() -> None:
+def test_color_images_are_unreadable_for_a_gray_model() -> None:
     encoded = []
     for mode in ("L", "RGB", "RGBA", "L"):
         Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
@@ -351,8 +352,8 @@ def test_images_in_color_count_as_broken_for_a_grey_model() -> None:
     }
 
 
-class Counted(list):
-    """Images that count how often they are asked for."""
+class CountedImages(list):
+    """Images that count how often they are loaded."""
 
     num_reads = 0
 
@@ -362,12 +363,12 @@ class Counted(list):
 
 
 @pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_IMAGES * 3 * 16 * 16 * 4 - 1, 3)])
-def test_small_datasets_are_prepared_once(
+def test_small_datasets_are_preprocessed_once(
     kept_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", kept_bytes)
     pictures = build_labeled_images("single")
-    counted = Counted(pictures.images)
+    counted = CountedImages(pictures.images)
     evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
     for _ in range(3):
         assert evaluator(build_classifier("single")) == by_one_process["single"]
@@ -375,7 +376,7 @@ def test_small_datasets_are_prepared_once(
 
 
 def test_evaluation_draws_no_random_numbers() -> None:
-    """Training would otherwise depend on when it was evaluated."""
+    """Otherwise, training would depend on the steps at which it is evaluated."""
     evaluator = build_evaluator("single", build_accelerator(), num_workers=1)
     model = build_classifier("single")
     before = torch.get_rng_state()
@@ -384,11 +385,11 @@ def test_evaluation_draws_no_random_numbers() -> None:
 
 
 def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
-    whole = by_one_process["single"]
+    in_float32 = by_one_process["single"]
     metrics = build_evaluator("single", Accelerator(cpu=True, mixed_precision="bf16"))(build_classifier("single"))
     assert metrics["num_images"] == NUM_IMAGES
-    assert metrics["loss"] != whole["loss"]
-    assert metrics["loss"] == pytest.approx(whole["loss"], abs=0.05)
+    assert metrics["loss"] != in_float32["loss"]
+    assert metrics["loss"] == pytest.approx(in_float32["loss"], abs=0.05)
 
 
 def test_a_model_saved_in_half_precision(by_one_process: dict[str, Any]) -> None:
@@ -405,7 +406,7 @@ def test_every_kind_of_labels_has_metrics() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a saved model of each kind."""
+    """Return a folder with a saved model of each kind."""
     folder = tmp_path_factory.mktemp("models")
     for name in SPACES:
         build_classifier(name).save_pretrained(folder / name)
@@ -414,7 +415,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
-    """The images of a scenario as files, and a CSV file with what `text` makes of each label; each image twice."""
+    """Write the images of a scenario and a CSV file with `text(label)` for each label; each image occurs twice."""
     pictures = build_labeled_images(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -426,7 +427,7 @@ def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
 
 
 def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
-    """Evaluate the part of a table that would be held out, and the rest."""
+    """Evaluate the held-out part of a table, and the rest."""
     options = DataOptions(dataset=str(dataset), num_workers=0, held_out_fraction=0.5, **data)
     parts = [
         evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4, split=split))
@@ -435,13 +436,13 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     return {name: [part[name] for part in parts] for name in parts[0]}
 
 
-def whole(parts: dict[str, Any], name: str, count: str = "num_images") -> float:
-    """A mean over images, from those of the parts."""
+def average(parts: dict[str, Any], name: str, count: str = "num_images") -> float:
+    """Return the mean over images, from the means of the parts."""
     return np.average(parts[name], weights=parts[count])
 
 
 def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
-    """Names in another order, and a class that is not in the data."""
+    """The names are in another order, and one class is not in the data."""
 
     def text(label: list[float]) -> list[str]:
         return ["|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)]
@@ -450,12 +451,12 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     parts = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
     expected = by_one_process["multi_label"]
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
-    assert whole(parts, "loss") == close(expected["loss"])
+    assert average(parts, "loss") == close(expected["loss"])
     assert [row["name"] for row in parts["per_class"][0]] == CLASSES
 
 
 def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
-    """Columns in another order, and missing labels."""
+    """The columns are in another order, and some labels are missing."""
 
     def text(label: dict[str, int]) -> list[str]:
         columns = SPACES["multi_task"].columns
@@ -467,7 +468,7 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for task in ("species", "age"):
         assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
-        assert whole(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
+        assert average(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
     with pytest.raises(
         ValueError, match="with several tasks with one label each, but the dataset has one label per image"
     ):
@@ -481,7 +482,7 @@ def test_a_single_label_model(
     parts = evaluate(models / "single", table, label_column=("animal",))
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for name in ("accuracy", "cls_accuracy", "loss"):
-        assert whole(parts, name) == close(by_one_process["single"][name])
+        assert average(parts, name) == close(by_one_process["single"][name])
     assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
     printed = capsys.readouterr().out
     for words in ("each counted once", "Balanced accuracy", "95 % interval", "distillation head", "gnu"):
@@ -489,7 +490,7 @@ def test_a_single_label_model(
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
-    """A stream's held-out part is chosen otherwise, and all of a split can be had where there are several."""
+    """Streams select their held-out images differently; one of several splits can be evaluated as a whole."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
     for split in ("train", "test"):
@@ -504,20 +505,20 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
 
 
-def test_two_processes_evaluate_a_saved_model(by_two_processes: Path) -> None:
-    two, one = read_json(by_two_processes / "new" / "digits.json"), evaluate_digits(by_two_processes)
+def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
+    two, one = read_json(two_process_folder / "new" / "digits.json"), evaluate_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == NUM_HELD_OUT_DIGITS
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
     assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}
-    printed = (by_two_processes / "stdout").read_text(encoding="utf-8")
+    printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert f"{two['accuracy']:.2%}" in printed and "digits.json" in printed
-    assert [file.name for file in (by_two_processes / "new").iterdir()] == ["digits.json"]  # nothing half written
+    assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]  # no partial file
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_frozen_features(by_two_processes: Path) -> None:
-    two, one = read_json(by_two_processes / "frozen.json"), evaluate_frozen_digits(by_two_processes)
+def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> None:
+    two, one = read_json(two_process_folder / "frozen.json"), evaluate_frozen_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == NUM_HELD_OUT_DIGITS
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
@@ -534,7 +535,7 @@ def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
     assert ("\x1b" in console.file.getvalue()) is is_terminal
 
 
-def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:
     config = ViTCLSConfig(**build_classifier("multi_label").config.to_diff_dict())
     for model_class in (ViTCLSModel, ViTCLSForMaskedImageModeling):
         model_class(config).save_pretrained(tmp_path)
@@ -554,18 +555,21 @@ def test_labels_of_a_model() -> None:
 # Labels by name ------------------------------------------------------------------------------------------------------
 
 
-def single(*names: str) -> LabelSpace:
+def build_single_label_space(*names: str) -> LabelSpace:
     return LabelSpace("single_label_classification", {"label": list(names)})
 
 
 def test_labels_are_matched_to_the_model_by_name() -> None:
     pictures = LabeledImages([], [0, 1, 0])
-    assert match_labels(pictures, single("noon", "dusk"), single("dawn", "dusk", "noon")).labels == [2, 1, 2]
+    assert match_labels(
+        pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dawn", "dusk", "noon")
+    ).labels == [2, 1, 2]
     with pytest.raises(ValueError, match=r"the label 'noon', but the model has only the labels dusk$"):
-        match_labels(pictures, single("noon", "dusk"), single("dusk"))
+        match_labels(pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
+    # an unused name has no effect
     match_labels(
-        replace(pictures, labels=[1]), single("noon", "dusk"), single("dusk")
-    )  # a name not in use is no matter
+        replace(pictures, labels=[1]), build_single_label_space("noon", "dusk"), build_single_label_space("dusk")
+    )
 
 
 def test_several_labels_are_matched_by_name() -> None:
@@ -587,4 +591,4 @@ def test_tasks_are_matched_by_name() -> None:
     with pytest.raises(
         ValueError, match="with one label per image, but the dataset has several tasks with one label each"
     ):
-        match_labels(LabeledImages([], []), given, single("a"))
+        match_labels(LabeledImages([], []), given, build_single_label_space("a"))

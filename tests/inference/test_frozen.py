@@ -1,4 +1,4 @@
-"""Accuracy of frozen features: equal to scikit-learn's on features of a plain loop, for every token and layer."""
+"""Accuracy of frozen features equals scikit-learn on features of a plain loop, for every token and layer."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def save_model(folder: Path, **fields: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model with one CLS token, one distillation token and four registers."""
+    """Return the folder of a model with one CLS token, one distillation token and four registers."""
     return save_model(tmp_path_factory.mktemp("model"), **LAYOUTS["cls_distillation_registers"])
 
 
@@ -138,7 +138,7 @@ def test_few_shot_requires_enough_images() -> None:
 
 
 def write_folder(folder: Path) -> Path:
-    """Write an image folder of two classes of one color each, with one unreadable image in each split."""
+    """Write an image folder with two classes of one color each, and one unreadable image in each split."""
     for split, number in (("train", 6), ("val", 4)):
         for color in ("red", "blue"):
             (folder / split / color).mkdir(parents=True)

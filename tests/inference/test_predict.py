@@ -1,7 +1,7 @@
-"""Prediction: scripts/predict.py and what it stands on.
+"""Prediction: scripts/predict.py and its modules.
 
-Most runs take place in this process. Two are started for real: one that is killed in the middle and continued by two
-processes, and a mistyped flag.
+Most runs use the test process. Two start real processes: a run that is killed and resumed by two processes, and a
+mistyped flag.
 """
 
 import csv
@@ -74,7 +74,7 @@ NUM_STREAMED = 1000
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small models with random weights, one of each kind."""
+    """Return a folder of small models with random weights, one of each kind."""
     folder = tmp_path_factory.mktemp("models")
     for name, build in KINDS.items():
         randomize(build()).save_pretrained(folder / name)
@@ -84,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine photographs of many kinds, in a folder with others in it, among files that are none."""
+    """Return a folder of nine photographs of many kinds, with sub-folders and files that are not images."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "inner").mkdir()
     (folder / ".hidden").mkdir()
@@ -112,8 +112,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def broken(tmp_path: Path, photos: Path) -> Path:
-    """A folder of one good image, one that breaks off, and one that is text."""
+def unreadable(tmp_path: Path, photos: Path) -> Path:
+    """Return a folder with one readable image, a truncated image and a text file."""
     folder = tmp_path / "broken"
     folder.mkdir()
     whole = (photos / "a.jpg").read_bytes()
@@ -124,7 +124,7 @@ def broken(tmp_path: Path, photos: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> Any:
-    """Run the script in this process; returns its exit status."""
+    """Run the script in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *flags])))
     monkeypatch.syspath_prepend(SCRIPT.parent)
     try:
@@ -139,7 +139,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_shards(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a folder, in the order of its files."""
+    """Return all rows of a folder, in the order of its files."""
     return [row for file in sorted(folder.glob("shard-*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
@@ -150,29 +150,29 @@ def sorted_photos(photos: Path) -> list[str]:
 
 
 def pixel_values(photos: Path) -> torch.Tensor:
-    """What the image processor makes of the photographs, [9, 3, 32, 32]."""
+    """Return the preprocessed photographs, [9, 3, 32, 32]."""
     return ViTCLSImageProcessor(size=32)(sorted_photos(photos), return_tensors="pt")["pixel_values"]
 
 
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-def test_table_names_images_labels_and_errors(
-    models: Path, broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_the_table_contains_images_labels_and_errors(
+    models: Path, unreadable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(monkeypatch, "--model", models / "one_label", broken) == 0
+    assert run(monkeypatch, "--model", models / "one_label", unreadable) == 0
     printed = capsys.readouterr()
-    first, second, third = [line for line in printed.out.splitlines() if str(broken) in line]
-    assert f"{broken}/1-whole.jpg" in first and any(name in first for name in NAMES)
+    first, second, third = [line for line in printed.out.splitlines() if str(unreadable) in line]
+    assert f"{unreadable}/1-whole.jpg" in first and any(name in first for name in NAMES)
     assert "2-cut.jpg" in second and "truncated" in second.lower()
     assert "3-text.png" in third and "not an image in a supported format" in third
     assert "3 of 3 images" in printed.err and "2 without a prediction" in printed.err
 
 
-def test_without_any_answer_the_status_is_1(
-    models: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_without_any_prediction_the_status_is_1(
+    models: Path, unreadable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    images = [broken / "2-cut.jpg", broken / "3-text.png", broken / "absent.jpg"]
+    images = [unreadable / "2-cut.jpg", unreadable / "3-text.png", unreadable / "absent.jpg"]
     assert run(monkeypatch, "--model", models / "one_label", *images, "--output", tmp_path / "out.json") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: none of the 3 images has a prediction: see the column `error`"
@@ -181,7 +181,7 @@ def test_without_any_answer_the_status_is_1(
     assert "No such file" in rows[2]["error"]
 
 
-def test_labels_are_those_of_the_model_and_of_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_labels_equal_those_of_the_model_and_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out.json"
     predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4))
     rows = read_json(output)
@@ -195,9 +195,11 @@ def test_labels_are_those_of_the_model_and_of_the_pipeline(models: Path, photos:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_every_format_holds_the_same(models: Path, broken: Path, tmp_path: Path, suffix: str) -> None:
+def test_all_formats_have_the_same_contents(models: Path, unreadable: Path, tmp_path: Path, suffix: str) -> None:
     for file in (tmp_path / "out.json", tmp_path / f"out{suffix}"):
-        options = PredictOptions(str(models / "one_label"), (str(broken),), output=file, top_k=7)  # of three labels
+        options = PredictOptions(
+            str(models / "one_label"), (str(unreadable),), output=file, top_k=7
+        )  # of three labels
         assert predict_images(options) == PredictionCounts(num_images=3, num_failed=2)
         reset_accelerate()
     file = tmp_path / f"out{suffix}"
@@ -217,7 +219,7 @@ def test_every_format_holds_the_same(models: Path, broken: Path, tmp_path: Path,
     ]
 
 
-def test_several_tasks_have_columns_each(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
     options = PredictOptions(
         str(models / "several_tasks"), (str(photos),), output=tmp_path / "out.parquet", top_k=3, batch_size=5
     )
@@ -234,7 +236,7 @@ def test_several_tasks_have_columns_each(models: Path, photos: Path, tmp_path: P
         np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
 
 
-def test_several_labels_count_from_the_threshold_on(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(models / "several_labels")
     with torch.no_grad():
         probabilities = model(pixel_values(photos)).logits.sigmoid()
@@ -253,7 +255,7 @@ def test_several_labels_count_from_the_threshold_on(models: Path, photos: Path, 
     assert all(sorted(cell.split("|")) == NAMES for cell in cells)
 
 
-def test_an_output_that_is_not_finite_is_an_error(photos: Path) -> None:
+def test_a_non_finite_output_is_an_error(photos: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     model.classifier.bias.data[1] = float("nan")
     rows = predict(model, ViTCLSImageProcessor(size=32), [photos / "a.jpg"])
@@ -265,7 +267,7 @@ def test_an_output_that_is_not_finite_is_an_error(photos: Path) -> None:
 
 @pytest.mark.parametrize("source", ["one_label", "encoder"])
 @pytest.mark.parametrize("kind", ["cls", "mean", "registers", "distillation"])
-def test_features_are_the_tokens_of_the_model(
+def test_features_equal_the_tokens_of_the_model(
     models: Path, photos: Path, tmp_path: Path, source: str, kind: str
 ) -> None:
     output = tmp_path / ("out.parquet" if source == "encoder" else "out.json")
@@ -282,17 +284,17 @@ def test_features_are_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_a_unreadable_image_has_no_features(models: Path, broken: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_has_no_features(models: Path, unreadable: Path, tmp_path: Path) -> None:
     for kind in ("cls", "registers"):
         file = tmp_path / f"{kind}.parquet"
-        options = PredictOptions(str(models / "encoder"), (str(broken),), output=file, features=kind)  # type: ignore
+        options = PredictOptions(str(models / "encoder"), (str(unreadable),), output=file, features=kind)  # type: ignore
         predict_images(options)
         reset_accelerate()
         features = pq.read_table(file)["features"].to_pylist()
         assert features[0] is not None and features[1:] == [None, None]
 
 
-def test_tokens_that_a_model_does_not_have_are_refused() -> None:
+def test_missing_tokens_are_errors() -> None:
     with raises_one_line("requires registers tokens", "cls, mean"):
         predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
 
@@ -300,7 +302,7 @@ def test_tokens_that_a_model_does_not_have_are_refused() -> None:
 # Inputs --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_names_files_and_folders(photos: Path, tmp_path: Path) -> None:
+def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
     source = open_input(PredictOptions("model", list=file))
@@ -309,7 +311,7 @@ def test_a_list_names_files_and_folders(photos: Path, tmp_path: Path) -> None:
 
 
 def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
-    """A CSV of relative paths, Parquet with images in it, as a stream too: the same answers."""
+    """Check a CSV file of relative paths, and Parquet with embedded images, also as a stream."""
     paths = sorted_photos(photos)
     lines = [str(Path(path).relative_to(photos)) for path in paths]
     (photos / "list.csv").write_text("\n".join(["file_name", *lines]), encoding="utf-8")
@@ -332,8 +334,8 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     assert len(expected or []) == 9
 
 
-def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Of the same names and sizes: files, a folder as a dataset, a table, as a stream too."""
+def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
+    """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
     folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
     folder.mkdir(parents=True)
     table.write_text("image\nb.png\n", encoding="utf-8")
@@ -354,7 +356,7 @@ def test_an_input_is_known_by_its_content(photos: Path, tmp_path: Path) -> None:
     Image.new("L", (8, 8), 30).save(folder / "10.bmp")
     table.write_text("image\nc.png\n", encoding="utf-8")
     assert all(now != then for now, then in zip(identities(), first, strict=True))
-    assert json.loads(json.dumps(first)) == first  # as it is kept
+    assert json.loads(json.dumps(first)) == first  # as stored in the output
 
 
 def test_digits_are_read(models: Path) -> None:
@@ -376,7 +378,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", (str(tmp_path),)))
 
 
-def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) -> None:
+def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path) -> None:
     good = (photos / "a.jpg").read_bytes()
     values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
     table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
@@ -385,12 +387,12 @@ def test_what_a_stream_passes_by_is_not_decoded(photos: Path, tmp_path: Path) ->
     assert isinstance(source, StreamInput) and source.num_images is None
     assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
-    ranges = assign_ranges(iterate_shards(None, 4), process=1, num_processes=2)  # 4 .. 7, then beyond the end
+    ranges = assign_ranges(iterate_shards(None, 4), process=1, num_processes=2)  # 4 to 7, then beyond the end
     assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 
 
-def test_a_network_failure_is_no_unreadable_image(models: Path, tmp_path: Path, photos: Path) -> None:
+def test_a_network_failure_is_not_an_unreadable_image(models: Path, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
     output = tmp_path / "out.csv"
     options = PredictOptions(str(models / "one_label"), dataset=str(tmp_path / "table.csv"), output=output)
@@ -404,7 +406,7 @@ def test_a_network_failure_is_no_unreadable_image(models: Path, tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Parquet file of a thousand digits, every hundredth of them broken."""
+    """Return a Parquet file of a thousand digits, of which every hundredth is unreadable."""
     values = []
     for index, image in enumerate(sklearn.datasets.load_digits().images[:NUM_STREAMED]):
         encoded = io.BytesIO()
@@ -416,8 +418,8 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_then_two_processes_go_on(models: Path, streamed: Path, tmp_path: Path) -> None:
-    """The union is what one uninterrupted run gives."""
+def test_a_killed_run_is_resumed_by_two_processes(models: Path, streamed: Path, tmp_path: Path) -> None:
+    """The result must equal that of one uninterrupted run."""
     flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
     flags += ["--shard-size", 30, "--batch-size", 8]
     folder = tmp_path / "features"
@@ -485,7 +487,7 @@ def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, 
 
 @pytest.mark.slow
 def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: Path, tmp_path: Path) -> None:
-    """The main process reports an error; a new start computes the missing shard."""
+    """The main process raises an error; a new start computes the missing shard."""
     folder = tmp_path / "labels"
     flags = ["--model", models / "one_label", photos, "--output", folder, "--shard-size", 5]
     environment = OFFLINE | {"LAST_SHARD": "die"}
@@ -499,7 +501,7 @@ def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: 
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
 
 
-def test_a_folder_is_complete_when_every_shard_has_all_rows(tmp_path: Path) -> None:
+def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path) -> None:
     folder = ShardFolder(tmp_path, size=4)
     rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
     for number in range(3):
@@ -514,7 +516,7 @@ def test_a_folder_is_complete_when_every_shard_has_all_rows(tmp_path: Path) -> N
         write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
 
 
-def test_a_second_start_must_ask_for_the_same(
+def test_a_second_start_must_have_the_same_options(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "labels"
@@ -537,7 +539,7 @@ def test_a_second_start_must_ask_for_the_same(
     }.values():
         with raises_one_line(f"--output {folder} was written with {change}"):
             again(**words)
-    assert again(batch_size=3, num_workers=1) == PredictionCounts(9, 0)  # may differ
+    assert again(batch_size=3, num_workers=1) == PredictionCounts(9, 0)  # may change
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
     (folder / "shard-000001.parquet").unlink()
@@ -551,7 +553,7 @@ def test_a_second_start_must_ask_for_the_same(
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --output")
 
 
-def test_a_folder_with_other_files_is_refused(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
     with raises_one_line("contains other files"):
         predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
@@ -569,7 +571,7 @@ def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
         assert together == shards
 
 
-def test_batches_do_not_cross_pieces() -> None:
+def test_batches_do_not_cross_shards() -> None:
     images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
     sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece_size=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
@@ -578,7 +580,7 @@ def test_batches_do_not_cross_pieces() -> None:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_files_are_written_atomically(tmp_path: Path) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         yield {"index": 0, "image": "a", "error": None}
         raise ValueError("the input ends early")
@@ -596,7 +598,7 @@ FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
 
 
 def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
-    """Spreadsheets run cells that start with these characters; other formats keep the text as it is."""
+    """Spreadsheets evaluate cells that start with these characters. Other formats keep the text."""
     columns = get_output_columns({"labels": pa.list_(pa.string()), "=task_label": pa.string(), "p": pa.float32()})
     rows = [
         {"index": -1, "image": text, "labels": [text, "b"], "=task_label": text, "p": -0.5, "error": None}
@@ -622,7 +624,7 @@ def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.Ca
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
-    """A terminal would run escape sequences in names of files and classes."""
+    """A terminal would interpret escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
     print_table(
         [{"image": name, name: name, "error": None}], {"image": pa.string(), name: pa.string(), "error": pa.string()}
@@ -655,7 +657,7 @@ def test_pipes_sockets_and_devices_in_a_folder_are_rows_with_an_error(
         assert (row["error"] is None and row["label"] in NAMES) if words is None else words in row["error"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "out.json").mkdir()
     with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
         write_rows([], get_output_columns({}), tmp_path / "out.json")
@@ -673,7 +675,7 @@ with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heart
 
 
 @pytest.mark.slow
-def test_a_process_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
     monkeypatch.setattr(outputs, "MAX_SILENT_SECONDS", 2.0)
     folder = outputs.ShardFolder(tmp_path, 4)
@@ -710,7 +712,7 @@ def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     lost = tmp_path / "lost"
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
@@ -731,7 +733,7 @@ def test_models_without_labels_are_refused_in_one_line(models: Path, photos: Pat
         predict(ViTCLSForImageClassification(build_tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
 
 
-def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_mixed_precision_is_close(models: Path, photos: Path, tmp_path: Path) -> None:
     features = {}
     for precision in ("no", "bf16"):
         output = tmp_path / f"{precision}.parquet"
@@ -743,10 +745,10 @@ def test_mixed_precision_is_near(models: Path, photos: Path, tmp_path: Path) -> 
     assert 0 < difference < 0.1
 
 
-# From Python, and flags ----------------------------------------------------------------------------------------------
+# Python function, and flags ------------------------------------------------------------------------------------------
 
 
-def test_predict_takes_images_of_any_kind(photos: Path) -> None:
+def test_predict_accepts_images_of_any_kind(photos: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS, hidden_dropout_prob=0.9))).train()
     picture = photos / "a.jpg"
     given = [str(picture), picture, picture.read_bytes(), Image.open(picture), np.asarray(Image.open(picture))]

@@ -1,9 +1,10 @@
-"""scripts/accelerate/*.yaml: all of them can be read, and those for CPUs train.
+"""scripts/accelerate/*.yaml: all files are valid, and the files for CPUs train.
 
-Runs get from Accelerate what its launcher would tell them, in processes that are quick to start. `make test-all` has
-the real `accelerate launch`, and compares.
+Runs get the environment that Accelerate's launcher would set, in processes that start quickly. `make test-all` also
+starts the real `accelerate launch`, and compares.
 
-DDP and FSDP2 on two processes must give the same run: with accumulation and averaged weights, evaluated on the way.
+DDP and FSDP2 on two processes must be equal, with gradient accumulation, averaged weights and evaluations during
+training.
 """
 
 import json
@@ -38,7 +39,7 @@ TINY = [
     *("--num-cls-tokens", 1, "--num-register-tokens", 2, "--num-workers", 0, "--crop-scale", 1, "--no-flip"),
     "--no-report",
 ]
-# An epoch is two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
+# An epoch has two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
 STEPS = [
     *("--max-steps", 6, "--batch-size", 180, "--gradient-accumulation-steps", 2, "--ema-decay", 0.9),
     *("--learning-rate", 3e-3, "--log-every", 1, "--health-every", 2),
@@ -46,7 +47,7 @@ STEPS = [
 
 
 def launch(config: str, script: str, *flags: object) -> str:
-    """What a script prints when it is launched with a configuration; fail with its output unless it succeeds."""
+    """Run a script with a configuration and return its output; fail with the output if the exit status is not 0."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
     command = list(map(str, [*launcher, REPOSITORY / "scripts" / script, *flags]))
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
@@ -54,8 +55,8 @@ def launch(config: str, script: str, *flags: object) -> str:
     return ran.stdout + ran.stderr
 
 
-def told_by_launcher(config: str) -> dict[str, str]:
-    """What `accelerate launch` would put into the environment for a configuration."""
+def get_launcher_environment(config: str) -> dict[str, str]:
+    """Return the environment variables that `accelerate launch` would set for a configuration."""
     arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "finetune.py"])
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
@@ -70,7 +71,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
-    """Two runs logged the same figures and ended with the same weights."""
+    """Check that two runs logged equal metrics and have equal weights."""
     for first, second in zip(read_metrics(one), read_metrics(other), strict=True):
         assert first.keys() == second.keys()
         for name in first.keys() - {"images_per_second", "peak_memory_mb"}:
@@ -83,7 +84,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two CPU processes, each with the whole model."""
+    """Train on two CPU processes, each with the whole model."""
     folder = tmp_path_factory.mktemp("ddp") / "model"
     log = folder.with_name("log")
     run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=OFFLINE)
@@ -93,10 +94,10 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two CPU processes, each with a part of the weights."""
+    """Train on two CPU processes, each with a shard of the weights."""
     folder = tmp_path_factory.mktemp("fsdp2") / "model"
     log = folder.with_name("log")
-    environment = OFFLINE | told_by_launcher("fsdp2_cpu.yaml")
+    environment = OFFLINE | get_launcher_environment("fsdp2_cpu.yaml")
     run_together("finetune.py", *TINY, *STEPS, "--output-dir", folder, log=log, environment=environment)
     output = log.read_text() + log.with_name("log.errors").read_text()
     assert "WARNING" not in output and "Warning" not in output
@@ -106,21 +107,21 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The files -----------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_one_for_each_place() -> None:
+def test_there_is_a_file_for_each_setup() -> None:
     names = {file.stem for file in FILES}
     assert names >= {"cpu", "gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "nodes"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_each_says_when_to_use_it(file: Path) -> None:
+def test_the_first_lines_state_the_purpose(file: Path) -> None:
     first, second, *_ = file.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and first.endswith(".") and ": " in first
     assert second.startswith("# Not tested") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_each_has_only_keys_that_accelerate_knows(file: Path) -> None:
-    """The launcher refuses unknown keys of the file itself, and passes over those of its parts without a word."""
+def test_all_keys_are_known_to_accelerate(file: Path) -> None:
+    """The launcher rejects unknown keys of the file, but ignores unknown keys of its sections."""
     load_config_from_file(str(file))
     flags = {action.dest for action in launch_command_parser()._actions}
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ def test_each_has_only_keys_that_accelerate_knows(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
+def test_fsdp2_trains_like_ddp(ddp: Path, fsdp2: Path) -> None:
     assert_same_run(ddp, fsdp2, tolerance=1e-4)
     for folder in (ddp, fsdp2):
         results = read_json(folder / "results.json")
@@ -147,7 +148,7 @@ def test_fsdp2_trains_as_ddp(ddp: Path, fsdp2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_leaves_a_model_that_loads(fsdp2: Path) -> None:
+def test_the_model_trained_with_fsdp2_loads(fsdp2: Path) -> None:
     model, info = ViTCLSForImageClassification.from_pretrained(fsdp2, output_loading_info=True)
     assert not any(info.values())
     saved = load_file(fsdp2 / "model.safetensors")
@@ -166,8 +167,8 @@ def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.Fixture
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["fsdp2_cpu.yaml", "ddp_cpu.yaml"])
-def test_a_run_under_fsdp2_is_resumed_to_the_bit(fsdp2: Path, tmp_path: Path, config: str) -> None:
-    """From the checkpoint after four of six steps, in parts as before or whole."""
+def test_a_run_with_fsdp2_is_resumed_to_the_bit(fsdp2: Path, tmp_path: Path, config: str) -> None:
+    """Resume the checkpoint after four of six steps, with FSDP2 or DDP."""
     folder = tmp_path / "resumed"
     shutil.copytree(fsdp2, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
@@ -178,8 +179,8 @@ def test_a_run_under_fsdp2_is_resumed_to_the_bit(fsdp2: Path, tmp_path: Path, co
 
 
 @pytest.mark.slow
-def test_pre_training_under_fsdp2_is_that_under_ddp(tmp_path: Path) -> None:
-    """Under DDP it would stop with an error if any parameter had no part in the loss."""
+def test_pre_training_with_fsdp2_equals_ddp(tmp_path: Path) -> None:
+    """With DDP, training stops with an error if a parameter is not part of the loss."""
     folders = {config: tmp_path / config for config in ("ddp_cpu", "fsdp2_cpu")}
     for config, folder in folders.items():
         launch(f"{config}.yaml", "pretrain.py", *TINY, *STEPS, "--output-dir", folder)

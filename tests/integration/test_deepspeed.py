@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 train as DDP does, through the real `accelerate launch`, on two CPU processes.
+"""DeepSpeed ZeRO-2 and ZeRO-3 train like DDP, with the real `accelerate launch`, on two CPU processes.
 
-Slow, and skipped where DeepSpeed is not installed: it is none of the package's requirements.
+The tests are slow, and skipped if DeepSpeed is not installed, because the package does not require it.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 WITHOUT_EMA = [flag for flag in STEPS if flag not in ("--ema-decay", 0.9)]
-# Tensors that DeepSpeed thinks small would be whole on every process: all of them, here.
+# DeepSpeed keeps small tensors whole on every process, which would be all tensors of this model.
 ZERO_3_OF_ALL = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
@@ -33,8 +33,8 @@ ZERO_3_OF_ALL = {
 }
 
 
-def config_file(folder: Path, stage: int, precision: str = "no") -> str:
-    """The repository's file for a stage, with two processes of float32."""
+def write_config(folder: Path, stage: int, precision: str = "no") -> str:
+    """Write the repository's file for a stage, changed to two processes and float32."""
     settings: dict[str, Any] = yaml.safe_load((CONFIGS / f"deepspeed_zero{stage}.yaml").read_text(encoding="utf-8"))
     settings |= {"num_processes": 2, "mixed_precision": precision}
     if stage == 3:
@@ -43,7 +43,8 @@ def config_file(folder: Path, stage: int, precision: str = "no") -> str:
             "deepspeed_config_file": str(folder / "zero3.json"),
             "zero3_init_flag": settings["deepspeed_config"]["zero3_init_flag"],
         }
-        del settings["mixed_precision"]  # the launcher refuses it next to a file of DeepSpeed's; the flag is ours
+        # the launcher does not accept it together with a DeepSpeed file; our flag is used
+        del settings["mixed_precision"]
     file = folder / "launch.yaml"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return str(file)
@@ -54,10 +55,10 @@ def config_file(folder: Path, stage: int, precision: str = "no") -> str:
     [("finetune.py", 2, STEPS), ("finetune.py", 3, WITHOUT_EMA), ("pretrain.py", 3, WITHOUT_EMA)],
     ids=["zero2-ema", "zero3", "pretraining-zero3"],
 )
-def test_it_trains_as_ddp(script: str, stage: int, flags: list[Any], tmp_path: Path) -> None:
+def test_it_trains_like_ddp(script: str, stage: int, flags: list[Any], tmp_path: Path) -> None:
     ddp, zero = tmp_path / "ddp", tmp_path / "zero"
     launch("ddp_cpu.yaml", script, *TINY, *flags, "--output-dir", ddp)
-    output = launch(config_file(tmp_path, stage), script, *TINY, *flags, "--output-dir", zero)
+    output = launch(write_config(tmp_path, stage), script, *TINY, *flags, "--output-dir", zero)
     assert_same_run(ddp, zero, tolerance=1e-4)
     assert output.count("no checkpoints are saved") == output.count("WARNING: ") == 1
     assert not (zero / "checkpoints").exists()
@@ -70,11 +71,11 @@ def test_it_trains_as_ddp(script: str, stage: int, flags: list[Any], tmp_path: P
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_bf16_is_the_forward_pass_alone(stage: int, tmp_path: Path) -> None:
-    """And the model that is left loads."""
+def test_bf16_is_used_only_in_the_forward_pass(stage: int, tmp_path: Path) -> None:
+    """Check also that the saved model loads."""
     folder = tmp_path / "model"
     flags = [*TINY, *WITHOUT_EMA, "--mixed-precision", "bf16", "--output-dir", folder]
-    output = launch(config_file(tmp_path, stage), "finetune.py", *flags)
+    output = launch(write_config(tmp_path, stage), "finetune.py", *flags)
     assert "mixed precision: bf16" in output and read_json(folder / "results.json")["mixed_precision"] == "bf16"
     assert all(math.isfinite(record["gradient_norm"]) for record in read_metrics(folder))
     saved = load_file(folder / "model.safetensors")
@@ -91,10 +92,10 @@ def test_bf16_is_the_forward_pass_alone(stage: int, tmp_path: Path) -> None:
     [(2, ["--resume"]), (2, ["--compile"]), (2, ["--mixed-precision", "fp16"]), (3, ["--ema-decay", 0.9])],
     ids=lambda value: str(value),
 )
-def test_what_it_does_not_go_with_is_refused_in_one_line(stage: int, flags: list[Any], tmp_path: Path) -> None:
+def test_unsupported_options_are_a_one_line_error(stage: int, flags: list[Any], tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as caught:
-        launch(config_file(tmp_path, stage), "finetune.py", *TINY, *flags, "--output-dir", tmp_path / "model")
+        launch(write_config(tmp_path, stage), "finetune.py", *TINY, *flags, "--output-dir", tmp_path / "model")
     printed = str(caught.value)
     assert "error: " in printed and "supported under DeepSpeed" in printed
-    assert 'finetune.py", line' not in printed  # no traceback but the launcher's
+    assert 'finetune.py", line' not in printed  # no traceback except the launcher's
     assert not (tmp_path / "model").exists()

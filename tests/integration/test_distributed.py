@@ -1,6 +1,6 @@
-"""Training on several processes: two on this machine's CPU, which must do what one does.
+"""Training on several processes: two processes on this machine's CPU equal one process.
 
-The checks themselves are in distributed_worker.py; they run once, together.
+The checks are in distributed_worker.py. They run once, in the same two processes.
 """
 
 import pytest
@@ -10,12 +10,12 @@ from warm_processes import run_checks
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Check -> error, empty if it passed."""
+    """Return check -> error, "" if it passed."""
     return run_checks("distributed_worker.py", tmp_path_factory.mktemp("distributed"), NUM_PROCESSES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_several_processes_do_what_one_does(name: str, report: dict[str, str]) -> None:
+def test_several_processes_equal_one(name: str, report: dict[str, str]) -> None:
     if report[name]:
         pytest.fail(report[name], pytrace=False)

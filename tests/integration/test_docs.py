@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitcls"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 180
-FAST_PAGES = ("README.md",)  # pages whose Python blocks run in the fast tests, too
+FAST_PAGES = ("README.md",)  # pages whose Python blocks also run in the fast tests
 
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip", ".venv/bin/pip", ".venv/bin/python", "pre-commit")
@@ -50,7 +50,7 @@ OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip", ".venv/bin/pip", ".venv/bin/
 OTHER_FLAGS = {"--help", "--version", "--include", "--local-dir"}
 OTHER_SUBCOMMANDS = {"--version", *cli.OTHER_COMMANDS}
 
-# Added to commands that are run, so that they take seconds.
+# Added to commands so that they take only seconds.
 QUICK = {
     "finetune": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
     "pretrain": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
@@ -70,9 +70,9 @@ FLAG = re.compile(r"--[a-z][a-z_-]*")
 PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
 FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\(.*\))?")
-FOLDERS = (ROOT, PACKAGE, ROOT / "tests")  # that paths in the pages start from
-WRITTEN_FILES = {"docs/speed-gpu.md", "handler.py"}  # by `make gpu` and `vitcls push`
-MIN_LITERAL_CHARACTERS = 20  # of a message in the package that is compared with a message in the FAQ
+FOLDERS = (ROOT, PACKAGE, ROOT / "tests")  # start of relative paths in the pages
+WRITTEN_FILES = {"docs/speed-gpu.md", "handler.py"}  # written by `make gpu` and `vitcls push`
+MIN_LITERAL_CHARACTERS = 20  # minimum fraction of a package message that a message in the FAQ must match
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        """Whether a Python block is run."""
+        """Return whether a Python block is run."""
         return not self.comment.startswith("not run: ")
 
     def get_source(self) -> str:
-        """Return a Python block as it is run."""
+        """Return a Python block with its replacements."""
         if found := REPLACEMENT.fullmatch(self.comment):
             new, old = found.groups()
             assert old in self.text, f"{self}: no {old!r}"
@@ -179,7 +179,7 @@ def test_comments_before_blocks_are_known() -> None:
         assert is_known or REPLACEMENT.fullmatch(block.comment), f"{block}: {block.comment!r}"
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
+# Commands and flags --------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -205,12 +205,12 @@ class Command:
 
     variables: list[str]  # NAME=VALUE
     launcher: list[str]  # `accelerate launch` and its flags, or nothing
-    name: str  # of the program, as in `vitcls NAME`
+    name: str  # flags of the program, as in `vitcls NAME`
     arguments: list[str]
 
 
 def parse_command(words: list[str]) -> Command | None:
-    """Return what a command of the pages starts; None for commands of other projects. Fails for unknown ones."""
+    """Return the parsed command, or None for commands of other projects. Fails for unknown commands."""
     first = next(index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
     variables, words = words[:first], words[first:]
     if words[0] in OTHER_COMMANDS:
@@ -242,7 +242,7 @@ def read_subcommand(script: Path) -> str:
 
 
 def read_all_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield where each command is, and its words: in bash blocks, and in inline code such as that of tables."""
+    """Yield the position and the words of each command: in bash blocks, and in inline code, for example in tables."""
     for block in BLOCKS:
         if block.language == "bash":
             yield from ((str(block), words) for words in block.get_commands())
@@ -285,7 +285,7 @@ def test_every_program_is_in_the_readme() -> None:
 
 @cache
 def find_file(path: str) -> Path | None:
-    """Return the file or folder of the repository that a page calls `path`; None if there is none."""
+    """Return the file or folder of the repository with this path, or None."""
     found = [folder / path for folder in FOLDERS if path and (folder / path).exists()]
     return found[0] if found else None
 
@@ -319,8 +319,8 @@ def read_table(page: Path, heading: str) -> list[list[str]]:
     return [row.split(" | ") for row in rows[1:]]
 
 
-def test_places_to_change_exist() -> None:
-    """Each row of "to change X, look at Y" names a file, and names that this file defines."""
+def test_files_and_names_to_change_exist() -> None:
+    """Each row of "to change X, look at Y" contains a file, and names that this file defines."""
     rows = read_table(ROOT / "docs" / "architecture.md", "To change something")
     assert len(rows) > 10
     for _, place in rows:
@@ -350,7 +350,7 @@ def test_the_list_of_folders_is_complete() -> None:
 
 @cache
 def read_messages() -> tuple[re.Pattern[str], ...]:
-    """Return the texts in the package as patterns, with any text in place of a field of an f-string."""
+    """Return the messages of the package as patterns; fields of f-strings match any text."""
     patterns = []
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -392,7 +392,7 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the images and the model that the pages use."""
+    """Return a folder with the images and the model that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     digits = load_digits()
     for label, name in enumerate(("cat", "dog")):
@@ -415,7 +415,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Run:
-    """Run a command offline in a copy of the prepared folder, and return what it printed."""
+    """Return a function that runs a command offline in a copy of the prepared folder, and returns its output."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

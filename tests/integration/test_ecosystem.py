@@ -1,5 +1,5 @@
-"""The models inside the libraries that users bring: transformers' pipelines, Trainer and composite models, PEFT,
-datasets and accelerate. Real libraries, tiny models, no network.
+"""The models in other libraries: transformers' pipelines, Trainer and composite models, PEFT, datasets and accelerate.
+Real libraries, tiny models, no network.
 """
 
 from collections.abc import Callable
@@ -42,32 +42,32 @@ from modeling_vitcls import (
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 
 
-def tiny_config(**overrides: Any) -> ViTCLSConfig:
-    """A model that runs in a millisecond, with every kind of token."""
+def build_tiny_config(**overrides: Any) -> ViTCLSConfig:
+    """Return a configuration with every kind of token, whose model runs in a millisecond."""
     values = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     values |= {"intermediate_size": 48, "id2label": LABELS, "num_distillation_tokens": 1, "num_register_tokens": 2}
     return ViTCLSConfig(**(values | overrides))
 
 
-def tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
-    """A classifier that is the same each time."""
+def build_tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
+    """Return a classifier with reproducible weights."""
     torch.manual_seed(0)
-    return ViTCLSForImageClassification(tiny_config(**overrides))
+    return ViTCLSForImageClassification(build_tiny_config(**overrides))
 
 
-def random_images(count: int = 2) -> torch.Tensor:
-    """Pixel values [count, 3, 16, 16]."""
+def build_random_images(count: int = 2) -> torch.Tensor:
+    """Return pixel values [count, 3, 16, 16]."""
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def picture() -> Image.Image:
-    """A photograph, as far as a test can tell."""
+def build_pil_image() -> Image.Image:
+    """Return a random color image."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 @pytest.fixture(params=[ViTCLSImageProcessor, ViTCLSImageProcessorPil])
 def processor(request: pytest.FixtureRequest) -> Any:
-    """Both backends."""
+    """Return the image processor of each backend."""
     return request.param(size=16)
 
 
@@ -75,10 +75,12 @@ def processor(request: pytest.FixtureRequest) -> Any:
 
 
 def test_image_classification_pipeline(processor: Any) -> None:
-    model = tiny_classifier().eval()
-    found = pipeline("image-classification", model=model, image_processor=processor)([picture(), picture()], top_k=2)
+    model = build_tiny_classifier().eval()
+    found = pipeline("image-classification", model=model, image_processor=processor)(
+        [build_pil_image(), build_pil_image()], top_k=2
+    )
     with torch.no_grad():
-        scores = model(**processor(picture(), return_tensors="pt")).logits.softmax(-1)[0]
+        scores = model(**processor(build_pil_image(), return_tensors="pt")).logits.softmax(-1)[0]
     best = scores.argmax().item()
     assert len(found) == 2 and all(len(answer) == 2 for answer in found)
     assert found[0][0] == {"label": LABELS[best], "score": pytest.approx(scores[best].item(), abs=1e-6)}
@@ -86,11 +88,11 @@ def test_image_classification_pipeline(processor: Any) -> None:
 
 def test_image_feature_extraction_pipeline(processor: Any) -> None:
     torch.manual_seed(0)
-    model = ViTCLSModel(tiny_config()).eval()
+    model = ViTCLSModel(build_tiny_config()).eval()
     with torch.no_grad():
-        outputs = model(**processor(picture(), return_tensors="pt"))
-    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(picture())
-    pooled = pipeline("image-feature-extraction", model=model, image_processor=processor, pool=True)(picture())
+        outputs = model(**processor(build_pil_image(), return_tensors="pt"))
+    tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(build_pil_image())
+    pooled = pipeline("image-feature-extraction", model=model, image_processor=processor, pool=True)(build_pil_image())
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 
@@ -99,10 +101,10 @@ def test_image_feature_extraction_pipeline(processor: Any) -> None:
 
 
 class Examples(torch.utils.data.Dataset):
-    """Random images with the given labels, one per image."""
+    """Random images with the given labels."""
 
     def __init__(self, labels: torch.Tensor) -> None:
-        self.images = random_images(len(labels))
+        self.images = build_random_images(len(labels))
         self.labels = labels
 
     def __len__(self) -> int:
@@ -112,8 +114,8 @@ class Examples(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def trainer_for(model: Any, labels: torch.Tensor, folder: Path, **arguments: Any) -> Trainer:
-    """A Trainer on the CPU that reports nothing."""
+def build_trainer(model: Any, labels: torch.Tensor, folder: Path, **arguments: Any) -> Trainer:
+    """Return a Trainer on the CPU without trackers."""
     values = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 2}
     values |= {"per_device_train_batch_size": 8, "save_strategy": "no", "logging_steps": 1}
     return Trainer(model=model, args=TrainingArguments(**(values | arguments)), train_dataset=Examples(labels))
@@ -128,7 +130,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
 
     labels = torch.arange(12) % 3
     trainer = Trainer(
-        model=tiny_classifier(),
+        model=build_tiny_classifier(),
         args=TrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,
@@ -157,7 +159,9 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-30", tmp_path / "final"):
         again = AutoModelForImageClassification.from_pretrained(folder)
-        torch.testing.assert_close(again(random_images()).logits, trainer.model.eval()(random_images()).logits)
+        torch.testing.assert_close(
+            again(build_random_images()).logits, trainer.model.eval()(build_random_images()).logits
+        )
         assert (folder / "preprocessor_config.json").is_file() and (folder / "modeling_vitcls.py").is_file()
 
 
@@ -179,9 +183,9 @@ def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_to
     torch.manual_seed(2)
     labels = make_labels()
 
-    def weights_after_a_step(batch_size: int, steps: int) -> tuple[dict[str, torch.Tensor], float]:
-        model = tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens)
-        trainer = trainer_for(
+    def train_step(batch_size: int, steps: int) -> tuple[dict[str, torch.Tensor], float]:
+        model = build_tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens)
+        trainer = build_trainer(
             model,
             labels,
             tmp_path,
@@ -196,16 +200,16 @@ def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_to
         trainer.train()
         return model.state_dict(), trainer.state.log_history[0]["loss"]
 
-    whole, whole_loss = weights_after_a_step(batch_size=16, steps=1)
-    parts, parts_loss = weights_after_a_step(batch_size=8, steps=2)
+    whole, whole_loss = train_step(batch_size=16, steps=1)
+    parts, parts_loss = train_step(batch_size=8, steps=2)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
-    start = tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens).state_dict()
+    start = build_tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens).state_dict()
     assert not torch.equal(whole["classifier.weight"], start["classifier.weight"])
 
 
-def test_trainer_takes_the_labels_of_several_tasks(tmp_path: Path) -> None:
-    """With a gradient accumulated over batches, as in one; -100 where an image has no label for a task."""
+def test_trainer_supports_labels_of_several_tasks(tmp_path: Path) -> None:
+    """Gradients are accumulated over batches as in one batch; -100 marks a missing label of a task."""
     species, age = torch.arange(16) % 3, torch.where(torch.arange(16) % 3 == 0, -100, torch.arange(16) % 2)
 
     class MultiTaskExamples(Examples):
@@ -213,7 +217,7 @@ def test_trainer_takes_the_labels_of_several_tasks(tmp_path: Path) -> None:
             return {"pixel_values": self.images[index], "labels": {"species": species[index], "age": age[index]}}
 
     torch.manual_seed(0)
-    model = ViTCLSForMultiTaskClassification(tiny_config(num_cls_tokens=2, tasks={"species": 3, "age": 2}))
+    model = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks={"species": 3, "age": 2}))
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -239,15 +243,15 @@ def test_trainer_takes_the_labels_of_several_tasks(tmp_path: Path) -> None:
 
 
 def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
-    """Gradients accumulated over two batches equal those of one."""
+    """Gradients accumulated over two batches equal those of one batch."""
 
     class MaskedExamples(Examples):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             return {"pixel_values": self.images[index], "bool_masked_pos": torch.arange(4) % 2 == index % 2}
 
-    def weights_after_a_step(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
+    def train_step(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = ViTCLSForMaskedImageModeling(tiny_config())
+        model = ViTCLSForMaskedImageModeling(build_tiny_config())
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,
@@ -269,7 +273,7 @@ def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
         assert trainer.evaluate()["eval_loss"] < before
         return model.state_dict()
 
-    torch.testing.assert_close(weights_after_a_step(8, 2), weights_after_a_step(16, 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(train_step(8, 2), train_step(16, 1), rtol=1e-4, atol=1e-6)
 
 
 # PEFT ----------------------------------------------------------------------------------------------------------------
@@ -277,14 +281,14 @@ def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
 
 def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, modules_to_save=["classifier"])
-    model = get_peft_model(tiny_classifier(), lora)
+    model = get_peft_model(build_tiny_classifier(), lora)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2  # layers, projections, factors
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name not in trainable}
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
-        model(pixel_values=random_images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(pixel_values=build_random_images(), labels=torch.tensor([0, 2])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
@@ -292,13 +296,13 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.eval()
     with torch.no_grad():
-        wanted = model(pixel_values=random_images()).logits
-        again = PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
-        torch.testing.assert_close(again(pixel_values=random_images()).logits, wanted)
+        wanted = model(pixel_values=build_random_images()).logits
+        again = PeftModel.from_pretrained(build_tiny_classifier(), tmp_path).eval()
+        torch.testing.assert_close(again(pixel_values=build_random_images()).logits, wanted)
         merged = again.merge_and_unload()
         assert type(merged) is ViTCLSForImageClassification
-        torch.testing.assert_close(merged(random_images()).logits, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(tiny_classifier().eval()(random_images()).logits, wanted)
+        torch.testing.assert_close(merged(build_random_images()).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(build_tiny_classifier().eval()(build_random_images()).logits, wanted)
 
 
 # With a text model ---------------------------------------------------------------------------------------------------
@@ -310,9 +314,9 @@ BERT_SIZES |= {"intermediate_size": 32}
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """A saved encoder of images."""
+    """Return the folder of a saved image encoder."""
     torch.manual_seed(0)
-    ViTCLSModel(tiny_config()).save_pretrained(tmp_path / "encoder")
+    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 
@@ -322,7 +326,7 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
     inputs = {
         "input_ids": torch.tensor([[2, 7, 9, 3], [2, 8, 5, 3]]),
         "attention_mask": torch.ones(2, 4, dtype=torch.long),
-        "pixel_values": random_images(),
+        "pixel_values": build_random_images(),
     }
     outputs = model(**inputs, return_loss=True)
     outputs.loss.backward()
@@ -336,8 +340,8 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
     assert type(again.vision_model) is ViTCLSModel
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
-        cls_token = ViTCLSModel.from_pretrained(encoder)(random_images()).tokens["cls"][:, 0]
-        features = model.get_image_features(pixel_values=random_images()).pooler_output
+        cls_token = ViTCLSModel.from_pretrained(encoder)(build_random_images()).tokens["cls"][:, 0]
+        features = model.get_image_features(pixel_values=build_random_images()).pooler_output
         torch.testing.assert_close(features, model.visual_projection(cls_token))
 
 
@@ -346,7 +350,7 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(encoder, tmp_path / "decoder")
     model.config.decoder_start_token_id = 1
     model.config.pad_token_id = 0
-    model(pixel_values=random_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss.backward()
+    model(pixel_values=build_random_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss.backward()
     assert model.encoder.embeddings.cls_token.grad.abs().sum() > 0
 
     model.eval()
@@ -354,9 +358,9 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     again = VisionEncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.encoder) is ViTCLSModel
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1}
-    written = model.generate(pixel_values=random_images(), **options)
+    written = model.generate(pixel_values=build_random_images(), **options)
     assert written.shape[0] == 2 and written.shape[1] > 1
-    torch.testing.assert_close(again.generate(pixel_values=random_images(), **options), written)
+    torch.testing.assert_close(again.generate(pixel_values=build_random_images(), **options), written)
 
 
 # datasets ------------------------------------------------------------------------------------------------------------
@@ -364,14 +368,16 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
 
 def test_datasets_with_transform(processor: Any) -> None:
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(LABELS.values()))})
-    dataset = Dataset.from_dict({"image": [picture()] * 3, "label": [0, 1, 2]}, features=features)
+    dataset = Dataset.from_dict({"image": [build_pil_image()] * 3, "label": [0, 1, 2]}, features=features)
     dataset = dataset.with_transform(
         lambda batch: {**processor(batch["image"], return_tensors="pt"), "labels": batch["label"]}
     )
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=3)))
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    assert tiny_classifier()(**batch).loss.isfinite()
-    torch.testing.assert_close(batch["pixel_values"][0], processor(picture(), return_tensors="pt")["pixel_values"][0])
+    assert build_tiny_classifier()(**batch).loss.isfinite()
+    torch.testing.assert_close(
+        batch["pixel_values"][0], processor(build_pil_image(), return_tensors="pt")["pixel_values"][0]
+    )
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -379,56 +385,64 @@ def test_datasets_with_transform(processor: Any) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A saved classifier."""
-    tiny_classifier().save_pretrained(tmp_path)
+    """Return the folder of a saved classifier."""
+    build_tiny_classifier().save_pretrained(tmp_path)
     return tmp_path
 
 
 def test_from_config() -> None:
-    assert type(AutoModel.from_config(tiny_config())) is ViTCLSModel
-    half = AutoModelForImageClassification.from_config(tiny_config(), dtype=torch.bfloat16)
+    assert type(AutoModel.from_config(build_tiny_config())) is ViTCLSModel
+    half = AutoModelForImageClassification.from_config(build_tiny_config(), dtype=torch.bfloat16)
     assert type(half) is ViTCLSForImageClassification and half.dtype is torch.bfloat16
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
-    tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
+    build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     again = ViTCLSForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(again(random_images()).logits, tiny_classifier().eval()(random_images()).logits)
+    assert torch.equal(
+        again(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
+    )
 
 
 def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
-    tiny_classifier().save_pretrained(tmp_path / "vision")
+    build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
         again = model_class.from_pretrained(tmp_path, subfolder="vision")
-        assert torch.equal(again(random_images()).logits, tiny_classifier().eval()(random_images()).logits)
+        assert torch.equal(
+            again(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_load(dtype: torch.dtype, saved: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    logits = model(random_images()).logits  # float32 images, as an image processor gives them
+    logits = model(build_random_images()).logits  # float32 images, as returned by an image processor
     assert logits.dtype is dtype
-    torch.testing.assert_close(logits.float(), tiny_classifier().eval()(random_images()).logits, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        logits.float(), build_tiny_classifier().eval()(build_random_images()).logits, rtol=0, atol=0.02
+    )
 
 
 def test_device_map_load(saved: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(saved, device_map="cpu")
-    assert torch.equal(model(random_images()).logits, tiny_classifier().eval()(random_images()).logits)
+    assert torch.equal(
+        model(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
+    )
 
 
-def test_eager_attention_gives_attentions(saved: Path) -> None:
+def test_eager_attention_returns_attentions(saved: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(saved, attn_implementation="eager")
-    outputs = model(random_images(), output_attentions=True)
+    outputs = model(build_random_images(), output_attentions=True)
     tokens = model.config.token_layout.num_prefix_tokens + 4
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, tokens, tokens)] * 2
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, tokens))
-    torch.testing.assert_close(outputs.logits, tiny_classifier().eval()(random_images()).logits)
+    torch.testing.assert_close(outputs.logits, build_tiny_classifier().eval()(build_random_images()).logits)
 
 
-def offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
-    """Embeddings and the first layer on disk, the rest in memory."""
+def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
+    """Return a device map with the embeddings and the first layer on disk, and the rest in memory."""
     blocks = [name for name in dict(model.named_children()) if name != "vitcls"]
     blocks += [f"vitcls.{name}" for name in dict(model.vitcls.named_children()) if name != "layers"]
     blocks += [f"vitcls.layers.{name}" for name in dict(model.vitcls.layers.named_children())]
@@ -437,14 +451,16 @@ def offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
 
 def test_accelerate_loads_an_empty_model(saved: Path, tmp_path: Path) -> None:
     with init_empty_weights():
-        model = ViTCLSForImageClassification(tiny_config())
+        model = ViTCLSForImageClassification(build_tiny_config())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    device_map = offload_map(tiny_classifier())
+    device_map = build_offload_map(build_tiny_classifier())
     model = load_checkpoint_and_dispatch(model, str(saved), device_map, offload_folder=str(tmp_path / "offload"))
-    torch.testing.assert_close(model.eval()(random_images()).logits, tiny_classifier().eval()(random_images()).logits)
+    torch.testing.assert_close(
+        model.eval()(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
+    )
 
 
-# How positions enter -> configuration.
+# Kind of positions -> configuration fields.
 POSITIONS: dict[str, dict[str, Any]] = {
     "learned": {"position_embedding_tokens": "all"},
     "rotary": {"position_embedding_type": "rope_2d", "pooling": "attention"},
@@ -452,13 +468,13 @@ POSITIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_offloaded_weights_answer_the_same(kind: str, tmp_path: Path) -> None:
-    wanted = tiny_classifier(**POSITIONS[kind]).eval()(random_images()).logits
-    tiny_classifier(**POSITIONS[kind]).save_pretrained(tmp_path)
-    device_map = offload_map(tiny_classifier(**POSITIONS[kind]))
+def test_offloaded_weights_have_equal_outputs(kind: str, tmp_path: Path) -> None:
+    wanted = build_tiny_classifier(**POSITIONS[kind]).eval()(build_random_images()).logits
+    build_tiny_classifier(**POSITIONS[kind]).save_pretrained(tmp_path)
+    device_map = build_offload_map(build_tiny_classifier(**POSITIONS[kind]))
     on_disk = AutoModelForImageClassification.from_pretrained(
         tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    torch.testing.assert_close(on_disk(random_images()).logits, wanted)
-    in_memory = cpu_offload(tiny_classifier(**POSITIONS[kind]).eval(), execution_device=torch.device("cpu"))
-    torch.testing.assert_close(in_memory(random_images()).logits, wanted)
+    torch.testing.assert_close(on_disk(build_random_images()).logits, wanted)
+    in_memory = cpu_offload(build_tiny_classifier(**POSITIONS[kind]).eval(), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(in_memory(build_random_images()).logits, wanted)

@@ -31,7 +31,7 @@ def _tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "build_model", build_model)
     monkeypatch.setattr(gpu, "BATCH_SIZE", 2)
-    monkeypatch.setattr(gpu, "MODES", {"eager": None})
+    monkeypatch.setattr(gpu, "COMPILE_MODES", {"eager": None})
 
 
 @pytest.mark.usefixtures("_tiny_models")
@@ -40,9 +40,9 @@ def test_measurements_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row[:3] for row in rows[:5]] == [
         ("fp32", "eager", "197 tokens"),
         ("bf16", "eager", "197 tokens"),
-        ("bf16", gpu.FLASH, "197 tokens"),
+        ("bf16", gpu.FLASH_MODE, "197 tokens"),
         ("fp16", "eager", "197 tokens"),
-        ("fp16", gpu.FLASH, "197 tokens"),
+        ("fp16", gpu.FLASH_MODE, "197 tokens"),
     ]
     assert len(rows) == 10 and len(list(gpu.measure_steps("cpu"))) == 2
     monkeypatch.setattr(gpu, "LIMITS", {"fp32": -1.0})

@@ -1,4 +1,4 @@
-"""Random damaged input of every kind: a result or an error of one line, in limited time, and nothing is executed.
+"""Random damaged inputs of every kind: a result or a one-line error, in limited time, and no code is executed.
 
 The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
 """
@@ -95,7 +95,7 @@ def run_limited(function: Callable[[], Any], error: type[Exception] = ValueError
 
 
 def examples(number: int) -> Any:
-    """Return the settings of a test with this number of examples."""
+    """for code that does not run signal handlers"""
     profile = settings.get_profile("explore") if settings.get_current_profile_name() == "explore" else None
     return profile or settings(max_examples=number, deadline=None, derandomize=True)
 
@@ -106,7 +106,7 @@ JSON = st.recursive(
     lambda values: st.one_of(st.lists(values, max_size=4), st.dictionaries(st.text(max_size=9), values, max_size=4)),
     max_leaves=8,
 )
-FIELDS = sorted(ViTCLSConfig().to_dict().keys() - {"dtype"})  # transformers reads the dtype, and checks nothing
+FIELDS = sorted(ViTCLSConfig().to_dict().keys() - {"dtype"})  # transformers reads the dtype without checking it
 
 
 @examples(300)
@@ -260,7 +260,7 @@ def test_image_files(file_format: str, edits: list[tuple[str, float, bytes]], su
 )
 def test_state_files(changes: Any, has_checksum: bool, edits: list[tuple[str, float, bytes]]) -> None:
     with tempfile.TemporaryDirectory() as name:
-        store = CheckpointStore(Path(name), keep=1)
+        store = CheckpointStore(Path(name), num_kept=1)
         folder = store.save(1, {"model": {"x": torch.ones(2)}}, {"step": 1, "flags": {}}, False)
         state = json.loads((folder / "state.json").read_text())
         if isinstance(changes, dict) and has_checksum:

@@ -1,4 +1,4 @@
-"""Models that merge patches, trained and shown: what cannot be read of them is left out, and all else is as ever."""
+"""Training, demo and cards of models that merge patches: attention maps are omitted, the rest works as usual."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 FIELDS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1, "merged_patches_per_layer": 3}
 
 
-def saved(model: Any, folder: Path) -> Path:
+def save(model: Any, folder: Path) -> Path:
     randomize(model).save_pretrained(folder)
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
@@ -48,7 +48,7 @@ def saved(model: Any, folder: Path) -> Path:
 def test_a_run_ends_with_a_model_results_and_a_card(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, folder = saved(ViTCLSModel(build_tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
+    checkpoint, folder = save(ViTCLSModel(build_tiny_config(**FIELDS)), tmp_path / "checkpoint"), tmp_path / "out"
     options_class, task_class, model_class = {
         "fine-tuned": (FinetuneOptions, FinetuneTask, ViTCLSForImageClassification),
         "pre-trained": (PretrainOptions, PretrainTask, ViTCLSForMaskedImageModeling),
@@ -74,14 +74,14 @@ def test_a_run_ends_with_a_model_results_and_a_card(
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A image of 8 x 8 pixels."""
+    """Return an image of 8 x 8 pixels."""
     file = tmp_path_factory.mktemp("pictures") / "digit.png"
     Image.fromarray((16 * load_digits().images[0]).clip(0, 255).astype("uint8")).save(file)
     return file
 
 
-def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
-    folder = saved(ViTCLSForImageClassification(build_tiny_config(**FIELDS)), tmp_path)
+def test_the_demo_predicts_without_maps(digit: Path, tmp_path: Path) -> None:
+    folder = save(ViTCLSForImageClassification(build_tiny_config(**FIELDS)), tmp_path)
     reader = DemoModel.load(str(folder))
     reading = reader.predict(digit)
     model = ViTCLSForImageClassification.from_pretrained(folder)
@@ -98,6 +98,6 @@ def test_the_demo_answers_without_maps(digit: Path, tmp_path: Path) -> None:
     assert "label" in kinds and "radio" not in kinds and "gallery" not in kinds
 
 
-def test_an_encoder_that_merges_patches_has_nothing_to_show(tmp_path: Path) -> None:
+def test_an_encoder_that_merges_patches_has_no_demo(tmp_path: Path) -> None:
     with raises_one_line("has no labels and merges patches"):
-        DemoModel.load(str(saved(ViTCLSModel(build_tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))
+        DemoModel.load(str(save(ViTCLSModel(build_tiny_config(**FIELDS), add_pooling_layer=False), tmp_path)))

@@ -1,4 +1,4 @@
-"""notebooks/quickstart.ipynb runs from beginning to end, without network."""
+"""notebooks/quickstart.ipynb runs completely, without a network."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
-"""Runs of scripts/finetune.py and scripts/pretrain.py that push: the result, verified, and checkpoints on the way.
+"""Runs of scripts/finetune.py and scripts/pretrain.py that push: the verified result, and checkpoints during training.
 
-The scripts run in this process, against a Hub on this machine. The new processes that verify are real, so most runs
-leave that out.
+The scripts run in this process, with a local Hub. Verification starts real processes, so most runs disable it.
 """
 
 import json
@@ -45,14 +44,14 @@ RUN = f"{TINY} --max-steps 6 --batch-size 16 --log-every 1 --save-every 3"
 
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
-    """An empty Hub, which this process and its children talk to as ann."""
+    """Start an empty Hub for this process and its child processes, as ann."""
     hub.tokens |= {"hf_read": Token("ann", role="read")}
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
     return hub
 
 
-class Ended:
-    """What a script printed, and its exit status."""
+class ScriptResult:
+    """The printed text and the exit status of a script."""
 
     def __init__(self, status: Any, out: str, err: str) -> None:
         self.status = status or 0
@@ -60,17 +59,17 @@ class Ended:
         self.err = err
 
     def lines(self, start: str) -> list[str]:
-        """The printed lines that start so."""
+        """Return the printed lines that start with this text."""
         return [line for line in self.out.splitlines() if line.startswith(start)]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
-    """Run a script in this process."""
+    """Return a function that runs a script in this process."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("COLUMNS", "400")
 
-    def run(name: str, flags: str, *more: object) -> Ended:
+    def run(name: str, flags: str, *more: object) -> ScriptResult:
         reset_accelerate()
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [name, *flags.split(), *map(str, more)])
@@ -79,12 +78,12 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> An
             status: Any = 0
         except SystemExit as ended:
             status = ended.code
-        return Ended(status, *capsys.readouterr())
+        return ScriptResult(status, *capsys.readouterr())
 
     return run
 
 
-def stored_weights(hub: LocalHub, repo_id: str, revision: str = "main") -> dict[str, torch.Tensor]:
+def get_stored_weights(hub: LocalHub, repo_id: str, revision: str = "main") -> dict[str, torch.Tensor]:
     return load(hub.read(repo_id, WEIGHTS, revision))
 
 
@@ -99,7 +98,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 @pytest.mark.usefixtures("fast_verification")
 def test_a_run_pushes_its_result_and_prints_the_certificate(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """Through a Hub that is overloaded, drops connections and asks to wait on the way."""
+    """The Hub is overloaded, drops connections and requests retries."""
     hub.fail("POST", "/preupload/", 500)
     hub.fail("PUT", "/objects/", "drop")
     hub.fail("POST", "/commit/", 429, retry_after=0)
@@ -117,11 +116,11 @@ def test_a_run_pushes_its_result_and_prints_the_certificate(hub: LocalHub, tmp_p
     line = f'AutoModelForImageClassification.from_pretrained("ann/small", revision="{commit}", trust_remote_code=True)'
     assert ended.out.rstrip().endswith(line)
     assert not any("checkpoint" in name or "optimizer" in name for name in hub.files("ann/small"))
-    assert stored_weights(hub, "ann/small").keys() == load_file(folder / WEIGHTS).keys()
+    assert get_stored_weights(hub, "ann/small").keys() == load_file(folder / WEIGHTS).keys()
 
 
-def test_what_is_damaged_on_the_hub_ends_the_run_in_one_line(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """The model was pushed, without verifying, and spoiled there; the same command verifies it."""
+def test_damage_on_the_hub_is_a_one_line_error(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+    """The model was pushed without verification and changed on the Hub. The printed command verifies it."""
     folder = tmp_path / "my-run"
     flags = [RUN, "--output-dir", folder, "--push-to-hub"]
     ended = script("finetune.py", *flags, "--no-hub-verify")
@@ -145,10 +144,10 @@ def test_what_is_damaged_on_the_hub_ends_the_run_in_one_line(hub: LocalHub, tmp_
     assert f"--verify-only ann/my-run --revision {commit}" in ended.err
 
 
-def test_a_hub_that_goes_away_before_it_is_verified(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_the_hub_stops_before_verification(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     hub.fail("GET", "/revision/", 500, times=3)
     ended = script("finetune.py", RUN, "--output-dir", tmp_path / "my-run", "--push-to-hub")
-    assert ended.status == 1 and len(ended.err.strip().splitlines()) <= 3  # with those about trying again
+    assert ended.status == 1 and len(ended.err.strip().splitlines()) <= 3  # with the warnings about retries
     assert "the model was pushed, but not verified: cannot look up" in ended.err.splitlines()[-1]
     assert WEIGHTS in hub.files("ann/my-run")
 
@@ -157,7 +156,7 @@ def test_a_hub_that_goes_away_before_it_is_verified(hub: LocalHub, tmp_path: Pat
     ("token", "words"),
     [(None, "requires a Hugging Face token"), ("hf_wrong", "is invalid"), ("hf_read", "is read-only")],
 )
-def test_without_the_right_to_push_there_is_no_training(
+def test_training_does_not_start_without_permission_to_push(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch, token: str | None, words: str
 ) -> None:
     point_client_at(hub.url, token, monkeypatch, tmp_path / "home")
@@ -176,7 +175,7 @@ def test_without_the_right_to_push_there_is_no_training(
         ("--push-to-hub --hub-checkpoint-branch main", "--hub-checkpoint-branch is main"),
     ],
 )
-def test_flags_that_do_not_go_together(tmp_path: Path, script: Any, flags: str, words: str) -> None:
+def test_incompatible_flags(tmp_path: Path, script: Any, flags: str, words: str) -> None:
     ended = script("finetune.py", RUN, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 2 and words in " ".join((ended.out + ended.err).split())
 
@@ -184,8 +183,8 @@ def test_flags_that_do_not_go_together(tmp_path: Path, script: Any, flags: str, 
 # Checkpoints on a branch ---------------------------------------------------------------------------------------------
 
 
-def test_the_branch_has_the_model_as_it_is_evaluated(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """With averaged weights; the branch loads, and says what it is."""
+def test_the_branch_contains_the_evaluated_model(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+    """The weights are averaged. The branch loads, and its card describes it."""
     folder = tmp_path / "my-run"
     had_none = are_progress_bars_disabled()
     flags = "--push-to-hub --no-hub-verify --hub-checkpoint-every 3 --hub-private --license mit"
@@ -196,7 +195,7 @@ def test_the_branch_has_the_model_as_it_is_evaluated(hub: LocalHub, tmp_path: Pa
     commit = repository.branches["checkpoints"]
     assert repository.private and repository.commits[commit].message == "Step 3"
     assert f"pushed    step 3 to the branch checkpoints, commit {commit}" in ended.out
-    assert len(repository.commits) == 3  # the first one, step 3, the result
+    assert len(repository.commits) == 3  # the initial commit, step 3, the result
     files = hub.files("ann/my-run", "checkpoints")
     assert {"README.md", "config.json", "preprocessor_config.json", "modeling_vitcls.py", "metrics.jsonl"} <= set(
         files
@@ -209,7 +208,7 @@ def test_the_branch_has_the_model_as_it_is_evaluated(hub: LocalHub, tmp_path: Pa
     assert "license: mit" in card and "The weights are licensed under mit." in card and "--resume" not in card
     checkpoint = folder / "checkpoints" / "step-00000003"
     wanted = load_file(checkpoint / WEIGHTS) | load_file(checkpoint / "ema.safetensors")
-    assert_same(stored_weights(hub, "ann/my-run", commit), wanted)
+    assert_same(get_stored_weights(hub, "ann/my-run", commit), wanted)
     downloaded = snapshot_download("ann/my-run", revision="checkpoints", local_dir=tmp_path / "downloaded")
     ViTCLSForImageClassification.from_pretrained(downloaded)
     ViTCLSImageProcessor.from_pretrained(downloaded)
@@ -217,7 +216,7 @@ def test_the_branch_has_the_model_as_it_is_evaluated(hub: LocalHub, tmp_path: Pa
     assert are_progress_bars_disabled() == had_none
 
 
-def test_pushing_on_the_way_changes_nothing_about_the_run(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_pushing_checkpoints_does_not_change_the_run(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     flags = f"{RUN} --ema-decay 0.9 --drop-path-rate 0.2"
     assert script("finetune.py", flags, "--output-dir", tmp_path / "alone").status == 0
     pushing = "--push-to-hub --no-hub-verify --hub-checkpoint-every 1 --hub-push-optimizer".split()
@@ -225,8 +224,8 @@ def test_pushing_on_the_way_changes_nothing_about_the_run(hub: LocalHub, tmp_pat
     assert_same(load_file(tmp_path / "pushed" / WEIGHTS), load_file(tmp_path / "alone" / WEIGHTS))
 
 
-def test_additions_of_lora_are_merged_on_the_branch(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """The license of the model that they are added to goes with them."""
+def test_lora_weights_are_merged_on_the_branch(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+    """The license of the base model is copied."""
     assert script("finetune.py", RUN, "--output-dir", tmp_path / "base").status == 0
     terms = "---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE.md\n---\n"
     (tmp_path / "base" / "README.md").write_text(terms)
@@ -236,7 +235,7 @@ def test_additions_of_lora_are_merged_on_the_branch(hub: LocalHub, tmp_path: Pat
     assert script("finetune.py", flags, "--output-dir", tmp_path / "lora", *pushing).status == 0
     assert terms.splitlines()[1] in hub.read("ann/lora", "README.md", "checkpoints").decode()
     assert hub.read("ann/lora", "LICENSE.md", "checkpoints") == b"The terms."
-    found = stored_weights(hub, "ann/lora", "checkpoints")
+    found = get_stored_weights(hub, "ann/lora", "checkpoints")
     state = load_file(tmp_path / "lora" / "checkpoints" / "step-00000003" / WEIGHTS)
     assert found.keys() == load_file(tmp_path / "base" / WEIGHTS).keys()
     layer = "vitcls.layers.0.attention.q_proj"
@@ -245,7 +244,7 @@ def test_additions_of_lora_are_merged_on_the_branch(hub: LocalHub, tmp_path: Pat
     torch.testing.assert_close(found[f"{layer}.weight"], state[f"{layer}.base_layer.weight"] + added)
 
 
-def test_pretraining_pushes_its_checkpoints_too(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_pretraining_also_pushes_its_checkpoints(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     flags = "--push-to-hub --no-hub-verify --hub-checkpoint-every 4 --hub-checkpoint-branch way/there"
     ended = script("pretrain.py", RUN, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 0, ended.err
@@ -254,8 +253,8 @@ def test_pretraining_pushes_its_checkpoints_too(hub: LocalHub, tmp_path: Path, s
     assert "AutoModelForMaskedImageModeling" in card and 'revision="way/there"' in card
 
 
-def release_when_waited_for(hub: LocalHub) -> None:
-    """Let the Hub answer what it holds back once the run waits for its upload, and does nothing else."""
+def release_during_wait(hub: LocalHub) -> None:
+    """Release the requests that the Hub holds once the run only waits for its upload."""
     main_thread = threading.main_thread().ident
 
     def watch() -> None:
@@ -268,9 +267,9 @@ def release_when_waited_for(hub: LocalHub) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def test_one_upload_at_a_time_and_the_end_waits_for_it(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_uploads_are_sequential_and_the_run_waits_for_the_last(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     hub.fail("POST", "/commit/checkpoints", "hold")
-    release_when_waited_for(hub)
+    release_during_wait(hub)
     flags = "--push-to-hub --no-hub-verify --hub-checkpoint-every 1"
     ended = script("finetune.py", RUN, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 0
@@ -280,23 +279,23 @@ def test_one_upload_at_a_time_and_the_end_waits_for_it(hub: LocalHub, tmp_path: 
     waiting = next(index for index, line in enumerate(lines) if line.startswith("waiting   for the upload of step 1"))
     assert lines[waiting - 1].startswith("step 6/6")
     assert lines[waiting + 1].startswith("pushed    step 1 to the branch checkpoints")
-    assert not ended.err  # no bars, and no remarks of the client
+    assert not ended.err  # no progress bars and no warnings of the client
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_an_upload_that_fails_costs_one_line(hub: LocalHub, tmp_path: Path, script: Any, status: int) -> None:
+def test_a_failed_upload_prints_one_line(hub: LocalHub, tmp_path: Path, script: Any, status: int) -> None:
     hub.fail("POST", "/branch/", status, times=4)
     flags = "--push-to-hub --no-hub-verify --hub-checkpoint-every 5"
     ended = script("finetune.py", RUN, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 0 and "trying again" not in ended.err
     (warning,) = ended.lines("WARNING: ")
     assert f"step 5 was not pushed to the branch checkpoints: HTTP {status}" in warning
-    assert "vitcls push" not in warning  # which could not finish this
+    assert "vitcls push" not in warning  # which could not finish this upload
     assert set(hub.repositories["ann/my-run"].branches) == {"main"}
     assert WEIGHTS in hub.files("ann/my-run")
 
 
-def test_a_folder_that_cannot_be_written_costs_one_line(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_a_folder_that_cannot_be_written_prints_one_line(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     folder = tmp_path / "my-run"
     folder.mkdir()
     (folder / ".hub-checkpoint").write_text("in the way")
@@ -307,7 +306,7 @@ def test_a_folder_that_cannot_be_written_costs_one_line(hub: LocalHub, tmp_path:
     assert "step 5 is not pushed, because it cannot be written" in warning
 
 
-def test_a_rehearsal_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_a_dry_run_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     flags = "--push-to-hub --hub-checkpoint-every 1 --hub-push-optimizer --dry-run"
     for name in ("finetune.py", "pretrain.py"):
         ended = script(name, RUN, "--output-dir", tmp_path / "my-run", *flags.split())
@@ -316,11 +315,11 @@ def test_a_rehearsal_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) 
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
 
-# Stopped -------------------------------------------------------------------------------------------------------------
+# Signals -------------------------------------------------------------------------------------------------------------
 
 
 def stop_at(step: int, folder: Path) -> None:
-    """Send this process a SIGTERM once the run has logged a step."""
+    """Send SIGTERM to this process when the run has logged a step."""
 
     def watch() -> None:
         deadline = time.monotonic() + SECONDS
@@ -339,7 +338,7 @@ LONG = f"{TINY} --max-steps 100000 --batch-size 16 --log-every 1 --save-every 10
 
 def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: Any) -> None:
     hub.fail("POST", "/commit/checkpoints", "hold")
-    release_when_waited_for(hub)
+    release_during_wait(hub)
     stop_at(3, tmp_path / "my-run")
     flags = "--push-to-hub --hub-checkpoint-every 2"
     ended = script("finetune.py", LONG, "--output-dir", tmp_path / "my-run", *flags.split())
@@ -353,7 +352,7 @@ def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: An
     assert not (tmp_path / "my-run" / ".hub-checkpoint").exists()
 
 
-def test_a_signal_waits_no_longer_than_that(
+def test_a_signal_does_not_wait_longer_than_the_limit(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(branch_uploads, "SECONDS_AFTER_A_SIGNAL", 0.2)
@@ -367,14 +366,14 @@ def test_a_signal_waits_no_longer_than_that(
     assert not (tmp_path / "my-run" / ".hub-checkpoint").exists()
 
 
-# Going on elsewhere --------------------------------------------------------------------------------------------------
+# Resume on another machine -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_colleague_goes_on_from_the_branch(
+def test_another_user_resumes_from_the_branch(
     hub: LocalHub, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture
 ) -> None:
-    """With the lines of the branch's card. The published recipe and state name nothing of the first machine."""
+    """Use the commands in the branch's card. The published recipe and state contain no paths of the first machine."""
     whole = tmp_path / "home of ann" / "my-run"
     flags = f"{RUN} --ema-decay 0.9 --drop-path-rate 0.2"
     pushing = "--push-to-hub --no-hub-verify --hub-checkpoint-every 4 --hub-push-optimizer"
@@ -407,8 +406,8 @@ def test_a_colleague_goes_on_from_the_branch(
     assert_same(load_file(mine / WEIGHTS), load_file(whole / WEIGHTS))
 
 
-def test_the_state_of_a_result_is_published_on_request(hub: LocalHub, tmp_path: Path, script: Any) -> None:
-    """By the run, then by push_to_hub.py; a push without it takes it away."""
+def test_the_optimizer_state_is_published_by_flag(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+    """The run publishes it, then push_to_hub.py. A push without the flag removes it."""
     folder = tmp_path / "my-run"
     flags = "--push-to-hub --no-hub-verify --hub-push-optimizer"
     assert script("finetune.py", RUN, "--output-dir", folder, *flags.split()).status == 0
@@ -428,7 +427,7 @@ def test_the_state_of_a_result_is_published_on_request(hub: LocalHub, tmp_path: 
 
 
 def run_as(rank: int, port: int, url: str, folder: Path, flags: str, fsdp: bool) -> None:
-    """One of two processes, which talks to the Hub at `url`; what it prints goes to FOLDER.RANK.log."""
+    """Run one of two processes with the Hub at `url`. Its output is written to FOLDER.RANK.log."""
     log = folder.with_name(f"{folder.name}.{rank}.log")
     point_client_at(url, "hf_ann", pytest.MonkeyPatch(), folder.with_name("home"))
     several = get_rank_variables(rank, 2, port)
@@ -444,7 +443,7 @@ def run_as(rank: int, port: int, url: str, folder: Path, flags: str, fsdp: bool)
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp2", "ddp"])
 def test_two_processes_push_and_verify_once(hub: LocalHub, tmp_path: Path, fsdp: bool) -> None:
-    """All gather the weights, in parts under FSDP; the second one waits while the first one verifies."""
+    """All processes gather the weights, which are sharded with FSDP. The second waits while the first verifies."""
     folder, port = tmp_path / "my-run", find_free_port()
     flags = f"{RUN} --ema-decay 0.9 --keep-checkpoints 9 --push-to-hub --hub-checkpoint-every 3 --hub-push-optimizer"
     started = [READY.Process(target=run_as, args=(rank, port, hub.url, folder, flags, fsdp)) for rank in range(2)]
@@ -460,7 +459,7 @@ def test_two_processes_push_and_verify_once(hub: LocalHub, tmp_path: Path, fsdp:
     assert len(hub.repositories["ann/my-run"].commits) == 3
     checkpoint = folder / "checkpoints" / "step-00000003"
     wanted = load_file(checkpoint / WEIGHTS) | load_file(checkpoint / "ema.safetensors")
-    assert_same(stored_weights(hub, "ann/my-run", "checkpoints"), wanted)
+    assert_same(get_stored_weights(hub, "ann/my-run", "checkpoints"), wanted)
     config = json.loads(hub.read("ann/my-run", "config.json", "checkpoints"))
     assert config == json.loads(hub.read("ann/my-run", "config.json"))
     assert config["architectures"] == ["ViTCLSForImageClassification"]

@@ -1,7 +1,7 @@
-"""Checkpoints that carry their own code: loaded in processes that cannot import this package.
+"""Checkpoints with their own code, loaded in processes that cannot import this package.
 
-The child processes run load_without_package.py: one loads what this process saved and saves it again, the next loads
-that. What they answer must equal, to the bit, what this process answers. A third loads from a (local) Hub.
+The child processes run load_without_package.py. One loads the checkpoints of this process and saves them, the next
+loads those. Their outputs must equal the outputs of this process, to the bit. A third process loads from a local Hub.
 """
 
 import ast
@@ -31,7 +31,7 @@ CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
 
 SIZES = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48}
-# Name of the checkpoint -> the class that saves it, and its configuration.
+# Name of the checkpoint -> its class and configuration fields.
 CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classifier": (
         vitcls.ViTCLSForImageClassification,
@@ -64,22 +64,22 @@ each_auto_class = pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 
 
 @dataclass
-class Loaded:
-    """What a child process reported, and where it saved."""
+class LoadedCheckpoints:
+    """The report of a child process, and the folder of its checkpoints."""
 
     folder: Path
     report: dict[str, Any]
     compute_outputs: dict[str, torch.Tensor]
 
-    def answers_of(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The answers under `prefix/`, by what remains of the name."""
+    def get_outputs(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the outputs under `prefix/`, without the prefix."""
         prefix += "/"
         return {name.removeprefix(prefix): value for name, value in self.answers.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and pixel values in a file."""
+    """Return a file with images and pixel values."""
     generator = torch.Generator().manual_seed(SEED)
     file = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
     save_file(
@@ -93,8 +93,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def random_model(name: str) -> Any:
-    """The model of a checkpoint, with the same random values in every weight each time."""
+def build_random_model(name: str) -> Any:
+    """Return the model of a checkpoint, with reproducible random weights."""
     model_class, overrides = CHECKPOINTS[name]
     model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
     torch.manual_seed(SEED)
@@ -105,37 +105,39 @@ def random_model(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every checkpoint."""
+    """Return a folder with all checkpoints."""
     folder = tmp_path_factory.mktemp("saved")
     for name in CHECKPOINTS:
-        random_model(name).save_pretrained(folder / name)
+        build_random_model(name).save_pretrained(folder / name)
         vitcls.ViTCLSImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder / name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def first(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """What a process without the package makes of the checkpoints."""
-    return loaded_in_child([str(saved / name) for name in CHECKPOINTS], inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
+def first(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
+    """Load the checkpoints in a process without the package."""
+    return load_in_child([str(saved / name) for name in CHECKPOINTS], inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")
-def second(first: Loaded, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """What another makes of what the first one saved."""
+def second(first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
+    """Load the checkpoints that the first process saved in another process."""
     sources = [str(first.folder / name) for name in CHECKPOINTS]
-    return loaded_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
+    return load_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")
-def hub(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """What a process makes of the checkpoints on a Hub."""
+def hub(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
+    """Load the checkpoints from a Hub in a third process."""
     with local_hub(saved.parent) as url:
         sources = [f"{saved.name}/{name}" for name in CHECKPOINTS]
-        return loaded_in_child(sources, inputs, tmp_path_factory, HF_ENDPOINT=url, HF_HUB_DISABLE_XET="1")
+        return load_in_child(sources, inputs, tmp_path_factory, HF_ENDPOINT=url, HF_HUB_DISABLE_XET="1")
 
 
-def loaded_in_child(sources: list[str], inputs: Path, folders: pytest.TempPathFactory, **settings: str) -> Loaded:
-    """Run load_without_package.py elsewhere, with an empty cache."""
+def load_in_child(
+    sources: list[str], inputs: Path, folders: pytest.TempPathFactory, **settings: str
+) -> LoadedCheckpoints:
+    """Run load_without_package.py in a separate process with an empty cache."""
     home = folders.mktemp("home")
     target = folders.mktemp("target")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
@@ -144,18 +146,18 @@ def loaded_in_child(sources: list[str], inputs: Path, folders: pytest.TempPathFa
     child = run_fresh(*words, environment=environment, cwd=home)
     assert child.returncode == 0, child.stderr[-4000:]
     report = json.loads((target / "report.json").read_text())
-    return Loaded(target, report, load_file(target / "answers.safetensors"))
+    return LoadedCheckpoints(target, report, load_file(target / "answers.safetensors"))
 
 
-def expected_class(name: str, auto_class: str) -> Any:
-    """The class that an Auto class gives for a checkpoint."""
+def get_expected_class(name: str, auto_class: str) -> Any:
+    """Return the class that an Auto class loads for a checkpoint."""
     if (name, auto_class) == ("multitask", "AutoModelForImageClassification"):
         return vitcls.ViTCLSForMultiTaskClassification
     return AUTO_TO_CLASS[auto_class]
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Equal names and equal bits."""
+    """Check that names and values are equal to the bit."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
@@ -167,8 +169,8 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 def test_every_auto_class_loads_every_checkpoint_without_the_package(
     generation: str, name: str, auto_class: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
-    model_class = expected_class(name, auto_class)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
+    model_class = get_expected_class(name, auto_class)
     torch.manual_seed(SEED)
     model, loading = model_class.from_pretrained(saved / name, output_loading_info=True)
 
@@ -176,14 +178,14 @@ def test_every_auto_class_loads_every_checkpoint_without_the_package(
     assert report["class"] == model_class.__name__
     assert report["module"].startswith("transformers_modules.")
     assert report["missing"] == sorted(loading["missing_keys"])
-    assert_same(child.answers_of(f"{name}/{auto_class}"), compute_outputs(model, load_file(inputs)["pixel_values"]))
+    assert_same(child.get_outputs(f"{name}/{auto_class}"), compute_outputs(model, load_file(inputs)["pixel_values"]))
 
 
 @each_checkpoint
 @each_auto_class
-def test_nothing_that_a_checkpoint_has_is_missing(name: str, auto_class: str, saved: Path) -> None:
-    """Guards the test above, which would not see what is lost on both sides."""
-    model_class = expected_class(name, auto_class)
+def test_no_weights_of_a_checkpoint_are_missing(name: str, auto_class: str, saved: Path) -> None:
+    """Otherwise, the test above would not detect weights that both sides lack."""
+    model_class = get_expected_class(name, auto_class)
     _, loading = model_class.from_pretrained(saved / name, output_loading_info=True)
     stored = {key.removeprefix("vitcls.") for key in load_file(saved / name / "model.safetensors")}
     assert not {key.removeprefix("vitcls.") for key in loading["missing_keys"]} & stored
@@ -193,13 +195,13 @@ def test_nothing_that_a_checkpoint_has_is_missing(name: str, auto_class: str, sa
 
 @each_generation
 @each_checkpoint
-def test_a_checkpoint_saved_without_the_package_answers_as_the_model_did(
+def test_a_checkpoint_saved_without_the_package_has_equal_outputs(
     generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
-    wanted = compute_outputs(random_model(name), load_file(inputs)["pixel_values"])
-    # not to the bit: weights in a mapped file lie elsewhere in memory, and kernels differ with alignment
-    torch.testing.assert_close(child.answers_of(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
+    wanted = compute_outputs(build_random_model(name), load_file(inputs)["pixel_values"])
+    # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels depend on alignment.
+    torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
 
 
 @each_generation
@@ -207,9 +209,9 @@ def test_a_checkpoint_saved_without_the_package_answers_as_the_model_did(
 def test_a_checkpoint_is_adapted_at_load_without_the_package(
     generation: str, name: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
     model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
-    assert_same(child.answers_of(f"{name}/larger"), compute_outputs(model, load_file(inputs)["larger_pixel_values"]))
+    assert_same(child.get_outputs(f"{name}/larger"), compute_outputs(model, load_file(inputs)["larger_pixel_values"]))
 
 
 @each_generation
@@ -217,7 +219,7 @@ def test_a_checkpoint_is_adapted_at_load_without_the_package(
 def test_configuration_and_image_processor_load_without_the_package(
     generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
     report = child.report[name]
     assert report["AutoConfig"]["class"] == "ViTCLSConfig"
     assert report["AutoConfig"]["module"].startswith("transformers_modules.")
@@ -233,7 +235,7 @@ def test_configuration_and_image_processor_load_without_the_package(
 def test_the_classification_pipeline_loads_without_the_package(
     generation: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
     model = vitcls.ViTCLSForImageClassification.from_pretrained(saved / "classifier").eval()
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
     with torch.no_grad():
@@ -244,7 +246,7 @@ def test_the_classification_pipeline_loads_without_the_package(
 
 
 @each_checkpoint
-def test_a_checkpoint_ships_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
+def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path) -> None:
     code = {file.name for file in SHIPPED_FILES}
     assert {file.name for file in (saved / name).iterdir()} == code | {
         "config.json",
@@ -260,7 +262,7 @@ def test_a_checkpoint_ships_all_its_code_and_no_pickle(name: str, saved: Path) -
 def test_saving_without_the_package_writes_the_same_files(
     generation: str, name: str, saved: Path, request: pytest.FixtureRequest
 ) -> None:
-    child: Loaded = request.getfixturevalue(generation)
+    child: LoadedCheckpoints = request.getfixturevalue(generation)
     folder = child.folder / name
     assert {file.name for file in folder.iterdir()} == {file.name for file in (saved / name).iterdir()}
     for file in SHIPPED_FILES:
@@ -272,7 +274,7 @@ def test_saving_without_the_package_writes_the_same_files(
 
 @each_checkpoint
 @each_auto_class
-def test_the_imported_package_wins_over_the_code_of_the_checkpoint(
+def test_the_imported_package_has_precedence_over_the_code_of_the_checkpoint(
     name: str, auto_class: str, saved: Path, inputs: Path
 ) -> None:
     if auto_class == "AutoBackbone":
@@ -281,7 +283,7 @@ def test_the_imported_package_wins_over_the_code_of_the_checkpoint(
         return
     torch.manual_seed(SEED)
     found = getattr(transformers, auto_class).from_pretrained(saved / name)
-    model_class = expected_class(name, auto_class)
+    model_class = get_expected_class(name, auto_class)
     assert type(found) is model_class
     torch.manual_seed(SEED)
     wanted = model_class.from_pretrained(saved / name)
@@ -290,28 +292,28 @@ def test_the_imported_package_wins_over_the_code_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_imported_package_gives_the_image_processor(backend: str | None, saved: Path) -> None:
+def test_the_imported_package_loads_the_image_processor(backend: str | None, saved: Path) -> None:
     processor = transformers.AutoImageProcessor.from_pretrained(saved / "model", backend=backend)
     assert type(processor) is PROCESSORS[backend]
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
-def test_shipped_files_import_what_the_hub_can_load(file: Path) -> None:
-    """Public libraries and flat siblings, by name; transformers finds the same siblings as Python does."""
+def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
+    """Check public libraries and sibling files by name; transformers finds the same siblings as Python."""
     assert set(get_imports(file)) <= ALLOWED_LIBRARIES
     nodes = list(ast.walk(ast.parse(file.read_text())))
     relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level > 0]
     assert all(node.level == 1 and node.module for node in relative), "only `from .x_vitcls import Y` works"
     siblings = {node.module for node in relative} | set(filter(None, map(get_module_imported_by_name, nodes)))
     shipped = {shipped.stem for shipped in SHIPPED_FILES}
-    if file.stem == "configuration_vitcls":  # a docstring lists all others, so that transformers copies them
+    if file.stem == "configuration_vitcls":  # a docstring lists all other files, so that transformers copies them
         assert siblings <= shipped and set(get_relative_imports(file)) == shipped - {file.stem}
     else:
         assert siblings == set(get_relative_imports(file)) and siblings <= shipped
 
 
 def get_module_imported_by_name(node: ast.AST) -> str | None:
-    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`; None for anything else."""
+    """Return `x_vitcls` for `importlib.import_module(".x_vitcls", __package__)`, and None for other calls."""
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "importlib.import_module":
         return None
     name, package = node.args
@@ -319,8 +321,8 @@ def get_module_imported_by_name(node: ast.AST) -> str | None:
     return name.value.removeprefix(".")
 
 
-def test_a_classifier_refuses_a_multi_task_configuration() -> None:
-    """It would start with a new head, silently, where an Auto class was tricked into the wrong class."""
+def test_a_classifier_does_not_load_a_multi_task_configuration() -> None:
+    """Otherwise, an Auto class with the wrong class would silently initialize a new head."""
     config = vitcls.ViTCLSConfig(**SIZES, **CHECKPOINTS["multitask"][1])
     with pytest.raises(ValueError, match="ViTCLSForMultiTaskClassification"):
         vitcls.ViTCLSForImageClassification(config)

@@ -1,7 +1,7 @@
-"""Stop and resume: a run that was killed or asked to stop ends as the one that was not, to the bit.
+"""Stop and resume: a run that was killed or stopped has the same result as an uninterrupted run, to the bit.
 
-Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most start as forks of
-a server that has loaded everything already; some through the real `accelerate launch`, in one and two processes.
+Runs are killed with `kill -9` at random steps and resumed with the same command and --resume. Most start as forks of a
+server that has already imported the libraries; some start with the real `accelerate launch`, in one and two processes.
 """
 
 import json
@@ -36,7 +36,7 @@ TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--image-size 32 --patch-size 16 --num-register-tokens 2 --drop-path-rate 0.2 --no-report"
 )
-# 36 images: 4.5 steps an epoch, 23 steps. Checkpoints and lines of metrics fall on different steps.
+# 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.
 SCHEDULE = (
     "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2 --health-every 0"
 )
@@ -52,8 +52,8 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inf
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-class Started:
-    """A run in its own process or processes."""
+class RunningProcess:
+    """A run in one or several processes."""
 
     def __init__(self, folder: Path, flags: str, process: Any) -> None:
         self.folder = folder
@@ -62,19 +62,19 @@ class Started:
 
     @property
     def output(self) -> str:
-        return log_of(self.folder).read_text(encoding="utf-8")
+        return read_log(self.folder).read_text(encoding="utf-8")
 
     def wait(self) -> int:
-        """Until it has ended by itself: its exit status."""
+        """Wait until the run has ended and return its exit status."""
         if isinstance(self.process, subprocess.Popen):
             return self.process.wait(timeout=240)
         self.process.join(timeout=240)
         return self.process.exitcode
 
     def wait_for_step(self, step: int) -> None:
-        """Until it has logged a step."""
+        """Wait until the run has logged a step."""
         deadline = time.monotonic() + 120
-        while steps_logged(self.folder) < step:
+        while list_logged_steps(self.folder) < step:
             assert time.monotonic() < deadline and self.is_alive(), self.output
             time.sleep(0.002)
 
@@ -83,9 +83,9 @@ class Started:
         return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
 
     def kill(self) -> None:
-        """`kill -9`, with its children: a launcher's are in sessions of their own."""
+        """Send `kill -9` to the run and its child processes. The children of a launcher are in their own sessions."""
         family = []
-        with suppress(psutil.NoSuchProcess):  # it may have ended with another
+        with suppress(psutil.NoSuchProcess):  # it may have ended together with another process
             run = psutil.Process(self.process.pid)
             family = [run, *run.children(recursive=True)]
             for member in family:
@@ -96,32 +96,32 @@ class Started:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it still does something; nobody may have asked for the exit status of an orphan."""
+    """Return whether the process is running. A zombie process has ended."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def log_of(folder: Path) -> Path:
+def read_log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def steps_logged(folder: Path) -> int:
+def list_logged_steps(folder: Path) -> int:
     try:
         return json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError):
         return 0
 
 
-def command(folder: Path, flags: str) -> list[str]:
+def build_command(folder: Path, flags: str) -> list[str]:
     return [str(SCRIPTS / "finetune.py"), "--output-dir", str(folder), *flags.split()]
 
 
-def ready(folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str) -> Any:
-    """Run the script in a process that has loaded everything already."""
-    _, *all_flags = command(folder, flags)
-    process = READY.Process(target=target or finetune, args=(all_flags, log_of(folder), ENVIRONMENT | several))
+def build_ready_process(folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str) -> Any:
+    """Return a process that runs the script and has already imported the libraries."""
+    _, *all_flags = build_command(folder, flags)
+    process = READY.Process(target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT | several))
     process.start()
     return process
 
@@ -132,42 +132,42 @@ def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
 
 
 def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
-    """As on a busy machine: a worker's thread that waits for SIGTERM does not get to run for a while."""
+    """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
     wait = batches.wait_for_parent_signal
     batches.wait_for_parent_signal = lambda: (time.sleep(3), wait())
     finetune(flags, log, environment)
 
 
-def start(folder: Path, flags: str) -> Started:
-    return Started(folder, flags, ready(folder, flags))
+def start(folder: Path, flags: str) -> RunningProcess:
+    return RunningProcess(folder, flags, build_ready_process(folder, flags))
 
 
-def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> Started:
-    """Run the script through the real `accelerate launch`, as a shell would: in a process group of its own."""
-    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # the devices are CPUs
+def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
+    """Run the script with the real `accelerate launch`, like a shell: in its own process group."""
+    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []  # use CPUs
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    with log_of(folder).open("a", encoding="utf-8") as output:
+    with read_log(folder).open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*launcher, *several, *launcher_flags, *command(folder, flags)],
+            [*launcher, *several, *launcher_flags, *build_command(folder, flags)],
             stdout=output,
             stderr=output,
             env=os.environ | ENVIRONMENT,
             start_new_session=True,
         )
-    return Started(folder, flags, process)
+    return RunningProcess(folder, flags, process)
 
 
 def finish(folder: Path, flags: str) -> str:
-    """Run to the end, successfully; what it printed."""
-    log_of(folder).unlink(missing_ok=True)
+    """Run to the end with exit status 0, and return the printed text."""
+    read_log(folder).unlink(missing_ok=True)
     run = start(folder, flags)
     assert run.wait() == 0, run.output
     return run.output
 
 
-def refusal(folder: Path, flags: str) -> str:
-    """Run, and have it refused in one line: that line."""
-    log_of(folder).unlink(missing_ok=True)
+def get_error(folder: Path, flags: str) -> str:
+    """Run a command that must fail with one line, and return that line."""
+    read_log(folder).unlink(missing_ok=True)
     run = start(folder, flags)
     assert run.wait() == 1, run.output
     assert "Traceback" not in run.output, run.output
@@ -175,7 +175,7 @@ def refusal(folder: Path, flags: str) -> str:
 
 
 def kill(folder: Path, flags: str, step: int) -> None:
-    """Start a run, and kill it with -9 once it has logged a step."""
+    """Start a run, and kill it with -9 after it has logged a step."""
     run = start(folder, flags)
     run.wait_for_step(step)
     run.kill()
@@ -183,71 +183,74 @@ def kill(folder: Path, flags: str, step: int) -> None:
 
 
 def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
-    """Kill a run with -9 once it has logged each of these steps, and at last let it end; what it printed then."""
+    """Kill a run with -9 after each of these steps, then let it finish; return the last printed text."""
     for number, step in enumerate(kills):
         kill(folder, f"{flags} --resume" if number else flags, step)
     return finish(folder, f"{flags} --resume")
 
 
-def start_two(folder: Path, flags: str) -> list[Started]:
-    """Two processes that work together, the main one first."""
+def start_two(folder: Path, flags: str) -> list[RunningProcess]:
+    """Start two processes of a run, the main process first."""
     port = find_free_port()
-    return [Started(folder, flags, ready(folder, flags, **get_rank_variables(rank, 2, port))) for rank in range(2)]
+    return [
+        RunningProcess(folder, flags, build_ready_process(folder, flags, **get_rank_variables(rank, 2, port)))
+        for rank in range(2)
+    ]
 
 
 def finish_two(folder: Path, flags: str) -> str:
-    """Run to the end in two processes; what they printed."""
-    log_of(folder).unlink(missing_ok=True)
+    """Run to the end in two processes, and return the printed text."""
+    read_log(folder).unlink(missing_ok=True)
     for run in start_two(folder, flags):
         assert run.wait() == 0, run.output
-    return log_of(folder).read_text(encoding="utf-8")
+    return read_log(folder).read_text(encoding="utf-8")
 
 
-def random_steps(count: int, seed: int) -> list[int]:
-    """Rising steps to kill a run at."""
+def draw_steps(count: int, seed: int) -> list[int]:
+    """Return increasing steps at which a run is killed."""
     return sorted(random.Random(seed).sample(range(2, NUM_STEPS - 1), count))
 
 
-# What they left ------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [comparable(json.loads(line)) for line in lines]
+    return [remove_speeds(json.loads(line)) for line in lines]
 
 
-def comparable(values: dict[str, Any]) -> dict[str, Any]:
+def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in NOT_COMPARED}
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Losses, learning rates, gradient norms, weights and results to the bit; speeds may differ."""
-    assert records(folder) == records(expected)
+    """Check losses, learning rates, gradient norms, weights and results to the bit; speeds may differ."""
+    assert read_records(folder) == read_records(expected)
     weights, expected_weights = (load_file(place / "model.safetensors") for place in (folder, expected))
     assert weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
         assert torch.equal(weights[name], weight), name
     results, expected_results = (json.loads((place / "results.json").read_text()) for place in (folder, expected))
-    assert comparable(results) == comparable(expected_results)
+    assert remove_speeds(results) == remove_speeds(expected_results)
 
 
-def checkpoints(folder: Path) -> list[str]:
+def list_checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def step_of(checkpoint: Path) -> int:
+def get_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def resumed_after(output: str) -> int:
-    """The step that a run said it goes on from."""
+def get_resumed_step(output: str) -> int:
+    """Return the step after which a run continued, from its output."""
     (line,) = [line for line in output.splitlines() if line.startswith("resumed")]
     return int(line.split("after step ")[1].split()[0])
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 36 images of noise to train on and 10 to test, in two classes, one darker; one cannot be read."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 36 noise images for training and 10 for testing, in a bright and a dark class; one is unreadable."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = random.Random(0)
     for index in range(23):
@@ -263,7 +266,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Flags -> folder of a run that nobody stopped."""
+    """Return a function: flags -> folder of an uninterrupted run."""
     folders: dict[str, Path] = {}
 
     def folder_of(flags: str) -> Path:
@@ -278,27 +281,27 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """To run in; nothing that was started there outlives the test."""
+    """Return an output folder. Processes that a test starts there are ended after the test."""
     yield tmp_path / "model"
     for process in psutil.process_iter(["cmdline"]):
         if str(tmp_path) in (process.info["cmdline"] or []):
             process.kill()
 
 
-# Killed --------------------------------------------------------------------------------------------------------------
+# Killed runs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_killed_anywhere_with_everything_on(
-    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+def test_killed_at_any_step_with_all_options(
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """In the first epoch and after it, with accumulation, moving average, mixup and CutMix."""
-    flags = f"{EVERYTHING} --dataset {pictures}"
-    output = kill_and_resume(folder, flags, [3, 8, *random_steps(2, seed=1)])
-    assert resumed_after(output) > 3
-    assert "skipped an image" not in output  # it was named before
+    """Kill the run in the first epoch and later, with accumulation, moving average, mixup and CutMix."""
+    flags = f"{EVERYTHING} --dataset {image_folder}"
+    output = kill_and_resume(folder, flags, [3, 8, *draw_steps(2, seed=1)])
+    assert get_resumed_step(output) > 3
+    assert "skipped an image" not in output  # it was printed before
     assert_equal_runs(folder, uninterrupted(flags))
-    assert checkpoints(folder) == checkpoints(uninterrupted(flags))  # the newest two and the best
+    assert list_checkpoints(folder) == list_checkpoints(uninterrupted(flags))  # the newest two and the best
 
 
 VARIANTS = {
@@ -315,64 +318,66 @@ VARIANTS = {
 @pytest.mark.parametrize(
     "variant", [name if name in ("head", "LoRA") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
-def test_killed_and_resumed(variant: str, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
-    """With workers before it and none after it, and with other checkpoints."""
-    trained = uninterrupted(f"{RUN} --dataset {pictures}")
-    flags = VARIANTS[variant].format(trained=trained) + f" --dataset {pictures}"
+def test_killed_and_resumed(
+    variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """The resumed run has no workers, and saves at other steps."""
+    trained = uninterrupted(f"{RUN} --dataset {image_folder}")
+    flags = VARIANTS[variant].format(trained=trained) + f" --dataset {image_folder}"
     before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-broken-images 5"
     run = start(folder, before)
-    run.wait_for_step(*random_steps(1, seed=list(VARIANTS).index(variant)))
+    run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()
-    assert resumed_after(finish(folder, f"{flags} --resume")) > 0
+    assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
     assert_equal_runs(folder, uninterrupted(flags))
 
 
 @pytest.mark.slow
-def test_a_stream_goes_on(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
-    files = sorted(map(str, pictures.glob("*/*/*.png")), key=lambda name: Path(name).stem)
+def test_a_stream_is_resumed(image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
+    files = sorted(map(str, image_folder.glob("*/*/*.png")), key=lambda name: Path(name).stem)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])})
     rows = {"image": files, "label": [int("noon" in name) for name in files]}
-    parquet = pictures.parent / "pictures.parquet"
+    parquet = image_folder.parent / "pictures.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(parquet)
     flags = f"{RUN} --dataset {parquet} --streaming --shuffle-buffer 10 --max-steps {NUM_STEPS}"
-    kill_and_resume(folder, flags, random_steps(2, seed=3))
+    kill_and_resume(folder, flags, draw_steps(2, seed=3))
     assert_equal_runs(folder, uninterrupted(flags))
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_a_warning(
-    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+def test_a_damaged_checkpoint_prints_a_warning(
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    flags = f"{RUN} --dataset {pictures}"
+    flags = f"{RUN} --dataset {image_folder}"
     kill(folder, flags, step=10)
     *_, before, newest = sorted((folder / "checkpoints").glob("step-*"))
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     output = finish(folder, f"{flags} --resume")
     assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors differs from the written file" in output
-    assert resumed_after(output) == step_of(before)
+    assert get_resumed_step(output) == get_step(before)
     assert_equal_runs(folder, uninterrupted(flags))
 
 
-def test_only_damaged_checkpoints_are_refused(pictures: Path, folder: Path) -> None:
-    flags = f"{RUN} --dataset {pictures}"
+def test_only_damaged_checkpoints_are_an_error(image_folder: Path, folder: Path) -> None:
+    flags = f"{RUN} --dataset {image_folder}"
     kill(folder, flags, step=8)
     for state in (folder / "checkpoints").glob("step-*/state.json"):
         state.write_text("{", encoding="utf-8")
-    message = refusal(folder, f"{flags} --resume")
+    message = get_error(folder, f"{flags} --resume")
     assert message.startswith("error: all checkpoints in") and "--overwrite instead of --resume" in message
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(
-    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    flags = f"{RUN} --dataset {pictures}"
+    flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --resume")
     assert_equal_runs(folder, uninterrupted(flags))
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
+def test_a_full_disk_loses_nothing(image_folder: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]) -> None:
     disk = ["tmpfs", str(tmp_path / "disk")]
     (tmp_path / "disk").mkdir()
     if subprocess.run(
@@ -380,30 +385,30 @@ def test_a_full_disk_costs_nothing(pictures: Path, tmp_path: Path, uninterrupted
     ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        flags = f"{RUN} --dataset {pictures}"
+        flags = f"{RUN} --dataset {image_folder}"
         folder = tmp_path / "disk" / "model"
-        log_of(folder).symlink_to(tmp_path / "log")
+        read_log(folder).symlink_to(tmp_path / "log")
         run = start(folder, flags)
         assert run.wait() == 1
         message = run.output.splitlines()[-1]
         assert "No space left on device" in message and "is intact" in message and "Traceback" not in run.output
         subprocess.run(["mount", "-o", "remount,size=50m", *disk], check=True)
-        assert resumed_after(finish(folder, f"{flags} --resume")) > 0
+        assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
         assert_equal_runs(folder, uninterrupted(flags))
     finally:
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
-# Asked to stop -------------------------------------------------------------------------------------------------------
+# Stopped runs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(
-    number: signal.Signals, pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+def test_a_signal_saves_a_checkpoint(
+    number: signal.Signals, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """To the run and its workers, between two checkpoints, of a run that is not over before it comes."""
-    flags = f"{RUN} --epochs 15 --dataset {pictures}"
+    """Send the signal to the run and its workers, between two checkpoints."""
+    flags = f"{RUN} --epochs 15 --dataset {image_folder}"
     run = start(folder, f"{flags} --num-workers 2 --save-every 1000")
     run.wait_for_step(6)
     os.killpg(run.process.pid, number)
@@ -411,24 +416,26 @@ def test_a_signal_saves_first(
     assert not (folder / ".vitcls.lock").exists()
     assert f"stopped by {number.name}; a checkpoint was saved" in run.output
     assert "Traceback" not in run.output
-    assert resumed_after(finish(folder, f"{flags} --resume")) >= 6
+    assert get_resumed_step(finish(folder, f"{flags} --resume")) >= 6
     assert_equal_runs(folder, uninterrupted(flags))
 
 
 @pytest.mark.slow
-def test_workers_that_notice_late_hold_nothing_up(pictures: Path, folder: Path) -> None:
-    """The cluster's SIGTERM still waits to be noticed when the run ends: one of its own would be lost."""
-    flags = f"{RUN} --epochs 15 --dataset {pictures} --num-workers 2 --save-every 1000"
-    run = Started(folder, flags, ready(folder, flags, finetune_with_late_workers))
+def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) -> None:
+    """The cluster's SIGTERM is still pending in a worker at the end of the run, so another SIGTERM would be lost."""
+    flags = f"{RUN} --epochs 15 --dataset {image_folder} --num-workers 2 --save-every 1000"
+    run = RunningProcess(folder, flags, build_ready_process(folder, flags, finetune_with_late_workers))
     run.wait_for_step(6)
     os.killpg(run.process.pid, signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.output
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]) -> None:
-    """`accelerate launch` dies of SIGTERM without passing it on; the run notices, saves and ends."""
-    flags = f"{RUN} --epochs 15 --dataset {pictures}"  # not over before that
+def test_a_terminated_launcher_stops_its_run(
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    """SIGTERM ends `accelerate launch`, which does not forward it. The run detects this, saves and ends."""
+    flags = f"{RUN} --epochs 15 --dataset {image_folder}"  # not finished before that
     run = launch(folder, f"{flags} --save-every 1000")
     run.wait_for_step(2)
     (child,) = psutil.Process(run.process.pid).children()
@@ -437,7 +444,7 @@ def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupt
     while is_alive(child):
         time.sleep(0.01)
     assert "stopped by SIGTERM; a checkpoint was saved" in run.output
-    assert resumed_after(finish(folder, f"{flags} --resume")) >= 2
+    assert get_resumed_step(finish(folder, f"{flags} --resume")) >= 2
     assert_equal_runs(folder, uninterrupted(flags))
 
 
@@ -445,9 +452,9 @@ def test_a_launcher_that_is_terminated(pictures: Path, folder: Path, uninterrupt
 
 
 @pytest.mark.slow
-def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C in a terminal goes to the launcher's process group, and torchrun passes it on. With workers."""
-    flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"
+def test_two_processes_are_interrupted_then_killed(image_folder: Path, folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to the launcher's process group, and torchrun forwards it. With workers."""
+    flags = f"{EVERYTHING} --batch-size 2 --dataset {image_folder}"
     run = launch(folder, f"{flags} --num-workers 1 --save-every 1000", 2)
     run.wait_for_step(4)
     os.killpg(run.process.pid, signal.SIGINT)
@@ -458,24 +465,24 @@ def test_two_processes_are_interrupted_then_killed(pictures: Path, folder: Path,
     again[0].wait_for_step(12)
     for process in again:
         process.kill()
-    assert resumed_after(finish_two(folder, f"{flags} --resume")) >= 9
+    assert get_resumed_step(finish_two(folder, f"{flags} --resume")) >= 9
     whole = tmp_path / "whole"
     finish_two(whole, flags)
     assert_equal_runs(folder, whole)
 
 
 @pytest.mark.slow
-def test_two_processes_rehearse_with_a_tracker(pictures: Path, folder: Path) -> None:
+def test_two_processes_dry_run_with_a_tracker(image_folder: Path, folder: Path) -> None:
     pytest.importorskip("tensorboard")
-    output = finish_two(folder, f"{RUN} --dataset {pictures} --dry-run --log-with tensorboard")
+    output = finish_two(folder, f"{RUN} --dataset {image_folder} --dry-run --log-with tensorboard")
     assert "no files were kept" in output
-    assert [path.name for path in folder.parent.iterdir()] == [log_of(folder).name]
+    assert [path.name for path in folder.parent.iterdir()] == [read_log(folder).name]
 
 
 @pytest.mark.slow
-def test_two_sharded_processes_are_killed(pictures: Path, folder: Path, tmp_path: Path) -> None:
-    """FSDP2: each process holds half of the weights, of their moments and of their average."""
-    flags = f"{EVERYTHING} --batch-size 2 --dataset {pictures}"
+def test_two_sharded_processes_are_killed(image_folder: Path, folder: Path, tmp_path: Path) -> None:
+    """FSDP2: each process has half of the weights, the moments and the average."""
+    flags = f"{EVERYTHING} --batch-size 2 --dataset {image_folder}"
     sharded = ("--config_file", str(SCRIPTS / "accelerate" / "fsdp2_cpu.yaml"))
     run = launch(folder, flags, 2, *sharded)
     run.wait_for_step(10)
@@ -483,18 +490,18 @@ def test_two_sharded_processes_are_killed(pictures: Path, folder: Path, tmp_path
     for place, more in ((folder, " --resume"), (tmp_path / "whole", "")):
         run = launch(place, flags + more, 2, *sharded)
         assert run.wait() == 0, run.output
-    assert resumed_after(log_of(folder).read_text(encoding="utf-8")) >= 6
+    assert get_resumed_step(read_log(folder).read_text(encoding="utf-8")) >= 6
     assert_equal_runs(folder, tmp_path / "whole")
 
 
-# What may change, and what not ---------------------------------------------------------------------------------------
+# Changes between start and resume ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def killed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed after step 6. Nothing below changes it."""
+def killed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that was killed after step 6. Tests do not change it."""
     folder = tmp_path_factory.mktemp("killed") / "model"
-    kill(folder, f"{RUN} --dataset {pictures}", step=6)
+    kill(folder, f"{RUN} --dataset {image_folder}", step=6)
     return folder
 
 
@@ -512,23 +519,25 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_run_is_refused(change: str, killed: Path, pictures: Path) -> None:
+def test_another_run_is_an_error(change: str, killed: Path, image_folder: Path) -> None:
     before = contents(killed)
-    message = refusal(killed, f"{RUN} --dataset {pictures} --resume {change}")
+    message = get_error(killed, f"{RUN} --dataset {image_folder} --resume {change}")
     assert message.startswith("error: ") and CHANGES[change] in message
     if change.startswith(("--epochs", "--max-steps")):
-        assert "learning rate" in message  # it falls to 0 at the end that was planned
+        assert "learning rate" in message  # the learning rate falls to 0 at the planned end
     assert contents(killed) == before
 
 
-def test_an_unfinished_run_is_not_overwritten(killed: Path, pictures: Path) -> None:
+def test_an_unfinished_run_is_not_overwritten(killed: Path, image_folder: Path) -> None:
     before = contents(killed)
-    assert "Continue it with --resume" in refusal(killed, f"{RUN} --dataset {pictures}")
+    assert "Continue it with --resume" in get_error(killed, f"{RUN} --dataset {image_folder}")
     assert contents(killed) == before
 
 
-def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], Path]) -> None:
-    flags = f"{RUN} --dataset {pictures}"
+def test_resuming_a_finished_run_prints_that_it_is_finished(
+    image_folder: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    flags = f"{RUN} --dataset {image_folder}"
     folder = uninterrupted(flags)
     before = contents(folder)
     output = finish(folder, f"{flags} --resume")
@@ -536,19 +545,19 @@ def test_a_finished_run_says_so(pictures: Path, uninterrupted: Callable[[str], P
     assert contents(folder) == before
 
 
-# One folder, several runs --------------------------------------------------------------------------------------------
+# Several runs in one folder ------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_folder_is_refused(
-    pictures: Path, folder: Path, uninterrupted: Callable[[str], Path]
+def test_a_second_run_in_the_folder_is_an_error(
+    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """On one process and on two, of which one speaks for both. The first run does not notice."""
-    flags = f"{RUN} --dataset {pictures}"
+    """Check one process, and two of which the main process prints the error. The first run continues."""
+    flags = f"{RUN} --dataset {image_folder}"
     run = start(folder, f"{flags} --epochs 200")
     run.wait_for_step(2)
     for number, more in enumerate(("", "--overwrite", "--resume")):
         log = folder.with_name(f"second-{number}.log")
-        _, *second = command(folder, f"{flags} {more}")
+        _, *second = build_command(folder, f"{flags} {more}")
         process = READY.Process(target=finetune, args=(second, log, ENVIRONMENT))
         process.start()
         process.join(timeout=240)
@@ -558,7 +567,8 @@ def test_a_second_run_in_the_folder_is_refused(
     port = find_free_port()
     both = [
         READY.Process(
-            target=finetune, args=(command(folder, flags)[1:], log, ENVIRONMENT | get_rank_variables(rank, 2, port))
+            target=finetune,
+            args=(build_command(folder, flags)[1:], log, ENVIRONMENT | get_rank_variables(rank, 2, port)),
         )
         for rank in range(2)
     ]
@@ -576,11 +586,11 @@ def test_a_second_run_in_the_folder_is_refused(
 
 
 @pytest.mark.slow
-def test_a_new_run_that_is_killed_early_leaves_no_old_model(pictures: Path, folder: Path) -> None:
-    flags = f"{RUN} --dataset {pictures}"
+def test_a_new_run_that_is_killed_early_has_no_old_model(image_folder: Path, folder: Path) -> None:
+    flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --max-steps 3")
     before = contents(folder)
-    assert "contains a finished run. Replace it with --overwrite" in refusal(folder, flags)
+    assert "contains a finished run. Replace it with --overwrite" in get_error(folder, flags)
     assert contents(folder) == before
     run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
     deadline = time.monotonic() + 120
@@ -592,10 +602,10 @@ def test_a_new_run_that_is_killed_early_leaves_no_old_model(pictures: Path, fold
     left = {path.name for path in folder.iterdir()} - {".vitcls.lock"}
     assert "config.resolved.yaml" in left <= {"config.resolved.yaml", "metrics.jsonl", ".metrics.jsonl.partial"}
     finish(folder, f"{flags} --max-steps 3")
-    assert comparable(json.loads((folder / "results.json").read_text()))["steps"] == 3
+    assert remove_speeds(json.loads((folder / "results.json").read_text()))["steps"] == 3
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, but its lock, and what was being written when it was killed."""
+    """Return all files of a run except its lock and temporary files."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".vitcls.lock"]
     return {str(path): path.read_bytes() for path in files if not path.parent.name.startswith(".")}

@@ -18,7 +18,7 @@ DATA_FILES = ("py.typed", "model_cards/training.md.j2", "recipes/digits.yaml", "
 
 
 def run(*command: object, cwd: Path) -> str:
-    """Run a command and return what it printed."""
+    """Run a command and return its output."""
     ran = subprocess.run(
         list(map(str, command)), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )

@@ -25,7 +25,7 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
     with record_attention_layers(ours) as layers:
         ours(pixels)
-    recorded = [layer.weights() for layer in layers]
+    recorded = [layer.compute_weights() for layer in layers]
     ours.set_attn_implementation("eager")
     maps = ours(pixels, output_attentions=True).attentions
     num_special = ours.config.token_layout.num_prefix_tokens
@@ -33,7 +33,7 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         assert by_eager.std() > 0.001, "the maps are too uniform for a comparison"
         assert difference(by_record, by_eager) <= LIMIT
         assert difference(rows[:, index], by_eager[:, :, :num_special]) <= LIMIT
-        assert difference(layers[index].weights(2), by_eager[:, :, :2]) <= LIMIT
+        assert difference(layers[index].compute_weights(2), by_eager[:, :, :2]) <= LIMIT
     return maps
 
 

@@ -52,7 +52,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+    return CheckpointStore(tmp_path / "checkpoints", num_kept=2)
 
 
 def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
@@ -331,7 +331,7 @@ class Trap:
 
 def save_without_end(folder: Path, begun: Any) -> None:
     torch.set_num_threads(1)
-    store = CheckpointStore(folder, keep=2)
+    store = CheckpointStore(folder, num_kept=2)
     begun.set()
     while True:
         for step in (20, 30):  # each replaces the previous checkpoint
@@ -375,7 +375,7 @@ def save_and_die(folder: Path, calls: int) -> None:
 
     os.fsync = fsync
     torch.set_num_threads(1)
-    save(CheckpointStore(folder, keep=2), 20, 20)
+    save(CheckpointStore(folder, num_kept=2), 20, 20)
 
 
 @pytest.mark.slow_cases
@@ -436,7 +436,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+        store = CheckpointStore(tmp_path / "checkpoints", num_kept=2)
         message = no_room_message(store)
         assert "No space left on device" in message and "there is no earlier checkpoint" in message
         save(store, 10)
@@ -455,7 +455,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 1 to .*checkpoints"):
-        save(CheckpointStore(tmp_path / "checkpoints", keep=2), 1)
+        save(CheckpointStore(tmp_path / "checkpoints", num_kept=2), 1)
 
 
 # The state of training -----------------------------------------------------------------------------------------------

@@ -479,7 +479,9 @@ def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path, "digits", log_with=("tensorboard",), report=True)
     files = "(model, image processor, README.md, report.html, results.json)"
-    assert f"saved     {tmp_path} {files}" in capsys.readouterr().out
+    output, diagnosis = capsys.readouterr().out, read_json(tmp_path / "results.json")["diagnosis"]
+    assert f"saved     {tmp_path} {files}" in output
+    assert f"diagnosis {diagnosis}\n" in output and "patches: " in diagnosis
     folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
@@ -708,7 +710,7 @@ def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     """Check also a mask token and the class head as the only predictor: DDP would wait for missing gradients."""
-    config = ViTCLSConfig(**TINY.config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
+    config = ViTCLSConfig(**TINY.get_config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)

@@ -191,7 +191,7 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
 
 
 def build_random_model(**values: Any) -> ViTCLSForImageClassification:
-    return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.config_values() | values)))
+    return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.get_config_values() | values)))
 
 
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
@@ -428,7 +428,7 @@ def test_multi_label_loss_is_binary() -> None:
 
 
 def test_multi_task_loss_ignores_missing_labels() -> None:
-    config = ViTCLSConfig(**TINY.config_values(), num_cls_tokens=2, tasks={"age": 3, "kind": 2})
+    config = ViTCLSConfig(**TINY.get_config_values(), num_cls_tokens=2, tasks={"age": 3, "kind": 2})
     torch.manual_seed(0)
     model = ViTCLSForMultiTaskClassification(config)
     labels = {"age": torch.tensor([0, -100]), "kind": torch.tensor([-100, -100])}
@@ -458,7 +458,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
 
 
 def test_masked_images_are_masked_as_specified() -> None:
-    config = ViTCLSConfig(**TINY.config_values(), use_mask_token=True)
+    config = ViTCLSConfig(**TINY.get_config_values(), use_mask_token=True)
     torch.manual_seed(0)
     model = ViTCLSForMaskedImageModeling(config)
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)

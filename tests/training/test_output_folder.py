@@ -281,7 +281,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
 
 
 def test_a_finished_run_without_checkpoints_is_not_repeated(earlier: Path) -> None:
-    CheckpointStore(earlier / "checkpoints", keep=1).clear()
+    CheckpointStore(earlier / "checkpoints", num_kept=1).clear()
     with raises_one_line(f"{earlier} contains a finished run"):
         run(earlier, resume=True)
 
@@ -377,7 +377,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     for name in mine:
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
-    remove_run(earlier, CheckpointStore(earlier / "checkpoints", keep=1))
+    remove_run(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
 
 

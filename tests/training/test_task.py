@@ -73,7 +73,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     assert "images of 32 pixels: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
-    assert {name: resolved[name] for name in expected} == expected
+    assert {name: resolved[name] for name in expected} == expected and "config" not in resolved
 
     reset_accelerate()
     start = replace(options, output_dir=tmp_path / "next", model=ModelOptions(str(tmp_path / "run")))
@@ -109,7 +109,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
     assert results["selection"]["step"] == best["step"] and best is not records[-1]
     assert results["selection"]["accuracy"] == best["held_out_accuracy"]
 
-    store = CheckpointStore(folder / "checkpoints", keep=2)
+    store = CheckpointStore(folder / "checkpoints", num_kept=2)
     assert store.load_best().step == best["step"]
     saved, selected = load_file(folder / "model.safetensors"), store.load_best().load_tensors("model")
     assert all(torch.equal(saved[name], selected[name]) for name in saved)
