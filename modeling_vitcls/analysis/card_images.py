@@ -19,7 +19,7 @@ from PIL import Image
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import NO_LABELS, get_label_space
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.prediction_rows import THRESHOLD, Row, build_prediction_columns, predict_batch
+from ..inference.prediction_rows import DEFAULT_THRESHOLD, Row, build_prediction_columns, predict_batch
 from ..token_names import get_token_names
 from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
 from .maps import VisibleRegion, count_read_layers, extract_patch_maps, get_visible_region, to_upright_rgb
@@ -127,7 +127,7 @@ def build_attention_samples(
     layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
-        predict = build_prediction_columns(model, top_k=None, threshold=THRESHOLD, features=None)
+        predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)
     for image, label in samples:
         try:
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]

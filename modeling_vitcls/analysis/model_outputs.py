@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import is_multi_label
 from ..heads_vitcls import IGNORED_LABEL
-from ..inference.prediction_rows import THRESHOLD
+from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from .model_utils import evaluation_mode, get_runner, is_classifier
 
 
@@ -167,10 +167,10 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 def get_predicted_labels(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label whose probability reaches THRESHOLD, as in inference/prediction_rows.py.
+    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
-        return (by_task[0].float().sigmoid() >= THRESHOLD).long()
+        return (by_task[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()
     return torch.stack([logits.argmax(dim=-1) for logits in by_task], dim=-1)
 
 

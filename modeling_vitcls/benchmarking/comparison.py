@@ -1,9 +1,10 @@
-"""Paired measurements of two sides, checks that both compute the same, and peak memory.
+"""Paired measurements of this package and a baseline, checks for equal outputs, and peak memory.
 
-Other programs share the machine and clock speeds vary, so the two sides take turns, and each turn is compared with the
-neighboring turn of the other side. Nothing is measured if the outputs of the sides differ.
+The baseline is a model of another project, or a model of this package without a feature. Other programs share the
+machine and clock speeds vary, so this package and the baseline are measured alternately, and each measurement of this
+package is compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
-Memory on the CPU is the growth of a process (Linux only, from /proc), and on a GPU the peak of PyTorch's allocator.
+CPU memory is the growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's allocator.
 """
 
 import argparse
@@ -22,15 +23,15 @@ from typing import Any, Self
 import torch
 
 
-SECONDS_PER_TURN = 0.5
-# Variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that the C library
-# does not keep memory for later allocations.
+SECONDS_PER_MEASUREMENT = 0.5
+# Environment variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that
+# the C library does not keep memory for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-# Maximum of (largest difference of the logits / largest logit).
+# dtype -> maximum difference of the logits, divided by the largest logit.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Speeds = tuple[list[float], list[float]]  # images per second of each turn, of this package and of the other side
+Speeds = tuple[list[float], list[float]]  # images per second of this package and of the baseline
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class BenchmarkSettings:
     """The flags of `vitcls benchmark` that apply to all rows."""
 
     against: tuple[str, ...]  # names of `peers.PEERS`, for comparisons with other projects
-    num_pairs: int  # number of turns of each side
-    is_toy: bool = False  # whether to use tiny models and data, and one call per turn
-    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify theirs
+    num_pairs: int  # number of pairs: one measurement of this package and one of the baseline
+    is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
+    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify their own precision
     device: str = "cpu"  # "cpu" or "cuda"
 
     @property
     def toy_flag(self) -> tuple[str, ...]:
-        """Return the flag --toy for the measuring processes, if toy models are used."""
+        """Return the flag --toy for the measurement processes; empty unless toy models are used."""
         return ("--toy",) if self.is_toy else ()
 
 
@@ -55,15 +56,15 @@ class Comparison:
 
     work: str  # kind of work, for the reports
     name: str  # name of the row
-    against: str  # name of the other side
-    ours: list[float]  # images per second of this package in each pair of turns
-    theirs: list[float]  # images per second of the other side in each pair of turns
+    against: str  # name of the baseline
+    ours: list[float]  # images per second of this package in each pair
+    theirs: list[float]  # images per second of the baseline in each pair
     difference: float  # largest absolute difference of the outputs
     details: dict[str, Any]  # further keys and values of the JSON file
 
     @property
     def ratios(self) -> list[float]:
-        """Return the speed of this package divided by the speed of the other side, for each pair."""
+        """Return the speed of this package divided by the speed of the baseline, for each pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Comparison:
 
 
 def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile; three equal values for a single value."""
+    """Return the lower quartile, median and upper quartile; three equal values for a single value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -95,29 +96,31 @@ def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
 # Speed ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_in_turns(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
-    """Call both functions `num_pairs` times; the first function alternates from pair to pair."""
+def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
+    """Call both functions `num_pairs` times, in alternating order, and return their results."""
     speeds: Speeds = ([], [])
     for pair in range(num_pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            speeds[side].append((ours, theirs)[side]())
+        for index in (0, 1) if pair % 2 == 0 else (1, 0):
+            speeds[index].append((ours, theirs)[index]())
     return speeds
 
 
-def measure_throughput(function: Callable[[], object], num_images: int, seconds: float = SECONDS_PER_TURN) -> float:
+def measure_throughput(
+    function: Callable[[], object], num_images: int, seconds: float = SECONDS_PER_MEASUREMENT
+) -> float:
     """Return the images per second of repeated calls over at least `seconds`, after a warm-up call.
 
     Args:
-        num_images: images that one call processes.
+        num_images: number of images that one call processes.
     """
     function()
     synchronize_gpu()
-    num_calls, started = 0, time.perf_counter()
-    while num_calls == 0 or time.perf_counter() - started < seconds:
+    num_calls, start_time = 0, time.perf_counter()
+    while num_calls == 0 or time.perf_counter() - start_time < seconds:
         function()
         synchronize_gpu()
         num_calls += 1
-    return num_calls * num_images / (time.perf_counter() - started)
+    return num_calls * num_images / (time.perf_counter() - start_time)
 
 
 def synchronize_gpu() -> None:
@@ -129,9 +132,9 @@ def synchronize_gpu() -> None:
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Speeds:
-    """Measure the images per second of two functions in turns."""
-    seconds = 0.0 if settings.is_toy else SECONDS_PER_TURN
-    return measure_in_turns(
+    """Measure the images per second of two functions alternately."""
+    seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
+    return measure_alternately(
         lambda: measure_throughput(ours, num_images, seconds),
         lambda: measure_throughput(theirs, num_images, seconds),
         settings.num_pairs,
@@ -142,7 +145,7 @@ def compare_throughput(
 
 
 class LoggedProcess:
-    """A process, its workers and its errors. Use it as a context manager, which kills the process at the end."""
+    """A process with its workers and its error output; a context manager that kills the process at the end."""
 
     def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
         self.command = command
@@ -188,20 +191,22 @@ def get_last_line(output: str) -> str:
 # Equal outputs -------------------------------------------------------------------------------------------------------
 
 
-def check_difference(difference: float, limit: float, name: str, outputs: str) -> float:
-    """Return the difference of the outputs of two sides. Raise ValueError if it exceeds the limit or is NaN."""
+def check_difference(difference: float, limit: float, name: str, compared_values: str) -> float:
+    """Return the difference of two outputs. Raise ValueError if it exceeds the limit or is NaN."""
     if not difference <= limit:
         raise ValueError(
-            f"{name}: {outputs} differ by {difference:.2g}, more than {limit:.2g}. "
+            f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
             "Speed is only compared for equal work."
         )
     return difference
 
 
-def check_tensors(values: torch.Tensor, expected: torch.Tensor, limit: float, name: str, outputs: str) -> float:
+def check_tensors(
+    values: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
+) -> float:
     """Return the largest absolute difference. Raise ValueError if it exceeds `limit` * largest expected value."""
-    largest = expected.abs().max().item()
-    return check_difference((values - expected).abs().max().item(), limit * largest, name, outputs)
+    largest_value = expected.abs().max().item()
+    return check_difference((values - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
 
 @torch.inference_mode()
@@ -217,7 +222,7 @@ def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, nam
 
 
 def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argparse.Namespace:
-    """Parse the flags of a process that `measure_peaks` starts: row, side, and peer if there are several."""
+    """Parse the flags of a process that `measure_peaks` starts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("row", choices=tuple(rows))
     if peers:
@@ -229,9 +234,9 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
 
 
 def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
-    """Return the peak memory of both sides in bytes, as entries of `Comparison.details`.
+    """Return the peak memory of this package and of the baseline in bytes, as entries of `Comparison.details`.
 
-    Each side is measured in a new process. For the other side, the module receives the flag --theirs.
+    Each is measured in a new process. For the baseline, the module receives the flag --theirs.
     """
     return {
         "ours_peak_bytes": measure_peak_in_process(module, *arguments),
@@ -240,7 +245,7 @@ def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
 
 
 def measure_peak_in_process(module: str, *arguments: str) -> int:
-    """Run a module in a new process and return the number that it prints last, its `measure_memory_growth` in bytes.
+    """Run a module in a new process and return the number in its last line of output, its memory growth in bytes.
     Raise ValueError if the process fails."""
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
@@ -250,22 +255,22 @@ def measure_peak_in_process(module: str, *arguments: str) -> int:
 
 
 def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:
-    """Return by how many bytes the peak memory of this process grows during `function`, after `warm_up`."""
+    """Return the growth of the peak memory of this process during `function` in bytes, after calling `warm_up`."""
     warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = read_memory_status("VmRSS")
+    initial_bytes = read_memory_status("VmRSS")
     function()
-    return max(read_memory_status("VmHWM") - before, 0)
+    return max(read_memory_status("VmHWM") - initial_bytes, 0)
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of the allocated GPU memory in bytes. Call the function once before as a warm-up."""
+    """Return the peak growth of allocated GPU memory during `function` in bytes. Call `function` once before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    initial_bytes = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - initial_bytes
 
 
 def read_memory_status(name: str) -> int:

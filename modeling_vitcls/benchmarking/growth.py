@@ -1,11 +1,11 @@
-"""Time and memory of a forward pass by image size, patch size, number of tokens and batch size, and their figure.
+"""Time and memory of a forward pass by image size, patch size, number of tokens and batch size, with a figure.
 
     python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
-    plot_growth(comparisons, "processor, versions")    each as `Comparison.to_dict()`, or from the file of --output
+    plot_growth(entries, "processor, versions")    each entry is a `Comparison.to_dict()`, or from the --output file
 
-All axes share one base point, which is measured once; each axis varies one of its values. Tokens are added as
-registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per layer),
-so this axis is compared with timm only.
+All axes share one base point, which is measured once; each axis varies one value of the base point. Tokens are added
+as registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per
+layer), so the token axis is compared only with timm.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, 
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A row of the report."""
+    """A row of the report: image size, patch size, batch size and number of registers."""
 
     image_size: int
     patch_size: int
@@ -51,15 +51,15 @@ class GrowthPoint:
 
 @dataclass(frozen=True)
 class Axis:
-    """A field of `GrowthPoint` that is varied: the names of its rows, and its column in the figure."""
+    """The rows that vary a field of `GrowthPoint`: their names, and their column in the figure."""
 
-    row: str  # name of a row, with {} for the value of the field
-    title: str  # above the column of the figure
-    label: str  # below the x axis
-    value: str  # key of the values on the x axis
-    tick: str | None = None  # key of the numbers in parentheses below the ticks
+    row_name: str  # name of a row, with {} for the value of the field
+    title: str  # title of the column in the figure
+    label: str  # label of the x axis
+    value_key: str  # key of the values on the x axis
+    tick_key: str | None = None  # key of the numbers in parentheses below the ticks
     is_logarithmic: bool = True  # whether the x axis is logarithmic
-    is_decreasing: bool = False  # whether the cost grows to the left
+    is_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
 
 AXES = {
@@ -78,7 +78,7 @@ def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, Grow
     """Return the base point, and one point for each value of each axis, by name."""
     name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
     return {name: base} | {
-        AXES[field].row.format(value): replace(base, **{field: value})
+        AXES[field].row_name.format(value): replace(base, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
@@ -100,7 +100,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with each peer that has its features. Raise ValueError if no peer has the features."""
+    """Compare each row with each peer that supports it. Raise ValueError if no row has such a peer."""
     pairs = [
         (name, peer)
         for name, point in rows.items()
@@ -108,14 +108,14 @@ def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) ->
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
     if not pairs:
-        able = " ".join(PEERS_WITH_REGISTERS)
-        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {able}.")
+        supported = " ".join(PEERS_WITH_REGISTERS)
+        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {supported}.")
     for name, peer in pairs:
         yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 
 
 def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
-    """Build the models of a point."""
+    """Build the two models for a point."""
     size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
         return PEERS_WITH_REGISTERS[against](size, point.num_registers)
@@ -161,13 +161,13 @@ def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Pred
     """Return the peak memory of a forward pass in bytes, without the parameters.
 
     The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A pass of the
-    same model would leave free memory, so that the measured pass would not grow the process.
+    same model would leave free memory, and the measured pass would then not increase the memory of the process.
     """
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 def main() -> None:
-    """Print the peak memory of a forward pass of one side in bytes."""
+    """Print the peak memory of a forward pass of this package or of the peer in bytes."""
     flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
     point = (TOY_POINTS if flags.toy else POINTS)[flags.row]
     dtype = PRECISIONS[flags.precision]
@@ -181,12 +181,12 @@ def main() -> None:
 
 
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
-Costs = dict[str, dict[int, float]]  # side -> value on the x axis -> cost
+Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> cost
 
 WIDTH, HEIGHT = 12.0, 6.6  # inches
 CHARACTERS_PER_INCH = 12.5  # characters per inch of the caption
 OURS = "modeling_vitcls"
-# Colors of Okabe and Ito, and markers.
+# Project -> color (from the palette of Okabe and Ito) and marker.
 LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
 MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, because logarithmic axes have no 0
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
@@ -195,24 +195,24 @@ DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
 
-    `comparisons` are entries of the JSON file; entries of other kinds of work are skipped. `machine` is the hardware
-    and versions, for the caption. Raise ValueError if no axis was measured.
+    `comparisons` are entries of the JSON file; entries of other kinds of work are skipped. `machine` describes the
+    hardware and versions in the caption. Raise ValueError if no axis was measured.
     """
     comparisons = [entry for entry in comparisons if "axis" in entry]
     columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
-        raise ValueError("--plot requires growth in at least one direction. Set --work growth and omit --rows.")
+        raise ValueError("--plot requires growth rows of at least one axis. Set --work growth and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
     grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
-    for (time, memory), axis in zip(grid.T, columns, strict=True):
+    for (time_axes, memory_axes), axis in zip(grid.T, columns, strict=True):
         panel = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
         times, peaks = get_costs(entries, panel)
-        draw_lines(time, panel, times)
-        draw_lines(memory, panel, peaks)
-        time.set_title(panel.title, fontsize=12, color=INK)
-        memory.set_xlabel(panel.label, fontsize=11)
-        draw_ticks(memory, panel, entries)
+        draw_lines(time_axes, panel, times)
+        draw_lines(memory_axes, panel, peaks)
+        time_axes.set_title(panel.title, fontsize=12, color=INK)
+        memory_axes.set_xlabel(panel.label, fontsize=11)
+        draw_ticks(memory_axes, panel, entries)
     grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
     grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
     lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
@@ -228,13 +228,13 @@ def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Co
     """Return milliseconds per image, and the peak memory in MiB, of this package and of each peer.
 
     The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
-    the median ratio of the pairs. So the distance of the lines is the ratio of neighboring turns, even if the load of
-    the machine changed between rows.
+    the median ratio of the pairs. The distance between the lines is therefore the ratio of paired measurements, even
+    if the load of the machine changed between rows.
     """
     times: Costs = {OURS: {}}
     peaks: Costs = {OURS: {}}
-    for value in sorted({entry[panel.value] for entry in comparisons}):
-        entries = [entry for entry in comparisons if entry[panel.value] == value]
+    for value in sorted({entry[panel.value_key] for entry in comparisons}):
+        entries = [entry for entry in comparisons if entry[panel.value_key] == value]
         times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
         peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
         for entry in entries:
@@ -249,7 +249,7 @@ def to_mebibytes(num_bytes: int) -> float:
 
 
 def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
-    """Draw one line per side."""
+    """Draw one line per project."""
     for name, by_value in costs.items():
         color, marker = LINE_STYLES[name]
         axes.plot(
@@ -271,7 +271,8 @@ def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
 def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers below."""
     labels = {
-        entry[panel.value]: f"{entry[panel.value]}" + (f"\n({entry[panel.tick]})" if panel.tick else "")
+        entry[panel.value_key]: f"{entry[panel.value_key]}"
+        + (f"\n({entry[panel.tick_key]})" if panel.tick_key else "")
         for entry in comparisons
     }
     axes.set_xticks(list(labels), list(labels.values()))
@@ -284,7 +285,7 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     size = first["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
     base = next((entry for entry in comparisons if entry["axis"] is None), None)
-    fixed = (
+    fixed_values = (
         f"; {base['image_size']} pixels, patch {base['patch_size']}, batch {base['batch_size']} except on their axes"
         if base is not None
         else ""
@@ -293,8 +294,8 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
         entry["axis"] == "num_registers" for entry in comparisons
     )
     sentences = (
-        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed}; equal outputs.",
-        f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of turns.",
+        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed_values}; equal outputs.",
+        f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements.",
         "The ViT of transformers has no registers." if lacks_registers else "",
         f"{machine}.",
     )

@@ -1,15 +1,15 @@
-"""From JPEG files to pixel values, and to labels.
+"""Processing of JPEG files to pixel values, and to labels.
 
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline
 
     python -m modeling_vitcls.benchmarking.image_files ours FOLDER [--toy]
 
-The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each side
-reads the files in each turn. For predictions, each side runs in a separate process, because `vitcls predict` changes
-the memory allocation of its process (system.py). The process reads requests, `labels 16` or `speed 16` for batches of
-16, and prints a line of JSON for each: the most probable label and its probability for each file, or images per
-second.
+The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each
+measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
+because `vitcls predict` changes the memory allocation of its process (system.py). A process reads requests, such as
+`labels 16` or `speed 16` for batches of 16 images. For each request, it prints a line of JSON: the most probable label
+of each file and its probability, or the images per second.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from .comparison import (
     LoggedProcess,
     check_difference,
     compare_throughput,
-    measure_in_turns,
+    measure_alternately,
     measure_throughput,
 )
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer, used alternately.
+# Keyword arguments of PIL's JPEG writer, used in rotation.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -53,14 +53,14 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
+def write_photographs(folder: Path, num_per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
     """Write JPEG files with random crops to a subfolder per photograph; return the folder."""
     height, width = height_width
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         (folder / name).mkdir(parents=True)
         rows, columns, _ = photograph.shape  # 427 x 640
-        for index in range(per_class):
+        for index in range(num_per_class):
             y = int(torch.randint(rows - height + 1, (), generator=generator))
             x = int(torch.randint(columns - width + 1, (), generator=generator))
             crop = Image.fromarray(photograph[y : y + height, x : x + width])
@@ -70,17 +70,17 @@ def write_photographs(folder: Path, per_class: int = 64, height_width: tuple[int
 
 def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
     """Write the photographs of a benchmark; return the paths of the files."""
-    write_photographs(folder / "photographs", per_class=2 if is_toy else 32)
+    write_photographs(folder / "photographs", num_per_class=2 if is_toy else 32)
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build the image processor of this package, and load AutoImageProcessor's for transformers' ViT."""
+    """Build the image processor of this package, and load the image processor of transformers' ViT."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
-    sides = {"height": size.image_size, "width": size.image_size}
-    ViTImageProcessor(size=sides).save_pretrained(folder / "processor")
-    ours = ViTCLSImageProcessor(size=sides, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    height_width = {"height": size.image_size, "width": size.image_size}
+    ViTImageProcessor(size=height_width).save_pretrained(folder / "processor")
+    ours = ViTCLSImageProcessor(size=height_width, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return ours, AutoImageProcessor.from_pretrained(folder / "processor")
 
 
@@ -89,7 +89,7 @@ def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImagePr
 
 @dataclass(frozen=True)
 class PixelRow:
-    """A row of the report: the number of files per call, and the function that opens a file for the other side."""
+    """A row of the report: the number of files per call, and the function that opens a file for AutoImageProcessor."""
 
     num_files: int
     open_file: Callable[[str], Any]
@@ -115,7 +115,7 @@ def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> It
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare one row. Raise ValueError if a value differs."""
+    """Compare one row. Raise ValueError if any pixel value differs."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ def compare_processors(
             theirs([row.open_file(file) for file in batch], return_tensors="pt")["pixel_values"] for batch in batches
         ]
 
-    for _ in range(2):  # the first call also prepares the settings
+    for _ in range(2):  # the first call also prepares the settings of the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
             raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal work.")
     speeds = compare_throughput(process_ours, process_theirs, len(files), settings)
@@ -136,7 +136,7 @@ def compare_processors(
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-MAX_DIFFERENCE = 1e-4  # between probabilities
+MAX_DIFFERENCE = 1e-4  # maximum difference of the probabilities
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
@@ -144,7 +144,7 @@ PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> labels of all fi
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with transformers' pipeline, after both have loaded the model."""
+    """Compare each row with transformers' pipeline, after both programs have loaded the model."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
@@ -153,9 +153,9 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
             PredictionProcess("theirs", folder, settings) as theirs,
         ):
             for name, batch_size in rows.items():
-                labels, expected = (side.request("labels", batch_size) for side in (ours, theirs))
+                labels, expected = (process.request("labels", batch_size) for process in (ours, theirs))
                 difference = check_labels(labels, expected, name)
-                speeds = measure_in_turns(
+                speeds = measure_alternately(
                     lambda size=batch_size: ours.request("speed", size),  # type: ignore[misc]
                     lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
                     settings.num_pairs,
@@ -175,10 +175,10 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
 
 
 class PredictionProcess(LoggedProcess):
-    """A process that runs one of the two compared programs and answers requests."""
+    """A process that runs one of the two programs and responds to requests."""
 
-    def __init__(self, side: str, folder: str, settings: BenchmarkSettings) -> None:
-        super().__init__([sys.executable, "-m", __name__, side, folder, *settings.toy_flag], stdout=subprocess.PIPE)
+    def __init__(self, program: str, folder: str, settings: BenchmarkSettings) -> None:
+        super().__init__([sys.executable, "-m", __name__, program, folder, *settings.toy_flag], stdout=subprocess.PIPE)
 
     def request(self, kind: str, batch_size: int) -> Any:
         """Send a request and return the reply. Raise ValueError if the process ends instead."""
@@ -191,7 +191,7 @@ class PredictionProcess(LoggedProcess):
 
 
 def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
-    """Return a function that predicts as `vitcls predict` does."""
+    """Return a function that predicts labels like `vitcls predict`."""
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
     model = build_transformers_peer(size).ours.eval()
@@ -207,7 +207,7 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
 
 
 def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
-    """Return a function that predicts with transformers' pipeline."""
+    """Return a function that predicts labels with transformers' pipeline."""
     from transformers import pipeline
 
     _, processor = build_image_processors(size, folder / "theirs")
@@ -222,17 +222,17 @@ def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     return predict
 
 
-SIDES = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
+PREDICTORS = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor}
 
 
 def main() -> None:
     """Reply to the requests on standard input until it ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("program", choices=PREDICTORS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--toy", action="store_true")
     flags = parser.parse_args()
-    predict = SIDES[flags.side](get_model_size(flags.toy), flags.folder)
+    predict = PREDICTORS[flags.program](get_model_size(flags.toy), flags.folder)
     num_files = len(list(flags.folder.rglob("*.jpg")))
     for line in sys.stdin:
         kind, batch_size = line.split()

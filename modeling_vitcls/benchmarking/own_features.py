@@ -1,4 +1,4 @@
-"""Models of this package with and without a feature, or two implementations of a computation.
+"""Comparisons of models of this package with and without a feature, or of two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
     attention   reading attention, compared with a plain forward pass: time and memory
@@ -6,8 +6,8 @@
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merged and dropped patches change the outputs. The outputs are only compared with the feature set to 0. The cost in
-accuracy depends on the data: measure it with `vitcls finetune` and `vitcls evaluate`.
+Merged and dropped patches change the outputs, so outputs are only compared with the feature set to 0. The loss of
+accuracy depends on the data. Measure it with `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy
@@ -63,20 +63,20 @@ Computation = Callable[[], object]
 
 
 def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
-    """Return a function that runs a forward pass in float32, and its number of images."""
+    """Return a function that runs a forward pass in float32, and the number of images per call."""
     pixel_values = build_random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
     return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
 
 
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
-    """Return a function that takes a training step, and its number of images."""
+    """Return a function that takes a training step, and the number of images per call."""
     row = TRAINING_STEPS[INEXACT_STEP]
     return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a field that is 0 in the plain model, its value, and the computation to measure."""
+    """A row of the report: a field, its value (0 in the plain model), and the computation to measure."""
 
     field: str
     value: float
@@ -99,30 +99,34 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
     """Compare each row with the plain model."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
-        plain = build_model(size)
-        nn.Module.to(plain, settings.device)
-        difference = check_feature_off(row, plain, size, name)
-        inexact = copy_model(plain, size, **{row.field: row.value})
-        ours, num_images = row.build(inexact, size, settings.device)
-        theirs, _ = row.build(plain, size, settings.device)
+        plain_model = build_model(size)
+        nn.Module.to(plain_model, settings.device)
+        difference = check_feature_off(row, plain_model, size, name)
+        inexact_model = copy_model(plain_model, size, **{row.field: row.value})
+        ours, num_images = row.build(inexact_model, size, settings.device)
+        theirs, _ = row.build(plain_model, size, settings.device)
         speeds = compare_throughput(ours, theirs, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
 
 
-def copy_model(plain: ViTCLSForImageClassification, size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
-    """Build a model with the same weights and other fields."""
+def copy_model(
+    plain_model: ViTCLSForImageClassification, size: ModelSize, **fields: Any
+) -> ViTCLSForImageClassification:
+    """Build a model with the same weights and different config fields."""
     model = build_model(size, **fields)
-    model.load_state_dict(plain.state_dict())
-    nn.Module.to(model, plain.device)
+    model.load_state_dict(plain_model.state_dict())
+    nn.Module.to(model, plain_model.device)
     return model
 
 
-def check_feature_off(row: InexactRow, plain: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
+def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
     """Return the largest difference of the logits between the plain model and a model with the feature set to 0."""
-    off = copy_model(plain, size, **{row.field: type(row.value)(0)})
-    pixel_values = build_random_images(2, size.image_size).to(plain.device)
-    return check_logits(build_predict_function(off), build_predict_function(plain), pixel_values, f"{name}, set to 0")
+    disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
+    pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
+    return check_logits(
+        build_predict_function(disabled_model), build_predict_function(plain_model), pixel_values, f"{name}, set to 0"
+    )
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ ReadAttention = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
 ]  # model, images [B, C, H, W] -> any tensor
 
-ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, largest value)
+ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, |largest value|)
 NUM_REGISTERS = 4
 
 
@@ -154,7 +158,7 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` computes the same values differently; default: eager attention."""
+    """A row of the report. `reference` computes the same values differently. Default: `read` with eager attention."""
 
     read: ReadAttention
     batch_size: int
@@ -198,7 +202,7 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference to the reference for one image. Raise ValueError if it exceeds the limit."""
+    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
     image = pixel_values[:1]
     values = row.read(model, image)
     if row.reference is None:
@@ -214,7 +218,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A row of the report."""
+    """A row of the report: the data and the duration of a training run."""
 
     num_epochs: int
     num_images: int
@@ -223,23 +227,26 @@ class ProbeRow:
 
 # ViT-S/16 at 224 pixels, float32.
 PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
-PROBE_LIMIT = 1e-4  # largest difference between the trained weights / largest weight
+PROBE_LIMIT = 1e-4  # maximum of (largest difference of the trained weights / largest weight)
 
 
 def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare the training of each row with and without cached features."""
+    """Compare the training of linear probes with and without cached features."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
         model = build_model(size)
         pixel_values = build_random_images(row.num_images, size.image_size)
         labels = torch.randint(size.num_labels, (row.num_images,), generator=torch.Generator().manual_seed(0))
-        cached, plain = (
+        train_cached, train_uncached = (
             partial(train_probe, model, pixel_values, labels, row, use_cache) for use_cache in (True, False)
         )
-        difference = check_tensors(cached(), plain(), PROBE_LIMIT, name, "the trained weights")
-        # A turn is one training run.
+        difference = check_tensors(train_cached(), train_uncached(), PROBE_LIMIT, name, "the trained weights")
+        # With is_toy=True, a measurement is a single training run.
         speeds = compare_throughput(
-            cached, plain, row.num_epochs * row.num_images, BenchmarkSettings((), settings.num_pairs, is_toy=True)
+            train_cached,
+            train_uncached,
+            row.num_epochs * row.num_images,
+            BenchmarkSettings((), settings.num_pairs, is_toy=True),
         )
         details = {"size": vars(size), **vars(row)}
         yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)

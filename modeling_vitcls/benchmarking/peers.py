@@ -2,7 +2,7 @@
 
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
-Both sides have the same random weights: the model of this package is converted from the other model. A training step
+Both models have the same random weights: the model of this package is converted from the other model. A training step
 is the forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
 """
 
@@ -84,7 +84,7 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with new weights. `labels` contains id2label and label2id."""
+    """Build the ViT of transformers with its initial weights. `labels` contains id2label and label2id."""
     from transformers import ViTConfig, ViTForImageClassification
 
     values = vars(size) if not labels else {name: value for name, value in vars(size).items() if name != "num_labels"}
@@ -92,7 +92,7 @@ def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
 
 
 def build_transformers_peer(size: ModelSize) -> Peer:
-    """Build the ViT of transformers and a model with the same weights."""
+    """Build the ViT of transformers and a vitcls model with the same weights."""
     theirs = build_transformers_vit(size)
     randomize_weights(theirs)
     ours: Any = convert_from_transformers(theirs)
@@ -100,7 +100,7 @@ def build_transformers_peer(size: ModelSize) -> Peer:
 
 
 def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
-    """Build the ViT of timm and a model with the same weights."""
+    """Build the ViT of timm and a vitcls model with the same weights."""
     from timm.models import VisionTransformer
 
     theirs = VisionTransformer(
@@ -118,7 +118,7 @@ def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
 
 
 def build_plain_peer(size: ModelSize) -> Peer:
-    """Build a model without CPU kernels, and the same model with them."""
+    """Build a vitcls model without CPU kernels, and the same model with CPU kernels."""
     config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size)
     ours = ViTCLSForImageClassification(config)
     randomize_weights(ours)
@@ -198,7 +198,7 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A row of the report. Weights are float32; `limit` is the largest relative difference of the gradients."""
+    """A row of the report. Weights are float32; `limit` is the maximum relative difference of the gradients."""
 
     autocast: torch.dtype | None
     batch_size: int
@@ -227,7 +227,7 @@ class StepRunner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def compute_gradients(self, num_images: int) -> None:
-        """Replace the gradients by the gradients of the loss of the first images."""
+        """Compute the gradients of the loss of the first `num_images` images; earlier gradients are discarded."""
         self.optimizer.zero_grad()
         with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
             logits = self.predict(self.pixel_values[:num_images])
@@ -242,7 +242,7 @@ class StepRunner:
         return kernel.grad.clone()
 
     def __call__(self, num_images: int | None = None) -> None:
-        """Take one training step with the first `num_images` images, or with all."""
+        """Take one training step with the first `num_images` images, or with all images."""
         self.compute_gradients(num_images or len(self.labels))
         self.optimizer.step()
 
@@ -278,7 +278,7 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
 
 
 def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:
-    """Build the runners of both sides, with the same images."""
+    """Build the runners of both models, with the same images."""
     peer = peer.to(torch.float32, device)
     ours = StepRunner(peer.ours, peer.predict_ours, row, peer.size, device)
     return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)

@@ -1,4 +1,4 @@
-"""Reports of comparisons: tables on the terminal, Markdown and JSON files, the figure of growth.py."""
+"""Reports of comparisons: tables on the terminal, Markdown and JSON files, and the figure of growth.py."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls 
 
 
 def get_machine() -> dict[str, Any]:
-    """Return processor, cores, threads, load and GPU of this machine."""
+    """Return the processor, cores, threads, load and GPU of this machine."""
     return {
         "processor": get_processor_name(),
         "cores": os.cpu_count(),
@@ -30,7 +30,7 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return hardware and versions in one line, with the GPU if one was used."""
+    """Return the hardware and versions in one line, with the GPU if it was used."""
     machine = get_machine()
     text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
     text = f"{text}, load {machine['load']:.1f}"
@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the faster peer, for each row with several peers."""
+    """Return the median ratio to the faster peer by (work, name), for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -52,7 +52,7 @@ def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str]
 
 
 def print_comparison(comparison: Comparison) -> Comparison:
-    """Print one line about a comparison, because the next one may take minutes; return the comparison."""
+    """Print one line about a comparison and return it. The next comparison may take minutes."""
     lower, ratio, upper = compute_quartiles(comparison.ratios)
     name = f"{comparison.work}: {comparison.name}, against {comparison.against}"
     print(f"{name}: {ratio:.2f} times as fast ({lower:.2f} to {upper:.2f})", flush=True)
@@ -62,19 +62,19 @@ def print_comparison(comparison: Comparison) -> Comparison:
 def print_tables(comparisons: list[Comparison]) -> None:
     """Print tables of speed, of the ratio to the faster peer and of memory, and the machine."""
     speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
-    memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, without what existed before")
-    lowest = Table("work", "ratio", title="ratio to the faster peer")
+    memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before")
+    lowest_ratios = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
-        speeds = (f"{entry[f'{side}_images_per_second']:.1f}" for side in ("ours", "theirs"))
+        speeds = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
         speed.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in entry:
-            memory.add_row(*row, *(f"{entry[f'{side}_peak_bytes'] / 2**20:.0f}" for side in ("ours", "theirs")))
+            memory.add_row(*row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs")))
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
-        lowest.add_row(f"{work}: {name}", f"{ratio:.2f}")
+        lowest_ratios.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    for table in (speed, lowest, memory):
+    for table in (speed, lowest_ratios, memory):
         if table.row_count:
             console.print(table)
     console.print(describe_machine(comparisons))
@@ -84,7 +84,7 @@ def print_tables(comparisons: list[Comparison]) -> None:
 
 
 def format_markdown(comparisons: list[Comparison]) -> str:
-    """Return a Markdown table with one row for each row of work, without empty columns, and a line on the machine."""
+    """Return a Markdown table with one line per row of work, without empty columns, and a line about the machine."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
@@ -93,12 +93,12 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
     num_pairs = sorted({len(comparison.ratios) for comparison in comparisons})
     pairs = " to ".join(str(number) for number in sorted({num_pairs[0], num_pairs[-1]}))
-    caption = f"Medians of {pairs} pairs of neighboring turns. {describe_machine(comparisons)}."
+    caption = f"Medians of {pairs} pairs of measurements. {describe_machine(comparisons)}."
     return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
 
 
 def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the Markdown cells of a row of work, with all peers that it was compared with."""
+    """Return the Markdown cells of a row of work, with the ratios to all its baselines."""
     speed = statistics.median(entry["ours_images_per_second"] for entry in entries)
     ratios = (
         "{} {:.2f} ({:.2f} to {:.2f})".format(entry["against"], entry["ratio"], *entry["quartiles"])

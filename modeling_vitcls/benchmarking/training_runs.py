@@ -1,9 +1,10 @@
-"""Training runs: `vitcls finetune` and transformers' Trainer take turns, from images to updated weights.
+"""Complete training runs, from images to updated weights: `vitcls finetune`, compared with transformers' Trainer.
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
-Each side is a process with the command line of a user, and appends a line to a file every `log_every` steps. The other
-process is suspended. The time between lines is measured in this process. Suspending processes requires POSIX signals.
+Each program runs in a process, with the command line of a user, and appends a line to a file every `log_every` steps.
+One process is suspended while the other process is measured. This process measures the time between the lines.
+Suspending processes requires POSIX signals.
 """
 
 import json
@@ -25,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImag
 
 from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_in_turns
+from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_alternately
 from .image_files import write_photographs
 from .own_features import build_predict_function
 from .peers import SMALL, ModelSize, build_transformers_vit
@@ -33,7 +34,7 @@ from .peers import SMALL, ModelSize, build_transformers_vit
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A row of the report. Both sides use AdamW, warmup and cosine decay, label smoothing and gradient clipping."""
+    """A row of the report. Both programs use AdamW, warmup and cosine decay, label smoothing and gradient clipping."""
 
     dataset: str  # "digits" or "photographs"
     size: ModelSize
@@ -41,17 +42,17 @@ class TrainingRun:
     mixed_precision: str  # "no" or "bf16"
     num_workers: int  # number of data loading processes
     log_every: int  # steps per line of metrics
-    lines_per_turn: int
+    lines_per_turn: int  # lines of metrics per measurement
     learning_rate: float  # peak learning rate
     augmentation: dict[str, Any]  # values of the flags of `AugmentationOptions`
 
 
-CROPS = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 0.0}
-SMALL_SHIFTS = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
+CROP_AUGMENTATION = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 0.0}
+SHIFT_AUGMENTATION = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
-PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROPS)
+PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
 # scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
-DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SMALL_SHIFTS)
+DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
 
 TRAINING_RUNS = {
     "ViT-S/16 at 224, bf16": PHOTOGRAPHS,
@@ -62,9 +63,10 @@ TRAINING_RUNS = {
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
 MAX_STEPS = 1_000_000  # more steps than any benchmark takes
-PHOTOGRAPHS_PER_CLASS = 512  # enough that no epoch ends during a measurement: Trainer restarts its workers after each
-WARMUP_LINES = 2
-MAX_SECONDS_PER_LINE = 600
+# No epoch may end during a measurement, because Trainer restarts its workers after each epoch.
+PHOTOGRAPHS_PER_CLASS = 512
+WARMUP_LINES = 2  # lines of metrics before the first measurement
+MAX_SECONDS_PER_LINE = 600  # maximum time for the awaited lines of metrics
 
 
 def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) -> Iterator[Comparison]:
@@ -85,7 +87,7 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
         SuspendedRun(build_our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
         SuspendedRun(build_their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
     ):
-        speeds = measure_in_turns(ours.take_turn, theirs.take_turn, num_pairs)
+        speeds = measure_alternately(ours.measure_speed, theirs.measure_speed, num_pairs)
     return Comparison("training", name, "transformers", *speeds, difference, asdict(run))
 
 
@@ -102,8 +104,8 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
     difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
-    sides = {"height": run.size.image_size, "width": run.size.image_size}
-    ViTCLSImageProcessor(size=sides, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder / "our_model")
+    size = {"height": run.size.image_size, "width": run.size.image_size}
+    ViTCLSImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder / "our_model")
     return difference
 
 
@@ -132,7 +134,7 @@ def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]
 
 
 def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Write the settings of transformers' Trainer; return the command line of `main`."""
+    """Write the settings of transformers' Trainer to a file; return the command line that runs `main`."""
     settings = {
         **{name: value for name, value in vars(run).items() if name != "size"},
         "model": str(folder / "their_model"),
@@ -147,7 +149,7 @@ def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[st
 
 
 class SuspendedRun(LoggedProcess):
-    """A training run that is suspended except during its turns."""
+    """A training run that is suspended except while it is measured."""
 
     def __init__(self, command: list[str], metrics: Path, run: TrainingRun) -> None:
         super().__init__(command)
@@ -165,26 +167,26 @@ class SuspendedRun(LoggedProcess):
             raise
         return self
 
-    def take_turn(self) -> float:
+    def measure_speed(self) -> float:
         """Return the images per second over `lines_per_turn` lines.
 
         The first line is excluded, because the run was suspended during its steps.
         """
         num_lines = self.count_lines()
         self.send_signal(signal.SIGCONT)
-        started = self.wait_for_lines(num_lines + 1)
-        first = self.count_lines()
-        ended = self.wait_for_lines(first + self.run.lines_per_turn)
-        num_images = (self.count_lines() - first) * self.run.log_every * self.run.batch_size
+        start_time = self.wait_for_lines(num_lines + 1)
+        num_lines = self.count_lines()
+        end_time = self.wait_for_lines(num_lines + self.run.lines_per_turn)
+        num_images = (self.count_lines() - num_lines) * self.run.log_every * self.run.batch_size
         self.send_signal(signal.SIGSTOP)
-        return num_images / (ended - started)
+        return num_images / (end_time - start_time)
 
     def wait_for_lines(self, num_lines: int) -> float:
-        """Wait until the run has written a number of lines; return the time.
+        """Wait until the run has written `num_lines` lines; return the current time in seconds.
         Raise ValueError if the run ends or writes nothing for too long."""
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         while self.count_lines() < num_lines:
-            if self.process.poll() is not None or time.perf_counter() - started > MAX_SECONDS_PER_LINE:
+            if self.process.poll() is not None or time.perf_counter() - start_time > MAX_SECONDS_PER_LINE:
                 raise self.build_error()
             time.sleep(0.001)
         return time.perf_counter()

@@ -16,7 +16,7 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 @dataclass(frozen=True)
 class WorkKind:
-    """A table of rows, the function that compares some of them, and the rows of toy models if they differ."""
+    """A table of rows, the function that compares selected rows, and the rows for toy models if they differ."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -50,13 +50,16 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
                 "--device cuda requires a GPU, but PyTorch finds no GPU. Omit the flag to measure on the CPU."
             )
         if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
-            able = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
-            raise ValueError(f"--work {' '.join(cpu_only)} is measured on the CPU, but --device cuda is for {able}.")
+            supported_work = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
+            raise ValueError(
+                f"--work {' '.join(cpu_only)} is measured on the CPU. --device cuda supports only --work "
+                f"{supported_work}."
+            )
     tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in names}
-    known = [row for table in tables.values() for row in table]
+    known_rows = [row for table in tables.values() for row in table]
     for row in rows:
-        if row not in known:
-            raise ValueError(f"--rows: there is no {row!r}: choose from {', '.join(map(repr, known))}")
+        if row not in known_rows:
+            raise ValueError(f"--rows: there is no row {row!r}. Choose from {', '.join(map(repr, known_rows))}")
     for name, table in tables.items():
         if selected := {row: table[row] for row in table if not rows or row in rows}:
             yield from WORK[name].compare(selected, settings)

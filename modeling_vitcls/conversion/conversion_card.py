@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_vitcls import ViTCLSConfig
 from ..hub.card import describe_token_layout, format_token_layout
 from ..hub.card_sections import CITATION, build_use_section, render_card
-from ..hub.provenance import CONVERTED_WEIGHTS, Provenance, WeightsLicense
+from ..hub.provenance import CONVERTED_WEIGHTS_TEXTS, Provenance, WeightsLicense
 
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def build_conversion_card(
             is_native=is_native,
         ),
         citation=CITATION,
-        license_text=WeightsLicense(CONVERTED_WEIGHTS, provenance, has_code=not is_native),
+        license_text=WeightsLicense(CONVERTED_WEIGHTS_TEXTS, provenance, has_code=not is_native),
         command=build_command(name, report, config),
     )
 

@@ -1,12 +1,12 @@
-"""Load the model to export and its image processor, and return its outputs by name.
+"""Load the model to export and its image processor, and return the model's outputs by name.
 
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; with a second head cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, with the name of the task
 ViTCLSBackbone                      feature maps, with the names of their stages
 
-With `with_attention`, the output `cls_attention` is added: [B, layers, CLS tokens, rows, columns] of patches, the mean
-of all heads.
+`with_attention` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
+heads, [B, layers, CLS tokens, rows, columns].
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ class ExportableModel:
     """A model in float32 and eval mode."""
 
     model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None  # image processor; None if the checkpoint has none
+    processor: ViTCLSImageProcessor | None  # None if the checkpoint has no image processor
     is_trained: bool  # False for a preset, which has random weights
 
 
 class NamedOutputs(nn.Module):
-    """A model whose only input is images, and which returns its outputs by name, in float32."""
+    """A model with images as its only input. It returns its outputs by name in float32."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, with_attention: bool = False) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class NamedOutputs(nn.Module):
         """Return the outputs, [B, ...] each, for images [B, C, H, W]."""
         attention: Outputs = {}
         if self.with_attention:
-            computed: list[Any] = []  # outputs of the forward pass that computes the attention
-            hook = self.model.register_forward_hook(lambda module, inputs, output: computed.append(output))
+            model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
+            hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
             rows = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
             hook.remove()
             height, width = pixel_values.shape[-2:]
             attention["cls_attention"] = extract_patch_maps(rows, self.model.config, (height, width))
         else:
-            computed = [self.model(pixel_values)]
-        outputs = self.read_outputs(computed[0], self.model) | attention
+            model_outputs = [self.model(pixel_values)]
+        outputs = self.read_outputs(model_outputs[0], self.model) | attention
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
@@ -131,7 +131,7 @@ def load_exportable(source: str) -> ExportableModel:
 
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
-    """Load a model in float32, without a pooler if the checkpoint has none."""
+    """Load a model in float32, without a pooler if the checkpoint has no pooler."""
     keywords: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     model, info = load_checkpoint(model_class.from_pretrained, folder, **keywords)
     missing = sorted(info["missing_keys"])

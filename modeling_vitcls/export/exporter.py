@@ -1,4 +1,4 @@
-"""Export a checkpoint, compare the file with the model, and write the file and its report, or write nothing.
+"""Export a checkpoint: compare the exported file with the model, and write the file and its report, or nothing.
 
     report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 
@@ -31,7 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e
 
 ImageShape = tuple[int, int, int, int]  # batch, channels, height, width
 
-# Settings of the image processor that the report contains.
+# Settings of the image processor that are written to the report.
 PREPROCESSING = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size")
 
 
@@ -88,7 +88,7 @@ def export_model(
         dynamic: Whether the graph accepts any image size. If this is not possible, the report states the reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
         opset: ONNX opset. Default: the default of torch.
-        with_attention: Whether the graph also outputs the attention of the CLS tokens, see exportable.py.
+        with_attention: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, a difference exceeds the limit, packages are
@@ -150,14 +150,14 @@ def check_output_path(output: Path, file_format: Format) -> None:
 
 
 def check_missing(*files: Path) -> None:
-    """Raise ValueError if one of the files exists."""
+    """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
             raise ValueError(f"{file} exists. Set another --output, or remove the file")
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder, or no file if a file exists in the target."""
+    """Move all files of a folder to another folder, or none if the target contains a file of the same name."""
     files = sorted(source.iterdir())
     check_missing(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
-    """Return shapes of images to compare: the requested size, rectangles, partial patches and the smallest size."""
+    """Return image shapes for the comparison: requested size, non-square sizes, partial patches, smallest size."""
     if not shape.is_dynamic:
         return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width
@@ -192,7 +192,7 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 def compare_outputs(
     batches: list[torch.Tensor], expected: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model. Raises ValueError if they exceed `LIMITS`."""
+    """Compare the outputs of a file and of the model. Raises ValueError if a difference exceeds `LIMITS`."""
     absolute, relative = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, expected, outputs, strict=True):
@@ -206,7 +206,7 @@ def compare_outputs(
         magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
         for name, difference in differences.items():
             limit = absolute + relative * magnitudes[name]
-            if not difference <= limit:  # or NaN
+            if not difference <= limit:  # also true for NaN
                 raise ValueError(
                     f"the written graph differs from the model: {name} by {difference:.2g} for images {list(shape)}; "
                     f"the limit in {dtype} is {limit:.2g}"
@@ -247,7 +247,7 @@ def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int 
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the settings of the image processor that are set; None without an image processor."""
+    """Return the settings of the image processor that are not None; None without an image processor."""
     if processor is None:
         return None
     settings = select_settings(processor, PREPROCESSING)
@@ -257,7 +257,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return the names of the classes of each output with logits, in the order of the logits."""
+    """Return the class names of each output with logits by output name, in the order of the logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

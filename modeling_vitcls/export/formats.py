@@ -46,8 +46,8 @@ class Format:
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing as PyTorch. Outputs of OpenVINO differed by 1e-4 to
-    # 1e-3.
+    # Whether the runtime downsamples with the same antialiasing as PyTorch. OpenVINO does not: its outputs differed by
+    # 1e-4 to 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -59,7 +59,7 @@ class Format:
 
 RUN_SCRIPT = """
 import sys
-sys.modules["modeling_vitcls"] = None  # importing it fails
+sys.modules["modeling_vitcls"] = None  # makes imports of this package fail
 import torch
 graph = torch.export.load(sys.argv[1]).module()
 with torch.no_grad():
@@ -107,12 +107,12 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
 
 
 def open_onnx_session(file: Path) -> Any:
-    """Return the onnxruntime.InferenceSession of a file, on the CPU."""
+    """Return an onnxruntime.InferenceSession that runs a file on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # log only errors
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
@@ -143,7 +143,7 @@ def write_openvino(traced_model: TracedModel, file: Path) -> int:
 
 
 def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default may be bfloat16."""
+    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default can be bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}

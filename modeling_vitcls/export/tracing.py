@@ -1,9 +1,10 @@
-"""Trace a model to a graph with torch.export, with dynamic batch size and, if possible, dynamic image size.
+"""Trace a model to a graph with torch.export, with a dynamic batch size and, if possible, a dynamic image size.
 
     shape = select_graph_shape(model, image_size, dynamic=True)     # with a reason if the image size is fixed
     graph = trace_model(model, shape, torch.float32)                # torch.export.ExportedProgram
 
-A graph with a fixed image size contains resampled positions. A graph with a dynamic image size resamples positions.
+A graph with a fixed image size contains position embeddings for that size. A graph with a dynamic image size
+resamples position embeddings at run time.
 """
 
 import copy
@@ -19,7 +20,7 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .exportable import INPUT_NAME, NamedOutputs
 
 
-# Minimum rows and columns of patches, and images of the example batch: torch.export treats a size of 1 as a constant.
+# Minimum number of patch rows, patch columns and example images: torch.export treats a size of 1 as a constant.
 MIN_DYNAMIC_SIZE = 2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,8 +41,8 @@ def select_graph_shape(
 ) -> GraphShape:
     """Return the image sizes of the graph, which are dynamic if requested and possible.
 
-    `image_size` is (height, width) in pixels. `has_antialias` is False if the runtime downsamples with another
-    antialiasing than PyTorch.
+    `image_size` is (height, width) in pixels. `has_antialias` is False if the antialiasing of the runtime differs
+    from PyTorch.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
@@ -60,16 +61,16 @@ def select_graph_shape(
 def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
     """Return the reason why the image size of the graph must be fixed; empty if it can be dynamic."""
     if config.merged_patches_per_layer:
-        return "merged_patches_per_layer depends on the number of patches, which is a constant in the graph"
+        return "merged_patches_per_layer requires a constant number of patches"
     if not config.position_embedding_type.startswith("learned"):
         return ""
     if config.position_offset:
-        return "position_offset requires a scale of positions that a graph cannot compute from the image size"
+        return "position_offset requires a resampling scale that a graph cannot compute from the image size"
     if config.position_antialias and not has_antialias:
-        return "position_antialias=True, but the runtime of this format downsamples positions differently from PyTorch"
+        return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
-        return 'position_interpolation="crop" crops the positions of a rectangular grid except at the native size'
+        return 'position_interpolation="crop" crops position embeddings of a non-square grid except at the native size'
     return ""
 
 
@@ -96,7 +97,7 @@ def trace_model(
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
     model.requires_grad_(False)  # attention masks that require gradients select another attention kernel
-    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     images = build_example_images(config, shape)
     try:
         with torch.no_grad():
@@ -115,7 +116,7 @@ def trace_model(
 
 
 def build_example_images(config: ViTCLSConfig, shape: GraphShape) -> torch.Tensor:
-    """Build images [B, C, H, W] for tracing; for a dynamic size, a rectangle that differs from the native size."""
+    """Build example images [B, C, H, W]; for a dynamic size, non-square images that differ from the native size."""
     height, width = shape.image_size
     if shape.is_dynamic:
         patch_height, patch_width = config.patch_height_width
@@ -125,7 +126,7 @@ def build_example_images(config: ViTCLSConfig, shape: GraphShape) -> torch.Tenso
 
 
 def build_dynamic_shapes(shape: GraphShape) -> dict[str, Any]:
-    """Build the names and ranges of the dynamic axes of the input."""
+    """Return the names and minimum sizes of the dynamic axes of the input."""
     axes = {0: Dim("batch", min=1)}
     if shape.is_dynamic:
         height, width = shape.smallest_size

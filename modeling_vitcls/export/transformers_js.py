@@ -1,15 +1,15 @@
-"""Write a classifier as the folder that transformers.js loads, in node and in browsers.
+"""Write a classifier as a folder that transformers.js loads in Node.js and in browsers.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
     // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
 
-    config.json                 model_type "vit", because transformers.js does not support other names
+    config.json                 model_type "vit", because transformers.js does not support "vitcls"
     preprocessor_config.json    ViTImageProcessor
-    onnx/model.onnx             float32, compared with the model as by --format onnx
+    onnx/model.onnx             float32, compared with the model as in --format onnx
     onnx/model_fp16.onnx        weights and computations in float16
     onnx/model_quantized.onnx   int8 weights of linear layers
-    onnx/report.json            differences, top-1 agreement, accuracy on a dataset if there is one, and the SHA-256 of
-                                the weights of the model
+    onnx/report.json            differences, top-1 agreement, accuracy if a dataset is given, and the SHA-256 of the
+                                weights of the model
 
 The graph contains the model itself: special tokens, pooling and heads. Another output is the attention of the CLS
 tokens, which the page of hub/static_space.py draws.
@@ -39,10 +39,10 @@ from .exporter import export_model, get_report_path, move_files
 from .formats import FORMATS, open_onnx_session
 
 
-# dtype of transformers.js -> file.
+# dtype in transformers.js -> file name.
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
-NUM_IMAGES = 64  # random images of the comparison
-BATCH_SIZE = 16
+NUM_IMAGES = 64  # number of random images in the comparison
+BATCH_SIZE = 16  # images per batch of the comparison
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
@@ -53,12 +53,12 @@ class FileComparison:
     file: str  # path in the folder
     dtype: str  # value of `dtype` in transformers.js
     largest_difference: float  # largest absolute difference of a logit
-    top1_agreement: float  # fraction of the images for which the largest logit belongs to the same class
+    top1_agreement: float  # fraction of images with the same predicted class
 
 
 @dataclasses.dataclass(frozen=True)
 class LabeledScores:
-    """Scores of the model and of each file on the same labeled images, one image at a time as in a browser."""
+    """Scores of the model and of each file on the same labeled images, with a batch size of 1 as in a browser."""
 
     dataset: str
     split: str
@@ -73,27 +73,27 @@ class WebReport:
     """The content of onnx/report.json."""
 
     comparisons: list[FileComparison]  # one comparison per file
-    num_images: int  # number of random images of the comparisons
-    labeled: LabeledScores | None  # None without a dataset
-    weights_sha256: dict[str, str]  # file names -> SHA-256 of the weights of the model; empty for a preset
-    sha256: dict[str, str]  # file names -> SHA-256 of the ONNX files
+    num_images: int  # number of random images in each comparison
+    labeled: LabeledScores | None  # scores on labeled images; None without a dataset
+    weights_sha256: dict[str, str]  # weight file names -> SHA-256; empty unless `source` is a folder
+    sha256: dict[str, str]  # ONNX file names -> SHA-256
 
 
 def export_for_transformers_js(
     source: str, output: Path, dataset: str | None = None, split: str | None = None
 ) -> WebReport:
-    """Write the folder, or nothing.
+    """Write the folder and return the report; if an error is raised, write nothing.
 
     Args:
         source: Folder or Hub id of a classifier for one task, or a preset, which has random weights.
         output: A folder that does not exist or is empty.
-        dataset: Dataset of `vitcls evaluate` on which the model and the files are evaluated. Default: none.
-        split: Split of the dataset, as for `vitcls evaluate`.
+        dataset: Dataset on which the model and the files are evaluated, as in `vitcls evaluate`. Default: none.
+        split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, is not a classifier for one task, its image
-            processor has settings that transformers.js does not support, the float32 file differs from the model, or
-            the dataset does not fit the model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if its image
+            processor has settings that transformers.js does not support, if the float32 file differs from the model,
+            or if the dataset does not fit the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)
@@ -136,7 +136,7 @@ def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
 
 
 def build_config(exportable: ExportableModel) -> dict[str, Any]:
-    """Return config.json for transformers.js, which reads the type and the labels."""
+    """Return the content of config.json; transformers.js reads the model type and the labels."""
     config = exportable.model.config
     return {
         "model_type": "vit",
@@ -154,7 +154,7 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return preprocessor_config.json for transformers.js, which always converts images to RGB."""
+    """Return the content of preprocessor_config.json. Raises ValueError if images are not converted to RGB."""
     if not processor.do_convert_rgb:
         raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
     settings = select_settings(processor)
@@ -163,20 +163,20 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX file in which linear layers have int8 weights, and quantize their inputs at run time."""
+    """Write a copy of an ONNX file with int8 weights in linear layers, whose inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    model.graph.ClearField("value_info")  # stored shapes, which contradict the transposed weights of the copy
+    model.graph.ClearField("value_info")  # stored shapes contradict the transposed weights of the copy
     quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
 
 
 def compare_file(file: Path, dtype: str, batches: list[torch.Tensor], expected: list[Outputs]) -> FileComparison:
-    """Run a file with onnxruntime and compare its logits with the logits of the model [B, labels]."""
+    """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
     names = list(expected[0])
     outputs = FORMATS["onnx"].run(file, batches, names)
-    logits, reference = (torch.cat([each["logits"] for each in results]) for results in (outputs, expected))
+    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, expected))
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)
 

@@ -1,26 +1,26 @@
-"""Hugging Face Hub: load models, write cards, push, verify what was pushed, publish Spaces.
+"""Hugging Face Hub: load models, write cards, push, verify pushes, publish Spaces.
 
     connection.py              timeouts, retries and error messages of requests to the Hub
     loading.py                 model name -> local folder, from the Hub or its cache; timm models
     local_paths.py             model and dataset names that are local paths
     revisions.py               branch or tag -> commit and its files
-    provenance.py              the base model of a model, and licenses in a card's header and text
+    provenance.py              base model and license of a model, for its card
     card.py                    model cards: classifiers, encoders, training checkpoints
     card_results.py            measured values in a card
-    card_sections.py           templates of cards, and their sections on use, citation and training
+    card_sections.py           card templates, and the sections on use, citation and training
     code_files.py              the code files of a model: digest, reading order, differences from this package
-    card_renaming.py           replaces the model's name in a card by the repository id
+    card_renaming.py           replaces the model's name in a card with the repository id
     adapters.py                LoRA adapters without the base model
-    push_permissions.py        checks before training that the token may push
+    push_permissions.py        checks before training whether the token may push
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
     publish.py                 push: one commit, with retries
     endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
     verify.py                  loads a published commit in a new process and compares its outputs
-    verification_script.py     the script of that process; it does not import this package
-    verification_reference.py  the model that the published model is compared with
+    verification_script.py     the script that runs in the new process; it does not import this package
+    verification_reference.py  the reference model that the published model is compared with
     shared_code.py             one copy of the code for many models
     space.py                   a Space with the demo
     static_space.py            a Space with a page that runs the model in the browser
 
-Nothing here is copied to the Hub.
+Of these files, only endpoint_handler.py is copied to the Hub, and only on request.
 """

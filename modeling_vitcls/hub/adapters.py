@@ -1,4 +1,4 @@
-"""LoRA adapters without the base model, in the layout of PEFT: adapter_config.json, adapter_model.safetensors, card.
+"""LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors, card.
 
     write_adapter(runs/mine/adapter, weights, config, rank=8, base_model="someone/their-vit")
     vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter
@@ -22,13 +22,13 @@ from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
 from ..files import read_json
 from .card_sections import CITATION, render_card
 from .local_paths import is_local, strip_folders
-from .provenance import DERIVED_WEIGHTS, LICENSE_FILES, Provenance, WeightsLicense
+from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_FILES, Provenance, WeightsLicense
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES)
-# Modules that are saved completely, if the model has parameters in them.
+# Modules whose parameters are saved in full.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
 LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
@@ -46,17 +46,17 @@ def write_adapter(
 
     Args:
         folder: Folder of the adapter; created if it does not exist.
-        weights: All full tensors of a classifier by name, with the LoRA layers of PEFT.
+        weights: All unsharded tensors of a classifier with PEFT's LoRA layers, by name.
         config: Configuration of the classifier.
         rank: Rank of the LoRA matrices.
-        base_model: The base model: Hub id or folder.
+        base_model: Hub id or folder of the base model.
         provenance: Provenance of the base model.
     """
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in weights)]
-    settings = LoraConfig(
+    lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=LORA_TARGETS,
@@ -64,13 +64,13 @@ def write_adapter(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    settings.save_pretrained(str(folder))
-    kept = {
+    lora_config.save_pretrained(str(folder))
+    adapter_weights = {
         f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
         for name, weight in weights.items()
         if ".lora_" in name or name.startswith(tuple(f"{module}." for module in modules))
     }
-    save_file(kept, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(adapter_weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / "README.md")
     if provenance is not None:
         provenance.copy_license(folder)
@@ -79,10 +79,10 @@ def write_adapter(
 def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
-    """Build the card of an adapter. A push replaces the `name` of its folder with the name of the repository."""
+    """Build the card of an adapter. `name` is the name of its folder; a push replaces it with the repository id."""
     metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
-    fields = {"num_labels": config.num_labels, "image_size": config.image_size}
-    fields |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+    arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
+    arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     data = ModelCardData(
         base_model=None if is_local(base_model) else base_model,
         base_model_relation=None if is_local(base_model) else "adapter",
@@ -97,19 +97,19 @@ def build_adapter_card(
         name=name,
         rank=rank,
         base_model=strip_folders(base_model),
-        arguments=", ".join(f"{field}={value!r}" for field, value in fields.items()),
+        arguments=", ".join(f"{field}={value!r}" for field, value in arguments.items()),
         citation=CITATION,
-        license_text=WeightsLicense(DERIVED_WEIGHTS, provenance, has_code=False),
+        license_text=WeightsLicense(DERIVED_WEIGHTS_TEXTS, provenance, has_code=False),
     )
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder contains an adapter of PEFT."""
+    """Return whether a folder contains a PEFT adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise ValueError if an adapter is incomplete, or its base model is local, so that others cannot load it."""
+    """Raise ValueError if an adapter is incomplete, or its base model is not on the Hub."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again")
     base_model = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

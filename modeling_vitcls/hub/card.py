@@ -4,8 +4,8 @@
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
     build_checkpoint_card    a model in training, on a branch   model_cards/checkpoint.md.j2
 
-A section without measured values is omitted. The images of a card are drawn by analysis/card_images.py, and the card
-of a converted model is in conversion/conversion_card.py.
+A section without measured values is omitted. analysis/card_images.py draws the images of a card, and
+conversion/conversion_card.py builds the card of a converted model.
 """
 
 import re
@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from .card_results import (
-    CONFIDENCE,
+    CONFIDENCE_LEVEL,
     build_class_tables,
     build_metric_rows,
     describe_limits,
@@ -30,7 +30,7 @@ from .provenance import Provenance, WeightsLicense, get_run_license
 TAGS = ["vision", "vit", "vitcls"]
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
 MAX_LISTED_CLASSES = 50
-# Flags without effect in pre-training.
+# Flags that have no effect in pre-training.
 LABEL_FLAGS = (
     *("label_smoothing", "class_balance", "trainable", "feature_views", "lora_rank", "mixup", "cutmix"),
     *("pooling", "cls_pooling", "head_type"),
@@ -49,13 +49,13 @@ def build_card(
     """Build the card of a fine-tuned classifier.
 
     Args:
-        name: The model's id on the Hub, or its folder's name.
+        name: Hub id of the model, or name of its folder.
         config: Configuration of the model.
         results: Content of results.json.
         flags: Flags of the run, as in config.resolved.yaml.
         base: Provenance of the model that training started from; None for a preset.
         teacher: Provenance of the teacher of a distillation.
-        images: Name -> path in the folder, as analysis/card_images.py returns it.
+        images: Image name -> path in the model folder, as returned by analysis/card_images.py.
     """
     images = images or {}
     return render_card(
@@ -105,8 +105,8 @@ def build_checkpoint_card(
 ) -> ModelCard:
     """Build the card of one checkpoint on a branch of `repo_id`, after `step` optimizer steps.
 
-    `architecture` is the model's class. `metadata` are the license, base model and dataset as keywords of
-    ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
+    `architecture` is the model's class. `metadata` contains the license, base model and dataset as keyword arguments
+    of ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
     """
     return render_card(
         "checkpoint",
@@ -186,8 +186,8 @@ def build_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
-                # The model-index accepts any keys.
-                metric_args={"confidence_level": CONFIDENCE, "confidence_interval": results[f"{key}_interval"]}
+                # `metric_args` accepts any keys.
+                metric_args={"confidence_level": CONFIDENCE_LEVEL, "confidence_interval": results[f"{key}_interval"]}
                 if results.get(f"{key}_interval")
                 else None,
             )
@@ -197,7 +197,7 @@ def build_metadata(
 
 
 def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
-    """Return the license, base model and dataset on the Hub as keywords of ModelCardData."""
+    """Return the license, base model and Hub dataset as keyword arguments of ModelCardData."""
     dataset = flags["dataset"]
     metadata = {
         "library_name": "transformers",
@@ -218,7 +218,7 @@ def get_license(flags: dict[str, Any], base: Provenance | None, teacher: Provena
 
 
 def describe_purpose(config: ViTCLSConfig) -> str:
-    """Return the purpose of a classifier, as a phrase that follows its size."""
+    """Return the purpose of a classifier, as a phrase that follows the number of parameters in the card."""
     if config.tasks:
         tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
         return f"for multi-task image classification: {', '.join(tasks)}"
@@ -228,7 +228,7 @@ def describe_purpose(config: ViTCLSConfig) -> str:
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:
-    """Return a sentence with the classes of each task."""
+    """Return one sentence per task that lists its classes."""
     if config.tasks:
         return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
     names = list_classes(list((config.id2label or {}).values()))
@@ -238,7 +238,7 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Return the class names, shortened to the first `MAX_LISTED_CLASSES`."""
+    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of further classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
     num_more = len(names) - MAX_LISTED_CLASSES
     return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text
@@ -266,7 +266,7 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 
 def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
-    """Return the initial model in Markdown; for a local folder, also its base model."""
+    """Return the name of the initial model in Markdown, with links to its base models if they are other models."""
     model = format_name(strip_folders(flags["model"]))
     base_models = base.base_model if base else None
     if isinstance(base_models, str):

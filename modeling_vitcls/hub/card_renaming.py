@@ -1,11 +1,11 @@
-"""Replace the model's name in a card by the repository id before a push.
+"""Replace the model's name in a card with the repository id before a push.
 
     card of the folder `my-run`          pushed to ann/digits-vit
     # my-run                        ->   # ann/digits-vit
     from_pretrained("my-run", ...)  ->   from_pretrained("ann/digits-vit", ...)
     model-index: - name: my-run     ->   model-index: - name: ann/digits-vit
 
-Generated names in these places are replaced. Text that the user has written is unchanged.
+Only generated names in these places are replaced. Text written by the user is unchanged.
 """
 
 import re
@@ -23,7 +23,7 @@ USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--
 def rename_card(repo_id: str, text: str, folder_name: str) -> str:
     """Return the text of README.md with the repository id in its title, code examples and metadata.
 
-    A card has the name of the model folder if no repository id was set.
+    A card contains the name of the model folder if no repository id was set when it was built.
     """
     header = REGEX_YAML_BLOCK.match(text)
     body = text[header.end() :] if header else text
@@ -36,7 +36,7 @@ def rename_card(repo_id: str, text: str, folder_name: str) -> str:
         body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}$", lambda match: f"{match[1]}{repo_id}", body)
     if header is None:
         return body
-    return f"{header[1]}{rename_index(header[2], used_names | {folder_name}, repo_id)}{header[3]}{body}"
+    return f"{header[1]}{rename_model_index(header[2], used_names | {folder_name}, repo_id)}{header[3]}{body}"
 
 
 def get_title(body: str) -> str:
@@ -46,12 +46,12 @@ def get_title(body: str) -> str:
 
 
 def compile_use_pattern(name: str) -> re.Pattern[str]:
-    """Return the pattern of code that loads a model of this name; its first group is the text before the name."""
+    """Return a pattern for code that loads the model `name`; its first group is the text before the name."""
     return re.compile(rf"({USE_PREFIXES}){re.escape(name)}(?=[\"\s])")
 
 
-def rename_index(text: str, names: set[str], repo_id: str) -> str:
-    """Return the metadata with `names` in its model-index replaced; unchanged if there are none."""
+def rename_model_index(text: str, names: set[str], repo_id: str) -> str:
+    """Return the YAML text with `names` in its model-index replaced by `repo_id`; unchanged if no name matches."""
     metadata = read_metadata(text)
     entries = [entry for entry in get_model_index(metadata) if entry.get("name") in names]
     if not entries:
@@ -62,13 +62,13 @@ def rename_index(text: str, names: set[str], repo_id: str) -> str:
 
 
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
-    """Return the entries of model-index."""
+    """Return the valid entries of the model-index."""
     entries = metadata.get("model-index") if isinstance(metadata, dict) else None
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def read_metadata(text: str) -> Any:
-    """Return the metadata of a card; None if it is not valid YAML, which the Hub reports at the push."""
+    """Return the metadata of a card; None for invalid YAML. The Hub reports the error during the push."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""Measured values in a card: rows of the tables, and sentences about the model's weaknesses."""
+"""Measured values in a card: table rows, and sentences about the limits of the model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,12 +25,12 @@ CLASS_COLUMNS = {
     "f1": "F1",
     "average_precision": "Average precision",
 }
-CONFIDENCE = 0.95  # confidence level of the intervals, see inference/metrics.py
+CONFIDENCE_LEVEL = 0.95  # confidence level of all intervals, as in inference/metrics.py
 MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return the names of the measured metrics: over all tasks, then for each task."""
+    """Return the names of the measured metrics by key, first over all tasks, then for each task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -50,7 +50,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return a title and one row per class, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return the rows of all classes by table title, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -61,7 +61,7 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return the metrics of one class by column name."""
+    """Return the table cells of one class by column name."""
     values = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
@@ -69,7 +69,7 @@ def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def format_percent(value: float | None) -> str:
-    """Return a fraction in percent; a dash if it is None."""
+    """Return a fraction as a percentage; a dash for None."""
     return "–" if value is None else f"{value:.2%}"
 
 
@@ -79,11 +79,11 @@ def format_percent(value: float | None) -> str:
 def describe_limits(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
     """Return sentences about the measured limits of the model."""
     sentences = [*describe_uncertainty(results, config), *describe_weakest_classes(results, config)]
-    error = results.get("calibration_error")
-    if error is not None:
+    calibration_error = results.get("calibration_error")
+    if calibration_error is not None:
         sentences.append(
-            f"The predicted confidence differs from the accuracy by {format_percent(error)} on average (calibration "
-            "error)."
+            f"The predicted confidence differs from the accuracy by {format_percent(calibration_error)} on average "
+            "(calibration error)."
         )
     return sentences
 
@@ -94,10 +94,10 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
         prefix = f"{task}_" if task else ""
         interval = results.get(f"{prefix}accuracy_interval")
         if interval is not None:
-            of_task = f" of {task}" if task else ""
+            task_phrase = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])
             yield (
-                f"The accuracy{of_task} was measured on {num_images:,} images. Its 95 % confidence interval is "
+                f"The accuracy{task_phrase} was measured on {num_images:,} images. Its 95 % confidence interval is "
                 f"{format_percent(interval[0])} to {format_percent(interval[1])}."
             )
 
@@ -108,12 +108,12 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
         key = "average_precision" if rows and "average_precision" in rows[0] else "recall"
-        measured = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
-        if len({rows[index][key] for index in measured}) < 2:
+        measured_indices = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
+        if len({rows[index][key] for index in measured_indices}) < 2:
             continue
-        worst = min(measured, key=lambda index: rows[index][key])
+        worst_index = min(measured_indices, key=lambda index: rows[index][key])
         matrix = results.get(f"{prefix}confusion_matrix") if key == "recall" else None
-        row, confusion = rows[worst], describe_confusion(matrix, rows, worst)
+        row, confusion = rows[worst_index], describe_confusion(matrix, rows, worst_index)
         images = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
         yield (
             f"The weakest {f'class of {task}' if task else 'class'} is {format_name(row['name'])}: "
@@ -122,14 +122,14 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return the most frequent wrong prediction for a class; empty if it is unknown."""
+    """Return a phrase with the most frequent wrong prediction for a class; empty without a matrix or errors."""
     if matrix is None:
         return ""
     errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
-    most_frequent = max(range(len(errors)), key=errors.__getitem__)
-    if not errors[most_frequent]:
+    predicted_index = max(range(len(errors)), key=errors.__getitem__)
+    if not errors[predicted_index]:
         return ""
-    return f", {errors[most_frequent]:,} of which were predicted as {format_name(rows[most_frequent]['name'])}"
+    return f", {errors[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
 
 
 MAX_NAME_LENGTH = 100  # characters

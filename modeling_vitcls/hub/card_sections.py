@@ -39,7 +39,7 @@ def render_card(template: str, metadata: ModelCardData, /, **variables: Any) -> 
 # Use and citation ----------------------------------------------------------------------------------------------------
 
 
-# Auto class -> the outputs that the first code block prints.
+# Auto class -> the expression that the first code block prints.
 PRINTED_OUTPUTS = {
     "AutoModel": "outputs.last_hidden_state.shape",
     "AutoModelForImageClassification": "outputs.logits",
@@ -66,16 +66,16 @@ def build_use_section(
     finetune_dataset: str | None = None,
     is_native: bool = False,
 ) -> str:
-    """Return the section "Use", whose first code block runs without changes. The next one pins a commit.
+    """Return the section "Use". Its first code block runs without changes; the second one pins a commit.
 
     Args:
-        name: The model's id on the Hub, or its folder's name.
+        name: Hub id of the model, or name of its folder.
         architecture: The model's class.
         has_pipeline: Whether the image-classification pipeline supports the model.
-        revision: Branch that the first code block loads. With a branch, transformers does not print a warning for
+        revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
             each code file.
-        finetune_dataset: Dataset in the command for fine-tuning. Default: no such command.
-        is_native: Whether the class is part of transformers, so that no code of the repository runs.
+        finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
+        is_native: Whether the class is part of transformers, so that no code from the repository runs.
     """
     auto_class = AUTO_CLASSES.get(architecture, "AutoModel")
     if is_native and architecture.endswith("ForImageClassification"):
@@ -100,7 +100,7 @@ def build_use_section(
 
 
 def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
-    """Return the text of a card with the section "ONNX files" before the citation; unchanged if it has the section.
+    """Return the text of a card with the section "ONNX files" before the citation; unchanged if the section exists.
 
     `report` is the content of onnx/report.json.
     """
@@ -127,11 +127,11 @@ def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-# Flags, or their prefixes, for the destination of a push.
+# Names or prefixes of the flags that set the destination of a push.
 PUSH_FLAGS = ("push_to_hub", "hub_")
-# Flags, or their prefixes, for starting and publishing a run, which are not part of its recipe.
+# Names or prefixes of the flags that are not part of the recipe: they start, resume or publish a run.
 NON_RECIPE_FLAGS = (*PUSH_FLAGS, "resume", "overwrite", "dry_run", "eval_", "license", "card_samples")
-# Flag -> its label in the table, and the value that turns it off.
+# Flag -> its label in the table, and the value that has no effect.
 HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "learning_rate": ("Peak learning rate (cosine decay to 0)", None),
     "warmup": ("Warmup, fraction of the steps", 0.0),
@@ -139,13 +139,13 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "weight_decay": ("Weight decay", 0.0),
     "max_gradient_norm": ("Maximum gradient norm", None),
     "trainable": ("Trainable parameters", "full"),
-    "select": ("Saved checkpoint, selected on images that are not reported", "last"),
+    "select": ("Saved checkpoint (selected on images that are excluded from the results)", "last"),
     "patience": ("Evaluations without improvement before stopping", None),
     "ema_decay": ("Decay of the weight average (EMA)", None),
     "label_smoothing": ("Label smoothing", 0.0),
     "class_balance": ("Class balancing", "none"),
     "mask_ratio": ("Mask ratio", None),
-    "mask_block": ("Side of the mask blocks, patches", 1),
+    "mask_block": ("Side length of the mask blocks, patches", 1),
     "crop_scale": ("Minimum area of a random crop", 1.0),
     "flip": ("Random horizontal flip", False),
     "rotation": ("Maximum rotation, degrees", 0.0),
@@ -155,7 +155,7 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "random_erasing": ("Probability of random erasing", 0.0),
     "mixup": ("Mixup, alpha", 0.0),
     "cutmix": ("CutMix, alpha", 0.0),
-    "repeated_augmentation": ("Copies of an image in a step", 1),
+    "repeated_augmentation": ("Copies of each image per step", 1),
     "seed": ("Seed", None),
 }
 
@@ -163,9 +163,9 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 def build_training_section(
     config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
 ) -> str:
-    """Return the section on data, recipe, duration, speed and environment. `command` repeats the run."""
-    shareable = get_shareable_flags(flags)
-    recipe = {name: value for name, value in shareable.items() if not name.startswith(NON_RECIPE_FLAGS)}
+    """Return the section on data, recipe, duration, speed and environment. `command` is the command of the run."""
+    shareable_flags = get_shareable_flags(flags)
+    recipe = {name: value for name, value in shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
     seconds = results["seconds"]
     return render_template(
@@ -185,19 +185,19 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return the rows of the table: all hyperparameters with an effect."""
+    """Return the values of the hyperparameters that have an effect, by label."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
         rows["Images per step"] = f"{num_images:,}"
     rows["Steps"] = f"{results['steps']:,}"
-    for flag, (label, neutral) in HYPERPARAMETERS.items():
+    for flag, (label, value_without_effect) in HYPERPARAMETERS.items():
         value = flags.get(flag)
-        if value is not None and value != neutral:
+        if value is not None and value != value_without_effect:
             rows[label] = ("yes" if value else "no") if isinstance(value, bool) else format_value(value)
     if config.drop_path_rate:
         rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
-    # Patches are dropped before the first layer. The distillation token is also a parameter before the first layer.
+    # Patches are dropped only if the first layer or an embedding, such as the distillation token, is trained.
     is_first_layer_trained = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
     if config.patch_drop_rate and (is_first_layer_trained or flags.get("teacher")):
         rows["Patch dropout rate"] = format_value(config.patch_drop_rate)
@@ -218,7 +218,7 @@ def format_energy(estimate: dict[str, Any] | None) -> str | None:
 
 
 def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
-    """Return sentences with the utilization and the peak; None if the peak was not measured."""
+    """Return sentences about the FLOPs utilization and the peak throughput; None if they were not measured."""
     if measurements is None:
         return None
     fraction = measurements["of_training_steps"]
@@ -227,9 +227,9 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     return (
         f"The model FLOPs utilization of the training steps was {fraction:.1%} of the peak throughput of large matrix "
         f"products, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
-        f"{measurements['gemm_dtype']}, measured before and during training. An image counts as "
-        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations, forward and "
-        "backward, without recomputed operations."
+        f"{measurements['gemm_dtype']}, measured before and during training. Each image counts as "
+        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations in the "
+        "forward and backward pass, excluding recomputed operations."
     )
 
 
@@ -239,14 +239,14 @@ def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str |
         return None
     label = teacher.license_label if teacher else None
     license_text = f" License of the teacher: {label}." if label else ""
-    kinds = {"hard": "predicted class", "soft": "predicted probabilities"}
-    targets = kinds.get(flags.get("distillation", ""), "predictions")
+    target_names = {"hard": "predicted class", "soft": "predicted probabilities"}
+    targets = target_names.get(flags.get("distillation", ""), "predictions")
     name = format_name(strip_folders(flags["teacher"]))
     return f"The distillation token was trained on the {targets} of the teacher {name}.{license_text}"
 
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags for publication: without unset flags, without local paths, and without push destinations."""
+    """Return the flags for publication, without unset flags, local folders and push destinations."""
     paths = {"output_dir": "my-model"}
     for name in ("dataset", "model", "teacher"):
         if flags.get(name):

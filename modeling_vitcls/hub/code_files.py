@@ -1,7 +1,7 @@
 """The code files of a model: their digest, the order in which to read them, and their differences from this package.
 
 compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
-describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or which files differ
+describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or the files that differ
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from pathlib import Path
 from ..version import __version__
 
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 CODE_PATTERN = "*_vitcls.py"
-# The license of the code files, next to them. It has another name than the license of the weights.
+# License file of the code. Other license files in a model folder are for the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
 HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endpoints
-HANDLER = Path(__file__).with_name("endpoint_handler.py")
+HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file uses only names of earlier files.
+# Each file uses only names from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (
@@ -30,31 +30,31 @@ READING_ORDER = tuple(
 
 
 def describe_code_differences(folder: Path) -> str:
-    """Return one line that compares all Python files of a folder with the code files of this package, by name."""
-    own = {file.name: file.read_bytes() for file in PACKAGE.glob(CODE_PATTERN)}
+    """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
+    expected = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
     if (folder / HANDLER_FILE).is_file():
-        own[HANDLER_FILE] = HANDLER.read_bytes()
-    others = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+        expected[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
+    actual = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
     groups = {
-        "changed": {name for name in own.keys() & others.keys() if own[name] != others[name]},
-        "missing": own.keys() - others.keys(),
-        "added": others.keys() - own.keys(),
+        "changed": {name for name in expected.keys() & actual.keys() if expected[name] != actual[name]},
+        "missing": expected.keys() - actual.keys(),
+        "added": actual.keys() - expected.keys(),
     }
     differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
     package = f"modeling_vitcls {__version__}"
     return f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
 
 
-def compute_code_digest(folder: Path = PACKAGE) -> str:
-    """Return the SHA-256 of the code files of a folder, concatenated in alphabetical order, in hexadecimal digits."""
+def compute_code_digest(folder: Path = PACKAGE_FOLDER) -> str:
+    """Return the hexadecimal SHA-256 of the code files of a folder, concatenated in alphabetical order."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob(CODE_PATTERN)))).hexdigest()
 
 
 def read_code_license() -> bytes:
     """Return the text of the license of the code files. Raises ValueError if it is not installed."""
-    checkout = PACKAGE.parent / "LICENSE"
-    if checkout.is_file():
-        return checkout.read_bytes()
+    checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
+    if checkout_license.is_file():
+        return checkout_license.read_bytes()
     try:
         text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Requests to the Hub: timeouts, retries of temporary failures, and error messages of one line."""
+"""Requests to the Hub: timeouts, retries after temporary failures, and one-line error messages."""
 
 import json
 import logging
@@ -24,24 +24,24 @@ from transformers.utils import logging as transformers_logging
 from ..errors import format_error
 
 
-# Any request may raise the base class of the HTTP library that huggingface_hub uses: httpx or httpx2.
+# Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# In addition, refused connections are OSErrors, failed uploads RuntimeErrors, and invalid metadata ValueErrors.
+# Errors of requests. Refused connections raise OSError, failed uploads RuntimeError, and invalid metadata ValueError.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
-# Timeout, conflict with another push, too many requests, unavailable Hub.
+# HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
-# Seconds before each retry. The Hub may request a longer wait, up to its window of five minutes.
+# Seconds before each retry. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
-SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds, for interactive commands
-MAX_RETRY_WAIT = 300.0  # seconds
+SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds before each retry of interactive commands
+MAX_RETRY_WAIT = 300.0  # maximum wait before a retry in seconds
 
 TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # timeouts of the HTTP library
 
 Result = TypeVar("Result")
 
 
-# Timeouts of the active `set_hub_timeout` blocks of all threads, in seconds.
+# Timeouts of the active `set_hub_timeout` blocks in all threads, in seconds.
 ACTIVE_TIMEOUTS: list[float] = []
 TIMEOUTS_LOCK = threading.Lock()
 
@@ -58,7 +58,7 @@ def check_is_online() -> None:
 
 @contextmanager
 def set_hub_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for requests to the Hub; by default, huggingface_hub waits indefinitely.
+    """Set a timeout for requests to the Hub within the block; by default, huggingface_hub waits indefinitely.
 
     All threads share one client, so the shortest active timeout applies to all threads.
     """
@@ -75,10 +75,10 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 def install_client_factory() -> None:
     """Make all future clients of huggingface_hub read `ACTIVE_TIMEOUTS` before each request.
 
-    huggingface_hub makes a new client whenever it cannot connect, also within a block. A client factory that the user
-    has set (`set_client_factory`) is still used.
+    huggingface_hub creates a new client whenever it cannot connect, even within a `set_hub_timeout` block. A client
+    factory that the user has set (`set_client_factory`) is still used.
     """
-    make_client = hub_http._GLOBAL_CLIENT_FACTORY  # there is no public way to read the user's factory
+    make_client = hub_http._GLOBAL_CLIENT_FACTORY  # no public function returns the user's factory
     if isinstance(make_client, TimeoutClientFactory):
         return
     set_client_factory(TimeoutClientFactory(make_client))
@@ -86,7 +86,7 @@ def install_client_factory() -> None:
 
 @dataclass(frozen=True)
 class TimeoutClientFactory:
-    """Makes clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
+    """A factory of clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
 
     make_client: Callable[[], Any]
 
@@ -95,14 +95,16 @@ class TimeoutClientFactory:
         client = self.make_client()
 
         def apply_timeout(request: Any) -> None:
-            """Set the timeout of a request within a block, unless the caller has set one."""
+            """Set the timeout of a request in a `set_hub_timeout` block if the caller has set no timeout."""
             # The lock is not acquired, because in a forked process it might never be released.
-            seconds, default = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
+            seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
                 return
-            current = request.extensions.get("timeout", default)
+            current_timeout = request.extensions.get("timeout", default_timeout)
             request.extensions["timeout"] = {
-                name: seconds if current == default or current.get(name) is None else current[name]
+                name: seconds
+                if current_timeout == default_timeout or current_timeout.get(name) is None
+                else current_timeout[name]
                 for name in TIMEOUT_NAMES
             }
 
@@ -112,8 +114,8 @@ class TimeoutClientFactory:
 
 @contextmanager
 def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, such as the one that AutoModel drops the classifier, and its progress bars.
-    An argument that is False keeps them."""
+    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars.
+    Set an argument to False to keep the warnings or the progress bars."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if warnings:
         transformers_logging.set_verbosity_error()
@@ -143,13 +145,13 @@ def silence_hub_client(show_progress: bool) -> Iterator[None]:
 
 
 def retry(
-    action: Callable[[], Result], what: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
+    action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Return the result of an action, which is repeated after temporary failures; at last, its error is raised.
+    """Call `action`, retry after temporary failures, and return the result. The last error is raised.
 
     Args:
         action: The function to call.
-        what: Name of the action in the log line before each retry, such as "pushing to someone/model".
+        description: Description of the action in the log line before each retry, such as "pushing to someone/model".
         waits: Seconds before each retry. Default: `RETRY_WAITS`.
         level: Level of the log line.
     """
@@ -160,21 +162,21 @@ def retry(
             if not is_temporary(error):
                 raise
             wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
-            when = f"in {wait:.0f} s" if wait >= 1 else "at once"
-            log.log(level, "%s: %s; trying again %s", what, format_hub_error(error), when)
+            delay = f"in {wait:.0f} s" if wait >= 1 else "immediately"
+            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay)
             time.sleep(wait)
     return action()
 
 
 def is_temporary(error: BaseException) -> bool:
     """Return whether a retry may succeed."""
-    chain = list(iter_causes(error))
-    statuses = [status for link in chain if (status := get_status(link)) is not None]
+    causes = list(iter_causes(error))
+    statuses = [status for cause in causes if (status := get_status(cause)) is not None]
     if statuses:
         return statuses[0] in TEMPORARY_STATUSES
-    # A proxy whose Hub is down returns an HTML page instead of JSON.
-    temporary = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
-    return any(isinstance(link, temporary) for link in chain)
+    # If the Hub is down, a proxy may return an HTML page instead of JSON.
+    temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    return any(isinstance(cause, temporary_errors) for cause in causes)
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -190,10 +192,10 @@ def get_status(error: BaseException) -> int | None:
 
 
 def get_requested_wait(error: BaseException) -> float:
-    """Return the seconds that the Hub requests to wait before a retry; 0 if it requests none."""
-    for link in iter_causes(error):
-        if isinstance(link, HfHubHTTPError):
-            value = link.response.headers.get("Retry-After", "")
+    """Return the wait before a retry that the Hub requests, in seconds; 0 if it requests none."""
+    for cause in iter_causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            value = cause.response.headers.get("Retry-After", "")
             return float(value) if value.isdecimal() else 0.0
     return 0.0
 
@@ -201,11 +203,11 @@ def get_requested_wait(error: BaseException) -> float:
 def format_hub_error(error: BaseException) -> str:
     """Return the messages of an error and its causes in one line."""
     messages: list[str] = []
-    for link in iter_causes(error):
-        message = get_message(link)
-        if not any(message in earlier for earlier in messages):
+    for cause in iter_causes(error):
+        message = get_message(cause)
+        if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
-        if isinstance(link, HfHubHTTPError):  # its causes repeat the same message at greater length
+        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message in more words
             break
     return ": ".join(messages)
 
@@ -218,7 +220,7 @@ def get_message(error: BaseException) -> str:
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
         return " ".join(message.split()).rstrip(".")
     if isinstance(error, json.JSONDecodeError):
-        return "its response is not JSON"
+        return "the response is not JSON"
     return format_error(error).rstrip(".")
 
 

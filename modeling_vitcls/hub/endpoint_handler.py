@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handler for Inference Endpoints of Hugging Face, published as handler.py: images in, labels or features out.
+"""Handler for Hugging Face Inference Endpoints, published as handler.py: images in, labels or features out.
 
     {"inputs": IMAGE, "parameters": {"top_k": 5}}    -> [{"label": "cat", "score": 0.9}, ...]
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
-An image is the content of a file as bytes, its base64 encoding, also as a data URL, or a PIL image. URLs are disabled,
-because the endpoint would send requests for its users; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs. Paths
-are never read. A model for several tasks returns {task: [{"label": ...}, ...]} per image, and an encoder its pooled
-features as a list of numbers.
+An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. URLs are disabled,
+because they would let users send requests from the endpoint; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs.
+Paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns its pooled
+features per image, or its last hidden state if it has no pooler.
 
-This file uses the code of the repository, and does not import the package modeling_vitcls.
+This file uses the code in the repository, and does not import the package modeling_vitcls.
 """
 
 import base64
@@ -22,16 +22,16 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 
-ALLOW_URLS = "VITCLS_ENDPOINT_URLS"
-MAX_IMAGES = 64  # per request
-MAX_BYTES = 20_000_000  # per image
+ALLOW_URLS_VARIABLE = "VITCLS_ENDPOINT_URLS"
+MAX_IMAGES = 64  # maximum number of images per request
+MAX_BYTES = 20_000_000  # maximum size of an encoded image in bytes
 
 
 class EndpointHandler:
-    """Loads the model once, and returns predictions for each request."""
+    """Loads the model once, and returns the predictions for each request."""
 
     def __init__(self, path: str = "") -> None:
-        """Load the model from a folder with the files of its repository."""
+        """Load the model from a folder that contains the files of its repository."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)
@@ -41,7 +41,7 @@ class EndpointHandler:
         self.processor = AutoImageProcessor.from_pretrained(path, **options)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
-        """Return the predictions of one request. Raises ValueError with one line if the request is not valid.
+        """Return the predictions for one request. Raises ValueError with a one-line message if the request is invalid.
 
         Args:
             data: "inputs", an image or a list of images, and optionally "parameters" with "top_k", the number of
@@ -78,9 +78,10 @@ class EndpointHandler:
 
 
 def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
-    """Return the `top_k` labels with the largest scores of each image, from logits [B, labels].
+    """Return the `top_k` labels with the highest scores for each image, from logits [B, labels].
 
-    Scores are probabilities (independent probabilities for "multi_label_classification"), and values for "regression".
+    Scores are sigmoid probabilities for "multi_label_classification", logits for "regression", and otherwise softmax
+    probabilities.
     """
     scores = logits.float()
     if problem_type == "multi_label_classification":
@@ -95,19 +96,21 @@ def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type
 
 
 def decode(source: Any) -> Any:
-    """Return an image of a request as the image processor expects it: bytes, a PIL image, or an allowed URL."""
+    """Convert an image of a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        if os.environ.get(ALLOW_URLS) != "1":
-            raise ValueError(f"URLs are disabled: send the image as base64, or set {ALLOW_URLS}=1 on the endpoint")
+        if os.environ.get(ALLOW_URLS_VARIABLE) != "1":
+            raise ValueError(
+                f"URLs are disabled: send the image as base64, or set {ALLOW_URLS_VARIABLE}=1 on the endpoint"
+            )
         return source
     if isinstance(source, str):
         content = source.partition(",")[2] if source.startswith("data:") else source
         try:
             source = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError("an image as text must be base64 or a data URL") from None
+            raise ValueError("an image in a string must be base64 or a data URL") from None
     if not isinstance(source, bytes | bytearray):
         raise ValueError(f"an image must be bytes, base64 or a PIL image, but is {type(source).__name__}")
     if len(source) > MAX_BYTES:

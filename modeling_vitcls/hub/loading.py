@@ -1,4 +1,4 @@
-"""Find or download the files of a model: from its name to a local folder, with short timeouts.
+"""Find or download the files of a model, with short timeouts, and return their folder.
 
     folder = get_model_folder("runs/mine")              # a folder is returned unchanged
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
@@ -9,10 +9,10 @@
     no response     the cached files, with a warning; an error after two attempts if there are none
     offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an immediate error if there are none
 
-Loading from the returned folder sends no requests. By itself, transformers retries for a minute if connections are
-refused, and for many minutes if the Hub does not respond.
+Loading from the returned folder sends no requests. transformers would retry for a minute if connections are refused,
+and for many minutes if the Hub does not respond.
 
-timm models follow the same rule:
+timm models are loaded by the same rule:
 
     model, commit = load_timm("vit_small_patch16_224")          # timm chooses the repository and the commit
     model, commit = load_timm("hf-hub:someone/their-model")     # also with @REVISION
@@ -56,11 +56,11 @@ from .connection import (
 )
 
 
-# Files of a model that the package reads. Code files are not needed, because the package has its own code.
+# Files of a model that this package reads. The model's code files are not needed.
 CONFIG = "config.json"
 CONFIG_FILES = (CONFIG, "preprocessor_config.json")
 MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# Older weight files of other projects.
+# Pickled weight files, which older models of other projects contain.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 TIMEOUT = 6.0  # seconds without a response
@@ -73,7 +73,7 @@ log = logging.getLogger(__name__)
 
 
 class HubUnreachable(OSError):
-    """The Hub does not respond. The message is one line with the remedy."""
+    """The Hub does not respond. The message is one line and names the remedy."""
 
 
 def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: str | None = None) -> str:
@@ -87,20 +87,20 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
     Raises:
         ValueError: If a revision is given for a folder.
         OSError: If there is no such folder or model, if access is denied, or if the model is not in the cache and the
-            Hub does not respond or offline mode is set. The message is one line with the remedy.
+            Hub does not respond or offline mode is set. The message is one line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Leave --revision out")
+            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Remove --revision")
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
-    incomplete = f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}"
+    problem = f"{source} is not a folder and not complete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
         folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(
-                f"{incomplete}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
+                f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
                 "machine with network access, and set HF_HOME to its cache"
             )
         return folder
@@ -109,7 +109,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
     except HubUnreachable as error:
         folder = find_cached_folder(source, files, revision)
         if folder is None:
-            raise OSError(f"{incomplete}, and {error}") from error
+            raise OSError(f"{problem}, and {error}") from error
         log.warning(
             "%s; loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
             error,
@@ -122,8 +122,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     """Check that a folder contains a vitcls model, and return the values in its config.json.
 
-    `source` is the name of the model in error messages. Raises ValueError for another type or a damaged config.json,
-    and OSError if config.json is missing.
+    `source` is the name of the model in error messages. Raises ValueError for other model types or a damaged
+    config.json, and OSError if config.json is missing.
     """
     check_folder(str(folder), config_is_elsewhere=False)
     settings = read_json(Path(folder, CONFIG))
@@ -137,7 +137,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder of a model of another project, with pickled weights if there are no others."""
+    """Return the folder of a model from another project, with pickled weights if it has no safetensors files."""
     folder = get_model_folder(source, revision=revision)
     if folder == source or any(Path(folder).glob("*.safetensors")):
         return folder
@@ -171,7 +171,7 @@ def fall_back_to_cache(
 ) -> Iterator[str | None]:
     """Make other libraries load a repository from the cache if the Hub does not respond.
 
-    One request checks the Hub. If it fails, the block runs as if HF_HUB_OFFLINE were set.
+    The Hub is checked first. If it does not respond, the block runs as if HF_HUB_OFFLINE were set.
 
     Yields:
         The hash of the commit on the Hub; None if the Hub was not reached.
@@ -185,13 +185,13 @@ def fall_back_to_cache(
     try:
         commit = fetch_repo_info(repo_id, repo_type, revision).sha
     except HubUnreachable as error:
-        unreachable = error
+        hub_error = error
     else:
         try:
             yield commit
         except Exception as error:  # libraries raise different errors for gated repositories
-            if gated := next((link for link in iter_causes(error) if isinstance(link, GatedRepoError)), None):
-                raise OSError(describe_gated_repo(gated)) from error
+            if gated_error := next((cause for cause in iter_causes(error) if isinstance(cause, GatedRepoError)), None):
+                raise OSError(describe_gated_repo(gated_error)) from error
             raise
         return
     try:
@@ -199,37 +199,37 @@ def fall_back_to_cache(
             yield None
     except Exception as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and not complete in the cache, and {unreachable}"
+            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and not complete in the cache, and {hub_error}"
         ) from error
-    log.warning("%s; loading %s from the cache, which may be outdated", unreachable, repo_id)
+    log.warning("%s; loading %s from the cache, which may be outdated", hub_error, repo_id)
 
 
 @contextmanager
 def force_offline() -> Iterator[None]:
-    """Act as if HF_HUB_OFFLINE were set."""
-    before = constants.HF_HUB_OFFLINE
+    """Run the block as if HF_HUB_OFFLINE were set."""
+    previous_value = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = previous_value
 
 
 def get_cached_commit(folder: str) -> str | None:
     """Return the commit hash of a folder in the cache; None for any other folder."""
     path = Path(folder)
-    is_commit = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
-    return path.name if is_commit else None
+    is_snapshot = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
+    return path.name if is_snapshot else None
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split a name at the last `@` into path and revision; None for an existing folder or without `@`."""
+    """Split NAME@REVISION at the last `@`. The revision is None if there is no `@`, or if the path exists."""
     path, _, revision = name.rpartition("@")
     return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a name is a valid repository id."""
+    """Return whether a name is a syntactically valid repository id."""
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -266,7 +266,7 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
 
 @contextmanager
 def show_progress_on_first_process() -> Iterator[None]:
-    """Show download progress bars only on the first process of a machine; the other processes use its download."""
+    """Show download progress bars only on the first process of a machine; all processes share one download."""
     group = "huggingface_hub.snapshot_download"
     if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(group):
         yield
@@ -279,7 +279,7 @@ def show_progress_on_first_process() -> Iterator[None]:
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
-    """Return the error message for a repository that is missing or private, which the Hub does not distinguish."""
+    """Return the error message for a missing or private repository; the Hub does not distinguish the two cases."""
     path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
         return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
@@ -295,9 +295,9 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
 
 
 def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
-    """Return a timm model, and the commit hash of a repository that is part of the name (`hf-hub:`).
+    """Return a timm model, and the commit hash of its repository if `name` starts with `hf-hub:`, otherwise None.
 
-    Raises OSError if the Hub does not have the repository or does not respond, and any other error of timm.
+    Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
     """
     import timm
 
@@ -310,5 +310,5 @@ def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | No
         return timm.create_model(name, pretrained=with_weights), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:
-        pinned = f"{kind}:{repo_id}@{commit}" if commit else name
-        return timm.create_model(pinned, pretrained=with_weights), commit
+        pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
+        return timm.create_model(pinned_name, pretrained=with_weights), commit

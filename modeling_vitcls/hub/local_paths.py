@@ -3,12 +3,12 @@
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
     resolve_name("someone/their-model")         -> unchanged, like any name that is not an existing path
-    make_relative("/home/me/data/teach")        -> "./data/teach"               in the files of a run
+    make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
 Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
 that starts with `./` or `../`, is a local path, even if the file has been removed or another process has a different
-working directory. The files of a run contain relative paths, and repeat the run from the same folder.
+working directory. The files of a run contain relative paths, so that the run can be repeated from the same folder.
 """
 
 import os
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 
-BUILT_IN_DATASET = "digits"  # comes with scikit-learn; not on the Hub
-RELATIVE_STARTS = ("./", "../")  # starts of relative paths that are not Hub ids
+BUILT_IN_DATASET = "digits"  # dataset of scikit-learn; not on the Hub
+RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id starts with a dot
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
@@ -35,11 +35,11 @@ def is_local(name: Any) -> bool:
     if not isinstance(name, str):
         return False
     path = split_prefix(name)[1]
-    return Path(path).is_absolute() or path.startswith(RELATIVE_STARTS)
+    return Path(path).is_absolute() or path.startswith(RELATIVE_PREFIXES)
 
 
 def make_relative(name: Any) -> Any:
-    """Return a resolved name with its absolute path relative to the current folder; other values unchanged."""
+    """Return a resolved name with its absolute path relative to the current folder; other values are unchanged."""
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)
@@ -47,32 +47,32 @@ def make_relative(name: Any) -> Any:
         relative = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # the paths are on different Windows drives
         return name
-    return prefix + (relative if relative.startswith(RELATIVE_STARTS) else f"./{relative}")
+    return prefix + (relative if relative.startswith(RELATIVE_PREFIXES) else f"./{relative}")
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the dataset may be published: it is not local, or `--card-samples` was set."""
+    """Return whether images of the dataset may be published: the dataset is not local, or `--card-samples` was set."""
     return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
 
 
 def strip_folders(name: str) -> str:
-    """Return a resolved name for publication: local paths are reduced to their last component."""
+    """Return a resolved name for publication: a local path becomes `path/to/` and its last component."""
     prefix, path = split_prefix(name)
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_path(stored: Any, current: Any) -> bool:
-    """Return whether two names refer to the same dataset or model, even if its path was moved in the meantime."""
-    if stored == current or not (isinstance(stored, str) and is_local(current)):
-        return bool(stored == current)
-    (old_prefix, old), (new_prefix, new) = split_prefix(stored), split_prefix(current)
-    is_same_file = Path(old).resolve() == Path(new).resolve()
-    has_moved = is_local(stored) and not Path(old).exists() and Path(old).name == Path(new).name
+def is_same_path(stored_name: Any, current_name: Any) -> bool:
+    """Return whether two names refer to the same dataset or model, even if its files have been moved."""
+    if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
+        return bool(stored_name == current_name)
+    (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored_name), split_prefix(current_name)
+    is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
+    has_moved = is_local(stored_name) and not Path(old_path).exists() and Path(old_path).name == Path(new_path).name
     return old_prefix == new_prefix and (is_same_file or has_moved)
 
 
 def split_prefix(name: str) -> tuple[str, str]:
-    """Split a name into its prefix and its path, or possible path; the path is "" if there is none."""
+    """Split a name into its prefix and its path, which may also be a Hub id; the path is "" if there is none."""
     if name.startswith("timm:"):
         kind, colon, folder = name.removeprefix("timm:").partition(":")
         if colon:
@@ -87,4 +87,4 @@ def split_prefix(name: str) -> tuple[str, str]:
 def check_output_is_empty(output: Path) -> None:
     """Raise ValueError unless `output` does not exist or is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty. Set another --output, or remove it")
+        raise ValueError(f"{output} exists and is not empty. Set another --output, or remove {output}")

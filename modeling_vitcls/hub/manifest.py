@@ -1,11 +1,11 @@
-"""The files of a model folder that are published: an allowlist, without pickles.
+"""The allowlist of files that are published from a model folder. It contains no pickles.
 
-With `--push-optimizer`, the newest checkpoint is published as well, from which `--resume` can continue:
+With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
 
     checkpoints/step-00000120/      model.safetensors, optimizer.safetensors, ...
                                     state.json, without local paths
 
-Checkpoints contain only tensors and JSON, as on disk (checkpoints.py): resuming from one unpickles nothing.
+Like local checkpoints (checkpoints.py), published checkpoints contain only tensors and JSON.
 """
 
 import logging
@@ -43,7 +43,7 @@ RECIPE = "config.resolved.yaml"
 CARD = "README.md"
 REPORT = "report.html"  # shows held-out images
 PARITY_REPORT = "certificate.json"  # parity report of a conversion
-# Types of the models that `vitcls convert --to transformers` writes.
+# Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of the run and its measurements. They do not describe other models, so a push also removes old records.
+# Records of a run and its measurements. A push also removes old records, because they describe another model.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -92,8 +92,8 @@ RepoFiles = dict[str, Path | bytes]
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model folder, or of an adapter, to publish in the repository `repo_id`.
 
-    config.resolved.yaml is published without local paths, README.md with the repository id, report.html only if it
-    shows no images of a local dataset, and code files with their license.
+    config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
+    published only if images of the dataset may be published. The license of the code files is added.
 
     Raises ValueError if the folder does not contain a complete vitcls model, or its code is in several repositories.
     """
@@ -114,10 +114,12 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if REPORT in files and (recipe is None or not can_publish_images(recipe)):
         del files[REPORT]
     if not has_current_onnx_files(folder):
-        outdated = [name for name in files if is_match(name, ONNX_PATTERNS)]
-        if outdated:
-            log.warning("%s is not published, because %s is for other weights", ", ".join(outdated), ONNX_REPORT)
-        files = {name: path for name, path in files.items() if name not in outdated}
+        outdated_files = [name for name in files if is_match(name, ONNX_PATTERNS)]
+        if outdated_files:
+            log.warning(
+                "%s is not published, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
+            )
+        files = {name: path for name, path in files.items() if name not in outdated_files}
     elif CARD in files:
         report = read_json(folder / ONNX_REPORT)
         files[CARD] = insert_onnx_section(read_text(folder / CARD), report).encode()
@@ -130,7 +132,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
 
 
 def has_current_onnx_files(folder: Path) -> bool:
-    """Return whether the report of the ONNX files is for the weights in the folder."""
+    """Return whether the ONNX files were created from the weights in the folder, according to their report."""
     if not (folder / ONNX_REPORT).is_file():
         return False
     weights = {
@@ -149,18 +151,18 @@ def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) ->
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a path, such as `pictures/cat.png`, matches any pattern. `*` does not match `/`."""
+    """Return whether a path, such as `pictures/cat.png`, matches any of the patterns. `*` does not match `/`."""
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def find_outdated_files(published: Iterable[str], files: RepoFiles) -> list[str]:
+def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> list[str]:
     """Return the files of an earlier push that a new push must remove."""
-    removable = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
-    return sorted(name for name in published if name not in files and is_match(name, removable))
+    removable_patterns = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
+    return sorted(name for name in published_files if name not in files and is_match(name, removable_patterns))
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise ValueError unless the folder contains a vitcls model, or one that was converted to transformers."""
+    """Raise ValueError unless the folder contains a vitcls model, or a model converted from vitcls to transformers."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
     if not (folder / "config.json").is_file():
@@ -170,7 +172,7 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a vitcls model was converted to a class of transformers in this folder, and no code is used."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers and uses no code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 
@@ -209,14 +211,14 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 def list_required_code(folder: Path) -> set[str]:
     """Return the code files of this folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
-    pending = [f"{reference.partition('.')[0]}.py" for reference in references]
-    required: set[str] = set()
-    while pending:
-        name = pending.pop()
-        if name not in required and (folder / name).is_file():
-            pending += [f"{module}.py" for module in get_relative_imports(folder / name)]
-        required.add(name)
-    return required
+    pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
+    required_files: set[str] = set()
+    while pending_files:
+        name = pending_files.pop()
+        if name not in required_files and (folder / name).is_file():
+            pending_files += [f"{module}.py" for module in get_relative_imports(folder / name)]
+        required_files.add(name)
+    return required_files
 
 
 def list_weight_files(folder: Path) -> set[str]:
@@ -227,7 +229,7 @@ def list_weight_files(folder: Path) -> set[str]:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file with unchanged line ends. Raises ValueError if it is not UTF-8."""
+    """Return the text of a file with unchanged line endings. Raises ValueError if it is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -235,9 +237,9 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the files of the newest undamaged checkpoint in `folder` that are published.
+    """Return the published files of the newest undamaged checkpoint in `folder`.
 
-    Flags with local paths are removed from state.json; `--resume` then uses its own flags.
+    Flags with local paths are removed from state.json. A resumed run uses the flags of its command line instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
@@ -259,8 +261,8 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
         except DamagedCheckpoint:
             continue
     raise ValueError(
-        f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or set the "
-        "--output-dir of a run"
+        f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or push "
+        "the output folder of a run"
     )
 
 
@@ -279,7 +281,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the flags of the run that wrote the folder; None if there are none."""
+    """Return the flags of the run that wrote the folder; None if they are missing or unreadable."""
     try:
         flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
@@ -288,9 +290,9 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
-    """Return the warning for images of a local dataset that were published."""
+    """Return the warning that images of a local dataset were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
-        "confidential, make the repository private in its settings on the Hub, or delete the file there, remove "
+        "confidential, make the repository private in its settings on the Hub, or delete the file on the Hub, remove "
         f"{folder / SAMPLE_IMAGES} and push again"
     )

@@ -1,11 +1,11 @@
-"""The base model of a model and the license of its weights, for the card.
+"""The base model of a model and the license of its weights, for its card.
 
     find_provenance("runs/pretrained")                      a model folder: from its README.md
     find_provenance("ORG/MODEL")                            a model on the Hub: from its card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
-Unknown values are None: a card never names a license that the authors did not name. Without a network connection,
-values are unknown, and no error is raised. A card states these licenses:
+Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
+values that are not in the cache are unknown; no error is raised. A card states these licenses:
 
     new weights                 the license given with `--license`, or no license
     weights of another model    the license of that model, if it is known
@@ -37,7 +37,7 @@ def list_license_patterns() -> Iterator[str]:
 
 
 LICENSE_FILES = tuple(list_license_patterns())
-TIMEOUT = 5.0  # seconds without a response; a finished run does not wait for a slow Hub
+TIMEOUT = 5.0  # seconds without a response; short, because finished runs should not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -58,7 +58,7 @@ class Provenance:
 
     @property
     def license_metadata(self) -> dict[str, Any]:
-        """The license as keywords of ModelCardData."""
+        """The license as keyword arguments of ModelCardData."""
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
     @property
@@ -88,13 +88,13 @@ def find_provenance(source: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance in a folder's card. The base model is the base model of the folder's model."""
+    """Return the provenance of a model folder. Its base model is the base model named in the card."""
     card = read_card_metadata(folder)
     return add_license(Provenance(folder.resolve().name, base_model=card.get("base_model")), card, folder)
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance in a card on the Hub, or in its cached copy if the Hub cannot be reached."""
+    """Return the provenance of a model on the Hub, from its card or, if the Hub does not respond, its cached card."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)
@@ -108,7 +108,7 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 def download_card(repo_id: str) -> Path | None:
     """Return a folder with the card and the license files of a model on the Hub; None if they are unavailable."""
     try:
-        HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout of its own
+        HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
     except HUB_ERRORS:
         is_reachable = False
@@ -129,9 +129,9 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, address: str | None = None) -> Provenance:
-    """Return the provenance with the license in the metadata of a card, and the license files of its folder.
+    """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
 
-    `address` is the address of published files that are not in `folder`.
+    `address` is the base URL for links to published files that are not in `folder`.
     """
     name = card.get("license")
     if not name or name == "unknown":
@@ -179,20 +179,21 @@ def find_timm_provenance(name: str) -> Provenance:
 # Licenses in a card --------------------------------------------------------------------------------------------------
 
 
-CODE_LICENSE = "The Python files are licensed under Apache-2.0."
+CODE_LICENSE_TEXT = "The Python files are licensed under Apache-2.0."
 
 
 # Sentences about weights whose license is known, and about weights whose license is unknown.
-NEW_WEIGHTS = (
+NEW_WEIGHTS_TEXTS = (
     "The weights are licensed under {license}.",
-    "The authors named no license for the weights. Ask the authors before you use or redistribute the weights.",
+    "The authors did not specify a license for the weights. Ask the authors before you use or redistribute the "
+    "weights.",
 )
-DERIVED_WEIGHTS = (
+DERIVED_WEIGHTS_TEXTS = (
     "The weights are derived from another model and remain under its license: {license}.",
     "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
     "redistribute the weights.",
 )
-CONVERTED_WEIGHTS = (
+CONVERTED_WEIGHTS_TEXTS = (
     "The weights remain under the license of the source: {license}.",
     "No license was found for the source. Ask its authors before you use or redistribute the weights.",
 )
@@ -202,37 +203,37 @@ CONVERTED_WEIGHTS = (
 class WeightsLicense:
     """The license of weights, and the sentences that describe it."""
 
-    sentences: tuple[str, str]  # for a known and for an unknown license
-    source: Provenance | None  # provenance with the license's name, link and text; None if nothing is known
+    sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
+    source: Provenance | None  # provenance with the name, link and text of the license; None if nothing is known
     teacher: Provenance | None = None  # teacher of a distillation, whose license is named as well
     has_code: bool = True  # whether the repository contains code, whose license is named as well
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The license as keywords of ModelCardData; empty if it is unknown."""
+        """The license as keyword arguments of ModelCardData; empty if it is unknown."""
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:
-        """Return a few sentences."""
-        known, unknown = self.sentences
-        sentences = [unknown]
+        """Return the sentences as one text."""
+        known_sentence, unknown_sentence = self.sentences
+        sentences = [unknown_sentence]
         if self.source is not None and self.source.license_label is not None:
             label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
-            sentences = [known.format(license=f"[{label}]({link})" if link else label)]
+            sentences = [known_sentence.format(license=f"[{label}]({link})" if link else label)]
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
-        return " ".join([*sentences, CODE_LICENSE] if self.has_code else sentences)
+        return " ".join([*sentences, CODE_LICENSE_TEXT] if self.has_code else sentences)
 
 
 def get_run_license(
     is_from_random_weights: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
 ) -> WeightsLicense:
-    """Return the license of weights that were trained here: the inherited license, or `--license` if there is none."""
+    """Return the license of a run's weights: the inherited license if it is known, otherwise `--license`."""
     is_inherited = base is not None and base.license is not None
     if is_from_random_weights or (license_flag and not is_inherited):
-        return WeightsLicense(NEW_WEIGHTS, Provenance("", license=license_flag), teacher)
-    return WeightsLicense(DERIVED_WEIGHTS, base, teacher)
+        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher)
+    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base, teacher)
 
 
 def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:

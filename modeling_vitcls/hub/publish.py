@@ -1,7 +1,7 @@
 """Push a model folder to the Hub in one commit.
 
     pushed = push_folder(folder, "someone/model", private=False, message="...")
-    pushed.commit                          # the hash to pin
+    pushed.commit                          # the commit hash to pin
 
 Temporary failures are retried. Files that the Hub already has are not sent again, even by a later run. The folder is
 not changed.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-from .code_files import HANDLER, HANDLER_FILE
+from .code_files import HANDLER_FILE, HANDLER_SOURCE
 from .connection import (
     HUB_ERRORS,
     check_is_online,
@@ -35,7 +35,7 @@ from .manifest import (
 
 
 TIMEOUT = 120.0  # seconds without a response; the duration of an upload is not limited
-MESSAGE = "Upload model"
+DEFAULT_MESSAGE = "Upload model"
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class PushResult:
 
     @property
     def summary(self) -> str:
-        """The address and visibility of the commit."""
+        """The URL of the commit, and the visibility of the repository."""
         return f"{self.url} ({'private' if self.is_private else 'public'})"
 
 
@@ -64,7 +64,7 @@ def push_folder(
     folder: Path,
     repo_id: str,
     private: bool = False,
-    message: str = MESSAGE,
+    message: str = DEFAULT_MESSAGE,
     branch: str | None = None,
     with_optimizer: bool = False,
     in_background: bool = False,
@@ -82,8 +82,8 @@ def push_folder(
         message: Message of the commit.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
         with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
-        in_background: Show and log nothing, and upload large files one by one without extra threads, which would
-            delay the exit of Python.
+        in_background: Show no progress bars, log retries at the DEBUG level, and upload large files one by one
+            without extra threads, which would delay the exit of Python.
         with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
 
     Raises:
@@ -92,30 +92,32 @@ def push_folder(
     """
     check_is_online()
     files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})
-    files |= {HANDLER_FILE: HANDLER} if with_handler else {}
+    files |= {HANDLER_FILE: HANDLER_SOURCE} if with_handler else {}
 
     def push() -> PushResult:
-        commit, is_private = push_once(files, repo_id, private, message, branch, one_by_one=in_background)
+        commit, is_private = push_once(files, repo_id, private, message, branch, upload_one_by_one=in_background)
         return PushResult(
             repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", with_optimizer, is_private
         )
 
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
-            pushed = retry(push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING)
+            push_result = retry(
+                push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
+            )
     except HUB_ERRORS as error:
         command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
         raise PushFailed(
-            f"the push to {repo_id} failed: {format_hub_error(error)}. The model is complete in {folder}; "
+            f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
             f"finish with: {command}"
         ) from error
-    if not pushed.is_private and (dataset := find_local_dataset_in_card(folder)):
+    if not push_result.is_private and (dataset := find_local_dataset_in_card(folder)):
         log.warning(describe_published_images(folder, dataset, repo_id))
-    return pushed
+    return push_result
 
 
 def push_once(
-    files: RepoFiles, repo_id: str, private: bool, message: str, branch: str | None, one_by_one: bool
+    files: RepoFiles, repo_id: str, private: bool, message: str, branch: str | None, upload_one_by_one: bool
 ) -> tuple[str, bool]:
     """Try to push once; return the commit, and whether the repository is private.
 
@@ -123,16 +125,16 @@ def push_once(
     happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the default of the account
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the default of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     info = api.model_info(repo_id, revision=branch)
-    published = api.list_repo_files(repo_id, revision=info.sha)
-    deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published, files)]
+    published_files = api.list_repo_files(repo_id, revision=info.sha)
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published_files, files)]
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-    if one_by_one:
-        for large in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
-            api.preupload_lfs_files(repo_id, [large], revision=branch, free_memory=False)
+    if upload_one_by_one:
+        for large_file in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
+            api.preupload_lfs_files(repo_id, [large_file], revision=branch, free_memory=False)
     commit = api.create_commit(
         repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=info.sha
     )
@@ -145,14 +147,14 @@ def build_push_command(
     private: bool = False,
     branch: str | None = None,
     with_optimizer: bool = False,
-    message: str = MESSAGE,
+    message: str = DEFAULT_MESSAGE,
     with_handler: bool = False,
 ) -> str:
     """Return the command line that pushes a model folder."""
     flags = ["--model", str(folder), "--hub-model-id", repo_id]
     flags += ["--private"] if private else []
     flags += ["--branch", branch] if branch else []
-    flags += ["--message", message] if message != MESSAGE else []
+    flags += ["--message", message] if message != DEFAULT_MESSAGE else []
     flags += ["--push-optimizer"] if with_optimizer else []
     flags += ["--endpoint-handler"] if with_handler else []
     return f"vitcls push {shlex.join(flags)}"

@@ -1,4 +1,4 @@
-"""Check that the token may push to a repository, before hours of training. The check changes nothing.
+"""Check before training that the token may push to a repository. The check changes nothing.
 
 repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 """
@@ -18,7 +18,7 @@ TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
 
 RepoType = Literal["model", "space"]
-# The flag that sets the repository id.
+# Repository type -> the flag that sets the repository id.
 FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
 
 
@@ -27,17 +27,17 @@ def check_push_permissions(
 ) -> str:
     """Return the full id, `namespace/name`, of the repository to push to.
 
-    This only reads from the Hub and writes no files. Call it only on the main process.
+    The check only reads from the Hub and writes no files. Call this function only on the main process.
 
     Args:
-        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in that namespace.
-        default_name: Such as the name of the output folder.
+        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in the user's namespace.
+        default_name: Default of `repo_id`, for example the name of the output folder.
         private: Whether the repository has to be private.
         repo_type: Type of the repository.
 
     Raises:
         ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is
-            one line with the remedy.
+            one line and names the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
@@ -46,8 +46,8 @@ def check_push_permissions(
     full_id = name if "/" in name else f"{account['name']}/{name}"
     if not is_hub_id(full_id):
         raise ValueError(
-            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} namespace/name, with letters, digits, "
-            "'-', '_' and '.', at most 96 characters"
+            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} to namespace/name, with letters, "
+            "digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
     exists = check_existing_repo(full_id, private, repo_type)
@@ -85,7 +85,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         namespaces = ", ".join([account["name"], *organizations])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
-            f"{FLAGS[repo_type]} with one of {namespaces}"
+            f"{FLAGS[repo_type]} to a name in one of {namespaces}"
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(
@@ -123,7 +123,7 @@ def is_private(repo_id: str) -> bool:
 def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     """Raise ValueError unless the token may write to the repository, or create it if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
-    if token is None:  # another kind of login, which only a push can test
+    if token is None:  # another kind of login, whose permissions only a push can test
         return
     remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with it (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":
@@ -135,15 +135,15 @@ def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
         )
 
 
-def is_in_scope(repo_id: str, fine_grained: dict[str, Any], exists: bool) -> bool:
+def is_in_scope(repo_id: str, token_permissions: dict[str, Any], exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
-    writable = [
+    writable_names = [
         entry["entity"].get("name", "")
-        for entry in fine_grained.get("scoped", ())
+        for entry in token_permissions.get("scoped", ())
         if "repo.write" in entry.get("permissions", ())
     ]
-    accepted = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
-    return any(is_same_name(name, other) for name in writable for other in accepted)
+    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
+    return any(is_same_name(name, other) for name in writable_names for other in accepted_names)
 
 
 def is_same_name(name: str, other: str) -> bool:

@@ -1,7 +1,7 @@
 """The commit of a branch or tag, its files, and the commit of the model's code.
 
 model = resolve_commit("someone/model", "main")
-code = resolve_code_commit(model, folder_with_its_files)        # None: the code is in the same commit
+code = resolve_code_commit(model, model_folder)        # None if the code is in the same commit
 """
 
 from collections.abc import Sequence
@@ -79,14 +79,14 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
     return Path(path)
 
 
-def resolve_code_commit(model: HubCommit, files: Path) -> HubCommit | None:
+def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
     """Return the newest commit of the repository with the model's code; None if the model has its own code.
 
-    `files` is the folder with the model's files. Raises ValueError if the code is in several repositories, and the
+    `folder` contains the model's files. Raises ValueError if the code is in several repositories, and the
     errors of `resolve_commit`.
     """
     try:
-        repo_id = find_code_repository(files, model.repo_id)
+        repo_id = find_code_repository(folder, model.repo_id)
     except ValueError as error:
         raise ValueError(f"{model.repo_id} at {model.commit}: {error}") from None
     return resolve_commit(repo_id) if repo_id else None

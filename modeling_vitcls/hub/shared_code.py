@@ -6,7 +6,7 @@
     AutoModel.from_pretrained("ME/mine", revision="<commit of the weights>", code_revision="<commit of the code>",
                               trust_remote_code=True)
 
-Without `code_revision`, transformers runs the newest code of that repository, even if `revision` is set.
+Without `code_revision`, transformers runs the newest code in the code repository, even if `revision` is set.
 """
 
 import json
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_atomically
-from .code_files import CODE_PATTERN, PACKAGE
+from .code_files import CODE_PATTERN, PACKAGE_FOLDER
 from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-# Parts of a card: code that pins the weights, the location of the code, and the note about both repositories.
+# Patterns of a card: code that pins the weights, the location of the code, and the note about both repositories.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
 CODE_LOCATION = re.compile(r"Python files (next to the weights|in `[^`]*`)")
-NOTE = "The weights are here, and their code is in another repository"
+NOTE = "This repository contains the weights; the code is in another repository"
 NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )", re.MULTILINE)
 
 
@@ -34,17 +34,17 @@ def write_code(folder: str | Path) -> list[str]:
     """Copy the code of the models into a folder for upload, and return the file names."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    files = sorted(PACKAGE.glob(CODE_PATTERN))
+    files = sorted(PACKAGE_FOLDER.glob(CODE_PATTERN))
     for file in files:
         shutil.copyfile(file, target / file.name)
     return [file.name for file in files]
 
 
 def use_shared_code(folder: str | Path, repo_id: str) -> None:
-    """Make a saved model use the code of a repository on the Hub, update its card, and remove its own code files.
+    """Make a saved model use the code in a repository on the Hub, update its card, and remove its own code files.
 
-    Use this only before publishing. A process that has this package still loads the folder with the package's code.
-    A model that is saved again, for example after fine-tuning, has its own code again.
+    Call this function only before publishing. If this package is installed, the folder is still loaded with the
+    package's code. Saving the model again, for example after fine-tuning, adds the code files again.
 
     Args:
         folder: Folder of the saved model.
@@ -56,7 +56,7 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     """
     folder = Path(folder)
     check_is_model(folder)
-    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # a repository without a namespace cannot be found by others
+    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # others cannot find a repository without its namespace
         raise ValueError(
             f"{repo_id!r} is not a repository id. Set namespace/name of the repository that contains the code"
         )
@@ -79,7 +79,7 @@ def add_repository(references: Any, repo_id: str) -> Any:
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return a card whose code examples also pin the code, and whose text names the repository with the code.
+    """Return the card with code examples that also pin the code, and with text that names the code repository.
 
     The text is returned unchanged if it does not pin a revision.
     """
@@ -92,6 +92,6 @@ def pin_code_in_card(text: str, repo_id: str) -> str:
     text = CODE_LOCATION.sub(f"Python files in `{repo_id}`", text)
     note = (
         f"{NOTE}, `{repo_id}`. `revision` pins the weights and `code_revision` pins the code. Without "
-        "`code_revision`, the newest code of that repository runs."
+        "`code_revision`, the newest code in the code repository runs."
     )
     return NOTE_IN_CARD.sub(lambda match: f"{note}\n\n{match[1]}", text)

@@ -38,7 +38,7 @@ PACKAGE = Path(__file__).parents[1]
 FOLDER = "vitcls_demo"
 EXAMPLES = "examples"
 
-# Files of this package that the page requires. They import only each other from this package.
+# Files of this package that the page requires. Within this package, they import only each other.
 PAGE_FILES = (
     "demo/__init__.py",
     "demo/page.py",
@@ -58,7 +58,7 @@ PAGE_FILES = (
     "positions_vitcls.py",
     "token_attention_vitcls.py",
 )
-# Libraries that these files and the model's code import. gradio comes with the Space's SDK.
+# Libraries that the page files and the model's code import. gradio comes with the Space's SDK.
 REQUIRED_LIBRARIES = (
     "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
 ).split()
@@ -143,7 +143,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
 
 
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
-    """Build the files of the Space. `title` is the title of the page in the Hub's lists.
+    """Build the files of the Space. `title` is the title of the Space on the Hub and of its card.
 
     Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
@@ -220,12 +220,12 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return the example images by their path in the Space."""
+    """Return the files of the example images by path in the Space."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES}/{file.name}"
         if name in files:
-            raise ValueError(f"two examples have the same name, {file.name}. Rename one")
+            raise ValueError(f"two examples have the same name, {file.name}. Rename one of them")
         read_image(file)
         files[name] = file
     return files
@@ -268,7 +268,7 @@ def push_space(
 
 
 def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool) -> PushResult:
-    """Try to push once. Outdated files of the page are removed; other files in the Space stay.
+    """Try to push once. Outdated page files and examples are removed; other files in the Space are kept.
 
     If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """

@@ -1,7 +1,7 @@
 """A static Space on the Hub: a page that runs a copy of the model in the browser, with transformers.js.
 
 export_for_transformers_js("someone/model@commit", folder)
-files = build_static_space_files(model, folder)       # pushed by space.py
+files = build_static_space_files(model, folder)       # space.py pushes the files
 
 index.html, app.js   the page, from modeling_vitcls/demo/
 model/               the exported model
@@ -19,9 +19,9 @@ from .space import PACKAGE, PublishedModel, build_space_card
 
 MODEL_FOLDER = "model"
 LIBRARY_FOLDER = "transformers.js"
-TRANSFORMERS_JS_VERSION = "4.3.1"  # version of the npm package @huggingface/transformers that the tests use
+TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
 LIBRARY_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
-# Files in a folder node_modules that a page requires.
+# Files in the folder node_modules that the page requires.
 LIBRARY_FILES = (
     "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -44,10 +44,10 @@ def build_static_space_files(
 
     Args:
         model: The model on the Hub.
-        exported: The folder that `export_for_transformers_js` wrote.
+        exported: The folder written by `export_for_transformers_js`.
         title: Title of the page.
-        node_modules: Folder with the npm package `@huggingface/transformers`, which is copied. Default: the page loads
-            transformers.js from a CDN.
+        node_modules: Folder with the npm package `@huggingface/transformers`, whose files are copied. Default: the
+            page loads transformers.js from a CDN.
 
     Raises:
         ValueError: If `node_modules` lacks a file.

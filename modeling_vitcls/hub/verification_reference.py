@@ -24,10 +24,10 @@ from ..modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from .verification_script import IN_FLOAT32, PROCESSOR_CONFIG
+from .verification_script import FLOAT32_OPTIONS, PROCESSOR_CONFIG
 
 
-# Auto class -> its model classes; the first is used unless config.json names another.
+# Auto class -> its model classes; the first class is used unless config.json names another class.
 MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
     "AutoModel": (ViTCLSModel,),
     "AutoModelForImageClassification": (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification),
@@ -51,10 +51,14 @@ class PackageLoader:
         return ViTCLSConfig.from_pretrained(self.folder)
 
     def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
-        """Load the model class of an Auto class in float32; return it with transformers' loading report."""
+        """Load the model class of an Auto class in float32; return the model and transformers' loading info."""
         classes = MODEL_CLASSES[auto_class]
-        in_config = (model_class for model_class in classes if model_class.__name__ in (config.architectures or ()))
-        return next(in_config, classes[0]).from_pretrained(self.folder, use_safetensors=True, **IN_FLOAT32)
+        configured_classes = (
+            model_class for model_class in classes if model_class.__name__ in (config.architectures or ())
+        )
+        return next(configured_classes, classes[0]).from_pretrained(
+            self.folder, use_safetensors=True, **FLOAT32_OPTIONS
+        )
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""

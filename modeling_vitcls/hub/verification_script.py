@@ -2,12 +2,14 @@
 
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
-REQUEST.json contains `repo_id`, `revision`, `num_threads`, the folder `target`, and `code_repo_id` and `code_revision`
-if the code is in a separate repository. The script writes two files to `target`: report.json with the loaded classes
-or the error, and outputs.safetensors with the outputs for fixed inputs.
+REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`, the folder `target`, and
+`code_repo_id` and `code_revision`, which are null if the code is in the same repository. The script writes two files
+to `target`: report.json with the loaded classes or the error, and outputs.safetensors with the outputs for fixed
+inputs.
 
-The code of the repository runs only here. The reference outputs come from verification_reference.py, which shares
-`collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this package.
+The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
+shares `collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this
+package.
 """
 
 import json
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from transformers.utils import is_torchvision_available
 
 
-PACKAGE = "modeling_vitcls"
+PACKAGE_NAME = "modeling_vitcls"
 # Class of a checkpoint -> the Auto class that loads it. AutoModel loads the encoder of any checkpoint.
 AUTO_CLASSES = {
     "ViTCLSForImageClassification": "AutoModelForImageClassification",
@@ -36,7 +38,7 @@ AUTO_CLASSES = {
     "ViTCLSBackbone": "AutoBackbone",
 }
 PROCESSOR_CONFIG = "preprocessor_config.json"
-IN_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+FLOAT32_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
 BATCH_SIZE = 2
 SEED = 0
 
@@ -48,7 +50,7 @@ class PackageBlocker(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         """Raise ModuleNotFoundError for the package; ignore other modules such as `transformers_modules.x`."""
-        if fullname.partition(".")[0] == PACKAGE:
+        if fullname.partition(".")[0] == PACKAGE_NAME:
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
@@ -56,7 +58,7 @@ def main(request_file: Path) -> None:
     """Load the model, and write its outputs and the report."""
     request = json.loads(request_file.read_text(encoding="utf-8"))
     target = Path(request["target"])
-    torch.set_num_threads(request["num_threads"])  # affects rounding
+    torch.set_num_threads(request["num_threads"])  # the number of threads affects rounding
     report: dict[str, Any]
     code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
     try:
@@ -64,17 +66,17 @@ def main(request_file: Path) -> None:
         outputs, report = collect_outputs(loader)
     except Exception as error:  # published code may raise any error
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        report = {"error": message, "may_pass": isinstance(error, OSError)}  # network errors are OSErrors
+        report = {"error": message, "can_retry": isinstance(error, OSError)}  # network errors are OSErrors
     else:
         save_file(outputs, target / "outputs.safetensors")
         report["commits"] = list_cached_commits(request["repo_id"])
         report["code_commits"] = list_cached_commits(code_repo_id) if code_repo_id else []
-    report["has_package"] = any(name.partition(".")[0] == PACKAGE for name in sys.modules)
+    report["has_package"] = any(name.partition(".")[0] == PACKAGE_NAME for name in sys.modules)
     (target / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def list_cached_commits(repo_id: str) -> list[str]:
-    """Return the commits of a repository that files were loaded from."""
+    """Return the commits of a repository from which files were loaded."""
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
 
@@ -90,7 +92,7 @@ class HubLoader:
     trust_remote_code: bool = True
 
     def get_options(self) -> dict[str, Any]:
-        """Return the arguments that pin the commits."""
+        """Return the arguments of `from_pretrained` that pin the commits."""
         options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return options | ({"code_revision": self.code_revision} if self.code_revision else {})
 
@@ -99,8 +101,8 @@ class HubLoader:
         return transformers.AutoConfig.from_pretrained(self.repo_id, **self.get_options())
 
     def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the model of an Auto class in float32; return it with transformers' loading report."""
-        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **IN_FLOAT32, **self.get_options())
+        """Load a model through an Auto class in float32; return the model and transformers' loading info."""
+        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **FLOAT32_OPTIONS, **self.get_options())
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
@@ -121,7 +123,7 @@ class HubLoader:
 
 
 def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
-    """Return a model's outputs for fixed inputs through each way to load it, and a report on the loaded classes.
+    """Return a model's outputs for fixed inputs from each loader, and a report on the loaded classes.
 
     Args:
         loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
@@ -136,12 +138,12 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # fix the weights that the checkpoint lacks
+        torch.manual_seed(SEED)  # makes weights that the checkpoint lacks reproducible
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
             "module": type(model).__module__,
-            # AutoModel adds and removes heads.
+            # Classes other than the saved class have other heads, whose weights may be missing.
             "missing": sorted(loading_info["missing_keys"]) if type(model).__name__ == architecture else [],
         }
         with torch.inference_mode():
@@ -161,13 +163,13 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
 
 
 def get_auto_class(architecture: str) -> str:
-    """Return the Auto class of a model class of modeling_vitcls, or of a classifier or encoder of transformers."""
+    """Return the Auto class for a model class of modeling_vitcls, or for a transformers classifier or encoder."""
     is_classifier = "ForImageClassification" in architecture
     return AUTO_CLASSES.get(architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel")
 
 
 def get_image_size(config: Any) -> tuple[int, int]:
-    """Return height and width of the model's images in pixels."""
+    """Return the height and width of the model's images in pixels."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 

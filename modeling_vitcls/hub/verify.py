@@ -1,15 +1,15 @@
-"""Verify that a published model loads without this package and matches its reference.
+"""Verify that a published model loads without this package and that its outputs match a reference.
 
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. Their hashes must match the Hub's list, and their content the files in `folder`.
+1. All files are downloaded. Their hashes must match the Hub's list, and their content must match `folder`.
 2. A new process with an empty cache and without this package loads the commit through the Auto classes and the
-   pipeline (verification_script.py). It has a minimal environment, and a token only if the repository is private or
-   gated, because it may run code of an unknown author. This is not a sandbox: the process runs as the current user and
-   can read the user's files.
-3. Its outputs for fixed inputs must match the model in `folder`, loaded with this package
-   (verification_reference.py). No published code runs in this process.
+   pipeline (verification_script.py). The process has a minimal environment, and a token only if the repository is
+   private or gated, because it may run code by an unknown author. This is not a sandbox: the process runs as the
+   current user and can read the user's files.
+3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
+   package (verification_reference.py). No published code runs in the calling process.
 """
 
 import filecmp
@@ -56,14 +56,14 @@ from .verification_reference import PackageLoader
 from .verification_script import HubLoader, Outputs, collect_outputs
 
 
-# Maximum absolute difference in float32 for values up to 1, and relative to the largest value above 1.
+# Maximum difference of an output tensor in float32, divided by its largest absolute value if that exceeds 1.
 TOLERANCE = 1e-6
 TIMEOUT = 60.0  # seconds without a response
 PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
 
-# Environment variables that the process keeps, in upper or lower case: locations of programs and libraries, access to
-# the Hub, and settings that affect numerical results.
-KEPT_VARIABLES = frozenset(
+# Environment variables that the new process inherits, in upper or lower case: locations of programs and libraries,
+# access to the Hub, and settings that affect numerical results.
+INHERITED_VARIABLES = frozenset(
     (
         "PATH PYTHONPATH LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH SYSTEMROOT TMPDIR LANG LC_ALL LC_CTYPE "
         "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE "
@@ -71,7 +71,7 @@ KEPT_VARIABLES = frozenset(
         "ATEN_CPU_CAPABILITY"
     ).split()
 )
-KEPT_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
+INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
 
 
 class NotVerified(ValueError):
@@ -79,7 +79,7 @@ class NotVerified(ValueError):
 
 
 class PushedButNotVerified(OSError):
-    """A push succeeded, but its verification failed. The message ends with the command that verifies it."""
+    """A push succeeded, but its verification failed. The message ends with the command to repeat the verification."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class VerificationReport:
     revision: str  # the hash of the commit, 40 hexadecimal digits
     reference: str  # description of the model that the outputs were compared with
     num_files: int  # number of files with checked hashes
-    classes: dict[str, str]  # way to load -> name of the loaded class
-    differences: dict[str, float]  # way to load -> maximum absolute difference of its outputs, in float32
+    classes: dict[str, str]  # loader, such as an Auto class -> name of the loaded class
+    differences: dict[str, float]  # loader or "pipeline" -> maximum absolute difference of its outputs
     versions: dict[str, str]  # versions of the libraries
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # the commit of the code; None if the code is next to the weights
@@ -103,8 +103,8 @@ class VerificationReport:
             name for name in reversed(self.classes) if name.startswith("AutoModel") or name == "AutoBackbone"
         )
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
-        trust = "" if self.is_native else ", trust_remote_code=True"
-        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust}'
+        trust_argument = "" if self.is_native else ", trust_remote_code=True"
+        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
         return f"{auto_class}.from_pretrained({arguments})"
 
     def format_lines(self) -> list[str]:
@@ -115,8 +115,8 @@ class VerificationReport:
             f"  {self.num_files} files match their hashes; {self.code_comparison}",
             f"  a new process with an empty cache, without modeling_vitcls, compared with {self.reference}:",
             *(
-                f"    {way:{width}}  {self.classes.get(way, ''):30}  largest difference {difference:.1e}"
-                for way, difference in self.differences.items()
+                f"    {loader:{width}}  {self.classes.get(loader, ''):30}  largest difference {difference:.1e}"
+                for loader, difference in self.differences.items()
             ),
             f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "load it:" if self.is_native else PIN_ADVICE,
@@ -127,7 +127,7 @@ class VerificationReport:
 def verify(
     repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
 ) -> VerificationReport:
-    """Download, load and compare a published model. Its code runs in a separate process.
+    """Download and load a published model, and compare its outputs. Its code runs in a separate process.
 
     Args:
         repo_id: `namespace/name`.
@@ -138,7 +138,7 @@ def verify(
 
     Raises:
         NotVerified: If files are damaged or differ from `folder`, or if the model does not load without this package
-            or has other outputs. The message is one line.
+            or its outputs differ. The message is one line.
         ValueError: If the repository or the revision does not exist.
         OSError: If the Hub does not respond.
     """
@@ -175,18 +175,18 @@ def verify(
     )
 
 
-def verify_push(pushed: PushResult, folder: Path) -> VerificationReport:
+def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     """Verify the push of `folder`. Raises PushedButNotVerified if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
     try:
-        return verify(pushed.repo_id, pushed.commit, folder, pushed.with_optimizer)
+        return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {pushed.repo_id} --revision {pushed.commit}"
+        command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
         raise PushedButNotVerified(
-            f"the model was pushed, but not verified: {error}. It is complete in {folder}, and published as "
-            f"{pushed.url}; verify it again with: {command}"
+            f"the model was pushed, but not verified: {error}. It is saved in {folder}, and published at "
+            f"{push_result.url}; verify it again with: {command}"
         ) from error
 
 
@@ -199,43 +199,44 @@ def download_files(model: HubCommit, target: Path) -> int:
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
         with set_hub_timeout(TIMEOUT):
-            check = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
+            checksum_report = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if check.mismatches:
-        names = ", ".join(mismatch["path"] for mismatch in check.mismatches)
+    if checksum_report.mismatches:
+        names = ", ".join(mismatch["path"] for mismatch in checksum_report.mismatches)
         raise NotVerified(
-            f"{repo_id} at {commit} is damaged on the Hub: {names} differs from the uploaded file. Delete it there "
-            "and push again"
+            f"{repo_id} at {commit} is damaged on the Hub: {names} differs from the uploaded file. Delete it on "
+            "the Hub and push again"
         )
     try:
         check_is_model(target)
     except ValueError:
         raise NotVerified(f"{repo_id} at {commit} does not contain a vitcls model") from None
-    return check.checked_count
+    return checksum_report.checked_count
 
 
-def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer: bool) -> None:
+def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
     """Raise NotVerified unless each published file equals the file in the folder."""
     expected = collect_model_files(folder, repo_id)
-    names = (file.relative_to(published).as_posix() for file in published.rglob("*"))
+    names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoints = {name for name in names if is_match(name, CHECKPOINT_PATTERNS)}
     if with_optimizer or checkpoints:
         expected |= collect_checkpoint_files(folder)
-    if unexpected := sorted(checkpoints - expected.keys()):
+    if unexpected_files := sorted(checkpoints - expected.keys()):
         raise NotVerified(
-            f"{repo_id} contains {unexpected[0]}, which is not the newest checkpoint in {folder}. Push it again"
+            f"{repo_id} contains {unexpected_files[0]}, which is not the newest checkpoint in {folder}. Push "
+            f"{folder} again"
         )
     for name, content in expected.items():
-        file = published / name
+        file = published_folder / name
         if not file.is_file():
-            raise NotVerified(f"{repo_id} lacks {name}, which is in {folder}. Push it again")
+            raise NotVerified(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
         is_same = (
             file.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(file, content, shallow=False)
         )
         if not is_same:
             raise NotVerified(
-                f"{name} of {repo_id} differs from the file in {folder}, which has changed. Push it again"
+                f"{name} of {repo_id} differs from the file in {folder}, which has changed. Push the model again"
             )
 
 
@@ -245,7 +246,7 @@ def check_same_files(repo_id: str, published: Path, folder: Path, with_optimizer
 def run_verification(
     model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool = True
 ) -> tuple[Outputs, dict[str, Any]]:
-    """Return the outputs and the report of the script, after one retry if the network may have failed."""
+    """Return the outputs and the report of the script. Retry once if the network may have failed."""
     try:
         return retry(
             lambda: run_script(model, code, scratch, trust_remote_code),
@@ -263,7 +264,7 @@ def run_script(
 
     Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if it fails for another reason.
     """
-    failed = f"a new process cannot load {model.repo_id} at {model.commit}"
+    failure = f"a new process cannot load {model.repo_id} at {model.commit}"
     with tempfile.TemporaryDirectory(dir=scratch) as home:
         target = Path(home, "outputs")
         target.mkdir()
@@ -289,20 +290,20 @@ def run_script(
         )
         if not (target / "report.json").is_file():
             lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise RuntimeError(f"{failed}: {lines[-1]}")
+            raise RuntimeError(f"{failure}: {lines[-1]}")
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
-            error_class = RuntimeError if report["may_pass"] else NotVerified
-            raise error_class(f"{failed}: {report['error']}")
+            error_class = RuntimeError if report["can_retry"] else NotVerified
+            raise error_class(f"{failure}: {report['error']}")
         return load_file(target / "outputs.safetensors"), report
 
 
 def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with an empty cache in `home`, and with the user's token if it is needed."""
+    """Return a minimal environment with an empty cache in `home`, and with the user's token if it is required."""
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name.upper() in KEPT_VARIABLES or name.upper().startswith(KEPT_PREFIXES)
+        if name.upper() in INHERITED_VARIABLES or name.upper().startswith(INHERITED_PREFIXES)
     }
     # PYTHONUSERBASE: packages installed with `pip install --user`.
     environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
@@ -313,8 +314,8 @@ def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
 # Outputs -------------------------------------------------------------------------------------------------------------
 
 
-def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], modules: str) -> None:
-    """Raise NotVerified unless the process loaded only classes of `modules` at these commits, and all weights."""
+def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], module_prefix: str) -> None:
+    """Raise NotVerified unless the process loaded all weights, and only these commits and modules with this prefix."""
     repo_id, commit = model.repo_id, model.commit
     if report["has_package"]:
         raise NotVerified("the new process imported modeling_vitcls, so it did not test the published code")
@@ -326,22 +327,22 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
             f"{code.commit}"
         )
     for auto_class, facts in report["models"].items():
-        if not facts["module"].startswith(modules):
+        if not facts["module"].startswith(module_prefix):
             raise NotVerified(f"{auto_class} loaded {facts['class']} from {facts['module']}, not from {repo_id}")
         if facts["missing"]:
             raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(facts['missing'])}")
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference for each way to load. Raises NotVerified if it exceeds the tolerance."""
+    """Return the maximum absolute difference for each loader. Raises NotVerified if it exceeds the tolerance."""
     if outputs.keys() != expected.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected.keys()))
-        raise NotVerified(f"the outputs of {repo_id} have other tensors than expected: {names}")
+        raise NotVerified(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
     differences: dict[str, float] = {}
     for name, value in expected.items():
         if outputs[name].shape != value.shape:
             raise NotVerified(
-                f"the outputs of {repo_id} have another shape than expected: {name} has {list(outputs[name].shape)}, "
+                f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "
                 f"not {list(value.shape)}"
             )
         difference = compute_max_abs(outputs[name].double() - value.double())
@@ -351,8 +352,8 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[s
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "
                 f"{limit:.2g}"
             )
-        way = name.partition("/")[0]
-        differences[way] = max(differences.get(way, 0.0), difference)
+        loader = name.partition("/")[0]
+        differences[loader] = max(differences.get(loader, 0.0), difference)
     return differences
 
 

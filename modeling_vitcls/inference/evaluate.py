@@ -46,17 +46,17 @@ SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is 
 
 
 class Evaluation(NamedTuple):
-    """A loaded model, and the evaluator of its labeled images."""
+    """A loaded model, and an evaluator of labeled images."""
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator
     split: str
-    rule: HeldOutRule | None  # see `EvaluationData`
-    problem: str | None  # why the model may have been trained on the images; None if it was not
+    rule: HeldOutRule | None  # rule that held out the images; None for a split of the dataset
+    problem: str | None  # reason why the model may have been trained on the images, or None
 
 
 def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
-    """Load the model and its labeled images. Raises as `evaluate_checkpoint`."""
+    """Load the model and its labeled images. Raises the same errors as `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # downloads once
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
@@ -85,15 +85,15 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
 
     Raises:
-        ValueError: if the model type is not supported, the split does not exist or is not the split of the model's
-            run, the model does not have all labels of the dataset, or too many images are unreadable.
+        ValueError: if the model type is not supported, the split does not exist, the options hold out other images
+            than the model's run, the model lacks a label of the dataset, or too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)
     model, evaluator, split, rule, problem = load_evaluation(options, accelerator, warn)
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, split, rule, metrics["num_images"], seconds, accelerator),
         "is_recorded_part": None if rule is None else problem is None,
@@ -129,7 +129,7 @@ def describe_evaluation(
     seconds: float,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Return the model, the images, the speed and the conditions of an evaluation."""
+    """Return the entries of the results that describe the model, the images, the speed and the environment."""
     return {
         "model": options.model,
         "dataset": options.data.dataset,
@@ -152,7 +152,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Describe why the model may have been trained on held-out images; None if its run held out the same images."""
+    """Return why the model may have been trained on held-out images; None if its run held out the same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
@@ -164,8 +164,8 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
         return None
     return (
         f"the {len(held_out):,} held-out images are not the {record.num_images:,} images that were held out when "
-        f"{model} was trained, so the dataset has changed or is another dataset. The model may have been trained on "
-        "images that were renamed or re-encoded since then"
+        f"{model} was trained, so the dataset has changed or is a different dataset. The model may have been trained "
+        "on images that were renamed or re-encoded since then"
     )
 
 
@@ -185,7 +185,7 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
     The model may have more labels than the dataset. Missing labels of a task (-100) are unchanged.
 
     Raises:
-        ValueError: if the kinds of labels or the tasks differ, or the model does not have a label that is used.
+        ValueError: if the kinds of labels or the tasks differ, or an image has a label that the model does not have.
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
@@ -200,15 +200,15 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
         return LabeledImages(images.images, [indices[label] for label in images.labels])
     labels = []
     for row in images.labels:
-        present = {indices[label] for label, value in enumerate(row) if value}
-        labels.append([float(label in present) for label in range(len(model_space.names))])
+        present_indices = {indices[label] for label, value in enumerate(row) if value}
+        labels.append([float(label in present_indices) for label in range(len(model_space.names))])
     return LabeledImages(images.images, labels)
 
 
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return class indices of the model by task."""
+    """Return the labels of each image, by task, as class indices of the model."""
     if data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
@@ -222,7 +222,7 @@ def match_task_labels(
 
 
 class LabelIndices(dict[int, int]):
-    """Indices of labels in the model by their indices in the dataset, matched by name."""
+    """Mapping from label indices in the dataset to label indices in the model, matched by name."""
 
     def __init__(self, data_names: list[str], model_names: list[str]) -> None:
         indices = {name: index for index, name in enumerate(model_names)}
@@ -231,10 +231,10 @@ class LabelIndices(dict[int, int]):
         self.model_names = model_names
 
     def __missing__(self, label: int) -> NoReturn:
-        more = ", ..." if len(self.model_names) > 20 else ""
+        ellipsis = ", ..." if len(self.model_names) > 20 else ""
         raise ValueError(
             f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
-            f"{', '.join(self.model_names[:20])}{more}"
+            f"{', '.join(self.model_names[:20])}{ellipsis}"
         )
 
 
@@ -252,10 +252,10 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
 
 def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOutBatch]:
     """Yield the batches, and print a progress line every few seconds."""
-    last = time.monotonic()
+    last_time = time.monotonic()
     for number, batch in enumerate(batches):
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
+        if time.monotonic() - last_time > SECONDS_BETWEEN_LINES:
+            last_time = time.monotonic()
             console.print(f"evaluating: batch {number}/{len(batches)}")
         yield batch
 
@@ -263,8 +263,8 @@ def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOut
 def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
     split = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
-    evaluated = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
-    console.print(f"{evaluated}; {results['images_per_second']:,} images/s", markup=False)
+    summary = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
+    console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     for title, rows in build_class_tables(results, config).items():
         console.print(build_table(title, list(rows[0]), [list(row.values()) for row in rows]))

@@ -32,7 +32,7 @@ from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
-NUM_DECIMALS = 6  # decimals of metrics
+NUM_DECIMALS = 6  # number of decimals of metrics
 
 
 @dataclass
@@ -40,13 +40,13 @@ class HeldOutBatch:
     """One batch of a process: the readable images, and the error messages of unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
-    labels: Any  # labels of the G images, by kind
+    labels: Any  # labels of the G readable images; the type depends on their kind
     unreadable: dict[int, str]  # error messages by index of the unreadable image
 
 
 @dataclass
 class HeldOutImages(Dataset):
-    """The images of one process, in batches."""
+    """A dataset that contains the batches of one process."""
 
     source: LabeledImages
     processor: ViTCLSImageProcessor
@@ -57,8 +57,8 @@ class HeldOutImages(Dataset):
     num_channels: int | None = None
 
     def __post_init__(self) -> None:
-        first = self.process * self.batch_size
-        starts = range(first, len(self.source) + first, self.batch_size * self.num_processes)
+        first_start = self.process * self.batch_size
+        starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
         self.batches = [range(start, start + self.batch_size) for start in starts]
 
     def __len__(self) -> int:
@@ -66,17 +66,17 @@ class HeldOutImages(Dataset):
 
     def __getitem__(self, index: int) -> HeldOutBatch:
         pixel_values, labels, unreadable = [], [], {}
-        for position in self.batches[index]:
-            if position >= len(self.source):
+        for image_index in self.batches[index]:
+            if image_index >= len(self.source):
                 break
             try:
-                image = self.source.images[position]
+                image = self.source.images[image_index]
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
                 pixel_values.append(pixels)
-                labels.append(self.source.labels[position])
+                labels.append(self.source.labels[image_index])
             except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
-                unreadable[position] = str(error)
+                unreadable[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
             COLLATE[self.label_space.kind](labels, self.label_space),
@@ -96,7 +96,7 @@ COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
 
 
 class Evaluator:
-    """Evaluate models repeatedly on the same images.
+    """Evaluates models on the same images.
 
     Args:
         images: all images and labels, on every process.
@@ -107,7 +107,7 @@ class Evaluator:
         accelerator: device, precision and processes.
         max_broken_images: maximum number of unreadable images, which are skipped; if there are more, the evaluation
             stops.
-        warn: function that prints a line about each unreadable image, once, on the main process.
+        warn: function that prints a warning, called once for each unreadable image, on the main process.
         num_channels: number of channels of the model; images with a different number count as unreadable.
     """
 
@@ -152,7 +152,7 @@ class Evaluator:
         is added, and unreadable images are not included in `num_images`. Floats are rounded to six decimals.
 
         Args:
-            model: the model as `Accelerator.prepare` returned it, or moved to the device.
+            model: the model, either prepared by `Accelerator.prepare` or on the device of the accelerator.
             show_progress: function that yields the batches of this process and shows progress.
 
         Raises:
@@ -184,7 +184,7 @@ class Evaluator:
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Return the model outputs for a padded batch."""
+        """Pad a batch with blank images and return the model outputs."""
         with self.accelerator.autocast():
             return model(self.pad_batch(model, batch.pixel_values))
 
@@ -200,7 +200,7 @@ class Evaluator:
 
 
 class ReconstructionEvaluator(Evaluator):
-    """Evaluate a masked autoencoder.
+    """Evaluates a masked autoencoder.
 
     The label of an image is its index, which determines its mask independently of the number of processes and the
     batch size.
@@ -214,7 +214,7 @@ class ReconstructionEvaluator(Evaluator):
         mask_seed: int,
         **options: Any,
     ) -> None:
-        """`mask_seed`: seed of the masks; `options`: the other arguments of `Evaluator`."""
+        """See `Evaluator` for `options`. `mask_generator` and `mask_seed` determine the masks."""
         super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **options)
         self.mask_generator = mask_generator
         self.mask_seed = mask_seed
@@ -224,7 +224,7 @@ class ReconstructionEvaluator(Evaluator):
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Return the model outputs for a padded batch. Blank images have no masked patches and no loss."""
+        """Pad a batch with blank images, which have no masked patches and no loss, and return the model outputs."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.mask_generator.grid
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
@@ -240,7 +240,7 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """The batches of a process, in order. After the first pass, they are read from memory if all batches fit."""
+    """The batches of a process, in order. They are kept in memory after the first pass if they fit in the cache."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(

@@ -6,7 +6,7 @@
 --frozen      classifier
 knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted by distance
 logreg        LogisticRegression on standardized features
-few-shot:N    logreg on N images per class, repeated with other images
+few-shot:N    logreg on N images per class, repeated with different images
 
 The features of a layer are its output after the final norm of the encoder, as in DINOv2's `get_intermediate_layers`:
 every special token, and the mean of the patch tokens.
@@ -27,7 +27,7 @@ from ..data.held_out import RESULTS_FILE, read_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
-from ..hub.card_results import CONFIDENCE, format_percent
+from ..hub.card_results import CONFIDENCE_LEVEL, format_percent
 from ..hub.loading import MODEL_FILES
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
@@ -56,16 +56,16 @@ MEAN_OF_PATCHES = "mean of patches"
 class Features:
     """Features and labels of images."""
 
-    vectors: dict[tuple[int, str], np.ndarray]  # [images, D] float32 by (layer from 1, name of the token)
-    labels: np.ndarray  # class names [images]
-    num_unreadable: int  # number of images that could not be read and have no features
+    vectors: dict[tuple[int, str], np.ndarray]  # (layer from 1, token name) -> [images, D] float32
+    labels: np.ndarray  # class name of each image, [images]
+    num_unreadable: int  # number of unreadable images, which have no features
 
 
 class FeatureEvaluator(Evaluator):
-    """Compute the features of images on any number of processes."""
+    """Computes the features of images on any number of processes."""
 
     def __init__(self, layers: list[int], *arguments: Any, **settings: Any) -> None:
-        """See `Evaluator` for the other arguments. `layers` are numbers of layers from 1."""
+        """See `Evaluator` for the other arguments. `layers` are layer numbers, starting from 1."""
         super().__init__(*arguments, **settings)
         self.layers = layers
 
@@ -74,7 +74,7 @@ class FeatureEvaluator(Evaluator):
         return FeatureStore()
 
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the features [G, layers * vectors, D] of the G readable images of a batch."""
+        """Return the features [G, vectors, D] of the G readable images of a batch."""
         with self.accelerator.autocast():
             features = compute_features(model, self.pad_batch(model, batch.pixel_values), self.layers)
         return features[: len(batch.labels)]
@@ -92,9 +92,9 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered = gather_object([self.batches])  # one list per process; batches were distributed in rounds
-        ordered = [batch for batches in zip(*gathered, strict=True) for batch in batches]
-        features, labels = (np.concatenate(parts) for parts in zip(*ordered, strict=True))
+        gathered_batches = gather_object([self.batches])  # one list per process; batches were distributed in rounds
+        ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
+        features, labels = (np.concatenate(parts) for parts in zip(*ordered_batches, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
 
 
@@ -110,7 +110,7 @@ def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]
 
 
 def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
-    """Return the layer and the name of the token of each vector that `compute_features` returns."""
+    """Return the layer and the token name of each vector that `compute_features` returns."""
     return [(layer, token) for layer in layers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
 
 
@@ -134,31 +134,31 @@ def measure_accuracies(
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
 
-    The interval is Wilson's for the number of held-out images. For few-shot classifiers, which are fitted to
-    `num_repeats` random selections of images, it is the interval of the mean over the repeats.
+    The interval is the Wilson interval for the number of held-out images. Few-shot classifiers are fitted to
+    `num_repeats` random selections of images, and their interval is the interval of the mean over the repeats.
     """
     _, _, num_per_class = kind.partition(":")
     selections = [np.arange(len(train.labels))]
     if num_per_class:
-        selections = select_few(train.labels, int(num_per_class), num_repeats, seed)
+        selections = select_few_shot_images(train.labels, int(num_per_class), num_repeats, seed)
     num_images = len(held_out.labels)
     rows = []
     for (layer, token), vectors in train.vectors.items():
-        counts = []
-        for selected in selections:
-            classifier = build_classifier(kind, len(selected)).fit(vectors[selected], train.labels[selected])
-            counts.append(int((classifier.predict(held_out.vectors[layer, token]) == held_out.labels).sum()))
+        correct_counts = []
+        for indices in selections:
+            classifier = build_classifier(kind, len(indices)).fit(vectors[indices], train.labels[indices])
+            correct_counts.append(int((classifier.predict(held_out.vectors[layer, token]) == held_out.labels).sum()))
         if num_per_class:
-            accuracy = summarize_repeats([count / num_images for count in counts])
+            accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
-            interval = compute_wilson_interval(counts[0], num_images, CONFIDENCE)
-            accuracy = {"accuracy": counts[0] / num_images, "accuracy_interval": interval}
+            interval = compute_wilson_interval(correct_counts[0], num_images, CONFIDENCE_LEVEL)
+            accuracy = {"accuracy": correct_counts[0] / num_images, "accuracy_interval": interval}
         rows.append({"layer": layer, "token": token, **accuracy})
     return rows
 
 
-def select_few(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
-    """Return the indices of `num_per_class` random images of each class, sorted, for each repeat.
+def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
+    """Return, for each repeat, the sorted indices of `num_per_class` random images of each class.
     Raise ValueError if a class has fewer images."""
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_per_class:
@@ -169,17 +169,19 @@ def select_few(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: i
     selections = []
     for repeat in range(num_repeats):
         generator = np.random.default_rng([seed, repeat])
-        chosen = [generator.choice(np.flatnonzero(labels == name), num_per_class, replace=False) for name in names]
-        selections.append(np.sort(np.concatenate(chosen)))
+        class_indices = [
+            generator.choice(np.flatnonzero(labels == name), num_per_class, replace=False) for name in names
+        ]
+        selections.append(np.sort(np.concatenate(class_indices)))
     return selections
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean accuracy over repeats, and its normal 95 % interval (None for a single repeat)."""
+    """Return the mean accuracy over repeats, and its normal 95 % interval, which is None for a single repeat."""
     mean, interval = fmean(accuracies), None
     if len(accuracies) > 1:
-        distance = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
-        interval = [max(mean - distance, 0.0), min(mean + distance, 1.0)]
+        half_width = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
+        interval = [max(mean - half_width, 0.0), min(mean + half_width, 1.0)]
     return {"accuracy": mean, "accuracy_interval": interval, "accuracies": accuracies}
 
 
@@ -227,15 +229,15 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             warn=warn,
             num_channels=model.config.num_channels,
         )
-        found = evaluator(model, build_progress(console, accelerator))
+        output = evaluator(model, build_progress(console, accelerator))
         names = get_vector_names(model.config, layers)
-        vectors = {name: found["features"][:, index] for index, name in enumerate(names)}
-        labels = np.array(label_space.names)[found["labels"]]
-        return Features(vectors, labels, found["num_broken_images"])
+        vectors = {name: output["features"][:, index] for index, name in enumerate(names)}
+        labels = np.array(label_space.names)[output["labels"]]
+        return Features(vectors, labels, output["num_broken_images"])
 
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     train, held_out = encode(train_images, train_space), encode(held_out_images, space)
-    seconds, num_images = time.perf_counter() - started, len(train.labels) + len(held_out.labels)
+    seconds, num_images = time.perf_counter() - start_time, len(train.labels) + len(held_out.labels)
     results: dict[str, Any] = {
         **describe_evaluation(options, split, rule, num_images, seconds, accelerator),
         "frozen": options.frozen,
@@ -245,8 +247,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
-        best = max(rows, key=lambda row: row["accuracy"])
-        results |= {"best": round_floats(best), "rows": round_floats(rows)}
+        best_row = max(rows, key=lambda row: row["accuracy"])
+        results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
         print_rows(results, console)
         write_results(options, results, console)
     accelerator.end_training()
@@ -254,7 +256,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
-    """Raise ValueError if images do not have one label each."""
+    """Raise ValueError unless each image has one label."""
     if space.kind != "single_label_classification":
         raise ValueError(
             f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} is "
@@ -275,9 +277,9 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
         cells.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
     console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
-    best = results["best"]
+    best_row = results["best"]
     console.print(
-        f"best      layer {best['layer']}, {best['token']}: {format_percent(best['accuracy'])} (selected from "
-        f"{len(results['rows'])} on these images)",
+        f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "
+        f"from {len(results['rows'])} rows on the same images)",
         markup=False,
     )

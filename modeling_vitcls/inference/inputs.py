@@ -2,10 +2,10 @@
 
     PATHS, --list, digits, MNIST files    ListInput      known at the start
     other datasets                        DatasetInput   read by the `datasets` library, in any order
-    --streaming                           StreamInput    read once from the beginning; other images are skipped
+    --streaming                           StreamInput    read once from the beginning; other ranges are skipped
 
-All inputs are read in ranges of increasing indices, so that several processes, or a restarted prediction, can read
-parts of them. Several threads decode and preprocess the images ahead of the model.
+All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
+of the input. Several threads decode and preprocess the images ahead of the model.
 
 Threads are faster than processes here, because decoding and resizing release the GIL and no data is copied between
 processes. On two cores, two threads prepared JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
@@ -62,7 +62,7 @@ class ListInput:
         return len(self.names)
 
     def compute_identity(self) -> dict[str, Any]:
-        """Return the number of images and a digest of names, file sizes and times, and array values."""
+        """Return the number of images and a digest of their names and of file sizes and times, or of array values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.values.tobytes())
@@ -78,7 +78,7 @@ class ListInput:
 
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
-    """Return files and URLs unchanged, and folders replaced by the images in them, sorted by name.
+    """Return an input with the files, the URLs, and the images in the folders, which are sorted by name.
     Raise ValueError if there are no images."""
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
@@ -88,7 +88,7 @@ def open_image_files(paths: Iterable[str]) -> ListInput:
 
 
 def list_image_files(folder: str) -> Iterator[str]:
-    """Yield the images in a folder and its sub-folders, without hidden files and folders."""
+    """Yield the paths of the images in a folder and its subfolders, except hidden files and folders."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -101,7 +101,7 @@ def read_list(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
-        raise ValueError(f"the list {file} is empty. Write one path in each line")
+        raise ValueError(f"the list {file} is empty. Write one path on each line")
     return paths
 
 
@@ -119,13 +119,13 @@ def get_file_state(path: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class ImageColumn:
-    """The column of a dataset with images or their paths, and the folder that relative paths start at."""
+    """A dataset column with images or paths, and the base folder of relative paths."""
 
     name: str
     folder: Path
 
     def build_record(self, index: int, value: Any) -> ImageRecord:
-        """Return the record of one value, named by its path or its index."""
+        """Return the record of one value. Its name is its path, or its index if there is no path."""
         if isinstance(value, str):
             return ImageRecord(index, make_printable(value), resolve_path(self.folder, value))
         if isinstance(value, dict):
@@ -162,7 +162,7 @@ class DatasetInput:
 
 @dataclass
 class StreamInput:
-    """A dataset that is read during prediction, from its beginning to the last range or to its end."""
+    """A dataset that is read during prediction, from its beginning to the end of the last range or of the stream."""
 
     dataset: Any  # datasets.IterableDataset
     column: ImageColumn
@@ -174,16 +174,16 @@ class StreamInput:
         return self.settings
 
     def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these ranges up to the end of the stream, and set `num_images` there."""
+        """Yield the images of these ranges. Set `num_images` if the stream ends before the last range."""
         examples = iter(self.dataset)
-        position = 0
+        index = 0
         for indices in ranges:
-            position += sum(1 for _ in islice(examples, indices.start - position))  # skipped, not decoded
-            for example in islice(examples, indices.stop - position):
-                yield self.column.build_record(position, example[self.column.name])
-                position += 1
-            if position < indices.stop:
-                self.num_images = position
+            index += sum(1 for _ in islice(examples, indices.start - index))  # skipped, not decoded
+            for example in islice(examples, indices.stop - index):
+                yield self.column.build_record(index, example[self.column.name])
+                index += 1
+            if index < indices.stop:
+                self.num_images = index
                 return
 
 
@@ -203,7 +203,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
-    """Open a dataset in any format that `vitcls finetune` reads. Labels are not needed."""
+    """Open a dataset in any format that `vitcls finetune` reads. Labels are not required."""
     import datasets
 
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
@@ -219,7 +219,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
     if path.is_file():
         settings["bytes and time"] = get_file_state(dataset)
     split = split.select_columns([column.name])
-    if isinstance(features[column.name], datasets.Image):  # so that several threads only decode the requested images
+    if isinstance(features[column.name], datasets.Image):  # the threads decode the images
         split = split.cast_column(column.name, datasets.Image(decode=False))
     if options.streaming:
         return StreamInput(split, column, settings)
@@ -257,7 +257,7 @@ class FetchError(OSError):
 def prepare_ahead(
     records: Iterator[ImageRecord], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
 ) -> Iterator[PreparedImage]:
-    """Yield the records in order, prepared by `num_workers` threads, up to `num_ahead` records ahead."""
+    """Yield the prepared images in order. `num_workers` threads prepare up to `num_ahead` images in advance."""
     pool = ThreadPoolExecutor(num_workers)
     futures: deque[Future[PreparedImage]] = deque()
     try:
@@ -294,4 +294,4 @@ def fetch_file(address: str) -> bytes:
             return file.read()
     except Exception as error:  # each file system raises its own types of errors
         reason = f"{type(error).__name__}: {format_error(error)}"
-        raise FetchError(f"cannot fetch {address} ({reason}). Restart to continue") from error
+        raise FetchError(f"cannot fetch {address} ({reason}). Repeat the command to continue") from error

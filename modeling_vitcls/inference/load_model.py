@@ -27,7 +27,7 @@ def is_preset(name: str) -> bool:
 
 
 def list_presets() -> str:
-    """Return the names of all presets as `--model` accepts them."""
+    """Return the values of `--model` for all presets, separated by commas."""
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 
@@ -52,29 +52,30 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         arguments = {}
     # Missing weights raise an error below; an unused classifier is not an error.
     with silence_transformers(progress_bars=False):
-        model, loading = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
-    if loading["missing_keys"]:
-        raise ValueError(f"the checkpoint {source} does not contain {min(loading['missing_keys'])}. Train it first")
+        model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
+    if missing := loading_info["missing_keys"]:
+        raise ValueError(f"the checkpoint {source} does not contain {min(missing)}. Train the model first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
 def load_classifier(source: str, folder: str) -> Classifier:
-    """Load a saved classifier of any kind from its folder. `source` is the model as the user wrote it.
+    """Load a saved classifier of any kind from its folder. `source` is the name of the model in error messages.
 
     Raises:
-        ValueError: if the model has no classifier or is not a vitcls model.
+        ValueError: if the model is not a vitcls model, has no classifier, or was trained for regression.
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
     classes = {model_class.__name__: model_class for model_class in CLASSES.values()}
-    saved = (config.architectures or ["a model of unknown class"])[0]
-    if saved not in classes or not (config.tasks or config.num_labels):
+    class_name = (config.architectures or ["a model of unknown class"])[0]
+    if class_name not in classes or not (config.tasks or config.num_labels):
         raise ValueError(
-            f"evaluation requires a classifier, but {source} contains {saved}. Fine-tune it with `vitcls finetune`"
+            f"evaluation requires a classifier, but {source} contains {class_name}. Fine-tune it with "
+            "`vitcls finetune`"
         )
     if config.problem_type == "regression":
         raise ValueError(f"evaluation requires a classifier, but {source} was trained for regression")
-    return classes[saved].from_pretrained(folder)
+    return classes[class_name].from_pretrained(folder)
 
 
 def check_is_classifier(source: str, settings: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-`update` expects the outputs of at least G images, of which the rows after the first G are ignored, and the labels of G
-images in the format of data/labels.py. `compute` returns numbers first, then lists. Undefined values (0 / 0) are None.
+`update` expects the labels of G images in the format of data/labels.py, and the outputs of these
+images; outputs of further images are ignored. `compute` returns numbers first, then lists. Undefined values (0 / 0)
+are None.
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
 must call `update` with 0 labels. evaluator.py selects the images.
@@ -31,7 +32,8 @@ from ..heads_vitcls import IGNORED_LABEL
 MAX_MATRIX_CLASSES = 1000  # maximum number of classes of a confusion matrix, whose size is quadratic
 MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes of a confusion matrix in the results of a run
 NUM_CALIBRATION_BINS = 15
-HEADS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
+# Metric -> model output with the logits of the head.
+HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
 MetricValues = dict[str, Any]
 
@@ -74,16 +76,16 @@ class SingleLabelMetrics:
             device
         )
         self.top_5 = build_aggregator(MeanMetric, device) if num_classes > 5 else None
-        self.heads = {name: build_aggregator(MeanMetric, device) for name in HEADS}
+        self.heads = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L], also of each head if there are two, and labels [G]."""
+        """Add logits [B, L], the logits of each head if there are two heads, and labels [G]."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
-            for name, attribute in HEADS.items():
+            for name, attribute in HEAD_OUTPUTS.items():
                 predictions = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
                 self.heads[name].update((predictions == labels).float())
 
@@ -99,14 +101,14 @@ class SingleLabelMetrics:
             num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by range
+        self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by their range
         if self.top_5 is not None:
             self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
         if self.matrix is not None:
             self.matrix.update(predictions, labels)
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
@@ -159,12 +161,12 @@ class MultiLabelMetrics:
         self.num_images.update(len(labels))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning about classes without images, whose value is None here
+            warnings.simplefilter("ignore")  # torchmetrics warns about classes without images, which become None
             precisions = self.precision.compute().tolist()
         for row, precision in zip(classes, precisions, strict=True):
             row["average_precision"] = precision if row["images"] else None
@@ -201,7 +203,7 @@ class MultiTaskMetrics:
         self.num_images.update(len(next(iter(labels.values()))))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
             "accuracy": compute_mean([metrics["accuracy"] for metrics in by_task.values()]),
@@ -224,12 +226,12 @@ class ReconstructionMetrics:
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
-        """Add the mean loss of a batch of G images with these indices [G]."""
+        """Add the mean loss of a batch of G images, whose indices are `indices` [G]."""
         self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
-        """Return the metrics that the class lists."""
+        """Return the metrics in the class docstring."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
 
@@ -253,7 +255,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 class ClassCounts(Metric):
     """Number of correct predictions, predictions and images of each class, [L] int64 each.
 
-    The counts of torchmetrics do not support empty batches, and build a matrix of classes x classes at each update.
+    The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
     """
 
     full_state_update = False
@@ -273,9 +275,9 @@ class ClassCounts(Metric):
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum, which is NaN if any value is NaN.
+    """Build a mean or sum metric, which is NaN if any value is NaN.
 
-    It is computed in float64 if the device supports it, to reduce the effect of the order of batches.
+    It uses float64 if the device supports it, so that the order of batches hardly affects the result.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
@@ -306,8 +308,8 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     accuracy, weight = num_correct / num_images, z**2 / num_images
     center = (accuracy + weight / 2) / (1 + weight)
-    distance = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
-    return [max(center - distance, 0.0), min(center + distance, 1.0)]
+    half_width = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
+    return [max(center - half_width, 0.0), min(center + half_width, 1.0)]
 
 
 def divide(numerator: int, denominator: int) -> float | None:
@@ -316,9 +318,9 @@ def divide(numerator: int, denominator: int) -> float | None:
 
 
 def compute_mean(values: list[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None if there are none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """Return the mean of the values that are not None; None if all values are None."""
+    defined_values = [value for value in values if value is not None]
+    return sum(defined_values) / len(defined_values) if defined_values else None
 
 
 def to_number(value: torch.Tensor) -> float | None:

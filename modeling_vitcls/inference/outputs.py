@@ -1,16 +1,16 @@
 """Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
 
-A writer writes the rows of an iterator as they are computed. An output file is renamed to its final name when it is
+Writers write each row as soon as it is computed. An output file is renamed to its final name when it is
 complete.
 
-A folder of Parquet shards can be completed in several starts of the program:
+A folder of Parquet shards can be completed in several runs of the program:
 
     folder/.manifest.json          the input, the model, and the flags that change a prediction
     folder/shard-000000.parquet    images 0 .. size - 1
     folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
     folder/.process-1.unfinished   heartbeat of a process that is still writing shards
 
-The images of a shard depend only on the input, so the number of processes may change between starts. A shard is either
+The images of a shard depend only on the input, so the number of processes may change between runs. A shard is either
 complete or missing. Programs that read the folder as one dataset ignore names with a leading dot.
 
 Progress is written to stderr: a bar on a terminal, otherwise lines.
@@ -44,13 +44,13 @@ from .prediction_rows import Row
 LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
-ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file, which are in memory while writing
+ROWS_PER_GROUP = 1024  # rows per row group of a Parquet file; one group is kept in memory while writing
 SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other processes
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 MAX_SILENT_SECONDS = 120.0  # maximum time without a heartbeat; network file systems may delay it by a minute
 SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
 MANIFEST_FILE = ".manifest.json"
-MANIFEST_VERSION = 1  # version of the manifest
+MANIFEST_VERSION = 1  # version of the manifest format
 
 Columns = dict[str, pa.DataType]
 
@@ -75,7 +75,7 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write comma-separated values with a header. Several labels of one image share a cell."""
+    """Write comma-separated values with a header. All labels of a multi-label image are in one cell."""
     with file.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(map(format_cell, columns))
@@ -83,7 +83,7 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def format_cell(value: Any) -> Any:
-    """Return a list as text, and text that a spreadsheet would run as a formula with an apostrophe in front."""
+    """Join a list to text, and put an apostrophe before text that a spreadsheet would run as a formula."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
@@ -134,7 +134,7 @@ WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
 
 
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print a table of all columns except `index`; without `error` if there are no errors."""
+    """Print a table of all columns except `index`, and except `error` if there are no errors."""
     rows = list(rows)
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
@@ -163,7 +163,7 @@ def format_value(value: Any) -> str:
 
 
 class Progress:
-    """Count rows and show progress. Use it as a context manager around the code that consumes the rows."""
+    """Counts rows and shows progress; a context manager for the code that consumes the rows."""
 
     def __init__(self, total: int | None, is_shown: bool) -> None:
         self.num_images = 0
@@ -179,7 +179,7 @@ class Progress:
             disable=not self.console.is_terminal or not is_shown,
         )
         self.task = self.bar.add_task("predicting", total=total)
-        self.started = self.last_line = time.perf_counter()
+        self.start_time = self.last_line_time = time.perf_counter()
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -196,17 +196,17 @@ class Progress:
             self.num_images += 1
             self.num_failed += row["error"] is not None
             self.bar.update(self.task, completed=self.num_images)
-            if self.bar.disable and time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            if self.bar.disable and time.perf_counter() - self.last_line_time > SECONDS_BETWEEN_LINES:
                 self.print_line()
             yield row
 
     def print_line(self) -> None:
         """Print a progress line."""
-        self.last_line = time.perf_counter()
-        speed = self.num_images / (self.last_line - self.started)
+        self.last_line_time = time.perf_counter()
+        speed = self.num_images / (self.last_line_time - self.start_time)
         total = "" if self.total is None else f" of {self.total:,}"
-        failed = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
-        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failed}", markup=False)
+        failures = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
+        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failures}", markup=False)
 
 
 # Shards --------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Progress:
 
 @dataclass
 class ShardFolder:
-    """An output folder, and the number of images in each of its shards."""
+    """An output folder with shards of `size` images each."""
 
     path: Path
     size: int
@@ -228,10 +228,10 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, contents: dict[str, Any]) -> int | None:
-        """Create the folder, or raise ValueError if its manifest has other contents. Call it only on the main process.
+        """Create the folder, or raise ValueError if its manifest differs. Call this only on the main process.
 
         Returns:
-            Number of images of the input, if an earlier start recorded it.
+            Number of images of the input; None if no earlier run recorded it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished in self.path.glob(".*.unfinished"):
@@ -252,7 +252,7 @@ class ShardFolder:
         return num_images
 
     def record_num_images(self, num_images: int) -> None:
-        """Write the number of images to the manifest, so that the next start does not have to count them."""
+        """Write the number of images to the manifest, so that the next run does not have to count the images."""
         file = self.path / MANIFEST_FILE
         write_json(file, {**read_json(file), "num_images": num_images})
 
@@ -265,22 +265,22 @@ class ShardFolder:
         return self.path / f".process-{process}.unfinished"
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
-        """Wait on process 0 until all shards exist. All processes have started their heartbeats.
+        """On process 0, wait until all shards exist. All processes must have started their heartbeats.
 
-        Raise OSError if shards are missing, but no other process has a heartbeat file, or a heartbeat is too old.
+        Raise OSError if shards are missing, and there is no other heartbeat file or the oldest heartbeat is too old.
         """
-        own, *others = map(self.get_heartbeat_file, range(num_processes))
+        own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
-            own.touch()
-            now = own.stat().st_mtime  # the file system's clock
+            own_file.touch()
+            now = own_file.stat().st_mtime  # the file system's clock
             times = []
-            for file in others:
+            for file in other_files:
                 with suppress(FileNotFoundError):  # the process has written its shards
                     times.append(file.stat().st_mtime)
-            is_gone = not times or now - min(times) > MAX_SILENT_SECONDS
+            has_lost_process = not times or now - min(times) > MAX_SILENT_SECONDS
             if self.is_complete(num_images):
                 return
-            if is_gone:
+            if has_lost_process:
                 raise OSError(
                     f"{self.path} lacks shards of a process that has ended. Repeat the command to write the missing "
                     "shards"
@@ -288,7 +288,7 @@ class ShardFolder:
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
-        """Return the number of rows, and of rows with an error, in all shards.
+        """Return the number of rows and the number of rows with an error in all shards.
         Raise ValueError if a file is damaged or has a different number of rows."""
         num_rows = num_failed = 0
         for number, indices in enumerate(iterate_shards(num_images, self.size)):
@@ -316,7 +316,7 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
     def update() -> None:
         while not has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
-            with suppress(OSError):  # a full disk
+            with suppress(OSError):  # for example, the disk is full
                 file.touch()
 
     file.touch()
@@ -343,11 +343,11 @@ def assign_ranges(ranges: Iterator[range], process: int, num_processes: int) -> 
     return islice(ranges, process, None, num_processes)
 
 
-def describe_difference(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+def describe_difference(stored_manifest: dict[str, Any], current_manifest: dict[str, Any]) -> str | None:
     """Return the first difference between two manifests, whose keys are mostly flags; None if they are equal."""
-    for name in {**stored, **current}:
-        if stored.get(name) != current.get(name):
+    for name in {**stored_manifest, **current_manifest}:
+        if stored_manifest.get(name) != current_manifest.get(name):
             if name in ("format", "input", "model"):
                 return f"another {name}"
-            return f"--{name.replace('_', '-')} {stored.get(name)}, not {current.get(name)}"
+            return f"--{name.replace('_', '-')} {stored_manifest.get(name)}, not {current_manifest.get(name)}"
     return None

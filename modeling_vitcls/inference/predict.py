@@ -4,8 +4,8 @@
     inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
 The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
-assigned to the processes in turn, and a batch never spans two pieces. So the output is bit-identical for any number of
-processes, and after restarts.
+assigned to the processes in turn, and a batch never spans two pieces. The output is therefore bit-identical for any
+number of processes, and after restarts.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class PredictionCounts:
-    """Number of images, and of images without a prediction; both are 0 except on the main process."""
+    """Number of images, and number of images without a prediction; both are 0 except on the main process."""
 
     num_images: int
     num_failed: int
@@ -83,7 +83,7 @@ def predict(
 
     Args:
         model: the model.
-        processor: its image processor.
+        processor: the image processor of the model.
         images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
             by all images in it.
         top_k, threshold, features: see the flags of `vitcls predict`.
@@ -111,7 +111,7 @@ def predict(
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows of `vitcls predict` in this process, instead of writing them.
 
-    `images` are images as in `predict`, which replace PATHS, or empty for `--list` and `--dataset`.
+    `images` replaces PATHS, and contains images as in `predict`. It is empty for `--list` and `--dataset`.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
@@ -140,16 +140,16 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
-    """Return paths, the images in folders, and images in memory, which are named by their index."""
+    """Return an input with the paths, the images in folders, and the images in memory, which are named by index."""
     if not images:
         raise ValueError("prediction requires images, but the list is empty")
     names: list[str] = []
     contents: list[Any] = []
     for index, image in enumerate(images):
         is_path = isinstance(image, str | Path)
-        part = open_image_files([str(image)]) if is_path else ListInput([str(index)], [image])
-        names += part.names
-        contents += part.contents
+        image_input = open_image_files([str(image)]) if is_path else ListInput([str(index)], [image])
+        names += image_input.names
+        contents += image_input.contents
     return ListInput(names, contents)
 
 
@@ -157,7 +157,8 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     """Predict the images of the options, and print or write the rows.
 
     Raises:
-        ValueError, OSError: in one line, if images or models cannot be read or outputs cannot be written.
+        ValueError, OSError: if images or models cannot be read, or outputs cannot be written. The message is one
+            line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
@@ -219,9 +220,9 @@ def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) 
         yield from rows
         return
     pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece_size))
-    while any(parts := gather_object([next(pieces, [])])):
-        for part in parts:
-            yield from part
+    while any(gathered_pieces := gather_object([next(pieces, [])])):
+        for piece in gathered_pieces:
+            yield from piece
 
 
 # A folder of Parquet files -------------------------------------------------------------------------------------------
@@ -232,26 +233,26 @@ def predict_to_folder(
 ) -> PredictionCounts:
     """Write the missing shards, divided among the processes. The main process waits for all shards.
 
-    It polls for the files, because a collective operation would time out if a process is slow. Raise OSError if a
-    process has ended without writing its shards.
+    The main process polls for the files, because a collective operation would time out if a process is slow. Raise
+    OSError if a process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
-    num_images, finished = open_shard_folder(folder, options, accelerator, source, predictor)
+    num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)
     shards = iterate_shards(num_images, folder.size)
-    missing = (indices for indices in shards if indices.start // folder.size not in finished)
-    own: Iterable[range] = assign_ranges(missing, accelerator.process_index, accelerator.num_processes)
+    missing_shards = (indices for indices in shards if indices.start // folder.size not in finished_shards)
+    own_shards: Iterable[range] = assign_ranges(missing_shards, accelerator.process_index, accelerator.num_processes)
     total = None
     if num_images is not None:
-        own = list(own)
-        total = sum(map(len, own))
+        own_shards = list(own_shards)
+        total = sum(map(len, own_shards))
     columns = get_output_columns(predictor.columns.columns)
     with (
         send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
         Progress(total, is_shown=accelerator.is_main_process) as progress,
     ):
         accelerator.wait_for_everyone()  # all processes have a heartbeat
-        rows = progress.count(predictor.iterate_rows(source, own, folder.size))
+        rows = progress.count(predictor.iterate_rows(source, own_shards, folder.size))
         for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
             write_rows(shard, columns, folder.get_file(number))
         if not accelerator.is_main_process:
@@ -286,11 +287,10 @@ def open_shard_folder(
         )
         return source.num_images if num_images is None else num_images, folder.list_shards()
 
-    num_images, finished = run_on_main(accelerator, open_folder)
-    first, *others = gather_object([identity])
-    if any(other != first for other in others):
-        raise ValueError("prediction requires the same images on all processes, but the files of the machines differ")
-    return num_images, finished
+    num_images, finished_shards = run_on_main(accelerator, open_folder)
+    if any(other != identity for other in gather_object([identity])):
+        raise ValueError("prediction requires the same images on all processes, but the files differ between machines")
+    return num_images, finished_shards
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:

@@ -4,7 +4,7 @@ model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k
 several labels per image    labels, probabilities: lists
 several tasks               <task>_label, <task>_probability, <task>_label_2, ...
-any, with --features        features: a list of D numbers, or one such list for each of several tokens
+any, with --features        features: a list of D numbers, or one list per token if there are several tokens
 
 The columns `index` (index in the input) and `image` precede these columns, and `error` follows them. outputs.py writes
 the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> outputs by
@@ -32,22 +32,25 @@ Row = dict[str, Any]
 
 
 Label = tuple[str, float]  # name and probability
-THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
+DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], count: int) -> list[list[Label]]:
     """Return the `count` most probable labels of each image from single-label logits [B, labels]."""
-    top = logits.float().softmax(dim=1).topk(min(count, len(names)), dim=1)  # [B, count] twice
+    top = logits.float().softmax(dim=1).topk(min(count, len(names)), dim=1)  # values and indices, [B, count]
     return add_names(top.indices, top.values, names)
 
 
-def select_probable_labels(logits: torch.Tensor, names: list[str], threshold: float = THRESHOLD) -> list[list[Label]]:
+def select_probable_labels(
+    logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
+) -> list[list[Label]]:
     """Return the labels of each image with a probability of at least `threshold`, the most probable first, from
     multi-label logits [B, labels]."""
-    ordered = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)  # [B, labels] twice
+    # Values and indices, [B, labels].
+    sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
-        for image in add_names(ordered.indices, ordered.values, names)
+        for image in add_names(sorted_labels.indices, sorted_labels.values, names)
     ]
 
 
@@ -148,8 +151,8 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
-        present = ", ".join([*(name for name, count in counts.items() if count), "mean"])
-        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {present}")
+        available = ", ".join([*(name for name, count in counts.items() if count), "mean"])
+        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {available}")
     return counts[group]
 
 
@@ -157,7 +160,7 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
 
 
 PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
-AutocastFactory = Callable[[], AbstractContextManager]  # returns the context manager of each forward pass
+AutocastFactory = Callable[[], AbstractContextManager]  # builds the context manager of each forward pass
 
 
 def build_prediction_columns(
@@ -183,7 +186,7 @@ def predict_rows(
     batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
 ) -> Iterator[Row]:
     """Yield a row for each image, in order."""
-    missing = dict.fromkeys(columns.columns)
+    empty_columns = dict.fromkeys(columns.columns)
     for batch in batches:
         predictions: dict[int, Row] = {}
         pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
@@ -192,7 +195,7 @@ def predict_rows(
             predictions |= dict(zip(group, rows, strict=True))
         for image in batch:
             index, name = image.record.index, image.record.name
-            yield {"index": index, "image": name, **missing, "error": image.error, **predictions.get(index, {})}
+            yield {"index": index, "image": name, **empty_columns, "error": image.error, **predictions.get(index, {})}
 
 
 def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
@@ -204,13 +207,15 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W], with an error if the model raises one or its output overflows."""
+    """Return a row for each image [B, C, H, W], with an error if the model rejects the images or overflows."""
     try:
         with torch.inference_mode(), autocast():
             values = columns.predict(pixel_values)
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
     is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
-    overflow = {"error": "the model output is not finite. Set another --mixed-precision"}
+    overflow_row = {"error": "the model output is not finite. Set another --mixed-precision"}
     rows = columns.build_rows(values)
-    return [row if finite else overflow for row, finite in zip(rows, is_finite.tolist(), strict=True)]
+    return [
+        row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
+    ]

@@ -19,7 +19,7 @@ from modeling_vitcls.benchmarking.comparison import (
     Comparison,
     check_tensors,
     compute_quartiles,
-    measure_in_turns,
+    measure_alternately,
     measure_throughput,
 )
 from modeling_vitcls.benchmarking.image_files import (
@@ -233,7 +233,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 
 
 def test_wrong_flags_are_one_line() -> None:
-    with raises_one_line("--rows: there is no 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
+    with raises_one_line("--rows: there is no row 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
         next(compare(("inference", "probe"), ("fp64",), TOY_SETTINGS))
     done = run_fresh(SCRIPT, "--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
@@ -320,7 +320,7 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
 
 
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "photographs", per_class=2)
+    folder = write_photographs(tmp_path / "photographs", num_per_class=2)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jpg")) == [
         "china/000.jpg",
         "china/001.jpg",
@@ -342,7 +342,7 @@ def test_a_suspended_run_runs_only_in_its_turns(tmp_path: Path) -> None:
         before = run.count_lines()
         subprocess.run(["sleep", "0.2"], check=True)
         assert run.count_lines() - before <= 1  # suspended
-        assert run.take_turn() > 0
+        assert run.measure_speed() > 0
         assert run.count_lines() >= before + 1 + DIGITS.lines_per_turn
     assert run.process.poll() is not None
 
@@ -369,7 +369,7 @@ def test_ratios_are_of_pairs() -> None:
 
         return measure
 
-    ours, theirs = measure_in_turns(side("ours", [2.0, 9.0, 8.0]), side("theirs", [1.0, 3.0, 2.0]), 3)
+    ours, theirs = measure_alternately(side("ours", [2.0, 9.0, 8.0]), side("theirs", [1.0, 3.0, 2.0]), 3)
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     found = Comparison("work", "row", "them", ours, theirs, 0.0, {}).to_dict()
     assert found["ratios"] == [2.0, 3.0, 4.0] and found["ratio"] == 3.0 and found["quartiles"] == [2.5, 3.5]

@@ -119,7 +119,7 @@ def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
 
 
 def test_wrong_requests_are_one_line() -> None:
-    with raises_one_line("--rows: there is no 'batch 3'", "'batch 32'"):
+    with raises_one_line("--rows: there is no row 'batch 3'", "'batch 32'"):
         next(compare(("growth",), ("batch 3",), BenchmarkSettings(("timm",), 1)))
     with raises_one_line("64 registers", "Set --against timm"):
         next(compare(("growth",), ("64 registers",), BenchmarkSettings(("transformers",), 1)))
@@ -309,7 +309,7 @@ def test_reports_name_the_accelerator_where_it_was_used(
     write_reports(found, None, None, file)
     print_tables(found)
     printed = capsys.readouterr().out
-    assert "peak memory in MiB, without what existed before" in printed
+    assert "peak memory in MiB, excluding memory in use before" in printed
     reports = (format_markdown(found).splitlines()[-1], printed, file.read_text())
     assert [name in report for report in reports] == [device == "cuda"] * 3
     other = Comparison("pixels", "row", "transformers", [1.0], [1.0], 0.0, {})

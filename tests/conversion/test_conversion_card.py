@@ -15,7 +15,7 @@ from modeling_vitcls.conversion.conversion_card import build_conversion_card
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub.manifest import collect_model_files
-from modeling_vitcls.hub.provenance import CONVERTED_WEIGHTS, Provenance, WeightsLicense
+from modeling_vitcls.hub.provenance import CONVERTED_WEIGHTS_TEXTS, Provenance, WeightsLicense
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +104,11 @@ def test_a_custom_license_is_named_and_linked() -> None:
         "a/b", license="other", license_name="dinov3-license", license_link="https://example.com/l"
     )
     assert "license of the source: [dinov3-license](https://example.com/l)." in str(
-        WeightsLicense(CONVERTED_WEIGHTS, provenance)
+        WeightsLicense(CONVERTED_WEIGHTS_TEXTS, provenance)
     )
-    assert "license of the source: mit." in str(WeightsLicense(CONVERTED_WEIGHTS, Provenance("a/b", license="mit")))
+    assert "license of the source: mit." in str(
+        WeightsLicense(CONVERTED_WEIGHTS_TEXTS, Provenance("a/b", license="mit"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     assert get_warnings(folder) == []
     write_photos(folder, range(30, 60))
     (line,) = get_warnings(folder)
-    assert "held-out images are not the" in line and "the dataset has changed or is another dataset" in line
+    assert "held-out images are not the" in line and "the dataset has changed or is a different dataset" in line
     (line,) = get_warnings(write_photos(tmp_path / "others", range(1000, 1030)))
     assert "held-out images are not the" in line
 

@@ -183,7 +183,10 @@ def test_the_license_of_new_weights_is_set_by_flag() -> None:
         assert "license" not in card.text.split("```yaml")[1].split("```")[0]  # a repeated run sets its own license
     for built in (build_card("my-model", CONFIG, RESULTS, FLAGS), build_encoder_card("x", CONFIG, ENCODER, FLAGS)):
         said = ModelCard(str(built)).text.split("## License")[1]
-        assert "named no license for the weights" in said and "Python files are licensed under Apache-2.0" in said
+        assert (
+            "did not specify a license for the weights" in said
+            and "Python files are licensed under Apache-2.0" in said
+        )
     with pytest.raises(ValueError, match="it must be an identifier of the Hub, such as apache-2"):
         RunOptions(license="Apache 2")
 

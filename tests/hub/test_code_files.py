@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from modeling_vitcls.hub.code_files import (
-    PACKAGE,
+    PACKAGE_FOLDER,
     READING_ORDER,
     compute_code_digest,
     describe_code_differences,
@@ -16,9 +16,9 @@ from modeling_vitcls.version import __version__
 
 
 def test_each_file_imports_only_earlier_files() -> None:
-    assert sorted(READING_ORDER) == sorted(file.name for file in PACKAGE.glob("*_vitcls.py"))
+    assert sorted(READING_ORDER) == sorted(file.name for file in PACKAGE_FOLDER.glob("*_vitcls.py"))
     for index, name in enumerate(READING_ORDER):
-        imported = re.findall(r"^from \.(\w+) import", (PACKAGE / name).read_text(), re.MULTILINE)
+        imported = re.findall(r"^from \.(\w+) import", (PACKAGE_FOLDER / name).read_text(), re.MULTILINE)
         assert {f"{module}.py" for module in imported} <= set(READING_ORDER[:index]), name
 
 
@@ -45,4 +45,4 @@ def test_differences_are_named(tmp_path: Path) -> None:
 
 def test_the_license_equals_the_one_of_the_files() -> None:
     assert b"Apache License" in read_code_license()
-    assert all("SPDX-License-Identifier: Apache-2.0" in (PACKAGE / name).read_text() for name in READING_ORDER)
+    assert all("SPDX-License-Identifier: Apache-2.0" in (PACKAGE_FOLDER / name).read_text() for name in READING_ORDER)

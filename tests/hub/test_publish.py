@@ -493,7 +493,7 @@ def test_the_error_of_a_gated_repository_has_a_remedy(hub: LocalHub) -> None:
 def test_short_waits_are_not_printed_as_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     hub.fail("POST", "/commit/", 500)
     push_folder(folder, "ann/model")
-    assert "trying again at once" in caplog.text and "0 s" not in caplog.text
+    assert "trying again immediately" in caplog.text and "0 s" not in caplog.text
 
 
 def test_a_failed_push_is_finished_by_the_printed_command(

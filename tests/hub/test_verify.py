@@ -287,7 +287,7 @@ def test_a_folder_that_changed_after_the_push_is_detected(hub: LocalHub, folder:
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
     save_model(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
-    with raises_one_line("differs from the file in", "Push it again", error=NotVerified):
+    with raises_one_line("differs from the file in", "Push the model again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -398,5 +398,5 @@ def test_outputs_may_differ_by_a_millionth(found: list[float], is_right: bool) -
     else:
         with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=NotVerified):
             compare_outputs("ann/model", answers, wanted)
-    with raises_one_line("other tensors", "AutoModel/logits", error=NotVerified):
+    with raises_one_line("unexpected tensors", "AutoModel/logits", error=NotVerified):
         compare_outputs("ann/model", {}, wanted)

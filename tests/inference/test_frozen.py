@@ -16,7 +16,7 @@ from tiny_models import LAYOUTS, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.inference.frozen import evaluate_frozen, select_few, summarize_repeats
+from modeling_vitcls.inference.frozen import evaluate_frozen, select_few_shot_images, summarize_repeats
 from modeling_vitcls.inference.metrics import compute_wilson_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -114,7 +114,7 @@ def test_few_shot_repeats_with_other_images(model: Path) -> None:
     train, held_out = (encode(model, part.images, 2, "CLS") for part in (data.train, data.held_out))
     labels = np.array(data.train.labels)
     expected = []
-    for selected in select_few(labels.astype(str), 3, 4, seed=0):
+    for selected in select_few_shot_images(labels.astype(str), 3, 4, seed=0):
         assert np.bincount(labels[selected]).tolist() == [3] * 10
         classifier = CLASSIFIERS["logreg"]().fit(train[selected], labels[selected])
         expected.append(classifier.score(held_out, data.held_out.labels))
@@ -132,7 +132,7 @@ def test_few_shot_requires_enough_images() -> None:
     with pytest.raises(
         ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
     ):
-        select_few(np.array(list("aaabb")), 3, 1, seed=0)
+        select_few_shot_images(np.array(list("aaabb")), 3, 1, seed=0)
     with pytest.raises(ValueError, match="--frozen is few-shot:0"):
         EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
 

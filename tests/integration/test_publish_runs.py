@@ -132,7 +132,7 @@ def test_damage_on_the_hub_is_a_one_line_error(hub: LocalHub, tmp_path: Path, sc
     assert ended.err.splitlines() == [ended.err.strip()] and ended.err.startswith("the model was pushed, but not ver")
     for words in (
         "is damaged on the Hub: model.safetensors",
-        f"complete in {folder}",
+        f"saved in {folder}",
         f"vitcls push --verify-only ann/my-run --revision {commit}",
     ):
         assert words in ended.err
