@@ -302,7 +302,7 @@ def test_values_at_the_pointer(browser: Browser, faulty_page: Any) -> None:
 
 def format_value(value: torch.Tensor) -> Any:
     """Return the displayed value, with three digits of the value in a byte."""
-    return ApproximateText("row 3, column 3: ", 100 * value.item(), "% of its attention")
+    return ApproximateText("row 3, column 3: ", 100 * value.item(), "% of the attention")
 
 
 class ApproximateText:

@@ -210,6 +210,7 @@ def test_a_photograph_gets_labels_and_a_map_on_its_own_pixels(
         expect(page.locator("#layers img")).to_have_count(3)
 
 
+@pytest.mark.slow
 def test_token_layer_and_head_change_the_map(browser: Browser, demo: str, photo: Path) -> None:
     with open_page(browser, demo) as page:
         upload_on_page(page, photo)

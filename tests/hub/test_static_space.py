@@ -195,6 +195,7 @@ def test_flags_of_a_static_space(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--node-modules requires --static" in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_failed_push_names_the_command(hub: LocalHub, exported: Path) -> None:
     hub.fail("POST", "/spaces/ann/demo/commit/", 403)
     with pytest.raises(PushFailed, match=r"vitcls space .*--static"):

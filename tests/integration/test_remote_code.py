@@ -56,7 +56,7 @@ PROCESSORS: dict[str | None, Any] = {
     "torchvision": vitcls.ViTCLSImageProcessor,
     "pil": vitcls.ViTCLSImageProcessorPil,
 }
-GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow), "hub")
+GENERATIONS = ("first", *(pytest.param(name, marks=pytest.mark.slow) for name in ("second", "hub")))
 
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)

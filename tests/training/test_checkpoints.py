@@ -619,6 +619,7 @@ def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
     assert answers == [before, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
 @needs_fork
 def test_the_end_of_the_launcher_is_detected(launcher: str, answer: str | None) -> None:
