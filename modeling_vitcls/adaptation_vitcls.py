@@ -77,8 +77,8 @@ class AdaptableModel(PreTrainedModel):
         """Return a new model with other values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
 
         Args:
-            gate_new_tokens: add tokens with closed gates. The outputs then stay the same, except outputs that read
-                the added tokens directly: pooling over all CLS tokens, a distillation head.
+            gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are
+                computed directly from the added tokens: pooling over all CLS tokens, a distillation head.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:

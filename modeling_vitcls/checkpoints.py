@@ -56,7 +56,7 @@ class Checkpoint:
         """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
-            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum of {file}")
+            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}")
         try:
             return load_file(self.folder / file)
         except SafetensorError as error:
@@ -231,20 +231,19 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file differs from the written
-    file."""
+    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a checksum does not match."""
     state = read_state(folder)
     for name, expected in state["files"].items():
         file = folder / name
         if not file.is_file():
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
         if compute_file_digest(file) != expected:
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} differs from the written file")
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
     return Checkpoint(folder, state["step"], state["facts"], state["files"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raises DamagedCheckpoint unless it is as it was written."""
+    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or changed."""
     if not (folder / STATE_FILE).is_file():
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
@@ -254,7 +253,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
     if not is_undamaged or not is_state(state):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} differs from the written file")
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: the checksum of {STATE_FILE} does not match")
     return state
 
 
@@ -284,8 +283,8 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def copy_shared_memory(tensors: Tensors) -> Tensors:
-    """Return the tensors on the CPU, contiguous, with separate memory. Safetensors does not support the shared memory
-    of tied weights."""
+    """Return the tensors on the CPU, contiguous and without shared memory. Safetensors does not support the shared
+    memory of tied weights."""
     seen_addresses: set[int] = set()
     result: Tensors = {}
     for name, tensor in tensors.items():

@@ -270,7 +270,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Return an image or a source as `uint8` [C, h, w], resized and cropped."""
+        """Return an image, or the image at a path or URL, as `uint8` [C, h, w], resized and cropped."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:

@@ -38,7 +38,7 @@ def compute_token_attention(
         rows[layer] = compute_attention_rows(query, key, select_mask_rows(mask, query, key), scaling)
 
     with record_attention(encoder, layer_indices, record):
-        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require a call of the whole model
+        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require calling the whole model
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
 
 

@@ -33,7 +33,7 @@ from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_mode
 
 
 KINDS = ("information", "presence")
-MIN_NULL_LIMIT = 1e-3  # minimum limit of a null distribution; smaller effects are rounding errors
+MIN_NULL_LIMIT = 1e-3  # lower bound on the limit of a null distribution; smaller effects are rounding errors
 NUM_NULL = 8  # number of random draws of patches, and of tokens, in a null distribution
 
 
@@ -309,8 +309,8 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 
 @contextmanager
 def hold_tokens(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
-    """Hold the states of the tokens at these sequence indices at `mean_states` [L + 1, n, D], after the embeddings and
-    each layer; after the last layer only if the head reads one of the tokens."""
+    """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
+    and after each layer. The last layer is included only if the head reads one of the tokens."""
     encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
     if not any(reads[min(index, len(reads) - 1)] for index in indices):

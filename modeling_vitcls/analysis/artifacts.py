@@ -110,7 +110,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     if mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
         advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        fraction = f"{mode.fraction:.2%} of the patches form a second mode of norms"
+        fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norms"
         after = describe_layer(layer)
         parts = [f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
     else:

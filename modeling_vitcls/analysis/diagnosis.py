@@ -41,9 +41,9 @@ Word = Literal[
 Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity of identical tokens
-MAX_TWIN_DISTANCE = 0.01  # maximum distance of identical tokens, as a fraction of their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance of equal attention maps, as a fraction of their distance from uniform maps
+MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity between identical tokens
+MAX_TWIN_DISTANCE = 0.01  # maximum distance between identical tokens / their variation over images
+MAX_MAP_DISTANCE = 0.1  # maximum distance between equal attention maps / their distance from uniform maps
 MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state of a changed token

@@ -36,8 +36,8 @@ class AblationEffect:
         num_images: number of images.
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
         logit_interval: interval of `logit_change`, from bootstrap samples of the images.
-        improvement: p-value of the hypothesis that the accuracy does not rise (exact McNemar test); None if no label
-            is known.
+        improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
+            if no label is known.
         is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
     """
 
@@ -158,7 +158,8 @@ def bootstrap_mean(values: torch.Tensor) -> Interval:
 
 
 def compute_improvement(before: Predictions, after: Predictions) -> float:
-    """Return the p-value of the hypothesis that the accuracy does not rise (exact one-sided test, McNemar 1947)."""
+    """Return the p-value under the null hypothesis that the accuracy does not increase (exact one-sided test, McNemar
+    1947)."""
     assert before.labels is not None
     is_known = before.labels != IGNORED_LABEL
     was_right, is_right = ((each.predicted == before.labels)[is_known] for each in (before, after))

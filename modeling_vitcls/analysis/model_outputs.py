@@ -199,7 +199,8 @@ def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | No
 
 
 def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Return labels [B, A] or [B] as [B, A] on the CPU. Raises ValueError if they have a different shape."""
+    """Return labels [B, A] or [B] as [B, A] on the CPU. Raise ValueError if their shape does not match the
+    predictions."""
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
             f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "

@@ -8,7 +8,7 @@
 
 A conversion is checked as by `vitcls convert`: it is cached only if its outputs equal the outputs of the source. Its
 parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
-cache of the Hub. If the source or the version of this package changes, it is converted again.
+cache of the Hub. If the source or the version of this package changes, the model is converted again.
 """
 
 import hashlib

@@ -315,7 +315,8 @@ def read_ijepa(weights: Weights) -> Fields:
 
 
 def read_mae(weights: Weights) -> Fields:
-    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned; fixed positions become learned."""
+    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. Its fixed positions are converted to
+    learned positions."""
     pools_mean = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),

@@ -139,8 +139,11 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file). Raise
-    ValueError if two folders have names of the same split, or a folder may be a split or a class."""
+    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file).
+
+    Raises:
+        ValueError: if two folders have names of the same split, or a folder may be either a split or a class.
+    """
     images_by_folder: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:

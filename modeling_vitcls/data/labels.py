@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. This file also selects the column of the images.
+this order of precedence. This file also contains the selection of the image column.
 """
 
 import math

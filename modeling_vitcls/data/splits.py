@@ -162,8 +162,8 @@ def check_splits(
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
     if options.folds is not None and splits.held_out is not None:
         raise ValueError(
-            f"--folds requires a dataset of a single split, but {options.dataset} has the split {splits.held_out!r}. "
-            "Remove --folds"
+            f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
+            f"{splits.held_out!r}. Remove --folds"
         )
     if with_selection and splits.selection is None and options.streaming:
         raise ValueError(

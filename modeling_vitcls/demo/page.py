@@ -48,7 +48,7 @@ SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
     "font_mono": ("ui-monospace", "Menlo", "Consolas", "monospace"),
 }
-# The galleries have as many columns of a minimum width as fit.
+# Each gallery has as many columns as fit at the minimum column width.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }

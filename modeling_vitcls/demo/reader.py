@@ -89,8 +89,8 @@ class DemoResult:
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
     def find_patch(self, x: float, y: float, width: int, height: int) -> tuple[int, int] | None:
-        """Return row and column of the patch at pixel (x, y) of a drawn image of this size; None outside the visible
-        region."""
+        """Return the row and column of the patch at pixel (x, y) of the image, displayed at `width` x `height` pixels;
+        None outside the visible region."""
         left, top, right, bottom = self.visible_region
         across = (x / width * self.image.width - left) / (right - left)
         down = (y / height * self.image.height - top) / (bottom - top)

@@ -224,8 +224,8 @@ def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_op
         expected |= collect_checkpoint_files(folder)
     if unexpected_files := sorted(checkpoints - expected.keys()):
         raise NotVerified(
-            f"{repo_id} contains {unexpected_files[0]}, which is not the newest checkpoint in {folder}. Push "
-            f"{folder} again"
+            f"{repo_id} contains {unexpected_files[0]}, which is not a file of the newest checkpoint in "
+            f"{folder}. Push {folder} again"
         )
     for name, content in expected.items():
         file = published_folder / name

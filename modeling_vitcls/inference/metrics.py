@@ -2,8 +2,8 @@
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-`update` expects the labels of G images in the format of data/labels.py, and the outputs of these
-images; outputs of further images are ignored. `compute` returns numbers first, then lists. Undefined values (0 / 0)
+`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G
+images; only the first G outputs are used. `compute` returns numbers first, then lists. Undefined values (0 / 0)
 are None.
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
@@ -82,7 +82,8 @@ class SingleLabelMetrics:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L], the logits of each head if there are two heads, and labels [G]."""
+        """Add logits [B, L], labels [G] and, for a model with two heads, the logits of each head. B - G images are
+        padding."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():

@@ -206,7 +206,7 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def count_cast_weights(model: Any, on_cpu: bool) -> int:
-    """Return the number of weights of linear layers whose copies from autocast are stored for the backward pass."""
+    """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
     skipped_modules: list[nn.Module] = (
         layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
