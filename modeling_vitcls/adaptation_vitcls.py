@@ -116,7 +116,7 @@ def resolve_config(
         return config, kwargs | {"config": config}
     if not overrides:
         return None, kwargs
-    check_folder(source, config is not None or bool(kwargs.get("subfolder")))
+    check_checkpoint_folder(source, config is not None or bool(kwargs.get("subfolder")))
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
@@ -239,11 +239,11 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
     """Resample a weight with one row per patch or distance with `resample(weight, grid, new grid, configuration)`."""
-    grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
-    if grid == new_grid:
+    grid_size, new_grid_size, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
+    if grid_size == new_grid_size:
         return stored, ""
-    note = f"resampled from {grid[0]} x {grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
-    return resample(stored, grid, new_grid, weight.new), note
+    note = f"resampled from {grid_size[0]} x {grid_size[1]} to {new_grid_size[0]} x {new_grid_size[1]} patches"
+    return resample(stored, grid_size, new_grid_size, weight.new), note
 
 
 def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
@@ -320,7 +320,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
     config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
-    check_folder(source, config_is_elsewhere)
+    check_checkpoint_folder(source, config_is_elsewhere)
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
@@ -338,7 +338,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         raise
 
 
-def check_folder(source: Any, config_is_elsewhere: bool) -> None:
+def check_checkpoint_folder(source: Any, config_is_elsewhere: bool) -> None:
     """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
     if source is None:  # the caller passes a state dict instead
         return

@@ -56,7 +56,9 @@ class Checkpoint:
         """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
-            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}")
+            raise DamagedCheckpoint(
+                f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}"
+            )
         try:
             return load_file(self.folder / file)
         except SafetensorError as error:
@@ -158,12 +160,12 @@ class CheckpointStore:
 
     def remove_leftovers(self) -> None:
         """Remove or restore the hidden folders of an interrupted save."""
-        for replaced in self.folder.glob(f".step-*{REPLACED}"):
-            target = self.folder / replaced.name.removeprefix(".").removesuffix(REPLACED)
+        for replaced_folder in self.folder.glob(f".step-*{REPLACED}"):
+            target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
-                shutil.rmtree(replaced)
+                shutil.rmtree(replaced_folder)
             else:
-                replaced.rename(target)
+                replaced_folder.rename(target)
         for partial in self.folder.glob(f".step-*{PARTIAL}"):
             shutil.rmtree(partial)
 
@@ -297,12 +299,12 @@ def copy_shared_memory(tensors: Tensors) -> Tensors:
 
 def move_into_place(partial: Path, target: Path) -> None:
     """Rename a complete folder; an earlier checkpoint of the same step is hidden first, then removed."""
-    replaced = get_hidden_path(target, REPLACED)
+    replaced_folder = get_hidden_path(target, REPLACED)
     if target.exists():
-        target.rename(replaced)
+        target.rename(replaced_folder)
     partial.rename(target)
     sync_to_disk(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced_folder, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

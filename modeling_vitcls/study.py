@@ -269,7 +269,7 @@ class StudyRunner:
         log = (self.get_folder(item.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log.strip().splitlines()[-1]}"  # the log starts with the command
         if item.process.returncode == 0:
-            row = collect_row(self, item.run)
+            row = build_row(self, item.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
         remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
@@ -310,7 +310,7 @@ class StudyRunner:
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
+def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
 
     Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`.
@@ -331,7 +331,7 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
     """Write runs.parquet and return its rows."""
     import pandas
 
-    rows = [collect_row(runner, run) for run in runner.study.plan_runs()]
+    rows = [build_row(runner, run) for run in runner.study.plan_runs()]
     pandas.DataFrame(rows).to_parquet(runner.folder / "runs.parquet")
     return rows
 

@@ -179,8 +179,8 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, n patches]
-        special = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
-        indices = torch.cat([special, kept_indices + self.num_special], dim=1)  # [B, n]
+        special_indices = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
+        indices = torch.cat([special_indices, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
             map_layers(mask, lambda each: select_mask(each, indices)),

@@ -245,10 +245,10 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     keys, reads = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
         by_read = {is_read: [index for index in members if reads[index] == is_read] for is_read in (False, True)}
-        plans = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
+        ablations = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
         if len(members) > 1:
-            plans.append(([group], [members]))
-        for names, choices in plans:
+            ablations.append(([group], [members]))
+        for names, choices in ablations:
             if choices:
                 has_null = not any(reads[index] for index in choices[0])
                 num_draws = NUM_NULL if has_null else NUM_NULL // 2
@@ -268,8 +268,8 @@ def count_null_passes(model: Any) -> int:
 
 def get_groups(layout: TokenLayout) -> dict[str, list[int]]:
     """Return the sequence indices of the special tokens by group; groups without tokens are omitted."""
-    special = range(layout.num_prefix_tokens)
-    return {name: list(special[group]) for name, group in layout.items() if special[group]}
+    special_indices = range(layout.num_prefix_tokens)
+    return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:

@@ -112,21 +112,23 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
         fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norms"
         after = describe_layer(layer)
-        parts = [f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
+        statements = [
+            f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"
+        ]
     else:
         largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
-        parts = [f"No artifacts: {norms}; {largest}"]
+        statements = [f"No artifacts: {norms}; {largest}"]
     earlier = max(range(first), key=lambda each: fractions[each], default=0)
     if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
         suffix = "" if mode is not None else ", but not in the last layers that are read"
         fraction = f"{fractions[earlier]:.2%}"
-        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
+        statements.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
     mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
         rating="bad" if mode is not None else "good",
-        reason=". ".join(parts + sentences) + ".",
+        reason=". ".join(statements + sentences) + ".",
         layer=layer,
         mode=mode,
         mode_without_registers=mode_without_registers,

@@ -187,8 +187,8 @@ class TokenEvidence:
     def patch_mass(self) -> float:
         """Return the largest fraction of attention to patches in any layer and head whose output is read; 1 if there
         is no such layer."""
-        mass = self.findings.mass[: self.last, :, self.index, -1]  # [layers, H]
-        return mass.max().item() if mass.numel() else 1.0
+        fractions = self.findings.attention_fractions[: self.last, :, self.index, -1]  # [layers, H]
+        return fractions.max().item() if fractions.numel() else 1.0
 
     @property
     def norm_ratio(self) -> float:

@@ -163,7 +163,7 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
-    fractions = findings.mass.mean(dim=1)  # [L, S, 4]
+    fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
@@ -272,7 +272,7 @@ def draw_legend(figure: Figure, *all_axes: Axes) -> None:
     lines: dict[str, Line2D] = {}
     for line in (line for axes in all_axes for line in axes.get_lines()):
         lines.setdefault(str(line.get_label()), line)
-    named = [line for name, line in lines.items() if not name.startswith("_")]
-    if len(named) > 1:
-        columns = min(len(named), get_legend_columns(figure.get_figwidth()))
-        figure.legend(handles=named, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    named_lines = [line for name, line in lines.items() if not name.startswith("_")]
+    if len(named_lines) > 1:
+        columns = min(len(named_lines), get_legend_columns(figure.get_figwidth()))
+        figure.legend(handles=named_lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

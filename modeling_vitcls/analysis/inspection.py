@@ -146,8 +146,8 @@ def inspect_model(
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
     pixels = preparer.prepare_all(statistics_images, on_progress)
-    pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), encode_labels(pixel_labels, model), batch_size)
+    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
+    batches = InspectionBatches(model, list(pixels.values()), encode_labels(readable_labels, model), batch_size)
     sample_batches, sampled = batches.sample(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
@@ -186,7 +186,7 @@ def inspect_model(
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         measured = ImageSubset(statistics_images, list(pixels))
-        rows = compare_patch_sizes(model, processor, measured, pixel_labels, patch_sizes)
+        rows = compare_patch_sizes(model, processor, measured, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -366,8 +366,8 @@ class PassProgress:
 
 def count_tokens(model: Any, pixels: torch.Tensor) -> int:
     """Return the number of tokens of an image [C, H, W]."""
-    grid = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
-    return model.config.token_layout.get_num_tokens(*grid)
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
+    return model.config.token_layout.get_num_tokens(*grid_size)
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:

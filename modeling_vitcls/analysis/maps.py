@@ -257,13 +257,13 @@ def resize_with_region(
     image: Image.Image, visible_region: VisibleRegion | None, max_side: int | None, min_side: int | None
 ) -> tuple[Image.Image, VisibleRegion]:
     """Scale an image and its visible region: down with averaging, or up by a whole factor without smoothing."""
-    (width, height), longer = image.size, max(image.size)
+    (width, height), longer_side = image.size, max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)
-    if max_side is not None and longer > max_side:
-        size = max(round(width * max_side / longer), 1), max(round(height * max_side / longer), 1)
+    if max_side is not None and longer_side > max_side:
+        size = max(round(width * max_side / longer_side), 1), max(round(height * max_side / longer_side), 1)
         image = image.resize(size, Image.Resampling.BOX)
-    elif min_side is not None and longer < min_side:
-        factor = math.ceil(min_side / longer)
+    elif min_side is not None and longer_side < min_side:
+        factor = math.ceil(min_side / longer_side)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     x_scale, y_scale = image.width / width, image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)

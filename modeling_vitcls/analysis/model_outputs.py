@@ -144,8 +144,8 @@ def join_outputs(batches: Sequence[Any]) -> Any:
 
 def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden: Sequence[int]) -> torch.Tensor:
     """Return an attention mask [B, N] that hides the tokens at these sequence indices from all tokens."""
-    grid = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    num_tokens = model.config.token_layout.get_num_tokens(*grid)
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
     mask[:, list(hidden)] = 0
     return mask

@@ -170,7 +170,7 @@ def build_curves(findings: Findings) -> dict[str, Any]:
         "spread": summarize_heads(findings.spread),
         "received": summarize_heads(findings.received),
         "patch_distance": summarize_heads(findings.patch_distance.unsqueeze(-1)),
-        "mass": findings.mass.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
+        "mass": findings.attention_fractions.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
         "between_tokens": findings.between_tokens,  # [L + 1, S, S]
         "across_layers": findings.across_layers,  # [S, L + 1, L + 1]
         "to_patches": findings.to_patches.T,  # [S, L + 1]

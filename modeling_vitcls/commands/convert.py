@@ -47,7 +47,7 @@ class ConvertOptions:
 OPTIONS = ConvertOptions
 
 
-def check(options: ConvertOptions) -> None:
+def check_options(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:

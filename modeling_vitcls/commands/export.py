@@ -49,7 +49,7 @@ class ExportOptions:
 OPTIONS = ExportOptions
 
 
-def check(options: ExportOptions) -> None:
+def check_options(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")

@@ -84,8 +84,10 @@ def convert_state_dict(
     conversion = FAMILIES[family]
     if not isinstance(weights, Mapping):
         raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
-    named = {replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()}
-    used = {name: value for name, value in named.items() if not name.startswith(tuple(drop))}
+    named_weights = {
+        replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
+    }
+    used = {name: value for name, value in named_weights.items() if not name.startswith(tuple(drop))}
     tensors = {name: convert_to_tensor(name, value) for name, value in used.items()}
     try:
         tensors = conversion.prepare(tensors)

@@ -177,8 +177,8 @@ class TransformersSource:
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of the source model. If the images do not have the native size, positions are interpolated
-        (`interpolate_pos_encoding`) if the model supports it."""
+        """Return the outputs of the source model. If the images do not have the native size, and the model supports
+        it, positions are interpolated (`interpolate_pos_encoding`)."""
         encoder, inputs = self.encoder, self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}

@@ -97,9 +97,9 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[ImageKey]]:
+    def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process from `first_step` on."""
-        return plan.iterate_keys(process, first_step)
+        return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
@@ -173,12 +173,12 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 
 
 def iterate_training_batches(
-    source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
+    source: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
     `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or the label of an
     example of a stream is not one of the classes."""
-    yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
+    yield from load_with_workers(source, source.iterate_keys(plan, process_index, first_step), num_workers)
 
 
 def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:

@@ -261,8 +261,8 @@ class AttentionView:
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
-        named = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
-        return *self.draw(result, token, layer, head), named, result.draw_through_layers(token)
+        gallery = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
+        return *self.draw(result, token, layer, head), gallery, result.draw_through_layers(token)
 
 
 class PatchView:

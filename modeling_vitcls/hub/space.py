@@ -215,8 +215,8 @@ def build_space_card(
 def list_requirements() -> list[str]:
     """Return the lines of requirements.txt, with the minimum versions that this package declares."""
     declared = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
-    bounds = {requirement.name: str(requirement.specifier) for requirement in declared if requirement.specifier}
-    return [f"{name}{bounds[name]}" for name in REQUIRED_LIBRARIES]
+    specifiers = {requirement.name: str(requirement.specifier) for requirement in declared if requirement.specifier}
+    return [f"{name}{specifiers[name]}" for name in REQUIRED_LIBRARIES]
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:

@@ -226,7 +226,7 @@ class ReconstructionEvaluator(Evaluator):
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
         """Pad a batch with blank images, which have no masked patches and no loss, and return the model outputs."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
-        rows, columns = self.mask_generator.grid
+        rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
         for row, index in enumerate(batch.labels.tolist()):
             masks[row] = self.build_mask(index)

@@ -113,7 +113,7 @@ class SingleLabelMetrics:
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
-        values: MetricValues = {"accuracy": divide(num_correct, num_images)}
+        values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
@@ -173,7 +173,7 @@ class MultiLabelMetrics:
             row["average_precision"] = precision if row["images"] else None
         return {
             "mean_average_precision": compute_mean([row["average_precision"] for row in classes]),
-            "micro_f1": divide(2 * num_correct, num_predicted + num_true),
+            "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
             "macro_f1": compute_mean([row["f1"] for row in classes]),
             "exact_match": to_number(self.exact_match.compute()),
             "loss": to_number(self.loss.compute()),
@@ -290,9 +290,9 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
         {
             "name": name,
             "images": images,
-            "recall": divide(correct, images),
-            "precision": divide(correct, predicted),
-            "f1": divide(2 * correct, images + predicted),
+            "recall": safe_divide(correct, images),
+            "precision": safe_divide(correct, predicted),
+            "f1": safe_divide(2 * correct, images + predicted),
         }
         for name, correct, predicted, images in zip(names, *counts, strict=True)
     ]
@@ -313,7 +313,7 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
     return [max(center - half_width, 0.0), min(center + half_width, 1.0)]
 
 
-def divide(numerator: int, denominator: int) -> float | None:
+def safe_divide(numerator: int, denominator: int) -> float | None:
     """Return the quotient; None if the denominator is 0."""
     return numerator / denominator if denominator else None
 

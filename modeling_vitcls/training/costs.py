@@ -95,10 +95,12 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
     """Return the FLOPs of one layer for one image: queries, output projections and the MLP for the computed tokens,
     keys and values for all tokens, and attention."""
     attention: ViTCLSAttention = layer.attention
-    key_flops = count_linear_flops(attention.k_proj, attention.v_proj)
-    query_flops = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    flops_per_key = count_linear_flops(attention.k_proj, attention.v_proj)
+    flops_per_query = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
     return (
-        num_queries * query_flops + num_tokens * key_flops + count_attention_flops(attention, num_queries, num_tokens)
+        num_queries * flops_per_query
+        + num_tokens * flops_per_key
+        + count_attention_flops(attention, num_queries, num_tokens)
     )
 
 
@@ -225,12 +227,12 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens in the layers
-    queries = get_num_queries(model, num_tokens)
+    num_queries_per_layer = get_num_queries(model, num_tokens)
     height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
     layer_bytes = [
         count_layer_bytes(layer, num_queries, num_tokens, settings)
-        for layer, num_queries in zip(encoder.layers, queries, strict=True)
+        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
@@ -238,7 +240,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
-        num_bytes += queries[-1] * count_norm_bytes(config, settings)  # final norm
+        num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
     if is_trained(encoder.embeddings):
         num_bytes += (
             pixels * settings.matmul_bytes + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm

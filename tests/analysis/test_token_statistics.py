@@ -70,7 +70,7 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
             assert found.entropy[layer, head, token] == pytest.approx(-sum(p * math.log(p) for p in row), abs=1e-5)
             for group, name in enumerate(GROUPS):
                 share = sum(row[getattr(layout, name)])
-                assert found.mass[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
+                assert found.attention_fractions[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
             received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
             assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
             to_patches = [weight / sum(row[num_special:]) for weight in row[num_special:]]
@@ -138,7 +138,15 @@ def test_statistics_over_images_are_means() -> None:
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
+    for name in (
+        "entropy",
+        "spread",
+        "patch_distance",
+        "attention_fractions",
+        "received",
+        "between_tokens",
+        "across_layers",
+    ):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
     for name in together.uniform:
@@ -341,10 +349,10 @@ def test_half_precision() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
-    for name in ("entropy", "mass", "received", "between_tokens"):
+    for name in ("entropy", "attention_fractions", "received", "between_tokens"):
         assert getattr(found, name).dtype == torch.float32
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
-    assert get_largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+    assert get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
 
 
 def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
