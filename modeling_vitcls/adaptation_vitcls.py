@@ -74,7 +74,7 @@ class AdaptableModel(PreTrainedModel):
         return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
-        """Return a new model with other values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
+        """Return a new model with new values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
 
         Args:
             gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are

@@ -308,7 +308,8 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
+    """Remove a checkpoint. The folder is hidden first, so that an interrupted removal does not leave a damaged
+    checkpoint."""
     hidden_folder = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 

@@ -183,7 +183,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
-            It determines the grid of the learned positions. The model also accepts images of other sizes.
+            The size determines the grid of the learned positions. The model also accepts other image sizes.
         patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
 

@@ -197,7 +197,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models with torchvision. It processes batches, on a GPU if `device` is set.
+    r"""Image processor for the ViTCLS models with torchvision, which processes batches, on a GPU if `device` is set.
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
     Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as means and deviations.

@@ -162,9 +162,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine. Default: depends on the
-    initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5 for a
-    pre-trained ViT-B."""
+    """Peak learning rate. The learning rate rises linearly (--warmup), then falls to 0 along a cosine. Default:
+    depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5
+    for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
     before the first (BEiT, Bao et al. 2021). 1: the same rate for all. Default: 0.75 for pre-trained weights,
@@ -287,7 +287,7 @@ class RunOptions:
     """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
     Default: off."""
     hub_checkpoint_branch: str = "checkpoints"
-    """Branch for the pushes of --hub-checkpoint-every. It is created if it does not exist."""
+    """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
     machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER

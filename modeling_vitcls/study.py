@@ -212,7 +212,7 @@ class StudyRunner:
         return RunProcess(run, self.start_process(run, *next(stages)), stages, time.monotonic())
 
     def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process of a stage. Its output is appended to log.txt."""
+        """Start the process of a stage, and append its output to log.txt."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         with (self.get_folder(run) / "log.txt").open("ab") as log:
             log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())

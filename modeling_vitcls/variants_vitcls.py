@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the difference of the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
+        """Return the difference between the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
         attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first, second = attended.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first - self.second_share * second), weights

@@ -216,8 +216,8 @@ def measure_redraw_effects(
     """Return two values by key of a token or name of a group: the mean size of the effect of redrawing the tokens, and
     the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
-    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. They are the same
-    for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
+    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. The outputs are
+    the same for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):

@@ -5,7 +5,7 @@
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
 multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
-are in memory. They support every attention implementation.
+are in memory. The methods support every attention implementation.
 """
 
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> t
 class PatchComponents:
     """Principal components of normalized patch features of one layer, to compute similarities in a browser.
 
-    The cosine similarity of two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
+    The cosine similarity between two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
     sum(scale² x y) + offset.
     """
 

@@ -311,7 +311,7 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
 
 
 def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
-    """Compare another patch size with the model's own."""
+    """Compare a different patch size with the model's own."""
     text = (
         f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native.sequence_length)} the "
         f"tokens, {format_ratio(row.gflops, native.gflops)} the compute, "

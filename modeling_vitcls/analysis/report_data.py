@@ -29,8 +29,8 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). These
-# values are omitted for images beyond this size.
+# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). The
+# values of images beyond this limit are omitted.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 LOSSLESS_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels

@@ -35,12 +35,12 @@ class Findings:
         uniform_by_token: `entropy` and `spread`, [S] each, of uniform attention to all tokens that a special token may
             attend to. The values differ from `uniform` for CLS tokens restricted to a region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], in pixels: mean distance of the attended patches from their center of mass.
+        spread: [L, H, S], in pixels: mean distance between the attended patches and their center of mass.
         patch_distance: [L, H], in pixels: mean distance between a patch and the patches it attends to (mean attention
             distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
         received: [L, H, S], mean fraction of the attention of patches that each special token receives.
-        between_tokens: [L + 1, S, S], cosine similarity of the special tokens' states.
+        between_tokens: [L + 1, S, S], cosine similarity between the special tokens' states.
         apart: [L + 1, S, S], root mean square distance between the states of two special tokens for the same image.
             The distance shows differences that cosines hide if one channel is very large in all tokens.
         across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of

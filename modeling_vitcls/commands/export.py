@@ -110,7 +110,7 @@ def print_report(report: "ExportReport", output: Path) -> None:
     console = Console(soft_wrap=True, highlight=False)
     absolute, relative = report.limit
     limit = f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
-    table = Table(title=f"Largest differences of {report.format} from {report.model} (limit {limit})")
+    table = Table(title=f"Largest differences between {report.format} and {report.model} (limit {limit})")
     table.add_column("images")
     for name in report.outputs:
         table.add_column(name, justify="right")

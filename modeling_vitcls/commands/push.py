@@ -21,7 +21,7 @@ class PushOptions:
     private: bool = False
     """Make the repository private if it is created."""
     branch: str | None = None
-    """Branch to push to. It is created if it does not exist. Default: main."""
+    """Branch to push to, created if it does not exist. Default: main."""
     message: str = "Upload model"
     """Message of the commit."""
     push_optimizer: bool = False
@@ -33,7 +33,8 @@ class PushOptions:
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
-    """Repository to verify without a push, compared with --model if it is set. This runs the repository's code."""
+    """Repository to verify without a push, compared with --model if --model is set. Verification runs the repository's
+    code."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 

@@ -101,7 +101,8 @@ def get_cache_folder() -> Path:
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion. It changes with the source's files and the version of this package."""
+    """Return the folder name of a conversion, which changes with the source's files and the version of this
+    package."""
     path = Path(source.partition(":")[2] if source.startswith(PREFIXES) else source)
     facts: list[object] = [pin_revision(source), __version__]
     if path.exists():

@@ -98,7 +98,7 @@ def convert_state_dict(
         config = ViTCLSConfig(**fields)
         encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
         return build_model(config, encoder, head, classifier, num_labels)
-    except (LookupError, RuntimeError) as error:  # tensors with another number of dimensions
+    except (LookupError, RuntimeError) as error:  # tensors with an unexpected number of dimensions
         raise ConversionError(f"weights have shapes that {family} does not have: {format_error(error)}") from error
 
 
@@ -317,8 +317,8 @@ def read_ijepa(weights: Weights) -> Fields:
 
 
 def read_mae(weights: Weights) -> Fields:
-    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. Its fixed positions are converted to
-    learned positions."""
+    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. The fixed positions of MAE are converted
+    to learned positions."""
     pools_mean = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),

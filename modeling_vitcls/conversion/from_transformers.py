@@ -58,9 +58,9 @@ def convert_from_transformers(
     projection) becomes the same class, with the embeddings as logits. Any other model becomes `ViTCLSModel`. If
     transformers has no classification class (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    For images of other sizes, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two models
-    differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum size,
-    for which it has position embeddings.
+    For images of non-native size, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two
+    models differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum
+    size, for which it has position embeddings.
 
     Args:
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).

@@ -25,7 +25,7 @@ from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# Maximum absolute difference of any output in float32.
+# Maximum absolute difference in any float32 output.
 LIMIT = 1e-5
 
 NUM_IMAGES = 2

@@ -101,7 +101,7 @@ class TimmSource:
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
 
-        For images of another size, these are the outputs of a copy after `set_input_size`. Raises any error if the
+        For images of non-native size, these are the outputs of a copy after `set_input_size`. Raises any error if the
         model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]

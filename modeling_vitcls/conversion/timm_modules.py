@@ -323,7 +323,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
         is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm"
     )
     activation = read_activation(pool.mlp.act)
-    check_supported(hidden_act in (activation, None), "attention pooling with another activation than the blocks")
+    check_supported(hidden_act in (activation, None), "attention pooling with a different activation than the blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
         "attention_pool_heads": pool.num_heads,

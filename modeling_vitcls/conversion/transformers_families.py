@@ -348,7 +348,8 @@ SIGLIP2_RULES = [
 
 
 def read_siglip2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP 2. Its input is flattened patches, but the converted model reads images."""
+    """Return the fields of SigLIP 2. The input of SigLIP 2 is flattened patches, but the converted model reads
+    images."""
     return read_siglip(config, weights) | {
         "image_size": isqrt(config.num_patches) * config.patch_size,
         "position_interpolation": "bilinear",

@@ -2,7 +2,7 @@
 
 A family of checkpoints is a table of rules, which map its parameter names to the names of this package, and a function
 that builds a `ViTCLSConfig` from its configuration. This file applies the rules and builds the model, with the
-classifier of the source, a new classifier or none. It is independent of any family.
+classifier of the source, a new classifier or none. The file is independent of any family.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -247,7 +247,7 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
         ("missing", sorted(expected.keys() - weights.keys())),
         ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected.keys())]),
         (
-            "of another shape",
+            "of a different shape",
             [f"{n} {list(weights[n].shape)} (the model has {list(expected[n].shape)})" for n in mismatched],
         ),
     ):

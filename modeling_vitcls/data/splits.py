@@ -68,9 +68,9 @@ class TrainingData:
 def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
     """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
 
-    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. These are
-    the validation split if the dataset also has a test split, and otherwise another seeded selection of the training
-    images.
+    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. The
+    separate images are the validation split if the dataset also has a test split, and otherwise another seeded
+    selection of the training images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
     only the first 10,000 held-out images are stored.

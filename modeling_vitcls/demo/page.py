@@ -27,8 +27,8 @@ from .text import (
 )
 
 
-# gradio reads these variables on import or launch. They disable usage statistics, and prevent browsers from storing
-# images.
+# gradio reads these variables on import or launch. The values disable usage statistics, and prevent browsers from
+# storing images.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -266,7 +266,7 @@ class AttentionView:
 
 
 class PatchView:
-    """Patches as colors, and the similarity of all patches to a selected patch, after one layer."""
+    """Patches as colors, and the similarity between all patches and a selected patch, after one layer."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         num_layers = demo_model.num_layers

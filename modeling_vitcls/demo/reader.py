@@ -84,7 +84,7 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches after a layer to one patch; 0 or less is dark."""
+        """Draw the cosine similarity between all patches and one patch, after a layer; 0 or less is dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -133,8 +133,8 @@ class DemoModel:
             code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
         Raises:
-            ValueError, OSError: with a one-line message, if the checkpoint has another model type, is not found, or
-                cannot be read.
+            ValueError, OSError: with a one-line message, if the checkpoint has a different model type, is not found,
+                or cannot be read.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]

@@ -96,7 +96,7 @@ def trace_model(
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
-    model.requires_grad_(False)  # attention masks that require gradients select another attention kernel
+    model.requires_grad_(False)  # attention masks that require gradients select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     images = build_example_images(config, shape)
     try:

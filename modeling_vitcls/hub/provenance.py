@@ -88,7 +88,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder. Its base model is the base model named in the card."""
+    """Return the provenance of a model folder, with the base model that is named in the card."""
     card = read_card_metadata(folder)
     return add_license(Provenance(folder.resolve().name, base_model=card.get("base_model")), card, folder)
 

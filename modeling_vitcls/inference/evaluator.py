@@ -240,7 +240,8 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """The batches of a process, in order. They are kept in memory after the first pass if they fit in the cache."""
+    """The batches of a process, in order. The batches are kept in memory after the first pass if they fit in the
+    cache."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(

@@ -278,7 +278,7 @@ class ClassCounts(Metric):
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
     """Build a mean or sum metric, which is NaN if any value is NaN.
 
-    It uses float64 if the device supports it, so that the order of batches hardly affects the result.
+    The metric is float64 if the device supports float64, so that the order of batches hardly affects the result.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
@@ -302,7 +302,7 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
     """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
-    inference"). It lies within 0 and 1, and has a positive width even if all predictions are correct.
+    inference"). The interval lies within 0 and 1, and has a positive width even if all predictions are correct.
     """
     if num_images == 0:
         return None

@@ -158,7 +158,7 @@ class BranchUploads:
             self.provenance.copy_license(self.folder)
 
     def push(self, step: int) -> None:
-        """Push the folder. This method runs in the background thread, writes to no other folder and raises no
+        """Push the folder. The method runs in the background thread, writes to no other folder and raises no
         errors."""
         try:
             push_result = push_folder(

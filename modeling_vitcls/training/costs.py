@@ -286,7 +286,7 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     channels = (num_queries + num_keys) * num_copies  # queries and keys
     channels += (num_queries + num_keys) * maps_per_head  # outputs and values
     channels += num_queries * config.attention_norm
-    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of the outputs of both maps
+    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
     # Fused kernels store one number per query.
     numbers_per_query = count_saved_maps(attention, settings.on_cpu) * num_keys or 1
     return width * channels * settings.matmul_bytes + num_maps * num_queries * FLOAT32 * numbers_per_query
@@ -303,9 +303,9 @@ def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
 
 
 def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
-    """Return the number of channels per token that an MLP stores for the backward pass. These are the inputs of the
-    activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are recomputed and not
-    stored (cpu_kernels_vitcls.py)."""
+    """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
+    inputs of the activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are
+    recomputed and not stored (cpu_kernels_vitcls.py)."""
     first = get_linears([mlp])[0]
     branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
     after = 0 if on_cpu else branches + (mlp.norm is not None)

@@ -403,9 +403,9 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
     in `Task` and `run_task`; --push-to-hub raises ValueError.
 
-    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. It is too
-    narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
-    variance of k-fold cross-validation").
+    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. The interval is
+    too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of
+    the variance of k-fold cross-validation").
     """
     if options.run.push_to_hub:
         raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")

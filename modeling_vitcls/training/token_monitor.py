@@ -25,8 +25,8 @@ NUM_ATTENTION_IMAGES = 8  # number of images over which the entropy is averaged
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training. It stores the initial values of the tokens. A model without
-    embeddings, such as the head of a linear probe, has no special tokens."""
+    """Monitor of a model's special tokens during training. The monitor stores the initial values of the tokens. A
+    model without embeddings, such as the head of a linear probe, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
