@@ -153,8 +153,8 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
     """Return the new `gated_tokens`: the value in `changes` or the remaining gates, plus new tokens if requested."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
-    remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
-    new_gates = dict(changes.get("gated_tokens", remaining) or {})
+    remaining_gates = get_remaining_gates(config.gated_tokens, counts, new_counts)
+    new_gates = dict(changes.get("gated_tokens", remaining_gates) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
         if gate_new_tokens and num_added > new_gates.get(group, 0):
@@ -285,11 +285,11 @@ def adapt_gates(weight: Weight) -> AdaptedWeight:
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     """Return (group, index within the group) of each gate, in the order of `TokenGates.gates`."""
-    gated = config.gated_tokens or {}
+    gated_tokens = config.gated_tokens or {}
     return [
         (group, index)
         for group, field in TOKEN_COUNTS.items()
-        for index in range(getattr(config, field) - gated.get(group, 0), getattr(config, field))
+        for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
     ]
 
 

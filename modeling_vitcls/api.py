@@ -113,8 +113,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     names = tuple(map(str, range(len(images))))  # names of images in memory, checked like paths
-    fixed = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
-    options = build_options(PredictOptions, fixed, model=model, paths=names, **flags)
+    fixed_options = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
+    options = build_options(PredictOptions, fixed_options, model=model, paths=names, **flags)
     return predict_from_options(options, images)
 
 

@@ -568,10 +568,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Check that every count and size is within its limits."""
-        for name, (smallest, largest) in SIZE_LIMITS.items():
+        for name, (minimum, maximum) in SIZE_LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not smallest <= value <= largest:
-                raise ValueError(f"`{name}` must be between {smallest} and {largest:,}, but it is {value}.")
+            if value is not None and not minimum <= value <= maximum:
+                raise ValueError(f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}.")
 
     # Checks of what you choose ---------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
@@ -745,11 +745,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_merging(self) -> None:
         """Check that the other fields allow patches to be merged."""
-        for name, allowed in MERGING_REQUIREMENTS.items():
-            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
+        for name, allowed_values in MERGING_REQUIREMENTS.items():
+            if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
                 raise ValueError(
                     f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
+                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed_values))}."
                 )
 
     def validate_numbers(self) -> None:
@@ -802,12 +802,12 @@ def get_remaining_gates(
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
     """
-    remaining = {}
+    remaining_gates = {}
     for group, field in TOKEN_COUNTS.items():
         num_gated = (gated_tokens or {}).get(group, 0)
         if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
-            remaining[group] = num_remaining
-    return remaining or None
+            remaining_gates[group] = num_remaining
+    return remaining_gates or None
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -508,10 +508,10 @@ class InspectOptions(ImageOptions):
             raise ValueError(f"--json {self.json}: set the name of a .json file")
 
 
-def check_value(options: Any, name: str, is_valid: bool, allowed: str) -> None:
+def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:

@@ -78,12 +78,12 @@ Ablations = dict[str, dict[str, Ablation]]  # kind -> key of a token or name of 
 def compute_null_limit(values: Sequence[float]) -> float:
     """Return the limit of a null distribution: its maximum, or the upper end of its 95 % prediction interval if this
     is larger (normal distribution, unknown variance), since few random draws miss rare large values."""
-    count = len(values)
+    num_values = len(values)
     limit = max(*values, MIN_NULL_LIMIT)
-    if count < 2:
+    if num_values < 2:
         return limit
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return max(limit, statistics.fmean(values) + quantile * statistics.stdev(values) * math.sqrt(1 + 1 / count))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_values - 1))
+    return max(limit, statistics.fmean(values) + quantile * statistics.stdev(values) * math.sqrt(1 + 1 / num_values))
 
 
 def compute_ablations(
@@ -109,7 +109,7 @@ def compute_ablations(
     """
     model = unwrap_model(model)
     before = collect_outputs(model, batches) if before is None else before
-    sample_batches, sampled = sample or (batches, range(len(before)))
+    sample_batches, sampled_indices = sample or (batches, range(len(before)))
     parts = get_ablated_parts(model.config.token_layout)
     ablations: Ablations = {kind: {} for kind in KINDS}
     if not parts:
@@ -120,17 +120,19 @@ def compute_ablations(
             held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
         hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
         outputs["information"][key], outputs["presence"][key] = held, hidden
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled)
+    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     sizes = {len(indices) for indices in parts.values()}
     patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
-    hidden_outputs = {tuple(indices): outputs["presence"][key].select(sampled) for key, indices in parts.items()}
+    hidden_outputs = {
+        tuple(indices): outputs["presence"][key].select(sampled_indices) for key, indices in parts.items()
+    }
     redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
     for kind, by_key in outputs.items():
         for key, after in by_key.items():
             redraw_effect, redrawn = redraw_effects[key]
             ablations[kind][key] = Ablation(
                 effect=compute_effect(before, after),
-                compared=compute_effect(sampled_before, after.select(sampled)).size,
+                compared=compute_effect(sampled_before, after.select(sampled_indices)).size,
                 patches=patch_effects[kind, len(parts[key])],
                 redrawn=redrawn[kind],
                 redraw_effect=redraw_effect,
@@ -185,13 +187,13 @@ def measure_patch_effects(
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
     patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
     sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(sizes)}
-    used = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
-    means, _ = collect_mean_states(model, batches, used)
+    used_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
+    means, _ = collect_mean_states(model, batches, used_indices)
     return {
         (kind, size): [
             compute_effect(before, ablate(kind, model, batches, indices, means[:, positions])).size
             for indices in sets
-            for positions in [[used.index(index) for index in indices]]
+            for positions in [[used_indices.index(index) for index in indices]]
         ]
         for size, sets in sets_by_size.items()
         for kind in KINDS
@@ -287,14 +289,14 @@ def get_ablated_parts(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
     """Return the mean states [L + 1, n, D] of the tokens at these sequence indices, in double precision, and the
     outputs of the same forward passes."""
-    collected, sums, runner = [], [], get_runner(model)
+    batch_outputs, sums, runner = [], [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             outputs = runner(pixel_values, output_hidden_states=True)
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
             sums.append(states.cpu().double().sum(dim=0))
-            collected.append(read_outputs(model, outputs, labels))
-    joined = join_outputs(collected)
+            batch_outputs.append(read_outputs(model, outputs, labels))
+    joined = join_outputs(batch_outputs)
     return torch.stack(sums).sum(dim=0) / len(joined), joined
 
 
@@ -341,9 +343,9 @@ def replace_tokens(
     The new tokens are [n, D] or [B, n, D], or computed from the old tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
-        replaced = hidden_states.clone()  # [B, N, D]
-        new = new_tokens(replaced[:, list(indices)]) if callable(new_tokens) else new_tokens
-        replaced[:, list(indices)] = new.to(hidden_states)
-        return replaced
+        new_states = hidden_states.clone()  # [B, N, D]
+        new = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        new_states[:, list(indices)] = new.to(hidden_states)
+        return new_states
 
     return module.register_forward_hook(hook)

@@ -78,7 +78,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
-    best: SecondMode | None = None
+    best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
@@ -92,9 +92,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
         is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
-        if is_mode and (best is None or score > best.score):
-            best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
-    return best
+        if is_mode and (best_mode is None or score > best_mode.score):
+            best_mode = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
+    return best_mode
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
@@ -119,11 +119,13 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
         statements = [f"No artifacts: {norms}; {largest}"]
-    earlier = max(range(first), key=lambda each: fractions[each], default=0)
-    if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
+    earlier_layer = max(range(first), key=lambda each: fractions[each], default=0)
+    if earlier_layer < first and fractions[earlier_layer] > 1.01 * fractions[layer]:
         suffix = "" if mode is not None else ", but not in the last layers that are read"
-        fraction = f"{fractions[earlier]:.2%}"
-        statements.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
+        fraction = f"{fractions[earlier_layer]:.2%}"
+        statements.append(
+            f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier_layer)}{suffix}"
+        )
     mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",

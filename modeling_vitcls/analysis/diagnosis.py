@@ -265,8 +265,8 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
 def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
     """Return rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if token.findings.num_images < MIN_IMAGES:
-        missing = describe_missing_images(token.findings.num_images)
-        return "neutral", f"its movement in this run is 0, and its effect is unknown: {missing}."
+        explanation = describe_missing_images(token.findings.num_images)
+        return "neutral", f"its movement in this run is 0, and its effect is unknown: {explanation}."
     if not token.ablations:
         return "neutral", "its movement in this run is 0: it is frozen or receives no gradient."
     comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
@@ -433,12 +433,12 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         read = fractions[:num_layers, index]
         thirds = torch.stack([part.mean() for part in read.tensor_split(3) if len(part)])  # [3 or fewer]
         where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
-        narrowest = int(widths[:num_layers, index].argmin())
-        width = round(widths[narrowest, index].item())
+        narrowest_layer = int(widths[:num_layers, index].argmin())
+        width = round(widths[narrowest_layer, index].item())
         is_register = index >= config.token_layout.registers.start
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
-            f"tokens {where} (100% is uniform), most selective in layer {narrowest + 1}: {width} "
+            f"tokens {where} (100% is uniform), most selective in layer {narrowest_layer + 1}: {width} "
             f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read, thirds)}"
         )
     return texts

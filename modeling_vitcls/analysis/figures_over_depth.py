@@ -200,8 +200,8 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     draw_line(norms, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(norms, style, line, line, line, 0)
-    plotted = torch.cat([low, high, findings.token_norms.flatten()])
-    if plotted.min() > 0 and plotted.max() > MIN_RATIO_FOR_LOG_SCALE * plotted.min():
+    plotted_values = torch.cat([low, high, findings.token_norms.flatten()])
+    if plotted_values.min() > 0 and plotted_values.max() > MIN_RATIO_FOR_LOG_SCALE * plotted_values.min():
         norms.set_yscale("log")
         norms.set_ylabel("norm, logarithmic")
     else:
@@ -252,10 +252,10 @@ def get_legend_columns(width: float) -> int:
     return int(width / 1.6)
 
 
-def format_layer_axis(axes: Axes, count: int, first_layer: int) -> None:
+def format_layer_axis(axes: Axes, num_layers: int, first_layer: int) -> None:
     """Format the x axis with integer layers, and the grid."""
     axes.set_xlabel("layer" if first_layer else "after layer")
-    axes.set_xlim(first_layer - 0.3, first_layer + count - 0.7)
+    axes.set_xlim(first_layer - 0.3, first_layer + num_layers - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)

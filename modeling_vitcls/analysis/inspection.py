@@ -148,7 +148,7 @@ def inspect_model(
     pixels = preparer.prepare_all(statistics_images, on_progress)
     readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
     batches = InspectionBatches(model, list(pixels.values()), encode_labels(readable_labels, model), batch_size)
-    sample_batches, sampled = batches.sample(
+    sample_batches, sampled_indices = batches.sample(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
@@ -157,27 +157,27 @@ def inspect_model(
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,
-        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled) * num_null_passes,
+        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
     )
-    watched = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, before, without_registers = collect_statistics(model, watched)
+    watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
+    findings, before, without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
         model,
         progress.watch(batches, "ablating tokens"),
         findings.mean_states,
         before,
-        (progress.watch(sample_batches, "measuring null effects"), sampled),
+        (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
         without_registers,
     )
-    chosen = dict.fromkeys(range(len(images)))
+    selected_kinds = dict.fromkeys(range(len(images)))
     if num_shown is not None:
         indices = list(pixels)
         selected = select_images(before, config, num_shown)
-        chosen = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+        selected_kinds = {indices[batches.order[position]]: kind for position, kind in selected.items()}
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     label_space, image_reports = get_label_space(config), []
-    for number, (index, kind) in enumerate(chosen.items()):
-        on_progress("computing maps", number, len(chosen))
+    for number, (index, kind) in enumerate(selected_kinds.items()):
+        on_progress("computing maps", number, len(selected_kinds))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
@@ -185,8 +185,8 @@ def inspect_model(
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
-        measured = ImageSubset(statistics_images, list(pixels))
-        rows = compare_patch_sizes(model, processor, measured, readable_labels, patch_sizes)
+        readable_images = ImageSubset(statistics_images, list(pixels))
+        rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -200,7 +200,7 @@ def inspect_model(
         patches=diagnose_patches(config, findings, has_head),
         depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
-        num_null_images=len(sampled),
+        num_null_images=len(sampled_indices),
         map_checks=check_sampled_maps(model, batches, on_progress),
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
@@ -218,24 +218,24 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
-def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
+def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
     enough others, the most confident first), the least confident of the others (at most a quarter), and evenly
     spaced typical images. For an encoder, all selected images are evenly spaced, without a kind."""
     if not isinstance(before, Predictions):
-        return dict.fromkeys(spread_evenly(range(len(before)), count))
+        return dict.fromkeys(spread_evenly(range(len(before)), num_selected))
     confidences = compute_confidences(before.logits, config).tolist()
     by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
     others = [index for index in by_confidence if not is_wrong[index]]
-    num_wrong = max((count + 1) // 2, count - len(others))
+    num_wrong = max((num_selected + 1) // 2, num_selected - len(others))
     wrong = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
-    uncertain = others[: (count + 3) // 4]
-    typical = spread_evenly(sorted(others[len(uncertain) :]), count - len(wrong) - len(uncertain))
+    uncertain = others[: (num_selected + 3) // 4]
+    typical = spread_evenly(sorted(others[len(uncertain) :]), num_selected - len(wrong) - len(uncertain))
     selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}
-    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:count])
+    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:num_selected])
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
@@ -249,28 +249,28 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
     return torch.stack(by_task).amin(dim=0)
 
 
-def spread_evenly(indices: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the indices, evenly spaced."""
-    count = max(min(count, len(indices)), 0)
-    return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
+def spread_evenly(indices: Sequence[int], num_selected: int) -> list[int]:
+    """Return at most `num_selected` of the indices, evenly spaced."""
+    num_selected = max(min(num_selected, len(indices)), 0)
+    return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
 
 
 def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
     registers hidden from attention (`known` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
-    collected, collected_without_registers = [], []
+    batch_outputs, batch_outputs_without_registers = [], []
     for pixel_values, labels in batches():
         outputs, outputs_without_registers = statistics.update(pixel_values)
-        collected.append(read_outputs(model, outputs, labels))
+        batch_outputs.append(read_outputs(model, outputs, labels))
         if outputs_without_registers is not None:
-            collected_without_registers.append(read_outputs(model, outputs_without_registers, labels))
+            batch_outputs_without_registers.append(read_outputs(model, outputs_without_registers, labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
     key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
-    known = {key: join_outputs(collected_without_registers)} if collected_without_registers else {}
-    return findings, join_outputs(collected), known
+    known = {key: join_outputs(batch_outputs_without_registers)} if batch_outputs_without_registers else {}
+    return findings, join_outputs(batch_outputs), known
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -335,10 +335,10 @@ class InspectionBatches:
             pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.model.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
-    def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `count` evenly spaced images, and the indices of these images among the images
-        that this object yields."""
-        positions = spread_evenly(range(len(self.order)), count)
+    def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
+        """Return batches of at most `num_selected` evenly spaced images, and the indices of these images among the
+        images that this object yields."""
+        positions = spread_evenly(range(len(self.order)), num_selected)
         indices = [self.order[position] for position in positions]
         pixels = [self.pixels[index] for index in indices]
         labels = None if self.labels is None else self.labels[indices]
@@ -355,13 +355,13 @@ class PassProgress:
     def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
         """Return a function that yields the same batches and reports `num_passes` forward passes for each."""
 
-        def watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        def iterate_watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
             for pixel_values, labels in batches():
                 self.on_progress(description, self.num_finished, self.num_images)
                 yield pixel_values, labels
                 self.num_finished += num_passes * len(pixel_values)
 
-        return watched
+        return iterate_watched
 
 
 def count_tokens(model: Any, pixels: torch.Tensor) -> int:

@@ -132,10 +132,10 @@ def draw_patch_colors(
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
     layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
     *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
-    painted = torch.stack(channels, dim=-1).numpy()
-    painted = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, painted)
-    painted = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), painted)
-    return Image.fromarray((painted * 255).round().astype(np.uint8))
+    canvas = torch.stack(channels, dim=-1).numpy()
+    canvas = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, canvas)
+    canvas = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), canvas)
+    return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
 # Similarity ----------------------------------------------------------------------------------------------------------

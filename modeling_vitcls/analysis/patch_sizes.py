@@ -158,12 +158,12 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
         return Candidate(model, size, is_native=True)
     was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # logs each adapted weight
     try:
-        adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
+        adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
         raise ValueError(f"patch size {size}: {error}") from None
     finally:
         adaptation_logger.disabled = was_disabled
-    return Candidate(adapted, size, is_native=False)
+    return Candidate(adapted_model, size, is_native=False)
 
 
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:

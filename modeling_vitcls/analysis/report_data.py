@@ -88,17 +88,19 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
     colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
-    compressed = [compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features]
+    compressed_features = [
+        compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features
+    ]
     images = [
         {
             "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
-            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed]))
+            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed_features]))
             if index < num_with_features
             else None,
         }
         for index in range(len(image_reports))
     ]
-    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed]
+    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed_features]
 
 
 def to_rgba(colors: torch.Tensor) -> torch.Tensor:
@@ -143,10 +145,10 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     A value is (byte / 255)² times the largest value of its map.
     """
     maps = maps.double()
-    largest = maps.amax(dim=(-2, -1), keepdim=True)
+    maxima = maps.amax(dim=(-2, -1), keepdim=True)
     return {
-        "values": encode_base64(((maps / largest.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
-        "largest": encode_base64(largest.float()),
+        "values": encode_base64(((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
+        "largest": encode_base64(maxima.float()),
         "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
     }
 

@@ -97,12 +97,12 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     """
     if model.config.register_neurons:
         raise ValueError("This model already has a test-time register. Pass all neurons in one call.")
-    adapted = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
-    encoder: Any = adapted.base_model
+    adapted_model = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
+    encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
-    if "registers" in (adapted.config.gated_tokens or {}):
+    if "registers" in (adapted_model.config.gated_tokens or {}):
         encoder.gates.gates[-1] = encoder.gates.OPEN  # the last gate belongs to the last register
-    return adapted
+    return adapted_model
 
 
 def encode_patches(

@@ -125,13 +125,13 @@ def write_reports(
             file.parent.mkdir(parents=True, exist_ok=True)
     entries = [comparison.to_dict() for comparison in comparisons]
     if output_file is not None:
-        lowest = compute_lowest_ratios(comparisons)
+        lowest_ratios = compute_lowest_ratios(comparisons)
         results = {
             "machine": get_machine(),
             "versions": get_versions("timm"),
             "comparisons": entries,
             "over_the_better": [
-                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest.items()
+                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios.items()
             ],
         }
         write_json(output_file, results)

@@ -73,11 +73,11 @@ def run(options: ExportOptions) -> None:
 
     silence_exporters()
     if options.format == "transformers.js":
-        written = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
-        for comparison in written.comparisons:
+        exported_model = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
+        for comparison in exported_model.comparisons:
             difference, agreement = comparison.largest_difference, comparison.top1_agreement
             print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
-        if (labeled := written.labeled) is not None:
+        if (labeled := exported_model.labeled) is not None:
             print(f"{labeled.metric} on {labeled.num_images} images of {labeled.dataset} ({labeled.split}):")
             for name, score in {"PyTorch": labeled.model, **labeled.files}.items():
                 print(f"{name:26} {score:.2%}")

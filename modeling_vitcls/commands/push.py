@@ -86,7 +86,7 @@ def push(options: PushOptions) -> None:
     assert folder is not None
     (check_adapter if is_adapter(folder) else check_is_model)(folder)
     repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
-    pushed = push_folder(
+    pushed_model = push_folder(
         folder,
         repo_id,
         options.private,
@@ -95,7 +95,7 @@ def push(options: PushOptions) -> None:
         with_optimizer=options.push_optimizer,
         with_handler=options.endpoint_handler,
     )
-    print(f"pushed    {pushed.summary}", flush=True)
+    print(f"pushed    {pushed_model.summary}", flush=True)
     if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
-        print("\n".join(verify_push(pushed, folder).format_lines()))
+        print("\n".join(verify_push(pushed_model, folder).format_lines()))

@@ -48,12 +48,12 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
-    pinned = f"{name}@{commit}" if commit else name
+    pinned_name = f"{name}@{commit}" if commit else name
     match read_model_types(folder):
         case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
-            return convert_once(f"transformers:{pinned}")
+            return convert_once(f"transformers:{pinned_name}")
         case (None, str()):  # a model saved by timm
-            return convert_once(f"timm:hf-hub:{pinned}" if commit else f"timm:local-dir:{name}")
+            return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
     return folder  # a vitcls model; errors about other models are raised where they are loaded
 
 
@@ -67,12 +67,12 @@ def pin_revision(source: str) -> str:
     return f"{prefix}{name}@{commit}" if commit else source
 
 
-def is_pinned(pinned: object, source: object) -> bool:
-    """Return whether `pinned` is `source` with the hash of a commit, instead of none, a branch or a tag."""
-    if not isinstance(pinned, str) or not isinstance(source, str) or pinned == source:
+def is_pinned(pinned_source: object, source: object) -> bool:
+    """Return whether `pinned_source` is `source` with the hash of a commit, instead of none, a branch or a tag."""
+    if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
-    return pinned.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
+    return pinned_source.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
 def read_model_types(folder: str) -> tuple[str | None, str | None]:

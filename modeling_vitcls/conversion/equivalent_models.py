@@ -145,12 +145,12 @@ def list_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
 
 def widen_mlp(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
     """Add hidden units with zero weights to each MLP."""
-    added = new.intermediate_size - old.intermediate_size
+    num_added = new.intermediate_size - old.intermediate_size
     for name, weight in encoder.items():
         if re.fullmatch(r"layers\.\d+\.mlp\.(fc1|gate_proj|up_proj)\.(weight|bias)", name):
-            encoder[name] = pad(weight, (0, added) if weight.ndim == 1 else (0, 0, 0, added))
+            encoder[name] = pad(weight, (0, num_added) if weight.ndim == 1 else (0, 0, 0, num_added))
         elif re.fullmatch(r"layers\.\d+\.mlp\.(fc2|down_proj)\.weight", name):
-            encoder[name] = pad(weight, (0, added))
+            encoder[name] = pad(weight, (0, num_added))
 
 
 # Rewrites, in the order in which they are tried.

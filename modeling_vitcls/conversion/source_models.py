@@ -279,9 +279,11 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
             f"{model_class.__name__} requires {len(missing)} weights that are missing in {path}, for example "
             f"{missing[0]}"
         )
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected and model_class.__name__ in (model.config.architectures or []):
-        notes.append(f"{model_class.__name__} does not use {len(unexpected)} weights, for example {unexpected[0]}")
+    unexpected_names = sorted(info["unexpected_keys"])
+    if unexpected_names and model_class.__name__ in (model.config.architectures or []):
+        notes.append(
+            f"{model_class.__name__} does not use {len(unexpected_names)} weights, for example {unexpected_names[0]}"
+        )
     return model, notes
 
 

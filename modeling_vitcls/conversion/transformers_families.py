@@ -451,12 +451,14 @@ def read_beit(config: Any, weights: Weights) -> Fields:
 def add_shared_bias(weights: Weights) -> Weights:
     """Add the bias table that all layers share to the table of each layer, if the model has both."""
     tables = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared = [name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))]
-    per_layer = [name for name in tables if name not in shared]
-    if not shared or not per_layer:
+    shared_tables = [
+        name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
+    ]
+    per_layer = [name for name in tables if name not in shared_tables]
+    if not shared_tables or not per_layer:
         return weights
-    summed = {name: weights[name] + weights[shared[0]] for name in per_layer}
-    return {name: tensor for name, tensor in weights.items() if name not in shared} | summed
+    summed_tables = {name: weights[name] + weights[shared_tables[0]] for name in per_layer}
+    return {name: tensor for name, tensor in weights.items() if name not in shared_tables} | summed_tables
 
 
 # RADIO (arXiv 2312.06709).
@@ -503,13 +505,13 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     """Fold the normalization of pixels, (x - mean) / std, into the patch projection, in float64."""
     if "input_conditioner.norm_mean" not in weights:  # removed by the user
         return weights
-    folded = dict(weights)
-    mean = folded.pop("input_conditioner.norm_mean").double().flatten()  # [C]
-    std = folded.pop("input_conditioner.norm_std").double().flatten()  # [C]
+    folded_weights = dict(weights)
+    mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]
+    std = folded_weights.pop("input_conditioner.norm_std").double().flatten()  # [C]
     weight = weights["embeddings.patch_projection.weight"]  # [D, C * height * width]
     kernel = weight.double().unflatten(1, (len(mean), -1)) / std[:, None]  # [D, C, height * width]
     bias = -(kernel * mean[:, None]).sum(dim=(1, 2))  # [D]
-    return folded | {
+    return folded_weights | {
         "embeddings.patch_projection.weight": kernel.flatten(1).to(weight.dtype),
         "embeddings.patch_projection.bias": bias.to(weight.dtype),
     }

@@ -87,8 +87,8 @@ class Erasing(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
-        erased = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
-        return (erased * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
+        erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
+        return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
 class BatchTransform:

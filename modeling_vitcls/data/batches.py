@@ -55,11 +55,15 @@ class BatchBuilder:
         return self.augmentation.fixed_transform(pixels)
 
     def build(
-        self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
+        self,
+        pixels: torch.Tensor | list[torch.Tensor],
+        labels: list[Any],
+        keys: list[ImageKey],
+        replaced_indices: list[int],
     ) -> Batch:
         """Apply the random parts of the augmentation, and return a batch. `pixels` are outputs of `prepare_image`, as
-        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced` contains the index of the
-        unreadable image that each image replaces, or -1."""
+        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced_indices` contains the index of
+        the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -70,7 +74,7 @@ class BatchBuilder:
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
             "view": torch.from_numpy(views.copy()),
-            "replaced": torch.tensor(replaced),
+            "replaced": torch.tensor(replaced_indices),
         }
 
 
@@ -202,7 +206,7 @@ def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: i
     raise ValueError(problem)
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker_index: int) -> None:
     """Make a DataLoader worker ignore signals that are sent to all processes; used as `worker_init_fn`.
 
     Otherwise the workers would stop before the training step that waits for their images. SIGTERM from the training

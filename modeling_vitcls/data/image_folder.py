@@ -191,14 +191,14 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     all_names = chain.from_iterable(splits.values())
     labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in all_names}
     classes = sorted({label for label in labels.values() if label is not None})
-    unlabeled = [name for name, label in labels.items() if label is None]
+    unlabeled_names = [name for name, label in labels.items() if label is None]
     if not classes:
-        parent = folder.path / PurePosixPath(unlabeled[0]).parent
+        parent = folder.path / PurePosixPath(unlabeled_names[0]).parent
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    add_unused_note(folder, unlabeled, "outside of class folders")
+    add_unused_note(folder, unlabeled_names, "outside of class folders")
     deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep_folders:
         folder.notes.append(
@@ -292,8 +292,8 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
             f"the columns of {files} in {folder.path} have different types: {format_error(error)}"
         ) from error
     names = [name for _, images in tables for name in images]
-    unlisted = sorted(set(folder.images) - set(names))
-    add_unused_note(folder, unlisted, "not listed in a metadata file")
+    unlisted_names = sorted(set(folder.images) - set(names))
+    add_unused_note(folder, unlisted_names, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
     parts = {}
     for split in splits:

@@ -218,7 +218,7 @@ class TrainingStream:
             raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
         first = min(readable_images)
         source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
-        replaced = [
+        replaced_indices = [
             NOT_REPLACED if source_index == index else examples[index].index
             for index, source_index in enumerate(source_indices)
         ]
@@ -226,7 +226,7 @@ class TrainingStream:
             [readable_images[index] for index in source_indices],
             [examples[index].label for index in source_indices],
             [(examples[index].epoch, examples[index].index) for index in source_indices],
-            replaced,
+            replaced_indices,
         )
 
     def load_image(self, example: Example) -> torch.Tensor | None:

@@ -52,12 +52,12 @@ class HeldOutImages(Dataset):
     processor: ViTCLSImageProcessor
     label_space: LabelSpace
     batch_size: int
-    process: int
+    process_index: int
     num_processes: int
     num_channels: int | None = None
 
     def __post_init__(self) -> None:
-        first_start = self.process * self.batch_size
+        first_start = self.process_index * self.batch_size
         starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
         self.batches = [range(start, start + self.batch_size) for start in starts]
 

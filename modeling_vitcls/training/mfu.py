@@ -114,9 +114,9 @@ class Utilization:
         }
 
 
-def compute_fraction(executed: float, available: float) -> float | None:
+def compute_fraction(executed_flops: float, available_flops: float) -> float | None:
     """Return `executed / available`; None if the quotient is above 1, because the measured peak is then too low."""
-    return round(executed / available, 4) if executed <= available else None
+    return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
 def start_utilization(

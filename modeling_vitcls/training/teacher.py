@@ -127,15 +127,15 @@ def load_teacher(
     if labels.kind != "single_label_classification":
         raise ValueError(f"--teacher requires one label per image, but the dataset is {labels.kind}. Remove --teacher")
     if source.startswith(TIMM_PREFIX):
-        loaded = load_from_timm(source, num_channels, height_width)
+        loaded_teacher = load_from_timm(source, num_channels, height_width)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
-        loaded = load_from_transformers(folder, num_channels, height_width)
-    label_indices, note = match_labels(source, loaded, labels.names)
-    height, width = loaded.preprocessing.height_width
-    num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        loaded_teacher = load_from_transformers(folder, num_channels, height_width)
+    label_indices, note = match_labels(source, loaded_teacher, labels.names)
+    height, width = loaded_teacher.preprocessing.height_width
+    num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
     description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
-    return Teacher(loaded.model, loaded.preprocessing, label_indices, description, note).to(device)
+    return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description, note).to(device)
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
