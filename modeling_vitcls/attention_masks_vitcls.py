@@ -6,8 +6,8 @@
     RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines them in the form that the attention implementation expects. `config.cls_scopes` hides
-patches from CLS tokens only; all tokens can attend to special tokens.
+`build_attention_mask` combines the masks as the attention implementation expects. `config.cls_scopes` hides patches
+from CLS tokens only; all tokens can attend to special tokens.
 """
 
 from typing import Any

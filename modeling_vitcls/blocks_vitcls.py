@@ -360,7 +360,7 @@ class ViTCLSGLU(nn.Module):
 
 
 def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
-    """Apply the register neurons and the norm of an MLP, if it has them, to its activations [B, N, intermediate]."""
+    """Apply the register neurons and the norm of an MLP, if present, to its activations [B, N, intermediate]."""
     if mlp.register_neurons is not None:
         activations = mlp.register_neurons(activations)
     return activations if mlp.norm is None else mlp.norm(activations)
@@ -387,7 +387,7 @@ class DropPath(nn.Module):
         self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Drop the branch [B, N, D] of random images; divide the others by the keep rate to preserve the mean."""
+        """Drop the branch [B, N, D] of random images; divide the kept branches by the keep rate."""
         if not self.training:
             return hidden_states
         keep_rate = 1 - self.rate

@@ -277,7 +277,7 @@ def format_state(state: dict[str, Any]) -> str:
 
 
 def is_best_checkpoint(folder: Path) -> bool:
-    """Return whether the checkpoint was the best one when it was written."""
+    """Return whether the checkpoint was the best so far when it was written."""
     try:
         return bool(read_state(folder)["is_best"])
     except DamagedCheckpoint:

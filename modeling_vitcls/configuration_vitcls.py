@@ -396,7 +396,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
         """Build a standard ViT, `"tiny"`, `"small"`, `"base"` or `"large"`, with any field overridden.
 
-        Sources: ViT (arXiv 2010.11929, table 1) for base and large; DeiT (arXiv 2012.12877, table 1) for the others.
+        Sources: ViT (arXiv 2010.11929, table 1) for base, large; DeiT (arXiv 2012.12877, table 1) for tiny, small.
 
         Raises:
             ValueError: If the name is unknown.

@@ -5,7 +5,7 @@
     |______________ this file _______________|    |______________ transformers' backends ______________|
 
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit depths, and checks
-settings. The backends of transformers, one with torchvision and one with PIL, do the rest. A faster path to the same
+settings. The backends of transformers (torchvision or PIL) perform the remaining steps. A faster path to the same
 values is in fast_image_processing_vitcls.py. Augmentation for training is not in these files.
 """
 

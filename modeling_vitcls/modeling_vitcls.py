@@ -479,7 +479,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 
 
 def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that the classifiers read, so that the last layer can skip the others; None for all.
+    """Return the number of tokens that classifiers read, so the last layer can skip all other tokens; None for all.
 
     Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
     read patches, the last layer writes to a register, hidden states or attentions are requested, a recorder or a hook

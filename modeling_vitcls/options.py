@@ -206,9 +206,10 @@ class TrainingOptions:
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
-    selected on other images than the reported metrics: the validation split if there is a test split, otherwise a
-    further part of the training images."""
+    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best
+    checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
+    split,
+        otherwise additional held-out training images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
@@ -243,7 +244,7 @@ class DistillationOptions:
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
-    """Weight of the distillation loss; the loss of the labels has the rest. 0.5 is the value of DeiT."""
+    """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT uses 0.5."""
     distillation_tau: float = 3.0
     """Temperature of soft distillation. 3 is the value of the DeiT paper."""
     teacher_views: int = 0

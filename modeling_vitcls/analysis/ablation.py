@@ -1,8 +1,9 @@
 """Ablations: the change in outputs if the information or the presence of special tokens is removed.
 
-    information   the states of the tokens are held at their means over images after the embeddings and each layer, so
-                  that they are the same for every image. Removing tokens or setting them to zero would instead produce
-                  inputs that the model was never trained on.
+    information   the states of the tokens are replaced by their means over images, after the embeddings and each
+    layer,
+                  so that the states are the same for every image. Removing tokens or setting them to zero would
+                  instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches, findings.mean_states)
@@ -116,7 +117,7 @@ def compute_ablations(
         return ablations
     outputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # like `ablations`
     for key, indices in parts.items():
-        with hold_tokens(model, indices, mean_states[:, indices]):
+        with replace_by_means(model, indices, mean_states[:, indices]):
             held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
         hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
         outputs["information"][key], outputs["presence"][key] = held, hidden
@@ -143,7 +144,7 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return the effect of holding each special token at its mean, with keys such as `cls[0]`, without null
+    """Return the effect of replacing each special token by its mean, with keys such as `cls[0]`, without null
     distributions (`compute_ablations`).
 
     Args:
@@ -159,14 +160,14 @@ def compute_ablation_effects(
     before = collect_predictions(model, batches) if before is None else before
     effects = {}
     for index, key in enumerate(get_token_keys(model.config.token_layout)):
-        with hold_tokens(model, [index], mean_states[:, [index]]):
+        with replace_by_means(model, [index], mean_states[:, [index]]):
             effects[key] = compute_effect(before, collect_predictions(model, batches))
     return effects
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
     """Return the predictions for all images from a forward pass of one image, if the classifier reads only the tokens
-    at these sequence indices, which are held at their means; None otherwise."""
+    at these sequence indices, which are replaced by their means; None otherwise."""
     reads = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
     if not isinstance(before, Predictions) or not reads <= set(indices):
         return None
@@ -301,16 +302,16 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
-    """Return the outputs with the tokens at these sequence indices held at their mean states [L + 1, n, D]
+    """Return the outputs with the tokens at these sequence indices replaced by their mean states [L + 1, n, D]
     ("information") or hidden from attention ("presence")."""
     if kind == "presence":
         return collect_outputs(model, batches, indices)
-    with hold_tokens(model, indices, mean_states):
+    with replace_by_means(model, indices, mean_states):
         return collect_outputs(model, batches)
 
 
 @contextmanager
-def hold_tokens(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
+def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
     and after each layer. The last layer is included only if the head reads one of the tokens."""
     encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))

@@ -54,12 +54,12 @@ MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token; divided by th
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
 MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in every layer by uniform attention
 
-ABLATION_TERMS = {"information": "held at {} mean", "presence": "hidden from attention"}
+ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one special token, or on a group of them.
+    """Verdict on one special token, or on a group of special tokens.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".

@@ -252,10 +252,10 @@ def get_legend_columns(width: float) -> int:
     return int(width / 1.6)
 
 
-def format_layer_axis(axes: Axes, num_layers: int, first_layer: int) -> None:
-    """Format the x axis with integer layers, and the grid."""
+def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
+    """Format the grid, and the x axis with integer layers."""
     axes.set_xlabel("layer" if first_layer else "after layer")
-    axes.set_xlim(first_layer - 0.3, first_layer + num_layers - 0.7)
+    axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)

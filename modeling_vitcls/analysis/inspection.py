@@ -82,7 +82,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of holding each token at its mean; None without a classifier."""
+        """Return the effect on predictions of replacing each token by its mean; None without a classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}

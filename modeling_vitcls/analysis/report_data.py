@@ -259,10 +259,10 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
-    `effect` is the change if the token is held at its mean: the logit change in standard deviations over images, or
-    the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and `null`
-    the smallest effect and the limit of the null distributions. "information" and "presence" contain all values of
-    both ablations.
+    `effect` is the change if the token is replaced by its mean: the logit change in standard deviations over images,
+    or the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and
+    `null` the smallest effect and the limit of the null distributions. "information" and "presence" contain all values
+    of both ablations.
     """
     return [
         {

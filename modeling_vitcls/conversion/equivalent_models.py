@@ -54,7 +54,7 @@ class Rewrite:
     """An equivalent form of a model."""
 
     fields: frozenset[str]  # fields that the rewrite may change
-    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns the possible new values of fields
+    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
     rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
     at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 

@@ -8,9 +8,9 @@
     photos/metadata.csv (or .jsonl, .parquet)           columns of the table; `file_name` contains image paths
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
-and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
-names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
-folders, the structure is ambiguous, and reading raises an error.
+and file names are not interpreted. The first-level folders are splits if all first-level folders with images have
+split names. If only some have split names, all first-level folders are classes. If, in this case, a folder with a
+split name contains class folders, the structure is ambiguous, and an error is raised.
 
 `ImageFolder.notes` lists the unused files (other file types, hidden files, images next to class folders). A folder
 that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.

@@ -287,6 +287,6 @@ class UnreadableImages:
             self.warn(f"skipped an image: {description}")
             if len(self) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last of them: {description}. Repair or remove "
-                    "them, or set a larger --max-broken-images"
+                    f"more than {self.limit} images cannot be read; the last unreadable image: {description}. "
+                    "Repair or remove these images, or set a larger --max-broken-images"
                 )

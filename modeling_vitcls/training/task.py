@@ -316,9 +316,9 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
-    """Write model, image processor, card and, last, results.json, which marks the folder as complete. Add the speed of
-    the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise RunStopped on
-    all processes if the folder cannot be written."""
+    """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
+    the speed of the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise
+    RunStopped on all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
