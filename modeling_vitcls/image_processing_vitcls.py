@@ -167,7 +167,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return image[..., top : top + size.height, left : left + size.width]
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """Return a flat list of single images. Unlike transformers, this accepts grayscale arrays [H, W]."""
+        """Return a flat list of single images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
         single_images = list(flatten_images(self.fetch_images(images)))
         if not single_images:
             raise ValueError("no images were given: the list is empty")

@@ -190,7 +190,7 @@ class TrainingOptions:
     """With `--trainable head`: number of augmented views of each image, which are encoded once. 0: the image without
     augmentation."""
     lora_rank: int = 8
-    """Rank of the LoRA matrices of queries and values (Hu et al. 2021)."""
+    """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     compile: bool = False

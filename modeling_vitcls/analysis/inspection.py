@@ -31,7 +31,8 @@ from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
-# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over them
+# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over these
+# images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 

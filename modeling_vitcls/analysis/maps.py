@@ -84,8 +84,8 @@ def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and then for the patches.
 
-    This is the number of layers for a token that the head reads, and one less for other tokens, because their last
-    output is not read. The attention of a token is read in the same layers.
+    All layers are counted for a token that the head reads, and all except the last layer for any other token, because
+    its last output is not read. The attention of a token is read in the same layers.
     """
     return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 

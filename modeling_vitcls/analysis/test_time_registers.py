@@ -20,7 +20,8 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al.: a norm per model).
+# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al. choose an absolute norm
+# per model).
 OUTLIER_RATIO = 3.0
 
 

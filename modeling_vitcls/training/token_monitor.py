@@ -77,7 +77,7 @@ class TokenMonitor:
         return [name for name, token in self.get_tokens().items() if torch.equal(token, self.initial_tokens[name])]
 
     def compute_movement(self) -> dict[str, float]:
-        """Return the Euclidean norm of the change of each token since the start of training."""
+        """Return the Euclidean norm of each token's change since the start of training."""
         return {name: compute_norm(token - self.initial_tokens[name]) for name, token in self.get_tokens().items()}
 
 
