@@ -355,9 +355,9 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     """Load the weights with matching shapes, and return an error message about the other weights."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)
-    mismatched = sorted(info["mismatched_keys"])
-    name, saved, expected = mismatched[0]
-    others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+    mismatched_keys = sorted(info["mismatched_keys"])
+    name, saved, expected = mismatched_keys[0]
+    others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
     return (
         f"the weights in {source} do not fit: {name} is {list(saved)}, but the model has {list(expected)}{others}: "
         "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"

@@ -149,8 +149,8 @@ def build_options(
     known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(command_values or {})
     for name in flags:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f". Use {similar[0]}" if similar else ""
+            similar_names = difflib.get_close_matches(name, known, n=1)
+            hint = f". Use {similar_names[0]}" if similar_names else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset

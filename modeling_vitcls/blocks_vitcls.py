@@ -102,8 +102,8 @@ class ViTCLSEmbeddings(nn.Module):
         special_tokens = self.get_special_tokens()  # name -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
-        special = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
-        tokens: Tensor = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
+        special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
+        tokens: Tensor = self.dropout(torch.cat([*special_states, patches], dim=1))  # [B, N, D]
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:

@@ -714,10 +714,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the heads divide the hidden size, and that positions and attention type support the head size."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
+            nearest_divisors = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
-                f"Use {' or '.join(map(str, sorted(nearest)))} heads."
+                f"Use {' or '.join(map(str, sorted(nearest_divisors)))} heads."
             )
         if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(

@@ -108,10 +108,10 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
     num_special = key.shape[-2] - cos.shape[-2]
 
     def rotate(states: Tensor) -> Tensor:
-        special, patches = states.tensor_split([num_special], dim=-2)
+        special_states, patches = states.tensor_split([num_special], dim=-2)
         first, second = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([special, patches.to(states.dtype)], dim=-2)  # cos and sin may be float32 under autocast
+        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin  # may be float32 under autocast
+        return torch.cat([special_states, patches.to(states.dtype)], dim=-2)
 
     return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
 

@@ -93,7 +93,7 @@ def compute_ablations(
     mean_states: torch.Tensor,
     before: Any = None,
     sample: tuple[Batches, Sequence[int]] | None = None,
-    known: dict[str, Any] | None = None,
+    known_outputs: dict[str, Any] | None = None,
 ) -> Ablations:
     """Return the ablations of each special token and of each group of several tokens, with their null distributions.
 
@@ -103,7 +103,7 @@ def compute_ablations(
         mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
         before: `collect_outputs(model, batches)`, if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known: already computed outputs with hidden tokens, by key of the token or name of the group.
+        known_outputs: already computed outputs with hidden tokens, by key of the token or name of the group.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -118,9 +118,10 @@ def compute_ablations(
     outputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # like `ablations`
     for key, indices in parts.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
-            held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs["information"][key], outputs["presence"][key] = held, hidden
+            information_outputs = collect_constant_outputs(model, batches, before, indices)
+            information_outputs = information_outputs or collect_outputs(model, batches)
+        presence_outputs = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
+        outputs["information"][key], outputs["presence"][key] = information_outputs, presence_outputs
     generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     sizes = {len(indices) for indices in parts.values()}
     patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
@@ -168,12 +169,16 @@ def compute_ablation_effects(
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
     """Return the predictions for all images from a forward pass of one image, if the classifier reads only the tokens
     at these sequence indices, which are replaced by their means; None otherwise."""
-    reads = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
-    if not isinstance(before, Predictions) or not reads <= set(indices):
+    read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
+    if not isinstance(before, Predictions) or not read_indices <= set(indices):
         return None
-    first = next(iter(batches()))[0][:1]
-    one = collect_outputs(model, lambda: [(first, None)])
-    return Predictions(one.logits.expand_as(before.logits), one.predicted.expand_as(before.predicted), before.labels)
+    first_image = next(iter(batches()))[0][:1]
+    single_outputs = collect_outputs(model, lambda: [(first_image, None)])
+    return Predictions(
+        single_outputs.logits.expand_as(before.logits),
+        single_outputs.predicted.expand_as(before.predicted),
+        before.labels,
+    )
 
 
 # Null distributions --------------------------------------------------------------------------------------------------
@@ -231,8 +236,8 @@ def measure_redraw_effects(
                 means, redrawn = collect_mean_states(model, batches, indices)
                 changes.append(compute_effect(before, redrawn).size)
                 if has_null:
-                    held = ablate("information", model, batches, indices, means)
-                    sizes["information"].append(compute_effect(redrawn, held).size)
+                    ablated_outputs = ablate("information", model, batches, indices, means)
+                    sizes["information"].append(compute_effect(redrawn, ablated_outputs).size)
                     sizes["presence"].append(compute_effect(redrawn, hidden_outputs[tuple(indices)]).size)
         effects |= dict.fromkeys(keys, (sum(changes) / len(changes), sizes))
     return effects
@@ -297,8 +302,8 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
             sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(read_outputs(model, outputs, labels))
-    joined = join_outputs(batch_outputs)
-    return torch.stack(sums).sum(dim=0) / len(joined), joined
+    joined_outputs = join_outputs(batch_outputs)
+    return torch.stack(sums).sum(dim=0) / len(joined_outputs), joined_outputs
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:

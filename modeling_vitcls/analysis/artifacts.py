@@ -153,13 +153,19 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
-    ratios, ratios_without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    mode = find_second_mode(ratios_without)
+    ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    mode = find_second_mode(ratios_without_registers)
     if mode is None:
         return None, []
-    before, after = ((each > mode.threshold).float().mean().item() for each in (ratios, ratios_without))
-    pooled = (before + after) / 2
-    if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
+    fraction_before, fraction_after = (
+        (each > mode.threshold).float().mean().item() for each in (ratios, ratios_without_registers)
+    )
+    pooled_fraction = (fraction_before + fraction_after) / 2
+    if (
+        fraction_after - fraction_before
+        < MIN_RISE_SCORE * (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
+    ):
         return mode, []
-    rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
+    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%} of the patches"
+    rise = f"with the registers hidden from attention, outliers rise {fractions}"
     return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

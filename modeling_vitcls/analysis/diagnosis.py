@@ -157,9 +157,9 @@ class TokenEvidence:
         for other in range(len(self.names)):
             last = min(self.last, self.num_read_layers[other])
             norms = findings.mean_states[last].norm(dim=-1)  # [S]
-            variation = findings.variation[last] * norms  # [S], in the unit of `apart`
+            variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
             limit = MAX_TWIN_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
-            distance = findings.apart[last, index, other]
+            distance = findings.state_distance[last, index, other]
             is_similar = bool(findings.between_tokens[last, index, other] >= MIN_TWIN_SIMILARITY)
             if other != index and is_similar and bool(distance <= limit):
                 candidates.append((distance.item(), other, last))
@@ -231,7 +231,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
     if token.twin is not None:
         other, last = token.twin
         similarity = f"cosine {findings.between_tokens[last, token.index, other]:.4f}"
-        distance = f"distance {findings.apart[last, token.index, other]:.2g}"
+        distance = f"distance {findings.state_distance[last, token.index, other]:.2g}"
         return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
         limit = f"in each layer and attention head, at most {token.patch_mass:.2%} of its attention goes to patches"
@@ -245,13 +245,15 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
         return "harmful", "bad", f"{describe_harm(*harm)}; {token.describe_movement()}."
     if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
         ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
-        kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
-        return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
+        similarity = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
+        return "norm too large", "bad", f"{ratio}, so {similarity}{token.caveat}."
     if token.map_twin is not None:
-        twin, apart = token.map_twin
-        equal = f"its attention maps are nearly equal to the maps of {token.names[twin]} in all layers that are read"
-        distance = f"their distance is {apart:.2g} times the distance from uniform attention"
-        return "equal attention", "doubtful", f"{equal} ({distance})."
+        twin_index, map_distance = token.map_twin
+        equality = (
+            f"its attention maps are nearly equal to the maps of {token.names[twin_index]} in all layers that are read"
+        )
+        distance = f"their distance is {map_distance:.2g} times the distance from uniform attention"
+        return "equal attention", "doubtful", f"{equality} ({distance})."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:

@@ -230,12 +230,14 @@ def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str 
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
-    others = [index for index in by_confidence if not is_wrong[index]]
-    num_wrong = max((num_selected + 1) // 2, num_selected - len(others))
-    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
-    uncertain = others[: (num_selected + 3) // 4]
-    typical = spread_evenly(sorted(others[len(uncertain) :]), num_selected - len(wrong) - len(uncertain))
-    selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}
+    other_indices = [index for index in by_confidence if not is_wrong[index]]
+    num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
+    wrong_indices = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
+    uncertain_indices = other_indices[: (num_selected + 3) // 4]
+    typical_indices = spread_evenly(
+        sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)
+    )
+    selected = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
     return dict([(index, kind) for kind, indices in selected.items() for index in indices][:num_selected])
 
 

@@ -162,19 +162,22 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         patch_size: height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
             bottom that do not fill a patch are excluded, as in the model.
     """
-    resized = image_size
+    resized_size = image_size
     if processor.do_resize:
         size = dict(processor.size)
-        resized = RESIZE_RULES[frozenset(size)](image_size, **size)
-    (height, width), (top, left) = resized, (0, 0)
+        resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
+    (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = get_crop_offsets(processor, resized, (height, width))
+        top, left = get_crop_offsets(processor, resized_size, (height, width))
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    y_scale, x_scale = (original / scaled for original, scaled in zip(image_size, resized, strict=True))
+    y_scale, x_scale = (
+        original_length / resized_length
+        for original_length, resized_length in zip(image_size, resized_size, strict=True)
+    )
     return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
 
 

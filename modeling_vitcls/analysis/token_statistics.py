@@ -41,7 +41,7 @@ class Findings:
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
         received: [L, H, S], mean fraction of the attention of patches that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the special tokens' states.
-        apart: [L + 1, S, S], root mean square distance between the states of two special tokens for the same image.
+        state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for an image.
             The distance shows differences that cosines hide if one channel is very large in all tokens.
         across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of
             layers.
@@ -75,7 +75,7 @@ class Findings:
     attention_fractions: torch.Tensor
     received: torch.Tensor
     between_tokens: torch.Tensor
-    apart: torch.Tensor
+    state_distance: torch.Tensor
     across_layers: torch.Tensor
     to_patches: torch.Tensor
     variation: torch.Tensor
@@ -164,7 +164,7 @@ class TokenStatistics:
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
-            apart=means.pop("squared_distances").sqrt().float(),
+            state_distance=means.pop("squared_distances").sqrt().float(),
             uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
             uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},

@@ -108,5 +108,5 @@ def compute_cache_name(source: str) -> str:
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         facts += [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
-    readable = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
-    return f"{readable}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    readable_name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
+    return f"{readable_name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

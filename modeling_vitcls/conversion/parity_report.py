@@ -99,11 +99,13 @@ def compare_models(
         if with_logits and "logits" not in names:
             raise ConversionError(f"the logits of {source.name} cannot be compared")
         differences = {name: get_max_magnitude(outputs[name] - expected[name]) for name in names}
-        excessive = [f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT]  # or NaN
-        if excessive:
+        excessive_differences = [
+            f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
+        ]  # or NaN
+        if excessive_differences:
             raise ConversionError(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
-                f"{', '.join(excessive)}; the limit is {LIMIT:g}"
+                f"{', '.join(excessive_differences)}; the limit is {LIMIT:g}"
             )
         magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))

@@ -274,10 +274,10 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     except Exception as error:  # any error of the download
         check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing_names := sorted(info["missing_keys"]):
         raise ConversionError(
-            f"{model_class.__name__} requires {len(missing)} weights that are missing in {path}, for example "
-            f"{missing[0]}"
+            f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {path}, for example "
+            f"{missing_names[0]}"
         )
     unexpected_names = sorted(info["unexpected_keys"])
     if unexpected_names and model_class.__name__ in (model.config.architectures or []):

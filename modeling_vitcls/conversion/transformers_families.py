@@ -196,8 +196,8 @@ def read_tipsv2(config: Any, weights: Weights) -> Fields:
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Return the tensor for the first target if the MLP is plain, and for the second target if it is gated."""
-    empty = tensor[:0]
-    return [tensor, empty] if config.mlp_type == "mlp" else [empty, tensor]
+    empty_tensor = tensor[:0]
+    return [tensor, empty_tensor] if config.mlp_type == "mlp" else [empty_tensor, tensor]
 
 
 # DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.

@@ -260,5 +260,5 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:
     """Return the first names, separated by commas, and the number of the other names."""
-    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + more
+    suffix = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + suffix

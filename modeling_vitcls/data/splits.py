@@ -344,8 +344,10 @@ def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | No
     if stored == current:
         return None
     for column, names in current["classes"].items():
-        if (previous := stored["classes"].get(column)) != names:
-            return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
+        if (stored_names := stored["classes"].get(column)) != names:
+            return (
+                f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
+            )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
         if stored[name] != current[name]:
             return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"

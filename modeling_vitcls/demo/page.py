@@ -261,7 +261,7 @@ class AttentionView:
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
-        gallery = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
+        gallery = [(small_map, f"layer {number}") for number, small_map in enumerate(maps, start=1)]
         return *self.draw(result, token, layer, head), gallery, result.draw_through_layers(token)
 
 

@@ -92,12 +92,12 @@ class DemoResult:
         """Return the row and column of the patch at pixel (x, y) of the image, displayed at `width` x `height` pixels;
         None outside the visible region."""
         left, top, right, bottom = self.visible_region
-        across = (x / width * self.image.width - left) / (right - left)
-        down = (y / height * self.image.height - top) / (bottom - top)
-        if not (0 <= across < 1 and 0 <= down < 1):
+        x_fraction = (x / width * self.image.width - left) / (right - left)
+        y_fraction = (y / height * self.image.height - top) / (bottom - top)
+        if not (0 <= x_fraction < 1 and 0 <= y_fraction < 1):
             return None
         rows, columns = self.features.shape[1:3]
-        return int(down * rows), int(across * columns)
+        return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
         """Return the fractions of a token's attention to each special token, then to all patches; they sum to 1."""

@@ -79,12 +79,12 @@ class HeldOutImages(Dataset):
                 unreadable[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
-            COLLATE[self.label_space.kind](labels, self.label_space),
+            COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
             unreadable,
         )
 
 
-COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
+COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
     "single_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.long),  # [G]
     "multi_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.float32).reshape(
         -1, len(space.names)

@@ -155,9 +155,9 @@ def gather(tensors: Tensors, is_main: bool) -> Tensors:
     processes must call this together."""
     result: Tensors = {}
     for name, tensor in tensors.items():
-        gathered = gather_tensor(tensor)
+        full_tensor = gather_tensor(tensor)
         if is_main:
-            result[name] = gathered.detach().cpu()
+            result[name] = full_tensor.detach().cpu()
     return result
 
 

@@ -157,9 +157,9 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
             f"the teacher {source} has no label {missing[0]!r}, only {known_names}. Use a teacher that was "
             "trained on these labels"
         )
-    if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
+    if ambiguous_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {ambiguous[0]!r}. Rename the labels in its config"
+            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in its config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
@@ -259,14 +259,14 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
     weights = timm.models.load_state_dict(file, weights_only=True)
-    pretrained: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    modules = {"num_classes": (pretrained.classifier, 0), "in_chans": (pretrained.first_conv, 1)}
+    pretrained_cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    modules = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
     sizes_in_file = {}
     for setting, (names, dimension) in modules.items():
         module = names[0] if isinstance(names, tuple | list) else names  # name of one module or of several
         if f"{module}.weight" in weights:
             sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
-    model = timm.create_model(name, pretrained=False, **sizes_in_file)
+    model = timm.create_model(name, pretrained_cfg=False, **sizes_in_file)
     model.load_state_dict(weights)
     return model
 

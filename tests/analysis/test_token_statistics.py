@@ -176,9 +176,9 @@ def test_distances_between_tokens_are_relative_to_the_mean() -> None:
     states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     for one, other in ((0, 1), (2, 5), (3, 4)):
         expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
-        assert get_largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
-        assert torch.equal(found.apart[:, one, other], found.apart[:, other, one])
-    assert found.apart[:, 3, 5].max() == 0 < 0.1 < found.apart[:, 3, 4].min()
+        assert get_largest_difference(found.state_distance[:, one, other].double(), expected) <= 1e-4
+        assert torch.equal(found.state_distance[:, one, other], found.state_distance[:, other, one])
+    assert found.state_distance[:, 3, 5].max() == 0 < 0.1 < found.state_distance[:, 3, 4].min()
 
 
 def test_one_large_channel_does_not_hide_variation() -> None:
@@ -192,7 +192,12 @@ def test_one_large_channel_does_not_hide_variation() -> None:
     with model.layers[-1].mlp.register_forward_hook(shift):
         found = collect_findings(model, build_images(4))
     assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
-    assert get_largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
+    assert (
+        get_largest_difference(found.state_distance[-1], plain.state_distance[-1])
+        <= 1e-2
+        < 1
+        < found.state_distance[-1, 0, 1]
+    )
     assert found.channel_variation[-1].min() > 0.05
 
 
