@@ -233,7 +233,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a checksum does not match."""
+    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file is missing or damaged."""
     state = read_state(folder)
     for name, expected in state["files"].items():
         file = folder / name
@@ -245,7 +245,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or changed."""
+    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or not valid."""
     if not (folder / STATE_FILE).is_file():
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
@@ -255,7 +255,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
     if not is_undamaged or not is_state(state):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: the checksum of {STATE_FILE} does not match")
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
     return state
 
 

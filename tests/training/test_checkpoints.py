@@ -203,7 +203,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
     "truncated facts": ("state.json", truncate, "state.json is unreadable"),
-    "edited facts": ("state.json", edit, "the checksum of state.json does not match"),
+    "edited facts": ("state.json", edit, "state.json is not valid"),
     "no facts": ("state.json", Path.unlink, "state.json is missing"),
     "a list in place of facts": (
         "state.json",
