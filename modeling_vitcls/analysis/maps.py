@@ -108,13 +108,13 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     """
     (height, width), (patch_height, patch_width) = image_size, config.patch_height_width
     grid_height, grid_width = height // patch_height, width // patch_width
-    to_patches = rows[..., config.token_layout.patches]
-    if to_patches.shape[-1] != grid_height * grid_width:
+    patch_rows = rows[..., config.token_layout.patches]
+    if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
-            f"The attention rows have {to_patches.shape[-1]} patches, but images of {height} x {width} pixels have "
+            f"The attention rows have {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
             f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
         )
-    return to_patches.unflatten(-1, (grid_height, grid_width))
+    return patch_rows.unflatten(-1, (grid_height, grid_width))
 
 
 def upsample_maps(

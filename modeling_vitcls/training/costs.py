@@ -112,8 +112,8 @@ def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`. The latter counts keys
-    and values of a single token, and the query, which is computed only once per batch."""
+    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`, which counts keys
+    and values of a single token, and the query although it is computed only once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
     attention_flops = 4 * num_keys * pooler.probe.shape[-1]
     return (

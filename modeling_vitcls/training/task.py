@@ -68,7 +68,7 @@ from .token_monitor import build_attention_measure
 
 Evaluate = Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
 
-FOLDS = "folds.json"  # results of a cross-validation
+FOLDS_FILE = "folds.json"  # results of a cross-validation
 NUM_DECIMALS = 6  # decimals of the numbers in folds.json
 NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
 NUM_DRY_RUN_STEPS = 3  # more than 1, because the first step is slower than the others
@@ -425,7 +425,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
     }
     runner = task.runner
-    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
+    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     runner.reporter.print_line(
         "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"
