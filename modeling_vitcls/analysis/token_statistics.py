@@ -186,7 +186,7 @@ class TokenStatistics:
             "token_spread": compute_spread(visible[..., layout.patches], centers),
             "map_distance": torch.cdist(rows, rows, p=1).mean(dim=1) / 2,
             "map_selectivity": (rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
-            "entropy": torch.special_states.entr(rows).sum(dim=-1),
+            "entropy": torch.special.entr(rows).sum(dim=-1),
             "spread": compute_spread(rows[..., layout.patches], centers),
             "attention_fractions": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
             "received": from_patches[..., : layout.num_prefix_tokens].mean(dim=2),

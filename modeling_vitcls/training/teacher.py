@@ -266,7 +266,7 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
         module = names[0] if isinstance(names, tuple | list) else names  # name of one module or of several
         if f"{module}.weight" in weights:
             sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
-    model = timm.create_model(name, pretrained_cfg=False, **sizes_in_file)
+    model = timm.create_model(name, pretrained=False, **sizes_in_file)
     model.load_state_dict(weights)
     return model
 
