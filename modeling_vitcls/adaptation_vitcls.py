@@ -74,11 +74,11 @@ class AdaptableModel(PreTrainedModel):
         return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
-        """Return a new model with other values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
+        """Return a new model with new values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
 
         Args:
-            gate_new_tokens: add tokens with closed gates. The outputs then stay the same, except outputs that read
-                the added tokens directly: pooling over all CLS tokens, a distillation head.
+            gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are
+                computed directly from the added tokens: pooling over all CLS tokens, a distillation head.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -116,7 +116,7 @@ def resolve_config(
         return config, kwargs | {"config": config}
     if not overrides:
         return None, kwargs
-    check_folder(source, config is not None or bool(kwargs.get("subfolder")))
+    check_checkpoint_folder(source, config is not None or bool(kwargs.get("subfolder")))
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
@@ -153,8 +153,8 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
     """Return the new `gated_tokens`: the value in `changes` or the remaining gates, plus new tokens if requested."""
     counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
-    remaining = get_remaining_gates(config.gated_tokens, counts, new_counts)
-    new_gates = dict(changes.get("gated_tokens", remaining) or {})
+    remaining_gates = get_remaining_gates(config.gated_tokens, counts, new_counts)
+    new_gates = dict(changes.get("gated_tokens", remaining_gates) or {})
     for group, field in TOKEN_COUNTS.items():
         num_added = new_counts[field] - counts[field]
         if gate_new_tokens and num_added > new_gates.get(group, 0):
@@ -239,11 +239,11 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
     """Resample a weight with one row per patch or distance with `resample(weight, grid, new grid, configuration)`."""
-    grid, new_grid, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
-    if grid == new_grid:
+    grid_size, new_grid_size, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
+    if grid_size == new_grid_size:
         return stored, ""
-    note = f"resampled from {grid[0]} x {grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
-    return resample(stored, grid, new_grid, weight.new), note
+    note = f"resampled from {grid_size[0]} x {grid_size[1]} to {new_grid_size[0]} x {new_grid_size[1]} patches"
+    return resample(stored, grid_size, new_grid_size, weight.new), note
 
 
 def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
@@ -285,11 +285,11 @@ def adapt_gates(weight: Weight) -> AdaptedWeight:
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     """Return (group, index within the group) of each gate, in the order of `TokenGates.gates`."""
-    gated = config.gated_tokens or {}
+    gated_tokens = config.gated_tokens or {}
     return [
         (group, index)
         for group, field in TOKEN_COUNTS.items()
-        for index in range(getattr(config, field) - gated.get(group, 0), getattr(config, field))
+        for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
     ]
 
 
@@ -320,7 +320,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
     config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
-    check_folder(source, config_is_elsewhere)
+    check_checkpoint_folder(source, config_is_elsewhere)
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
@@ -338,7 +338,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         raise
 
 
-def check_folder(source: Any, config_is_elsewhere: bool) -> None:
+def check_checkpoint_folder(source: Any, config_is_elsewhere: bool) -> None:
     """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
     if source is None:  # the caller passes a state dict instead
         return
@@ -355,9 +355,9 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     """Load the weights with matching shapes, and return an error message about the other weights."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, info = load(source, *args, **kwargs)
-    mismatched = sorted(info["mismatched_keys"])
-    name, saved, expected = mismatched[0]
-    others = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+    mismatched_keys = sorted(info["mismatched_keys"])
+    name, saved, expected = mismatched_keys[0]
+    others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
     return (
         f"the weights in {source} do not fit: {name} is {list(saved)}, but the model has {list(expected)}{others}: "
         "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"

@@ -113,8 +113,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     names = tuple(map(str, range(len(images))))  # names of images in memory, checked like paths
-    fixed = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
-    options = build_options(PredictOptions, fixed, model=model, paths=names, **flags)
+    fixed_options = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
+    options = build_options(PredictOptions, fixed_options, model=model, paths=names, **flags)
     return predict_from_options(options, images)
 
 
@@ -149,8 +149,8 @@ def build_options(
     known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(command_values or {})
     for name in flags:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f". Use {similar[0]}" if similar else ""
+            similar_names = difflib.get_close_matches(name, known, n=1)
+            hint = f". Use {similar_names[0]}" if similar_names else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset

@@ -6,8 +6,8 @@
     RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines them in the form that the attention implementation expects. `config.cls_scopes` hides
-patches from CLS tokens only; all tokens can attend to special tokens.
+`build_attention_mask` combines the masks as the attention implementation expects. `config.cls_scopes` hides patches
+from CLS tokens only; all tokens can attend to special tokens.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def build_attention_mask(
     config: ViTCLSConfig,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    grid: tuple[int, int],
+    grid_size: tuple[int, int],
     relative_position_bias: "RelativePositionBias | None" = None,
     gates: "TokenGates | None" = None,
 ) -> Any:
@@ -33,7 +33,7 @@ def build_attention_mask(
     Args:
         hidden_states: [B, N, D], after the embeddings.
         attention_mask: [B, N] over all tokens, 1 if a token may be attended to; or a complete 4-dimensional mask.
-        grid: rows and columns of patches.
+        grid_size: rows and columns of patches.
 
     Returns:
         One mask for all layers, a list with one mask per layer, or None if no mask is required.
@@ -44,11 +44,11 @@ def build_attention_mask(
     check_attention_mask(attention_mask, hidden_states)
     mask = None
     if config.cls_scopes is not None:
-        mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid)
+        mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
     elif attention_mask is not None:  # for None, transformers would build an all-true mask while tracing
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
     if relative_position_bias is not None:
-        mask = relative_position_bias(hidden_states, mask, grid)
+        mask = relative_position_bias(hidden_states, mask, grid_size)
     if gates is not None:
         mask = gates(hidden_states, mask)
     return mask
@@ -84,7 +84,7 @@ def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 # CLS scopes ----------------------------------------------------------------------------------------------------------
 def build_cls_attention_mask(
-    config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid: tuple[int, int]
+    config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid_size: tuple[int, int]
 ) -> Any:
     """Build the mask that limits each CLS token to the patches of its scope (`config.cls_scopes`)."""
     if "flash" in config._attn_implementation:
@@ -94,7 +94,7 @@ def build_cls_attention_mask(
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError("cls_scopes cannot be combined with a 4-dimensional attention_mask: pass [batch, tokens]")
-    visibility = build_cls_visibility(config, grid, hidden_states.device)  # [N, N]
+    visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visibility[query, key]
@@ -104,20 +104,20 @@ def build_cls_attention_mask(
     )
 
 
-def build_cls_visibility(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
+def build_cls_visibility(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
     layout = config.token_layout
-    num_tokens = layout.get_num_tokens(*grid)
+    num_tokens = layout.get_num_tokens(*grid_size)
     visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for index, scope in enumerate(config.cls_scopes or ()):
         if not isinstance(scope, str):  # the scope "image" hides no patches
-            visibility[index, layout.patches] = build_cell_mask(scope, grid, device)
+            visibility[index, layout.patches] = build_cell_mask(scope, grid_size, device)
     return visibility
 
 
-def build_cell_mask(scope: list[int], grid: tuple[int, int], device: torch.device) -> Tensor:
+def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return a boolean vector [rows * columns], true for the patches in the cell `[rows, columns, row, column]`."""
-    (grid_rows, grid_columns), (rows, columns, row, column) = grid, scope
+    (grid_rows, grid_columns), (rows, columns, row, column) = grid_size, scope
     if grid_rows < rows or grid_columns < columns:
         raise ValueError(
             f"cls_scopes: a {rows} x {columns} grid of scopes requires at least as many patches, but the image has "
@@ -145,18 +145,18 @@ class RelativePositionBias(nn.Module):
         num_rows = (2 * rows - 1) * (2 * columns - 1) + 3
         self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
 
-    def forward(self, hidden_states: Tensor, mask: Any, grid: tuple[int, int]) -> Any:
+    def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
         """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
-        index = self.get_table_index(grid, hidden_states.device)  # [N, N]
-        tables = resample_bias_tables(self.tables, self.config.grid_size, grid).to(hidden_states.dtype)
+        index = self.get_table_index(grid_size, hidden_states.device)  # [N, N]
+        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(hidden_states.dtype)
         biases = [add_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
-    def get_table_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+    def get_table_index(self, grid_size: tuple[int, int], device: torch.device) -> Tensor:
         """Return the table row of each pair of tokens, [N, N]."""
         layout = self.config.token_layout
-        rows, columns = grid
+        rows, columns = grid_size
         y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
         y, x = y.flatten(), x.flatten()  # [rows * columns] each
         row_distance = y[:, None] - y[None, :] + rows - 1
@@ -170,11 +170,11 @@ class RelativePositionBias(nn.Module):
         return index
 
 
-def resample_bias_tables(tables: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def resample_bias_tables(tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
     """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens are unchanged."""
-    if not needs_resampling(grid, new_grid):
+    if not needs_resampling(grid_size, new_grid_size):
         return tables
-    distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid, new_grid))
+    distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size))
     maps = tables[:, :-3].float().unflatten(1, distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
     maps = nn.functional.interpolate(maps, size=new_distances, mode="bilinear", align_corners=False)
     return torch.cat([maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1)

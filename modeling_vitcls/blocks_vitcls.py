@@ -97,13 +97,13 @@ class ViTCLSEmbeddings(nn.Module):
             ValueError: if `get_grid_size` rejects the images, or the mask does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
-        grid = self.patch_embeddings.get_grid_size(pixel_values)
+        grid_size = self.patch_embeddings.get_grid_size(pixel_values)
         patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)  # [B, rows * columns, D]
         special_tokens = self.get_special_tokens()  # name -> [1, n, D]
         if self.position_embeddings is not None:
-            special_tokens, patches = self.position_embeddings(special_tokens, patches, grid)
-        special = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
-        tokens: Tensor = self.dropout(torch.cat([*special, patches], dim=1))  # [B, N, D]
+            special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
+        special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
+        tokens: Tensor = self.dropout(torch.cat([*special_states, patches], dim=1))  # [B, N, D]
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
@@ -134,21 +134,21 @@ class LearnedPositions(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
-        self.grid = config.grid_size
+        self.grid_size = config.grid_size
         has_cls_position = config.position_embedding_tokens in ("cls", "all")
         has_all_positions = config.position_embedding_tokens == "all"
         self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)  # [1, n, D] or None
         self.distillation = build_tokens(config.num_distillation_tokens * has_all_positions, config.hidden_size)
         self.registers = build_tokens(config.num_register_tokens * has_all_positions, config.hidden_size)
-        self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid), config.hidden_size))
+        self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid_size), config.hidden_size))
 
     def forward(
-        self, special_tokens: dict[str, Tensor], patches: Tensor, grid: tuple[int, int]
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to the special tokens that have them, and to the patches [B, rows * columns, D]."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
-        if needs_resampling(self.grid, grid):
-            positions = resample_positions(positions, self.grid, grid, self.config)
+        if needs_resampling(self.grid_size, grid_size):
+            positions = resample_positions(positions, self.grid_size, grid_size, self.config)
         with_positions = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
         return with_positions, patches + positions
 
@@ -166,10 +166,10 @@ class SinCosPositions(nn.Module):
         self.hidden_size = config.hidden_size
 
     def forward(
-        self, special_tokens: dict[str, Tensor], patches: Tensor, grid: tuple[int, int]
+        self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add positions to the patches [B, rows * columns, D]; special tokens have none."""
-        rows, columns = grid
+        rows, columns = grid_size
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
         y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
@@ -360,7 +360,7 @@ class ViTCLSGLU(nn.Module):
 
 
 def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
-    """Apply the register neurons and the norm of an MLP, if it has them, to its activations [B, N, intermediate]."""
+    """Apply the register neurons and the norm of an MLP, if present, to its activations [B, N, intermediate]."""
     if mlp.register_neurons is not None:
         activations = mlp.register_neurons(activations)
     return activations if mlp.norm is None else mlp.norm(activations)
@@ -387,7 +387,7 @@ class DropPath(nn.Module):
         self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Drop the branch [B, N, D] of random images; divide the others by the keep rate to preserve the mean."""
+        """Drop the branch [B, N, D] of random images; divide the kept branches by the keep rate."""
         if not self.training:
             return hidden_states
         keep_rate = 1 - self.rate

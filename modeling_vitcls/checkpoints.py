@@ -56,7 +56,9 @@ class Checkpoint:
         """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
-            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum of {file}")
+            raise DamagedCheckpoint(
+                f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}"
+            )
         try:
             return load_file(self.folder / file)
         except SafetensorError as error:
@@ -158,12 +160,12 @@ class CheckpointStore:
 
     def remove_leftovers(self) -> None:
         """Remove or restore the hidden folders of an interrupted save."""
-        for replaced in self.folder.glob(f".step-*{REPLACED}"):
-            target = self.folder / replaced.name.removeprefix(".").removesuffix(REPLACED)
+        for replaced_folder in self.folder.glob(f".step-*{REPLACED}"):
+            target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
-                shutil.rmtree(replaced)
+                shutil.rmtree(replaced_folder)
             else:
-                replaced.rename(target)
+                replaced_folder.rename(target)
         for partial in self.folder.glob(f".step-*{PARTIAL}"):
             shutil.rmtree(partial)
 
@@ -231,20 +233,19 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file differs from the written
-    file."""
+    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file is missing or damaged."""
     state = read_state(folder)
     for name, expected in state["files"].items():
         file = folder / name
         if not file.is_file():
             raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
         if compute_file_digest(file) != expected:
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} differs from the written file")
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
     return Checkpoint(folder, state["step"], state["facts"], state["files"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raises DamagedCheckpoint unless it is as it was written."""
+    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or not valid."""
     if not (folder / STATE_FILE).is_file():
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
@@ -254,7 +255,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
     if not is_undamaged or not is_state(state):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} differs from the written file")
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
     return state
 
 
@@ -276,7 +277,7 @@ def format_state(state: dict[str, Any]) -> str:
 
 
 def is_best_checkpoint(folder: Path) -> bool:
-    """Return whether the checkpoint was the best one when it was written."""
+    """Return whether the checkpoint was the best so far when it was written."""
     try:
         return bool(read_state(folder)["is_best"])
     except DamagedCheckpoint:
@@ -284,8 +285,8 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def copy_shared_memory(tensors: Tensors) -> Tensors:
-    """Return the tensors on the CPU, contiguous, with separate memory. Safetensors does not support the shared memory
-    of tied weights."""
+    """Return the tensors on the CPU, contiguous and without shared memory. Safetensors does not support the shared
+    memory of tied weights."""
     seen_addresses: set[int] = set()
     result: Tensors = {}
     for name, tensor in tensors.items():
@@ -298,16 +299,17 @@ def copy_shared_memory(tensors: Tensors) -> Tensors:
 
 def move_into_place(partial: Path, target: Path) -> None:
     """Rename a complete folder; an earlier checkpoint of the same step is hidden first, then removed."""
-    replaced = get_hidden_path(target, REPLACED)
+    replaced_folder = get_hidden_path(target, REPLACED)
     if target.exists():
-        target.rename(replaced)
+        target.rename(replaced_folder)
     partial.rename(target)
     sync_to_disk(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced_folder, ignore_errors=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint. It is hidden first, so that an interrupted removal does not leave a damaged checkpoint."""
+    """Remove a checkpoint. The folder is hidden first, so that an interrupted removal does not leave a damaged
+    checkpoint."""
     hidden_folder = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 

@@ -105,8 +105,8 @@ def run_program(name: str, flags: list[str]) -> None:
 
     settings = {"prog": f"vitcls {name}", "description": format_description(module)}
     options = (parse if command.has_recipes else parse_flags)(module.OPTIONS, flags, **settings)
-    if hasattr(module, "check"):
-        module.check(options)
+    if hasattr(module, "check_options"):
+        module.check_options(options)
 
     from .configuration_vitcls import ViTCLSConfig
 
@@ -116,7 +116,7 @@ def run_program(name: str, flags: list[str]) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand, which has OPTIONS, run(options) and optionally check(options).
+    """Import the module of a subcommand, which has OPTIONS, run(options) and optionally check_options(options).
 
     Exits with status 1 if the libraries of the command line are not installed.
     """

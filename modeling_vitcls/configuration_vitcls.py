@@ -183,7 +183,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
-            It determines the grid of the learned positions. The model also accepts images of other sizes.
+            The size determines the grid of the learned positions. The model also accepts other image sizes.
         patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
 
@@ -396,7 +396,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
         """Build a standard ViT, `"tiny"`, `"small"`, `"base"` or `"large"`, with any field overridden.
 
-        Sources: ViT (arXiv 2010.11929, table 1) for base and large; DeiT (arXiv 2012.12877, table 1) for the others.
+        Sources: ViT (arXiv 2010.11929, table 1) for base, large; DeiT (arXiv 2012.12877, table 1) for tiny, small.
 
         Raises:
             ValueError: If the name is unknown.
@@ -568,10 +568,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Check that every count and size is within its limits."""
-        for name, (smallest, largest) in SIZE_LIMITS.items():
+        for name, (minimum, maximum) in SIZE_LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not smallest <= value <= largest:
-                raise ValueError(f"`{name}` must be between {smallest} and {largest:,}, but it is {value}.")
+            if value is not None and not minimum <= value <= maximum:
+                raise ValueError(f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}.")
 
     # Checks of what you choose ---------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
@@ -714,10 +714,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check that the heads divide the hidden size, and that positions and attention type support the head size."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
+            nearest_divisors = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
-                f"Use {' or '.join(map(str, sorted(nearest)))} heads."
+                f"Use {' or '.join(map(str, sorted(nearest_divisors)))} heads."
             )
         if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
@@ -745,11 +745,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_merging(self) -> None:
         """Check that the other fields allow patches to be merged."""
-        for name, allowed in MERGING_REQUIREMENTS.items():
-            if self.merged_patches_per_layer and getattr(self, name) not in allowed:
+        for name, allowed_values in MERGING_REQUIREMENTS.items():
+            if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
                 raise ValueError(
                     f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed))}."
+                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed_values))}."
                 )
 
     def validate_numbers(self) -> None:
@@ -802,12 +802,12 @@ def get_remaining_gates(
 
     A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
     """
-    remaining = {}
+    remaining_gates = {}
     for group, field in TOKEN_COUNTS.items():
         num_gated = (gated_tokens or {}).get(group, 0)
         if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
-            remaining[group] = num_remaining
-    return remaining or None
+            remaining_gates[group] = num_remaining
+    return remaining_gates or None
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:

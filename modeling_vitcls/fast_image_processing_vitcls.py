@@ -7,8 +7,8 @@
 overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image operations. Resizing and
 cropping are methods of the image processor; torchvision decodes JPEG files.
 
-This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. It
-reads a list of files with `torch.get_num_threads()` Python threads, one image per thread.
+This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. A
+list of files is read with `torch.get_num_threads()` Python threads, one image per thread.
 """
 
 import os

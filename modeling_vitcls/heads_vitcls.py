@@ -138,9 +138,9 @@ class PixelDecoder(nn.Module):
         patch_height, patch_width = self.patch_size
         self.projection = nn.Linear(config.hidden_size, config.num_channels * patch_height * patch_width)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, rows * patch height, columns * patch width]."""
-        (rows, columns), (patch_height, patch_width) = grid, self.patch_size
+        (rows, columns), (patch_height, patch_width) = grid_size, self.patch_size
         pixels: Tensor = self.projection(patches)  # [B, rows * columns, C * patch height * patch width]
         pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
         return pixels.permute(0, 3, 1, 4, 2, 5).reshape(

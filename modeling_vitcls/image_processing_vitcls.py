@@ -5,7 +5,7 @@
     |______________ this file _______________|    |______________ transformers' backends ______________|
 
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit depths, and checks
-settings. The backends of transformers, one with torchvision and one with PIL, do the rest. A faster path to the same
+settings. The backends of transformers (torchvision or PIL) perform the remaining steps. A faster path to the same
 values is in fast_image_processing_vitcls.py. Augmentation for training is not in these files.
 """
 
@@ -167,7 +167,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return image[..., top : top + size.height, left : left + size.width]
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """Return a flat list of single images. Unlike transformers, this accepts grayscale arrays [H, W]."""
+        """Return a flat list of single images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
         single_images = list(flatten_images(self.fetch_images(images)))
         if not single_images:
             raise ValueError("no images were given: the list is empty")
@@ -197,7 +197,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models with torchvision. It processes batches, on a GPU if `device` is set.
+    r"""Image processor for the ViTCLS models with torchvision, which processes batches, on a GPU if `device` is set.
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
     Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as means and deviations.
@@ -270,7 +270,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Return an image or a source as `uint8` [C, h, w], resized and cropped."""
+        """Return an image, or the image at a path or URL, as `uint8` [C, h, w], resized and cropped."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:

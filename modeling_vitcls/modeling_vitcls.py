@@ -299,11 +299,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 
         mask = position_embeddings = None  # if not None: one value for all layers, or a list with one value per layer
-        grid = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         if attention_mask is not None or self.view is not None or self.gates is not None or self.config.cls_scopes:
-            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid, self.view, self.gates)
+            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid_size, self.view, self.gates)
         if self.rotary_positions is not None:
-            position_embeddings = self.rotary_positions(grid, hidden_states)
+            position_embeddings = self.rotary_positions(grid_size, hidden_states)
         if self.patch_dropout is not None:
             hidden_states, mask, position_embeddings = self.patch_dropout(hidden_states, mask, position_embeddings)
 
@@ -479,7 +479,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 
 
 def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that the classifiers read, so that the last layer can skip the others; None for all.
+    """Return the number of tokens that classifiers read, so the last layer can skip all other tokens; None for all.
 
     Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
     read patches, the last layer writes to a register, hidden states or attentions are requested, a recorder or a hook
@@ -539,8 +539,8 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         """
         require_all_patches(self, self.config)
         outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
-        grid = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        reconstruction = self.decoder(outputs.last_hidden_state[:, self.config.token_layout.patches], grid)
+        grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        reconstruction = self.decoder(outputs.last_hidden_state[:, self.config.token_layout.patches], grid_size)
         loss = None
         if bool_masked_pos is not None:
             loss = masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
@@ -574,9 +574,9 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
-        grid = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         feature_maps = [
-            self.get_feature_map(hidden_states, stage, grid)
+            self.get_feature_map(hidden_states, stage, grid_size)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         ]
@@ -586,7 +586,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
             attentions=outputs.attentions,
         )
 
-    def get_feature_map(self, hidden_states: Tensor, stage: str, grid: tuple[int, int]) -> Tensor:
+    def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]) -> Tensor:
         """Return the feature map of one stage's hidden states [B, N, D]."""
         is_last = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last):
@@ -594,7 +594,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:
             return torch.cat([hidden_states[:, :1], patches], dim=1)
-        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # [B, D, rows, columns]
+        feature_map: Tensor = patches.transpose(1, 2).unflatten(2, grid_size).contiguous()  # [B, D, rows, columns]
         return feature_map
 
     def new_like(self, config: ViTCLSConfig) -> Self:

@@ -162,9 +162,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. It rises linearly (--warmup), then falls to 0 along a cosine. Default: depends on the
-    initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5 for a
-    pre-trained ViT-B."""
+    """Peak learning rate. The learning rate rises linearly (--warmup), then falls to 0 along a cosine. Default:
+    depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5
+    for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
     before the first (BEiT, Bao et al. 2021). 1: the same rate for all. Default: 0.75 for pre-trained weights,
@@ -190,7 +190,7 @@ class TrainingOptions:
     """With `--trainable head`: number of augmented views of each image, which are encoded once. 0: the image without
     augmentation."""
     lora_rank: int = 8
-    """Rank of the LoRA matrices of queries and values (Hu et al. 2021)."""
+    """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     compile: bool = False
@@ -206,9 +206,10 @@ class TrainingOptions:
     evaluate_every: int = 1
     """Epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best is
-    selected on other images than the reported metrics: the validation split if there is a test split, otherwise a
-    further part of the training images."""
+    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best
+    checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
+    split,
+        otherwise additional held-out training images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
@@ -243,7 +244,7 @@ class DistillationOptions:
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
-    """Weight of the distillation loss; the loss of the labels has the rest. 0.5 is the value of DeiT."""
+    """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT uses 0.5."""
     distillation_tau: float = 3.0
     """Temperature of soft distillation. 3 is the value of the DeiT paper."""
     teacher_views: int = 0
@@ -287,7 +288,7 @@ class RunOptions:
     """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
     Default: off."""
     hub_checkpoint_branch: str = "checkpoints"
-    """Branch for the pushes of --hub-checkpoint-every. It is created if it does not exist."""
+    """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
     machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
@@ -508,10 +509,10 @@ class InspectOptions(ImageOptions):
             raise ValueError(f"--json {self.json}: set the name of a .json file")
 
 
-def check_value(options: Any, name: str, is_valid: bool, allowed: str) -> None:
+def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the name of the flag if its value is not valid."""
     if not is_valid:
-        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {allowed}")
+        raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:

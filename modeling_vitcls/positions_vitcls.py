@@ -40,10 +40,10 @@ class AxialRotaryPositions(nn.Module):
         self.periods = config.rope_periods
         self.head_dim = config.head_dim
 
-    def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
+    def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
         device = hidden_states.device
-        coordinates = get_patch_coordinates(self.config, grid, device)  # [rows * columns, 2]
+        coordinates = get_patch_coordinates(self.config, grid_size, device)  # [rows * columns, 2]
         exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
         frequencies = self.theta**-exponents if self.periods is None else 1 / exponents.new_tensor(self.periods)
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
@@ -62,9 +62,9 @@ class MixedRotaryPositions(nn.Module):
             torch.empty(2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2)
         )
 
-    def forward(self, grid: tuple[int, int], hidden_states: Tensor) -> list[PositionEmbeddings]:
+    def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> list[PositionEmbeddings]:
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
-        coordinates = get_patch_coordinates(self.config, grid, hidden_states.device)
+        coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
         first, second = coordinates.unbind(-1)  # [rows * columns] each
         first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, half]
         angles = first[:, None] * first_frequencies + second[:, None] * second_frequencies
@@ -82,19 +82,19 @@ class MixedRotaryPositions(nn.Module):
         return torch.stack([first, second])
 
 
-def get_patch_coordinates(config: ViTCLSConfig, grid: tuple[int, int], device: torch.device) -> Tensor:
+def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return the coordinates of all patches, row by row, [rows * columns, 2], in the order of `config.rope_axes`.
 
     Mixed frequencies always use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """
-    y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid)
+    y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
     if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith("rope_mixed"):
         # patch centers from -1 to 1 over the image, times 2 pi (DINOv3)
-        y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid, strict=True))
+        y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid_size, strict=True))
     else:
         # patch indices, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1)
-        reference, offset = config.rope_reference_grid or grid, float(config.rope_grid_offset)
-        y, x = ((axis + offset) / size * scale for axis, size, scale in zip((y, x), grid, reference, strict=True))
+        reference, offset = config.rope_reference_grid or grid_size, float(config.rope_grid_offset)
+        y, x = ((axis + offset) / size * scale for axis, size, scale in zip((y, x), grid_size, reference, strict=True))
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
@@ -108,40 +108,40 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
     num_special = key.shape[-2] - cos.shape[-2]
 
     def rotate(states: Tensor) -> Tensor:
-        special, patches = states.tensor_split([num_special], dim=-2)
+        special_states, patches = states.tensor_split([num_special], dim=-2)
         first, second = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([special, patches.to(states.dtype)], dim=-2)  # cos and sin may be float32 under autocast
+        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin  # may be float32 under autocast
+        return torch.cat([special_states, patches.to(states.dtype)], dim=-2)
 
     return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
 
 
 # Resampling ----------------------------------------------------------------------------------------------------------
-def needs_resampling(grid: tuple[int, int], new_grid: tuple[int, int]) -> bool:
+def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
     """Return whether two grids differ; True for dynamic sizes in an export, which a comparison would fix."""
-    if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid):
+    if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid_size):
         return True
-    return grid != new_grid
+    return grid_size != new_grid_size
 
 
 def resample_positions(
-    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], config: ViTCLSConfig
+    positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
     """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
-    maps = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
         # resample to a square as long as the longer side, then crop the top left (RADIO, arXiv 2312.06709)
-        side = max(new_grid)
+        side = max(new_grid_size)
         square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
-        rows, columns = (torch.arange(length, device=maps.device) for length in new_grid)
+        rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
         maps = square.index_select(2, rows).index_select(3, columns)  # slices would fix the shape of exported graphs
     else:
         factors: list[float] | None = None
         if config.position_offset:  # DINOv2: the scale factor is (new + offset) / old instead of new / old
-            factors = [(new + config.position_offset) / old for new, old in zip(new_grid, grid, strict=True)]
+            factors = [(new + config.position_offset) / old for new, old in zip(new_grid_size, grid_size, strict=True)]
         maps = nn.functional.interpolate(
             maps,
-            size=None if factors else new_grid,
+            size=None if factors else new_grid_size,
             scale_factor=factors,
             mode=config.position_interpolation,
             align_corners=False,

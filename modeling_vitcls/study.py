@@ -91,8 +91,8 @@ class Study:
         for factor, level in levels.items():
             for name, flags in split_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
-        seeded = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
-        return {name: flags | seeded[name] for name in STAGES if (flags := stages.get(name)) is not None}
+        seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
+        return {name: flags | seed_flags[name] for name in STAGES if (flags := stages.get(name)) is not None}
 
 
 def load_study(file: Path) -> Study:
@@ -171,25 +171,27 @@ class StudyRunner:
         waiting_runs = [run for run in runs if not self.is_finished(run)]
         num_finished = len(runs) - len(waiting_runs)
         print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
-        running: list[RunProcess] = []
+        running_processes: list[RunProcess] = []
         try:
-            while waiting_runs or running:
-                while waiting_runs and len(running) < self.jobs and self.fits_memory_limit(running):
-                    running.append(self.start(waiting_runs.pop(0)))
+            while waiting_runs or running_processes:
+                while (
+                    waiting_runs and len(running_processes) < self.jobs and self.fits_memory_limit(running_processes)
+                ):
+                    running_processes.append(self.start(waiting_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
-                self.measure_memory(running)
-                for item in [item for item in running if item.process.poll() is not None]:
+                self.measure_memory(running_processes)
+                for item in [item for item in running_processes if item.process.poll() is not None]:
                     if item.process.returncode == 0 and (stage := next(item.stages, None)) is not None:
                         item.process = self.start_process(item.run, *stage)
                         continue
-                    running.remove(item)
+                    running_processes.remove(item)
                     num_finished += 1
                     self.seconds.append(time.monotonic() - item.start_time)
-                    self.print_progress(item, num_finished, len(waiting_runs) + len(running))
+                    self.print_progress(item, num_finished, len(waiting_runs) + len(running_processes))
         finally:
-            for item in running:
+            for item in running_processes:
                 item.process.send_signal(signal.SIGTERM)  # the run saves a checkpoint
-            for item in running:
+            for item in running_processes:
                 item.process.wait()
 
     def get_folder(self, run: StudyRun) -> Path:
@@ -212,7 +214,7 @@ class StudyRunner:
         return RunProcess(run, self.start_process(run, *next(stages)), stages, time.monotonic())
 
     def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process of a stage. Its output is appended to log.txt."""
+        """Start the process of a stage, and append its output to log.txt."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         with (self.get_folder(run) / "log.txt").open("ab") as log:
             log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
@@ -246,16 +248,16 @@ class StudyRunner:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
         return value.replace("{run}", str(self.get_folder(run))).replace("{folder}", str(self.folder))
 
-    def fits_memory_limit(self, running: list[RunProcess]) -> bool:
+    def fits_memory_limit(self, running_processes: list[RunProcess]) -> bool:
         """Return whether another run fits into the memory limit. The first run always starts."""
-        if self.memory_limit is None or not running:
+        if self.memory_limit is None or not running_processes:
             return True
-        expected = (len(running) + 1) * self.largest_run  # 0 if the memory of a run is not yet known
+        expected = (len(running_processes) + 1) * self.largest_run  # 0 if the memory of a run is not yet known
         return 0 < expected <= self.memory_limit * BYTES_PER_GIB
 
-    def measure_memory(self, running: list[RunProcess]) -> None:
+    def measure_memory(self, running_processes: list[RunProcess]) -> None:
         """Update the largest peak memory of the runs."""
-        for item in running:
+        for item in running_processes:
             try:
                 process = psutil.Process(item.process.pid)
                 used_bytes = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
@@ -269,7 +271,7 @@ class StudyRunner:
         log = (self.get_folder(item.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log.strip().splitlines()[-1]}"  # the log starts with the command
         if item.process.returncode == 0:
-            row = collect_row(self, item.run)
+            row = build_row(self, item.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
         remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
@@ -310,7 +312,7 @@ class StudyRunner:
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def collect_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
+def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
 
     Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`.
@@ -331,7 +333,7 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
     """Write runs.parquet and return its rows."""
     import pandas
 
-    rows = [collect_row(runner, run) for run in runner.study.plan_runs()]
+    rows = [build_row(runner, run) for run in runner.study.plan_runs()]
     pandas.DataFrame(rows).to_parquet(runner.folder / "runs.parquet")
     return rows
 

@@ -38,7 +38,7 @@ def compute_token_attention(
         rows[layer] = compute_attention_rows(query, key, select_mask_rows(mask, query, key), scaling)
 
     with record_attention(encoder, layer_indices, record):
-        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require a call of the whole model
+        model(pixel_values, attention_mask=attention_mask)  # FSDP2 may require calling the whole model
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
 
 
@@ -65,8 +65,8 @@ def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
     for name in tokens:
         if name not in SPECIAL_TOKENS:
             raise ValueError(f"tokens: unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
-    special = range(layout.num_prefix_tokens)
-    return [index for name, group in layout.items() if name in tokens for index in special[group]]
+    special_indices = range(layout.num_prefix_tokens)
+    return [index for name, group in layout.items() if name in tokens for index in special_indices[group]]
 
 
 def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:

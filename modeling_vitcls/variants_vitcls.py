@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the difference of the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
+        """Return the difference between the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
         attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first, second = attended.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first - self.second_share * second), weights
@@ -142,10 +142,10 @@ class RegisterNeurons(nn.Module):
         """Return the activations [B, N, intermediate] after the move."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
-        edited = activations.clone()
-        edited[:, self.patches, self.neurons] = 0
-        edited[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
-        return edited
+        edited_activations = activations.clone()
+        edited_activations[:, self.patches, self.neurons] = 0
+        edited_activations[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
+        return edited_activations
 
     def extra_repr(self) -> str:
         return f"neurons={self.neurons}"
@@ -179,8 +179,8 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, n patches]
-        special = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
-        indices = torch.cat([special, kept_indices + self.num_special], dim=1)  # [B, n]
+        special_indices = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
+        indices = torch.cat([special_indices, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
             map_layers(mask, lambda each: select_mask(each, indices)),
@@ -310,9 +310,9 @@ class MergedGroups:
         kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
         weights = (self.sizes / sizes.gather(1, new_index)).to(tokens.dtype).unsqueeze(-1)  # [B, T, 1]
-        merged = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
-        merged = merged.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
-        return merged, MergedGroups(
+        merged_tokens = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
+        merged_tokens = merged_tokens.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
+        return merged_tokens, MergedGroups(
             sizes, self.member_index.gather(1, kept_index), new_index.gather(1, self.group_index)
         )
 

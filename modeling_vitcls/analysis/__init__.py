@@ -12,7 +12,7 @@
     artifacts.py            patches with large norms
     diagnosis.py            verdicts in words, with the measured values
     map_checks.py           whether rollout and attribution show what predictions depend on
-    patch_features.py       patches as colors (PCA), and similarity of all patches to one patch
+    patch_features.py       patches as colors (PCA), and similarity between all patches and one patch
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          unwrapping of models, evaluation mode
     image_report.py         predictions and maps of one image

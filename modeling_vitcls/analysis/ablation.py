@@ -1,8 +1,9 @@
 """Ablations: the change in outputs if the information or the presence of special tokens is removed.
 
-    information   the states of the tokens are held at their means over images after the embeddings and each layer, so
-                  that they are the same for every image. Removing tokens or setting them to zero would instead produce
-                  inputs that the model was never trained on.
+    information   the states of the tokens are replaced by their means over images, after the embeddings and each
+    layer,
+                  so that the states are the same for every image. Removing tokens or setting them to zero would
+                  instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches, findings.mean_states)
@@ -33,7 +34,7 @@ from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_mode
 
 
 KINDS = ("information", "presence")
-MIN_NULL_LIMIT = 1e-3  # minimum limit of a null distribution; smaller effects are rounding errors
+MIN_NULL_LIMIT = 1e-3  # lower bound on the limit of a null distribution; smaller effects are rounding errors
 NUM_NULL = 8  # number of random draws of patches, and of tokens, in a null distribution
 
 
@@ -78,12 +79,12 @@ Ablations = dict[str, dict[str, Ablation]]  # kind -> key of a token or name of 
 def compute_null_limit(values: Sequence[float]) -> float:
     """Return the limit of a null distribution: its maximum, or the upper end of its 95 % prediction interval if this
     is larger (normal distribution, unknown variance), since few random draws miss rare large values."""
-    count = len(values)
+    num_values = len(values)
     limit = max(*values, MIN_NULL_LIMIT)
-    if count < 2:
+    if num_values < 2:
         return limit
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return max(limit, statistics.fmean(values) + quantile * statistics.stdev(values) * math.sqrt(1 + 1 / count))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_values - 1))
+    return max(limit, statistics.fmean(values) + quantile * statistics.stdev(values) * math.sqrt(1 + 1 / num_values))
 
 
 def compute_ablations(
@@ -92,7 +93,7 @@ def compute_ablations(
     mean_states: torch.Tensor,
     before: Any = None,
     sample: tuple[Batches, Sequence[int]] | None = None,
-    known: dict[str, Any] | None = None,
+    known_outputs: dict[str, Any] | None = None,
 ) -> Ablations:
     """Return the ablations of each special token and of each group of several tokens, with their null distributions.
 
@@ -102,35 +103,38 @@ def compute_ablations(
         mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
         before: `collect_outputs(model, batches)`, if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known: already computed outputs with hidden tokens, by key of the token or name of the group.
+        known_outputs: already computed outputs with hidden tokens, by key of the token or name of the group.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
     """
     model = unwrap_model(model)
     before = collect_outputs(model, batches) if before is None else before
-    sample_batches, sampled = sample or (batches, range(len(before)))
+    sample_batches, sampled_indices = sample or (batches, range(len(before)))
     parts = get_ablated_parts(model.config.token_layout)
     ablations: Ablations = {kind: {} for kind in KINDS}
     if not parts:
         return ablations
     outputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # like `ablations`
     for key, indices in parts.items():
-        with hold_tokens(model, indices, mean_states[:, indices]):
-            held = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        hidden = (known or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs["information"][key], outputs["presence"][key] = held, hidden
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled)
+        with replace_by_means(model, indices, mean_states[:, indices]):
+            information_outputs = collect_constant_outputs(model, batches, before, indices)
+            information_outputs = information_outputs or collect_outputs(model, batches)
+        presence_outputs = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
+        outputs["information"][key], outputs["presence"][key] = information_outputs, presence_outputs
+    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     sizes = {len(indices) for indices in parts.values()}
     patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
-    hidden_outputs = {tuple(indices): outputs["presence"][key].select(sampled) for key, indices in parts.items()}
+    hidden_outputs = {
+        tuple(indices): outputs["presence"][key].select(sampled_indices) for key, indices in parts.items()
+    }
     redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
     for kind, by_key in outputs.items():
         for key, after in by_key.items():
             redraw_effect, redrawn = redraw_effects[key]
             ablations[kind][key] = Ablation(
                 effect=compute_effect(before, after),
-                compared=compute_effect(sampled_before, after.select(sampled)).size,
+                compared=compute_effect(sampled_before, after.select(sampled_indices)).size,
                 patches=patch_effects[kind, len(parts[key])],
                 redrawn=redrawn[kind],
                 redraw_effect=redraw_effect,
@@ -141,7 +145,7 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return the effect of holding each special token at its mean, with keys such as `cls[0]`, without null
+    """Return the effect of replacing each special token by its mean, with keys such as `cls[0]`, without null
     distributions (`compute_ablations`).
 
     Args:
@@ -157,20 +161,24 @@ def compute_ablation_effects(
     before = collect_predictions(model, batches) if before is None else before
     effects = {}
     for index, key in enumerate(get_token_keys(model.config.token_layout)):
-        with hold_tokens(model, [index], mean_states[:, [index]]):
+        with replace_by_means(model, [index], mean_states[:, [index]]):
             effects[key] = compute_effect(before, collect_predictions(model, batches))
     return effects
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
     """Return the predictions for all images from a forward pass of one image, if the classifier reads only the tokens
-    at these sequence indices, which are held at their means; None otherwise."""
-    reads = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
-    if not isinstance(before, Predictions) or not reads <= set(indices):
+    at these sequence indices, which are replaced by their means; None otherwise."""
+    read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
+    if not isinstance(before, Predictions) or not read_indices <= set(indices):
         return None
-    first = next(iter(batches()))[0][:1]
-    one = collect_outputs(model, lambda: [(first, None)])
-    return Predictions(one.logits.expand_as(before.logits), one.predicted.expand_as(before.predicted), before.labels)
+    first_image = next(iter(batches()))[0][:1]
+    single_outputs = collect_outputs(model, lambda: [(first_image, None)])
+    return Predictions(
+        single_outputs.logits.expand_as(before.logits),
+        single_outputs.predicted.expand_as(before.predicted),
+        before.labels,
+    )
 
 
 # Null distributions --------------------------------------------------------------------------------------------------
@@ -185,13 +193,13 @@ def measure_patch_effects(
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
     patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
     sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(sizes)}
-    used = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
-    means, _ = collect_mean_states(model, batches, used)
+    used_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
+    means, _ = collect_mean_states(model, batches, used_indices)
     return {
         (kind, size): [
             compute_effect(before, ablate(kind, model, batches, indices, means[:, positions])).size
             for indices in sets
-            for positions in [[used.index(index) for index in indices]]
+            for positions in [[used_indices.index(index) for index in indices]]
         ]
         for size, sets in sets_by_size.items()
         for kind in KINDS
@@ -216,8 +224,8 @@ def measure_redraw_effects(
     """Return two values by key of a token or name of a group: the mean size of the effect of redrawing the tokens, and
     the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
-    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. They are the same
-    for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
+    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. The outputs are
+    the same for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
@@ -228,8 +236,8 @@ def measure_redraw_effects(
                 means, redrawn = collect_mean_states(model, batches, indices)
                 changes.append(compute_effect(before, redrawn).size)
                 if has_null:
-                    held = ablate("information", model, batches, indices, means)
-                    sizes["information"].append(compute_effect(redrawn, held).size)
+                    ablated_outputs = ablate("information", model, batches, indices, means)
+                    sizes["information"].append(compute_effect(redrawn, ablated_outputs).size)
                     sizes["presence"].append(compute_effect(redrawn, hidden_outputs[tuple(indices)]).size)
         effects |= dict.fromkeys(keys, (sum(changes) / len(changes), sizes))
     return effects
@@ -245,10 +253,10 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     keys, reads = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
         by_read = {is_read: [index for index in members if reads[index] == is_read] for is_read in (False, True)}
-        plans = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
+        ablations = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
         if len(members) > 1:
-            plans.append(([group], [members]))
-        for names, choices in plans:
+            ablations.append(([group], [members]))
+        for names, choices in ablations:
             if choices:
                 has_null = not any(reads[index] for index in choices[0])
                 num_draws = NUM_NULL if has_null else NUM_NULL // 2
@@ -268,8 +276,8 @@ def count_null_passes(model: Any) -> int:
 
 def get_groups(layout: TokenLayout) -> dict[str, list[int]]:
     """Return the sequence indices of the special tokens by group; groups without tokens are omitted."""
-    special = range(layout.num_prefix_tokens)
-    return {name: list(special[group]) for name, group in layout.items() if special[group]}
+    special_indices = range(layout.num_prefix_tokens)
+    return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
@@ -287,30 +295,30 @@ def get_ablated_parts(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
     """Return the mean states [L + 1, n, D] of the tokens at these sequence indices, in double precision, and the
     outputs of the same forward passes."""
-    collected, sums, runner = [], [], get_runner(model)
+    batch_outputs, sums, runner = [], [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             outputs = runner(pixel_values, output_hidden_states=True)
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
             sums.append(states.cpu().double().sum(dim=0))
-            collected.append(read_outputs(model, outputs, labels))
-    joined = join_outputs(collected)
-    return torch.stack(sums).sum(dim=0) / len(joined), joined
+            batch_outputs.append(read_outputs(model, outputs, labels))
+    joined_outputs = join_outputs(batch_outputs)
+    return torch.stack(sums).sum(dim=0) / len(joined_outputs), joined_outputs
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
-    """Return the outputs with the tokens at these sequence indices held at their mean states [L + 1, n, D]
+    """Return the outputs with the tokens at these sequence indices replaced by their mean states [L + 1, n, D]
     ("information") or hidden from attention ("presence")."""
     if kind == "presence":
         return collect_outputs(model, batches, indices)
-    with hold_tokens(model, indices, mean_states):
+    with replace_by_means(model, indices, mean_states):
         return collect_outputs(model, batches)
 
 
 @contextmanager
-def hold_tokens(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
-    """Hold the states of the tokens at these sequence indices at `mean_states` [L + 1, n, D], after the embeddings and
-    each layer; after the last layer only if the head reads one of the tokens."""
+def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
+    """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
+    and after each layer. The last layer is included only if the head reads one of the tokens."""
     encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
     if not any(reads[min(index, len(reads) - 1)] for index in indices):
@@ -341,9 +349,9 @@ def replace_tokens(
     The new tokens are [n, D] or [B, n, D], or computed from the old tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
-        replaced = hidden_states.clone()  # [B, N, D]
-        new = new_tokens(replaced[:, list(indices)]) if callable(new_tokens) else new_tokens
-        replaced[:, list(indices)] = new.to(hidden_states)
-        return replaced
+        new_states = hidden_states.clone()  # [B, N, D]
+        new = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        new_states[:, list(indices)] = new.to(hidden_states)
+        return new_states
 
     return module.register_forward_hook(hook)

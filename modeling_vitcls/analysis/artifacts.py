@@ -78,7 +78,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
     counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
-    best: SecondMode | None = None
+    best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
@@ -92,9 +92,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
         is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
-        if is_mode and (best is None or score > best.score):
-            best = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
-    return best
+        if is_mode and (best_mode is None or score > best_mode.score):
+            best_mode = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
+    return best_mode
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
@@ -110,23 +110,27 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     if mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
         advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        fraction = f"{mode.fraction:.2%} of the patches form a second mode of norms"
+        fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norms"
         after = describe_layer(layer)
-        parts = [f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"]
+        statements = [
+            f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"
+        ]
     else:
         largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
-        parts = [f"No artifacts: {norms}; {largest}"]
-    earlier = max(range(first), key=lambda each: fractions[each], default=0)
-    if earlier < first and fractions[earlier] > 1.01 * fractions[layer]:
+        statements = [f"No artifacts: {norms}; {largest}"]
+    earlier_layer = max(range(first), key=lambda each: fractions[each], default=0)
+    if earlier_layer < first and fractions[earlier_layer] > 1.01 * fractions[layer]:
         suffix = "" if mode is not None else ", but not in the last layers that are read"
-        fraction = f"{fractions[earlier]:.2%}"
-        parts.append(f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier)}{suffix}")
+        fraction = f"{fractions[earlier_layer]:.2%}"
+        statements.append(
+            f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier_layer)}{suffix}"
+        )
     mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
         rating="bad" if mode is not None else "good",
-        reason=". ".join(parts + sentences) + ".",
+        reason=". ".join(statements + sentences) + ".",
         layer=layer,
         mode=mode,
         mode_without_registers=mode_without_registers,
@@ -149,13 +153,19 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
-    ratios, ratios_without = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    mode = find_second_mode(ratios_without)
+    ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    mode = find_second_mode(ratios_without_registers)
     if mode is None:
         return None, []
-    before, after = ((each > mode.threshold).float().mean().item() for each in (ratios, ratios_without))
-    pooled = (before + after) / 2
-    if after - before < MIN_RISE_SCORE * (2 * pooled * (1 - pooled) / len(ratios)) ** 0.5:
+    fraction_before, fraction_after = (
+        (each > mode.threshold).float().mean().item() for each in (ratios, ratios_without_registers)
+    )
+    pooled_fraction = (fraction_before + fraction_after) / 2
+    if (
+        fraction_after - fraction_before
+        < MIN_RISE_SCORE * (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
+    ):
         return mode, []
-    rise = f"with the registers hidden from attention, outliers rise from {before:.2%} to {after:.2%} of the patches"
+    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%} of the patches"
+    rise = f"with the registers hidden from attention, outliers rise {fractions}"
     return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

@@ -5,7 +5,7 @@
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
 multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
-are in memory. They support every attention implementation.
+are in memory. The methods support every attention implementation.
 """
 
 from dataclasses import dataclass
@@ -100,10 +100,10 @@ class AttentionTrace:
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
         """Return the attribution [B, N] of a class (`compute_attribution`). The trace needs gradients."""
-        recorded = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
+        recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
-            *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded, retain_graph=True)
+            *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
             start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):

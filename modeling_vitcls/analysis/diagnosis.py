@@ -41,9 +41,9 @@ Word = Literal[
 Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity of identical tokens
-MAX_TWIN_DISTANCE = 0.01  # maximum distance of identical tokens, as a fraction of their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance of equal attention maps, as a fraction of their distance from uniform maps
+MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity between identical tokens
+MAX_TWIN_DISTANCE = 0.01  # maximum distance between identical tokens / their variation over images
+MAX_MAP_DISTANCE = 0.1  # maximum distance between equal attention maps / their distance from uniform maps
 MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state of a changed token
@@ -54,12 +54,12 @@ MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token; divided by th
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
 MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in every layer by uniform attention
 
-ABLATION_TERMS = {"information": "held at {} mean", "presence": "hidden from attention"}
+ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one special token, or on a group of them.
+    """Verdict on one special token, or on a group of special tokens.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
@@ -157,9 +157,9 @@ class TokenEvidence:
         for other in range(len(self.names)):
             last = min(self.last, self.num_read_layers[other])
             norms = findings.mean_states[last].norm(dim=-1)  # [S]
-            variation = findings.variation[last] * norms  # [S], in the unit of `apart`
+            variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
             limit = MAX_TWIN_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
-            distance = findings.apart[last, index, other]
+            distance = findings.state_distance[last, index, other]
             is_similar = bool(findings.between_tokens[last, index, other] >= MIN_TWIN_SIMILARITY)
             if other != index and is_similar and bool(distance <= limit):
                 candidates.append((distance.item(), other, last))
@@ -187,8 +187,8 @@ class TokenEvidence:
     def patch_mass(self) -> float:
         """Return the largest fraction of attention to patches in any layer and head whose output is read; 1 if there
         is no such layer."""
-        mass = self.findings.mass[: self.last, :, self.index, -1]  # [layers, H]
-        return mass.max().item() if mass.numel() else 1.0
+        fractions = self.findings.attention_fractions[: self.last, :, self.index, -1]  # [layers, H]
+        return fractions.max().item() if fractions.numel() else 1.0
 
     @property
     def norm_ratio(self) -> float:
@@ -231,7 +231,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
     if token.twin is not None:
         other, last = token.twin
         similarity = f"cosine {findings.between_tokens[last, token.index, other]:.4f}"
-        distance = f"distance {findings.apart[last, token.index, other]:.2g}"
+        distance = f"distance {findings.state_distance[last, token.index, other]:.2g}"
         return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
         limit = f"in each layer and attention head, at most {token.patch_mass:.2%} of its attention goes to patches"
@@ -245,13 +245,15 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
         return "harmful", "bad", f"{describe_harm(*harm)}; {token.describe_movement()}."
     if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
         ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
-        kept = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
-        return "norm too large", "bad", f"{ratio}, so {kept}{token.caveat}."
+        similarity = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
+        return "norm too large", "bad", f"{ratio}, so {similarity}{token.caveat}."
     if token.map_twin is not None:
-        twin, apart = token.map_twin
-        equal = f"its attention maps are nearly equal to the maps of {token.names[twin]} in all layers that are read"
-        distance = f"their distance is {apart:.2g} times the distance from uniform attention"
-        return "equal attention", "doubtful", f"{equal} ({distance})."
+        twin_index, map_distance = token.map_twin
+        equality = (
+            f"its attention maps are nearly equal to the maps of {token.names[twin_index]} in all layers that are read"
+        )
+        distance = f"their distance is {map_distance:.2g} times the distance from uniform attention"
+        return "equal attention", "doubtful", f"{equality} ({distance})."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:
@@ -265,8 +267,8 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
 def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
     """Return rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if token.findings.num_images < MIN_IMAGES:
-        missing = describe_missing_images(token.findings.num_images)
-        return "neutral", f"its movement in this run is 0, and its effect is unknown: {missing}."
+        explanation = describe_missing_images(token.findings.num_images)
+        return "neutral", f"its movement in this run is 0, and its effect is unknown: {explanation}."
     if not token.ablations:
         return "neutral", "its movement in this run is 0: it is frozen or receives no gradient."
     comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
@@ -433,12 +435,12 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         read = fractions[:num_layers, index]
         thirds = torch.stack([part.mean() for part in read.tensor_split(3) if len(part)])  # [3 or fewer]
         where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
-        narrowest = int(widths[:num_layers, index].argmin())
-        width = round(widths[narrowest, index].item())
+        narrowest_layer = int(widths[:num_layers, index].argmin())
+        width = round(widths[narrowest_layer, index].item())
         is_register = index >= config.token_layout.registers.start
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
-            f"tokens {where} (100% is uniform), most selective in layer {narrowest + 1}: {width} "
+            f"tokens {where} (100% is uniform), most selective in layer {narrowest_layer + 1}: {width} "
             f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read, thirds)}"
         )
     return texts

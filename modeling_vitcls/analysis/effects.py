@@ -36,8 +36,8 @@ class AblationEffect:
         num_images: number of images.
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
         logit_interval: interval of `logit_change`, from bootstrap samples of the images.
-        improvement: p-value of the hypothesis that the accuracy does not rise (exact McNemar test); None if no label
-            is known.
+        improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
+            if no label is known.
         is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
     """
 
@@ -135,16 +135,16 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
     if neighbors is not None and neighbors_after is not None:
         num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
         agreement = num_same / (NUM_NEIGHBORS * len(before))
-    largest = max(changes.values(), key=lambda values: values.mean().item())
+    largest_changes = max(changes.values(), key=lambda values: values.mean().item())
     means = {name: values.mean().item() for name, values in changes.items()}
-    return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest))
+    return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest_changes))
 
 
-def compute_binomial_interval(count: int, total: int) -> Interval:
+def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
     """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934), one-sided if the fraction is 0 or 1:
     0 of 256 means at most 1.2 %."""
-    alternative = {0: "less", total: "greater"}.get(count, "two-sided")
-    interval = stats.binomtest(count, total, alternative=alternative).proportion_ci(CONFIDENCE)
+    alternative = {0: "less", num_images: "greater"}.get(num_changed, "two-sided")
+    interval = stats.binomtest(num_changed, num_images, alternative=alternative).proportion_ci(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
@@ -158,9 +158,10 @@ def bootstrap_mean(values: torch.Tensor) -> Interval:
 
 
 def compute_improvement(before: Predictions, after: Predictions) -> float:
-    """Return the p-value of the hypothesis that the accuracy does not rise (exact one-sided test, McNemar 1947)."""
+    """Return the p-value under the null hypothesis that the accuracy does not increase (exact one-sided test, McNemar
+    1947)."""
     assert before.labels is not None
     is_known = before.labels != IGNORED_LABEL
     was_right, is_right = ((each.predicted == before.labels)[is_known] for each in (before, after))
-    gained, lost = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
-    return float(stats.binom.sf(gained - 1, gained + lost, 0.5)) if gained else 1.0
+    num_gained, num_lost = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
+    return float(stats.binom.sf(num_gained - 1, num_gained + num_lost, 0.5)) if num_gained else 1.0

@@ -270,17 +270,17 @@ def plot_attention(
         )
     num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     columns = 1 + math.ceil(len(names) / num_rows)
-    resized = [
+    resized_images = [
         resize_with_region(to_upright_rgb(image), region, TILE_SIDE, TILE_SIDE)
         for image, region in zip(images, visible_regions, strict=True)
     ]
-    row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized]
+    row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized_images]
     heights = [height for height in row_heights for _ in range(num_rows)]
     figure = Figure(figsize=(TILE_WIDTH * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
-    for index, ((image, region), tokens, title) in enumerate(zip(resized, maps, titles, strict=True)):
+    for index, ((image, region), tokens, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
         tiles = grid[index * num_rows : (index + 1) * num_rows]
         draw_image(tiles[0, 0], image, title)
         for tile, values, name in zip(tiles[:, 1:].flat, tokens, names, strict=False):

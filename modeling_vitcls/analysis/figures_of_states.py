@@ -177,16 +177,18 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
             f"The figure requires effects of {', '.join(keys) or 'special tokens'}, but there are effects of "
             f"{', '.join(effects) or 'no tokens'}."
         )
-    measured: dict[str, Sequence[float]] = {
+    measurements: dict[str, Sequence[float]] = {
         "changed predictions": [effect.changed_answers for effect in effects.values()],
         "logit change relative\nto standard deviation": [effect.logit_change for effect in effects.values()],
     }
     accuracies = [effect.accuracy_change for effect in effects.values() if effect.accuracy_change is not None]
     if len(accuracies) == len(effects):
-        measured["change in accuracy"] = accuracies
+        measurements["change in accuracy"] = accuracies
     names = [shorten(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
-    figure = create_figure(2.7 * len(measured) + 0.8, 0.32 * len(names) + 1.3)
-    for axes, (title, values) in zip(figure.subplots(1, len(measured), sharey=True), measured.items(), strict=True):
+    figure = create_figure(2.7 * len(measurements) + 0.8, 0.32 * len(names) + 1.3)
+    for axes, (title, values) in zip(
+        figure.subplots(1, len(measurements), sharey=True), measurements.items(), strict=True
+    ):
         bars = axes.barh(names, values, color=[GROUP_COLORS[key.partition("[")[0]] for key in keys], height=0.7)
         axes.bar_label(bars, [f"{100 * value:.3g} %" for value in values], padding=3, fontsize=8, color=INK)
         axes.set_title(title, fontsize=9, color=INK)

@@ -163,7 +163,7 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
         raise ValueError("The figure requires special tokens, but the model has no special tokens.")
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
-    fractions = findings.mass.mean(dim=1)  # [L, S, 4]
+    fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
     order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
@@ -200,8 +200,8 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     draw_line(norms, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(norms, style, line, line, line, 0)
-    plotted = torch.cat([low, high, findings.token_norms.flatten()])
-    if plotted.min() > 0 and plotted.max() > MIN_RATIO_FOR_LOG_SCALE * plotted.min():
+    plotted_values = torch.cat([low, high, findings.token_norms.flatten()])
+    if plotted_values.min() > 0 and plotted_values.max() > MIN_RATIO_FOR_LOG_SCALE * plotted_values.min():
         norms.set_yscale("log")
         norms.set_ylabel("norm, logarithmic")
     else:
@@ -252,10 +252,10 @@ def get_legend_columns(width: float) -> int:
     return int(width / 1.6)
 
 
-def format_layer_axis(axes: Axes, count: int, first_layer: int) -> None:
-    """Format the x axis with integer layers, and the grid."""
+def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
+    """Format the grid, and the x axis with integer layers."""
     axes.set_xlabel("layer" if first_layer else "after layer")
-    axes.set_xlim(first_layer - 0.3, first_layer + count - 0.7)
+    axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -272,7 +272,7 @@ def draw_legend(figure: Figure, *all_axes: Axes) -> None:
     lines: dict[str, Line2D] = {}
     for line in (line for axes in all_axes for line in axes.get_lines()):
         lines.setdefault(str(line.get_label()), line)
-    named = [line for name, line in lines.items() if not name.startswith("_")]
-    if len(named) > 1:
-        columns = min(len(named), get_legend_columns(figure.get_figwidth()))
-        figure.legend(handles=named, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    named_lines = [line for name, line in lines.items() if not name.startswith("_")]
+    if len(named_lines) > 1:
+        columns = min(len(named_lines), get_legend_columns(figure.get_figwidth()))
+        figure.legend(handles=named_lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

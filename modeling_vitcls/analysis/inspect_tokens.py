@@ -104,9 +104,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
             console.print(sentence, markup=False)
     size = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
-    omitted = "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
+    omission_note = (
+        "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
+    )
     counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({size:.1f} MB{omitted}; {counts})", markup=False)
+    console.print(f"saved {options.output} ({size:.1f} MB{omission_note}; {counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 

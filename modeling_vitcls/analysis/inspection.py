@@ -31,7 +31,8 @@ from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
-# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over them
+# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over these
+# images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
 
@@ -82,7 +83,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of holding each token at its mean; None without a classifier."""
+        """Return the effect on predictions of replacing each token by its mean; None without a classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
@@ -146,9 +147,9 @@ def inspect_model(
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
     pixels = preparer.prepare_all(statistics_images, on_progress)
-    pixel_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), encode_labels(pixel_labels, model), batch_size)
-    sample_batches, sampled = batches.sample(
+    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
+    batches = InspectionBatches(model, list(pixels.values()), encode_labels(readable_labels, model), batch_size)
+    sample_batches, sampled_indices = batches.sample(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
@@ -157,27 +158,27 @@ def inspect_model(
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,
-        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled) * num_null_passes,
+        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
     )
-    watched = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, before, without_registers = collect_statistics(model, watched)
+    watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
+    findings, before, without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
         model,
         progress.watch(batches, "ablating tokens"),
         findings.mean_states,
         before,
-        (progress.watch(sample_batches, "measuring null effects"), sampled),
+        (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
         without_registers,
     )
-    chosen = dict.fromkeys(range(len(images)))
+    selected_kinds = dict.fromkeys(range(len(images)))
     if num_shown is not None:
         indices = list(pixels)
         selected = select_images(before, config, num_shown)
-        chosen = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+        selected_kinds = {indices[batches.order[position]]: kind for position, kind in selected.items()}
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     label_space, image_reports = get_label_space(config), []
-    for number, (index, kind) in enumerate(chosen.items()):
-        on_progress("computing maps", number, len(chosen))
+    for number, (index, kind) in enumerate(selected_kinds.items()):
+        on_progress("computing maps", number, len(selected_kinds))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
@@ -185,8 +186,8 @@ def inspect_model(
     rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
-        measured = ImageSubset(statistics_images, list(pixels))
-        rows = compare_patch_sizes(model, processor, measured, pixel_labels, patch_sizes)
+        readable_images = ImageSubset(statistics_images, list(pixels))
+        rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -200,7 +201,7 @@ def inspect_model(
         patches=diagnose_patches(config, findings, has_head),
         depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
-        num_null_images=len(sampled),
+        num_null_images=len(sampled_indices),
         map_checks=check_sampled_maps(model, batches, on_progress),
         patch_sizes=rows,
         num_unreadable=len(preparer.problems),
@@ -218,24 +219,26 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
-def select_images(before: Any, config: Any, count: int) -> dict[int, str | None]:
+def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
     enough others, the most confident first), the least confident of the others (at most a quarter), and evenly
     spaced typical images. For an encoder, all selected images are evenly spaced, without a kind."""
     if not isinstance(before, Predictions):
-        return dict.fromkeys(spread_evenly(range(len(before)), count))
+        return dict.fromkeys(spread_evenly(range(len(before)), num_selected))
     confidences = compute_confidences(before.logits, config).tolist()
     by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
-    others = [index for index in by_confidence if not is_wrong[index]]
-    num_wrong = max((count + 1) // 2, count - len(others))
-    wrong = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
-    uncertain = others[: (count + 3) // 4]
-    typical = spread_evenly(sorted(others[len(uncertain) :]), count - len(wrong) - len(uncertain))
-    selected = {"wrong": wrong, "uncertain": uncertain, "typical": typical}
-    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:count])
+    other_indices = [index for index in by_confidence if not is_wrong[index]]
+    num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
+    wrong_indices = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
+    uncertain_indices = other_indices[: (num_selected + 3) // 4]
+    typical_indices = spread_evenly(
+        sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)
+    )
+    selected = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
+    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:num_selected])
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
@@ -249,28 +252,28 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
     return torch.stack(by_task).amin(dim=0)
 
 
-def spread_evenly(indices: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the indices, evenly spaced."""
-    count = max(min(count, len(indices)), 0)
-    return [indices[(2 * number + 1) * len(indices) // (2 * count)] for number in range(count)]
+def spread_evenly(indices: Sequence[int], num_selected: int) -> list[int]:
+    """Return at most `num_selected` of the indices, evenly spaced."""
+    num_selected = max(min(num_selected, len(indices)), 0)
+    return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
 
 
 def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
     registers hidden from attention (`known` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
-    collected, collected_without_registers = [], []
+    batch_outputs, batch_outputs_without_registers = [], []
     for pixel_values, labels in batches():
         outputs, outputs_without_registers = statistics.update(pixel_values)
-        collected.append(read_outputs(model, outputs, labels))
+        batch_outputs.append(read_outputs(model, outputs, labels))
         if outputs_without_registers is not None:
-            collected_without_registers.append(read_outputs(model, outputs_without_registers, labels))
+            batch_outputs_without_registers.append(read_outputs(model, outputs_without_registers, labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
     key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
-    known = {key: join_outputs(collected_without_registers)} if collected_without_registers else {}
-    return findings, join_outputs(collected), known
+    known = {key: join_outputs(batch_outputs_without_registers)} if batch_outputs_without_registers else {}
+    return findings, join_outputs(batch_outputs), known
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -335,10 +338,10 @@ class InspectionBatches:
             pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.model.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
-    def sample(self, count: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `count` evenly spaced images, and the indices of these images among the images
-        that this object yields."""
-        positions = spread_evenly(range(len(self.order)), count)
+    def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
+        """Return batches of at most `num_selected` evenly spaced images, and the indices of these images among the
+        images that this object yields."""
+        positions = spread_evenly(range(len(self.order)), num_selected)
         indices = [self.order[position] for position in positions]
         pixels = [self.pixels[index] for index in indices]
         labels = None if self.labels is None else self.labels[indices]
@@ -355,19 +358,19 @@ class PassProgress:
     def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
         """Return a function that yields the same batches and reports `num_passes` forward passes for each."""
 
-        def watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        def iterate_watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
             for pixel_values, labels in batches():
                 self.on_progress(description, self.num_finished, self.num_images)
                 yield pixel_values, labels
                 self.num_finished += num_passes * len(pixel_values)
 
-        return watched
+        return iterate_watched
 
 
 def count_tokens(model: Any, pixels: torch.Tensor) -> int:
     """Return the number of tokens of an image [C, H, W]."""
-    grid = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
-    return model.config.token_layout.get_num_tokens(*grid)
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
+    return model.config.token_layout.get_num_tokens(*grid_size)
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:

@@ -84,12 +84,12 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
     """
     model = unwrap_model(model)
     generator = torch.Generator().manual_seed(seed)
-    shuffled = shuffle_weights(model, generator)
+    shuffled_model = shuffle_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {}
     correlations: dict[str, list[float]] = {}
     for pixel_values in images:
         maps, probabilities = compute_maps(model, pixel_values)
-        shuffled_maps, _ = compute_maps(shuffled, pixel_values, probabilities.argmax())
+        shuffled_maps, _ = compute_maps(shuffled_model, pixel_values, probabilities.argmax())
         random_order = torch.rand(next(iter(maps.values())).shape, generator=generator)
         for name, values in (maps | {"random": random_order}).items():
             curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))  # [2, fractions]
@@ -97,19 +97,19 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         for name, values in maps.items():
             correlation = float(stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic)
             correlations.setdefault(name, []).append(0.0 if math.isnan(correlation) else correlation)
-    stacked = {name: torch.stack(measured) for name, measured in curves.items()}  # [images, 2, fractions]
-    random_curves = stacked.pop("random")
+    curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}  # [images, 2, fractions]
+    random_curves = curves_by_map.pop("random")
     return {
         name: MapCheck(
             num_images=len(images),
-            deletion=measured[:, 0].mean(dim=0).tolist(),
-            insertion=measured[:, 1].mean(dim=0).tolist(),
+            deletion=map_curves[:, 0].mean(dim=0).tolist(),
+            insertion=map_curves[:, 1].mean(dim=0).tolist(),
             random_deletion=random_curves[:, 0].mean(dim=0).tolist(),
             random_insertion=random_curves[:, 1].mean(dim=0).tolist(),
             weight_correlation=sum(correlations[name]) / len(images),
-            p_value=compare_curves(measured, random_curves),
+            p_value=compare_curves(map_curves, random_curves),
         )
-        for name, measured in stacked.items()
+        for name, map_curves in curves_by_map.items()
     }
 
 
@@ -157,8 +157,8 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
 @torch.no_grad()
 def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
     """Return a copy of the model with the values of each parameter in random order."""
-    shuffled = copy.deepcopy(model)
-    for parameter in shuffled.parameters():
+    shuffled_model = copy.deepcopy(model)
+    for parameter in shuffled_model.parameters():
         order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
         parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return shuffled
+    return shuffled_model

@@ -84,8 +84,8 @@ def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and then for the patches.
 
-    This is the number of layers for a token that the head reads, and one less for other tokens, because their last
-    output is not read. The attention of a token is read in the same layers.
+    All layers are counted for a token that the head reads, and all except the last layer for any other token, because
+    its last output is not read. The attention of a token is read in the same layers.
     """
     return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 
@@ -108,13 +108,13 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     """
     (height, width), (patch_height, patch_width) = image_size, config.patch_height_width
     grid_height, grid_width = height // patch_height, width // patch_width
-    to_patches = rows[..., config.token_layout.patches]
-    if to_patches.shape[-1] != grid_height * grid_width:
+    patch_rows = rows[..., config.token_layout.patches]
+    if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
-            f"The attention rows have {to_patches.shape[-1]} patches, but images of {height} x {width} pixels have "
+            f"The attention rows have {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
             f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
         )
-    return to_patches.unflatten(-1, (grid_height, grid_width))
+    return patch_rows.unflatten(-1, (grid_height, grid_width))
 
 
 def upsample_maps(
@@ -162,19 +162,22 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         patch_size: height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
             bottom that do not fill a patch are excluded, as in the model.
     """
-    resized = image_size
+    resized_size = image_size
     if processor.do_resize:
         size = dict(processor.size)
-        resized = RESIZE_RULES[frozenset(size)](image_size, **size)
-    (height, width), (top, left) = resized, (0, 0)
+        resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
+    (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = get_crop_offsets(processor, resized, (height, width))
+        top, left = get_crop_offsets(processor, resized_size, (height, width))
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    y_scale, x_scale = (original / scaled for original, scaled in zip(image_size, resized, strict=True))
+    y_scale, x_scale = (
+        original_length / resized_length
+        for original_length, resized_length in zip(image_size, resized_size, strict=True)
+    )
     return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
 
 
@@ -257,13 +260,13 @@ def resize_with_region(
     image: Image.Image, visible_region: VisibleRegion | None, max_side: int | None, min_side: int | None
 ) -> tuple[Image.Image, VisibleRegion]:
     """Scale an image and its visible region: down with averaging, or up by a whole factor without smoothing."""
-    (width, height), longer = image.size, max(image.size)
+    (width, height), longer_side = image.size, max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)
-    if max_side is not None and longer > max_side:
-        size = max(round(width * max_side / longer), 1), max(round(height * max_side / longer), 1)
+    if max_side is not None and longer_side > max_side:
+        size = max(round(width * max_side / longer_side), 1), max(round(height * max_side / longer_side), 1)
         image = image.resize(size, Image.Resampling.BOX)
-    elif min_side is not None and longer < min_side:
-        factor = math.ceil(min_side / longer)
+    elif min_side is not None and longer_side < min_side:
+        factor = math.ceil(min_side / longer_side)
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     x_scale, y_scale = image.width / width, image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)

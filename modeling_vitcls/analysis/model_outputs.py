@@ -93,15 +93,15 @@ class Features:
 
 
 @torch.no_grad()
-def collect_outputs(model: Any, batches: Batches, hidden: Sequence[int] = ()) -> Any:
+def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Any:
     """Return `Predictions` of a classifier or `Features` of any other model for all images, on the CPU. The tokens at
-    the sequence indices `hidden` are hidden from attention."""
-    collected, runner = [], get_runner(model)
+    the sequence indices `hidden_indices` are hidden from attention."""
+    batch_outputs, runner = [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
-            mask = build_hiding_mask(model, pixel_values, hidden) if hidden else None
-            collected.append(read_outputs(model, runner(pixel_values, attention_mask=mask), labels))
-    return join_outputs(collected)
+            mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
+            batch_outputs.append(read_outputs(model, runner(pixel_values, attention_mask=mask), labels))
+    return join_outputs(batch_outputs)
 
 
 def collect_predictions(model: Any, batches: Batches) -> Predictions:
@@ -142,12 +142,12 @@ def join_outputs(batches: Sequence[Any]) -> Any:
     )
 
 
-def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden: Sequence[int]) -> torch.Tensor:
+def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
     """Return an attention mask [B, N] that hides the tokens at these sequence indices from all tokens."""
-    grid = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    num_tokens = model.config.token_layout.get_num_tokens(*grid)
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
-    mask[:, list(hidden)] = 0
+    mask[:, list(hidden_indices)] = 0
     return mask
 
 
@@ -199,7 +199,8 @@ def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | No
 
 
 def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Return labels [B, A] or [B] as [B, A] on the CPU. Raises ValueError if they have a different shape."""
+    """Return labels [B, A] or [B] as [B, A] on the CPU. Raise ValueError if their shape does not match the
+    predictions."""
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
             f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "

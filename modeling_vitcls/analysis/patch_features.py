@@ -60,9 +60,9 @@ def arrange_patch_features(
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
         )
-    grid = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
     patches = encoder.config.token_layout.patches
-    layers = [state[:, patches].float().cpu().unflatten(1, grid) for state in hidden_states[1:]]
+    layers = [state[:, patches].float().cpu().unflatten(1, grid_size) for state in hidden_states[1:]]
     return torch.stack(layers, dim=1)
 
 
@@ -132,10 +132,10 @@ def draw_patch_colors(
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
     layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
     *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
-    painted = torch.stack(channels, dim=-1).numpy()
-    painted = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, painted)
-    painted = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), painted)
-    return Image.fromarray((painted * 255).round().astype(np.uint8))
+    canvas = torch.stack(channels, dim=-1).numpy()
+    canvas = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, canvas)
+    canvas = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), canvas)
+    return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
 # Similarity ----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> t
 class PatchComponents:
     """Principal components of normalized patch features of one layer, to compute similarities in a browser.
 
-    The cosine similarity of two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
+    The cosine similarity between two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
     sum(scale² x y) + offset.
     """
 

@@ -141,9 +141,11 @@ def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], na
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
         if size != native and (size < 1 or common_divisor % size):
-            valid = ", ".join(str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0)
+            valid_sizes = ", ".join(
+                str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0
+            )
             images = f"images of {image_size[0]} x {image_size[1]} pixels"
-            raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid}.")
+            raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")
     return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -158,12 +160,12 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
         return Candidate(model, size, is_native=True)
     was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # logs each adapted weight
     try:
-        adapted = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
+        adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
         raise ValueError(f"patch size {size}: {error}") from None
     finally:
         adaptation_logger.disabled = was_disabled
-    return Candidate(adapted, size, is_native=False)
+    return Candidate(adapted_model, size, is_native=False)
 
 
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -293,25 +295,25 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     candidates = [(row.accuracy, row) for row in rows if row.accuracy is not None]
     if len(candidates) < 2:
         return []
-    best_accuracy, best = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
-    good = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
-    cheapest = min(good, key=lambda row: row.gflops)
-    native = " (the model's own)" if cheapest.is_native else ""
+    best_accuracy, best_row = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
+    good_rows = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    cheapest_row = min(good_rows, key=lambda row: row.gflops)
+    native = " (the model's own)" if cheapest_row.is_native else ""
     text = (
-        f"Recommended: {format_patch_size(cheapest.patch_size)}{native}, the cheapest within 1 point of the best "
-        f"accuracy on {cheapest.num_images:,} images"
+        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{native}, the cheapest within 1 point of the best "
+        f"accuracy on {cheapest_row.num_images:,} images"
     )
-    if cheapest is best:
+    if cheapest_row is best_row:
         return [f"{text} ({best_accuracy * 100:.1f} %, at this size)."]
-    ratio = format_ratio(cheapest.gflops, best.gflops)
+    ratio = format_ratio(cheapest_row.gflops, best_row.gflops)
     return [
-        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best.patch_size)}), at {ratio} the "
-        "compute of that size."
+        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best_row.patch_size)}), at {ratio} "
+        "the compute of that size."
     ]
 
 
 def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
-    """Compare another patch size with the model's own."""
+    """Compare a different patch size with the model's own."""
     text = (
         f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native.sequence_length)} the "
         f"tokens, {format_ratio(row.gflops, native.gflops)} the compute, "

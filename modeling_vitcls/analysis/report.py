@@ -11,7 +11,7 @@
     report_maps.js     draws maps over images
     report_charts.js   draws curves, histograms and similarities
 
-The page loads no other files. It follows the browser's light or dark color scheme.
+The page loads no other files. The page follows the browser's light or dark color scheme.
 """
 
 import json

@@ -29,8 +29,8 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). These
-# values are omitted for images beyond this size.
+# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). The
+# values of images beyond this limit are omitted.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 LOSSLESS_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
@@ -88,17 +88,19 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
     colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
-    compressed = [compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features]
+    compressed_features = [
+        compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features
+    ]
     images = [
         {
             "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
-            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed]))
+            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed_features]))
             if index < num_with_features
             else None,
         }
         for index in range(len(image_reports))
     ]
-    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed]
+    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed_features]
 
 
 def to_rgba(colors: torch.Tensor) -> torch.Tensor:
@@ -143,10 +145,10 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     A value is (byte / 255)² times the largest value of its map.
     """
     maps = maps.double()
-    largest = maps.amax(dim=(-2, -1), keepdim=True)
+    maxima = maps.amax(dim=(-2, -1), keepdim=True)
     return {
-        "values": encode_base64(((maps / largest.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
-        "largest": encode_base64(largest.float()),
+        "values": encode_base64(((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
+        "largest": encode_base64(maxima.float()),
         "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
     }
 
@@ -170,7 +172,7 @@ def build_curves(findings: Findings) -> dict[str, Any]:
         "spread": summarize_heads(findings.spread),
         "received": summarize_heads(findings.received),
         "patch_distance": summarize_heads(findings.patch_distance.unsqueeze(-1)),
-        "mass": findings.mass.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
+        "mass": findings.attention_fractions.mean(dim=1).permute(1, 2, 0),  # [S, 4, L]
         "between_tokens": findings.between_tokens,  # [L + 1, S, S]
         "across_layers": findings.across_layers,  # [S, L + 1, L + 1]
         "to_patches": findings.to_patches.T,  # [S, L + 1]
@@ -257,10 +259,10 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
-    `effect` is the change if the token is held at its mean: the logit change in standard deviations over images, or
-    the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and `null`
-    the smallest effect and the limit of the null distributions. "information" and "presence" contain all values of
-    both ablations.
+    `effect` is the change if the token is replaced by its mean: the logit change in standard deviations over images,
+    or the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and
+    `null` the smallest effect and the limit of the null distributions. "information" and "presence" contain all values
+    of both ablations.
     """
     return [
         {

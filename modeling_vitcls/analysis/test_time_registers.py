@@ -20,7 +20,8 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al.: a norm per model).
+# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al. choose an absolute norm
+# per model).
 OUTLIER_RATIO = 3.0
 
 
@@ -97,12 +98,12 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     """
     if model.config.register_neurons:
         raise ValueError("This model already has a test-time register. Pass all neurons in one call.")
-    adapted = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
-    encoder: Any = adapted.base_model
+    adapted_model = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
+    encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
-    if "registers" in (adapted.config.gated_tokens or {}):
+    if "registers" in (adapted_model.config.gated_tokens or {}):
         encoder.gates.gates[-1] = encoder.gates.OPEN  # the last gate belongs to the last register
-    return adapted
+    return adapted_model
 
 
 def encode_patches(

@@ -35,13 +35,13 @@ class Findings:
         uniform_by_token: `entropy` and `spread`, [S] each, of uniform attention to all tokens that a special token may
             attend to. The values differ from `uniform` for CLS tokens restricted to a region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], in pixels: mean distance of the attended patches from their center of mass.
+        spread: [L, H, S], in pixels: mean distance between the attended patches and their center of mass.
         patch_distance: [L, H], in pixels: mean distance between a patch and the patches it attends to (mean attention
             distance, Dosovitskiy et al. 2020, section 4.5).
-        mass: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
+        attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
         received: [L, H, S], mean fraction of the attention of patches that each special token receives.
-        between_tokens: [L + 1, S, S], cosine similarity of the special tokens' states.
-        apart: [L + 1, S, S], root mean square distance between the states of two special tokens for the same image.
+        between_tokens: [L + 1, S, S], cosine similarity between the special tokens' states.
+        state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for an image.
             The distance shows differences that cosines hide if one channel is very large in all tokens.
         across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of
             layers.
@@ -72,10 +72,10 @@ class Findings:
     entropy: torch.Tensor
     spread: torch.Tensor
     patch_distance: torch.Tensor
-    mass: torch.Tensor
+    attention_fractions: torch.Tensor
     received: torch.Tensor
     between_tokens: torch.Tensor
-    apart: torch.Tensor
+    state_distance: torch.Tensor
     across_layers: torch.Tensor
     to_patches: torch.Tensor
     variation: torch.Tensor
@@ -109,8 +109,8 @@ class TokenStatistics:
             The output of the classifier, or of the encoder inside any other model, and the output with the registers
             hidden from attention, or None if there are no registers.
         """
-        grid = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        centers = self.get_patch_centers(grid).to(pixel_values.device)  # [P, 2]
+        grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
         per_layer: list[dict[str, torch.Tensor]] = []
         runner = get_runner(self.model)
         registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
@@ -130,7 +130,7 @@ class TokenStatistics:
             name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")
         }  # values of the first layer
         values |= self.compute_state_statistics(outputs.hidden_states)
-        values |= self.compute_uniform_values(grid, centers, len(pixel_values))
+        values |= self.compute_uniform_values(grid_size, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
         patches = {"norms": norms, "ratios": divide_by_median(norms)}
         values["outliers"] = compute_outlier_fractions(patches["ratios"])
@@ -164,7 +164,7 @@ class TokenStatistics:
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
-            apart=means.pop("squared_distances").sqrt().float(),
+            state_distance=means.pop("squared_distances").sqrt().float(),
             uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
             uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},
@@ -188,7 +188,7 @@ class TokenStatistics:
             "map_selectivity": (rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
             "entropy": torch.special.entr(rows).sum(dim=-1),
             "spread": compute_spread(rows[..., layout.patches], centers),
-            "mass": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
+            "attention_fractions": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
             "received": from_patches[..., : layout.num_prefix_tokens].mean(dim=2),
             "patch_distance": compute_patch_distance(from_patches[..., layout.patches], centers),
         }
@@ -200,36 +200,38 @@ class TokenStatistics:
     def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the hidden states [B, N, D]."""
         num_special, patches = self.layout.num_prefix_tokens, self.layout.patches
-        special = torch.stack([state[:, :num_special] for state in hidden_states], dim=1).float()  # [B, L + 1, S, D]
+        special_states = torch.stack([state[:, :num_special] for state in hidden_states], dim=1)  # [B, L + 1, S, D]
+        special_states = special_states.float()
         mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
-        directions = torch.nn.functional.normalize(special, dim=-1)  # [B, L + 1, S, D]
+        directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
         patch_direction = torch.nn.functional.normalize(mean_patches, dim=-1)  # [B, L + 1, D]
         by_token = directions.transpose(1, 2)  # [B, S, L + 1, D]
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
             "across_layers": by_token @ by_token.transpose(-1, -2),
             "to_patches": (directions @ patch_direction.unsqueeze(-1)).squeeze(-1),
-            "squared_distances": compute_distances(special).square(),
-            "states": special,
-            "squares": special.cpu().double().square(),
-            "token_norms": special.norm(dim=-1),
+            "squared_distances": compute_distances(special_states).square(),
+            "states": special_states,
+            "squares": special_states.cpu().double().square(),
+            "token_norms": special_states.norm(dim=-1),
         }
 
     def compute_uniform_values(
-        self, grid: tuple[int, int], centers: torch.Tensor, num_images: int
+        self, grid_size: tuple[int, int], centers: torch.Tensor, num_images: int
     ) -> dict[str, torch.Tensor]:
         """Return the values of uniform attention, [B] each."""
         values = {
-            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid)).log(),
+            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
             "uniform_spread": compute_spread(torch.ones_like(centers[:, 0]), centers),
             "uniform_patch_distance": compute_distances(centers).mean(),
         }
         return {name: value.expand(num_images) for name, value in values.items()}
 
-    def get_patch_centers(self, grid: tuple[int, int]) -> torch.Tensor:
+    def get_patch_centers(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """Return the center (row, column) of each patch in pixels, [P, 2]."""
         height, width = self.model.config.patch_height_width
-        return torch.cartesian_prod((torch.arange(grid[0]) + 0.5) * height, (torch.arange(grid[1]) + 0.5) * width)
+        rows, columns = (torch.arange(size) + 0.5 for size in grid_size)
+        return torch.cartesian_prod(rows * height, columns * width)
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ SECONDS_PER_MEASUREMENT = 0.5
 # Environment variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that
 # the C library does not keep memory for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-# dtype -> maximum difference of the logits, divided by the largest logit.
+# dtype -> maximum difference between the logits, divided by the largest logit.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
@@ -59,7 +59,7 @@ class Comparison:
     against: str  # name of the baseline
     ours: list[float]  # images per second of this package in each pair
     theirs: list[float]  # images per second of the baseline in each pair
-    difference: float  # largest absolute difference of the outputs
+    difference: float  # largest absolute difference between the outputs
     details: dict[str, Any]  # further keys and values of the JSON file
 
     @property
@@ -192,7 +192,7 @@ def get_last_line(output: str) -> str:
 
 
 def check_difference(difference: float, limit: float, name: str, compared_values: str) -> float:
-    """Return the difference of two outputs. Raise ValueError if it exceeds the limit or is NaN."""
+    """Return the difference between two outputs. Raise ValueError if it exceeds the limit or is NaN."""
     if not difference <= limit:
         raise ValueError(
             f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
@@ -211,7 +211,7 @@ def check_tensors(
 
 @torch.inference_mode()
 def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
-    """Return the largest absolute difference of the logits. Raise ValueError if it exceeds `LIMITS` or is NaN."""
+    """Return the largest absolute difference between the logits. Raise ValueError if it exceeds `LIMITS` or is NaN."""
     logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have the shapes {list(logits.shape)} and {list(expected.shape)}")

@@ -108,8 +108,8 @@ def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) ->
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
     if not pairs:
-        supported = " ".join(PEERS_WITH_REGISTERS)
-        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {supported}.")
+        peer_names = " ".join(PEERS_WITH_REGISTERS)
+        raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {peer_names}.")
     for name, peer in pairs:
         yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 

@@ -136,7 +136,7 @@ def compare_processors(
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-MAX_DIFFERENCE = 1e-4  # maximum difference of the probabilities
+MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability

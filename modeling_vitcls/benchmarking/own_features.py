@@ -121,7 +121,7 @@ def copy_model(
 
 
 def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference of the logits between the plain model and a model with the feature set to 0."""
+    """Return the largest difference in the logits between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
     return check_logits(
@@ -227,7 +227,7 @@ class ProbeRow:
 
 # ViT-S/16 at 224 pixels, float32.
 PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
-PROBE_LIMIT = 1e-4  # maximum of (largest difference of the trained weights / largest weight)
+PROBE_LIMIT = 1e-4  # maximum of (largest difference between trained weights / largest weight)
 
 
 def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> Iterator[Comparison]:

@@ -187,7 +187,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Speeds, float]:
-    """Compare the forward passes of both models for a batch; return their speeds and the difference of the logits."""
+    """Compare the forward passes of both models for a batch; return their speeds and the largest logit difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
@@ -198,7 +198,7 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A row of the report. Weights are float32; `limit` is the maximum relative difference of the gradients."""
+    """A row of the report. Weights are float32; `limit` is the maximum relative difference between gradients."""
 
     autocast: torch.dtype | None
     batch_size: int
@@ -285,7 +285,7 @@ def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tu
 
 
 def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
-    """Return the relative difference of the gradients of the patch projection for two images."""
+    """Return the relative difference between the gradients of the patch projection for two images."""
     gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
     return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")

@@ -113,29 +113,29 @@ def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[s
 
 
 def write_reports(
-    comparisons: list[Comparison], output: Path | None, markdown: Path | None, plot: Path | None
+    comparisons: list[Comparison], output_file: Path | None, markdown_file: Path | None, plot_file: Path | None
 ) -> None:
     """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
 
     Raises:
         ValueError: If the figure requires measurements of growth that are missing.
     """
-    for file in (output, markdown, plot):
+    for file in (output_file, markdown_file, plot_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     entries = [comparison.to_dict() for comparison in comparisons]
-    if output is not None:
-        lowest = compute_lowest_ratios(comparisons)
+    if output_file is not None:
+        lowest_ratios = compute_lowest_ratios(comparisons)
         results = {
             "machine": get_machine(),
             "versions": get_versions("timm"),
             "comparisons": entries,
             "over_the_better": [
-                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest.items()
+                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios.items()
             ],
         }
-        write_json(output, results)
-    if markdown is not None:
-        markdown.write_text(format_markdown(comparisons), encoding="utf-8")
-    if plot is not None:
-        plot_growth(entries, describe_machine(comparisons)).savefig(plot, dpi=150)
+        write_json(output_file, results)
+    if markdown_file is not None:
+        markdown_file.write_text(format_markdown(comparisons), encoding="utf-8")
+    if plot_file is not None:
+        plot_growth(entries, describe_machine(comparisons)).savefig(plot_file, dpi=150)

@@ -92,7 +92,8 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
 
 
 def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
-    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference of the logits."""
+    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference between the
+    logits."""
     torch.manual_seed(0)
     labels = {
         "id2label": dict(enumerate(label_names)),

@@ -58,7 +58,7 @@ class BenchmarkOptions:
 OPTIONS = BenchmarkOptions
 
 
-def check(options: BenchmarkOptions) -> None:
+def check_options(options: BenchmarkOptions) -> None:
     """Exit with status 2 if flags contradict each other."""
     if options.pairs < 1:
         exit_with_message(f"error: --pairs is {options.pairs}: set it to 1 or more")

@@ -25,7 +25,7 @@ class ConvertOptions:
     """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
 
     output: Path
-    """Folder to write to. It must not exist, or it must be empty."""
+    """Folder to write to. The folder must be empty or must not exist."""
     source: str | None = None
     """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
@@ -47,7 +47,7 @@ class ConvertOptions:
 OPTIONS = ConvertOptions
 
 
-def check(options: ConvertOptions) -> None:
+def check_options(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has a wrong value."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
@@ -107,7 +107,7 @@ def print_report(report: "ParityReport", output: Path, trust_argument: str = ", 
     from ..hub.publish import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=f"Largest differences of {report.model_class} from {report.source}")
+    table = Table(title=f"Largest differences between {report.model_class} and {report.source}")
     table.add_column("values")
     for comparison in report.comparisons:
         height, width = comparison.image_size

@@ -48,7 +48,7 @@ def format_environment() -> str:
 
 
 def describe_devices() -> str:
-    """Return the names of all GPUs with the CUDA version, of another accelerator, or of the CPU."""
+    """Return the names of all GPUs with the CUDA version, or the name of a different accelerator or of the CPU."""
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"

@@ -49,7 +49,7 @@ class ExportOptions:
 OPTIONS = ExportOptions
 
 
-def check(options: ExportOptions) -> None:
+def check_options(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
@@ -73,11 +73,11 @@ def run(options: ExportOptions) -> None:
 
     silence_exporters()
     if options.format == "transformers.js":
-        written = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
-        for comparison in written.comparisons:
+        exported_model = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
+        for comparison in exported_model.comparisons:
             difference, agreement = comparison.largest_difference, comparison.top1_agreement
             print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
-        if (labeled := written.labeled) is not None:
+        if (labeled := exported_model.labeled) is not None:
             print(f"{labeled.metric} on {labeled.num_images} images of {labeled.dataset} ({labeled.split}):")
             for name, score in {"PyTorch": labeled.model, **labeled.files}.items():
                 print(f"{name:26} {score:.2%}")
@@ -110,7 +110,7 @@ def print_report(report: "ExportReport", output: Path) -> None:
     console = Console(soft_wrap=True, highlight=False)
     absolute, relative = report.limit
     limit = f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
-    table = Table(title=f"Largest differences of {report.format} from {report.model} (limit {limit})")
+    table = Table(title=f"Largest differences between {report.format} and {report.model} (limit {limit})")
     table.add_column("images")
     for name in report.outputs:
         table.add_column(name, justify="right")

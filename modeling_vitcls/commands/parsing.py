@@ -91,10 +91,10 @@ def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
     """Exit with status 2 if a flag is in `EQUIVALENT_FLAGS`; tyro would only suggest similar spellings."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        equivalent = EQUIVALENT_FLAGS.get(name)
-        if argument.startswith("--") and name not in flag_names and equivalent in flag_names:
+        equivalent_flag = EQUIVALENT_FLAGS.get(name)
+        if argument.startswith("--") and name not in flag_names and equivalent_flag in flag_names:
             exit_with_message(
-                f"error: there is no flag --{name.replace('_', '-')}: use --{str(equivalent).replace('_', '-')}"
+                f"error: there is no flag --{name.replace('_', '-')}: use --{str(equivalent_flag).replace('_', '-')}"
             )
 
 

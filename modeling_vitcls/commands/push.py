@@ -21,7 +21,7 @@ class PushOptions:
     private: bool = False
     """Make the repository private if it is created."""
     branch: str | None = None
-    """Branch to push to. It is created if it does not exist. Default: main."""
+    """Branch to push to, created if it does not exist. Default: main."""
     message: str = "Upload model"
     """Message of the commit."""
     push_optimizer: bool = False
@@ -33,7 +33,8 @@ class PushOptions:
     verify: bool = True
     """Load the pushed commit in a new process and compare its outputs."""
     verify_only: str | None = None
-    """Repository to verify without a push, compared with --model if it is set. This runs the repository's code."""
+    """Repository to verify without a push, compared with --model if --model is set. Verification runs the repository's
+    code."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 
@@ -85,7 +86,7 @@ def push(options: PushOptions) -> None:
     assert folder is not None
     (check_adapter if is_adapter(folder) else check_is_model)(folder)
     repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
-    pushed = push_folder(
+    pushed_model = push_folder(
         folder,
         repo_id,
         options.private,
@@ -94,7 +95,7 @@ def push(options: PushOptions) -> None:
         with_optimizer=options.push_optimizer,
         with_handler=options.endpoint_handler,
     )
-    print(f"pushed    {pushed.summary}", flush=True)
+    print(f"pushed    {pushed_model.summary}", flush=True)
     if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
-        print("\n".join(verify_push(pushed, folder).format_lines()))
+        print("\n".join(verify_push(pushed_model, folder).format_lines()))

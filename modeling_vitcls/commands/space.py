@@ -92,10 +92,10 @@ def publish(options: SpaceOptions, model: "PublishedModel", contents: "RepoFiles
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
     space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
-    pushed = push_space(contents, model, space_id, options.private, options.title)
-    print(f"pushed {model.repo_id} at {model.commit} as {pushed.url}")
+    pushed_space = push_space(contents, model, space_id, options.private, options.title)
+    print(f"pushed {model.repo_id} at {model.commit} as {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
             f"{model.repo_id} is private or gated: add a secret HF_TOKEN with read access to the Space, at "
-            f"{pushed.url}/settings"
+            f"{pushed_space.url}/settings"
         )

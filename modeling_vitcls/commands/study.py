@@ -19,7 +19,7 @@ class StudyOptions:
     config: Path
     """Study file, or the name of a study in the package, such as study_digits."""
     output_dir: Path
-    """Folder for the runs and the page. Finished runs in it are not repeated."""
+    """Folder for the runs and the page. Finished runs in the folder are not repeated."""
     dataset: str | None = None
     """Dataset for all subsets, instead of the dataset in the study file."""
     jobs: int = 1

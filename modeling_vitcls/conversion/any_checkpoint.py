@@ -8,7 +8,7 @@
 
 A conversion is checked as by `vitcls convert`: it is cached only if its outputs equal the outputs of the source. Its
 parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
-cache of the Hub. If the source or the version of this package changes, it is converted again.
+cache of the Hub. If the source or the version of this package changes, the model is converted again.
 """
 
 import hashlib
@@ -48,12 +48,12 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
-    pinned = f"{name}@{commit}" if commit else name
+    pinned_name = f"{name}@{commit}" if commit else name
     match read_model_types(folder):
         case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
-            return convert_once(f"transformers:{pinned}")
+            return convert_once(f"transformers:{pinned_name}")
         case (None, str()):  # a model saved by timm
-            return convert_once(f"timm:hf-hub:{pinned}" if commit else f"timm:local-dir:{name}")
+            return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
     return folder  # a vitcls model; errors about other models are raised where they are loaded
 
 
@@ -67,12 +67,12 @@ def pin_revision(source: str) -> str:
     return f"{prefix}{name}@{commit}" if commit else source
 
 
-def is_pinned(pinned: object, source: object) -> bool:
-    """Return whether `pinned` is `source` with the hash of a commit, instead of none, a branch or a tag."""
-    if not isinstance(pinned, str) or not isinstance(source, str) or pinned == source:
+def is_pinned(pinned_source: object, source: object) -> bool:
+    """Return whether `pinned_source` is `source` with the hash of a commit, instead of none, a branch or a tag."""
+    if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
-    return pinned.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
+    return pinned_source.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
 def read_model_types(folder: str) -> tuple[str | None, str | None]:
@@ -101,11 +101,12 @@ def get_cache_folder() -> Path:
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion. It changes with the source's files and the version of this package."""
+    """Return the folder name of a conversion, which changes with the source's files and the version of this
+    package."""
     path = Path(source.partition(":")[2] if source.startswith(PREFIXES) else source)
     facts: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         facts += [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
-    readable = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
-    return f"{readable}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    readable_name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
+    return f"{readable_name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"

@@ -149,7 +149,7 @@ def get_classifier_state(source: SourceModel, model: ViTCLSPreTrainedModel, clas
 @contextmanager
 def create_folder(output: Path) -> Iterator[Path]:
     """Create a temporary folder next to `output`, rename it to `output` at the end, or remove it after an error."""
-    created = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
+    created_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -160,7 +160,7 @@ def create_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
-            for folder in created[1:]:
+            for folder in created_folders[1:]:
                 folder.rmdir()
         raise
 
@@ -203,10 +203,10 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     with create_folder(output) as target:
         converted.save_pretrained(target)
         preprocessing = write_processor(folder, target)
-        written = TransformersSource.load(str(target), random_init=False)
-        written.model.float()
+        written_source = TransformersSource.load(str(target), random_init=False)
+        written_source.model.float()
         has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
-        comparisons, not_compared = compare_models(written, model, has_logits, native_size_only=reason)
+        comparisons, not_compared = compare_models(written_source, model, has_logits, native_size_only=reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
             source_revision=None,

@@ -54,7 +54,7 @@ class Rewrite:
     """An equivalent form of a model."""
 
     fields: frozenset[str]  # fields that the rewrite may change
-    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns the possible new values of fields
+    list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
     rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
     at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
@@ -145,12 +145,12 @@ def list_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
 
 def widen_mlp(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
     """Add hidden units with zero weights to each MLP."""
-    added = new.intermediate_size - old.intermediate_size
+    num_added = new.intermediate_size - old.intermediate_size
     for name, weight in encoder.items():
         if re.fullmatch(r"layers\.\d+\.mlp\.(fc1|gate_proj|up_proj)\.(weight|bias)", name):
-            encoder[name] = pad(weight, (0, added) if weight.ndim == 1 else (0, 0, 0, added))
+            encoder[name] = pad(weight, (0, num_added) if weight.ndim == 1 else (0, 0, 0, num_added))
         elif re.fullmatch(r"layers\.\d+\.mlp\.(fc2|down_proj)\.weight", name):
-            encoder[name] = pad(weight, (0, added))
+            encoder[name] = pad(weight, (0, num_added))
 
 
 # Rewrites, in the order in which they are tried.

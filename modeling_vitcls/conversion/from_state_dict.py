@@ -84,9 +84,11 @@ def convert_state_dict(
     conversion = FAMILIES[family]
     if not isinstance(weights, Mapping):
         raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
-    named = {replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()}
-    used = {name: value for name, value in named.items() if not name.startswith(tuple(drop))}
-    tensors = {name: convert_to_tensor(name, value) for name, value in used.items()}
+    named_weights = {
+        replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
+    }
+    used_weights = {name: value for name, value in named_weights.items() if not name.startswith(tuple(drop))}
+    tensors = {name: convert_to_tensor(name, value) for name, value in used_weights.items()}
     try:
         tensors = conversion.prepare(tensors)
         fields = conversion.read_fields(tensors) | fields
@@ -96,7 +98,7 @@ def convert_state_dict(
         config = ViTCLSConfig(**fields)
         encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
         return build_model(config, encoder, head, classifier, num_labels)
-    except (LookupError, RuntimeError) as error:  # tensors with another number of dimensions
+    except (LookupError, RuntimeError) as error:  # tensors with an unexpected number of dimensions
         raise ConversionError(f"weights have shapes that {family} does not have: {format_error(error)}") from error
 
 
@@ -199,18 +201,18 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 
 def prepare_dinov3(weights: Weights) -> Weights:
     """Apply the masks of the biases, and check that keys have no bias. Raises ConversionError if a check fails."""
-    prepared = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
-    for name in prepared:
+    prepared_weights = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
+    for name in prepared_weights:
         if not name.endswith("attn.qkv.bias"):
             continue
         mask = weights.get(f"{name}_mask")
         if mask is not None:
             if not torch.isin(mask, mask.new_tensor([0, 1])).all():
                 raise ConversionError(f"{name}_mask has values other than 0 and 1")
-            prepared[name] = prepared[name] * mask
-        if prepared[name].chunk(3)[1].any():
+            prepared_weights[name] = prepared_weights[name] * mask
+        if prepared_weights[name].chunk(3)[1].any():
             raise ConversionError(f"{name} contains a bias of the keys, but DINOv3 has none")
-    return prepared
+    return prepared_weights
 
 
 def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
@@ -218,8 +220,8 @@ def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
-        missing = next(index for index in range(len(blocks)) if index not in blocks)
-        raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing}")
+        missing_index = next(index for index in range(len(blocks)) if index not in blocks)
+        raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing_index}")
     fields: Fields = {
         "hidden_size": width,
         "num_channels": channels,
@@ -247,13 +249,13 @@ def read_mlp(weights: Weights) -> Fields:
 def read_positions(weights: Weights, num_special: int) -> Fields:
     """Return `position_embedding_tokens` and `image_size` for position embeddings [1, N, D]. `image_size` is None if
     the patch grid is not square."""
-    count = get_weight(weights, "pos_embed").shape[1]
+    num_positions = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
-    for special, positioned in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
-        side = math.isqrt(count - special)
-        if side * side == count - special:
+    for num_prefix_tokens, tokens in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
+        side = math.isqrt(num_positions - num_prefix_tokens)
+        if side * side == num_positions - num_prefix_tokens:
             image_size = [side * patch_height, side * patch_width]
-            return {"position_embedding_tokens": positioned, "image_size": image_size}
+            return {"position_embedding_tokens": tokens, "image_size": image_size}
     return {"image_size": None}
 
 
@@ -295,11 +297,11 @@ def read_dinov3(weights: Weights) -> Fields:
 
 def read_deit(weights: Weights) -> Fields:
     """Return the fields of DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and MSN (arXiv 2204.07141)."""
-    special = [name for name in ("cls_token", "dist_token") if name in weights]
+    special_names = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=len(special)),
-        "num_distillation_tokens": special.count("dist_token"),
+        **read_positions(weights, num_special=len(special_names)),
+        "num_distillation_tokens": special_names.count("dist_token"),
     }
 
 
@@ -315,7 +317,8 @@ def read_ijepa(weights: Weights) -> Fields:
 
 
 def read_mae(weights: Weights) -> Fields:
-    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned; fixed positions become learned."""
+    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. The fixed positions of MAE are converted
+    to learned positions."""
     pools_mean = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),
@@ -329,17 +332,17 @@ def read_mae(weights: Weights) -> Fields:
 def prepare_big_vision(weights: Weights) -> Weights:
     """Return the weights of the image model without prefix, and split arrays in which all blocks are stacked."""
     prefix = next((prefix for prefix in PREFIXES if f"{prefix}embedding/kernel" in weights), "")
-    prepared: Weights = {}
+    prepared_weights: Weights = {}
     for name, weight in weights.items():
         if not name.startswith(prefix):
             continue
         name = name.removeprefix(prefix)
         if name.startswith("Transformer/encoderblock/"):
             for index, layer in enumerate(weight):
-                prepared[name.replace("encoderblock", f"encoderblock_{index}", 1)] = layer
+                prepared_weights[name.replace("encoderblock", f"encoderblock_{index}", 1)] = layer
         else:
-            prepared[name] = weight
-    return prepared
+            prepared_weights[name] = weight
+    return prepared_weights
 
 
 def read_big_vision(weights: Weights) -> Fields:

@@ -49,7 +49,7 @@ def convert_from_timm(
     """Convert a ViT of timm: same outputs, dtype and device, in eval mode. The source is unchanged.
 
     A model with a classifier becomes `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`)
-    becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For images of other sizes, the
+    becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For images of non-native size, the
     outputs equal the outputs of the source after `set_input_size`.
 
     Args:

@@ -58,9 +58,9 @@ def convert_from_transformers(
     projection) becomes the same class, with the embeddings as logits. Any other model becomes `ViTCLSModel`. If
     transformers has no classification class (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    For images of other sizes, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two models
-    differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum size,
-    for which it has position embeddings.
+    For images of non-native size, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two
+    models differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum
+    size, for which it has position embeddings.
 
     Args:
         classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
@@ -75,7 +75,7 @@ def convert_from_transformers(
     weights, head = split_head(model.state_dict(), convertible.encoder)
     fields = convertible.family.read_fields(getattr(model.config, "vision_config", model.config), weights)
     config = ViTCLSConfig(**fields | dict(convertible.fields) | convertible.read_labels(model.config))
-    rules = [*(Rule(name, []) for name in convertible.unused), *convertible.family.rules]
+    rules = [*(Rule(name, []) for name in convertible.unused_patterns), *convertible.family.rules]
     encoder_weights = convert_weights(convertible.family.prepare(weights), rules, config)
     head_weights = None if convertible.encoder is None else convert_weights(head, HEAD_RULES, config)
     return build_model(config, encoder_weights, head_weights, classifier, num_labels)
@@ -99,7 +99,7 @@ class ConvertibleClass:
     family: TransformersFamily
     encoder: str | None = None  # attribute that contains the encoder; None if the class is the encoder
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
-    unused: tuple[str, ...] = ()  # patterns of encoder weights that the class does not use
+    unused_patterns: tuple[str, ...] = ()  # patterns of encoder weights that the class does not use
     read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
 
 
@@ -164,16 +164,20 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "CLIPVisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused=POST_NORM),
+    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM),
     "MetaClip2VisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "MetaClip2VisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused=POST_NORM),
+    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM),
     "SiglipVisionModel": ConvertibleClass(SIGLIP),
-    "SiglipForImageClassification": ConvertibleClass(SIGLIP, "vision_model", MEAN_POOLING, unused=ATTENTION_HEAD),
+    "SiglipForImageClassification": ConvertibleClass(
+        SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_HEAD
+    ),
     "Siglip2VisionModel": ConvertibleClass(SIGLIP2),
-    "Siglip2ForImageClassification": ConvertibleClass(SIGLIP2, "vision_model", MEAN_POOLING, unused=ATTENTION_HEAD),
+    "Siglip2ForImageClassification": ConvertibleClass(
+        SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_HEAD
+    ),
     "PixioModel": ConvertibleClass(PIXIO),
     "Aimv2VisionModel": ConvertibleClass(AIMV2),
     "BeitModel": ConvertibleClass(BEIT),

@@ -25,7 +25,7 @@ from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# Maximum absolute difference of any output in float32.
+# Maximum absolute difference in any float32 output.
 LIMIT = 1e-5
 
 NUM_IMAGES = 2
@@ -99,11 +99,13 @@ def compare_models(
         if with_logits and "logits" not in names:
             raise ConversionError(f"the logits of {source.name} cannot be compared")
         differences = {name: get_max_magnitude(outputs[name] - expected[name]) for name in names}
-        excessive = [f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT]  # or NaN
-        if excessive:
+        excessive_differences = [
+            f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
+        ]  # or NaN
+        if excessive_differences:
             raise ConversionError(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
-                f"{', '.join(excessive)}; the limit is {LIMIT:g}"
+                f"{', '.join(excessive_differences)}; the limit is {LIMIT:g}"
             )
         magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))

@@ -23,8 +23,9 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum difference of a pixel from the source's own preprocessing of the test image, in gray levels out of 255, both
-# with PIL or both with torchvision. It is 0 except for sources that resize before they round to gray levels (DINOv3).
+# Maximum difference per pixel from the source's own preprocessing of the test image, in gray levels out of 255, both
+# with PIL or both with torchvision. The maximum is 0 except for sources that resize before they round to gray levels
+# (DINOv3).
 LIMIT = 1.0
 
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -42,7 +43,7 @@ class ConvertedPreprocessing:
 
     processor: ViTCLSImageProcessor
     provenance: str  # name of the settings from which the image processor was built
-    difference: float | None  # largest difference of `build_test_image`, in gray levels; None for the default
+    difference: float | None  # largest difference per pixel of the test image; None for the default
     default_reason: str = ""  # reason for the default; empty if the settings were converted
 
     def describe(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def check_processor(
 def measure_difference(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Return the largest difference of a pixel in gray levels; infinity if the shapes differ."""
+    """Return the largest difference per pixel in gray levels; infinity if the shapes differ."""
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")

@@ -183,7 +183,7 @@ class FileSource(TimmSource):
 def read_file(file: Path) -> Mapping[str, Any]:
     """Read a state dict, possibly nested. No code in the file runs.
 
-    Raises ConversionError if the file has another format, or is a pickle of objects other than tensors.
+    Raises ConversionError if the file has a different format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")

@@ -101,7 +101,7 @@ class TimmSource:
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
 
-        For images of another size, these are the outputs of a copy after `set_input_size`. Raises any error if the
+        For images of non-native size, these are the outputs of a copy after `set_input_size`. Raises any error if the
         model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
@@ -177,7 +177,8 @@ class TransformersSource:
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs; for images of another size, with `interpolate_pos_encoding` if the model has it."""
+        """Return the outputs of the source model. If the images do not have the native size, and the model supports
+        it, positions are interpolated (`interpolate_pos_encoding`)."""
         encoder, inputs = self.encoder, self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
@@ -273,14 +274,16 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     except Exception as error:  # any error of the download
         check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing_names := sorted(info["missing_keys"]):
         raise ConversionError(
-            f"{model_class.__name__} requires {len(missing)} weights that are missing in {path}, for example "
-            f"{missing[0]}"
+            f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {path}, for example "
+            f"{missing_names[0]}"
         )
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected and model_class.__name__ in (model.config.architectures or []):
-        notes.append(f"{model_class.__name__} does not use {len(unexpected)} weights, for example {unexpected[0]}")
+    unexpected_names = sorted(info["unexpected_keys"])
+    if unexpected_names and model_class.__name__ in (model.config.architectures or []):
+        notes.append(
+            f"{model_class.__name__} does not use {len(unexpected_names)} weights, for example {unexpected_names[0]}"
+        )
     return model, notes
 
 

@@ -303,7 +303,9 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # without a pooler, see has_pooler
+        return {
+            "pooling": "cls" if model.cls_token is not None else "mean"
+        }  # the encoder has no pooler (`has_pooler`)
     check_supported(pooling is not None, f"global_pool={model.global_pool!r}")
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
@@ -323,7 +325,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
         is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm"
     )
     activation = read_activation(pool.mlp.act)
-    check_supported(hidden_act in (activation, None), "attention pooling with another activation than the blocks")
+    check_supported(hidden_act in (activation, None), "attention pooling with a different activation than the blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
         "attention_pool_heads": pool.num_heads,
@@ -355,7 +357,7 @@ def read_activation(module: TimmModule) -> str:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Return whether the model has one pooled output: not with `global_pool=""`, and not with a distillation token."""
+    """Return whether the model has one pooled output; False for `global_pool=""` or a distillation token."""
     return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 

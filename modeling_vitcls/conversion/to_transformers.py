@@ -80,8 +80,8 @@ class Target:
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized model."""
         model_class = getattr(transformers, self.name)
-        supported = {field.name for field in dataclasses.fields(model_class.config_class)}
-        settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported} | {
+        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
+        settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported_fields} | {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
         }
@@ -182,9 +182,9 @@ def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: boo
         if not rewrite.fields & match.names or (rewrite.at_native_size_only and not native_size_only):
             continue
         for changes in rewrite.list_changes(match.config):
-            changed = compare_with_target(target, replace_fields(match.config, changes))
-            if len(changed.mismatches) < len(match.mismatches):
-                match = replace(changed, steps=(*match.steps, (rewrite, match.config, changed.config)))
+            changed_match = compare_with_target(target, replace_fields(match.config, changes))
+            if len(changed_match.mismatches) < len(match.mismatches):
+                match = replace(changed_match, steps=(*match.steps, (rewrite, match.config, changed_match.config)))
                 break
     return match
 
@@ -202,11 +202,13 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
         return TargetMatch(target, config, [format_error(error)], [])
     has_head = convertible.encoder is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
-    ignored = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
+    ignored_fields = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
     names = [
         name
         for name in values
-        if name in target_values and name not in ignored and is_mismatch(name, values[name], target_values[name])
+        if name in target_values
+        and name not in ignored_fields
+        and is_mismatch(name, values[name], target_values[name])
     ]
     return TargetMatch(
         target,
@@ -268,8 +270,8 @@ IGNORED_FIELDS = frozenset(
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
     """Return the fields that affect a model's outputs; equivalent values are replaced by one value."""
-    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [field.name for field in dataclasses.fields(config) if field.name not in inherited | IGNORED_FIELDS]
+    inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     values = {name: getattr(config, name) for name in names}
     query_bias, key_bias, value_bias = get_qkv_biases(config)
     values |= {
@@ -285,8 +287,8 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
-    unused = get_unused_fields(config, has_head)
-    return {name: value for name, value in values.items() if name not in unused}
+    unused_fields = get_unused_fields(config, has_head)
+    return {name: value for name, value in values.items() if name not in unused_fields}
 
 
 def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:

@@ -196,8 +196,8 @@ def read_tipsv2(config: Any, weights: Weights) -> Fields:
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Return the tensor for the first target if the MLP is plain, and for the second target if it is gated."""
-    empty = tensor[:0]
-    return [tensor, empty] if config.mlp_type == "mlp" else [empty, tensor]
+    empty_tensor = tensor[:0]
+    return [tensor, empty_tensor] if config.mlp_type == "mlp" else [empty_tensor, tensor]
 
 
 # DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.
@@ -348,7 +348,8 @@ SIGLIP2_RULES = [
 
 
 def read_siglip2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP 2. Its input is flattened patches, but the converted model reads images."""
+    """Return the fields of SigLIP 2. The input of SigLIP 2 is flattened patches, but the converted model reads
+    images."""
     return read_siglip(config, weights) | {
         "image_size": isqrt(config.num_patches) * config.patch_size,
         "position_interpolation": "bilinear",
@@ -450,12 +451,14 @@ def read_beit(config: Any, weights: Weights) -> Fields:
 def add_shared_bias(weights: Weights) -> Weights:
     """Add the bias table that all layers share to the table of each layer, if the model has both."""
     tables = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared = [name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))]
-    per_layer = [name for name in tables if name not in shared]
-    if not shared or not per_layer:
+    shared_tables = [
+        name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
+    ]
+    per_layer = [name for name in tables if name not in shared_tables]
+    if not shared_tables or not per_layer:
         return weights
-    summed = {name: weights[name] + weights[shared[0]] for name in per_layer}
-    return {name: tensor for name, tensor in weights.items() if name not in shared} | summed
+    summed_tables = {name: weights[name] + weights[shared_tables[0]] for name in per_layer}
+    return {name: tensor for name, tensor in weights.items() if name not in shared_tables} | summed_tables
 
 
 # RADIO (arXiv 2312.06709).
@@ -502,13 +505,13 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     """Fold the normalization of pixels, (x - mean) / std, into the patch projection, in float64."""
     if "input_conditioner.norm_mean" not in weights:  # removed by the user
         return weights
-    folded = dict(weights)
-    mean = folded.pop("input_conditioner.norm_mean").double().flatten()  # [C]
-    std = folded.pop("input_conditioner.norm_std").double().flatten()  # [C]
+    folded_weights = dict(weights)
+    mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]
+    std = folded_weights.pop("input_conditioner.norm_std").double().flatten()  # [C]
     weight = weights["embeddings.patch_projection.weight"]  # [D, C * height * width]
     kernel = weight.double().unflatten(1, (len(mean), -1)) / std[:, None]  # [D, C, height * width]
     bias = -(kernel * mean[:, None]).sum(dim=(1, 2))  # [D]
-    return folded | {
+    return folded_weights | {
         "embeddings.patch_projection.weight": kernel.flatten(1).to(weight.dtype),
         "embeddings.patch_projection.bias": bias.to(weight.dtype),
     }

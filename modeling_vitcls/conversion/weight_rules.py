@@ -2,7 +2,7 @@
 
 A family of checkpoints is a table of rules, which map its parameter names to the names of this package, and a function
 that builds a `ViTCLSConfig` from its configuration. This file applies the rules and builds the model, with the
-classifier of the source, a new classifier or none. It is independent of any family.
+classifier of the source, a new classifier or none. The file is independent of any family.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -101,8 +101,8 @@ class Rule:
 
     def match(self, name: str) -> dict[str, str] | None:
         """Return the values of the placeholders in `name`, or None if the pattern does not match."""
-        escaped = re.escape(self.pattern).replace(r"\{i\}", r"(?P<i>\d+)")
-        match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped), name)
+        escaped_pattern = re.escape(self.pattern).replace(r"\{i\}", r"(?P<i>\d+)")
+        match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped_pattern), name)
         return match.groupdict() if match else None
 
     def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> Weights:
@@ -120,21 +120,21 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
     """Convert a state dict of another project. Targets that end with `[i]` are stacked into one parameter."""
     rules = list(rules)
     converted: Weights = {}
-    stacked: dict[str, Weights] = {}
-    unmatched = []
+    stacked_parts: dict[str, Weights] = {}
+    unmatched_names = []
     for name, tensor in weights.items():
         rule, values = find_rule(rules, name)
         if rule is None:
-            unmatched.append(name)
+            unmatched_names.append(name)
             continue
         for target, part in rule.apply(tensor, config, values).items():
             if slot := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                stacked.setdefault(slot[1], {})[slot[2]] = part
+                stacked_parts.setdefault(slot[1], {})[slot[2]] = part
             elif part.numel():
                 converted[target] = part
-    if unmatched:
-        raise ConversionError(f"unexpected weights: {join_names(unmatched)}")
-    for target, parts in stacked.items():
+    if unmatched_names:
+        raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
+    for target, parts in stacked_parts.items():
         converted[target] = torch.stack([parts[index] for index in sorted(parts, key=int)])
     return converted
 
@@ -147,18 +147,18 @@ def revert_weights(
     Parameters of `reference` without a counterpart are omitted.
     """
     rules = list(rules)
-    reverted: Weights = {}
-    used = set()
+    reverted_weights: Weights = {}
+    used_names = set()
     for name, reference_weight in reference.items():
         rule, values = find_rule(rules, name)
         targets = [target for target in rule.format_targets(values) if target in weights] if rule else []
-        used.update(targets)
+        used_names.update(targets)
         if rule and targets:
             joined = torch.cat([weights[target] for target in targets], dim=rule.axis)
-            reverted[name] = joined.reshape(reference_weight.shape)
-    if unused := sorted(weights.keys() - used):
-        raise ConversionError(f"weights without a counterpart: {join_names(unused)}")
-    return reverted
+            reverted_weights[name] = joined.reshape(reference_weight.shape)
+    if unused_names := sorted(weights.keys() - used_names):
+        raise ConversionError(f"weights without a counterpart: {join_names(unused_names)}")
+    return reverted_weights
 
 
 def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
@@ -242,13 +242,13 @@ def requires_new_head(classifier: str, num_labels: int | None, source_labels: in
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model and return the model in eval mode."""
     expected = model.state_dict()
-    mismatched = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    mismatched_names = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
     for problem, names in (
         ("missing", sorted(expected.keys() - weights.keys())),
         ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected.keys())]),
         (
-            "of another shape",
-            [f"{n} {list(weights[n].shape)} (the model has {list(expected[n].shape)})" for n in mismatched],
+            "of a different shape",
+            [f"{n} {list(weights[n].shape)} (the model has {list(expected[n].shape)})" for n in mismatched_names],
         ),
     ):
         if names:
@@ -260,5 +260,5 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:
     """Return the first names, separated by commas, and the number of the other names."""
-    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + more
+    suffix = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + suffix

@@ -87,8 +87,8 @@ class Erasing(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
-        erased = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
-        return (erased * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
+        erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
+        return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
 
 class BatchTransform:
@@ -123,10 +123,10 @@ class BatchTransform:
         x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
-        grid = torch.empty(len(pixels), height, width, 2)
-        grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
-        grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        resampled = nn.functional.grid_sample(pixels.float(), grid, align_corners=False)  # [B, C, H, W]
+        grid_size = torch.empty(len(pixels), height, width, 2)
+        grid_size[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
+        grid_size[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
+        resampled = nn.functional.grid_sample(pixels.float(), grid_size, align_corners=False)  # [B, C, H, W]
         return resampled.round_().to(torch.uint8)
 
 
@@ -161,10 +161,10 @@ class MaskGenerator:
     a batch is also a mean over its images. The model defines the mask token and the loss.
     """
 
-    def __init__(self, options: MaskingOptions, grid: tuple[int, int]) -> None:
+    def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
         """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks
         none or all of the patches, or a block has more patches than are masked."""
-        self.grid = rows, columns = grid
+        self.grid_size = rows, columns = grid_size
         self.block = block = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)
         if not 0 < self.num_masked < rows * columns:
@@ -186,7 +186,7 @@ class MaskGenerator:
         Blocks are masked in random order. The last block may be masked only partially, starting with its first row, to
         reach the exact number of masked patches. `generator` replaces the default generator of the device.
         """
-        rows, columns = self.grid
+        rows, columns = self.grid_size
         num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))
         blocks = torch.rand(num_blocks, device=device, generator=generator)  # [B, block rows, block columns]
         patches = blocks.repeat_interleave(self.block, dim=1).repeat_interleave(self.block, dim=2)

@@ -55,11 +55,15 @@ class BatchBuilder:
         return self.augmentation.fixed_transform(pixels)
 
     def build(
-        self, pixels: torch.Tensor | list[torch.Tensor], labels: list[Any], keys: list[ImageKey], replaced: list[int]
+        self,
+        pixels: torch.Tensor | list[torch.Tensor],
+        labels: list[Any],
+        keys: list[ImageKey],
+        replaced_indices: list[int],
     ) -> Batch:
         """Apply the random parts of the augmentation, and return a batch. `pixels` are outputs of `prepare_image`, as
-        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced` contains the index of the
-        unreadable image that each image replaces, or -1."""
+        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced_indices` contains the index of
+        the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -70,7 +74,7 @@ class BatchBuilder:
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
             "view": torch.from_numpy(views.copy()),
-            "replaced": torch.tensor(replaced),
+            "replaced": torch.tensor(replaced_indices),
         }
 
 
@@ -97,9 +101,9 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[ImageKey]]:
+    def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process from `first_step` on."""
-        return plan.iterate_keys(process, first_step)
+        return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
@@ -173,12 +177,12 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 
 
 def iterate_training_batches(
-    source: Any, plan: BatchPlan, process: int, num_workers: int, first_step: int = 0
+    source: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
     `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or the label of an
     example of a stream is not one of the classes."""
-    yield from load_with_workers(source, source.iterate_keys(plan, process, first_step), num_workers)
+    yield from load_with_workers(source, source.iterate_keys(plan, process_index, first_step), num_workers)
 
 
 def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
@@ -202,7 +206,7 @@ def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: i
     raise ValueError(problem)
 
 
-def leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker_index: int) -> None:
     """Make a DataLoader worker ignore signals that are sent to all processes; used as `worker_init_fn`.
 
     Otherwise the workers would stop before the training step that waits for their images. SIGTERM from the training

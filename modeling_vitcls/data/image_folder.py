@@ -8,9 +8,9 @@
     photos/metadata.csv (or .jsonl, .parquet)           columns of the table; `file_name` contains image paths
 
 Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
-and file names are not interpreted. The first-level folders are splits if all of them that contain images have split
-names. If only some of them do, all of them are classes; but if one of them has a split name and contains class
-folders, the structure is ambiguous, and reading raises an error.
+and file names are not interpreted. The first-level folders are splits if all first-level folders with images have
+split names. If only some have split names, all first-level folders are classes. If, in this case, a folder with a
+split name contains class folders, the structure is ambiguous, and an error is raised.
 
 `ImageFolder.notes` lists the unused files (other file types, hidden files, images next to class folders). A folder
 that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.
@@ -139,8 +139,11 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file). Raise
-    ValueError if two folders have names of the same split, or a folder may be a split or a class."""
+    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file).
+
+    Raises:
+        ValueError: if two folders have names of the same split, or a folder may be either a split or a class.
+    """
     images_by_folder: dict[str, list[str]] = {}
     for name in folder.images:
         if "/" in name:
@@ -188,14 +191,14 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     all_names = chain.from_iterable(splits.values())
     labels: dict[str, str | None] = {name: next(iter(name.split("/")[depth:-1]), None) for name in all_names}
     classes = sorted({label for label in labels.values() if label is not None})
-    unlabeled = [name for name, label in labels.items() if label is None]
+    unlabeled_names = [name for name, label in labels.items() if label is None]
     if not classes:
-        parent = folder.path / PurePosixPath(unlabeled[0]).parent
+        parent = folder.path / PurePosixPath(unlabeled_names[0]).parent
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
             f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
         )
-    add_unused_note(folder, unlabeled, "outside of class folders")
+    add_unused_note(folder, unlabeled_names, "outside of class folders")
     deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep_folders:
         folder.notes.append(
@@ -289,8 +292,8 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
             f"the columns of {files} in {folder.path} have different types: {format_error(error)}"
         ) from error
     names = [name for _, images in tables for name in images]
-    unlisted = sorted(set(folder.images) - set(names))
-    add_unused_note(folder, unlisted, "not listed in a metadata file")
+    unlisted_names = sorted(set(folder.images) - set(names))
+    add_unused_note(folder, unlisted_names, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
     parts = {}
     for split in splits:

@@ -111,7 +111,10 @@ class EncodedSequence(Sequence):
 
     def get_paths(self) -> list[str | None]:
         """Return the path of each image; None for an image without a path."""
-        return [encoded["path"] if encoded else None for encoded in map(self.get_encoded, range(len(self)))]
+        return [
+            encoded_image["path"] if encoded_image else None
+            for encoded_image in map(self.get_encoded, range(len(self)))
+        ]
 
     def get_names(self) -> list[str]:
         """Return the path of each image within the dataset; "" if it has no path. The bytes of images are not read."""
@@ -119,20 +122,23 @@ class EncodedSequence(Sequence):
 
     def read_content(self, index: int) -> bytes | None:
         """Return the bytes of one image from memory or a file; None if the image cannot be read or is remote."""
-        encoded = self.get_encoded(index)
-        if not encoded or encoded["bytes"] is not None:
-            return encoded["bytes"] if encoded else None
-        if not encoded["path"] or "://" in encoded["path"]:
+        encoded_image = self.get_encoded(index)
+        if not encoded_image or encoded_image["bytes"] is not None:
+            return encoded_image["bytes"] if encoded_image else None
+        if not encoded_image["path"] or "://" in encoded_image["path"]:
             return None
         try:
-            file = Path(encoded["path"])
+            file = Path(encoded_image["path"])
             return file.read_bytes() if file.is_file() else None  # reading a pipe would block
         except (OSError, ValueError):
             return None
 
     def compute_keys(self) -> list[int]:
         """Return a checksum of the bytes of each image, or of its path if it has no bytes."""
-        return [compute_example_key(encoded, self.folder) for encoded in map(self.get_encoded, range(len(self)))]
+        return [
+            compute_example_key(encoded_image, self.folder)
+            for encoded_image in map(self.get_encoded, range(len(self)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -153,15 +159,15 @@ class FileImages(EncodedSequence):
 class EncodedImages(EncodedSequence):
     """Encoded images in memory."""
 
-    encoded: list[dict[str, Any]]
+    encoded_images: list[dict[str, Any]]
     folder: Path = Path()
     item_noun = "example"
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.encoded_images)
 
     def get_encoded(self, index: int) -> dict[str, Any]:
-        return self.encoded[index]
+        return self.encoded_images[index]
 
 
 @dataclass(frozen=True)
@@ -224,15 +230,15 @@ def resolve_path(folder: Path, path: str | None) -> str:
     return str(folder / path)
 
 
-def decode_image(encoded: dict[str, Any] | None, fallback_name: str) -> Image.Image:
+def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Image.Image:
     """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image upright, in
     its stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
     The attribute `filename` is set for error messages, as Pillow does: to the path, or to `fallback_name`.
     """
-    if not encoded or not (encoded["bytes"] is not None or encoded["path"]):
+    if not encoded_image or not (encoded_image["bytes"] is not None or encoded_image["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")
-    content, path = encoded["bytes"], encoded["path"]
+    content, path = encoded_image["bytes"], encoded_image["path"]
     try:
         image = read_image_file(path) if content is None else read_image(content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
@@ -281,6 +287,6 @@ class UnreadableImages:
             self.warn(f"skipped an image: {description}")
             if len(self) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last of them: {description}. Repair or remove "
-                    "them, or set a larger --max-broken-images"
+                    f"more than {self.limit} images cannot be read; the last unreadable image: {description}. "
+                    "Repair or remove these images, or set a larger --max-broken-images"
                 )

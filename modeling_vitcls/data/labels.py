@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. This file also selects the column of the images.
+this order of precedence. This file also contains the selection of the image column.
 """
 
 import math
@@ -161,8 +161,8 @@ def build_label_reader(
     """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels,
     or its classes are not known.
 
-    `read_column` returns all values of a column that does not declare its classes. It is None for a stream, whose
-    values cannot all be read in advance.
+    `read_column` returns all values of a column that does not declare its classes. `read_column` is None for a stream,
+    whose values cannot all be read in advance.
     """
     requested_names: tuple[str | None, ...] = options.label_column or (None,)
     names = tuple(
@@ -183,7 +183,7 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
-    """Build one label column. Its class names are declared, set by --label-names, or the distinct values."""
+    """Build one label column, whose class names are declared, set by --label-names, or the distinct values."""
     class_label = next(
         (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
     )

@@ -203,11 +203,11 @@ class BatchPlan:
         """Return the number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
-    def iterate_keys(self, process: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
+    def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process from `first_step` on, `accumulation_steps` batches per step."""
         for step in range(first_step, self.num_steps):
-            for accumulated in range(self.accumulation_steps):
-                start = (accumulated * self.num_processes + process) * self.batch_size
+            for batch_index in range(self.accumulation_steps):
+                start = (batch_index * self.num_processes + process_index) * self.batch_size
                 yield [self.compute_key(step, position) for position in range(start, start + self.batch_size)]
 
     def compute_key(self, step: int, position: int) -> ImageKey:

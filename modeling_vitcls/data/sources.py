@@ -299,5 +299,5 @@ def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | Colum
 
     if not is_image(dataset.features[column]):
         return FileImages([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
-    encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return ColumnImages(encoded, column, folder)
+    encoded_images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return ColumnImages(encoded_images, column, folder)

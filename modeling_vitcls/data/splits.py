@@ -68,9 +68,9 @@ class TrainingData:
 def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
     """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
 
-    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. These are
-    the validation split if the dataset also has a test split, and otherwise another seeded selection of the training
-    images.
+    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. The
+    separate images are the validation split if the dataset also has a test split, and otherwise another seeded
+    selection of the training images.
 
     The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
     only the first 10,000 held-out images are stored.
@@ -162,8 +162,8 @@ def check_splits(
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
     if options.folds is not None and splits.held_out is not None:
         raise ValueError(
-            f"--folds requires a dataset of a single split, but {options.dataset} has the split {splits.held_out!r}. "
-            "Remove --folds"
+            f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
+            f"{splits.held_out!r}. Remove --folds"
         )
     if with_selection and splits.selection is None and options.streaming:
         raise ValueError(
@@ -344,8 +344,10 @@ def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | No
     if stored == current:
         return None
     for column, names in current["classes"].items():
-        if (previous := stored["classes"].get(column)) != names:
-            return f"the classes of {column!r} were {format_classes(previous)}, but are {format_classes(names)} now"
+        if (stored_names := stored["classes"].get(column)) != names:
+            return (
+                f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
+            )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
         if stored[name] != current[name]:
             return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"

@@ -75,30 +75,30 @@ class StreamedImages:
         """The kind of labels and their names."""
         return UNLABELED if self.reader is None else self.reader.space
 
-    def iterate_examples(self, seed: int, process: int, num_processes: int, start: int = 0) -> Iterator[Example]:
+    def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
         ValueError if a label is not one of the classes, or a process has no examples."""
         pass_index = 0
         while True:
             length = 0
-            for example in self.iterate_pass(seed, pass_index, process, num_processes):
+            for example in self.iterate_pass(seed, pass_index, process_index, num_processes):
                 length += 1
                 if length > start:
                     yield replace(example, epoch=pass_index)
             if length == 0:
-                raise ValueError(f"{self.name} has no training image for process {process} of {num_processes}")
+                raise ValueError(f"{self.name} has no training image for process {process_index} of {num_processes}")
             num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
-    def iterate_pass(self, seed: int, pass_index: int, process: int, num_processes: int) -> Iterator[Example]:
+    def iterate_pass(self, seed: int, pass_index: int, process_index: int, num_processes: int) -> Iterator[Example]:
         """Yield each example of one process once, shuffled."""
         stream = self.stream
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
-            stream = stream.shard(num_processes, process)
+            stream = stream.shard(num_processes, process_index)
         stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
-        own_rows = rows if has_own_shards else islice(rows, process, None, num_processes)
+        own_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(own_rows)
 
     def read_held_out_images(self) -> LabeledImages:
@@ -190,16 +190,16 @@ class TrainingStream:
     builder: BatchBuilder
     names: dict[int, str] = field(default_factory=dict)  # path by index
 
-    def iterate_keys(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
+    def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
-        return read_ahead(self.iterate_batches(plan, process, first_step), NUM_BATCHES_AHEAD)
+        return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
 
-    def iterate_batches(self, plan: BatchPlan, process: int, first_step: int) -> Iterator[list[Example]]:
+    def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
         num_distinct = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
         start = first_batch * num_distinct
-        examples = self.source.iterate_examples(plan.seed, process, plan.num_processes, start)
+        examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
             batch = list(islice(examples, num_distinct))
             self.store_names(batch)
@@ -218,7 +218,7 @@ class TrainingStream:
             raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
         first = min(readable_images)
         source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
-        replaced = [
+        replaced_indices = [
             NOT_REPLACED if source_index == index else examples[index].index
             for index, source_index in enumerate(source_indices)
         ]
@@ -226,7 +226,7 @@ class TrainingStream:
             [readable_images[index] for index in source_indices],
             [examples[index].label for index in source_indices],
             [(examples[index].epoch, examples[index].index) for index in source_indices],
-            replaced,
+            replaced_indices,
         )
 
     def load_image(self, example: Example) -> torch.Tensor | None:

@@ -27,8 +27,8 @@ from .text import (
 )
 
 
-# gradio reads these variables on import or launch. They disable usage statistics, and prevent browsers from storing
-# images.
+# gradio reads these variables on import or launch. The values disable usage statistics, and prevent browsers from
+# storing images.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -48,7 +48,7 @@ SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
     "font_mono": ("ui-monospace", "Menlo", "Consolas", "monospace"),
 }
-# The galleries have as many columns of a minimum width as fit.
+# Each gallery has as many columns as fit at the minimum column width.
 CSS = """
 #problem { border-left: 4px solid #dc2626; padding-left: 0.75rem; }
 #layers .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
@@ -261,12 +261,12 @@ class AttentionView:
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
-        named = [(small, f"layer {number}") for number, small in enumerate(maps, start=1)]
-        return *self.draw(result, token, layer, head), named, result.draw_through_layers(token)
+        gallery = [(small_map, f"layer {number}") for number, small_map in enumerate(maps, start=1)]
+        return *self.draw(result, token, layer, head), gallery, result.draw_through_layers(token)
 
 
 class PatchView:
-    """Patches as colors, and the similarity of all patches to a selected patch, after one layer."""
+    """Patches as colors, and the similarity between all patches and a selected patch, after one layer."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         num_layers = demo_model.num_layers

@@ -84,26 +84,26 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches after a layer to one patch; 0 or less is dark."""
+        """Draw the cosine similarity between all patches and one patch, after a layer; 0 or less is dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
     def find_patch(self, x: float, y: float, width: int, height: int) -> tuple[int, int] | None:
-        """Return row and column of the patch at pixel (x, y) of a drawn image of this size; None outside the visible
-        region."""
+        """Return the row and column of the patch at pixel (x, y) of the image, displayed at `width` x `height` pixels;
+        None outside the visible region."""
         left, top, right, bottom = self.visible_region
-        across = (x / width * self.image.width - left) / (right - left)
-        down = (y / height * self.image.height - top) / (bottom - top)
-        if not (0 <= across < 1 and 0 <= down < 1):
+        x_fraction = (x / width * self.image.width - left) / (right - left)
+        y_fraction = (y / height * self.image.height - top) / (bottom - top)
+        if not (0 <= x_fraction < 1 and 0 <= y_fraction < 1):
             return None
         rows, columns = self.features.shape[1:3]
-        return int(down * rows), int(across * columns)
+        return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
         """Return the fractions of a token's attention to each special token, then to all patches; they sum to 1."""
         row = select_head(self.rows[layer], head)[token]  # [key]
-        special = row[: self.rows.shape[2]]
-        return [*special.tolist(), 1 - special.sum().item()]
+        special_fractions = row[: self.rows.shape[2]]
+        return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
 
 
 def select_head(heads: torch.Tensor, head: int | None) -> torch.Tensor:
@@ -133,8 +133,8 @@ class DemoModel:
             code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
 
         Raises:
-            ValueError, OSError: with a one-line message, if the checkpoint has another model type, is not found, or
-                cannot be read.
+            ValueError, OSError: with a one-line message, if the checkpoint has a different model type, is not found,
+                or cannot be read.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
@@ -205,13 +205,13 @@ class DemoModel:
         """Return the names of the predictions: one, or one per task."""
         if not self.has_labels:
             return []
-        return list(self.model.config.task_labels()) or [get_problem_type(self.model.config)[0]]
+        return list(self.model.config.task_labels()) or [get_prediction_format(self.model.config)[0]]
 
     @property
     def has_top_label(self) -> bool:
         """Return whether the most probable label is the prediction (not for multi-label models)."""
         config = self.model.config
-        return bool(config.tasks) or get_problem_type(config)[1] is not get_sigmoid_scores
+        return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 
     def predict(self, file: str | Path) -> DemoResult:
         """Run the model on an image.
@@ -231,7 +231,7 @@ class DemoModel:
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""
         config, encoder = self.model.config, self.model.base_model
-        grid = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
         def extract(rows: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(rows, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
@@ -239,14 +239,14 @@ class DemoModel:
         if self.merges_patches:
             with torch.inference_mode():
                 predictions = get_predictions(self.model(pixel_values).logits, config)
-            rows = torch.empty(0, len(self.heads), len(self.tokens), config.token_layout.get_num_tokens(*grid))
+            rows = torch.empty(0, len(self.heads), len(self.tokens), config.token_layout.get_num_tokens(*grid_size))
             return {
                 "predictions": predictions,
                 "rows": rows,
                 "maps": extract(rows),
-                "rollout": torch.empty(0, *grid),
+                "rollout": torch.empty(0, *grid_size),
                 "attributions": {},
-                "features": torch.empty(0, *grid, config.hidden_size),
+                "features": torch.empty(0, *grid_size, config.hidden_size),
             }
         trace = trace_attention(self.model, pixel_values, needs_gradients=self.has_labels)
         predictions, attributions = {}, {}
@@ -305,7 +305,7 @@ def format_values(values: torch.Tensor, names: list[str]) -> Prediction:
 
 
 # Problem type -> name of the prediction, and the function that formats its logits.
-PROBLEM_TYPES: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
+PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
     None: ("Label", get_softmax_scores),
     "single_label_classification": ("Label", get_softmax_scores),
     "multi_label_classification": ("Labels with independent probabilities", get_sigmoid_scores),
@@ -313,11 +313,11 @@ PROBLEM_TYPES: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], P
 }
 
 
-def get_problem_type(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
+def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
     """Return the problem type of a model without tasks. A single label is binary, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
-        return PROBLEM_TYPES["multi_label_classification"]
-    return PROBLEM_TYPES[config.problem_type]
+        return PREDICTION_FORMATS["multi_label_classification"]
+    return PREDICTION_FORMATS[config.problem_type]
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
@@ -325,6 +325,6 @@ def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}
-    title, format_prediction = get_problem_type(config)
+    title, format_prediction = get_prediction_format(config)
     names = [config.id2label[index] for index in range(config.num_labels)]
     return {title: format_prediction(logits[0].float().cpu(), names)}

@@ -76,10 +76,12 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
         fractions: fraction of attention to each special token, then to all patches.
     """
     heads = MEAN_OF_HEADS if head is None else demo_model.heads[head]
-    *special, patches = fractions
+    *special_fractions, patches = fractions
     unread = "" if demo_model.is_read(token, layer) else " Nothing reads the output of this token in this layer."
-    others = ", ".join(f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special, strict=True))
+    others = ", ".join(
+        f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special_fractions, strict=True)
+    )
     return (
         f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {heads}: {patches:.1%} of its "
-        f"attention goes to the patches, {sum(special):.1%} to special tokens ({others}).{unread}"
+        f"attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({others}).{unread}"
     )

@@ -48,7 +48,7 @@ class ExportableModel:
 
 
 class NamedOutputs(nn.Module):
-    """A model with images as its only input. It returns its outputs by name in float32."""
+    """A model with images as its only input, which returns float32 outputs by name."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, with_attention: bool = False) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from .formats import FORMATS, Format, TracedModel
 from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
 
 
-# dtype of the graph -> maximum difference of any output: absolute, and relative to the largest output of the model.
+# dtype of the graph -> maximum difference in any output: absolute, and relative to the largest output of the model.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
 
 ImageShape = tuple[int, int, int, int]  # batch, channels, height, width
@@ -40,7 +40,7 @@ class BatchComparison:
     """Comparison of one batch of images."""
 
     shape: ImageShape  # shape of the images, [batch, channels, height, width]
-    differences: dict[str, float]  # largest absolute difference of each output
+    differences: dict[str, float]  # largest absolute difference in each output
     magnitudes: dict[str, float]  # largest absolute value of each output of the model
 
 

@@ -148,8 +148,8 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
-        compiled = openvino.Core().compile_model(file, "CPU", settings)
-        outputs = [compiled({INPUT_NAME: images.numpy()}) for images in batches]
+        compiled_model = openvino.Core().compile_model(file, "CPU", settings)
+        outputs = [compiled_model({INPUT_NAME: images.numpy()}) for images in batches]
         return [name_outputs(names, [arrays[name] for name in names]) for arrays in outputs]
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot run the written graph on the CPU: {format_error(error)}") from error

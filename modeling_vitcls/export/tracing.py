@@ -49,13 +49,13 @@ def select_graph_shape(
     reason = find_fixed_size_reason(config, has_antialias) if dynamic else ""
     if not dynamic or reason:
         return GraphShape(size, size, is_dynamic=False, fixed_size_reason=reason)
-    smallest = get_smallest_size(config)
-    if size[0] < smallest[0] or size[1] < smallest[1]:
+    min_size = get_smallest_size(config)
+    if size[0] < min_size[0] or size[1] < min_size[1]:
         raise ValueError(
-            f"a dynamic graph requires images of at least {smallest[0]} x {smallest[1]} pixels, but --image-size is "
+            f"a dynamic graph requires images of at least {min_size[0]} x {min_size[1]} pixels, but --image-size is "
             f"{size[0]} {size[1]}. Set a larger --image-size, or --no-dynamic"
         )
-    return GraphShape(size, smallest, is_dynamic=True)
+    return GraphShape(size, min_size, is_dynamic=True)
 
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
@@ -96,7 +96,7 @@ def trace_model(
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
-    model.requires_grad_(False)  # attention masks that require gradients select another attention kernel
+    model.requires_grad_(False)  # attention masks that require gradients select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     images = build_example_images(config, shape)
     try:

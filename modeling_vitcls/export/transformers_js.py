@@ -52,7 +52,7 @@ class FileComparison:
 
     file: str  # path in the folder
     dtype: str  # value of `dtype` in transformers.js
-    largest_difference: float  # largest absolute difference of a logit
+    largest_difference: float  # largest absolute difference in a logit
     top1_agreement: float  # fraction of images with the same predicted class
 
 

@@ -1,4 +1,4 @@
-"""The allowlist of files that are published from a model folder. It contains no pickles.
+"""The allowlist of files that are published from a model folder. The list contains no pickles.
 
 With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
 

@@ -53,7 +53,7 @@ class Provenance:
     # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
-    license_link: str | None = None  # link of an `other` license: an address, or the name of one of `license_files`
+    license_link: str | None = None  # text of an `other` license: a URL, or the name of one of `license_files`
     license_files: tuple[Path, ...] = field(default=(), repr=False)  # local files with the license text
 
     @property
@@ -88,7 +88,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder. Its base model is the base model named in the card."""
+    """Return the provenance of a model folder, with the base model that is named in the card."""
     card = read_card_metadata(folder)
     return add_license(Provenance(folder.resolve().name, base_model=card.get("base_model")), card, folder)
 

@@ -63,8 +63,8 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
         settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
-        with write_atomically(file) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with write_atomically(file) as temporary_file:
+            temporary_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (folder / CARD).is_file():
         (folder / CARD).write_bytes(pin_code_in_card(read_text(folder / CARD), repo_id).encode())
     for file in folder.glob(CODE_PATTERN):

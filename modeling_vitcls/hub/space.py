@@ -214,9 +214,11 @@ def build_space_card(
 
 def list_requirements() -> list[str]:
     """Return the lines of requirements.txt, with the minimum versions that this package declares."""
-    declared = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
-    bounds = {requirement.name: str(requirement.specifier) for requirement in declared if requirement.specifier}
-    return [f"{name}{bounds[name]}" for name in REQUIRED_LIBRARIES]
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
+    specifiers = {
+        requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
+    }
+    return [f"{name}{specifiers[name]}" for name in REQUIRED_LIBRARIES]
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
@@ -276,10 +278,12 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     sdk = "gradio" if "app.py" in files else "static"
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent = api.space_info(space_id).sha
-    published = api.list_repo_files(space_id, revision=parent, repo_type="space")
+    published_files = api.list_repo_files(space_id, revision=parent, repo_type="space")
     folders = tuple({f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{FOLDER}/", f"{EXAMPLES}/"})
-    outdated = [name for name in published if name.startswith(folders) and name not in files]
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in outdated]
+    outdated_files = [name for name in published_files if name.startswith(folders) and name not in files]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(name) for name in outdated_files
+    ]
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
     commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)

@@ -38,13 +38,13 @@ commit [`{commit}`]({address}/tree/{commit}).
 
 
 def build_static_space_files(
-    model: PublishedModel, exported: Path, title: str | None = None, node_modules: Path | None = None
+    model: PublishedModel, exported_folder: Path, title: str | None = None, node_modules: Path | None = None
 ) -> RepoFiles:
     """Build the files of the Space.
 
     Args:
         model: The model on the Hub.
-        exported: The folder written by `export_for_transformers_js`.
+        exported_folder: The folder written by `export_for_transformers_js`.
         title: Title of the page.
         node_modules: Folder with the npm package `@huggingface/transformers`, whose files are copied. Default: the
             page loads transformers.js from a CDN.
@@ -54,8 +54,8 @@ def build_static_space_files(
     """
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
     files: RepoFiles = {
-        f"{MODEL_FOLDER}/{file.relative_to(exported).as_posix()}": file
-        for file in sorted(exported.rglob("*"))
+        f"{MODEL_FOLDER}/{file.relative_to(exported_folder).as_posix()}": file
+        for file in sorted(exported_folder.rglob("*"))
         if file.is_file()
     }
     library = LIBRARY_URL

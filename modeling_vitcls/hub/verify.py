@@ -56,7 +56,7 @@ from .verification_reference import PackageLoader
 from .verification_script import HubLoader, Outputs, collect_outputs
 
 
-# Maximum difference of an output tensor in float32, divided by its largest absolute value if that exceeds 1.
+# Maximum difference in an output tensor in float32, divided by its largest absolute value if that exceeds 1.
 TOLERANCE = 1e-6
 TIMEOUT = 60.0  # seconds without a response
 PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
@@ -91,7 +91,7 @@ class VerificationReport:
     reference: str  # description of the model that the outputs were compared with
     num_files: int  # number of files with checked hashes
     classes: dict[str, str]  # loader, such as an Auto class -> name of the loaded class
-    differences: dict[str, float]  # loader or "pipeline" -> maximum absolute difference of its outputs
+    differences: dict[str, float]  # loader or "pipeline" -> maximum absolute difference in its outputs
     versions: dict[str, str]  # versions of the libraries
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # the commit of the code; None if the code is next to the weights
@@ -127,7 +127,7 @@ class VerificationReport:
 def verify(
     repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
 ) -> VerificationReport:
-    """Download and load a published model, and compare its outputs. Its code runs in a separate process.
+    """Download and load a published model, and compare its outputs. The code of the model runs in a separate process.
 
     Args:
         repo_id: `namespace/name`.
@@ -224,8 +224,8 @@ def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_op
         expected |= collect_checkpoint_files(folder)
     if unexpected_files := sorted(checkpoints - expected.keys()):
         raise NotVerified(
-            f"{repo_id} contains {unexpected_files[0]}, which is not the newest checkpoint in {folder}. Push "
-            f"{folder} again"
+            f"{repo_id} contains {unexpected_files[0]}, which is not a file of the newest checkpoint in "
+            f"{folder}. Push {folder} again"
         )
     for name, content in expected.items():
         file = published_folder / name

@@ -85,8 +85,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
 
     Raises:
-        ValueError: if the model type is not supported, the split does not exist, the options hold out other images
-            than the model's run, the model lacks a label of the dataset, or too many images are unreadable.
+        ValueError: if the model type is not supported, the split does not exist, the options hold out different images
+            from the model's run, the model lacks a label of the dataset, or too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)

@@ -52,12 +52,12 @@ class HeldOutImages(Dataset):
     processor: ViTCLSImageProcessor
     label_space: LabelSpace
     batch_size: int
-    process: int
+    process_index: int
     num_processes: int
     num_channels: int | None = None
 
     def __post_init__(self) -> None:
-        first_start = self.process * self.batch_size
+        first_start = self.process_index * self.batch_size
         starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
         self.batches = [range(start, start + self.batch_size) for start in starts]
 
@@ -79,12 +79,12 @@ class HeldOutImages(Dataset):
                 unreadable[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
-            COLLATE[self.label_space.kind](labels, self.label_space),
+            COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
             unreadable,
         )
 
 
-COLLATE: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
+COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
     "single_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.long),  # [G]
     "multi_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.float32).reshape(
         -1, len(space.names)
@@ -226,7 +226,7 @@ class ReconstructionEvaluator(Evaluator):
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
         """Pad a batch with blank images, which have no masked patches and no loss, and return the model outputs."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
-        rows, columns = self.mask_generator.grid
+        rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
         for row, index in enumerate(batch.labels.tolist()):
             masks[row] = self.build_mask(index)
@@ -240,7 +240,8 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """The batches of a process, in order. They are kept in memory after the first pass if they fit in the cache."""
+    """The batches of a process, in order. The batches are kept in memory after the first pass if they fit in the
+    cache."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(

@@ -118,7 +118,8 @@ def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build k-NN, with fewer neighbors for fewer training images, or logistic regression on standardized features."""
+    """Build a k-NN classifier, with fewer neighbors for small training sets, or a logistic regression on standardized
+    features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline

@@ -125,7 +125,7 @@ class ImageColumn:
     folder: Path
 
     def build_record(self, index: int, value: Any) -> ImageRecord:
-        """Return the record of one value. Its name is its path, or its index if there is no path."""
+        """Return the record of one value, named by its path, or by its index if there is no path."""
         if isinstance(value, str):
             return ImageRecord(index, make_printable(value), resolve_path(self.folder, value))
         if isinstance(value, dict):
@@ -251,7 +251,7 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """A network error. It stops the run, because an error row would look like an unreadable image."""
+    """A network error, which stops the run, because an error row would look like an unreadable image."""
 
 
 def prepare_ahead(

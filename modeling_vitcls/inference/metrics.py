@@ -2,8 +2,8 @@
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-`update` expects the labels of G images in the format of data/labels.py, and the outputs of these
-images; outputs of further images are ignored. `compute` returns numbers first, then lists. Undefined values (0 / 0)
+`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G
+images; only the first G outputs are used. `compute` returns numbers first, then lists. Undefined values (0 / 0)
 are None.
 
 torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
@@ -82,7 +82,8 @@ class SingleLabelMetrics:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L], the logits of each head if there are two heads, and labels [G]."""
+        """Add logits [B, L], labels [G] and, for a model with two heads, the logits of each head. B - G images are
+        padding."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -112,7 +113,7 @@ class SingleLabelMetrics:
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         classes = compute_class_metrics(self.names, counts)
-        values: MetricValues = {"accuracy": divide(num_correct, num_images)}
+        values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
@@ -172,7 +173,7 @@ class MultiLabelMetrics:
             row["average_precision"] = precision if row["images"] else None
         return {
             "mean_average_precision": compute_mean([row["average_precision"] for row in classes]),
-            "micro_f1": divide(2 * num_correct, num_predicted + num_true),
+            "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
             "macro_f1": compute_mean([row["f1"] for row in classes]),
             "exact_match": to_number(self.exact_match.compute()),
             "loss": to_number(self.loss.compute()),
@@ -277,7 +278,7 @@ class ClassCounts(Metric):
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
     """Build a mean or sum metric, which is NaN if any value is NaN.
 
-    It uses float64 if the device supports it, so that the order of batches hardly affects the result.
+    The metric is float64 if the device supports float64, so that the order of batches hardly affects the result.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
@@ -289,9 +290,9 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
         {
             "name": name,
             "images": images,
-            "recall": divide(correct, images),
-            "precision": divide(correct, predicted),
-            "f1": divide(2 * correct, images + predicted),
+            "recall": safe_divide(correct, images),
+            "precision": safe_divide(correct, predicted),
+            "f1": safe_divide(2 * correct, images + predicted),
         }
         for name, correct, predicted, images in zip(names, *counts, strict=True)
     ]
@@ -301,7 +302,7 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
     """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
-    inference"). It lies within 0 and 1, and has a positive width even if all predictions are correct.
+    inference"). The interval lies within 0 and 1, and has a positive width even if all predictions are correct.
     """
     if num_images == 0:
         return None
@@ -312,7 +313,7 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
     return [max(center - half_width, 0.0), min(center + half_width, 1.0)]
 
 
-def divide(numerator: int, denominator: int) -> float | None:
+def safe_divide(numerator: int, denominator: int) -> float | None:
     """Return the quotient; None if the denominator is 0."""
     return numerator / denominator if denominator else None
 

@@ -67,8 +67,8 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
         OSError: if the file cannot be written; no partial file is left.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(file) as unfinished:
-        WRITERS[file.suffix.lower()](rows, columns, unfinished)
+    with write_atomically(file) as temporary_file:
+        WRITERS[file.suffix.lower()](rows, columns, temporary_file)
 
 
 # Writers -------------------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ class ShardFolder:
             Number of images of the input; None if no earlier run recorded it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.path.glob(".*.unfinished"):
-            unfinished.unlink()  # left behind by a killed process
+        for unfinished_file in self.path.glob(".*.unfinished"):
+            unfinished_file.unlink()  # left behind by a killed process
         contents = {"format": MANIFEST_VERSION, "shard_size": self.size, **contents}
         file = self.path / MANIFEST_FILE
         if not file.exists():
@@ -260,9 +260,9 @@ class ShardFolder:
         """Return whether all shards exist."""
         return self.list_shards().issuperset(range(math.ceil(num_images / self.size)))
 
-    def get_heartbeat_file(self, process: int) -> Path:
+    def get_heartbeat_file(self, process_index: int) -> Path:
         """Return the path of the heartbeat of a process. `open` removes files with this suffix."""
-        return self.path / f".process-{process}.unfinished"
+        return self.path / f".process-{process_index}.unfinished"
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """On process 0, wait until all shards exist. All processes must have started their heartbeats.
@@ -338,9 +338,9 @@ def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
         yield range(number * size, end if num_images is None else min(end, num_images))
 
 
-def assign_ranges(ranges: Iterator[range], process: int, num_processes: int) -> Iterator[range]:
+def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: int) -> Iterator[range]:
     """Return the ranges of one process. Ranges are assigned to the processes in turn."""
-    return islice(ranges, process, None, num_processes)
+    return islice(ranges, process_index, None, num_processes)
 
 
 def describe_difference(stored_manifest: dict[str, Any], current_manifest: dict[str, Any]) -> str | None:

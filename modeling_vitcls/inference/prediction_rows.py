@@ -166,7 +166,8 @@ AutocastFactory = Callable[[], AbstractContextManager]  # builds the context man
 def build_prediction_columns(
     model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
 ) -> PredictionColumns:
-    """Build the output columns of a model. Raise ValueError if it does not support the labels or features."""
+    """Build the output columns of a model. Raise ValueError if the model has no labels, or does not
+    support the arguments."""
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features)

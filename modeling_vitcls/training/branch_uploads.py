@@ -86,7 +86,7 @@ class BranchUploads:
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
             return
-        self.write(step, self.make_folder)
+        self.write(step, self.write_model_folder)
         if self.run.hub_push_optimizer:  # written first, because its tensors may share memory with the model
             tensors, facts = gather_checkpoint()
             store = CheckpointStore(self.folder / "checkpoints", num_kept=1)
@@ -131,7 +131,7 @@ class BranchUploads:
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 
-    def make_folder(self) -> None:
+    def write_model_folder(self) -> None:
         """Create an empty local folder."""
         self.remove_folder()
         self.folder.mkdir(parents=True)
@@ -158,7 +158,7 @@ class BranchUploads:
             self.provenance.copy_license(self.folder)
 
     def push(self, step: int) -> None:
-        """Push the folder. This method runs in the background thread, writes to no other folder and raises no
+        """Push the folder. The method runs in the background thread, writes to no other folder and raises no
         errors."""
         try:
             push_result = push_folder(

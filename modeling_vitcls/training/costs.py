@@ -95,10 +95,12 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
     """Return the FLOPs of one layer for one image: queries, output projections and the MLP for the computed tokens,
     keys and values for all tokens, and attention."""
     attention: ViTCLSAttention = layer.attention
-    key_flops = count_linear_flops(attention.k_proj, attention.v_proj)
-    query_flops = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    flops_per_key = count_linear_flops(attention.k_proj, attention.v_proj)
+    flops_per_query = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
     return (
-        num_queries * query_flops + num_tokens * key_flops + count_attention_flops(attention, num_queries, num_tokens)
+        num_queries * flops_per_query
+        + num_tokens * flops_per_key
+        + count_attention_flops(attention, num_queries, num_tokens)
     )
 
 
@@ -110,8 +112,8 @@ def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`. The latter counts keys
-    and values of a single token, and the query, which is computed only once per batch."""
+    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`, which counts keys
+    and values of a single token, and the query although it is computed only once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
     attention_flops = 4 * num_keys * pooler.probe.shape[-1]
     return (
@@ -206,7 +208,7 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def count_cast_weights(model: Any, on_cpu: bool) -> int:
-    """Return the number of weights of linear layers whose copies from autocast are stored for the backward pass."""
+    """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
     skipped_modules: list[nn.Module] = (
         layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
@@ -225,12 +227,12 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens in the layers
-    queries = get_num_queries(model, num_tokens)
+    num_queries_per_layer = get_num_queries(model, num_tokens)
     height, width = get_image_size(config, image_size)
     pixels = config.num_channels * height * width
     layer_bytes = [
         count_layer_bytes(layer, num_queries, num_tokens, settings)
-        for layer, num_queries in zip(encoder.layers, queries, strict=True)
+        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
@@ -238,7 +240,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
-        num_bytes += queries[-1] * count_norm_bytes(config, settings)  # final norm
+        num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
     if is_trained(encoder.embeddings):
         num_bytes += (
             pixels * settings.matmul_bytes + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
@@ -284,7 +286,7 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     channels = (num_queries + num_keys) * num_copies  # queries and keys
     channels += (num_queries + num_keys) * maps_per_head  # outputs and values
     channels += num_queries * config.attention_norm
-    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference of the outputs of both maps
+    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
     # Fused kernels store one number per query.
     numbers_per_query = count_saved_maps(attention, settings.on_cpu) * num_keys or 1
     return width * channels * settings.matmul_bytes + num_maps * num_queries * FLOAT32 * numbers_per_query
@@ -301,9 +303,9 @@ def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
 
 
 def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
-    """Return the number of channels per token that an MLP stores for the backward pass. These are the inputs of the
-    activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are recomputed and not
-    stored (cpu_kernels_vitcls.py)."""
+    """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
+    inputs of the activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are
+    recomputed and not stored (cpu_kernels_vitcls.py)."""
     first = get_linears([mlp])[0]
     branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
     after = 0 if on_cpu else branches + (mlp.norm is not None)

@@ -155,9 +155,9 @@ def gather(tensors: Tensors, is_main: bool) -> Tensors:
     processes must call this together."""
     result: Tensors = {}
     for name, tensor in tensors.items():
-        gathered = gather_tensor(tensor)
+        full_tensor = gather_tensor(tensor)
         if is_main:
-            result[name] = gathered.detach().cpu()
+            result[name] = full_tensor.detach().cpu()
     return result
 
 
@@ -183,8 +183,8 @@ def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
-    """Load full tensors of the main process into the model on all processes. Raise ValueError if a tensor is missing,
-    unexpected, or has another shape."""
+    """Load full tensors from the main process into the model on all processes. Raise ValueError if a tensor is missing
+    or unexpected, or has a different shape."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
     run_on_main(accelerator, lambda: check_same_tensors(weights, targets))

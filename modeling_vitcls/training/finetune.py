@@ -141,8 +141,8 @@ class FinetuneTask(Task):
             "features", f"encoding {len(keys):,} images once{augmentation_note}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
-        workers, batch_size = options.data.num_workers, self.plan.batch_size
-        cached_batch = cache_features(model, images, keys, normalize, batch_size, workers, accelerator)
+        num_workers, batch_size = options.data.num_workers, self.plan.batch_size
+        cached_batch = cache_features(model, images, keys, normalize, batch_size, num_workers, accelerator)
         iterate_batches = partial(iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, views)
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator

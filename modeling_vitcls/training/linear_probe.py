@@ -140,21 +140,23 @@ def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
     return recursively_apply(lambda values: values[rows], batch)
 
 
-def split_keys(keys: Sequence[ImageKey], batch_size: int, process: int, num_processes: int) -> list[list[ImageKey]]:
+def split_keys(
+    keys: Sequence[ImageKey], batch_size: int, process_index: int, num_processes: int
+) -> list[list[ImageKey]]:
     """Return the batches of one process. All processes have the same number of batches of the same size; the last key
     is repeated as padding."""
-    starts = range(process * batch_size, len(keys) + process * batch_size, num_processes * batch_size)
+    starts = range(process_index * batch_size, len(keys) + process_index * batch_size, num_processes * batch_size)
     last = len(keys) - 1
     return [[keys[min(index, last)] for index in range(start, start + batch_size)] for start in starts]
 
 
 def iterate_feature_batches(
-    cached_batch: Batch, plan: BatchPlan, process: int, num_views: int = 1, first_step: int = 0
+    cached_batch: Batch, plan: BatchPlan, process_index: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached`
     contains all images, view by view: epoch e uses view e modulo `num_views`."""
     num_images = len(cached_batch["features"]) // num_views
-    for keys in plan.iterate_keys(process, first_step):
+    for keys in plan.iterate_keys(process_index, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         yield select_rows(cached_batch, epochs % num_views * num_images + indices) | {"epoch": epochs}
 

@@ -208,12 +208,12 @@ class TrainingLoop:
             if with_health:
                 tokens_and_gradients.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
 
-        for accumulated in range(self.plan.accumulation_steps):
+        for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.hooks.on_batch(batch)
             batches_used.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            torch.manual_seed(derive_seed(self.plan.seed, state.step, accumulated, accelerator.process_index))
+            torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
@@ -352,9 +352,9 @@ class Interruption:
             self.received_signal = signal.SIGTERM
         number = int(self.received_signal or 0)
         if self.group is not None:
-            reduced = torch.tensor(number)
-            distributed.all_reduce(reduced, op=distributed.ReduceOp.MAX, group=self.group)
-            number = int(reduced)
+            maximum = torch.tensor(number)
+            distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX, group=self.group)
+            number = int(maximum)
         self.agreed_signal = signal.Signals(number) if number else None
         return self.agreed_signal.name if self.agreed_signal else None
 

@@ -114,9 +114,9 @@ class Utilization:
         }
 
 
-def compute_fraction(executed: float, available: float) -> float | None:
+def compute_fraction(executed_flops: float, available_flops: float) -> float | None:
     """Return `executed / available`; None if the quotient is above 1, because the measured peak is then too low."""
-    return round(executed / available, 4) if executed <= available else None
+    return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
 def start_utilization(
@@ -213,8 +213,8 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
 def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
     """Return (layer, number of queries, number of keys) for each layer."""
     encoder: Any = model.base_model
-    queries = get_num_queries(model, num_tokens)
-    return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, queries, strict=True)]
+    num_queries_per_layer = get_num_queries(model, num_tokens)
+    return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, num_queries_per_layer, strict=True)]
 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:

@@ -282,6 +282,6 @@ def get_start_time(process: psutil.Process) -> float:
 
 
 def replace_sigterm_handler(old: Any, new: Any) -> None:
-    """Replace the SIGTERM handler `old` by `new`; Python allows this only in the main thread."""
+    """Replace the SIGTERM handler `old` by `new` in the main thread; Python does not allow it in other threads."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
         signal.signal(signal.SIGTERM, new)

@@ -72,7 +72,7 @@ class PretrainTask(Task):
     def summarize(self) -> dict[str, str]:
         """Return the summary line about the masks."""
         masks = self.mask_generator
-        rows, columns = masks.grid
+        rows, columns = masks.grid_size
         return {
             "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of {masks.block} x "
             f"{masks.block}"

@@ -233,6 +233,6 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
-    """Return the number of parameters, or only of the trained parameters."""
+    """Return the number of all parameters, or of the trained parameters only."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

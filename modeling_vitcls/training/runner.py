@@ -263,7 +263,7 @@ class Runner:
         return replace_sources(options, pin)
 
     def set_options(self, options: Any) -> None:
-        """Set the final options. Raise ValueError if --resume would continue the run with other flags."""
+        """Set the final options. Raise ValueError if --resume would continue the run with different flags."""
         self.options = options
         if self.facts is not None:
             check_same_flags(self.facts["flags"], to_flags(options), self.folder)
@@ -467,9 +467,9 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 
 
 def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other flags than the `stored` flags of the checkpoint.
-    A flag that is None in `current` is accepted if its default depends on the run. A model without a commit hash is
-    accepted if the stored value is the same model at a commit."""
+    """Raise ValueError if --resume would continue the run with flags that differ from the `stored` flags of the
+    checkpoint. A flag that is None in `current` is accepted if its default depends on the run. A model without a
+    commit hash is accepted if the stored value is the same model at a commit."""
     for name, value in stored.items():
         if (
             name in CHANGEABLE_FLAGS

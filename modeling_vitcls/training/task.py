@@ -68,7 +68,7 @@ from .token_monitor import build_attention_measure
 
 Evaluate = Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
 
-FOLDS = "folds.json"  # results of a cross-validation
+FOLDS_FILE = "folds.json"  # results of a cross-validation
 NUM_DECIMALS = 6  # decimals of the numbers in folds.json
 NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
 NUM_DRY_RUN_STEPS = 3  # more than 1, because the first step is slower than the others
@@ -316,9 +316,9 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
-    """Write model, image processor, card and, last, results.json, which marks the folder as complete. Add the speed of
-    the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise RunStopped on
-    all processes if the folder cannot be written."""
+    """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
+    the speed of the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise
+    RunStopped on all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
@@ -403,9 +403,9 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
     in `Task` and `run_task`; --push-to-hub raises ValueError.
 
-    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. It is too
-    narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of the
-    variance of k-fold cross-validation").
+    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. The interval is
+    too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of
+    the variance of k-fold cross-validation").
     """
     if options.run.push_to_hub:
         raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")
@@ -425,7 +425,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
     }
     runner = task.runner
-    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS, summary))
+    run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     runner.reporter.print_line(
         "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"

@@ -127,15 +127,15 @@ def load_teacher(
     if labels.kind != "single_label_classification":
         raise ValueError(f"--teacher requires one label per image, but the dataset is {labels.kind}. Remove --teacher")
     if source.startswith(TIMM_PREFIX):
-        loaded = load_from_timm(source, num_channels, height_width)
+        loaded_teacher = load_from_timm(source, num_channels, height_width)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
-        loaded = load_from_transformers(folder, num_channels, height_width)
-    label_indices, note = match_labels(source, loaded, labels.names)
-    height, width = loaded.preprocessing.height_width
-    num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        loaded_teacher = load_from_transformers(folder, num_channels, height_width)
+    label_indices, note = match_labels(source, loaded_teacher, labels.names)
+    height, width = loaded_teacher.preprocessing.height_width
+    num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
     description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
-    return Teacher(loaded.model, loaded.preprocessing, label_indices, description, note).to(device)
+    return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description, note).to(device)
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
@@ -157,9 +157,9 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
             f"the teacher {source} has no label {missing[0]!r}, only {known_names}. Use a teacher that was "
             "trained on these labels"
         )
-    if ambiguous := [name for name in labels if Counter(names)[name] > 1]:
+    if ambiguous_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {ambiguous[0]!r}. Rename the labels in its config"
+            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in its config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
@@ -259,8 +259,8 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
     weights = timm.models.load_state_dict(file, weights_only=True)
-    pretrained: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    modules = {"num_classes": (pretrained.classifier, 0), "in_chans": (pretrained.first_conv, 1)}
+    pretrained_cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    modules = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
     sizes_in_file = {}
     for setting, (names, dimension) in modules.items():
         module = names[0] if isinstance(names, tuple | list) else names  # name of one module or of several

@@ -25,8 +25,8 @@ NUM_ATTENTION_IMAGES = 8  # number of images over which the entropy is averaged
 
 
 class TokenMonitor:
-    """Monitor of a model's special tokens during training. It stores the initial values of the tokens. A model without
-    embeddings, such as the head of a linear probe, has no special tokens."""
+    """Monitor of a model's special tokens during training. The monitor stores the initial values of the tokens. A
+    model without embeddings, such as the head of a linear probe, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
@@ -77,7 +77,7 @@ class TokenMonitor:
         return [name for name, token in self.get_tokens().items() if torch.equal(token, self.initial_tokens[name])]
 
     def compute_movement(self) -> dict[str, float]:
-        """Return the Euclidean norm of the change of each token since the start of training."""
+        """Return the Euclidean norm of each token's change since the start of training."""
         return {name: compute_norm(token - self.initial_tokens[name]) for name, token in self.get_tokens().items()}
 
 

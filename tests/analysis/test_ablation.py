@@ -1,4 +1,4 @@
-"""Effects of special tokens: predictions with a token held at its mean, compared with direct computations."""
+"""Effects of special tokens: predictions with a token replaced by its mean, compared with direct computations."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +24,8 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablation_effects,
     compute_ablations,
     get_token_keys,
-    hold_tokens,
     redraw_tokens,
+    replace_by_means,
 )
 from modeling_vitcls.analysis.effects import compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
@@ -100,7 +100,7 @@ def test_each_token_is_held_at_its_mean(layout: dict[str, Any]) -> None:
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
     for place, name in enumerate(found):
         after = compute_logits(model, place, means)
-        with hold_tokens(model, [place], means[:, [place]]):
+        with replace_by_means(model, [place], means[:, [place]]):
             assert get_largest_difference(collect_predictions(model, Batches()).logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
         assert found[name].logit_change == pytest.approx(change, abs=1e-5)
@@ -123,7 +123,7 @@ def test_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = build_classifier(num_cls_tokens=2, num_register_tokens=2, **fields)
     means = compute_mean_states(model)
     for place in range(4):
-        with hold_tokens(model, [place], means[:, [place]]):
+        with replace_by_means(model, [place], means[:, [place]]):
             found = collect_predictions(model, Batches()).logits
         assert get_largest_difference(found, compute_logits(model, place, means)) <= 1e-5
 
@@ -135,7 +135,7 @@ def test_holding_the_only_token_of_the_head() -> None:
     own = collect_predictions(model, Batches()).predicted.squeeze(1)
     right = own.clone()
     right[0] = (right[0] + 1) % LABELS
-    with hold_tokens(model, [0], means[:, [0]]):
+    with replace_by_means(model, [0], means[:, [0]]):
         logits = collect_predictions(model, Batches()).logits
     assert get_largest_difference(logits, logits[:1].expand_as(logits)) <= 1e-5
     found = compute_ablation_effects(model, Batches(right), means)["cls[0]"]
@@ -171,7 +171,7 @@ def test_each_task_has_its_predictions() -> None:
     assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
     effects = compute_ablation_effects(model, Batches(right), compute_mean_states(model))
     for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
-        with hold_tokens(model, [place], compute_mean_states(model)[:, [place]]):
+        with replace_by_means(model, [place], compute_mean_states(model)[:, [place]]):
             after = collect_predictions(model, Batches(right))
         assert len(after.predicted[:, place].unique()) == 1 < len(found.predicted[:, place].unique())
         changed = (after.predicted != found.predicted).any(dim=1).float().mean().item()
@@ -295,7 +295,7 @@ def test_the_model_is_not_changed() -> None:
     model.vitcls.layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     assert compute_ablation_effects(model, Batches(), means) == expected
-    with raises_one_line("broken"), hold_tokens(model, [0], means[:, [0]]):
+    with raises_one_line("broken"), replace_by_means(model, [0], means[:, [0]]):
         raise ValueError("broken")
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
@@ -394,7 +394,7 @@ def test_null_effects_use_the_same_images() -> None:
         yield PIXELS[[1, 4]], None
 
     ablation = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))["information"]["registers[0]"]
-    with hold_tokens(model, [1], means[:, [1]]):
+    with replace_by_means(model, [1], means[:, [1]]):
         after = collect_predictions(model, sample)
     assert ablation.compared == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
     assert ablation.effect.num_images == 6
@@ -415,7 +415,7 @@ def test_features_of_encoders_are_compared_by_cosine_similarity() -> None:
     encoder = randomize_weights(ViTCLSModel(build_tiny_config(num_register_tokens=1)))
     before = collect_outputs(encoder, lambda: [(build_images(20), None)])
     assert set(before.vectors) == {"cls", "pooled", "patches"} and len(before) == 20
-    with hold_tokens(encoder, [1], collect_findings(encoder, build_images(20)).mean_states[:, [1]]):
+    with replace_by_means(encoder, [1], collect_findings(encoder, build_images(20)).mean_states[:, [1]]):
         after = collect_outputs(encoder, lambda: [(build_images(20), None)])
     found = compute_effect(before, after)
     for name, rows in before.vectors.items():

@@ -322,11 +322,11 @@ def test_states_that_are_not_read_are_not_judged() -> None:
     def judge(layer: int, has_head: bool = True) -> list[str]:
         planted = dataclasses.replace(
             findings,
-            **{name: getattr(findings, name).clone() for name in ("between_tokens", "apart", "variation")},
+            **{name: getattr(findings, name).clone() for name in ("between_tokens", "state_distance", "variation")},
             channel_variation=findings.channel_variation.clone(),
         )
         planted.between_tokens[layer, 1, 2] = planted.between_tokens[layer, 2, 1] = 1
-        planted.apart[layer, 1, 2] = planted.apart[layer, 2, 1] = 0
+        planted.state_distance[layer, 1, 2] = planted.state_distance[layer, 2, 1] = 0
         planted.variation[layer, 3] = planted.channel_variation[layer, 3] = 0
         found = diagnose_tokens(model.config, planted, has_head=has_head)
         assert ("after layer 2, the last that is read," in found[1].reason) == (found[1].word == "collapsed")

@@ -144,7 +144,7 @@ def test_unknown_names_are_errors(found: Any) -> None:
 def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
     config, findings = found
     figure = plot_attention_mass(config, findings)
-    shares = findings.mass.mean(dim=1)  # [L, S, 4]
+    shares = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
     for place, axes in enumerate(figure.axes[:6]):
         assert axes.get_title() == get_token_names(config)[place]
         bars = [one for one in axes.containers if isinstance(one, BarContainer)]

@@ -70,7 +70,7 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
             assert found.entropy[layer, head, token] == pytest.approx(-sum(p * math.log(p) for p in row), abs=1e-5)
             for group, name in enumerate(GROUPS):
                 share = sum(row[getattr(layout, name)])
-                assert found.mass[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
+                assert found.attention_fractions[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
             received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
             assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
             to_patches = [weight / sum(row[num_special:]) for weight in row[num_special:]]
@@ -138,7 +138,15 @@ def test_statistics_over_images_are_means() -> None:
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    for name in ("entropy", "spread", "patch_distance", "mass", "received", "between_tokens", "across_layers"):
+    for name in (
+        "entropy",
+        "spread",
+        "patch_distance",
+        "attention_fractions",
+        "received",
+        "between_tokens",
+        "across_layers",
+    ):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
     for name in together.uniform:
@@ -168,9 +176,9 @@ def test_distances_between_tokens_are_relative_to_the_mean() -> None:
     states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     for one, other in ((0, 1), (2, 5), (3, 4)):
         expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
-        assert get_largest_difference(found.apart[:, one, other].double(), expected) <= 1e-4
-        assert torch.equal(found.apart[:, one, other], found.apart[:, other, one])
-    assert found.apart[:, 3, 5].max() == 0 < 0.1 < found.apart[:, 3, 4].min()
+        assert get_largest_difference(found.state_distance[:, one, other].double(), expected) <= 1e-4
+        assert torch.equal(found.state_distance[:, one, other], found.state_distance[:, other, one])
+    assert found.state_distance[:, 3, 5].max() == 0 < 0.1 < found.state_distance[:, 3, 4].min()
 
 
 def test_one_large_channel_does_not_hide_variation() -> None:
@@ -184,7 +192,12 @@ def test_one_large_channel_does_not_hide_variation() -> None:
     with model.layers[-1].mlp.register_forward_hook(shift):
         found = collect_findings(model, build_images(4))
     assert found.variation[-1].max() < 1e-3 and found.between_tokens[-1].min() > 0.999
-    assert get_largest_difference(found.apart[-1], plain.apart[-1]) <= 1e-2 < 1 < found.apart[-1, 0, 1]
+    assert (
+        get_largest_difference(found.state_distance[-1], plain.state_distance[-1])
+        <= 1e-2
+        < 1
+        < found.state_distance[-1, 0, 1]
+    )
     assert found.channel_variation[-1].min() > 0.05
 
 
@@ -341,10 +354,10 @@ def test_half_precision() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
-    for name in ("entropy", "mass", "received", "between_tokens"):
+    for name in ("entropy", "attention_fractions", "received", "between_tokens"):
         assert getattr(found, name).dtype == torch.float32
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
-    assert get_largest_difference(found.mass.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
+    assert get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
 
 
 def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
     whole = build_plan(10, max_steps=7, batch_size=8, **extra)
     shared = build_plan(10, max_steps=7, batch_size=2, gradient_accumulation_steps=2, num_processes=2, **extra)
     parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
-    for step, batch in enumerate(whole.iterate_keys(process=0)):
+    for step, batch in enumerate(whole.iterate_keys(process_index=0)):
         pieces = [key for part in parts for piece in part[2 * step : 2 * step + 2] for key in piece]
         assert sorted(pieces) == sorted(batch)
 
@@ -74,13 +74,13 @@ def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize("extra", [{}, {"num_copies": 3}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
 def test_batches_can_start_at_any_step(extra: dict[str, Any]) -> None:
     plan, again = (build_plan(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
-    assert list(plan.iterate_keys(process=0, first_step=4)) == list(again.iterate_keys(process=0))[4:]
+    assert list(plan.iterate_keys(process_index=0, first_step=4)) == list(again.iterate_keys(process_index=0))[4:]
 
 
 def test_repeated_augmentation_puts_copies_into_the_same_step() -> None:
     plan = build_plan(10, epochs=6, batch_size=12, num_copies=3)
     assert plan.num_steps == 5
-    for batch in plan.iterate_keys(process=0):
+    for batch in plan.iterate_keys(process_index=0):
         assert set(Counter(index for _, index in batch).values()) == {3}
         assert len(set(batch)) == 12  # copies have different epochs, and therefore different augmentation
         assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing combines neighbors
@@ -90,7 +90,7 @@ def test_repeated_augmentation_puts_copies_into_the_same_step() -> None:
 def test_copies_do_not_have_to_divide_the_batch() -> None:
     """--repeated-augmentation 3 is valid with the default batch of 64 images."""
     plan = build_plan(100, epochs=2, batch_size=64, num_copies=3)
-    batches = list(plan.iterate_keys(process=0))
+    batches = list(plan.iterate_keys(process_index=0))
     for batch in batches:
         assert len(set(batch)) == 64
         assert sorted(Counter(index for _, index in batch).values()) == [2, 2] + [3] * 20

@@ -510,6 +510,7 @@ def test_the_tally_names_each_unreadable_image_once_and_has_a_limit() -> None:
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
     assert len(tally) == 2
     with pytest.raises(
-        ValueError, match=r"more than 2 images cannot be read; the last of them: file 9 is empty\. .*set a larger"
+        ValueError,
+        match=r"more than 2 images cannot be read; the last unreadable image: file 9 is empty\. .*set a larger",
     ):
         tally.add([3, 9])

@@ -387,7 +387,7 @@ def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path
     assert isinstance(source, StreamInput) and source.num_images is None
     assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
-    ranges = assign_ranges(iterate_shards(None, 4), process=1, num_processes=2)  # 4 to 7, then beyond the end
+    ranges = assign_ranges(iterate_shards(None, 4), process_index=1, num_processes=2)  # 4 to 7, then beyond the end
     assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 

@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_prints_a_warning(
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     output = finish(folder, f"{flags} --resume")
-    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors differs from the written file" in output
+    assert f"WARNING: the checkpoint {newest} is damaged: the checksum of model.safetensors does not match" in output
     assert get_resumed_step(output) == get_step(before)
     assert_equal_runs(folder, uninterrupted(flags))
 

@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
     "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
     "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
-    "attention pooling with another activation": (
+    "attention pooling with a different activation": (
         "vit_pe_core_tiny_patch16_384",
         {"swiglu_mlp": False},
     ),
@@ -224,7 +224,7 @@ def test_own_arguments(what: str) -> None:
 def test_errors_name_the_unsupported_feature(feature: str) -> None:
     name, arguments = REFUSED[feature]
     model = peer(name, **TINY | arguments)
-    if feature == "attention pooling with another activation":
+    if feature == "attention pooling with a different activation":
         model.attn_pool.mlp.act = nn.ReLU()
     with pytest.raises(ConversionError) as raised:
         convert_from_timm(model)

@@ -195,15 +195,15 @@ def edit(file: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "truncated tensors": ("model.safetensors", truncate, "model.safetensors differs from the written file"),
+    "truncated tensors": ("model.safetensors", truncate, "the checksum of model.safetensors does not match"),
     "a flipped bit in the tensors": (
         "optimizer.safetensors",
         flip,
-        "optimizer.safetensors differs from the written file",
+        "the checksum of optimizer.safetensors does not match",
     ),
     "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
     "truncated facts": ("state.json", truncate, "state.json is unreadable"),
-    "edited facts": ("state.json", edit, "state.json differs from the written file"),
+    "edited facts": ("state.json", edit, "state.json is not valid"),
     "no facts": ("state.json", Path.unlink, "state.json is missing"),
     "a list in place of facts": (
         "state.json",
@@ -312,7 +312,7 @@ def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
     newest = store.load_newest(pytest.fail)
     assert newest is not None and newest.step == 20
     newest.load_tensors("optimizer")
-    with raises_one_line("step-00000020 is damaged", "no checksum of model.safetensors", error=DamagedCheckpoint):
+    with raises_one_line("step-00000020 is damaged", "no checksum for model.safetensors", error=DamagedCheckpoint):
         newest.load_tensors("model")
 
 

@@ -102,7 +102,9 @@ class LoopRecorder:
 
     def batches(self) -> Iterator[Any]:
         pictures = augment_images(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
-        return iterate_training_batches(pictures, self.plan, process=0, num_workers=0, first_step=self.state.step)
+        return iterate_training_batches(
+            pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
+        )
 
     def run(self) -> dict[str, Any]:
         return self.loop.run(self.batches())

@@ -195,7 +195,9 @@ def test_the_interval_of_folds() -> None:
 
 def test_folds_require_a_single_split(tmp_path: Path) -> None:
     data = write_images(tmp_path, {"train": {"dusk": 3, "noon": 3}, "test": {"dusk": 3, "noon": 3}})
-    with pytest.raises(ValueError, match=r"--folds requires a dataset of a single split, but .* has the split 'test'"):
+    with pytest.raises(
+        ValueError, match=r"--folds requires a dataset with a single split, but .* has the held-out split 'test'"
+    ):
         load_training_data(replace(data, folds=2, fold=1))
 
 
