@@ -13,7 +13,7 @@ from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line,
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.commands.convert import ConvertOptions, check
+from modeling_vitcls.commands.convert import ConvertOptions, check_options
 from modeling_vitcls.conversion.convert import write_native_model
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.publish import push_folder
@@ -135,5 +135,5 @@ def test_wrong_flags(
     save(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        check(ConvertOptions(output=tmp_path / "out", **flags))
+        check_options(ConvertOptions(output=tmp_path / "out", **flags))
     assert message in capsys.readouterr().err
