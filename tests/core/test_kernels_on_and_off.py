@@ -368,6 +368,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return load_with_altered_pytorch(tmp_path_factory.mktemp("bad_processors"), BAD_PROCESSORS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_PROCESSORS)
 def test_bad_processors(name: str, results: Results) -> None:
     assert_same_results(results[name], results["kernels_off"])

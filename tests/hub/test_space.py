@@ -59,6 +59,8 @@ NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
 TOKENS = {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
 PATIENCE = 60_000  # timeout of the browser in milliseconds
 
+pytestmark = pytest.mark.slow  # each demo is a process of its own, and most tests use a browser
+
 # Runs a file like `python FILE`, in a process that cannot import modeling_vitcls.
 WITHOUT_PACKAGE = """
 import runpy, sys

@@ -64,7 +64,7 @@ def encode(model: Path, images: Any, layer: int, token: str) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
 def test_results_equal_scikit_learn(model: Path, frozen: str) -> None:
     results = run(model, frozen, frozen_layers="all")

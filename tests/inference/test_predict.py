@@ -476,6 +476,7 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
 WORKER = REPOSITORY / "tests" / "helpers" / "slow_prediction.py"
 
 
+@pytest.mark.slow
 def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, photos: Path, tmp_path: Path) -> None:
     """The last shard is smaller than the others."""
     flags = ["--model", models / "one_label", photos, "--output", tmp_path / "labels", "--shard-size", 5]

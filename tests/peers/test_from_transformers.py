@@ -250,7 +250,7 @@ class TestWeightsThatDoNotFit:
         source = CASES["vit"].build()
         source.layers[0].mlp = type(source.layers[0].mlp)(transformers.ViTConfig(**PLAIN | {"intermediate_size": 40}))
         with pytest.raises(
-            ConversionError, match=r"another shape: layers.0.mlp.fc1.bias \[40\] \(the model has \[48\]"
+            ConversionError, match=r"a different shape: layers.0.mlp.fc1.bias \[40\] \(the model has \[48\]"
         ):
             convert_from_transformers(source)
 
