@@ -167,8 +167,9 @@ def compute_ablation_effects(
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images from a forward pass of one image, if the classifier reads only the tokens
-    at these sequence indices, which are replaced by their means; None otherwise."""
+    """Return the predictions for all images, or None if the classifier also reads other tokens than those at these
+    sequence indices, which are replaced by their means. The output is then the same for every image, so one forward
+    pass is sufficient."""
     read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
     if not isinstance(before, Predictions) or not read_indices <= set(indices):
         return None

@@ -228,5 +228,5 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 
 def count_trained_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of the linear layers with trained weights in these modules, each applied to one vector."""
+    """Return the FLOPs of linear layers with trainable weights in these modules, for one input vector per layer."""
     return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))
