@@ -224,7 +224,7 @@ def write_checkpoint(
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
     for name, named_tensors in tensors.items():
-        save_file(copy_shared_memory(named_tensors), folder / f"{name}.safetensors")
+        save_file(clone_shared_tensors(named_tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
@@ -284,7 +284,7 @@ def is_best_checkpoint(folder: Path) -> bool:
         return False
 
 
-def copy_shared_memory(tensors: Tensors) -> Tensors:
+def clone_shared_tensors(tensors: Tensors) -> Tensors:
     """Return the tensors on the CPU, contiguous and without shared memory. Safetensors does not support the shared
     memory of tied weights."""
     seen_addresses: set[int] = set()

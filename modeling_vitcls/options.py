@@ -549,4 +549,4 @@ def to_arguments(name: str, value: Any) -> list[str]:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]

@@ -1,8 +1,7 @@
 """Ablations: the change in outputs if the information or the presence of special tokens is removed.
 
     information   the states of the tokens are replaced by their means over images, after the embeddings and each
-    layer,
-                  so that the states are the same for every image. Removing tokens or setting them to zero would
+                  layer, so that the states are the same for every image. Removing tokens or setting them to zero would
                   instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
@@ -115,26 +114,27 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in KINDS}
     if not parts:
         return ablations
-    outputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # like `ablations`
+    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
+    # Effect, and size of the effect on the sample. Outputs for all images are in memory for one part at a time.
+    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in KINDS}
+    hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in parts.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
-            information_outputs = collect_constant_outputs(model, batches, before, indices)
-            information_outputs = information_outputs or collect_outputs(model, batches)
-        presence_outputs = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs["information"][key], outputs["presence"][key] = information_outputs, presence_outputs
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
+            after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
+        sampled_after = after.select(sampled_indices)
+        effects["information"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
+        after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
+        hidden_outputs[tuple(indices)] = sampled_after = after.select(sampled_indices)
+        effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
     sizes = {len(indices) for indices in parts.values()}
     patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
-    hidden_outputs = {
-        tuple(indices): outputs["presence"][key].select(sampled_indices) for key, indices in parts.items()
-    }
     redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
-    for kind, by_key in outputs.items():
-        for key, after in by_key.items():
+    for kind, by_key in effects.items():
+        for key, (effect, sampled_size) in by_key.items():
             redraw_effect, redrawn = redraw_effects[key]
             ablations[kind][key] = Ablation(
-                effect=compute_effect(before, after),
-                compared=compute_effect(sampled_before, after.select(sampled_indices)).size,
+                effect=effect,
+                compared=sampled_size,
                 patches=patch_effects[kind, len(parts[key])],
                 redrawn=redrawn[kind],
                 redraw_effect=redraw_effect,

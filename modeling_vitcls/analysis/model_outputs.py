@@ -79,8 +79,8 @@ class Features:
         return len(self.vectors["patches"])
 
     def select(self, indices: Sequence[int]) -> "Features":
-        """Return the features of some of the images."""
-        return Features({name: [rows[index] for index in indices] for name, rows in self.vectors.items()})
+        """Return copies of the features of some of the images, so that the memory of the others can be freed."""
+        return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
         """Return the indices of the NUM_NEIGHBORS other images that are most similar to each image, by CLS tokens or

@@ -190,7 +190,7 @@ class TokenStatistics:
             "spread": compute_spread(rows[..., layout.patches], centers),
             "attention_fractions": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
             "received": from_patches[..., : layout.num_prefix_tokens].mean(dim=2),
-            "patch_distance": compute_patch_distance(from_patches[..., layout.patches], centers),
+            "patch_distance": compute_attention_distance(from_patches[..., layout.patches], centers),
         }
 
     def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -264,7 +264,7 @@ def compute_spread(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor
     return (fractions * distances).sum(dim=-1)
 
 
-def compute_patch_distance(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """Return the mean attention distance [B, H] in pixels, for attention between patches [B, H, P, P]."""
     fractions = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     return (fractions * compute_distances(centers)).sum(dim=-1).mean(dim=-1)

@@ -11,8 +11,9 @@ static Space in hub/static_space.py.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from ..options import to_arguments
 from .export import silence_exporters
 
 
@@ -81,7 +82,7 @@ def run(options: SpaceOptions) -> None:
 
 
 def publish(options: SpaceOptions, model: "PublishedModel", contents: "RepoFiles") -> None:
-    """Push or write the files, and print where they are."""
+    """Push or write the files, and print their location."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import push_space, write_space
 
@@ -92,7 +93,10 @@ def publish(options: SpaceOptions, model: "PublishedModel", contents: "RepoFiles
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
     space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
-    pushed_space = push_space(contents, model, space_id, options.private, options.title)
+    values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
+    flags = [token for name, value in values.items() if value for token in to_arguments(name, value)]
+    sdk: Literal["gradio", "static"] = "static" if options.static else "gradio"
+    pushed_space = push_space(contents, model, space_id, options.private, sdk, flags)
     print(f"pushed {model.repo_id} at {model.commit} as {pushed_space.url}")
     if model.needs_token and not options.static:
         print(

@@ -74,7 +74,7 @@ class Target:
 
     @property
     def convertible(self) -> ConvertibleClass:
-        """The same class with the rules for converting it to this package."""
+        """The entry of `CONVERTIBLE_CLASSES`, which converts the class to this package."""
         return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:

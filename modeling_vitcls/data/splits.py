@@ -386,8 +386,8 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
         ),
     ):
         if missing:
-            count = f"{len(missing)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{count} ({shorten_list(sorted(missing))}), {consequence}. {remedy}")
+            finding = f"{len(missing)} of the {num_classes} classes have no {images}"
+            warnings.append(f"{finding} ({shorten_list(sorted(missing))}), {consequence}. {remedy}")
     return warnings
 
 

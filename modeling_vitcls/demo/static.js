@@ -1,7 +1,7 @@
 // Classify an image and draw the attention of the CLS tokens, in the browser. The folder model/ is written by
 // `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the address selects another file.
 
-import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env } from "transformers.js";
+import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
 
 const TOP_K = 5;
 const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention
@@ -37,13 +37,6 @@ export async function predict(source) {
 }
 
 const sigmoid = (logits) => logits.map((logit) => 1 / (1 + Math.exp(-logit)));
-
-function softmax(logits) {
-  const largest = Math.max(...logits);
-  const exponentials = logits.map((logit) => Math.exp(logit - largest));
-  const sum = exponentials.reduce((total, value) => total + value, 0);
-  return exponentials.map((value) => value / sum);
-}
 
 /** Return `pixel_values` [1, 3, H, W] as an image, without the normalization. */
 function toImageData({ data, dims: [, , height, width] }, processor) {

@@ -5,7 +5,7 @@ ViTCLSForImageClassification        logits; with a second head cls_logits and di
 ViTCLSForMultiTaskClassification    one output per task, with the name of the task
 ViTCLSBackbone                      feature maps, with the names of their stages
 
-`with_attention` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
+`output_attentions` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
 heads, [B, layers, CLS tokens, rows, columns].
 """
 
@@ -50,16 +50,16 @@ class ExportableModel:
 class NamedOutputs(nn.Module):
     """A model with images as its only input, which returns float32 outputs by name."""
 
-    def __init__(self, model: ViTCLSPreTrainedModel, with_attention: bool = False) -> None:
+    def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.with_attention = with_attention
+        self.output_attentions = output_attentions
         self.read_outputs = READERS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs, [B, ...] each, for images [B, C, H, W]."""
         attention: Outputs = {}
-        if self.with_attention:
+        if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
             hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
             rows = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
@@ -94,10 +94,10 @@ CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in 
 
 @torch.no_grad()
 def compute_named_outputs(
-    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor], with_attention: bool = False
+    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor], output_attentions: bool = False
 ) -> list[Outputs]:
     """Return the outputs of the model for each batch of images [B, C, H, W]."""
-    named_outputs = NamedOutputs(model, with_attention)
+    named_outputs = NamedOutputs(model, output_attentions)
     return [named_outputs(batch) for batch in batches]
 
 

@@ -75,7 +75,7 @@ def export_model(
     dynamic: bool = True,
     dtype: str = "float32",
     opset: int | None = None,
-    with_attention: bool = False,
+    output_attentions: bool = False,
 ) -> ExportReport:
     """Write the graph of a model to `output`, and its report to the same name with `.json` appended.
 
@@ -88,7 +88,7 @@ def export_model(
         dynamic: Whether the graph accepts any image size. If this is not possible, the report states the reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
         opset: ONNX opset. Default: the default of torch.
-        with_attention: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
+        output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, a difference exceeds the limit, packages are
@@ -104,9 +104,9 @@ def export_model(
     model = exportable.model
     shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
-    expected = compute_named_outputs(model, batches, with_attention)
+    expected = compute_named_outputs(model, batches, output_attentions)
     names = list(expected[0])
-    graph = TracedModel(trace_model(model, shape, DTYPES[dtype], with_attention), shape, names, opset)
+    graph = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as partial:
         file = Path(partial, output.name)

@@ -84,7 +84,7 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
 
 
 def trace_model(
-    model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype, with_attention: bool = False
+    model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype, output_attentions: bool = False
 ) -> ExportedProgram:
     """Trace a model to a graph with weights and computations in `dtype`, and inputs and outputs in float32.
 
@@ -102,7 +102,7 @@ def trace_model(
     try:
         with torch.no_grad():
             graph = torch.export.export(
-                NamedOutputs(model, with_attention).eval(), (images,), dynamic_shapes=build_dynamic_shapes(shape)
+                NamedOutputs(model, output_attentions).eval(), (images,), dynamic_shapes=build_dynamic_shapes(shape)
             )
             graph = graph.run_decompositions({})  # vectorized attention masks cannot be saved without decomposition
     except Exception as error:  # torch.export raises many types of errors

@@ -116,7 +116,7 @@ def export_for_transformers_js(
         folder.mkdir()
         for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
             file = folder / FILES[name]
-            export_model(source, "onnx", file, dynamic=False, dtype=dtype, with_attention=has_cls_attention(model))
+            export_model(source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=has_cls_attention(model))
             get_report_path(file).unlink()
         quantize(folder / FILES["fp32"], folder / FILES["q8"])
         comparisons = [compare_file(folder / file, dtype, batches, expected) for dtype, file in FILES.items()]

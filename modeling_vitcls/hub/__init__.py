@@ -22,5 +22,5 @@
     space.py                   a Space with the demo
     static_space.py            a Space with a page that runs the model in the browser
 
-Of these files, only endpoint_handler.py is copied to the Hub, and only on request.
+These files are not copied to the Hub, except endpoint_handler.py on request.
 """

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
@@ -249,33 +249,39 @@ def write_space(files: RepoFiles, folder: Path) -> None:
 
 
 def push_space(
-    files: RepoFiles, model: PublishedModel, space_id: str, private: bool = False, title: str | None = None
+    files: RepoFiles,
+    model: PublishedModel,
+    space_id: str,
+    private: bool = False,
+    sdk: Literal["gradio", "static"] = "gradio",
+    flags: Sequence[str] = (),
 ) -> PushResult:
     """Push the files of a Space in one commit; create the Space if it does not exist.
 
     Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
-    `private` applies only to a new Space, and `title` only to the command in the error message.
+    `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the same
+    files, for the error message.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:
         with set_hub_timeout(TIMEOUT):
-            return retry(lambda: push_space_once(files, model, space_id, private), f"pushing to {space_id}")
+            return retry(lambda: push_space_once(files, model, space_id, private, sdk), f"pushing to {space_id}")
     except HUB_ERRORS as error:
-        command = build_space_command(files, model, space_id, private, title)
+        flags = ["--model", model.repo_id, "--revision", model.commit, "--space-id", space_id, *flags]
+        command = shlex.join(["vitcls", "space", *flags, *(["--private"] if private else [])])
         raise PushFailed(
             f"the push to the Space {space_id} failed: {format_hub_error(error)}. Finish with: {command}"
         ) from error
 
 
-def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool) -> PushResult:
+def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool, sdk: str) -> PushResult:
     """Try to push once. Outdated page files and examples are removed; other files in the Space are kept.
 
     If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
     """
     api = HfApi()
-    sdk = "gradio" if "app.py" in files else "static"
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent = api.space_info(space_id).sha
     published_files = api.list_repo_files(space_id, revision=parent, repo_type="space")
@@ -288,19 +294,3 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     message = f"Show {model.repo_id} at {model.commit[:7]}"
     commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
     return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")
-
-
-def build_space_command(
-    files: RepoFiles, model: PublishedModel, space_id: str, private: bool, title: str | None
-) -> str:
-    """Return the command line that pushes the Space."""
-    flags = ["--model", model.repo_id, "--revision", model.commit, "--space-id", space_id]
-    flags += ["--private"] if private else []
-    flags += ["--title", title] if title else []
-    examples = [str(file) for name, file in files.items() if name.startswith(f"{EXAMPLES}/")]
-    flags += ["--examples", *examples] if examples else []
-    flags += [] if "app.py" in files else ["--static"]
-    for name, file in files.items():
-        if name.endswith("/transformers.min.js") and isinstance(file, Path):
-            flags += ["--node-modules", str(file.parents[3])]
-    return f"vitcls space {shlex.join(flags)}"

@@ -127,7 +127,7 @@ class BranchUploads:
     def start(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python waits for its thread at exit without a limit.
+        # huggingface_hub's `run_as_future` is not used, because Python joins its thread at exit without a timeout.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 

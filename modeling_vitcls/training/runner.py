@@ -399,8 +399,10 @@ class Runner:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence with
         the file name, or with the error if saving fails."""
         file = self.folder / output_folder.NON_FINITE
-        own_images = [{"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches]
-        images = {"step": error.step + 1, "batches": gather_object(own_images)}
+        local_batches = [
+            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
+        ]
+        images = {"step": error.step + 1, "batches": gather_object(local_batches)}
         try:
             run_on_main(self.accelerator, lambda: write_json(file, images))
             if self.can_save_checkpoints:

@@ -271,7 +271,7 @@ def test_gates_and_biases_mask_no_tokens() -> None:
 def test_attention_of_patches_to_themselves_has_distance_zero() -> None:
     """The distance is exactly zero, at the size of real images."""
     points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
-    assert token_statistics.compute_patch_distance(torch.eye(196)[None, None], points).item() == 0
+    assert token_statistics.compute_attention_distance(torch.eye(196)[None, None], points).item() == 0
     assert token_statistics.compute_spread(torch.eye(196), points).abs().max() <= 1e-4
 
 

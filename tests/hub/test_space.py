@@ -708,7 +708,9 @@ def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
     hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
     contents = build_space_files(model, title="Ann's own", examples=[photo])
     with pytest.raises(PushFailed) as failed:
-        push_space(contents, model, "ann/other", private=True, title="Ann's own")
+        push_space(
+            contents, model, "ann/other", private=True, flags=["--title", "Ann's own", "--examples", str(photo)]
+        )
     assert hub.repositories["spaces/ann/other"].private
     message = str(failed.value)
     assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message

@@ -199,4 +199,4 @@ def test_flags_of_a_static_space(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failed_push_names_the_command(hub: LocalHub, exported: Path) -> None:
     hub.fail("POST", "/spaces/ann/demo/commit/", 403)
     with pytest.raises(PushFailed, match=r"vitcls space .*--static"):
-        push_space(build_static_space_files(MODEL, exported), MODEL, "ann/demo")
+        push_space(build_static_space_files(MODEL, exported), MODEL, "ann/demo", sdk="static", flags=["--static"])
