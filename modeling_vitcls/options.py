@@ -6,6 +6,7 @@ This file imports only the standard library, so that `--help` and errors about f
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,9 @@ class ModelOptions:
     """Tokens that the classifier receives."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
+    cls_scopes: tuple[str, ...] | None = None
+    """Image regions of the CLS tokens: `image` is one CLS token for the image, `2x2` one CLS token for each cell of a
+    grid of 2 rows and 2 columns."""
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classifier."""
     image_size: int | tuple[int, int] | None = None
@@ -103,7 +107,28 @@ class ModelOptions:
 
     def get_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that are set."""
-        return {name: value for name, value in vars(self).items() if name != "model" and value is not None}
+        values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
+        if self.cls_scopes:
+            values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
+            values.setdefault("num_cls_tokens", len(values["cls_scopes"]))
+        return values
+
+
+def parse_cls_scopes(texts: Sequence[str]) -> list[str | list[int]]:
+    """Return the scope of each CLS token as in `ViTCLSConfig.cls_scopes`: "image" or [rows, columns, row, column].
+    Raise ValueError if a text is not `image` or a grid such as `2x2`."""
+    scopes: list[str | list[int]] = []
+    for text in texts:
+        if text == "image":
+            scopes.append(text)
+        elif match := re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", text):
+            rows, columns = int(match[1]), int(match[2])
+            scopes += [[rows, columns, row, column] for row in range(rows) for column in range(columns)]
+        else:
+            raise ValueError(
+                f"--cls-scopes {text!r} is not `image` or ROWSxCOLUMNS, for example --cls-scopes image 2x2"
+            )
+    return scopes
 
 
 @dataclass(frozen=True)

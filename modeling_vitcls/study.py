@@ -4,7 +4,8 @@ A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
     answer             the conclusion, in one sentence, written after the measurement (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
-    subsets            name -> {dataset, num_images, seed}: random training subsets (optional)
+    subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
+                       new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of that vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
     metrics            names of numbers in results.json, for the tables
@@ -14,7 +15,8 @@ A study file (scripts/recipes/study_*.yaml) contains
 
 The output folder contains
     README.md, images/*.png    the page: means with 95 % confidence intervals, and paired differences by seed
-    runs.parquet               one row per run: factor levels, seed, status, and all numbers of results.json
+    runs.parquet               one row per run: factor levels, seed, status, all numbers of results.json, and the
+                               first and the last value of each number in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
 """
 
@@ -27,10 +29,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
@@ -40,10 +42,15 @@ from .files import read_json, write_json
 from .options import to_arguments
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
 STAGES = ("pretrain", "finetune", "evaluate", "inspect")
 SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
+MAX_LIST_LENGTH = 32  # maximum length of a list whose numbers are columns of runs.parquet, for example one per layer
 POLL_SECONDS = 0.2
 BYTES_PER_GIB = 1024**3
 
@@ -305,8 +312,26 @@ class StudyRunner:
             for split, images in data.items():
                 if split == "train":
                     images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
+                for column, groups in subset.get("groups", {}).items():
+                    images = add_label_groups(images, column, groups)
                 images.to_parquet(partial / f"{split}.parquet")
             partial.rename(folder)
+
+
+def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
+    """Return images with a new label column: the group that contains the label of the image. Raise ValueError if a
+    label belongs to no group, or the column `label` has no names."""
+    from datasets import ClassLabel
+
+    feature = images.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        raise ValueError("the groups of a subset require a column `label` with class names")
+    group_names = list(groups)
+    indices = {label: index for index, name in enumerate(group_names) for label in groups[name]}
+    if missing := [label for label in feature.names if label not in indices]:
+        raise ValueError(f"the groups of the column {column} do not contain the labels {', '.join(missing)}")
+    values = [indices[feature.names[label]] for label in images["label"]]
+    return images.add_column(column, values).cast_column(column, ClassLabel(names=group_names))
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -315,18 +340,36 @@ class StudyRunner:
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
 
-    Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`.
+    Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`. `first.` and `last.` are
+    the first and the last value in the training log: `first.loss`, `last.cls_attention_entropy.0`.
     """
-    import pandas
-
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
     for stage in run.stages:
         file = runner.get_result_file(run, stage)
         if file.exists():
-            numbers = pandas.json_normalize(read_json(file)).select_dtypes("number").astype(float)
-            row |= numbers.add_prefix("" if stage == "finetune" else f"{stage}.").iloc[0].to_dict()
-    return row
+            row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
+    log = runner.get_folder(run) / "finetune" / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    for record in records:
+        row |= flatten_numbers(record, "last")
+    return row | (flatten_numbers(records[0], "first") if records else {})
+
+
+def flatten_numbers(value: Any, name: str) -> dict[str, float]:
+    """Return the numbers in nested dicts and lists, named by keys and indices that are joined by dots. Lists of more
+    than MAX_LIST_LENGTH elements are left out."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {name: float(value)}
+    children: dict[Any, Any] = {}
+    if isinstance(value, dict):
+        children = value
+    elif isinstance(value, list) and len(value) <= MAX_LIST_LENGTH:
+        children = dict(enumerate(value))
+    numbers: dict[str, float] = {}
+    for key, child in children.items():
+        numbers |= flatten_numbers(child, f"{name}.{key}" if name else str(key))
+    return numbers
 
 
 def write_results(runner: StudyRunner) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Studies: the grid of runs, the page, failed runs and resuming. The runs are real fine-tuning processes."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import ClassLabel, Dataset
 from pyarrow import parquet
 from scipy import stats
 
 from modeling_vitcls.study import (
     Study,
     StudyRunner,
+    add_label_groups,
+    build_row,
     compute_interval,
     format_table,
     group_values,
@@ -100,6 +104,42 @@ def test_the_studies_of_the_repository_load() -> None:
     assert files
     for file in files:
         assert load_study(file).plan_runs(), file
+
+
+def test_a_subset_gets_label_groups() -> None:
+    images = Dataset.from_dict({"label": [0, 2, 1]}).cast_column("label", ClassLabel(names=["cat", "dog", "ship"]))
+    grouped = add_label_groups(images, "kind", {"vehicle": ["ship"], "animal": ["cat", "dog"]})
+    assert grouped["kind"] == [1, 0, 1] and grouped.features["kind"].names == ["vehicle", "animal"]
+    assert grouped["label"] == images["label"]
+    with pytest.raises(ValueError, match="do not contain the labels dog, ship"):
+        add_label_groups(images, "kind", {"animal": ["cat"]})
+    with pytest.raises(ValueError, match="require a column `label` with class names"):
+        add_label_groups(Dataset.from_dict({"label": [0]}), "kind", {"animal": ["cat"]})
+
+
+def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Path) -> None:
+    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
+    run = runner.study.plan_runs()[0]
+    folder = runner.get_folder(run) / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(
+        json.dumps({"accuracy": 0.5, "dataset": "digits", "counts": [1, 2, 3], "pixels": [1] * 100})
+    )
+    records = [{"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"}, {"loss": 1.5, "entropy": [3, 4]}, {"accuracy": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    row = build_row(runner, run)
+    assert row["accuracy"] == 0.5 and row["counts.2"] == 3.0 and row["status"] == "finished"
+    assert not any(name.startswith("pixels") for name in row)
+    logged = {name: value for name, value in row.items() if name.startswith(("first", "last"))}
+    assert logged == {
+        "first.loss": 2.5,
+        "first.entropy.0": 1.0,
+        "first.entropy.1": 2.0,
+        "last.loss": 1.5,
+        "last.entropy.0": 3.0,
+        "last.entropy.1": 4.0,
+        "last.accuracy": 0.5,
+    }
 
 
 def test_differences_are_paired_by_seed() -> None:

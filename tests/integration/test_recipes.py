@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from scripts.train_cnn_teacher import train_cnn_teacher
+from scripts.train_dual_encoder import train_dual_encoder
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,3 +61,12 @@ def test_a_larger_vit_is_a_teacher(tmp_path: Path) -> None:
     results = finetune_digits(tmp_path / "student", "--teacher", tmp_path / "teacher")
     assert results["num_parameters"] < teacher["num_parameters"]
     assert results["accuracy"] >= 0.97
+
+
+def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:
+    assert train_dual_encoder("digits", tmp_path / "dual", patch_size=8, epochs=20) >= 0.9
+    model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual")
+    assert type(model.vision_model).__name__ == "ViTCLSModel"
+    processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "dual")
+    tokens = processor(text=["a photo of the 3"])["input_ids"][0]
+    assert processor.tokenizer.convert_ids_to_tokens(tokens) == ["[CLS]", "a", "photo", "of", "the", "3"]

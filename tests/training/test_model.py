@@ -32,6 +32,16 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
+    options = ModelOptions(model="vitcls-tiny", cls_scopes=("image", "1x2"), image_size=32, patch_size=8)
+    model = build_model(options, LabelSpace("single_label_classification", {"label": ["yes", "no"]})).model
+    assert model.config.num_cls_tokens == 3
+    assert model.config.cls_scopes == ["image", [1, 2, 0, 0], [1, 2, 0, 1]]
+    for text in ("2", "0x2", "2 x 2", "left"):
+        with pytest.raises(ValueError, match=f"--cls-scopes '{text}' is not `image` or ROWSxCOLUMNS"):
+            replace(options, cls_scopes=(text,)).get_config_values()
+
+
 @pytest.mark.parametrize(
     "label_space",
     [
