@@ -69,7 +69,7 @@ NOT_PLAIN_REASONS = {
 REASONS = {
     # timm
     "Beit": "timm resamples position biases at unevenly spaced points; `transformers:` converts BEiT exactly",
-    "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
+    "VisionTransformerRelPos": "position biases are computed by an MLP, or resampled as in `Beit`",
     "NaFlexVit": "one module embeds patches, tokens and positions, and also packs the patches of several images",
     "Cait": "talking-heads attention and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
