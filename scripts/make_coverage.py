@@ -60,25 +60,27 @@ SMALL_CONFIG = {
 ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
 # Reason why a class is not a plain ViT -> configuration fields, any of which is set.
 NOT_PLAIN_REASONS = {
-    "windows or several resolutions": ("window_size", "depths", "global_attn_indexes"),
-    "videos": ("temporal_patch_size", "num_frames", "tubelet_size"),
-    "merged patches": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
-    "text or audio next to the images": ("vocab_size", "text_config", "num_mel_bins"),
+    "window attention or several resolutions": ("window_size", "depths", "global_attn_indexes"),
+    "video inputs": ("temporal_patch_size", "num_frames", "tubelet_size"),
+    "patch merging": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
+    "text or audio inputs": ("vocab_size", "text_config", "num_mel_bins"),
 }
 # Class without rules -> what ViTCLS or the converter does not support.
 REASONS = {
     # timm
-    "Beit": "position biases are resampled at unevenly spaced points; `transformers:` converts BEiT exactly",
-    "VisionTransformerRelPos": "an MLP computes the position biases, or they are resampled as in `Beit`",
-    "NaFlexVit": "one module for patches, tokens and positions, which also reads packed patches of several images",
-    "Cait": "talking-heads attention, and separate layers for the CLS token",
+    "Beit": "timm resamples position biases at unevenly spaced points; `transformers:` converts BEiT exactly",
+    "VisionTransformerRelPos": "position biases are computed by an MLP, or resampled as in `Beit`",
+    "NaFlexVit": "one module embeds patches, tokens and positions, and also packs the patches of several images",
+    "Cait": "talking-heads attention and separate layers for the CLS token",
     "ConVit": "gated positional self-attention",
-    "DeepseekVitClassifier": "an encoder in a submodule, for which the converter has no rules",
+    "DeepseekVitClassifier": "the converter has no rules for an encoder in a submodule",
     "DeepseekVitEncoder": "a projector that merges patches",
-    **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "blocks with four norms"),
-    **dict.fromkeys(("Qwen3VitClassifier", "Qwen3VitEncoder"), "positions resampled with aligned corners"),
+    **dict.fromkeys(("Gemma4VitClassifier", "Gemma4VitEncoder"), "four norms per block"),
+    **dict.fromkeys(
+        ("Qwen3VitClassifier", "Qwen3VitEncoder"), "position embeddings are resampled with aligned corners"
+    ),
     # transformers
-    "DPTModel": "the encoder of a depth model, which may start with a ResNet",
+    "DPTModel": "a depth estimation encoder, which may start with a ResNet",
     "GraniteDoclingVisionModel": "a connector to a language model",
     **dict.fromkeys(
         (
@@ -88,23 +90,23 @@ REASONS = {
             "MiniCPMV4_7VisionModel",
             "PixtralVisionModel",
         ),
-        "images of several sizes in one batch",
+        "batches with images of several sizes",
     ),
-    "MLCDVisionModel": "a learned rotary position of the CLS token",
-    "MgpstrForSceneTextRecognition": "heads that read characters",
-    "SegGptModel": "pairs of images and masks",
-    "VitDetModel": "windows or several resolutions",
-    "YolosModel": "detection tokens, and positions that are added again between layers",
+    "MLCDVisionModel": "a learned rotary position embedding of the CLS token",
+    "MgpstrForSceneTextRecognition": "heads that decode characters",
+    "SegGptModel": "prompts of images and masks",
+    "VitDetModel": "window attention or several resolutions",
+    "YolosModel": "detection tokens, and position embeddings that are added again between layers",
 }
 HEADER = """# Coverage of other projects' ViTs
 
-`python scripts/make_coverage.py` writes this page. It builds every architecture with random weights and two layers,
-converts it, and compares all tokens and logits at the native size and a non-square size in float32 (limit 1e-5). timm
-{timm}, transformers {transformers}.
+`python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
+layers, and converts the model. An architecture is exact if all tokens and logits differ by at most 1e-5 in float32, at
+the native size and at a non-square size. The versions are timm {timm} and transformers {transformers}.
 
-The denominator of timm is every module whose models have one resolution and attention among all patches, except
-`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights of architectures in the module
-`eva`. Neither library contains ViT-5, so there is no reference for a preset of it.
+The timm table lists all modules whose models have one resolution and attention among all patches, except
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights for architectures of the module
+`eva`. Neither library contains ViT-5, so there is no reference implementation for a ViT-5 preset.
 
 """
 
@@ -130,7 +132,7 @@ def format_timm() -> str:
         "## timm\n",
         f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures are exact. The largest "
         f"difference is {max(exact_differences):.1e}.\n",
-        "| module | architectures | exact | others |",
+        "| module | architectures | exact | reasons for the others |",
         "|---|---:|---:|---|",
     ]
     for module, rows in results.items():
@@ -197,8 +199,8 @@ def format_transformers() -> str:
     return "\n".join(
         [
             "## transformers\n",
-            "Convertible classes, and base models whose configuration has the fields of an image encoder: "
-            f"{len(exact_differences)} of {total} are exact. The largest difference is "
+            "The table lists the convertible classes, and all base models whose configuration has the fields of an "
+            f"image encoder. {len(exact_differences)} of {total} classes are exact. The largest difference is "
             f"{max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
