@@ -64,7 +64,7 @@ def build_accelerator(
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
-    # Set here because a variable of the launcher overrides the argument of the constructor.
+    # An environment variable of the launcher would override the argument of the constructor.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         shard_on_cpu(accelerator)
@@ -87,18 +87,19 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     """Configure FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
 
-    Otherwise, Accelerate would fail, because it requires a layer of each type that the model class supports.
+    By default, Accelerate requires a layer of each type that the model class supports, and would raise an error.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layers = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
         plugin.transformer_cls_names_to_wrap = sorted(layers)
-    # The patches are a view, but no operation modifies them in place.
+    # FSDP2 warns that the patches are a view, but no operation modifies the patches in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
 def check_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the trackers as a list. Raise ValueError if a tracker is not installed; Accelerate would ignore it."""
+    """Return the trackers as a list. Raise ValueError if a tracker is not installed, because Accelerate would ignore
+    this tracker."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log-with {name} requires the package {name}: pip install {name}")
@@ -114,13 +115,13 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the ZeRO stage; None without DeepSpeed."""
+    """Return the ZeRO stage; None if DeepSpeed is not used."""
     return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
     """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
-    fp16, or an unsupported ZeRO stage.
+    fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
     configuration of Transformers is removed, because Transformers would load all models in shards, including the
@@ -160,7 +161,8 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 
 
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from its configuration."""
+    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from the DeepSpeed
+    configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None

@@ -13,7 +13,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        ValueError: If the file is not valid JSON, or is not an object.
+        ValueError: If the file is not valid JSON, or does not contain an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -41,7 +41,8 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
-    """Yield a hidden file to write, and rename it to `file` after the block, or remove it if there is an error.
+    """Yield the path of a hidden file for writing. After the block, rename the hidden file to `file`, or remove the
+    hidden file if an error was raised.
 
     Raises:
         OSError: If the file cannot be written. The message contains `file`.
@@ -53,7 +54,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         unfinished_file.replace(file)
     except OSError as error:
-        if error.errno is None:  # raised while the contents are computed, not by writing
+        if error.errno is None:  # raised while the contents were computed, not by a write operation
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
@@ -66,7 +67,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 
 def is_closed_pipe(stream: TextIO) -> bool:
-    """Flush a stream, and return whether it is a pipe whose reader has closed it."""
+    """Flush a stream, and return whether the stream is a pipe that the reader has closed."""
     poll = select.poll()
     try:
         stream.flush()

@@ -40,12 +40,12 @@ from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
-MAX_STORED_NAMES = 10_000  # maximum number of recent examples with stored names, for error messages
+MAX_STORED_NAMES = 10_000  # maximum number of recent examples whose names are stored for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
-StreamRow = tuple[dict[str, Any], int]  # values by column, key of the image
+StreamRow = tuple[dict[str, Any], int]  # (values by column name, key of the image)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class StreamedImages:
 
     @property
     def label_space(self) -> LabelSpace:
-        """The kind of labels and their names."""
+        """The type of the labels and the class names."""
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
-        ValueError if a label is not one of the classes, or a process has no examples."""
+        """Yield the examples of one process endlessly, from example `start` on. `Example.epoch` is the number
+        of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
         while True:
             length = 0
@@ -86,7 +86,10 @@ class StreamedImages:
                 if length > start:
                     yield replace(example, epoch=pass_index)
             if length == 0:
-                raise ValueError(f"{self.name} has no training image for process {process_index} of {num_processes}")
+                raise ValueError(
+                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
+                    "start fewer processes"
+                )
             num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
@@ -117,7 +120,7 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the values of each row, with its image in the format of `decode_image`, and the key of the image."""
+        """Yield the values of each row and the key of the image. The image has the input format of `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
@@ -165,7 +168,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types in its first row."""
+    """Return the declared column types of a dataset, or the types of the first row if none are declared."""
     import datasets
 
     if stream.features is not None:
@@ -188,7 +191,7 @@ class TrainingStream:
 
     source: StreamedImages
     builder: BatchBuilder
-    names: dict[int, str] = field(default_factory=dict)  # path by index
+    names: dict[int, str] = field(default_factory=dict)  # example index -> path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
@@ -215,7 +218,9 @@ class TrainingStream:
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:
-            raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
+            raise ValueError(
+                f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
+            )
         first = min(readable_images)
         source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
         replaced_indices = [
@@ -237,14 +242,14 @@ class TrainingStream:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of these examples, and remove the oldest names if there are too many."""
+        """Store the names of these examples, and remove the oldest names above `MAX_STORED_NAMES`."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:
             del self.names[next(iter(self.names))]
 
     def describe_unreadable(self, index: int) -> str:
-        """Return the error message of an unreadable image."""
+        """Return the error message for an unreadable image."""
         name = self.names.get(index)
         return f"cannot read the image {shorten(name)}" if name else f"cannot read the image with checksum {index:x}"
 
@@ -257,17 +262,18 @@ def augment_images(
     num_views: int = 0,
     num_channels: int | None = None,
 ) -> TrainingImages | TrainingStream:
-    """Build the dataset of augmented training images, stored or streamed. See `BatchBuilder` for the arguments."""
+    """Build the dataset of augmented training images from stored or streamed images. See `BatchBuilder` for the
+    arguments."""
     builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
     return TrainingStream(source, builder) if isinstance(source, StreamedImages) else TrainingImages(source, builder)
 
 
-def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield the same items, with up to `count` items read ahead in a separate thread."""
+def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
+    """Yield the items of an iterator, with up to `num_items` items read ahead in a separate thread."""
     end = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:
-        futures = deque(pool.submit(next, items, end) for _ in range(count))
+        futures = deque(pool.submit(next, items, end) for _ in range(num_items))
         while (item := futures.popleft().result()) is not end:
             futures.append(pool.submit(next, items, end))
             yield item

@@ -1,4 +1,4 @@
-"""Sentences of the demo page, in Markdown: the model, how to load it, and the distribution of its attention."""
+"""Markdown text of the demo page: the header, code that loads the model, and the distribution of attention."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def get_title(demo_model: DemoModel) -> str:
 
 
 def build_header(demo_model: DemoModel) -> str:
-    """Return title, provenance and special tokens of the model."""
+    """Return the title, provenance and special tokens of the model in Markdown."""
     config = demo_model.model.config
     provenance = "A model in a local folder"
     if demo_model.commit is not None:
@@ -25,9 +25,9 @@ def build_header(demo_model: DemoModel) -> str:
         provenance = f"[{demo_model.source}]({url}) at commit [`{short_hash}`]({url}/tree/{demo_model.commit})"
     tokens = f"special tokens: {', '.join(demo_model.tokens)}" if demo_model.tokens else "no special tokens"
     return (
-        f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer of "
-        f"{format_count(demo_model.num_layers, 'layer')} with "
-        f"{format_count(config.num_attention_heads, 'head')} each; {tokens}."
+        f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer with "
+        f"{format_count(demo_model.num_layers, 'layer')} and "
+        f"{format_count(config.num_attention_heads, 'head')} per layer; {tokens}."
     )
 
 
@@ -54,11 +54,11 @@ processor = AutoImageProcessor.from_pretrained({arguments})
 
 
 def explain_missing_output(demo_model: DemoModel) -> str:
-    """Explain why the page has no labels or no attention; empty if it has both."""
+    """Return the reason why the page has no labels or no attention; empty if the page has both."""
     if not demo_model.has_labels:
         return (
-            "This model is an encoder without a classifier, so there are no labels. See below for its patches and the "
-            "attention of its tokens."
+            "This model is an encoder without a classifier, so there are no labels. The patch features and the "
+            "attention of the special tokens are shown below."
         )
     if not demo_model.tokens:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
@@ -77,11 +77,13 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """
     heads = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special_fractions, patches = fractions
-    unread = "" if demo_model.is_read(token, layer) else " Nothing reads the output of this token in this layer."
-    others = ", ".join(
+    note = (
+        "" if demo_model.is_read(token, layer) else " The model does not use the output of this token in this layer."
+    )
+    token_fractions = ", ".join(
         f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special_fractions, strict=True)
     )
     return (
         f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {heads}: {patches:.1%} of its "
-        f"attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({others}).{unread}"
+        f"attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({token_fractions}).{note}"
     )

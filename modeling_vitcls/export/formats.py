@@ -33,7 +33,7 @@ class TracedModel:
     graph: ExportedProgram
     shape: GraphShape
     names: list[str]  # names of the outputs, in order
-    opset: int | None  # ONNX opset; None for the default of the exporter
+    opset: int | None  # ONNX opset; None to use the default of the exporter
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Format:
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing as PyTorch. OpenVINO does not: its outputs differed by
-    # 1e-4 to 1e-3.
+    # Whether the runtime downsamples with the same antialiasing as PyTorch. With OpenVINO, which uses other
+    # antialiasing, outputs differed by 1e-4 to 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -164,7 +164,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), lambda traced, file: torch.export.save(traced.graph, file), run_torch),
+    "torch": Format(".pt2", (), lambda traced_model, file: torch.export.save(traced_model.graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
     "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_antialias=False),
 }

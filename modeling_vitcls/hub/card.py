@@ -1,4 +1,4 @@
-"""Model cards: README.md of a model folder, from its configuration and measurements.
+"""Model cards: README.md of a model folder, generated from the configuration and the measurements.
 
     build_card               a fine-tuned classifier            model_cards/classifier.md.j2
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
@@ -80,7 +80,8 @@ def build_encoder_card(
     base: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained by masked image modeling; arguments as in `build_card`."""
+    """Build the card of an encoder that was pre-trained by masked image modeling. See `build_card` for the
+    arguments."""
     flags = {flag: value for flag, value in flags.items() if flag not in LABEL_FLAGS}
     return render_card(
         "encoder",
@@ -171,7 +172,7 @@ def build_metadata(
     }
     return ModelCardData(
         **build_common_metadata(flags, base),
-        # The pipeline for image classification does not support several tasks.
+        # The pipeline for image classification does not support multi-task models.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
         tags=[*TAGS, *(tag for tag, applies in optional_tags.items() if applies)],
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
@@ -228,7 +229,7 @@ def describe_purpose(config: ViTCLSConfig) -> str:
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:
-    """Return one sentence per task that lists its classes."""
+    """Return one sentence per task that lists the classes of the task."""
     if config.tasks:
         return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
     names = list_classes(list((config.id2label or {}).values()))
@@ -248,7 +249,7 @@ def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> lis
     """Return the description and the path of each confusion matrix."""
     suffixes = {"confusion_matrix": ""} | {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
     return [
-        (f"Confusion matrix{suffix}: rows are the true classes, columns the predictions", images[key])
+        (f"Confusion matrix{suffix}: rows are true classes, columns are predicted classes", images[key])
         for key, suffix in suffixes.items()
         if key in images
     ]
@@ -266,7 +267,7 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 
 def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
-    """Return the name of the initial model in Markdown, with links to its base models if they are other models."""
+    """Return the name of the initial model in Markdown, followed by links to any other base models."""
     model = format_name(strip_folders(flags["model"]))
     base_models = base.base_model if base else None
     if isinstance(base_models, str):

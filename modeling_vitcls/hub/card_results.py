@@ -38,7 +38,7 @@ def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str,
 
 
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
-    """Return the name and the value of each measured metric, with its confidence interval if there is one."""
+    """Return the name and the value of each measured metric, with the confidence interval if available."""
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
@@ -97,13 +97,14 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
             task_phrase = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])
             yield (
-                f"The accuracy{task_phrase} was measured on {num_images:,} images. Its 95 % confidence interval is "
+                f"The accuracy{task_phrase} was measured on {num_images:,} images. The 95 % confidence interval is "
                 f"{format_percent(interval[0])} to {format_percent(interval[1])}."
             )
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield a sentence about the worst class of each task, unless all classes have the same value."""
+    """Yield a sentence about the class with the lowest recall or average precision of each task, unless all classes
+    have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -122,7 +123,8 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return a phrase with the most frequent wrong prediction for a class; empty without a matrix or errors."""
+    """Return a phrase with the most frequent wrong prediction for a class; empty if there is no matrix or
+    no wrong prediction."""
     if matrix is None:
         return ""
     errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
@@ -136,6 +138,6 @@ MAX_NAME_LENGTH = 100  # characters
 
 
 def format_name(name: str) -> str:
-    """Return a name from a dataset as inline code in Markdown: one line, without markup."""
+    """Return a name from a dataset as inline code in Markdown: one line, escaped, at most 100 characters."""
     name = replace_control_characters(name).replace("`", "'")
     return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

@@ -1,4 +1,4 @@
-"""The code files of a model: their digest, the order in which to read them, and their differences from this package.
+"""The code files of a model: digest, reading order, and differences from this package.
 
 compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
 describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or the files that differ
@@ -16,10 +16,10 @@ CODE_PATTERN = "*_vitcls.py"
 # License file of the code. Other license files in a model folder are for the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
-HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endpoints
+HANDLER_FILE = "handler.py"  # file name of the handler for Inference Endpoints on the Hub
 HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file uses only names from earlier files.
+# Each file imports only from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (
@@ -51,7 +51,7 @@ def compute_code_digest(folder: Path = PACKAGE_FOLDER) -> str:
 
 
 def read_code_license() -> bytes:
-    """Return the text of the license of the code files. Raises ValueError if it is not installed."""
+    """Return the text of the license of the code files. Raise ValueError if the license is not installed."""
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_bytes()

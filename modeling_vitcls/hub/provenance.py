@@ -1,7 +1,7 @@
-"""The base model of a model and the license of its weights, for its card.
+"""The base model of a model and the license of the weights, for the model card.
 
-    find_provenance("runs/pretrained")                      a model folder: from its README.md
-    find_provenance("ORG/MODEL")                            a model on the Hub: from its card; also transformers:...
+    find_provenance("runs/pretrained")                      a model folder: from README.md
+    find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
 Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
@@ -49,7 +49,7 @@ class Provenance:
     """The name, base model and license of the model that another model is derived from."""
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local folder
-    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if there is none
+    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown
     # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
@@ -63,7 +63,7 @@ class Provenance:
 
     @property
     def license_label(self) -> str | None:
-        """The name of the license; None if it is unknown."""
+        """The name of the license; None if the license is unknown."""
         label = self.license_name if self.license == "other" and self.license_name else self.license
         return ", ".join(label) if isinstance(label, list) else label
 
@@ -94,15 +94,15 @@ def read_folder_provenance(folder: Path) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from its card or, if the Hub does not respond, its cached card."""
+    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, the cached card."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)
     folder = download_card(repo_id)
     if folder is None:
         return provenance
-    address = f"{constants.ENDPOINT}/{repo_id}/blob/main"
-    return add_license(provenance, read_card_metadata(folder), folder, address)
+    base_url = f"{constants.ENDPOINT}/{repo_id}/blob/main"
+    return add_license(provenance, read_card_metadata(folder), folder, base_url)
 
 
 def download_card(repo_id: str) -> Path | None:
@@ -121,26 +121,26 @@ def download_card(repo_id: str) -> Path | None:
 
 
 def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card; empty if there is no readable card."""
+    """Return the metadata of the card in a folder; empty if there is no readable card."""
     try:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
 
-def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, address: str | None = None) -> Provenance:
+def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, base_url: str | None = None) -> Provenance:
     """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
 
-    `address` is the base URL for links to published files that are not in `folder`.
+    `base_url` is the base URL for links to published files that are not in `folder`.
     """
     name = card.get("license")
     if not name or name == "unknown":
         return provenance
     matches = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
-    files = tuple(dict.fromkeys(matches))  # license files come first
+    files = tuple(dict.fromkeys(matches))  # license files come before notice files
     link = card.get("license_link") or (files[0].name if name == "other" and files else None)
     if link and "://" not in link and not (folder / link).is_file():
-        link = f"{address}/{link}" if address else None
+        link = f"{base_url}/{link}" if base_url else None
     license_name = card.get("license_name")
     return replace(provenance, license=name, license_name=license_name, license_link=link, license_files=files)
 
@@ -161,7 +161,7 @@ def find_timm_provenance(name: str) -> Provenance:
         import timm
 
         config = timm.get_pretrained_cfg(name)
-    except (ImportError, RuntimeError):  # timm is not installed, or has no model of this name
+    except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model of this name
         config = None
     if config is None:
         return Provenance(f"timm:{name}")
@@ -190,12 +190,12 @@ NEW_WEIGHTS_TEXTS = (
 )
 DERIVED_WEIGHTS_TEXTS = (
     "The weights are derived from another model and remain under its license: {license}.",
-    "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
-    "redistribute the weights.",
+    "The weights are derived from another model whose license is unknown. Ask the authors of that model before you "
+    "use or redistribute the weights.",
 )
 CONVERTED_WEIGHTS_TEXTS = (
     "The weights remain under the license of the source: {license}.",
-    "No license was found for the source. Ask its authors before you use or redistribute the weights.",
+    "No license was found for the source. Ask the authors of the source before you use or redistribute the weights.",
 )
 
 
@@ -210,7 +210,7 @@ class WeightsLicense:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The license as keyword arguments of ModelCardData; empty if it is unknown."""
+        """The license as keyword arguments of ModelCardData; empty if the license is unknown."""
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:
@@ -241,6 +241,6 @@ def describe_license_conflict(license_flag: str | None, base: Provenance | None)
     if license_flag is None or base is None or base.license in (None, license_flag):
         return None
     return (
-        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under its license, "
+        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under the license "
         f"{base.license_label}"
     )

@@ -72,8 +72,8 @@ def push_folder(
 ) -> PushResult:
     """Push the files of a model folder in one commit; create the repository if it does not exist.
 
-    If nothing has changed, no commit is made, and the newest commit of the branch is returned. Call this only on the
-    main process, after `check_push_permissions`.
+    If nothing has changed, no commit is made, and the newest commit of the branch is returned. Call this function only
+    on the main process, after `check_push_permissions`.
 
     Args:
         folder: Folder with config.json, safetensors, code, image processor, card and results.
@@ -87,7 +87,7 @@ def push_folder(
         with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
 
     Raises:
-        ValueError: If the folder does not contain a complete model, or the required checkpoint.
+        ValueError: If the folder does not contain a complete model or, with `with_optimizer`, an undamaged checkpoint.
         PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
@@ -122,7 +122,7 @@ def push_once(
     """Try to push once; return the commit, and whether the repository is private.
 
     The current state of the repository is read first, so that a retry continues an incomplete push. If another push
-    happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
+    happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the default of the account

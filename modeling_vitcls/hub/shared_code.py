@@ -41,7 +41,8 @@ def write_code(folder: str | Path) -> list[str]:
 
 
 def use_shared_code(folder: str | Path, repo_id: str) -> None:
-    """Make a saved model use the code in a repository on the Hub, update its card, and remove its own code files.
+    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files in the
+    folder.
 
     Call this function only before publishing. If this package is installed, the folder is still loaded with the
     package's code. Saving the model again, for example after fine-tuning, adds the code files again.
@@ -51,15 +52,13 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
         repo_id: `namespace/name` of the repository with the code. The repository does not have to exist yet.
 
     Raises:
-        ValueError: If the folder does not contain a vitcls model, or the repository id is invalid.
+        ValueError: If the folder does not contain a vitcls model, or if the repository id is invalid.
         OSError: If the files cannot be written.
     """
     folder = Path(folder)
     check_is_model(folder)
-    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # others cannot find a repository without its namespace
-        raise ValueError(
-            f"{repo_id!r} is not a repository id. Set namespace/name of the repository that contains the code"
-        )
+    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # other users need the namespace to find the repository
+        raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
         settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
@@ -79,9 +78,9 @@ def add_repository(references: Any, repo_id: str) -> Any:
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card with code examples that also pin the code, and with text that names the code repository.
+    """Return the card text, in which code examples also pin the code and the code repository is named.
 
-    The text is returned unchanged if it does not pin a revision.
+    The text is returned unchanged if the code examples do not pin a revision.
     """
     if not (PIN_IN_CALL.search(text) or PIN_BY_NAME.search(text)):
         return text

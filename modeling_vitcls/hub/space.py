@@ -10,7 +10,7 @@
     requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
     README.md           the settings of the Space
 
-The model is not copied: the Space loads it by its commit.
+The Space does not contain a copy of the model; the app loads the model at a pinned commit.
 """
 
 import importlib.metadata
@@ -38,7 +38,7 @@ PACKAGE = Path(__file__).parents[1]
 FOLDER = "vitcls_demo"
 EXAMPLES = "examples"
 
-# Files of this package that the page requires. Within this package, they import only each other.
+# Files of this package that the page requires. These files import no other files of this package.
 PAGE_FILES = (
     "demo/__init__.py",
     "demo/page.py",
@@ -58,12 +58,12 @@ PAGE_FILES = (
     "positions_vitcls.py",
     "token_attention_vitcls.py",
 )
-# Libraries that the page files and the model's code import. gradio comes with the Space's SDK.
+# Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
 REQUIRED_LIBRARIES = (
     "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
 ).split()
 
-APP_TEMPLATE = '''"""The page of a model, which is defined in {folder}/."""
+APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
 
 from pathlib import Path
 
@@ -84,8 +84,8 @@ DESCRIPTION = """
 Upload an image to see the predictions of the Vision Transformer [{model}]({address}), the attention maps of its
 special tokens (CLS, distillation, registers) and its patch features in every layer.
 
-The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}, which is set in `app.py`. To run
-this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
+The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}. The commit is set in `app.py`.
+To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
 """
 
 
@@ -116,13 +116,13 @@ class PublishedModel:
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
     """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Raises ValueError if it is a local folder, is not on the Hub, or is not a vitcls model, and OSError if the Hub does
-    not respond.
+    Raises ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if the model is not a vitcls
+    model, and OSError if the Hub does not respond.
     """
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
-            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push it first with {command}"
+            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
         )
     check_is_online()
     weights = resolve_commit(repo_id, revision)
@@ -132,7 +132,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
             f"{repo_id} at {weights.commit} does not contain a {ViTCLSConfig.model_type} model with its code. Convert "
-            "it with `vitcls convert` and push the result"
+            "the model with `vitcls convert` and push the result"
         )
     if not preprocessor_config.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
@@ -143,7 +143,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
 
 
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
-    """Build the files of the Space. `title` is the title of the Space on the Hub and of its card.
+    """Build the files of the Space. `title` is the title of the Space on the Hub and of the card.
 
     Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
@@ -169,7 +169,7 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
 def build_gradio_card(model: PublishedModel, title: str) -> str:
     """Return README.md of a Space that runs the model with gradio.
 
-    The Space uses the Python version of this process, because the Hub's default is too old.
+    The Space uses the Python version of this process, because the default version on the Hub is too old.
     """
     try:
         gradio = importlib.metadata.version("gradio")
@@ -188,7 +188,7 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
     if model.code:
         address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
-        code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
+        code = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
     return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio)
 
 
@@ -196,7 +196,7 @@ def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
     """Return README.md, whose header configures the Space. `description` is a template with the fields `model`,
-    `commit`, `address` and `fields`."""
+    `commit` and `address`, and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -227,14 +227,14 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
     for file in examples:
         name = f"{EXAMPLES}/{file.name}"
         if name in files:
-            raise ValueError(f"two examples have the same name, {file.name}. Rename one of them")
+            raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
         read_image(file)
         files[name] = file
     return files
 
 
 def write_space(files: RepoFiles, folder: Path) -> None:
-    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from it.
+    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from the folder.
 
     Raises ValueError if the folder is not empty.
     """
@@ -245,7 +245,7 @@ def write_space(files: RepoFiles, folder: Path) -> None:
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
-# The push ------------------------------------------------------------------------------------------------------------
+# Push ----------------------------------------------------------------------------------------------------------------
 
 
 def push_space(
@@ -258,9 +258,9 @@ def push_space(
 ) -> PushResult:
     """Push the files of a Space in one commit; create the Space if it does not exist.
 
-    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
-    `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the same
-    files, for the error message.
+    Call this function after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is
+    made. `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the
+    same files, for the error message.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
@@ -277,14 +277,14 @@ def push_space(
 
 
 def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool, sdk: str) -> PushResult:
-    """Try to push once. Outdated page files and examples are removed; other files in the Space are kept.
+    """Try to push once. Outdated page files and examples are removed, and all other files in the Space are kept.
 
-    If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
+    If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
-    parent = api.space_info(space_id).sha
-    published_files = api.list_repo_files(space_id, revision=parent, repo_type="space")
+    parent_commit = api.space_info(space_id).sha
+    published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
     folders = tuple({f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{FOLDER}/", f"{EXAMPLES}/"})
     outdated_files = [name for name in published_files if name.startswith(folders) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -292,5 +292,7 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     ]
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
-    commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
+    commit = api.create_commit(
+        space_id, operations, commit_message=message, repo_type="space", parent_commit=parent_commit
+    )
     return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")

@@ -335,7 +335,7 @@ def test_limits_are_the_measured_ones() -> None:
         per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
         confusion_matrix=[[198, 2], [16, 144]],
     )
-    assert "measured on 360 images. Its 95 % confidence interval is 96.40% to 99.25%." in card.text
+    assert "measured on 360 images. The 95 % confidence interval is 96.40% to 99.25%." in card.text
     assert (
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )

@@ -36,7 +36,7 @@ from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution, compute_patch_features
-from modeling_vitcls.demo.page import build_page, launch
+from modeling_vitcls.demo.page import build_page, launch_page
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
 from modeling_vitcls.demo.text import build_loading_code, explain_missing_output
 from modeling_vitcls.hub import connection
@@ -382,7 +382,7 @@ def test_the_model_runs_once_per_image_also_for_several_tasks(browser: Browser, 
     runs: list[int] = []
     reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
     page_of_model = build_page(reader, [photo])
-    address = launch(page_of_model)
+    address = launch_page(page_of_model)
     try:
         with open_page(browser, address, width=390) as page:
             names = {*tasks["species"], *tasks["age"]}
@@ -411,7 +411,7 @@ def test_the_last_request_is_displayed_in_the_end(
 
     monkeypatch.setattr(DemoResult, "draw_all_layers", draw_slowly)
     page_of_model = build_page(DemoModel.load(str(classifier)))
-    address = launch(page_of_model)
+    address = launch_page(page_of_model)
     try:
         with open_page(browser, address) as page:
             upload_on_page(page, photo)
