@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda photos: write_photos(photos, range(20), "ant"),
         "the classes of 'label' were 2 (cat, dog), but are 3 (ant, cat, dog) now",
     ),
-    "classes swapped": (swap_classes, "the names of the images are the same, but their contents differ"),
+    "classes swapped": (swap_classes, "the names of the images are the same, but the contents differ"),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
     write(rows)
     options = start(get_options(table, streaming))
     for lines, reason in (
-        (rows[::-1], "the images are the same, but their order differs"),
+        (rows[::-1], "the images are the same, but the order of the images differs"),
         ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
     ):
         write(lines)
