@@ -30,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-MAX_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams and pushes
+MAX_WAIT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes of the main process
 
 
 def build_accelerator(
@@ -87,7 +87,8 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     """Configure FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
 
-    By default, Accelerate requires a layer of each type that the model class supports, and would raise an error.
+    By default, Accelerate raises an error if the model does not contain a layer of each type that the model class
+    supports.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
@@ -124,8 +125,8 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
-    configuration of Transformers is removed, because Transformers would load all models in shards, including the
-    teacher.
+    configuration of Transformers is removed, because Transformers would otherwise load all models in shards,
+    including the teacher.
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
@@ -175,7 +176,8 @@ def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions
 
 
 def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run an action on the main process, and return its result or raise its ValueError or OSError on all processes."""
+    """Run an action on the main process. On all processes, return the result, or raise the ValueError or OSError of
+    the action."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

@@ -20,7 +20,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"cannot read {file}: it does not contain a JSON object")
+        raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
     return content
 
 

@@ -22,7 +22,7 @@ IGNORED_LABEL = -100
 
 # Poolers -------------------------------------------------------------------------------------------------------------
 class TokenPooler(nn.Module):
-    """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
+    """Pooling without parameters, selected by `config.pooling`. [B, N, D] -> [B, P].
 
     "cls": the CLS token; `config.cls_pooling` combines several tokens. "mean" and "max": mean or maximum over the
     patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
@@ -83,7 +83,7 @@ class AttentionPooler(nn.Module):
 
 
 class PooledMLP(nn.Module):
-    """Norm and MLP with a residual connection, on one pooled vector. [B, D] -> [B, D]."""
+    """Norm and MLP with a residual connection, applied to the pooled vector. [B, D] -> [B, D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by the optional norm and dense layer."""
+    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by an optional norm and dense layer."""
     pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
@@ -187,7 +187,7 @@ def classification_loss(
         )
     check_label_shape(labels, logits)
     total = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return total * labels.shape[-1] / num_items  # num_items counts all B * C entries: this is the mean over images
+    return total * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
 
 
 def cross_entropy(
@@ -232,7 +232,7 @@ def masked_pixel_loss(
     Args:
         reconstruction: prediction [B, C, H, W].
         pixel_values: images [B, C, H, W].
-        bool_masked_pos: [B, rows * columns], true if a patch was masked.
+        bool_masked_pos: [B, rows * columns], true for masked patches.
     """
     predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels of a patch]
     target = split_into_patches(pixel_values, config).float()

@@ -5,7 +5,7 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only with the data that it started with. The fingerprint of the data contains:
+`--resume` continues a run only with the data that the run started with. The fingerprint of the data contains:
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
@@ -34,7 +34,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Name of a digest -> description of the change if this digest differs and the digests before it are the same.
+# Digest name -> description of the change. The first digest that differs determines the description.
 CHANGE_DESCRIPTIONS = {
     "name_set_sha256": "the number of images is the same, but the names of the images differ",
     "names_sha256": "the images are the same, but the order of the images differs",
@@ -54,10 +54,10 @@ class TrainingData:
     label_space: LabelSpace
     train: LabeledImages | StreamedImages
     held_out: LabeledImages
-    held_out_name: str  # name of the held-out split, or text of the rule that selected the images
+    held_out_name: str  # name of the held-out split, or description of the rule that selected the images
     record: HeldOutRecord
     selection: LabeledImages | None = None  # images for selecting the best checkpoint (`--select best`)
-    selection_name: str = ""  # name of the selection split, or text of the rule that selected the images
+    selection_name: str = ""  # name of the selection split, or description of the rule
 
     @property
     def num_training_images(self) -> int | None:
@@ -68,11 +68,12 @@ class TrainingData:
 def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
-    """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
+    """Load the training images and the held-out images: two splits of the dataset, or a division of one split by a
+    seeded rule (held_out.py).
 
-    With `use_selection_split`, the checkpoint is selected on images that are separate from the held-out images. The
-    separate images are the validation split if the dataset also has a test split, and otherwise another seeded
-    selection of the training images.
+    If `use_selection_split` is set, the checkpoint is selected on images that are separate from the held-out images.
+    The separate images are the validation split if the dataset also has a test split. Otherwise, the separate images
+    are selected from the training images by another seeded rule.
 
     The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
     evaluation split, only the first 10,000 held-out images are stored.
@@ -126,8 +127,8 @@ def split_data(
     options: DataOptions,
     use_selection_split: bool,
 ) -> TrainingData:
-    """Build the training data. If the dataset has no held-out split, images of the training split are held out. The
-    held-out images of a stream are read into memory."""
+    """Build the training data from the splits of a dataset. If the dataset has no held-out split, images of the
+    training split are held out. The held-out images of a stream are read into memory."""
     splits = choose_training_splits(split_images, use_selection_split)
     check_splits(options, space, list(split_images), splits, use_selection_split)
     train = split_images[splits.train]
@@ -247,7 +248,7 @@ def load_evaluation_data(
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
         (images,) = splits.parts.values()
-    if name in names and not (name == "train" and len(names) == 1):  # a whole split, not a part of the only split
+    if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
         return EvaluationData(space, read_images(images), name, None)
     if name == "train" and options.streaming:
         raise ValueError(
@@ -274,7 +275,7 @@ def choose_split(split: str | None, names: Collection[str], record: HeldOutRecor
 
 
 def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
-    """Return the stored split that contains the requested split: the split itself, or the only split."""
+    """Return the split of the dataset that contains the requested images: the requested split, or the only split."""
     if split in names:
         return split
     if len(names) == 1 and split in ("train", "test"):
@@ -283,7 +284,7 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the rule in the record of a model's run, or the rule of the options if there is no recorded rule. Raise
+    """Return the recorded rule of a model's run, or the rule from the options if no rule was recorded. Raise
     ValueError if --split-seed or --held-out-fraction contradicts the recorded rule."""
     rule = None if record is None else record.rule
     if rule is None:
@@ -303,8 +304,8 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return the description of a run's data that the checkpoints contain. The description of a stream contains only
-    the held-out images and the classes."""
+    """Return the description of a run's data, which is stored in checkpoints. The description of a stream contains
+    only the held-out images and the classes."""
     labeled_images = data.held_out if isinstance(data.train, StreamedImages) else data.train
     return {
         "num_training_images": data.num_training_images,
@@ -342,21 +343,21 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+def describe_change(stored_data: dict[str, Any], current_data: dict[str, Any]) -> str | None:
     """Return a description of the first difference between the stored and the current data of a run, both from
     `describe_data`; None if there is no difference."""
-    if stored == current:
+    if stored_data == current_data:
         return None
-    for column, names in current["classes"].items():
-        if (stored_names := stored["classes"].get(column)) != names:
+    for column, names in current_data["classes"].items():
+        if (stored_names := stored_data["classes"].get(column)) != names:
             return (
                 f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
             )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if stored[name] != current[name]:
-            return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
+        if stored_data[name] != current_data[name]:
+            return f"there were {stored_data[name]:,} {noun}, but there are {current_data[name]:,} now"
     for name, change in CHANGE_DESCRIPTIONS.items():
-        if stored[name] != current[name]:
+        if stored_data[name] != current_data[name]:
             return change
     return "different images are held out"
 

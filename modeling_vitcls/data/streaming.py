@@ -3,10 +3,10 @@
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
-Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise it reads
-all shards and uses every n-th example. The order depends only on the seed. After its last example, a process starts
-again in a different order. The index of an example is a checksum of its encoded image (or of its path), so an image
-has the same index in every pass and on every process.
+Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise each
+process reads all shards and uses every n-th example, where n is the number of processes. The order depends only on the
+seed. After the last example, a process starts a new pass in a different order. The index of an example is a checksum
+of the encoded image (or of its path), so an image has the same index in every pass and on every process.
 """
 
 import math
@@ -94,7 +94,7 @@ class StreamedImages:
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
     def iterate_pass(self, seed: int, pass_index: int, process_index: int, num_processes: int) -> Iterator[Example]:
-        """Yield each example of one process once, shuffled."""
+        """Yield the examples of one process in one shuffled pass."""
         stream = self.stream
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
@@ -107,8 +107,8 @@ class StreamedImages:
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream. If `held_out` is None, return all images.
 
-        With `held_out`, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all
-        held-out images.
+        If `held_out` is set, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips
+        all held-out images.
         """
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
@@ -130,7 +130,7 @@ class StreamedImages:
         return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
-        """Yield the example of each row. Rows without a label are skipped."""
+        """Yield an `Example` for each row. Rows without a label are skipped."""
         for values, index in rows:
             encoded, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
@@ -186,7 +186,7 @@ def read_features(stream: Any, options: DataOptions) -> Features:
 class TrainingStream:
     """Augmented training images of a stream, with the interface of `TrainingImages`.
 
-    An unreadable image is replaced by the next readable image of its batch.
+    An unreadable image is replaced by the next readable image in the batch.
     """
 
     source: StreamedImages
@@ -214,7 +214,7 @@ class TrainingStream:
             yield copies[: plan.batch_size]
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Return the batch of these examples. Raise ValueError if none of the images can be read."""
+        """Build the batch of the given examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:
@@ -242,7 +242,7 @@ class TrainingStream:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of these examples, and remove the oldest names above `MAX_STORED_NAMES`."""
+        """Store the names of these examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:

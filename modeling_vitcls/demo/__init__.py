@@ -2,9 +2,9 @@
 
     reader.py    an image -> predictions, attention of the special tokens
     page.py      the page, with gradio
-    text.py      the sentences of the page
+    text.py      the text of the page
     static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
 
 The demo runs locally (`vitcls demo`) or in a Space, where this package is not installed. hub/space.py lists the files
-that are copied to a Space. The files of this folder import only files in that list.
+that are copied to a Space. The files of this folder import only the listed files.
 """

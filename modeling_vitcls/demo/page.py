@@ -38,7 +38,7 @@ import gradio as gr
 TOP_K = 5
 CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
 IMAGE_HEIGHT = 360  # pixels
-UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of its examples"
+UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of the example images"
 # Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
 # prevents two drawing requests from running at the same time.
 LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
@@ -85,9 +85,9 @@ def serve_demo(
         source: a folder or a Hub id.
         revision: commit hash, branch or tag.
         examples: files of example images.
-        host: host name to listen on. Default: GRADIO_SERVER_NAME, which Spaces set, or only this machine.
+        host: host name to listen on. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
         port: port to listen on. Default: GRADIO_SERVER_PORT, or a free port from 7860.
-        code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
+        code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
         ValueError, OSError: with a one-line message, if the model cannot be shown or the port is in use.
@@ -103,12 +103,12 @@ def serve_demo(
 
 def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
     """Serve the page in threads of this process, and return the URL of the page."""
-    stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
+    color_stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         theme=gr.themes.Default(**SYSTEM_FONTS),
-        css=CSS.replace("COLORS", ", ".join(map(to_hex, stops))),
+        css=CSS.replace("COLORS", ", ".join(map(to_hex, color_stops))),
         footer_links=["gradio", "settings"],
         share=False,
         ssr_mode=False,
@@ -163,7 +163,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
 
 
 class ImageInput:
-    """Image input, with a message if the image cannot be used.
+    """An image input that shows a message if the image cannot be used.
 
     File information from the browser is not trusted, because a client can send any path or URL. Only uploaded files
     and the examples are opened.
@@ -241,32 +241,36 @@ class AttentionView:
                 layers = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
                 rollouts = build_gallery("Through all layers", "through")
-                gr.Markdown("Through all layers: attention rollout of the token, and attribution of the prediction.")
+                gr.Markdown("Attention rollout of the token, and attribution of the prediction, through all layers.")
         self.inputs = [state, token, layer, head]
         self.outputs = [map_image, caption, layers, rollouts]
         for control in (token, head):
             control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
-        layer.change(self.draw, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST)
+        layer.change(
+            self.draw_layer, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST
+        )
         layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
-    def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
+    def draw_layer(
+        self, result: DemoResult | None, token: int, layer: int, head: int
+    ) -> tuple[Image.Image | None, str]:
         """Return the map of one layer, and a sentence about the token's attention. `layer` counts from 1; `head`
         counts from 1, or is 0 for the mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
         fractions = result.compute_attention_fractions(*selection)
-        return result.draw(*selection), describe_attention(self.demo_model, *selection, fractions)
+        return result.draw_attention(*selection), describe_attention(self.demo_model, *selection, fractions)
 
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
-        """Return the output of `draw`, small maps of all layers, and rollout and attribution maps."""
+        """Return the output of `draw_layer`, small maps of all layers, and rollout and attribution maps."""
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
         gallery = [(small_map, f"layer {number}") for number, small_map in enumerate(maps, start=1)]
-        return *self.draw(result, token, layer, head), gallery, result.draw_through_layers(token)
+        return *self.draw_layer(result, token, layer, head), gallery, result.draw_through_layers(token)
 
 
 class PatchView:
@@ -324,11 +328,11 @@ def build_gallery(label: str, elem_id: str) -> gr.Gallery:
     return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 
 
-def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectData) -> tuple[int, int] | None:
+def find_clicked_patch(result: DemoResult | None, clicked_image: Any, event: gr.SelectData) -> tuple[int, int] | None:
     """Return the row and column of the clicked patch, or None if the click is outside the visible region."""
-    if result is None or drawn is None:
+    if result is None or clicked_image is None:
         return None
-    (height, width), (x, y) = drawn.shape[:2], event.index
+    (height, width), (x, y) = clicked_image.shape[:2], event.index
     return result.find_patch(x, y, width, height)
 
 

@@ -2,8 +2,8 @@
 
     demo_model = DemoModel.load("someone/model", revision)
     result = demo_model.predict("cat.jpg")
-    result.predictions                               # {"Label": {"cat": 0.9, ...}}
-    result.draw(token=0, layer=2, head=None)         # the image overlaid with the attention map
+    result.predictions                                    # {"Label": {"cat": 0.9, ...}}
+    result.draw_attention(token=0, layer=2, head=None)    # the image overlaid with the attention map
 
 Models are loaded with the Auto classes, so the model code may come from the repository of the checkpoint.
 """
@@ -57,10 +57,10 @@ class DemoResult:
     rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
     maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
-    attributions: dict[str, torch.Tensor]  # most probable label of each output -> contribution of patches [gh, gw]
+    attributions: dict[str, torch.Tensor]  # most probable label of each output -> contribution of each patch [gh, gw]
     features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
-    def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
+    def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
         values = select_head(self.maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
@@ -131,7 +131,7 @@ class DemoModel:
             source: a folder or a Hub id. If this package is not installed, the code in the repository is executed. Pin
                 a revision for safety.
             revision: commit hash, branch or tag.
-            code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
+            code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
         Raises:
             ValueError, OSError: with a one-line message, if the checkpoint has a different model type, is not found,
@@ -160,11 +160,11 @@ class DemoModel:
         processor = load_checkpoint(AutoImageProcessor.from_pretrained, source, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         demo_model = cls(model.eval().to(device), processor, source, commit, code_revision, is_classifier)
-        demo_model.check_can_show()
+        demo_model.check_is_supported()
         return demo_model
 
-    def check_can_show(self) -> None:
-        """Raise ValueError if the demo cannot show the model."""
+    def check_is_supported(self) -> None:
+        """Raise ValueError if the demo does not support the model."""
         if self.model.config.num_channels not in (1, 3):
             raise ValueError(
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires images "
@@ -317,8 +317,8 @@ PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str
 
 
 def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
-    """Return the title and the formatting function of the predictions of a model without tasks. A single label is
-    binary, as in transformers' pipelines."""
+    """Return the title and the formatting function of the predictions of a model without tasks. A model with a
+    single label is treated as binary, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
         return PREDICTION_FORMATS["multi_label_classification"]
     return PREDICTION_FORMATS[config.problem_type]

@@ -142,5 +142,5 @@ def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPre
         model, loading_info = load_checkpoint(model_class.from_pretrained, folder, add_pooling_layer=False, **kwargs)
         missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise ValueError(f"the checkpoint {source} lacks {missing[0]}. Train the model first")
+        raise ValueError(f"the checkpoint {source} has no weights for {missing[0]}. Train the model first")
     return model.eval()

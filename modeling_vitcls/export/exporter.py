@@ -63,7 +63,7 @@ class ExportReport:
     outputs: dict[str, list[int | str]]  # names -> shapes of the outputs, with names for dynamic axes
     fixed_because: str  # reason why the image size is fixed although a dynamic size was requested
     preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
-    labels: dict[str, list[str]]  # names of outputs -> names of their classes
+    labels: dict[str, list[str]]  # output name -> class names
     versions: dict[str, str]
     sha256: dict[str, str]  # file names -> hashes
 
@@ -78,7 +78,7 @@ def export_model(
     opset: int | None = None,
     output_attentions: bool = False,
 ) -> ExportReport:
-    """Write the graph of a model to `output`, and its report to the same name with `.json` appended.
+    """Write the graph of a model to `output`, and a report to a file with the same name and `.json` appended.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.
@@ -86,9 +86,10 @@ def export_model(
         output: A file that does not exist, with the suffix of the format.
         image_size: (height, width) in pixels: the fixed image size, or the main size of the comparison if the size is
             dynamic. Default: the native image size of the model.
-        dynamic: Whether the graph accepts any image size. If this is not possible, the report states the reason.
+        dynamic: Whether the graph accepts any image size. If a dynamic size is not possible, the report states the
+            reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
-        opset: ONNX opset. Default: the default of torch.
+        opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
@@ -97,22 +98,22 @@ def export_model(
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
-    if missing := file_format.find_missing_packages():
+    if missing_packages := file_format.find_missing_packages():
         raise ValueError(
-            f"--format {format_name} requires {', '.join(missing)}. Run pip install 'modeling_vitcls[export]'"
+            f"--format {format_name} requires {', '.join(missing_packages)}. Run pip install 'modeling_vitcls[export]'"
         )
     exportable = load_exportable(source)
     model = exportable.model
     shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
-    expected = compute_named_outputs(model, batches, output_attentions)
-    names = list(expected[0])
+    reference_outputs = compute_named_outputs(model, batches, output_attentions)
+    names = list(reference_outputs[0])
     graph = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as temporary_folder:
         file = Path(temporary_folder, output.name)
         written_opset = file_format.write(graph, file)
-        comparisons = compare_outputs(batches, expected, file_format.run(file, batches, names), dtype)
+        comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         report = ExportReport(
             format=format_name,
             model=strip_folders(resolve_name(source, is_built_in=not exportable.is_trained)),
@@ -126,7 +127,7 @@ def export_model(
             },
             tried=comparisons,
             input=describe_input(model.config, shape),
-            outputs=describe_outputs(expected[0], shape),
+            outputs=describe_outputs(reference_outputs[0], shape),
             fixed_because=shape.fixed_size_reason,
             preprocessing=describe_preprocessing(exportable.processor),
             labels=get_label_names(model.config, names),
@@ -193,12 +194,12 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 
 
 def compare_outputs(
-    batches: list[torch.Tensor], expected: list[Outputs], outputs: list[Outputs], dtype: str
+    batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
     """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
-    absolute, relative = LIMITS[dtype]
+    absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
-    for images, reference, result in zip(batches, expected, outputs, strict=True):
+    for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape: ImageShape = tuple(images.shape)  # type: ignore[assignment]  # four numbers
         if get_shapes(reference) != get_shapes(result):
             raise ValueError(
@@ -208,7 +209,7 @@ def compare_outputs(
         differences = {name: get_max_magnitude(result[name] - reference[name]) for name in reference}
         magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
         for name, difference in differences.items():
-            limit = absolute + relative * magnitudes[name]
+            limit = absolute_limit + relative_limit * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
                     f"the output {name} of the written graph differs by {difference:.2g} from the model for images "
@@ -260,7 +261,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return the class names of each output with logits by output name, in the order of the logits."""
+    """Return output name -> class names, in the order of the logits, for each output that contains logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

@@ -30,8 +30,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class GraphShape:
     """Image sizes that a graph accepts; the batch size is always dynamic."""
 
-    image_size: tuple[int, int]  # (height, width) in pixels; the only size unless `is_dynamic`
-    smallest_size: tuple[int, int]  # (height, width) in pixels
+    image_size: tuple[int, int]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
+    smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
     is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
     fixed_size_reason: str = ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
 
@@ -70,7 +70,7 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
         return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
-        return 'position_interpolation="crop" crops position embeddings of a non-square grid except at the native size'
+        return 'position_interpolation="crop" crops position embeddings of a non-square grid at every non-native size'
     return ""
 
 

@@ -53,7 +53,7 @@ class FileComparison:
     file: str  # path in the folder
     dtype: str  # value of `dtype` in transformers.js
     largest_difference: float  # largest absolute difference in a logit
-    top1_agreement: float  # fraction of images with the same predicted class
+    top1_agreement: float  # fraction of images for which the file and the model predict the same class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ def export_for_transformers_js(
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if its image
-            processor has settings that transformers.js does not support, if the float32 file differs from the model,
-            or if the labels of the dataset do not match the model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if the
+            image processor has settings that transformers.js does not support, if the float32 file differs from the
+            model, or if the labels of the dataset do not match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)
@@ -105,13 +105,13 @@ def export_for_transformers_js(
             f"contains {type(model).__name__} {'without' if processor is None else 'with'} an image processor. Set "
             "another --model"
         )
-    preprocessor = build_preprocessor_config(processor)
+    preprocessor_config = build_preprocessor_config(processor)
     batches = [
         build_random_images((BATCH_SIZE, model.config.num_channels, *model.config.image_height_width))
         + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
-    expected = compute_named_outputs(model, batches)
+    reference_outputs = compute_named_outputs(model, batches)
     with tempfile.TemporaryDirectory() as temporary_folder:
         folder = Path(temporary_folder, "onnx")
         folder.mkdir()
@@ -120,14 +120,16 @@ def export_for_transformers_js(
             export_model(source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=has_cls_attention(model))
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
-        comparisons = [compare_file(folder / file, dtype, batches, expected) for dtype, file in FILE_NAMES.items()]
+        comparisons = [
+            compare_file(folder / file, dtype, batches, reference_outputs) for dtype, file in FILE_NAMES.items()
+        ]
         scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
         weights = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
         report = WebReport(comparisons, NUM_IMAGES, scores, hash_files(weights), hash_files(folder.glob("*.onnx")))
         write_json(folder / "report.json", dataclasses.asdict(report))
         move_files(folder, output / "onnx")
     write_json(output / "config.json", build_config(exportable))
-    write_json(output / "preprocessor_config.json", preprocessor)
+    write_json(output / "preprocessor_config.json", preprocessor_config)
     return report
 
 
@@ -175,11 +177,13 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
     quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
 
 
-def compare_file(file: Path, dtype: str, batches: list[torch.Tensor], expected: list[Outputs]) -> FileComparison:
-    """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
-    names = list(expected[0])
+def compare_file(
+    file: Path, dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
+) -> FileComparison:
+    """Run a file with onnxruntime and compare the logits [B, labels] with the logits of the model."""
+    names = list(reference_outputs[0])
     outputs = FORMATS["onnx"].run(file, batches, names)
-    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, expected))
+    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
     agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)
 

@@ -20,14 +20,14 @@ from .provenance import Provenance
 from .verification_script import AUTO_CLASSES
 
 
-# The template folders of an installed package and of a checkout.
+# Loads templates from an installed package or from a checkout.
 TEMPLATES = Environment(
     loader=FileSystemLoader([Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"])
 )
 
 
 def render_template(template: str, /, **variables: Any) -> str:
-    """Return the text of a template in model_cards/."""
+    """Return the rendered text of a template in model_cards/."""
     return TEMPLATES.get_template(f"{template}.md.j2").render(variables)
 
 
@@ -166,7 +166,7 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 def build_training_section(
     config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
 ) -> str:
-    """Return the section on data, recipe, duration, speed and environment. `command` is the command of the run."""
+    """Return the section on data, recipe, duration, speed and environment. `command` is "finetune" or "pretrain"."""
     shareable_flags = get_shareable_flags(flags)
     recipe = {name: value for name, value in shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()

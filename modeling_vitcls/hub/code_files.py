@@ -31,14 +31,16 @@ READING_ORDER = tuple(
 
 def describe_code_differences(folder: Path) -> str:
     """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
-    expected = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
+    expected_files = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
     if (folder / HANDLER_FILE).is_file():
-        expected[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
-    actual = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+        expected_files[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
+    actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
     groups = {
-        "changed": {name for name in expected.keys() & actual.keys() if expected[name] != actual[name]},
-        "missing": expected.keys() - actual.keys(),
-        "added": actual.keys() - expected.keys(),
+        "changed": {
+            name for name in expected_files.keys() & actual_files.keys() if expected_files[name] != actual_files[name]
+        },
+        "missing": expected_files.keys() - actual_files.keys(),
+        "added": actual_files.keys() - expected_files.keys(),
     }
     differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
     package = f"modeling_vitcls {__version__}"

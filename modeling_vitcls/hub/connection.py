@@ -26,7 +26,8 @@ from ..errors import format_error
 
 # Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors of requests. Refused connections raise OSError, failed uploads RuntimeError, and invalid metadata ValueError.
+# Errors of requests. Refused connections raise OSError, failed uploads raise RuntimeError, and invalid metadata
+# raises ValueError.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -117,7 +118,7 @@ class TimeoutClientFactory:
 def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> Iterator[None]:
     """Turn off transformers' warnings, for example about unused classifier weights, and transformers' progress
     bars. Set an argument to False to keep the warnings or the progress bars."""
-    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if warnings:
         transformers_logging.set_verbosity_error()
     if progress_bars:
@@ -126,29 +127,30 @@ def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> I
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if had_bars:
+        if had_progress_bars:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
     """Turn off huggingface_hub's warnings about failed requests, and the progress bars unless `show_progress`."""
-    verbosity, had_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
-    if had_bars and not show_progress:
+    if had_progress_bars and not show_progress:
         disable_progress_bars()
     try:
         yield
     finally:
         hub_logging.set_verbosity(verbosity)
-        if had_bars and not show_progress:
+        if had_progress_bars and not show_progress:
             enable_progress_bars()
 
 
 def retry(
     action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Call `action`, retry after temporary failures, and return the result. The last error is raised.
+    """Call `action`, retry after temporary failures, and return the result. If all attempts fail, the last error is
+    raised.
 
     Args:
         action: The function to call.

@@ -6,8 +6,8 @@
 
 An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. URLs are disabled,
 because they would let users send requests from the endpoint; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs.
-Paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns its pooled
-features per image, or its last hidden state if it has no pooler.
+Paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns the pooled
+features per image, or the last hidden state if the encoder has no pooler.
 
 This file uses the code in the repository, and does not import the package modeling_vitcls.
 """
@@ -31,7 +31,7 @@ class EndpointHandler:
     """The interface of Inference Endpoints: load the model once, and return the predictions for each request."""
 
     def __init__(self, path: str = "") -> None:
-        """Load the model from a folder that contains the files of its repository."""
+        """Load the model from a folder that contains the files of the repository."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)

@@ -63,7 +63,7 @@ MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "
 # Pickled weight files, which older models of other projects contain.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
-TIMEOUT = 6.0  # seconds without a response
+TIMEOUT = 6.0  # maximum time without a response in seconds
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
@@ -177,7 +177,8 @@ def fall_back_to_cache(
         The hash of the commit on the Hub; None if the Hub was not reached.
 
     Raises:
-        OSError: If there is no such repository, if it is gated, or if the Hub does not respond and the block fails.
+        OSError: If there is no such repository, if the repository is gated, or if the Hub does not respond and the
+            block fails.
     """
     if is_offline_mode():
         yield None
@@ -294,7 +295,7 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
     return f"{repo_id} has no revision {revision}. Set the revision to an existing commit hash, branch or tag"
 
 
-def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
+def load_timm(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model and, if `name` starts with `hf-hub:`, the commit hash of the repository (otherwise None).
 
     Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
@@ -303,12 +304,12 @@ def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | No
 
     kind, colon, location = name.partition(":")
     if not colon:
-        config = timm.get_pretrained_cfg(name) if with_weights else None
+        config = timm.get_pretrained_cfg(name) if pretrained else None
         with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():
-            return timm.create_model(name, pretrained=with_weights), None
+            return timm.create_model(name, pretrained=pretrained), None
     if kind.lower().replace("_", "-") != "hf-hub":
-        return timm.create_model(name, pretrained=with_weights), None
+        return timm.create_model(name, pretrained=pretrained), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:
         pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
-        return timm.create_model(pinned_name, pretrained=with_weights), commit
+        return timm.create_model(pinned_name, pretrained=pretrained), commit

@@ -22,7 +22,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
-    """Return the name, in which an existing file or folder is replaced by its absolute path.
+    """Replace an existing file or folder in a name by its absolute path, and return the name.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
@@ -45,10 +45,10 @@ def make_relative(name: Any) -> Any:
         return name
     prefix, path = split_prefix(name)
     try:
-        relative = Path(os.path.relpath(path)).as_posix()
+        relative_path = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # the paths are on different Windows drives
         return name
-    return prefix + (relative if relative.startswith(RELATIVE_PREFIXES) else f"./{relative}")
+    return prefix + (relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}")
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
@@ -86,6 +86,6 @@ def split_prefix(name: str) -> tuple[str, str]:
 
 
 def check_output_is_empty(output: Path) -> None:
-    """Raise ValueError unless `output` does not exist or is an empty folder."""
+    """Raise ValueError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty. Set another --output, or remove {output}")

@@ -181,7 +181,7 @@ def is_native_model(folder: Path) -> bool:
 
 
 def read_code_references(folder: Path) -> list[str]:
-    """Return the code references of a model: `modeling_vitcls.ViTCLSModel`, `owner/name--module.Class`."""
+    """Return the code references of a model, such as `modeling_vitcls.ViTCLSModel` or `owner/name--module.Class`."""
     files = (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file())
     return [text for file in files for text in iter_strings(read_json(file).get("auto_map"))]
 

@@ -1,4 +1,4 @@
-"""The base model of a model and the license of the weights, for the model card.
+"""Base model and license of a model's weights, for the model card.
 
     find_provenance("runs/pretrained")                      a model folder: from README.md
     find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
@@ -8,7 +8,7 @@ Unknown values are None: a card never states a license that the authors did not 
 values that are not in the cache are unknown; no error is raised. A card states these licenses:
 
     new weights                 the license given with `--license`, or no license
-    weights of another model    the license of that model, if it is known
+    weights of another model    the license of that model, if known
     the Python files            Apache-2.0, independent of the license of the weights
 """
 
@@ -37,7 +37,7 @@ def list_license_patterns() -> Iterator[str]:
 
 
 LICENSE_FILES = tuple(list_license_patterns())
-TIMEOUT = 5.0  # seconds without a response; short, because finished runs should not wait for a slow Hub
+TIMEOUT = 5.0  # maximum time without a response in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -94,7 +94,8 @@ def read_folder_provenance(folder: Path) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, the cached card."""
+    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, from the cached
+    card."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)
@@ -106,7 +107,7 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 
 
 def download_card(repo_id: str) -> Path | None:
-    """Return a folder with the card and the license files of a model on the Hub; None if they are unavailable."""
+    """Return a folder with the card and the license files of a model on the Hub; None if the files are unavailable."""
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
@@ -204,7 +205,7 @@ class WeightsLicense:
     """The license of weights, and the sentences that describe it."""
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
-    source: Provenance | None  # provenance with the name, link and text of the license; None if nothing is known
+    source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
     teacher: Provenance | None = None  # teacher of a distillation, whose license is named as well
     has_code: bool = True  # whether the repository contains code, whose license is named as well
 

@@ -34,7 +34,7 @@ from .manifest import (
 )
 
 
-TIMEOUT = 120.0  # seconds without a response; the duration of an upload is not limited
+TIMEOUT = 120.0  # maximum time without a response in seconds; the duration of an upload is not limited
 DEFAULT_MESSAGE = "Upload model"
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PushResult:
 
     repo_id: str  # `namespace/name`
     commit: str  # the hash of the commit, 40 hexadecimal digits
-    url: str  # the address of the commit
+    url: str  # the URL of the commit
     with_optimizer: bool = False  # whether a checkpoint for `--resume` was pushed as well
     is_private: bool = False  # whether the repository is private
 
@@ -81,10 +81,10 @@ def push_folder(
         private: Whether a new repository is private.
         message: Message of the commit.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
-        with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
-        in_background: Show no progress bars, log retries at the DEBUG level, and upload large files one by one
-            without extra threads, which would delay the exit of Python.
-        with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
+        with_optimizer: Whether to also push the newest checkpoint in `checkpoints/`, for `--resume`.
+        in_background: Whether to hide progress bars, to log retries at the DEBUG level, and to upload large files
+            one by one. Uploads in extra threads would delay the exit of Python.
+        with_handler: Whether to also push handler.py for Inference Endpoints (endpoint_handler.py).
 
     Raises:
         ValueError: If the folder does not contain a complete model or, with `with_optimizer`, an undamaged checkpoint.
@@ -125,7 +125,7 @@ def push_once(
     happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the default of the account
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: default visibility of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     info = api.model_info(repo_id, revision=branch)

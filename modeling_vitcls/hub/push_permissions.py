@@ -1,4 +1,4 @@
-"""Check before training that the token may push to a repository. The check changes nothing.
+"""Check before training that the token may push to a repository. The check makes no changes.
 
 repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 """
@@ -12,7 +12,7 @@ from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_s
 from .loading import is_hub_id
 
 
-TIMEOUT = 10.0  # seconds without a response
+TIMEOUT = 10.0  # maximum time without a response in seconds
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
@@ -59,8 +59,8 @@ def fetch_account() -> dict[str, Any]:
     """Return the Hub's information about the user and the token."""
     if get_token() is None:
         raise ValueError(
-            f"a push requires a Hugging Face token, but none was found. Create a 'write' token at {TOKEN_PAGE}, then "
-            "run `hf auth login`, or set HF_TOKEN"
+            f"a push requires a Hugging Face token, but no token was found. Create a 'write' token at {TOKEN_PAGE}, "
+            "then run `hf auth login`, or set HF_TOKEN"
         )
     try:
         with set_hub_timeout(TIMEOUT):
@@ -131,7 +131,7 @@ def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), exists):
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
-            f"contents' of its namespace at {TOKEN_PAGE}, or {remedy}"
+            f"contents' of the namespace at {TOKEN_PAGE}, or {remedy}"
         )
 
 

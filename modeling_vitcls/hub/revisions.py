@@ -23,7 +23,7 @@ from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
 
-TIMEOUT = 60.0  # seconds without a response
+TIMEOUT = 60.0  # maximum time without a response in seconds
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the model's code; None if the model has its own code.
+    """Return the newest commit of the repository with the model's code; None if the code is in the model's own
+    repository.
 
     `folder` contains the model's files. Raises ValueError if the code is in several repositories, and
     raises the errors of `resolve_commit`.

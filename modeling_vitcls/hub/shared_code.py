@@ -21,7 +21,7 @@ from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-# Patterns of a card: code that pins the weights, the location of the code, and the note about both repositories.
+# Patterns in a card: code that pins the weights, the location of the code, and the note about both repositories.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
@@ -31,7 +31,7 @@ NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )"
 
 
 def write_code(folder: str | Path) -> list[str]:
-    """Copy the code of the models into a folder for upload, and return the file names."""
+    """Copy the code files of vitcls models to a folder for upload, and return the file names."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(PACKAGE_FOLDER.glob(CODE_PATTERN))
@@ -61,7 +61,7 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
-        settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
+        settings["auto_map"] = add_repo_id(settings.get("auto_map", {}), repo_id)
         with write_atomically(file) as temporary_file:
             temporary_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (folder / CARD).is_file():
@@ -70,10 +70,11 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
         file.unlink()
 
 
-def add_repository(references: Any, repo_id: str) -> Any:
-    """Return references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository."""
+def add_repo_id(references: Any, repo_id: str) -> Any:
+    """Return code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository
+    id."""
     if isinstance(references, dict):
-        return {name: add_repository(reference, repo_id) for name, reference in references.items()}
+        return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
 
 

@@ -4,7 +4,7 @@
     files = build_space_files(model, title="...")       # path in the Space -> file or bytes
     pushed = push_space(files, model, "someone/model-demo")
 
-    app.py              names the model and its commit
+    app.py              the model, the commit, and the call that serves the page
     vitcls_demo/        the files of the page from this package, which is not installed in the Space
     examples/           example images
     requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
@@ -34,9 +34,9 @@ from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
 from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
-PACKAGE = Path(__file__).parents[1]
-FOLDER = "vitcls_demo"
-EXAMPLES = "examples"
+PACKAGE_FOLDER = Path(__file__).parents[1]
+PAGE_FOLDER = "vitcls_demo"
+EXAMPLES_FOLDER = "examples"
 
 # Files of this package that the page requires. These files import no other files of this package.
 PAGE_FILES = (
@@ -148,12 +148,12 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
     Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
     app = APP_TEMPLATE.format(
-        folder=FOLDER,
+        folder=PAGE_FOLDER,
         model=model.repo_id,
-        warning=f"This runs the code in {model.code.repo_id}" if model.code else "This runs the model's code",
+        warning=f"The app runs the code in {model.code.repo_id}" if model.code else "The app runs the model's code",
         commit=model.commit,
         code_commit=model.code.commit if model.code else None,
-        examples=EXAMPLES,
+        examples=EXAMPLES_FOLDER,
     )
     files: RepoFiles = {
         "app.py": app.encode(),
@@ -162,7 +162,7 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
         ).encode(),
         "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
     }
-    files |= {f"{FOLDER}/{name}": PACKAGE / name for name in PAGE_FILES}
+    files |= {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
     return files | collect_examples(examples)
 
 
@@ -172,14 +172,14 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
     The Space uses the Python version of this process, because the default version on the Hub is too old.
     """
     try:
-        gradio = importlib.metadata.version("gradio")
+        gradio_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
             "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
         ) from None
     settings = {
         "sdk": "gradio",
-        "sdk_version": gradio,
+        "sdk_version": gradio_version,
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "license": "apache-2.0",
@@ -189,7 +189,7 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
         address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
         code = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
-    return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio)
+    return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio_version)
 
 
 def build_space_card(
@@ -214,7 +214,7 @@ def build_space_card(
 
 def list_requirements() -> list[str]:
     """Return the lines of requirements.txt, with the minimum versions that this package declares."""
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
     specifiers = {
         requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
     }
@@ -225,7 +225,7 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
     """Return the files of the example images by path in the Space."""
     files: RepoFiles = {}
     for file in examples:
-        name = f"{EXAMPLES}/{file.name}"
+        name = f"{EXAMPLES_FOLDER}/{file.name}"
         if name in files:
             raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
         read_image(file)
@@ -285,7 +285,9 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent_commit = api.space_info(space_id).sha
     published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
-    folders = tuple({f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{FOLDER}/", f"{EXAMPLES}/"})
+    folders = tuple(
+        {f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{PAGE_FOLDER}/", f"{EXAMPLES_FOLDER}/"}
+    )
     outdated_files = [name for name in published_files if name.startswith(folders) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in outdated_files

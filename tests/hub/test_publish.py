@@ -695,7 +695,7 @@ def test_offline_is_an_immediate_error(hub: LocalHub, folder: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, "a push requires a Hugging Face token, but none was found"),
+        (None, "a push requires a Hugging Face token, but no token was found"),
         ("hf_wrong", "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid"),
         ("hf_bob", "cannot push to ann/model: ann is neither your user name nor"),
         ("hf_fine_read", "the fine-grained Hugging Face token has no permission to write to ann/model"),
