@@ -65,7 +65,7 @@ def explain_missing_output(demo_model: DemoModel) -> str:
     if not demo_model.tokens:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
     if demo_model.merges_patches:
-        return "This model merges patches, so attention is not available. Set `merged_patches_per_layer=0` to show attention."
+        return "This model merges patches, so attention is not available. Set `merged_patches_per_layer=0`."
     return ""
 
 

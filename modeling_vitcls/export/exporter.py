@@ -212,7 +212,7 @@ def compare_outputs(
             limit = absolute_limit + relative_limit * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
-                    f"the output {name} of the written graph differs by {difference:.2g} from the model for images "
+                    f"the output {name} of the written graph differs from the model by {difference:.2g} for images "
                     f"{list(shape)}, but the limit in {dtype} is {limit:.2g}"
                 )
         comparisons.append(BatchComparison(shape, differences, magnitudes))

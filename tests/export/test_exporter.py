@@ -431,7 +431,7 @@ def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: py
 
 def test_nan_is_over_the_limit() -> None:
     batch = [build_images()]
-    with raises_one_line("logits by nan"):
+    with raises_one_line("output logits", "by nan"):
         exporter.compare_outputs(
             batch, [{"logits": torch.zeros(2)}], [{"logits": torch.tensor([0.0, torch.nan])}], "float16"
         )
