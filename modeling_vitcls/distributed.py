@@ -92,8 +92,8 @@ def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        layers = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
-        plugin.transformer_cls_names_to_wrap = sorted(layers)
+        layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
     # FSDP2 warns that the patches are a view, but no operation modifies the patches in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
@@ -151,12 +151,12 @@ def get_precision(accelerator: Accelerator) -> str:
 def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, run: RunOptions) -> None:
     """Raise ValueError for flags that DeepSpeed does not support."""
     stage = get_zero_stage(accelerator)
-    unsupported = {
+    unsupported_flags = {
         "--resume": bool(stage) and run.resume,
         "--compile": bool(stage) and training.compile,
         "--ema-decay": stage == 3 and training.ema_decay is not None,
     }
-    for flag, is_unsupported in unsupported.items():
+    for flag, is_unsupported in unsupported_flags.items():
         if is_unsupported:
             raise ValueError(f"{flag} is not supported with DeepSpeed ZeRO-{stage}. Remove {flag}, or use FSDP2")
 

@@ -29,14 +29,14 @@ def replace_control_characters(text: str) -> str:
     return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file completely or not at all.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    with write_atomically(file) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with write_atomically(file) as unfinished_file:
+        unfinished_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -68,12 +68,12 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 def is_closed_pipe(stream: TextIO) -> bool:
     """Flush a stream, and return whether the stream is a pipe that the reader has closed."""
-    poll = select.poll()
+    poller = select.poll()
     try:
         stream.flush()
-        poll.register(stream, 0)
+        poller.register(stream, 0)
     except BrokenPipeError:
         return True
     except (OSError, ValueError):  # not an operating system file
         return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

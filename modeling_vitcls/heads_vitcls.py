@@ -172,12 +172,12 @@ def classification_loss(
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
         check_label_shape(labels.view(labels.shape[0], -1), logits)
-        total = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
-        return total / num_items
+        loss_sum = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
+        return loss_sum / num_items
     if problem_type == "multi_label_classification":
         check_label_shape(labels, logits)
-        total = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        return total / num_items
+        loss_sum = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        return loss_sum / num_items
     if not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -186,8 +186,8 @@ def classification_loss(
             '"multi_label_classification" for several labels per image'
         )
     check_label_shape(labels, logits)
-    total = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return total * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
+    loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+    return loss_sum * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
 
 
 def cross_entropy(
@@ -204,14 +204,14 @@ def cross_entropy(
         )
     labels = labels.reshape(-1).long()
     try:
-        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     except IndexError as error:
         num_labels = logits.shape[-1]
         message = f"unknown label id: {task} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         raise ValueError(message) from error
     if num_items_in_batch is not None:
-        return total / num_items_in_batch
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return loss_sum / num_items_in_batch
+    return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def check_label_shape(labels: Tensor, logits: Tensor) -> None:

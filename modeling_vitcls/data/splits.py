@@ -303,15 +303,15 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 # Fingerprints --------------------------------------------------------------------------------------------------------
 
 
-def describe_data(data: TrainingData) -> dict[str, Any]:
+def describe_data(training_data: TrainingData) -> dict[str, Any]:
     """Return the description of a run's data, which is stored in checkpoints. The description of a stream contains
     only the held-out images and the classes."""
-    labeled_images = data.held_out if isinstance(data.train, StreamedImages) else data.train
+    labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
-        "num_training_images": data.num_training_images,
-        "num_held_out_images": len(data.held_out),
-        "held_out": data.record.to_dict(),
-        "classes": data.label_space.columns,
+        "num_training_images": training_data.num_training_images,
+        "num_held_out_images": len(training_data.held_out),
+        "held_out": training_data.record.to_dict(),
+        "classes": training_data.label_space.columns,
         **compute_fingerprint(
             labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_content
         ),
@@ -372,17 +372,19 @@ def format_classes(names: Sequence[str] | None) -> str:
 # Warnings ------------------------------------------------------------------------------------------------------------
 
 
-def describe_missing_classes(data: TrainingData) -> list[str]:
+def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images."""
-    if isinstance(data.train, StreamedImages) or not len(data.held_out):
+    if isinstance(training_data.train, StreamedImages) or not len(training_data.held_out):
         return []
-    train, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
+    space = training_data.label_space
+    train = find_classes(training_data.train.labels, space)
+    held_out = find_classes(training_data.held_out.labels, space)
     num_classes = len(train | held_out)
     remedy = "Add images"
-    if data.record.rule is not None:
+    if training_data.record.rule is not None:
         remedy += ", or set another --split-seed or --held-out-fraction"
     warnings = []
-    for missing, images, consequence in (
+    for missing_classes, images, consequence in (
         (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),
         (
             held_out - train,
@@ -390,9 +392,9 @@ def describe_missing_classes(data: TrainingData) -> list[str]:
             "because all images of these classes are held out",
         ),
     ):
-        if missing:
-            finding = f"{len(missing)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{finding} ({shorten_list(sorted(missing))}), {consequence}. {remedy}")
+        if missing_classes:
+            finding = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
+            warnings.append(f"{finding} ({shorten_list(sorted(missing_classes))}), {consequence}. {remedy}")
     return warnings
 
 

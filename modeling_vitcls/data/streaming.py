@@ -80,17 +80,17 @@ class StreamedImages:
         of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
         while True:
-            length = 0
+            num_examples = 0
             for example in self.iterate_pass(seed, pass_index, process_index, num_processes):
-                length += 1
-                if length > start:
+                num_examples += 1
+                if num_examples > start:
                     yield replace(example, epoch=pass_index)
-            if length == 0:
+            if num_examples == 0:
                 raise ValueError(
                     f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
                     "start fewer processes"
                 )
-            num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
+            num_passes, remaining_start = divmod(start, num_examples)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
     def iterate_pass(self, seed: int, pass_index: int, process_index: int, num_processes: int) -> Iterator[Example]:
@@ -199,12 +199,12 @@ class TrainingStream:
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
-        num_distinct = math.ceil(plan.batch_size / plan.num_copies)
+        num_distinct_images = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
-        start = first_batch * num_distinct
+        start = first_batch * num_distinct_images
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
-            batch = list(islice(examples, num_distinct))
+            batch = list(islice(examples, num_distinct_images))
             self.store_names(batch)
             copies = [
                 replace(example, epoch=example.epoch * plan.num_copies + copy)
@@ -221,8 +221,10 @@ class TrainingStream:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
-        first = min(readable_images)
-        source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
+        first_readable = min(readable_images)
+        source_indices = [
+            next((readable for readable in readable_images if readable >= index), first_readable) for index in pixels
+        ]
         replaced_indices = [
             NOT_REPLACED if source_index == index else examples[index].index
             for index, source_index in enumerate(source_indices)

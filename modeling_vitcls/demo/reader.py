@@ -67,16 +67,18 @@ class DemoResult:
 
     def draw_all_layers(self, token: int, head: int | None) -> list[Image.Image]:
         """Draw small maps of all layers; each map has its own scale."""
-        sizes: dict[str, Any] = {"max_side": THUMBNAIL_SIDE, "min_side": THUMBNAIL_SIDE // 2}
-        layers = [select_head(maps, head)[token] for maps in self.maps]
-        return [overlay(self.image, values, self.visible_region, **sizes) for values in layers]
+        size_limits: dict[str, Any] = {"max_side": THUMBNAIL_SIDE, "min_side": THUMBNAIL_SIDE // 2}
+        layer_maps = [select_head(maps, head)[token] for maps in self.maps]
+        return [overlay(self.image, values, self.visible_region, **size_limits) for values in layer_maps]
 
     def draw_through_layers(self, token: int) -> list[tuple[Image.Image, str]]:
         """Return (image, name) pairs for the rollout of a token and the attribution of each prediction."""
         maps = {"rollout through all layers": self.rollout[token]}
         maps |= {f"attribution of {label}": values for label, values in self.attributions.items()}
-        sizes: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
-        return [(overlay(self.image, values, self.visible_region, **sizes), name) for name, values in maps.items()]
+        size_limits: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
+        return [
+            (overlay(self.image, values, self.visible_region, **size_limits), name) for name, values in maps.items()
+        ]
 
     def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
         """Draw the principal components of the patches after a layer as colors."""
@@ -236,7 +238,7 @@ class DemoModel:
         config, encoder = self.model.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
-        def extract(rows: torch.Tensor) -> torch.Tensor:
+        def extract_maps(rows: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(rows, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
         if self.merges_patches:
@@ -246,7 +248,7 @@ class DemoModel:
             return {
                 "predictions": predictions,
                 "rows": rows,
-                "maps": extract(rows),
+                "maps": extract_maps(rows),
                 "rollout": torch.empty(0, *grid_size),
                 "attributions": {},
                 "features": torch.empty(0, *grid_size, config.hidden_size),
@@ -256,15 +258,19 @@ class DemoModel:
         if self.has_labels:
             predictions = get_predictions(trace.outputs.logits, config)
             for task, logits in trace.outputs.logits.items() if config.tasks else [(None, trace.outputs.logits)]:
-                best = int(logits[0].argmax())
-                label = config.id2label[best] if task is None else f"{task}: {config.task_labels()[task][best]}"
-                attributions[label] = extract(trace.compute_attribution(best, task)[0].float().cpu())
+                best_index = int(logits[0].argmax())
+                label = (
+                    config.id2label[best_index]
+                    if task is None
+                    else f"{task}: {config.task_labels()[task][best_index]}"
+                )
+                attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
         rows = trace.compute_rows()[0].float().cpu()
         return {
             "predictions": predictions,
             "rows": rows,
-            "maps": extract(rows),
-            "rollout": extract(trace.compute_rollout()[0].float().cpu()),
+            "maps": extract_maps(rows),
+            "rollout": extract_maps(trace.compute_rollout()[0].float().cpu()),
             "attributions": attributions,
             "features": arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0].detach().half(),
         }

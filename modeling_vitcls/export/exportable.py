@@ -137,10 +137,10 @@ def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPre
     """Load a model in float32, without a pooler if the checkpoint has no pooler."""
     kwargs: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **kwargs)
-    missing = sorted(loading_info["missing_keys"])
-    if missing and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing):
+    missing_weights = sorted(loading_info["missing_keys"])
+    if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
         model, loading_info = load_checkpoint(model_class.from_pretrained, folder, add_pooling_layer=False, **kwargs)
-        missing = sorted(loading_info["missing_keys"])
-    if missing:
-        raise ValueError(f"the checkpoint {source} has no weights for {missing[0]}. Train the model first")
+        missing_weights = sorted(loading_info["missing_keys"])
+    if missing_weights:
+        raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
     return model.eval()

@@ -94,7 +94,8 @@ def export_model(
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if a difference exceeds the limit, if
-            packages are missing, or if `output` exists. The message has one line, and nothing is written.
+            packages are missing, or if `output` exists. The message is one line. Nothing is written if
+            an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
@@ -108,11 +109,11 @@ def export_model(
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
-    graph = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as temporary_folder:
+    traced_model = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
+    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
         file = Path(temporary_folder, output.name)
-        written_opset = file_format.write(graph, file)
+        written_opset = file_format.write(traced_model, file)
         comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         report = ExportReport(
             format=format_name,

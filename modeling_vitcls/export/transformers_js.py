@@ -124,8 +124,10 @@ def export_for_transformers_js(
             compare_file(folder / file, dtype, batches, reference_outputs) for dtype, file in FILE_NAMES.items()
         ]
         scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
-        weights = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
-        report = WebReport(comparisons, NUM_IMAGES, scores, hash_files(weights), hash_files(folder.glob("*.onnx")))
+        weight_files = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
+        report = WebReport(
+            comparisons, NUM_IMAGES, scores, hash_files(weight_files), hash_files(folder.glob("*.onnx"))
+        )
         write_json(folder / "report.json", dataclasses.asdict(report))
         move_files(folder, output / "onnx")
     write_json(output / "config.json", build_config(exportable))

@@ -127,11 +127,13 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     no wrong prediction."""
     if matrix is None:
         return ""
-    errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
-    predicted_index = max(range(len(errors)), key=errors.__getitem__)
-    if not errors[predicted_index]:
+    error_counts = [0 if class_index == index else count for class_index, count in enumerate(matrix[index])]
+    predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
+    if not error_counts[predicted_index]:
         return ""
-    return f", {errors[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
+    return (
+        f", {error_counts[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
+    )
 
 
 MAX_NAME_LENGTH = 100  # characters

@@ -126,14 +126,14 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     config.json, and OSError if config.json is missing.
     """
     check_checkpoint_folder(str(folder), config_is_elsewhere=False)
-    settings = read_json(Path(folder, CONFIG))
-    model_type = settings.get("model_type")
+    config_dict = read_json(Path(folder, CONFIG))
+    model_type = config_dict.get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
             f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
             "with `vitcls convert` first"
         )
-    return settings
+    return config_dict
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
@@ -268,22 +268,22 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
 @contextmanager
 def show_progress_on_first_process() -> Iterator[None]:
     """Show download progress bars only on the first process of a machine; all processes share one download."""
-    group = "huggingface_hub.snapshot_download"
-    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(group):
+    progress_bar_group = "huggingface_hub.snapshot_download"
+    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(progress_bar_group):
         yield
         return
-    disable_progress_bars(group)
+    disable_progress_bars(progress_bar_group)
     try:
         yield
     finally:
-        enable_progress_bars(group)
+        enable_progress_bars(progress_bar_group)
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     """Return the error message for a missing or private repository; the Hub does not distinguish the two cases."""
     path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
-        return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
+        return f"{name} is neither a {path_noun} nor a valid id of a {repo_type} on the Hub. Check the path"
     return (
         f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or the {repo_type} is private and "
         "the token cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"

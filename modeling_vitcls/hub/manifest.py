@@ -101,8 +101,8 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if is_adapter(folder):
         check_adapter(folder)
-        adapter: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
-        return rename_card_in_files(adapter, folder, repo_id)
+        adapter_files: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
+        return rename_card_in_files(adapter_files, folder, repo_id)
     check_is_model(folder)
     find_code_repository(folder, repo_id)
     files: RepoFiles = {
@@ -122,8 +122,8 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
             )
         files = {name: path for name, path in files.items() if name not in outdated_files}
     elif CARD in files:
-        report = read_json(folder / ONNX_REPORT)
-        files[CARD] = insert_onnx_section(read_text(folder / CARD), report).encode()
+        onnx_report = read_json(folder / ONNX_REPORT)
+        files[CARD] = insert_onnx_section(read_text(folder / CARD), onnx_report).encode()
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
@@ -136,10 +136,10 @@ def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the ONNX files were created from the weights in the folder, according to onnx/report.json."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weights = {
+    weight_digests = {
         name: compute_file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()
     }
-    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
+    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weight_digests
 
 
 def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
@@ -247,12 +247,12 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
-    path = checkpoint.folder.relative_to(folder).as_posix()
-    files: RepoFiles = {f"{path}/{name}": checkpoint.folder / name for name in state["files"]}
+    checkpoint_path = checkpoint.folder.relative_to(folder).as_posix()
+    files: RepoFiles = {f"{checkpoint_path}/{name}": checkpoint.folder / name for name in state["files"]}
     state["facts"]["flags"] = {
         name: value for name, value in state["facts"]["flags"].items() if name != "output_dir" and not is_local(value)
     }
-    files[f"{path}/{STATE_FILE}"] = format_state(state).encode()
+    files[f"{checkpoint_path}/{STATE_FILE}"] = format_state(state).encode()
     return files
 
 

@@ -31,9 +31,9 @@ CARD = "README.md"
 def list_license_patterns() -> Iterator[str]:
     """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix."""
     for stem in ("license", "licence", "copying", "notice"):
-        any_case = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
+        case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
-        yield from (f"{any_case}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
+        yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
 
 
 LICENSE_FILES = tuple(list_license_patterns())
@@ -89,8 +89,10 @@ def find_provenance(source: str) -> Provenance:
 
 def read_folder_provenance(folder: Path) -> Provenance:
     """Return the provenance of a model folder, with the base model that is named in the card."""
-    card = read_card_metadata(folder)
-    return add_license(Provenance(folder.resolve().name, base_model=card.get("base_model")), card, folder)
+    card_metadata = read_card_metadata(folder)
+    return add_license(
+        Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
+    )
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
@@ -129,21 +131,27 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, base_url: str | None = None) -> Provenance:
+def add_license(
+    provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
+) -> Provenance:
     """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
 
     `base_url` is the base URL for links to published files that are not in `folder`.
     """
-    name = card.get("license")
+    name = card_metadata.get("license")
     if not name or name == "unknown":
         return provenance
-    matches = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
-    files = tuple(dict.fromkeys(matches))  # license files come before notice files
-    link = card.get("license_link") or (files[0].name if name == "other" and files else None)
-    if link and "://" not in link and not (folder / link).is_file():
-        link = f"{base_url}/{link}" if base_url else None
-    license_name = card.get("license_name")
-    return replace(provenance, license=name, license_name=license_name, license_link=link, license_files=files)
+    matching_files = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
+    license_link = card_metadata.get("license_link") or (
+        license_files[0].name if name == "other" and license_files else None
+    )
+    if license_link and "://" not in license_link and not (folder / license_link).is_file():
+        license_link = f"{base_url}/{license_link}" if base_url else None
+    license_name = card_metadata.get("license_name")
+    return replace(
+        provenance, license=name, license_name=license_name, license_link=license_link, license_files=license_files
+    )
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -171,10 +179,10 @@ def find_timm_provenance(name: str) -> Provenance:
         return provenance
     if config.license in HUB_LICENSES:
         return replace(provenance, license=config.license)
-    link = LICENSE_LINKS.get(config.license) or (
+    license_link = LICENSE_LINKS.get(config.license) or (
         f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     )
-    return replace(provenance, license="other", license_name=config.license, license_link=link)
+    return replace(provenance, license="other", license_name=config.license, license_link=license_link)
 
 
 # Licenses in a card --------------------------------------------------------------------------------------------------
@@ -206,8 +214,8 @@ class WeightsLicense:
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
-    teacher: Provenance | None = None  # teacher of a distillation, whose license is named as well
-    has_code: bool = True  # whether the repository contains code, whose license is named as well
+    teacher: Provenance | None = None  # teacher of a distillation, whose license is also named
+    has_code: bool = True  # whether the repository contains code, whose license is also named
 
     @property
     def metadata(self) -> dict[str, Any]:

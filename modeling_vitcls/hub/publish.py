@@ -106,10 +106,10 @@ def push_folder(
                 push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
             )
     except HUB_ERRORS as error:
-        command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
+        push_command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
         raise PushFailed(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
-            f"finish with: {command}"
+            f"finish with: {push_command}"
         ) from error
     if not push_result.is_private and (dataset := find_local_dataset_in_card(folder)):
         log.warning(describe_published_images(folder, dataset, repo_id))
@@ -128,17 +128,17 @@ def push_once(
     api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: default visibility of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    info = api.model_info(repo_id, revision=branch)
-    published_files = api.list_repo_files(repo_id, revision=info.sha)
+    repo_info = api.model_info(repo_id, revision=branch)
+    published_files = api.list_repo_files(repo_id, revision=repo_info.sha)
     deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published_files, files)]
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     if upload_one_by_one:
         for large_file in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
             api.preupload_lfs_files(repo_id, [large_file], revision=branch, free_memory=False)
     commit = api.create_commit(
-        repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=info.sha
+        repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=repo_info.sha
     )
-    return commit.oid, bool(info.private)
+    return commit.oid, bool(repo_info.private)
 
 
 def build_push_command(

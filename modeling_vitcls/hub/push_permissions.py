@@ -50,8 +50,8 @@ def check_push_permissions(
             "letters, digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
-    exists = check_existing_repo(full_id, private, repo_type)
-    check_token(full_id, account, exists)
+    repo_exists = check_existing_repo(full_id, private, repo_type)
+    check_token(full_id, account, repo_exists)
     return full_id
 
 
@@ -98,12 +98,12 @@ def check_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> boo
     """Return whether the repository exists. Raise ValueError if the repository is public but has to be private."""
     try:
         with set_hub_timeout(TIMEOUT):
-            info = HfApi().repo_info(repo_id, repo_type=repo_type)
+            repo_info = HfApi().repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
         return False
     except HUB_ERRORS as error:
         raise OSError(f"{describe_no_response(error)}, or push later") from error
-    if private and not info.private:
+    if private and not repo_info.private:
         raise ValueError(
             f"{repo_id} exists and is public, but a private repository is required. Make the repository private in "
             f"the settings on the Hub, or set another name with {REPO_ID_FLAGS[repo_type]}"
@@ -120,7 +120,7 @@ def is_private(repo_id: str) -> bool:
         return False
 
 
-def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
+def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> None:
     """Raise ValueError unless the token may write to the repository, or create the repository if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
     if token is None:  # another type of login, whose permissions can only be tested by a push
@@ -128,21 +128,21 @@ def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
     remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with this token (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":
         raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}. To push, {remedy}")
-    if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), exists):
+    if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), repo_exists):
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
             f"contents' of the namespace at {TOKEN_PAGE}, or {remedy}"
         )
 
 
-def is_in_scope(repo_id: str, token_permissions: dict[str, Any], exists: bool) -> bool:
+def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
     writable_names = [
         entry["entity"].get("name", "")
         for entry in token_permissions.get("scoped", ())
         if "repo.write" in entry.get("permissions", ())
     ]
-    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
+    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if repo_exists else [])
     return any(is_same_name(name, accepted_name) for name in writable_names for accepted_name in accepted_names)
 
 

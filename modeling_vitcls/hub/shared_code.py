@@ -32,11 +32,11 @@ NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )"
 
 def write_code(folder: str | Path) -> list[str]:
     """Copy the code files of vitcls models to a folder for upload, and return the file names."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target_folder = Path(folder)
+    target_folder.mkdir(parents=True, exist_ok=True)
     files = sorted(PACKAGE_FOLDER.glob(CODE_PATTERN))
     for file in files:
-        shutil.copyfile(file, target / file.name)
+        shutil.copyfile(file, target_folder / file.name)
     return [file.name for file in files]
 
 

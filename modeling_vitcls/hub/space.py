@@ -184,12 +184,12 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
         "app_file": "app.py",
         "license": "apache-2.0",
     }
-    code = ""
+    code_text = ""
     if model.code:
         address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
-        code = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
-    return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio_version)
+        code_text = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
+    return build_space_card(model, title, DESCRIPTION, settings, code=code_text, gradio=gradio_version)
 
 
 def build_space_card(
