@@ -283,7 +283,7 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     """Return the error message for a missing or private repository; the Hub does not distinguish the two cases."""
     path_noun = PATH_NOUNS[repo_type]
     if not is_hub_id(name):
-        return f"{name} is neither a {path_noun} nor a valid id of a {repo_type} on the Hub. Check the path"
+        return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
         f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or the {repo_type} is private and "
         "the token cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
