@@ -25,7 +25,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def replace_control_characters(text: str) -> str:
-    """Return text in one line, with control characters and invalid bytes of file names replaced."""
+    """Return text as a single line, with control characters and invalid bytes of file names replaced."""
     return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
 
 

@@ -218,7 +218,7 @@ def check_label_shape(labels: Tensor, logits: Tensor) -> None:
     """Raise ValueError if the shapes of labels and logits differ."""
     if labels.shape != logits.shape:
         raise ValueError(
-            f"labels must have the shape of the logits, {list(logits.shape)}, but they have shape {list(labels.shape)}"
+            f"labels must have the shape of the logits, {list(logits.shape)}, but have shape {list(labels.shape)}"
         )
 
 

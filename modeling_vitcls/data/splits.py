@@ -363,7 +363,7 @@ def describe_change(stored_data: dict[str, Any], current_data: dict[str, Any]) -
 
 
 def format_classes(names: Sequence[str] | None) -> str:
-    """Return the number of classes and the first names."""
+    """Return the number of classes and up to five class names as text."""
     if not names:
         return "none"
     return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
@@ -393,8 +393,8 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
         ),
     ):
         if missing_classes:
-            finding = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{finding} ({shorten_list(sorted(missing_classes))}), {consequence}. {remedy}")
+            problem = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
+            warnings.append(f"{problem} ({shorten_list(sorted(missing_classes))}), {consequence}. {remedy}")
     return warnings
 
 

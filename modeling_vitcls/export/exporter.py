@@ -84,8 +84,8 @@ def export_model(
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
         output: A file that does not exist, with the suffix of the format.
-        image_size: (height, width) in pixels: the fixed image size, or the main size of the comparison if the size is
-            dynamic. Default: the native image size of the model.
+        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, the main size of the comparison.
+            Default: the native image size of the model.
         dynamic: Whether the graph accepts any image size. If a dynamic size is not possible, the report states the
             reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.

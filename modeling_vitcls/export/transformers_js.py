@@ -186,8 +186,8 @@ def compare_file(
     names = list(reference_outputs[0])
     outputs = FORMATS["onnx"].run(file, batches, names)
     logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
-    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)
+    top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), top1_agreement)
 
 
 # Labeled images ------------------------------------------------------------------------------------------------------

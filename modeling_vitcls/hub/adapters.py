@@ -31,7 +31,7 @@ ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES
 # Modules whose parameters an adapter contains in full.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
-LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
+LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
 
 
 def write_adapter(

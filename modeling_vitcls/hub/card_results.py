@@ -62,10 +62,10 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
     """Return the table cells of one class by column name."""
-    values = {
+    metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
-    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **values}
+    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **metric_cells}
 
 
 def format_percent(value: float | None) -> str:

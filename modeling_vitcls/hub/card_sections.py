@@ -164,7 +164,11 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 
 
 def build_training_section(
-    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    command: str,
+    teacher_provenance: Provenance | None,
 ) -> str:
     """Return the section on data, recipe, duration, speed and environment. `command` is "finetune" or "pretrain"."""
     shareable_flags = get_shareable_flags(flags)
@@ -176,7 +180,7 @@ def build_training_section(
         config=config,
         results=results,
         hyperparameters=list_hyperparameters(config, results, flags),
-        teacher=describe_teacher(flags, teacher),
+        teacher=describe_teacher(flags, teacher_provenance),
         seconds=f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
         energy=format_energy(results.get("energy")),
         utilization=describe_utilization(results.get("utilisation")),
@@ -236,11 +240,11 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     )
 
 
-def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str | None:
+def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | None) -> str | None:
     """Return sentences about the teacher and its license; None if there is no teacher."""
     if not flags.get("teacher"):
         return None
-    label = teacher.license_label if teacher else None
+    label = teacher_provenance.license_label if teacher_provenance else None
     license_text = f" License of the teacher: {label}." if label else ""
     target_names = {"hard": "predicted class", "soft": "predicted probabilities"}
     targets = target_names.get(flags.get("distillation", ""), "predictions")

@@ -35,14 +35,16 @@ def describe_code_differences(folder: Path) -> str:
     if (folder / HANDLER_FILE).is_file():
         expected_files[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
     actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
-    groups = {
+    names_by_difference = {
         "changed": {
             name for name in expected_files.keys() & actual_files.keys() if expected_files[name] != actual_files[name]
         },
         "missing": expected_files.keys() - actual_files.keys(),
         "added": actual_files.keys() - expected_files.keys(),
     }
-    differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
+    differences = [
+        f"{', '.join(sorted(names))} ({difference})" for difference, names in names_by_difference.items() if names
+    ]
     package = f"modeling_vitcls {__version__}"
     return f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
 

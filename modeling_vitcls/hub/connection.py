@@ -228,7 +228,8 @@ def get_message(error: BaseException) -> str:
 
 
 def describe_gated_repo(error: GatedRepoError) -> str:
-    """Return the message for a repository whose conditions the user has not accepted: the reason and the remedy."""
+    """Return the error message for a repository whose conditions the user has not accepted, with the reason and the
+    remedy."""
     path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
     return (
         f"{path} is gated. Accept the conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
@@ -237,7 +238,7 @@ def describe_gated_repo(error: GatedRepoError) -> str:
 
 
 def describe_no_response(error: BaseException) -> str:
-    """Return the message for a Hub that does not respond: the reason and the remedy."""
+    """Return the error message for a Hub that does not respond, with the reason and the remedy."""
     return (
         f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
         "HF_ENDPOINT"

@@ -6,8 +6,8 @@
 
 An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. URLs are disabled,
 because they would let users send requests from the endpoint; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs.
-Paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns the pooled
-features per image, or the last hidden state if the encoder has no pooler.
+Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns the
+pooled features per image, or the last hidden state if the encoder has no pooler.
 
 This file uses the code in the repository, and does not import the package modeling_vitcls.
 """

@@ -213,7 +213,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files of this folder that the model requires, directly or through imports."""
+    """Return the code files of the folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
     required_files: set[str] = set()

@@ -236,20 +236,23 @@ class WeightsLicense:
 
 
 def get_run_license(
-    is_from_random_weights: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
+    is_from_random_weights: bool,
+    license_flag: str | None,
+    base_provenance: Provenance | None,
+    teacher_provenance: Provenance | None = None,
 ) -> WeightsLicense:
     """Return the license of a run's weights: the inherited license if it is known, otherwise `--license`."""
-    is_inherited = base is not None and base.license is not None
+    is_inherited = base_provenance is not None and base_provenance.license is not None
     if is_from_random_weights or (license_flag and not is_inherited):
-        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher)
-    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base, teacher)
+        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher_provenance)
+    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base_provenance, teacher_provenance)
 
 
-def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:
+def describe_license_conflict(license_flag: str | None, base_provenance: Provenance | None) -> str | None:
     """Return a one-line warning if `--license` differs from the inherited license; None otherwise."""
-    if license_flag is None or base is None or base.license in (None, license_flag):
+    if license_flag is None or base_provenance is None or base_provenance.license in (None, license_flag):
         return None
     return (
-        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under the license "
-        f"{base.license_label}"
+        f"--license {license_flag} is ignored: the weights are derived from {base_provenance.name} and remain under "
+        f"the license {base_provenance.license_label}"
     )

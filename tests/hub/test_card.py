@@ -161,7 +161,7 @@ def test_a_teacher_is_not_a_base_model() -> None:
     teacher = Provenance("timm:their-teacher", "timm/their-teacher", license="mit")
     flags = FLAGS | {"teacher": "timm:their-teacher", "distillation": "soft"}
     results = RESULTS | {"teacher": "timm:their-teacher"}
-    card = ModelCard(str(build_card("my-model", CONFIG, results, flags, teacher=teacher)))
+    card = ModelCard(str(build_card("my-model", CONFIG, results, flags, teacher_provenance=teacher)))
     sentence = (
         "trained on the predicted probabilities of the teacher `timm:their-teacher`. License of the teacher: mit."
     )
@@ -169,7 +169,7 @@ def test_a_teacher_is_not_a_base_model() -> None:
     assert card.data.base_model is None and card.data.license is None
     assert "distillation" in card.data.tags
     assert "The teacher model of the distillation is licensed under mit." in card.text.split("## License")[1]
-    unknown = build_card("my-model", CONFIG, results, flags, teacher=Provenance("timm:their-teacher"))
+    unknown = build_card("my-model", CONFIG, results, flags, teacher_provenance=Provenance("timm:their-teacher"))
     assert "The teacher model" not in unknown.text
 
 
