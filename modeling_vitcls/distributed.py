@@ -43,7 +43,7 @@ def build_accelerator(
 
     On CPUs, the process keeps freed memory after this call (system.py). `cpu=True` is required on machines without an
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
-    gloo backend is set instead, because `cpu=True` would disable DeepSpeed.
+    gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
 
     `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
 

@@ -176,8 +176,8 @@ class ImageInput:
         cache_file = self.image.async_move_resource_to_block_cache
 
         async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
-            """Store an uploaded file in gradio's cache. Reject URLs, because gradio would request them from this
-            machine."""
+            """Store an uploaded file in gradio's cache. Reject URLs, which gradio would otherwise request from
+            this machine."""
             if str(path_or_url).startswith(("http:", "https:")):
                 raise gr.Error(UPLOAD_REQUIRED)
             return await cache_file(path_or_url)

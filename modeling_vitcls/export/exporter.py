@@ -173,8 +173,8 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
-    """Return image shapes for the comparison. For a dynamic graph, these are the native, requested and smallest size,
-    non-square sizes, and a size with partial patches."""
+    """Return image shapes for the comparison. For a dynamic graph, the sizes are the native, requested and smallest
+    size, non-square sizes, and a size with partial patches."""
     if not shape.is_dynamic:
         return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width

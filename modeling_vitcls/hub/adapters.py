@@ -42,7 +42,7 @@ def write_adapter(
     base_model: str,
     provenance: Provenance | None = None,
 ) -> None:
-    """Write the adapter of a model with LoRA layers, and its card.
+    """Write the adapter of a model with LoRA layers, and the card of the adapter.
 
     Args:
         folder: Folder of the adapter; created if it does not exist.

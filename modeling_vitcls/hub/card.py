@@ -241,7 +241,7 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of further classes."""
+    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of remaining classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
     num_more = len(names) - MAX_LISTED_CLASSES
     return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text

@@ -243,7 +243,7 @@ def read_text(file: Path) -> str:
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """Return the published files of the newest undamaged checkpoint in `folder`.
 
-    Flags with local paths are removed from state.json. A resumed run uses the flags of its command line instead.
+    Flags with local paths are removed from state.json. A resumed run uses the flags of the command line instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
