@@ -175,7 +175,8 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a folder contains a model that was converted from vitcls to transformers and uses no code."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers and requires no custom
+    code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 

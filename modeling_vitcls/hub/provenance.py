@@ -29,7 +29,8 @@ CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix."""
+    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix or
+    none."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
