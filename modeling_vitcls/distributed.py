@@ -30,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-MAX_WAIT = timedelta(hours=12)  # maximum wait for the main process, which downloads, reads streams and pushes
+MAX_WAIT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes of the main process
 
 
 def build_accelerator(
@@ -43,7 +43,7 @@ def build_accelerator(
 
     On CPUs, the process keeps freed memory after this call (system.py). `cpu=True` is required on machines without an
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
-    gloo backend is set instead, because `cpu=True` would disable DeepSpeed.
+    gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
 
     `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
 
@@ -64,7 +64,7 @@ def build_accelerator(
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
-    # Set here because a variable of the launcher overrides the argument of the constructor.
+    # An environment variable of the launcher would override the argument of the constructor.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         shard_on_cpu(accelerator)
@@ -87,18 +87,20 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
     """Configure FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
 
-    Otherwise, Accelerate would fail, because it requires a layer of each type that the model class supports.
+    By default, Accelerate raises an error if the model does not contain a layer of each type that the model class
+    supports.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        layers = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
-        plugin.transformer_cls_names_to_wrap = sorted(layers)
-    # The patches are a view, but no operation modifies them in place.
+        layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
+    # FSDP2 warns that the patches are a view, but no operation modifies the patches in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
 def check_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the trackers as a list. Raise ValueError if a tracker is not installed; Accelerate would ignore it."""
+    """Return the trackers as a list. Raise ValueError if a tracker is not installed, because Accelerate would ignore
+    this tracker."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log-with {name} requires the package {name}: pip install {name}")
@@ -114,17 +116,17 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the ZeRO stage; None without DeepSpeed."""
+    """Return the ZeRO stage; None if DeepSpeed is not used."""
     return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
     """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
-    fp16, or an unsupported ZeRO stage.
+    fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
-    configuration of Transformers is removed, because Transformers would load all models in shards, including the
-    teacher.
+    configuration of Transformers is removed, because Transformers would otherwise load all models in shards,
+    including the teacher.
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
@@ -149,18 +151,19 @@ def get_precision(accelerator: Accelerator) -> str:
 def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, run: RunOptions) -> None:
     """Raise ValueError for flags that DeepSpeed does not support."""
     stage = get_zero_stage(accelerator)
-    unsupported = {
+    unsupported_flags = {
         "--resume": bool(stage) and run.resume,
         "--compile": bool(stage) and training.compile,
         "--ema-decay": stage == 3 and training.ema_decay is not None,
     }
-    for flag, is_unsupported in unsupported.items():
+    for flag, is_unsupported in unsupported_flags.items():
         if is_unsupported:
             raise ValueError(f"{flag} is not supported with DeepSpeed ZeRO-{stage}. Remove {flag}, or use FSDP2")
 
 
 def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from its configuration."""
+    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from the DeepSpeed
+    configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None
@@ -173,7 +176,8 @@ def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions
 
 
 def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run an action on the main process, and return its result or raise its ValueError or OSError on all processes."""
+    """Run an action on the main process. On all processes, return the result, or raise the ValueError or OSError of
+    the action."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

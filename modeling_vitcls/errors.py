@@ -1,4 +1,4 @@
-"""Error messages of one line, and errors that all processes of a run raise."""
+"""One-line error messages, and errors that all processes of a run raise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,8 @@ ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a 
 
 
 def format_error(error: BaseException) -> str:
-    """Return an error message as one line of valid text, at most 400 characters, or the type if there is no message.
+    """Return the message of an error as one line of valid text with at most 400 characters. If there is no message,
+    return the name of the error type.
 
     Invalid bytes in file names are replaced.
     """
@@ -19,7 +20,7 @@ def format_error(error: BaseException) -> str:
 
 @contextmanager
 def mark_errors_of_all_processes() -> Iterator[None]:
-    """Mark errors of this block as raised on all processes, so that only one process prints the message."""
+    """Mark errors raised in the block as raised on all processes, so that only one process prints the message."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -3,9 +3,9 @@
 
     JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
 
-`ViTCLSImageProcessor` uses this path for calls without keywords, after the first call has checked its settings. The
-overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image operations. Resizing and
-cropping are methods of the image processor; torchvision decodes JPEG files.
+`ViTCLSImageProcessor` uses this path for calls without keyword arguments, after the first call has checked the
+settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image
+operations. Resizing and cropping are methods of the image processor; torchvision decodes JPEG files.
 
 This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. A
 list of files is read with `torch.get_num_threads()` Python threads, one image per thread.
@@ -53,7 +53,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the content of a JPEG file, given as a path or bytes; None for other formats and types of files."""
+    """Return the content of a JPEG file, given as a path or bytes; None for other formats and other types."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):

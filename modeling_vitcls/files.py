@@ -13,35 +13,36 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        ValueError: If the file is not valid JSON, or is not an object.
+        ValueError: If the file is not valid JSON, or does not contain an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"cannot read {file}: it does not contain a JSON object")
+        raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
     return content
 
 
 def replace_control_characters(text: str) -> str:
-    """Return text in one line, with control characters and invalid bytes of file names replaced."""
+    """Return text as a single line, with control characters and invalid bytes of file names replaced."""
     return "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text)
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file completely or not at all.
 
     Raises:
         OSError: If the file cannot be written.
     """
-    with write_atomically(file) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with write_atomically(file) as unfinished_file:
+        unfinished_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
-    """Yield a hidden file to write, and rename it to `file` after the block, or remove it if there is an error.
+    """Yield the path of a hidden file for writing. After the block, rename the hidden file to `file`, or remove the
+    hidden file if an error was raised.
 
     Raises:
         OSError: If the file cannot be written. The message contains `file`.
@@ -53,7 +54,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         unfinished_file.replace(file)
     except OSError as error:
-        if error.errno is None:  # raised while the contents are computed, not by writing
+        if error.errno is None:  # raised while the contents were computed, not by a write operation
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
@@ -66,13 +67,13 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 
 def is_closed_pipe(stream: TextIO) -> bool:
-    """Flush a stream, and return whether it is a pipe whose reader has closed it."""
-    poll = select.poll()
+    """Flush a stream, and return whether the stream is a pipe that the reader has closed."""
+    poller = select.poll()
     try:
         stream.flush()
-        poll.register(stream, 0)
+        poller.register(stream, 0)
     except BrokenPipeError:
         return True
     except (OSError, ValueError):  # not an operating system file
         return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

@@ -3,7 +3,7 @@
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
-The losses support `num_items_in_batch`, which Trainer passes when it accumulates gradients and can count the labels.
+The losses support `num_items_in_batch`, which Trainer passes during gradient accumulation if labels can be counted.
 Unlike the `loss_function` of transformers, the losses do not set `config.problem_type`.
 """
 
@@ -22,10 +22,10 @@ IGNORED_LABEL = -100
 
 # Poolers -------------------------------------------------------------------------------------------------------------
 class TokenPooler(nn.Module):
-    """Pooling without parameters, by `config.pooling`. [B, N, D] -> [B, P].
+    """Pooling without parameters, selected by `config.pooling`. [B, N, D] -> [B, P].
 
-    "cls": the CLS token; `config.cls_pooling` combines several tokens. "mean" and "max": over the patches. "cls_mean":
-    the CLS token and the mean of the patches, concatenated.
+    "cls": the CLS token; `config.cls_pooling` combines several tokens. "mean" and "max": mean or maximum over the
+    patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -56,7 +56,7 @@ class TokenPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """A learned query that attends to the patches, then an MLP. [B, N, D] -> [B, D] (MAP head; arXiv 2106.04560)."""
+    """Attention pooling with a learned query, then an optional MLP. [B, N, D] -> [B, D] (MAP, arXiv 2106.04560)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class AttentionPooler(nn.Module):
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
         )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query = query.expand(sequence.shape[0], -1, -1, -1)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
-        pooled: Tensor = self.o_proj(attended.transpose(1, 2).flatten(1))  # [B, D]
+        attn_output = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
+        pooled: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
         return pooled if self.transform is None else self.transform(pooled)
 
 
 class PooledMLP(nn.Module):
-    """Norm and MLP with a residual connection, on one pooled vector. [B, D] -> [B, D]."""
+    """Norm and MLP with a residual connection, applied to the pooled vector. [B, D] -> [B, D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by the optional norm and dense layer."""
+    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by an optional norm and dense layer."""
     pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
@@ -160,24 +160,24 @@ def classification_loss(
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: number of labels in all accumulated batches, which divides the loss. Default: this batch.
+        num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches. Default: this batch.
 
     Raises:
-        ValueError: if a label is not a class index, or `problem_type` is not set for float labels.
+        ValueError: if a label is not a class index, or if `problem_type` is not set for float labels.
     """
     labels = labels.to(logits.device)
     if logits.shape[-1] != config.num_labels or not config.num_labels:
-        raise ValueError("labels require a classifier, but the model has none: set num_labels")
+        raise ValueError("labels require a classifier, but the model has no classifier: set num_labels")
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
         check_label_shape(labels.view(labels.shape[0], -1), logits)
-        total = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
-        return total / num_items
+        loss_sum = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
+        return loss_sum / num_items
     if problem_type == "multi_label_classification":
         check_label_shape(labels, logits)
-        total = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        return total / num_items
+        loss_sum = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
+        return loss_sum / num_items
     if not labels.is_floating_point():
         return cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
@@ -186,14 +186,14 @@ def classification_loss(
             '"multi_label_classification" for several labels per image'
         )
     check_label_shape(labels, logits)
-    total = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    return total * labels.shape[-1] / num_items  # num_items counts all B * C entries: this is the mean over images
+    loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+    return loss_sum * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, task: str = "the model"
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] and class indices [B]. Labels of -100 are ignored; 0 if all are -100.
+    """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
     Raises:
         ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index.
@@ -204,21 +204,21 @@ def cross_entropy(
         )
     labels = labels.reshape(-1).long()
     try:
-        total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     except IndexError as error:
         num_labels = logits.shape[-1]
         message = f"unknown label id: {task} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         raise ValueError(message) from error
     if num_items_in_batch is not None:
-        return total / num_items_in_batch
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return loss_sum / num_items_in_batch
+    return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def check_label_shape(labels: Tensor, logits: Tensor) -> None:
     """Raise ValueError if the shapes of labels and logits differ."""
     if labels.shape != logits.shape:
         raise ValueError(
-            f"labels must have the shape of the logits, {list(logits.shape)}, but they have shape {list(labels.shape)}"
+            f"labels must have the shape of the logits, {list(logits.shape)}, but have shape {list(labels.shape)}"
         )
 
 
@@ -232,15 +232,15 @@ def masked_pixel_loss(
     Args:
         reconstruction: prediction [B, C, H, W].
         pixel_values: images [B, C, H, W].
-        bool_masked_pos: [B, rows * columns], true if a patch was masked.
+        bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predicted = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels of a patch]
+    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels of a patch]
     target = split_into_patches(pixel_values, config).float()
     if config.norm_pixel_target:
         correction = int(target.shape[-1] > 1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
-    distance = (predicted - target).abs() if config.mim_loss == "l1" else (predicted - target) ** 2
+    distance = (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
     mask = bool_masked_pos.bool().to(distance.dtype)
     return (distance.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 

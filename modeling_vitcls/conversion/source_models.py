@@ -76,7 +76,7 @@ class TimmSource:
             hint = f". Did you mean {similar[0]}?" if similar else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
-            model, commit = load_timm(name, with_weights=not random_init)
+            model, commit = load_timm(name, pretrained=not random_init)
         except Exception as error:  # any error of the download
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without weights"

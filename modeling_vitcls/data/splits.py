@@ -5,13 +5,14 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only with the data that it started with. The fingerprint of the data contains
+`--resume` continues a run only with the data that the run started with. The fingerprint of the data contains:
     names_sha256         the images' names in order
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
-Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a change of
-many images with the same names, for example if the names of two class folders were swapped.
+Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a
+change in the contents of many images whose names are unchanged, for example if the names of two class folders were
+swapped.
 """
 
 import hashlib
@@ -33,13 +34,12 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Name of a digest -> description of the change if this digest differs and the digests before it are the same.
-CHANGES = {
-    "name_set_sha256": "the number of images is the same, but their names differ",
-    "names_sha256": "the images are the same, but their order differs",
+# Digest name -> description of the change. The first digest that differs determines the description.
+CHANGE_DESCRIPTIONS = {
+    "name_set_sha256": "the number of images is the same, but the names of the images differ",
+    "names_sha256": "the images are the same, but the order of the images differs",
     "labels_sha256": "the images are the same, but some labels differ",
-    "contents_sha256": "the names of the images are the same, but their contents differ; classes may have been "
-    "swapped",
+    "contents_sha256": "the names of the images are the same, but the contents differ; classes may have been swapped",
 }
 
 
@@ -54,10 +54,10 @@ class TrainingData:
     label_space: LabelSpace
     train: LabeledImages | StreamedImages
     held_out: LabeledImages
-    held_out_name: str  # name of the split, or the rule that selected its images
+    held_out_name: str  # name of the held-out split, or description of the rule that selected the images
     record: HeldOutRecord
-    selection: LabeledImages | None = None  # images that select the best checkpoint (`--select best`)
-    selection_name: str = ""  # name of the selection split, like `held_out_name`
+    selection: LabeledImages | None = None  # images for selecting the best checkpoint (`--select best`)
+    selection_name: str = ""  # name of the selection split, or description of the rule
 
     @property
     def num_training_images(self) -> int | None:
@@ -65,54 +65,57 @@ class TrainingData:
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
 
-def load_training_data(options: DataOptions, with_selection: bool = False, use_labels: bool = True) -> TrainingData:
-    """Load the training images and the held-out images: splits of the dataset, or a seeded selection (held_out.py).
+def load_training_data(
+    options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
+) -> TrainingData:
+    """Load the training images and the held-out images: two splits of the dataset, or a division of one split by a
+    seeded rule (held_out.py).
 
-    With `with_selection`, the checkpoint is selected on images that are separate from the held-out images. The
-    separate images are the validation split if the dataset also has a test split, and otherwise another seeded
-    selection of the training images.
+    If `use_selection_split` is set, the checkpoint is selected on images that are separate from the held-out images.
+    The separate images are the validation split if the dataset also has a test split. Otherwise, the separate images
+    are selected from the training images by another seeded rule.
 
-    The held-out images of a stream are read immediately and stored in memory, encoded. Without an evaluation split,
-    only the first 10,000 held-out images are stored.
+    The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
+    evaluation split, only the first 10,000 held-out images are stored.
 
     Raises:
         ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
     """
     if options.streaming:
         streams = open_streams(options, use_labels)
-        first = next(iter(streams.values()))
-        return split_data(first.name, first.label_space, streams, options, with_selection)
+        first_stream = next(iter(streams.values()))
+        return split_data(first_stream.name, first_stream.label_space, streams, options, use_selection_split)
 
     def select(names: list[str]) -> list[str]:
-        return [name for name in choose_training_splits(names, with_selection) if name is not None]
+        return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
 
     splits = load_splits(options, use_labels, select)
-    return split_data(splits.name, splits.label_space, splits.parts, options, with_selection)
+    return split_data(splits.name, splits.label_space, splits.parts, options, use_selection_split)
 
 
-def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
+def load_unlabeled_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
     """Load the training images and the held-out images without labels: every label is -100, and the label space has no
     columns.
 
-    Fine-tuning on the same dataset holds out the same images. Errors are as in `load_training_data`.
+    Fine-tuning on the same dataset holds out the same images. The errors are the same as in `load_training_data`.
     """
-    return load_training_data(options, with_selection, use_labels=False)
+    return load_training_data(options, use_selection_split, use_labels=False)
 
 
 class TrainingSplits(NamedTuple):
     """Names of the splits that training reads."""
 
     train: str
-    held_out: str | None  # split whose metrics are reported, if there is one
-    selection: str | None  # split that selects the best checkpoint, if there is one
+    held_out: str | None  # split for the reported metrics; None if the dataset has no such split
+    selection: str | None  # split for selecting the best checkpoint; None if no split is used
 
 
-def choose_training_splits(names: Collection[str], with_selection: bool) -> TrainingSplits:
-    """Return the names of the splits that training reads. The validation split is reported instead of the test
-    split, unless the validation split selects the checkpoint."""
+def choose_training_splits(names: Collection[str], use_selection_split: bool) -> TrainingSplits:
+    """Return the names of the splits that training reads. The reported metrics are measured on the test split only if
+    there is no validation split, or if the validation split is used to select the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
     held_out = [name for name in HELD_OUT_NAMES if name in names and name != train]
-    if with_selection and len(held_out) > 1 and "test" in held_out:
+    if use_selection_split and len(held_out) > 1 and "test" in held_out:
         return TrainingSplits(train, "test", held_out[0])
     return TrainingSplits(train, held_out[0] if held_out else None, None)
 
@@ -120,17 +123,17 @@ def choose_training_splits(names: Collection[str], with_selection: bool) -> Trai
 def split_data(
     name: str,
     space: LabelSpace,
-    parts: Mapping[str, LabeledImages | StreamedImages],
+    split_images: Mapping[str, LabeledImages | StreamedImages],
     options: DataOptions,
-    with_selection: bool,
+    use_selection_split: bool,
 ) -> TrainingData:
-    """Build the training data. If the dataset has no held-out split, images of the training split are held out. The
-    held-out images of a stream are read into memory."""
-    splits = choose_training_splits(parts, with_selection)
-    check_splits(options, space, list(parts), splits, with_selection)
-    train = parts[splits.train]
+    """Build the training data from the splits of a dataset. If the dataset has no held-out split, images of the
+    training split are held out. The held-out images of a stream are read into memory."""
+    splits = choose_training_splits(split_images, use_selection_split)
+    check_splits(options, space, list(split_images), splits, use_selection_split)
+    train = split_images[splits.train]
     if splits.held_out is not None:
-        held_out, description = read_images(parts[splits.held_out]), f"split {splits.held_out!r}"
+        held_out, description = read_images(split_images[splits.held_out]), f"split {splits.held_out!r}"
         record = HeldOutRecord(splits.held_out, len(held_out))
     else:
         rule = get_held_out_rule(options)
@@ -140,8 +143,8 @@ def split_data(
             description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
     selection, selection_name = None, ""
     if splits.selection is not None:
-        selection, selection_name = read_images(parts[splits.selection]), f"split {splits.selection!r}"
-    elif with_selection:
+        selection, selection_name = read_images(split_images[splits.selection]), f"split {splits.selection!r}"
+    elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule} of the training images"
@@ -154,10 +157,10 @@ def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
 
 
 def check_splits(
-    options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, with_selection: bool
+    options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, use_selection_split: bool
 ) -> None:
     """Raise ValueError if there is only one class, if a dataset for cross-validation has a split for
-    evaluation, or if `--select best` has no images to select on."""
+    evaluation, or if no images are available for `--select best`."""
     if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, space.names[0]))
     if options.folds is not None and splits.held_out is not None:
@@ -165,19 +168,20 @@ def check_splits(
             f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
             f"{splits.held_out!r}. Remove --folds"
         )
-    if with_selection and splits.selection is None and options.streaming:
+    if use_selection_split and splits.selection is None and options.streaming:
         raise ValueError(
-            f"--select best requires a validation and a test split for a stream, but {options.dataset} has "
-            f"{', '.join(names)}. Remove --streaming or --select best"
+            f"--select best requires a stream with a validation split and a test split, but {options.dataset} has "
+            f"only {', '.join(names)}. Remove --streaming or --select best"
         )
-    if with_selection and splits.selection is None and not options.held_out_fraction:
+    if use_selection_split and splits.selection is None and not options.held_out_fraction:
         raise ValueError(
-            "--select best requires images to select on, but --held-out-fraction is 0. Set a larger fraction"
+            "--select best requires images to select on, but --held-out-fraction is 0. Set a larger "
+            "--held-out-fraction"
         )
 
 
 def get_held_out_rule(options: DataOptions) -> HeldOutRule:
-    """Return the rule for holding out images that the options describe."""
+    """Build the rule that selects the held-out images, as specified by the options."""
     if options.folds is not None and options.fold is not None:
         return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
     return HeldOutRule(options.held_out_fraction, options.split_seed)
@@ -212,7 +216,7 @@ class EvaluationData(NamedTuple):
     label_space: LabelSpace
     images: LabeledImages
     split: str
-    rule: HeldOutRule | None  # None if `images` are a whole split, or the training images
+    rule: HeldOutRule | None  # rule that held out `images`; None if `images` are a whole split or training images
 
 
 def load_evaluation_data(
@@ -220,12 +224,13 @@ def load_evaluation_data(
 ) -> EvaluationData:
     """Load the images of one split.
 
-    If the dataset has a single split, `"train"` means its training images. `"test"` means the images that training
-    holds out, unless the split itself has this name. By default, `split` is the split that the model's run held out,
-    or "test". If `record` (the held-out record of the model's run) contains a rule, this rule selects the images.
+    If the dataset has a single split, `"train"` means the images of this split that training uses. `"test"` means the
+    images that training holds out, unless the split itself is named "test". By default, `split` is the split that the
+    model's run held out, or "test". If `record` (the held-out record of the model's run) contains a rule, this rule
+    selects the images.
 
     Raises:
-        ValueError: if the split does not exist, or the options do not hold out the images of `record`.
+        ValueError: if the split does not exist or cannot be evaluated, or if the options contradict `record`.
     """
     rule = choose_rule(options, record)
     if options.streaming:
@@ -243,7 +248,7 @@ def load_evaluation_data(
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
         (images,) = splits.parts.values()
-    if name in names and not (name == "train" and len(names) == 1):  # not a part of the only split
+    if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
         return EvaluationData(space, read_images(images), name, None)
     if name == "train" and options.streaming:
         raise ValueError(
@@ -253,7 +258,7 @@ def load_evaluation_data(
     if name != "train" and rule.fraction == 0:
         raise ValueError(
             f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
-            f"{options.dataset}. Set --dataset to different images"
+            f"{options.dataset}. Set --dataset to a dataset that was not used for training"
         )
     train, held_out, _ = hold_out_images(images, rule, options)
     if name == "train":
@@ -263,14 +268,14 @@ def load_evaluation_data(
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
     """Return the split to evaluate on: the requested split, the split that the model's run held out if the dataset has
-    it, or "test"."""
+    this split, or "test"."""
     if split is not None:
         return split
     return record.split if record is not None and record.split in names and record.split else "test"
 
 
 def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
-    """Return the stored split that contains the requested split: the split itself, or the only split."""
+    """Return the split of the dataset that contains the requested images: the requested split, or the only split."""
     if split in names:
         return split
     if len(names) == 1 and split in ("train", "test"):
@@ -279,8 +284,8 @@ def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the rule that held out the images of a model's run; the rule of the options if the run has no record.
-    Raise ValueError if --split-seed or --held-out-fraction is set to another value."""
+    """Return the recorded rule of a model's run, or the rule from the options if no rule was recorded. Raise
+    ValueError if --split-seed or --held-out-fraction contradicts the recorded rule."""
     rule = None if record is None else record.rule
     if rule is None:
         return get_held_out_rule(options)
@@ -298,15 +303,15 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 # Fingerprints --------------------------------------------------------------------------------------------------------
 
 
-def describe_data(data: TrainingData) -> dict[str, Any]:
-    """Return the description of a run's data for its checkpoints. The description of a stream contains only the
-    held-out images and the classes."""
-    labeled_images = data.held_out if isinstance(data.train, StreamedImages) else data.train
+def describe_data(training_data: TrainingData) -> dict[str, Any]:
+    """Return the description of a run's data, which is stored in checkpoints. The description of a stream contains
+    only the held-out images and the classes."""
+    labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
-        "num_training_images": data.num_training_images,
-        "num_held_out_images": len(data.held_out),
-        "held_out": data.record.to_dict(),
-        "classes": data.label_space.columns,
+        "num_training_images": training_data.num_training_images,
+        "num_held_out_images": len(training_data.held_out),
+        "held_out": training_data.record.to_dict(),
+        "classes": training_data.label_space.columns,
         **compute_fingerprint(
             labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_content
         ),
@@ -317,9 +322,9 @@ def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
 ) -> dict[str, str]:
     """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
-    `read_content` returns the bytes of the image with an index, or None if the image cannot be read."""
-    samples = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
-    contents = (read_content(index) for index in samples)
+    `read_content` returns the bytes of the image at an index, or None if the image cannot be read."""
+    sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
+    contents = (read_content(index) for index in sample_indices)
     return {
         "names_sha256": compute_digest(names),
         "name_set_sha256": compute_digest(sorted(names)),
@@ -338,27 +343,27 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(stored: dict[str, Any], current: dict[str, Any]) -> str | None:
+def describe_change(stored_data: dict[str, Any], current_data: dict[str, Any]) -> str | None:
     """Return a description of the first difference between the stored and the current data of a run, both from
     `describe_data`; None if there is no difference."""
-    if stored == current:
+    if stored_data == current_data:
         return None
-    for column, names in current["classes"].items():
-        if (stored_names := stored["classes"].get(column)) != names:
+    for column, names in current_data["classes"].items():
+        if (stored_names := stored_data["classes"].get(column)) != names:
             return (
                 f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
             )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if stored[name] != current[name]:
-            return f"there were {stored[name]:,} {noun}, but there are {current[name]:,} now"
-    for name, change in CHANGES.items():
-        if stored[name] != current[name]:
+        if stored_data[name] != current_data[name]:
+            return f"there were {stored_data[name]:,} {noun}, but there are {current_data[name]:,} now"
+    for name, change in CHANGE_DESCRIPTIONS.items():
+        if stored_data[name] != current_data[name]:
             return change
     return "different images are held out"
 
 
 def format_classes(names: Sequence[str] | None) -> str:
-    """Return the number of classes and the first names."""
+    """Return the number of classes and up to five class names as text."""
     if not names:
         return "none"
     return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
@@ -367,33 +372,35 @@ def format_classes(names: Sequence[str] | None) -> str:
 # Warnings ------------------------------------------------------------------------------------------------------------
 
 
-def describe_missing_classes(data: TrainingData) -> list[str]:
+def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images."""
-    if isinstance(data.train, StreamedImages) or not len(data.held_out):
+    if isinstance(training_data.train, StreamedImages) or not len(training_data.held_out):
         return []
-    train, held_out = (find_classes(part.labels, data.label_space) for part in (data.train, data.held_out))
+    space = training_data.label_space
+    train = find_classes(training_data.train.labels, space)
+    held_out = find_classes(training_data.held_out.labels, space)
     num_classes = len(train | held_out)
     remedy = "Add images"
-    if data.record.rule is not None:
+    if training_data.record.rule is not None:
         remedy += ", or set another --split-seed or --held-out-fraction"
     warnings = []
-    for missing, images, consequence in (
-        (train - held_out, "held-out images", "so their accuracy is not measured"),
+    for missing_classes, images, consequence in (
+        (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),
         (
             held_out - train,
             "training images",
-            "because all of their images are held out, so the model cannot learn them",
+            "because all images of these classes are held out",
         ),
     ):
-        if missing:
-            finding = f"{len(missing)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{finding} ({shorten_list(sorted(missing))}), {consequence}. {remedy}")
+        if missing_classes:
+            problem = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
+            warnings.append(f"{problem} ({shorten_list(sorted(missing_classes))}), {consequence}. {remedy}")
     return warnings
 
 
 def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in labels. With several tasks, each name starts with the name of its
-    task."""
+    """Return the names of the classes that occur in labels. For a model with several tasks, each class name is
+    prefixed with the name of the task."""
     if space.kind == "multi_task":
         tasks = space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

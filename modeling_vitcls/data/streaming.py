@@ -3,10 +3,10 @@
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
-Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise it reads
-all shards and uses every n-th example. The order depends only on the seed. After its last example, a process starts
-again in a different order. The index of an example is a checksum of its encoded image (or of its path), so an image
-has the same index in every pass and on every process.
+Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise each
+process reads all shards and uses every n-th example, where n is the number of processes. The order depends only on the
+seed. After the last example, a process starts a new pass in a different order. The index of an example is a checksum
+of the encoded image (or of its path), so an image has the same index in every pass and on every process.
 """
 
 import math
@@ -40,12 +40,12 @@ from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
-MAX_STORED_NAMES = 10_000  # maximum number of recent examples with stored names, for error messages
+MAX_STORED_NAMES = 10_000  # maximum number of recent examples whose names are stored for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
-StreamRow = tuple[dict[str, Any], int]  # values by column, key of the image
+StreamRow = tuple[dict[str, Any], int]  # (values by column name, key of the image)
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,29 @@ class StreamedImages:
 
     @property
     def label_space(self) -> LabelSpace:
-        """The kind of labels and their names."""
+        """The type of the labels and the class names."""
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """Yield the examples of one process endlessly, from example `start` on; `epoch` counts the passes. Raise
-        ValueError if a label is not one of the classes, or a process has no examples."""
+        """Yield the examples of one process endlessly, from example `start` on. `Example.epoch` is the number
+        of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
         while True:
-            length = 0
+            num_examples = 0
             for example in self.iterate_pass(seed, pass_index, process_index, num_processes):
-                length += 1
-                if length > start:
+                num_examples += 1
+                if num_examples > start:
                     yield replace(example, epoch=pass_index)
-            if length == 0:
-                raise ValueError(f"{self.name} has no training image for process {process_index} of {num_processes}")
-            num_passes, remaining_start = divmod(start, length)  # all passes of a process have the same length
+            if num_examples == 0:
+                raise ValueError(
+                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
+                    "start fewer processes"
+                )
+            num_passes, remaining_start = divmod(start, num_examples)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
 
     def iterate_pass(self, seed: int, pass_index: int, process_index: int, num_processes: int) -> Iterator[Example]:
-        """Yield each example of one process once, shuffled."""
+        """Yield the examples of one process in one shuffled pass."""
         stream = self.stream
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
@@ -104,8 +107,8 @@ class StreamedImages:
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream. If `held_out` is None, return all images.
 
-        With `held_out`, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all
-        held-out images.
+        If `held_out` is set, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips
+        all held-out images.
         """
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
@@ -117,7 +120,7 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the values of each row, with its image in the format of `decode_image`, and the key of the image."""
+        """Yield the values of each row and the key of the image. The image has the input format of `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
@@ -127,7 +130,7 @@ class StreamedImages:
         return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
-        """Yield the example of each row. Rows without a label are skipped."""
+        """Yield an `Example` for each row. Rows without a label are skipped."""
         for values, index in rows:
             encoded, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
@@ -165,7 +168,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types in its first row."""
+    """Return the declared column types of a dataset, or the types of the first row if none are declared."""
     import datasets
 
     if stream.features is not None:
@@ -183,12 +186,12 @@ def read_features(stream: Any, options: DataOptions) -> Features:
 class TrainingStream:
     """Augmented training images of a stream, with the interface of `TrainingImages`.
 
-    An unreadable image is replaced by the next readable image of its batch.
+    An unreadable image is replaced by the next readable image in the batch.
     """
 
     source: StreamedImages
     builder: BatchBuilder
-    names: dict[int, str] = field(default_factory=dict)  # path by index
+    names: dict[int, str] = field(default_factory=dict)  # example index -> path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
@@ -196,12 +199,12 @@ class TrainingStream:
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
-        num_distinct = math.ceil(plan.batch_size / plan.num_copies)
+        num_distinct_images = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
-        start = first_batch * num_distinct
+        start = first_batch * num_distinct_images
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
-            batch = list(islice(examples, num_distinct))
+            batch = list(islice(examples, num_distinct_images))
             self.store_names(batch)
             copies = [
                 replace(example, epoch=example.epoch * plan.num_copies + copy)
@@ -211,13 +214,17 @@ class TrainingStream:
             yield copies[: plan.batch_size]
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Return the batch of these examples. Raise ValueError if none of the images can be read."""
+        """Build the batch of the given examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:
-            raise ValueError(f"{self.source.name}: none of the {len(examples)} images of a batch can be read")
-        first = min(readable_images)
-        source_indices = [next((other for other in readable_images if other >= index), first) for index in pixels]
+            raise ValueError(
+                f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
+            )
+        first_readable = min(readable_images)
+        source_indices = [
+            next((readable for readable in readable_images if readable >= index), first_readable) for index in pixels
+        ]
         replaced_indices = [
             NOT_REPLACED if source_index == index else examples[index].index
             for index, source_index in enumerate(source_indices)
@@ -237,14 +244,14 @@ class TrainingStream:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of these examples, and remove the oldest names if there are too many."""
+        """Store the names of these examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:
             del self.names[next(iter(self.names))]
 
     def describe_unreadable(self, index: int) -> str:
-        """Return the error message of an unreadable image."""
+        """Return the error message for an unreadable image."""
         name = self.names.get(index)
         return f"cannot read the image {shorten(name)}" if name else f"cannot read the image with checksum {index:x}"
 
@@ -257,17 +264,18 @@ def augment_images(
     num_views: int = 0,
     num_channels: int | None = None,
 ) -> TrainingImages | TrainingStream:
-    """Build the dataset of augmented training images, stored or streamed. See `BatchBuilder` for the arguments."""
+    """Build the dataset of augmented training images from stored or streamed images. See `BatchBuilder` for the
+    arguments."""
     builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
     return TrainingStream(source, builder) if isinstance(source, StreamedImages) else TrainingImages(source, builder)
 
 
-def read_ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield the same items, with up to `count` items read ahead in a separate thread."""
+def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
+    """Yield the items of an iterator, with up to `num_items` items read ahead in a separate thread."""
     end = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:
-        futures = deque(pool.submit(next, items, end) for _ in range(count))
+        futures = deque(pool.submit(next, items, end) for _ in range(num_items))
         while (item := futures.popleft().result()) is not end:
             futures.append(pool.submit(next, items, end))
             yield item

@@ -2,9 +2,9 @@
 
     reader.py    an image -> predictions, attention of the special tokens
     page.py      the page, with gradio
-    text.py      the sentences of the page
+    text.py      the text of the page
     static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
 
-It runs locally (`vitcls demo`) and as a Space, where this package is not installed. hub/space.py lists the files
-that are copied to a Space. Files of this folder import only files from that list.
+The demo runs locally (`vitcls demo`) or in a Space, where this package is not installed. hub/space.py lists the files
+that are copied to a Space. The files of this folder import only the listed files.
 """

@@ -1,4 +1,4 @@
-"""The page of the demo: an image as input, labels and attention as output.
+"""The page of the demo: an image as input, predictions and attention maps as output.
 
     serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
@@ -38,9 +38,9 @@ import gradio as gr
 TOP_K = 5
 CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
 IMAGE_HEIGHT = 360  # pixels
-UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of its examples"
-# Without "always_last", gradio drops requests that arrive during another request. A shared concurrency id prevents
-# two drawings at the same time.
+UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of the example images"
+# Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
+# prevents two drawing requests from running at the same time.
 LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
 LATEST_DRAWING_REQUEST: dict[str, Any] = LATEST_REQUEST | {"concurrency_id": "drawing"}
 
@@ -59,15 +59,15 @@ CSS = """
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
 .scale i { flex: 0 1 160px; height: 10px; border-radius: 3px; background: linear-gradient(to right, COLORS); }
 """
-# Browsers load a lazy image only when it is near the window, so output images below it would be blank at first.
+# Browsers load images with loading=lazy only near the visible part of the page, so images further down would be blank.
 LOAD_ALL_IMAGES = """() => {
   const load = () => document.querySelectorAll("img[loading=lazy]").forEach((image) => { image.loading = "eager" })
   new MutationObserver(load).observe(document.body, { childList: true, subtree: true })
 }"""
-NUM_COLOR_STOPS = 9  # number of colors of the color scale
+NUM_COLOR_STOPS = 9  # number of color stops in the gradient of the color scale
 PATCHES_TEXT = (
     "Similar colors mean similar features: red, green and blue are the first three principal components of the "
-    "patches of this image. Click a patch to see which patches are similar to it."
+    "patch features of this image. Click a patch to see which patches are similar to it."
 )
 
 
@@ -79,36 +79,36 @@ def serve_demo(
     port: int | None = None,
     code_revision: str | None = None,
 ) -> None:
-    """Load a model and serve its page until the process is stopped.
+    """Load a model and serve its demo page until the process is stopped.
 
     Args:
         source: a folder or a Hub id.
         revision: commit hash, branch or tag.
         examples: files of example images.
-        host: host name to listen on. Default: GRADIO_SERVER_NAME, which Spaces set, or only this machine.
+        host: host name to listen on. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
         port: port to listen on. Default: GRADIO_SERVER_PORT, or a free port from 7860.
-        code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
+        code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
         ValueError, OSError: with a one-line message, if the model cannot be shown or the port is in use.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
-        address = launch(page, host, port)
-    except OSError as error:  # gradio's message names a function of gradio, not --port
+        address = launch_page(page, host, port)
+    except OSError as error:  # the message of gradio refers to a gradio function, not to --port
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
 
 
-def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page from threads of this process, and return its address."""
-    stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
+def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
+    """Serve the page in threads of this process, and return the URL of the page."""
+    color_stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         theme=gr.themes.Default(**SYSTEM_FONTS),
-        css=CSS.replace("COLORS", ", ".join(map(to_hex, stops))),
+        css=CSS.replace("COLORS", ", ".join(map(to_hex, color_stops))),
         footer_links=["gradio", "settings"],
         share=False,
         ssr_mode=False,
@@ -119,7 +119,7 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
 
 
 def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr.Blocks:
-    """Build the page of a model."""
+    """Build the demo page of a model."""
     with gr.Blocks(
         title=get_title(demo_model), analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as page:
@@ -157,13 +157,13 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
             for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
-        for listener in page.fns.values():  # the API of the page has one function
+        for listener in page.fns.values():  # only `predict` is public in the API of the page
             listener.api_visibility = "public" if listener.api_name == "predict" else "private"
     return page
 
 
 class ImageInput:
-    """Image input, with a message if the image cannot be used.
+    """An image input that shows a message if the image cannot be used.
 
     File information from the browser is not trusted, because a client can send any path or URL. Only uploaded files
     and the examples are opened.
@@ -176,12 +176,14 @@ class ImageInput:
         cache_file = self.image.async_move_resource_to_block_cache
 
         async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
-            """Reject URLs, which gradio would otherwise download from this machine."""
+            """Store an uploaded file in gradio's cache. Reject URLs, which gradio would otherwise request from
+            this machine."""
             if str(path_or_url).startswith(("http:", "https:")):
                 raise gr.Error(UPLOAD_REQUIRED)
             return await cache_file(path_or_url)
 
-        # Set on the instance, because gradio would write a file next to this file for a subclass.
+        # The method is replaced on the instance, because gradio would write a .pyi file next to this file for a
+        # subclass.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
         self.events = [self.image.input]
@@ -191,7 +193,8 @@ class ImageInput:
             self.events.append(example_buttons.load_input_event.then)
 
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
-        """Return updates of `image` and `problem`, and the model's output, or None if there is no image.
+        """Return updates of the components `image` and `problem`, and the model's output (None if there is no usable
+        image).
 
         `file` is the file information from the browser. The listeners set preprocess=False, because gradio's errors
         for files that are not images are unclear.
@@ -218,7 +221,7 @@ class ImageInput:
 
 
 class AttentionView:
-    """Controls for token, layer and heads, and the maps and sentences for the selection."""
+    """Controls for selecting a token, a layer and a head, and the attention maps and text for the selection."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         self.demo_model = demo_model
@@ -238,35 +241,40 @@ class AttentionView:
                 layers = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
                 rollouts = build_gallery("Through all layers", "through")
-                gr.Markdown("Through all layers: attention rollout of the token, and attribution of the prediction.")
+                gr.Markdown("Attention rollout of the token, and attribution of the prediction, through all layers.")
         self.inputs = [state, token, layer, head]
         self.outputs = [map_image, caption, layers, rollouts]
         for control in (token, head):
             control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
-        layer.change(self.draw, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST)
+        layer.change(
+            self.draw_layer, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST
+        )
         layers.select(get_clicked_layer, None, layer, show_progress="hidden")
 
-    def draw(self, result: DemoResult | None, token: int, layer: int, head: int) -> tuple[Image.Image | None, str]:
-        """Return the map of one layer, and a sentence about the token's attention. Layers and heads count from 1."""
+    def draw_layer(
+        self, result: DemoResult | None, token: int, layer: int, head: int
+    ) -> tuple[Image.Image | None, str]:
+        """Return the map of one layer, and a sentence about the token's attention. `layer` counts from 1; `head`
+        counts from 1, or is 0 for the mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
         fractions = result.compute_attention_fractions(*selection)
-        return result.draw(*selection), describe_attention(self.demo_model, *selection, fractions)
+        return result.draw_attention(*selection), describe_attention(self.demo_model, *selection, fractions)
 
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
-        """Return the output of `draw`, small maps of all layers, and maps through all layers."""
+        """Return the output of `draw_layer`, small maps of all layers, and rollout and attribution maps."""
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
         gallery = [(small_map, f"layer {number}") for number, small_map in enumerate(maps, start=1)]
-        return *self.draw(result, token, layer, head), gallery, result.draw_through_layers(token)
+        return *self.draw_layer(result, token, layer, head), gallery, result.draw_through_layers(token)
 
 
 class PatchView:
-    """Patches as colors, and the similarity between all patches and a selected patch, after one layer."""
+    """Patch features after one layer: principal components as colors, and similarity to a selected patch."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         num_layers = demo_model.num_layers
@@ -292,7 +300,8 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return the patches as colors, the similarity to one patch (default: the middle), and a sentence."""
+        """Return the image of the principal components, the image of the similarity to one patch (default: the middle
+        patch), and the caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.features.shape[1:3]
@@ -304,26 +313,26 @@ class PatchView:
 
 
 def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
-    """Build a slider over layers, which is hidden if there is only one layer."""
+    """Build a slider that selects a layer, hidden if there is only one layer."""
     return gr.Slider(1, num_layers, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
 
 
 def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image:
-    """Build an image component for an output."""
+    """Build a component that shows an output image."""
     return gr.Image(label=label, show_label=False, interactive=False, buttons=buttons, elem_id=elem_id)
 
 
 def build_gallery(label: str, elem_id: str) -> gr.Gallery:
-    """Build a gallery of small maps without a preview."""
+    """Build a gallery of small maps that opens no preview."""
     options: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "height": "auto"}
     return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 
 
-def find_clicked_patch(result: DemoResult | None, drawn: Any, event: gr.SelectData) -> tuple[int, int] | None:
-    """Return row and column of the clicked patch, or None outside the visible region."""
-    if result is None or drawn is None:
+def find_clicked_patch(result: DemoResult | None, clicked_image: Any, event: gr.SelectData) -> tuple[int, int] | None:
+    """Return the row and column of the clicked patch, or None if the click is outside the visible region."""
+    if result is None or clicked_image is None:
         return None
-    (height, width), (x, y) = drawn.shape[:2], event.index
+    (height, width), (x, y) = clicked_image.shape[:2], event.index
     return result.find_patch(x, y, width, height)
 
 

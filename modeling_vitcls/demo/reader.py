@@ -2,8 +2,8 @@
 
     demo_model = DemoModel.load("someone/model", revision)
     result = demo_model.predict("cat.jpg")
-    result.predictions                               # {"Label": {"cat": 0.9, ...}}
-    result.draw(token=0, layer=2, head=None)         # the image with the map over it
+    result.predictions                                    # {"Label": {"cat": 0.9, ...}}
+    result.draw_attention(token=0, layer=2, head=None)    # the image overlaid with the attention map
 
 Models are loaded with the Auto classes, so the model code may come from the repository of the checkpoint.
 """
@@ -40,9 +40,9 @@ from ..token_names import get_token_names
 
 
 MODEL_TYPE = "vitcls"
-MAX_IMAGE_SIDE = 1024  # maximum pixels of the longer side of an image
-MIN_IMAGE_SIDE = 384  # minimum pixels of the longer side of a displayed image
-THUMBNAIL_SIDE = 320  # maximum pixels of the longer side of a small map
+MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of an image in pixels
+MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image in pixels
+THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map in pixels
 
 Prediction = dict[str, float] | str  # label -> probability, or values as text
 
@@ -53,30 +53,32 @@ class DemoResult:
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # the region of the image that the patches cover
-    predictions: dict[str, Prediction]  # by name of the output; empty for an encoder
+    predictions: dict[str, Prediction]  # output name -> prediction; empty for an encoder
     rows: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
     maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
-    attributions: dict[str, torch.Tensor]  # most probable label of each prediction -> contribution of patches [gh, gw]
+    attributions: dict[str, torch.Tensor]  # most probable label of each output -> contribution of each patch [gh, gw]
     features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
 
-    def draw(self, token: int, layer: int, head: int | None) -> Image.Image:
+    def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
         values = select_head(self.maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_all_layers(self, token: int, head: int | None) -> list[Image.Image]:
         """Draw small maps of all layers; each map has its own scale."""
-        sizes: dict[str, Any] = {"max_side": THUMBNAIL_SIDE, "min_side": THUMBNAIL_SIDE // 2}
-        layers = [select_head(maps, head)[token] for maps in self.maps]
-        return [overlay(self.image, values, self.visible_region, **sizes) for values in layers]
+        size_limits: dict[str, Any] = {"max_side": THUMBNAIL_SIDE, "min_side": THUMBNAIL_SIDE // 2}
+        layer_maps = [select_head(maps, head)[token] for maps in self.maps]
+        return [overlay(self.image, values, self.visible_region, **size_limits) for values in layer_maps]
 
     def draw_through_layers(self, token: int) -> list[tuple[Image.Image, str]]:
-        """Draw the rollout of a token and the attribution of each prediction, with their names."""
+        """Return (image, name) pairs for the rollout of a token and the attribution of each prediction."""
         maps = {"rollout through all layers": self.rollout[token]}
         maps |= {f"attribution of {label}": values for label, values in self.attributions.items()}
-        sizes: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
-        return [(overlay(self.image, values, self.visible_region, **sizes), name) for name, values in maps.items()]
+        size_limits: dict[str, Any] = {"max_side": MAX_IMAGE_SIDE, "min_side": MIN_IMAGE_SIDE}
+        return [
+            (overlay(self.image, values, self.visible_region, **size_limits), name) for name, values in maps.items()
+        ]
 
     def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
         """Draw the principal components of the patches after a layer as colors."""
@@ -84,13 +86,14 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity between all patches and one patch, after a layer; 0 or less is dark."""
+        """Draw the cosine similarity between all patches and one patch, after a layer. Values of 0 or less are
+        dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
     def find_patch(self, x: float, y: float, width: int, height: int) -> tuple[int, int] | None:
         """Return the row and column of the patch at pixel (x, y) of the image, displayed at `width` x `height` pixels;
-        None outside the visible region."""
+        None if the pixel is outside the visible region."""
         left, top, right, bottom = self.visible_region
         x_fraction = (x / width * self.image.width - left) / (right - left)
         y_fraction = (y / height * self.image.height - top) / (bottom - top)
@@ -100,7 +103,7 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fractions of a token's attention to each special token, then to all patches; they sum to 1."""
+        """Return the fraction of a token's attention to each special token, then to all patches. The sum is 1."""
         row = select_head(self.rows[layer], head)[token]  # [key]
         special_fractions = row[: self.rows.shape[2]]
         return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
@@ -124,13 +127,13 @@ class DemoModel:
 
     @classmethod
     def load(cls, source: str, revision: str | None = None, code_revision: str | None = None) -> "DemoModel":
-        """Load a vitcls checkpoint, as a classifier if it has one.
+        """Load a vitcls checkpoint: a classifier if the checkpoint contains a classifier, otherwise the encoder.
 
         Args:
             source: a folder or a Hub id. If this package is not installed, the code in the repository is executed. Pin
                 a revision for safety.
             revision: commit hash, branch or tag.
-            code_revision: commit hash, branch or tag of the code, if it is in a separate repository.
+            code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
         Raises:
             ValueError, OSError: with a one-line message, if the checkpoint has a different model type, is not found,
@@ -141,7 +144,7 @@ class DemoModel:
         if (model_type := config_dict.get("model_type")) != MODEL_TYPE:
             raise ValueError(
                 f"The demo requires a {MODEL_TYPE!r} checkpoint, but {source} has model type {model_type!r}. Convert "
-                "it with `vitcls convert`."
+                "the checkpoint with `vitcls convert`."
             )
         options: dict[str, Any] = {"revision": commit, "trust_remote_code": True}
         options |= {"code_revision": code_revision} if code_revision else {}
@@ -159,15 +162,15 @@ class DemoModel:
         processor = load_checkpoint(AutoImageProcessor.from_pretrained, source, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         demo_model = cls(model.eval().to(device), processor, source, commit, code_revision, is_classifier)
-        demo_model.check_can_show()
+        demo_model.check_is_supported()
         return demo_model
 
-    def check_can_show(self) -> None:
-        """Raise ValueError if the demo cannot show the model."""
+    def check_is_supported(self) -> None:
+        """Raise ValueError if the demo does not support the model."""
         if self.model.config.num_channels not in (1, 3):
             raise ValueError(
-                f"The demo requires images with 1 or 3 channels, but {self.source} requires "
-                f"{self.model.config.num_channels} channels."
+                f"The demo requires images with 1 or 3 channels, but {self.source} requires images "
+                f"with {self.model.config.num_channels} channels."
             )
         if not self.has_labels and self.merges_patches:
             raise ValueError(
@@ -187,8 +190,9 @@ class DemoModel:
 
     @property
     def merges_patches(self) -> bool:
-        """Return whether the model merges patches, so that attention is not available."""
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))  # missing in older repositories
+        """Return whether the model merges patches, in which case attention is not available."""
+        # The field is missing in the configurations of older repositories.
+        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))
 
     @property
     def num_layers(self) -> int:
@@ -202,14 +206,14 @@ class DemoModel:
 
     @property
     def output_names(self) -> list[str]:
-        """Return the names of the predictions: one, or one per task."""
+        """Return the names of the predictions: one name, or one name per task."""
         if not self.has_labels:
             return []
         return list(self.model.config.task_labels()) or [get_prediction_format(self.model.config)[0]]
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether the most probable label is the prediction (not for multi-label models)."""
+        """Return whether the prediction is the most probable label, which is false for multi-label models."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 
@@ -217,7 +221,8 @@ class DemoModel:
         """Run the model on an image.
 
         Raises:
-            ValueError: with a one-line message, if the file is not an image, or the model does not accept it.
+            ValueError: with a one-line message, if the file is not an image, or if the model does not accept the
+                image.
         """
         config = self.model.config
         image = self.processor.fetch_images(str(file))  # upright
@@ -233,7 +238,7 @@ class DemoModel:
         config, encoder = self.model.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
-        def extract(rows: torch.Tensor) -> torch.Tensor:
+        def extract_maps(rows: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(rows, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
         if self.merges_patches:
@@ -243,7 +248,7 @@ class DemoModel:
             return {
                 "predictions": predictions,
                 "rows": rows,
-                "maps": extract(rows),
+                "maps": extract_maps(rows),
                 "rollout": torch.empty(0, *grid_size),
                 "attributions": {},
                 "features": torch.empty(0, *grid_size, config.hidden_size),
@@ -253,15 +258,19 @@ class DemoModel:
         if self.has_labels:
             predictions = get_predictions(trace.outputs.logits, config)
             for task, logits in trace.outputs.logits.items() if config.tasks else [(None, trace.outputs.logits)]:
-                best = int(logits[0].argmax())
-                label = config.id2label[best] if task is None else f"{task}: {config.task_labels()[task][best]}"
-                attributions[label] = extract(trace.compute_attribution(best, task)[0].float().cpu())
+                best_index = int(logits[0].argmax())
+                label = (
+                    config.id2label[best_index]
+                    if task is None
+                    else f"{task}: {config.task_labels()[task][best_index]}"
+                )
+                attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
         rows = trace.compute_rows()[0].float().cpu()
         return {
             "predictions": predictions,
             "rows": rows,
-            "maps": extract(rows),
-            "rollout": extract(trace.compute_rollout()[0].float().cpu()),
+            "maps": extract_maps(rows),
+            "rollout": extract_maps(trace.compute_rollout()[0].float().cpu()),
             "attributions": attributions,
             "features": arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0].detach().half(),
         }
@@ -272,7 +281,7 @@ class DemoModel:
 
 
 def resolve_commit(source: str, revision: str | None) -> str | None:
-    """Return the commit hash of a Hub id and revision; None for a folder."""
+    """Return the commit hash of a Hub repository at a revision; None for a folder."""
     if Path(source).is_dir():
         return None
     file = load_checkpoint(cached_file, source, "config.json", revision=revision)
@@ -290,12 +299,12 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 
 
 def get_softmax_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return probabilities that sum to 1, for logits [labels]."""
+    """Return label -> probability for logits [labels]. The probabilities sum to 1."""
     return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
 
 
 def get_sigmoid_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return an independent probability per label, for logits [labels]."""
+    """Return label -> probability for logits [labels]. The probabilities are independent."""
     return dict(zip(names, logits.sigmoid().tolist(), strict=True))
 
 
@@ -304,7 +313,7 @@ def format_values(values: torch.Tensor, names: list[str]) -> Prediction:
     return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
 
 
-# Problem type -> name of the prediction, and the function that formats its logits.
+# Problem type -> title of the predictions, and the function that formats the logits.
 PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
     None: ("Label", get_softmax_scores),
     "single_label_classification": ("Label", get_softmax_scores),
@@ -314,7 +323,8 @@ PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str
 
 
 def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
-    """Return the problem type of a model without tasks. A single label is binary, as in transformers' pipelines."""
+    """Return the title and the formatting function of the predictions of a model without tasks. A model with a
+    single label is treated as binary, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
         return PREDICTION_FORMATS["multi_label_classification"]
     return PREDICTION_FORMATS[config.problem_type]

@@ -1,5 +1,5 @@
 // Classify an image and draw the attention of the CLS tokens, in the browser. The folder model/ is written by
-// `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the address selects another file.
+// `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the URL selects another ONNX file.
 
 import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
 
@@ -8,7 +8,7 @@ const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
-env.useBrowserCache = false; // it would keep the files of an older model
+env.useBrowserCache = false; // the cache would keep the files of an older model
 env.localModelPath = new URL("./", import.meta.url).pathname;
 const library = new URL(import.meta.resolve("transformers.js"));
 if (library.origin === location.origin) {
@@ -22,8 +22,8 @@ const loaded = Promise.all([
 ]);
 
 /**
- * Return the predictions for an image, sorted by score, the attention of the CLS tokens, and the image as the model
- * receives it. `attention` is a tensor [1, layers, CLS tokens, rows, columns], or undefined.
+ * Return the predictions for an image (sorted by score), the attention of the CLS tokens, and the preprocessed image.
+ * `attention` is a tensor [1, layers, CLS tokens, rows, columns], or undefined if the model does not output attention.
  */
 export async function predict(source) {
   const [model, processor] = await loaded;
@@ -55,16 +55,16 @@ function toImageData({ data, dims: [, , height, width] }, processor) {
 const find = (id) => document.getElementById(id);
 let result = null;
 
-/** Draw the image, darkened where the selected token attends less. */
+/** Draw the image. Patches that receive less attention from the selected token are darker. */
 function draw() {
   const { attention, image } = result;
   const [, numLayers, numTokens, rows, columns] = attention.dims;
-  const first = ((find("layer").value - 1) * numTokens + find("token").selectedIndex) * rows * columns;
-  const map = Array.from(attention.data.slice(first, first + rows * columns));
-  const largest = Math.max(...map);
+  const offset = ((find("layer").value - 1) * numTokens + find("token").selectedIndex) * rows * columns;
+  const map = Array.from(attention.data.slice(offset, offset + rows * columns));
+  const maxValue = Math.max(...map);
   const shade = new ImageData(columns, rows);
   map.forEach((value, index) => {
-    shade.data[4 * index + 3] = 255 * (1 - MIN_BRIGHTNESS) * (1 - value / largest);
+    shade.data[4 * index + 3] = 255 * (1 - MIN_BRIGHTNESS) * (1 - value / maxValue);
   });
   const patches = new OffscreenCanvas(columns, rows);
   patches.getContext("2d").putImageData(shade, 0, 0);
@@ -76,7 +76,7 @@ function draw() {
   find("number").value = `${find("layer").value} of ${numLayers}`;
 }
 
-/** Show the predictions for an image and its attention in the last layer. */
+/** Show the predictions for an image and the attention in the last layer. */
 async function show(source) {
   find("labels").replaceChildren();
   find("attention").hidden = true;

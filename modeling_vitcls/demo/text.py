@@ -1,4 +1,4 @@
-"""Sentences of the demo page, in Markdown: the model, how to load it, and the distribution of its attention."""
+"""Markdown text of the demo page: the header, code that loads the model, and the distribution of attention."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def get_title(demo_model: DemoModel) -> str:
 
 
 def build_header(demo_model: DemoModel) -> str:
-    """Return title, provenance and special tokens of the model."""
+    """Return the title, provenance and special tokens of the model in Markdown."""
     config = demo_model.model.config
     provenance = "A model in a local folder"
     if demo_model.commit is not None:
@@ -25,15 +25,15 @@ def build_header(demo_model: DemoModel) -> str:
         provenance = f"[{demo_model.source}]({url}) at commit [`{short_hash}`]({url}/tree/{demo_model.commit})"
     tokens = f"special tokens: {', '.join(demo_model.tokens)}" if demo_model.tokens else "no special tokens"
     return (
-        f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer of "
-        f"{format_count(demo_model.num_layers, 'layer')} with "
-        f"{format_count(config.num_attention_heads, 'head')} each; {tokens}."
+        f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer with "
+        f"{format_count(demo_model.num_layers, 'layer')} and "
+        f"{format_count(config.num_attention_heads, 'head')} per layer; {tokens}."
     )
 
 
-def format_count(number: int, word: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Return a count with its noun, such as "1 layer" or "2 layers"."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def build_loading_code(demo_model: DemoModel) -> str:
@@ -42,7 +42,9 @@ def build_loading_code(demo_model: DemoModel) -> str:
     revision += f', code_revision="{demo_model.code_revision}"' if demo_model.code_revision else ""
     auto_class = "AutoModelForImageClassification" if demo_model.is_classifier else "AutoModel"
     repository = "the code repository named in config.json" if demo_model.code_revision else "the model's repository"
-    note = "" if demo_model.commit is None else f"\nThis runs code from {repository}, at the given commit.\n"
+    note = ""
+    if demo_model.commit is not None:
+        note = f"\n`trust_remote_code=True` runs code from {repository} at the given commit.\n"
     arguments = f'"{demo_model.source}"{revision}, trust_remote_code=True'
     return f"""```python
 from transformers import AutoImageProcessor, {auto_class}
@@ -54,18 +56,16 @@ processor = AutoImageProcessor.from_pretrained({arguments})
 
 
 def explain_missing_output(demo_model: DemoModel) -> str:
-    """Explain why the page has no labels or no attention; empty if it has both."""
+    """Return the reason why the page has no labels or no attention; empty if the page has both."""
     if not demo_model.has_labels:
         return (
-            "This model is an encoder without a classifier, so there are no labels. See below for its patches and the "
-            "attention of its tokens."
+            "This model is an encoder without a classifier, so there are no labels. The patch features and the "
+            "attention of the special tokens are shown below."
         )
     if not demo_model.tokens:
         return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
     if demo_model.merges_patches:
-        return (
-            "This model merges patches, so its attention cannot be shown. Set `merged_patches_per_layer=0` to show it."
-        )
+        return "This model merges patches, so attention is not available. Set `merged_patches_per_layer=0`."
     return ""
 
 
@@ -75,13 +75,15 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     Args:
         fractions: fraction of attention to each special token, then to all patches.
     """
-    heads = MEAN_OF_HEADS if head is None else demo_model.heads[head]
+    head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special_fractions, patches = fractions
-    unread = "" if demo_model.is_read(token, layer) else " Nothing reads the output of this token in this layer."
-    others = ", ".join(
+    note = (
+        "" if demo_model.is_read(token, layer) else " The model does not use the output of this token in this layer."
+    )
+    token_fractions = ", ".join(
         f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special_fractions, strict=True)
     )
     return (
-        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {heads}: {patches:.1%} of its "
-        f"attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({others}).{unread}"
+        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: {patches:.1%} of "
+        f"its attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({token_fractions}).{note}"
     )

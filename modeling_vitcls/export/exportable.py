@@ -48,16 +48,16 @@ class ExportableModel:
 
 
 class NamedOutputs(nn.Module):
-    """A model with images as its only input, which returns float32 outputs by name."""
+    """A wrapper of a model that accepts only images and returns float32 outputs by name."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()
         self.model = model
         self.output_attentions = output_attentions
-        self.read_outputs = READERS[type(model)]
+        self.read_outputs = OUTPUT_READERS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs, [B, ...] each, for images [B, C, H, W]."""
+        """Return output name -> output [B, ...] for images [B, C, H, W]."""
         attention: Outputs = {}
         if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
@@ -79,8 +79,8 @@ def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
 
 
-# Class -> function that returns the outputs by name.
-READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
+# Model class -> function that returns the outputs by name.
+OUTPUT_READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
     ViTCLSModel: lambda outputs, model: {
         "last_hidden_state": outputs.last_hidden_state,
         "pooler_output": outputs.pooler_output,
@@ -89,7 +89,7 @@ READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
     ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
-CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in READERS}
+MODEL_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in OUTPUT_READERS}
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def load_exportable(source: str) -> ExportableModel:
     """Load a model folder, a model on the Hub, or a preset with random weights.
 
     Raises:
-        ValueError: If the checkpoint is not a ViTCLS model, its class is not supported, or weights are missing.
+        ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if weights are missing.
         OSError: If the checkpoint cannot be found or read.
     """
     if is_preset(source):
@@ -117,13 +117,16 @@ def load_exportable(source: str) -> ExportableModel:
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)
     class_name = (config.architectures or ["an unknown class"])[0]
-    if class_name not in CLASSES:
+    if class_name not in MODEL_CLASSES:
         raise ValueError(
-            f"export requires one of {', '.join(CLASSES)}, but {source} contains {class_name}. Set another --model"
+            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set --model to a "
+            "model of a supported class"
         )
-    model = load_complete_model(CLASSES[class_name], source, folder)
+    model = load_complete_model(MODEL_CLASSES[class_name], source, folder)
     if INPUT_NAME in config.task_labels():
-        raise ValueError(f"the task {INPUT_NAME} of {source} has the name of the graph's input. Rename the task")
+        raise ValueError(
+            f"the task {INPUT_NAME} of {source} has the same name as the input of the graph. Rename the task"
+        )
     try:
         return ExportableModel(model, ViTCLSImageProcessor.from_pretrained(folder), is_trained=True)
     except OSError:
@@ -132,12 +135,12 @@ def load_exportable(source: str) -> ExportableModel:
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
     """Load a model in float32, without a pooler if the checkpoint has no pooler."""
-    keywords: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    model, info = load_checkpoint(model_class.from_pretrained, folder, **keywords)
-    missing = sorted(info["missing_keys"])
-    if missing and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing):
-        model, info = load_checkpoint(model_class.from_pretrained, folder, add_pooling_layer=False, **keywords)
-        missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"the checkpoint {source} lacks {missing[0]}. Train the model first")
+    kwargs: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **kwargs)
+    missing_weights = sorted(loading_info["missing_keys"])
+    if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
+        model, loading_info = load_checkpoint(model_class.from_pretrained, folder, add_pooling_layer=False, **kwargs)
+        missing_weights = sorted(loading_info["missing_keys"])
+    if missing_weights:
+        raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
     return model.eval()

@@ -1,4 +1,5 @@
-"""Export a checkpoint: compare the exported file with the model, and write the file and its report, or nothing.
+"""Export a checkpoint: compare the exported file with the model, and write the file and its report if the outputs
+agree.
 
     report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 
@@ -26,18 +27,18 @@ from .formats import FORMATS, Format, TracedModel
 from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
 
 
-# dtype of the graph -> maximum difference in any output: absolute, and relative to the largest output of the model.
+# dtype of the graph -> maximum difference of an output: absolute, and relative to the largest value of the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
 
 ImageShape = tuple[int, int, int, int]  # batch, channels, height, width
 
 # Settings of the image processor that are written to the report.
-PREPROCESSING = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size")
+PREPROCESSING_SETTINGS = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchComparison:
-    """Comparison of one batch of images."""
+    """Comparison of the outputs of a file and of the model for one batch of images."""
 
     shape: ImageShape  # shape of the images, [batch, channels, height, width]
     differences: dict[str, float]  # largest absolute difference in each output
@@ -61,8 +62,8 @@ class ExportReport:
     input: dict[str, Any]
     outputs: dict[str, list[int | str]]  # names -> shapes of the outputs, with names for dynamic axes
     fixed_because: str  # reason why the image size is fixed although a dynamic size was requested
-    preprocessing: dict[str, Any] | None  # settings of the image processor; None if the model has none
-    labels: dict[str, list[str]]  # names of outputs -> names of their classes
+    preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
+    labels: dict[str, list[str]]  # output name -> class names
     versions: dict[str, str]
     sha256: dict[str, str]  # file names -> hashes
 
@@ -77,41 +78,43 @@ def export_model(
     opset: int | None = None,
     output_attentions: bool = False,
 ) -> ExportReport:
-    """Write the graph of a model to `output`, and its report to the same name with `.json` appended.
+    """Write the graph of a model to `output`, and a report to a file with the same name and `.json` appended.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
         output: A file that does not exist, with the suffix of the format.
-        image_size: (height, width) in pixels: the fixed image size, or the main size of the comparison if the size is
-            dynamic. Default: the size of the model.
-        dynamic: Whether the graph accepts any image size. If this is not possible, the report states the reason.
+        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, the main size of the comparison.
+            Default: the native image size of the model.
+        dynamic: Whether the graph accepts any image size. If a dynamic size is not possible, the report states the
+            reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
-        opset: ONNX opset. Default: the default of torch.
+        opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, a difference exceeds the limit, packages are
-            missing, or `output` exists. The message has one line, and nothing is written.
+        ValueError, OSError: If the model cannot be found or exported, if a difference exceeds the limit, if
+            packages are missing, or if `output` exists. The message is one line. Nothing is written if
+            an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
-    if missing := file_format.find_missing_packages():
+    if missing_packages := file_format.find_missing_packages():
         raise ValueError(
-            f"--format {format_name} requires {', '.join(missing)}. Run pip install 'modeling_vitcls[export]'"
+            f"--format {format_name} requires {', '.join(missing_packages)}. Run pip install 'modeling_vitcls[export]'"
         )
     exportable = load_exportable(source)
     model = exportable.model
     shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
-    expected = compute_named_outputs(model, batches, output_attentions)
-    names = list(expected[0])
-    graph = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as partial:
-        file = Path(partial, output.name)
-        written_opset = file_format.write(graph, file)
-        comparisons = compare_outputs(batches, expected, file_format.run(file, batches, names), dtype)
+    reference_outputs = compute_named_outputs(model, batches, output_attentions)
+    names = list(reference_outputs[0])
+    traced_model = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
+    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+        file = Path(temporary_folder, output.name)
+        written_opset = file_format.write(traced_model, file)
+        comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         report = ExportReport(
             format=format_name,
             model=strip_folders(resolve_name(source, is_built_in=not exportable.is_trained)),
@@ -125,15 +128,15 @@ def export_model(
             },
             tried=comparisons,
             input=describe_input(model.config, shape),
-            outputs=describe_outputs(expected[0], shape),
+            outputs=describe_outputs(reference_outputs[0], shape),
             fixed_because=shape.fixed_size_reason,
             preprocessing=describe_preprocessing(exportable.processor),
             labels=get_label_names(model.config, names),
             versions=get_versions("timm", *file_format.packages),
-            sha256=hash_files(Path(partial).iterdir()),
+            sha256=hash_files(Path(temporary_folder).iterdir()),
         )
         write_json(get_report_path(file), dataclasses.asdict(report))
-        move_files(Path(partial), output.parent)
+        move_files(Path(temporary_folder), output.parent)
     return report
 
 
@@ -143,13 +146,13 @@ def get_report_path(file: Path) -> Path:
 
 
 def check_output_path(output: Path, file_format: Format) -> None:
-    """Raise ValueError if the suffix of the path does not match the format, or the file or its report exists."""
+    """Raise ValueError if the suffix of the path does not match the format, or if the file or its report exists."""
     if output.suffix != file_format.suffix:
         raise ValueError(f"--output must end with {file_format.suffix}, but is {output}")
-    check_missing(output, get_report_path(output))
+    check_not_existing(output, get_report_path(output))
 
 
-def check_missing(*files: Path) -> None:
+def check_not_existing(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
@@ -157,9 +160,10 @@ def check_missing(*files: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder, or none if the target contains a file of the same name."""
+    """Move all files of a folder to another folder. Raise ValueError if the target contains a file of the same
+    name."""
     files = sorted(source.iterdir())
-    check_missing(*(target / file.name for file in files))
+    check_not_existing(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         file.rename(target / file.name)
@@ -169,7 +173,8 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
-    """Return image shapes for the comparison: requested size, non-square sizes, partial patches, smallest size."""
+    """Return image shapes for the comparison. For a dynamic graph, the sizes are the native, requested and smallest
+    size, non-square sizes, and a size with partial patches."""
     if not shape.is_dynamic:
         return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width
@@ -190,12 +195,12 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 
 
 def compare_outputs(
-    batches: list[torch.Tensor], expected: list[Outputs], outputs: list[Outputs], dtype: str
+    batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file and of the model. Raises ValueError if a difference exceeds `LIMITS`."""
-    absolute, relative = LIMITS[dtype]
+    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
+    absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
-    for images, reference, result in zip(batches, expected, outputs, strict=True):
+    for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape: ImageShape = tuple(images.shape)  # type: ignore[assignment]  # four numbers
         if get_shapes(reference) != get_shapes(result):
             raise ValueError(
@@ -205,11 +210,11 @@ def compare_outputs(
         differences = {name: get_max_magnitude(result[name] - reference[name]) for name in reference}
         magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
         for name, difference in differences.items():
-            limit = absolute + relative * magnitudes[name]
+            limit = absolute_limit + relative_limit * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
-                    f"the written graph differs from the model: {name} by {difference:.2g} for images {list(shape)}; "
-                    f"the limit in {dtype} is {limit:.2g}"
+                    f"the output {name} of the written graph differs from the model by {difference:.2g} for images "
+                    f"{list(shape)}, but the limit in {dtype} is {limit:.2g}"
                 )
         comparisons.append(BatchComparison(shape, differences, magnitudes))
     return comparisons
@@ -234,7 +239,7 @@ def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
 
 
 def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
-    """Return the shape of each output, with names for the axes of [B, N, D] and [B, D, rows, columns]."""
+    """Return the shape of each output, with names for the dynamic axes of [B, N, D] and [B, D, rows, columns]."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
         axes: list[int | str] = ["batch", *output.shape[1:]]
@@ -247,17 +252,17 @@ def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int 
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the settings of the image processor that are not None; None without an image processor."""
+    """Return the settings of the image processor that are not None; None if there is no image processor."""
     if processor is None:
         return None
-    settings = select_settings(processor, PREPROCESSING)
+    settings = select_settings(processor, PREPROCESSING_SETTINGS)
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return the class names of each output with logits by output name, in the order of the logits."""
+    """Return output name -> class names, in the order of the logits, for each output that contains logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

@@ -28,17 +28,17 @@ MAX_ONNX_WEIGHTS = 1_900_000_000
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A graph and its settings."""
+    """A traced graph, and the settings for writing it to a file."""
 
     graph: ExportedProgram
     shape: GraphShape
-    names: list[str]  # names of the outputs, in order
-    opset: int | None  # ONNX opset; None for the default of the exporter
+    output_names: list[str]  # names of the outputs, in order
+    opset: int | None  # ONNX opset; None to use the default of the exporter
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format."""
+    """A file format of exported graphs."""
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
@@ -46,8 +46,8 @@ class Format:
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing as PyTorch. OpenVINO does not: its outputs differed by
-    # 1e-4 to 1e-3.
+    # Whether the runtime downsamples with the same antialiasing as PyTorch. With OpenVINO, which uses other
+    # antialiasing, outputs differed by 1e-4 to 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -70,14 +70,14 @@ with torch.no_grad():
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
     """Run a file in a separate process that cannot import this package, and return its outputs."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder, "inputs"), Path(folder, "outputs")
-        torch.save(list(batches), inputs)
-        command = [sys.executable, "-I", "-c", RUN_SCRIPT, str(file), str(inputs), str(outputs)]
+        inputs_file, outputs_file = Path(folder, "inputs"), Path(folder, "outputs")
+        torch.save(list(batches), inputs_file)
+        command = [sys.executable, "-I", "-c", RUN_SCRIPT, str(file), str(inputs_file), str(outputs_file)]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode != 0:
             reason = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
             raise ValueError(f"the written graph does not run in a separate process: {reason[0]}")
-        return torch.load(outputs)
+        return torch.load(outputs_file)
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
             traced_model.graph,
             dynamo=True,
             input_names=[INPUT_NAME],
-            output_names=traced_model.names,
+            output_names=traced_model.output_names,
             dynamic_shapes=build_dynamic_shapes(traced_model.shape),
             opset_version=traced_model.opset,
             verbose=False,
@@ -110,10 +110,10 @@ def open_onnx_session(file: Path) -> Any:
     """Return an onnxruntime.InferenceSession that runs a file on the CPU."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # log only errors
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    session_options.log_severity_level = 3  # log only errors
+    return onnxruntime.InferenceSession(str(file), session_options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
@@ -143,7 +143,8 @@ def write_openvino(traced_model: TracedModel, file: Path) -> int:
 
 
 def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with OpenVINO on the CPU in float32 and return its outputs. OpenVINO's default can be bfloat16."""
+    """Run a file with OpenVINO on the CPU in float32 and return its outputs. By default, OpenVINO may
+    compute in bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -156,7 +157,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
 
 def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Convert arrays to tensors and return them by name."""
+    """Return output name -> tensor, for arrays in the order of the names."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 
@@ -164,7 +165,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), lambda traced, file: torch.export.save(traced.graph, file), run_torch),
+    "torch": Format(".pt2", (), lambda traced_model, file: torch.export.save(traced_model.graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
     "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_antialias=False),
 }

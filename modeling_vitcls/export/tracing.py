@@ -30,8 +30,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class GraphShape:
     """Image sizes that a graph accepts; the batch size is always dynamic."""
 
-    image_size: tuple[int, int]  # (height, width) in pixels; the only size unless `is_dynamic`
-    smallest_size: tuple[int, int]  # (height, width) in pixels
+    image_size: tuple[int, int]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
+    smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
     is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
     fixed_size_reason: str = ""  # reason why the size is fixed although a dynamic size was requested; empty otherwise
 
@@ -59,7 +59,7 @@ def select_graph_shape(
 
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
-    """Return the reason why the image size of the graph must be fixed; empty if it can be dynamic."""
+    """Return the reason why the image size of the graph must be fixed; empty if the size can be dynamic."""
     if config.merged_patches_per_layer:
         return "merged_patches_per_layer requires a constant number of patches"
     if not config.position_embedding_type.startswith("learned"):
@@ -70,15 +70,15 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_antialias: bool) -> str:
         return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:
-        return 'position_interpolation="crop" crops position embeddings of a non-square grid except at the native size'
+        return 'position_interpolation="crop" crops position embeddings of a non-square grid at every non-native size'
     return ""
 
 
 def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
     """Return (height, width) in pixels of the smallest images that a dynamic graph accepts."""
-    cells = [scope for scope in config.cls_scopes or () if not isinstance(scope, str)]
-    rows = max([MIN_DYNAMIC_SIZE, *(cell[0] for cell in cells)])
-    columns = max([MIN_DYNAMIC_SIZE, *(cell[1] for cell in cells)])
+    cls_grids = [scope for scope in config.cls_scopes or () if not isinstance(scope, str)]
+    rows = max([MIN_DYNAMIC_SIZE, *(grid[0] for grid in cls_grids)])
+    columns = max([MIN_DYNAMIC_SIZE, *(grid[1] for grid in cls_grids)])
     patch_height, patch_width = config.patch_height_width
     return rows * patch_height, columns * patch_width
 
@@ -88,7 +88,7 @@ def trace_model(
 ) -> ExportedProgram:
     """Trace a model to a graph with weights and computations in `dtype`, and inputs and outputs in float32.
 
-    The graph uses PyTorch's fused attention. The model is unchanged. Raises ValueError if the model cannot be traced.
+    The graph uses PyTorch's fused attention. The model is unchanged. Raise ValueError if the model cannot be traced.
     """
     config = model.config
     if not shape.is_dynamic and shape.image_size != config.image_height_width:

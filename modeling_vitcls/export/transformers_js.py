@@ -11,8 +11,8 @@
     onnx/report.json            differences, top-1 agreement, accuracy if a dataset is given, and the SHA-256 of the
                                 weights of the model
 
-The graph contains the model itself: special tokens, pooling and heads. Another output is the attention of the CLS
-tokens, which the page of hub/static_space.py draws.
+The graph contains the model itself: special tokens, pooling and heads. The graph also outputs the attention of
+the CLS tokens, which the page of hub/static_space.py draws.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from .formats import FORMATS, open_onnx_session
 
 
 # dtype in transformers.js -> file name.
-FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
+FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
 BATCH_SIZE = 16  # images per batch of the comparison
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
@@ -53,7 +53,7 @@ class FileComparison:
     file: str  # path in the folder
     dtype: str  # value of `dtype` in transformers.js
     largest_difference: float  # largest absolute difference in a logit
-    top1_agreement: float  # fraction of images with the same predicted class
+    top1_agreement: float  # fraction of images for which the file and the model predict the same class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class WebReport:
 
     comparisons: list[FileComparison]  # one comparison per file
     num_images: int  # number of random images in each comparison
-    labeled: LabeledScores | None  # scores on labeled images; None without a dataset
+    labeled: LabeledScores | None  # scores on labeled images; None if no dataset is given
     weights_sha256: dict[str, str]  # weight file names -> SHA-256; empty unless `source` is a folder
     sha256: dict[str, str]  # ONNX file names -> SHA-256
 
@@ -91,9 +91,9 @@ def export_for_transformers_js(
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if its image
-            processor has settings that transformers.js does not support, if the float32 file differs from the model,
-            or if the dataset does not fit the model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if the
+            image processor has settings that transformers.js does not support, if the float32 file differs from the
+            model, or if the labels of the dataset do not match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)
@@ -101,32 +101,37 @@ def export_for_transformers_js(
     is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
     if not is_classifier or processor is None:
         raise ValueError(
-            f"--format transformers.js requires a classifier for one task and its image processor, but {source} is "
-            f"{type(model).__name__}"
+            f"--format transformers.js requires a classifier for one task and its image processor, but {source} "
+            f"contains {type(model).__name__} {'without' if processor is None else 'with'} an image processor. Set "
+            "another --model"
         )
-    preprocessor = build_preprocessor_config(processor)
+    preprocessor_config = build_preprocessor_config(processor)
     batches = [
         build_random_images((BATCH_SIZE, model.config.num_channels, *model.config.image_height_width))
         + torch.arange(BATCH_SIZE).view(-1, 1, 1, 1) * index / BATCH_SIZE
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
-    expected = compute_named_outputs(model, batches)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "onnx")
+    reference_outputs = compute_named_outputs(model, batches)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder, "onnx")
         folder.mkdir()
         for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
-            file = folder / FILES[name]
+            file = folder / FILE_NAMES[name]
             export_model(source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=has_cls_attention(model))
             get_report_path(file).unlink()
-        quantize(folder / FILES["fp32"], folder / FILES["q8"])
-        comparisons = [compare_file(folder / file, dtype, batches, expected) for dtype, file in FILES.items()]
+        quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
+        comparisons = [
+            compare_file(folder / file, dtype, batches, reference_outputs) for dtype, file in FILE_NAMES.items()
+        ]
         scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
-        weights = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
-        report = WebReport(comparisons, NUM_IMAGES, scores, hash_files(weights), hash_files(folder.glob("*.onnx")))
+        weight_files = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
+        report = WebReport(
+            comparisons, NUM_IMAGES, scores, hash_files(weight_files), hash_files(folder.glob("*.onnx"))
+        )
         write_json(folder / "report.json", dataclasses.asdict(report))
         move_files(folder, output / "onnx")
     write_json(output / "config.json", build_config(exportable))
-    write_json(output / "preprocessor_config.json", preprocessor)
+    write_json(output / "preprocessor_config.json", preprocessor_config)
     return report
 
 
@@ -154,7 +159,8 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the content of preprocessor_config.json. Raises ValueError if images are not converted to RGB."""
+    """Return the content of preprocessor_config.json. Raise ValueError if the image processor does not
+    convert images to RGB."""
     if not processor.do_convert_rgb:
         raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
     settings = select_settings(processor)
@@ -162,8 +168,9 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
     return json.loads(json.dumps(settings | {"image_processor_type": "ViTImageProcessor"}))
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX file with int8 weights in linear layers, whose inputs are quantized at run time."""
+def quantize_onnx_file(source: Path, target: Path) -> None:
+    """Write a copy of an ONNX file with dynamic quantization: linear layers have int8 weights, and their inputs are
+    quantized at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -172,13 +179,15 @@ def quantize(source: Path, target: Path) -> None:
     quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
 
 
-def compare_file(file: Path, dtype: str, batches: list[torch.Tensor], expected: list[Outputs]) -> FileComparison:
-    """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
-    names = list(expected[0])
+def compare_file(
+    file: Path, dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
+) -> FileComparison:
+    """Run a file with onnxruntime and compare the logits [B, labels] with the logits of the model."""
+    names = list(reference_outputs[0])
     outputs = FORMATS["onnx"].run(file, batches, names)
-    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, expected))
-    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), agreement)
+    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
+    top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), top1_agreement)
 
 
 # Labeled images ------------------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -
     metrics = evaluator(evaluation.model)
     metric = next(iter(metrics))
     config = evaluation.model.config
-    scores = {file: evaluator(OnnxClassifier(folder / file, config))[metric] for file in FILES.values()}
+    scores = {file: evaluator(OnnxClassifier(folder / file, config))[metric] for file in FILE_NAMES.values()}
     return LabeledScores(
         dataset=strip_folders(dataset),
         split=evaluation.split,

@@ -1,7 +1,7 @@
 """Hugging Face Hub: load models, write cards, push, verify pushes, publish Spaces.
 
     connection.py              timeouts, retries and error messages of requests to the Hub
-    loading.py                 model name -> local folder, from the Hub or its cache; timm models
+    loading.py                 model name -> local folder, from the Hub or the cache; timm models
     local_paths.py             model and dataset names that are local paths
     revisions.py               branch or tag -> commit and its files
     provenance.py              base model and license of a model, for its card
@@ -9,7 +9,7 @@
     card_results.py            measured values in a card
     card_sections.py           card templates, and the sections on use, citation and training
     code_files.py              the code files of a model: digest, reading order, differences from this package
-    card_renaming.py           replaces the model's name in a card with the repository id
+    card_renaming.py           replacement of the model's name in a card by the repository id
     adapters.py                LoRA adapters without the base model
     push_permissions.py        checks before training whether the token may push
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards

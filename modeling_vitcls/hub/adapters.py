@@ -28,10 +28,10 @@ from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_FILES, Provenance, Weight
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES)
-# Modules whose parameters are saved in full.
+# Modules whose parameters an adapter contains in full.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
-LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # excludes attention poolers
+LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
 
 
 def write_adapter(
@@ -42,7 +42,7 @@ def write_adapter(
     base_model: str,
     provenance: Provenance | None = None,
 ) -> None:
-    """Write the adapter of a model with LoRA layers, and its card.
+    """Write the adapter of a model with LoRA layers, and the card of the adapter.
 
     Args:
         folder: Folder of the adapter; created if it does not exist.
@@ -55,12 +55,12 @@ def write_adapter(
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in weights)]
+    saved_modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in weights)]
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=LORA_TARGETS,
-        modules_to_save=modules,
+        modules_to_save=saved_modules,
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
@@ -68,7 +68,7 @@ def write_adapter(
     adapter_weights = {
         f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
         for name, weight in weights.items()
-        if ".lora_" in name or name.startswith(tuple(f"{module}." for module in modules))
+        if ".lora_" in name or name.startswith(tuple(f"{module}." for module in saved_modules))
     }
     save_file(adapter_weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / "README.md")
@@ -79,11 +79,11 @@ def write_adapter(
 def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
-    """Build the card of an adapter. `name` is the name of its folder; a push replaces it with the repository id."""
+    """Build the card of an adapter. `name` is the folder name, which a push replaces by the repository id."""
     metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
     arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
     arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
-    data = ModelCardData(
+    card_data = ModelCardData(
         base_model=None if is_local(base_model) else base_model,
         base_model_relation=None if is_local(base_model) else "adapter",
         library_name="peft",
@@ -93,7 +93,7 @@ def build_adapter_card(
     )
     return render_card(
         "adapter",
-        data,
+        card_data,
         name=name,
         rank=rank,
         base_model=strip_folders(base_model),
@@ -109,12 +109,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise ValueError if an adapter is incomplete, or its base model is not on the Hub."""
+    """Raise ValueError if an adapter is incomplete, or if the base model is not on the Hub."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again")
     base_model = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base_model or is_local(base_model):
         raise ValueError(
             f"the adapter in {folder} requires a base model on the Hub, but its base model is {base_model!r}. Push "
-            f"the base model, and set base_model_name_or_path in {ADAPTER_CONFIG} to its id"
+            f"the base model, and set base_model_name_or_path in {ADAPTER_CONFIG} to the Hub id"
         )

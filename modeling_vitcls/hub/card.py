@@ -1,4 +1,4 @@
-"""Model cards: README.md of a model folder, from its configuration and measurements.
+"""Model cards: README.md of a model folder, generated from the configuration and the measurements.
 
     build_card               a fine-tuned classifier            model_cards/classifier.md.j2
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
@@ -42,8 +42,8 @@ def build_card(
     config: ViTCLSConfig,
     results: dict[str, Any],
     flags: dict[str, Any],
-    base: Provenance | None = None,
-    teacher: Provenance | None = None,
+    base_provenance: Provenance | None = None,
+    teacher_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
     """Build the card of a fine-tuned classifier.
@@ -53,14 +53,14 @@ def build_card(
         config: Configuration of the model.
         results: Content of results.json.
         flags: Flags of the run, as in config.resolved.yaml.
-        base: Provenance of the model that training started from; None for a preset.
-        teacher: Provenance of the teacher of a distillation.
+        base_provenance: Provenance of the model that training started from; None for a preset.
+        teacher_provenance: Provenance of the teacher of a distillation.
         images: Image name -> path in the model folder, as returned by analysis/card_images.py.
     """
     images = images or {}
     return render_card(
         "classifier",
-        build_metadata(name, config, results, flags, base),
+        build_metadata(name, config, results, flags, base_provenance),
         metrics=build_metric_rows(results, config),
         class_tables=build_class_tables(results, config),
         matrices=list_confusion_matrices(images, config),
@@ -68,7 +68,7 @@ def build_card(
         classes=describe_classes(config),
         limits=describe_limits(results, config),
         use=build_use_section(name, "ViTCLSForImageClassification", has_pipeline=not config.tasks),
-        **build_common_fields(name, config, results, flags, base, teacher, images, "finetune"),
+        **build_common_fields(name, config, results, flags, base_provenance, teacher_provenance, images, "finetune"),
     )
 
 
@@ -77,20 +77,21 @@ def build_encoder_card(
     config: ViTCLSConfig,
     results: dict[str, Any],
     flags: dict[str, Any],
-    base: Provenance | None = None,
+    base_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained by masked image modeling; arguments as in `build_card`."""
+    """Build the card of an encoder that was pre-trained by masked image modeling. See `build_card` for the
+    arguments."""
     flags = {flag: value for flag, value in flags.items() if flag not in LABEL_FLAGS}
     return render_card(
         "encoder",
         ModelCardData(
-            **build_common_metadata(flags, base),
+            **build_common_metadata(flags, base_provenance),
             pipeline_tag="image-feature-extraction",
             tags=[*TAGS, "masked-image-modeling"],
         ),
         use=build_use_section(name, "ViTCLSModel", has_pipeline=False, finetune_dataset="path/to/labeled/images"),
-        **build_common_fields(name, config, results, flags, base, None, images or {}, "pretrain"),
+        **build_common_fields(name, config, results, flags, base_provenance, None, images or {}, "pretrain"),
     )
 
 
@@ -127,8 +128,8 @@ def build_common_fields(
     config: ViTCLSConfig,
     results: dict[str, Any],
     flags: dict[str, Any],
-    base: Provenance | None,
-    teacher: Provenance | None,
+    base_provenance: Provenance | None,
+    teacher_provenance: Provenance | None,
     images: dict[str, str],
     command: str,
 ) -> dict[str, Any]:
@@ -143,12 +144,12 @@ def build_common_fields(
         "layout_description": describe_token_layout(results["token_layout"]),
         "image_size": " x ".join(map(str, config.image_height_width)),
         "from_scratch": is_from_scratch(flags),
-        "base_model": describe_base_model(flags, base),
+        "base_model": describe_base_model(flags, base_provenance),
         "images": images,
         "report": images.get("report") if can_publish_images(flags) else None,
         "citation": CITATION,
-        "training": build_training_section(config, results, flags, command, teacher),
-        "license_text": get_license(flags, base, teacher),
+        "training": build_training_section(config, results, flags, command, teacher_provenance),
+        "license_text": get_license(flags, base_provenance, teacher_provenance),
     }
 
 
@@ -161,7 +162,7 @@ def is_from_scratch(flags: dict[str, Any]) -> bool:
 
 
 def build_metadata(
-    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base: Provenance | None
+    name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base_provenance: Provenance | None
 ) -> ModelCardData:
     """Return the YAML header of a classifier's card."""
     optional_tags = {
@@ -170,10 +171,10 @@ def build_metadata(
         "multi-label": config.problem_type == "multi_label_classification",
     }
     return ModelCardData(
-        **build_common_metadata(flags, base),
-        # The pipeline for image classification does not support several tasks.
+        **build_common_metadata(flags, base_provenance),
+        # The pipeline for image classification does not support multi-task models.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
-        tags=[*TAGS, *(tag for tag, applies in optional_tags.items() if applies)],
+        tags=[*TAGS, *(tag for tag, is_applicable in optional_tags.items() if is_applicable)],
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -196,22 +197,24 @@ def build_metadata(
     )
 
 
-def build_common_metadata(flags: dict[str, Any], base: Provenance | None) -> dict[str, Any]:
+def build_common_metadata(flags: dict[str, Any], base_provenance: Provenance | None) -> dict[str, Any]:
     """Return the license, base model and Hub dataset as keyword arguments of ModelCardData."""
     dataset = flags["dataset"]
     metadata = {
         "library_name": "transformers",
         "datasets": None if dataset == BUILT_IN_DATASET or is_local(dataset) else [dataset],
-        **get_license(flags, base).metadata,
+        **get_license(flags, base_provenance).metadata,
     }
-    if base is None or not base.base_model:
+    if base_provenance is None or not base_provenance.base_model:
         return metadata
-    return metadata | {"base_model": base.base_model, "base_model_relation": "finetune"}
+    return metadata | {"base_model": base_provenance.base_model, "base_model_relation": "finetune"}
 
 
-def get_license(flags: dict[str, Any], base: Provenance | None, teacher: Provenance | None = None) -> WeightsLicense:
+def get_license(
+    flags: dict[str, Any], base_provenance: Provenance | None, teacher_provenance: Provenance | None = None
+) -> WeightsLicense:
     """Return the license of the run's weights."""
-    return get_run_license(is_from_scratch(flags), flags.get("license"), base, teacher)
+    return get_run_license(is_from_scratch(flags), flags.get("license"), base_provenance, teacher_provenance)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def describe_purpose(config: ViTCLSConfig) -> str:
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:
-    """Return one sentence per task that lists its classes."""
+    """Return one sentence per task that lists the classes of the task."""
     if config.tasks:
         return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
     names = list_classes(list((config.id2label or {}).values()))
@@ -238,7 +241,7 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of further classes."""
+    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of remaining classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
     num_more = len(names) - MAX_LISTED_CLASSES
     return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text
@@ -248,7 +251,7 @@ def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> lis
     """Return the description and the path of each confusion matrix."""
     suffixes = {"confusion_matrix": ""} | {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
     return [
-        (f"Confusion matrix{suffix}: rows are the true classes, columns the predictions", images[key])
+        (f"Confusion matrix{suffix}: rows are true classes, columns are predicted classes", images[key])
         for key, suffix in suffixes.items()
         if key in images
     ]
@@ -265,10 +268,10 @@ def describe_token_layout(counts: dict[str, int]) -> str:
     return re.sub(r", (?=[^,]*$)", " and ", ", ".join(phrases)) + " tokens"
 
 
-def describe_base_model(flags: dict[str, Any], base: Provenance | None) -> str:
-    """Return the name of the initial model in Markdown, with links to its base models if they are other models."""
+def describe_base_model(flags: dict[str, Any], base_provenance: Provenance | None) -> str:
+    """Return the name of the initial model in Markdown, followed by links to any other base models."""
     model = format_name(strip_folders(flags["model"]))
-    base_models = base.base_model if base else None
+    base_models = base_provenance.base_model if base_provenance else None
     if isinstance(base_models, str):
         base_models = [base_models]
     if not base_models or base_models == [flags["model"]]:

@@ -23,7 +23,7 @@ USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--
 def rename_card(repo_id: str, text: str, folder_name: str) -> str:
     """Return the text of README.md with the repository id in its title, code examples and metadata.
 
-    A card contains the name of the model folder if no repository id was set when it was built.
+    A card contains the name of the model folder if no repository id was set when the card was built.
     """
     header = REGEX_YAML_BLOCK.match(text)
     body = text[header.end() :] if header else text
@@ -40,7 +40,7 @@ def rename_card(repo_id: str, text: str, folder_name: str) -> str:
 
 
 def get_title(body: str) -> str:
-    """Return the title in the first line of the text; "" if there is none."""
+    """Return the title in the first line of the text; "" if there is no title."""
     match = re.match(r"\s*# (.+)$", body, re.MULTILINE)
     return match[1].strip() if match else ""
 
@@ -51,7 +51,7 @@ def compile_use_pattern(name: str) -> re.Pattern[str]:
 
 
 def rename_model_index(text: str, names: set[str], repo_id: str) -> str:
-    """Return the YAML text with `names` in its model-index replaced by `repo_id`; unchanged if no name matches."""
+    """Return the YAML text with `names` in the model-index replaced by `repo_id`; unchanged if no name matches."""
     metadata = read_metadata(text)
     entries = [entry for entry in get_model_index(metadata) if entry.get("name") in names]
     if not entries:
@@ -68,7 +68,7 @@ def get_model_index(metadata: Any) -> list[dict[str, Any]]:
 
 
 def read_metadata(text: str) -> Any:
-    """Return the metadata of a card; None for invalid YAML. The Hub reports the error during the push."""
+    """Return the metadata of a card; None for invalid YAML, which the Hub reports during the push."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

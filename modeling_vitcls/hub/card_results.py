@@ -38,7 +38,7 @@ def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str,
 
 
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
-    """Return the name and the value of each measured metric, with its confidence interval if there is one."""
+    """Return the name and the value of each measured metric, with the confidence interval if available."""
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
@@ -62,10 +62,10 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
     """Return the table cells of one class by column name."""
-    values = {
+    metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
-    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **values}
+    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **metric_cells}
 
 
 def format_percent(value: float | None) -> str:
@@ -97,13 +97,14 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
             task_phrase = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])
             yield (
-                f"The accuracy{task_phrase} was measured on {num_images:,} images. Its 95 % confidence interval is "
+                f"The accuracy{task_phrase} was measured on {num_images:,} images. The 95 % confidence interval is "
                 f"{format_percent(interval[0])} to {format_percent(interval[1])}."
             )
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield a sentence about the worst class of each task, unless all classes have the same value."""
+    """Yield a sentence about the class with the lowest recall or average precision of each task, unless all classes
+    have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -122,20 +123,23 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return a phrase with the most frequent wrong prediction for a class; empty without a matrix or errors."""
+    """Return a phrase with the most frequent wrong prediction for a class; empty if there is no matrix or
+    no wrong prediction."""
     if matrix is None:
         return ""
-    errors = [0 if predicted == index else count for predicted, count in enumerate(matrix[index])]
-    predicted_index = max(range(len(errors)), key=errors.__getitem__)
-    if not errors[predicted_index]:
+    error_counts = [0 if class_index == index else count for class_index, count in enumerate(matrix[index])]
+    predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
+    if not error_counts[predicted_index]:
         return ""
-    return f", {errors[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
+    return (
+        f", {error_counts[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
+    )
 
 
 MAX_NAME_LENGTH = 100  # characters
 
 
 def format_name(name: str) -> str:
-    """Return a name from a dataset as inline code in Markdown: one line, without markup."""
+    """Return a name from a dataset as inline code in Markdown: one line, escaped, at most 100 characters."""
     name = replace_control_characters(name).replace("`", "'")
     return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

@@ -20,19 +20,19 @@ from .provenance import Provenance
 from .verification_script import AUTO_CLASSES
 
 
-# The folder of the templates, in an installed package and in a checkout.
+# Loads templates from an installed package or from a checkout.
 TEMPLATES = Environment(
     loader=FileSystemLoader([Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"])
 )
 
 
 def render_template(template: str, /, **variables: Any) -> str:
-    """Return the text of a template in model_cards/."""
+    """Return the rendered text of a template in model_cards/."""
     return TEMPLATES.get_template(f"{template}.md.j2").render(variables)
 
 
 def render_card(template: str, metadata: ModelCardData, /, **variables: Any) -> ModelCard:
-    """Return a card with the text of a template in model_cards/."""
+    """Return a card rendered from a template in model_cards/."""
     return ModelCard(render_template(template, card_data=metadata.to_yaml(), **variables))
 
 
@@ -66,7 +66,8 @@ def build_use_section(
     finetune_dataset: str | None = None,
     is_native: bool = False,
 ) -> str:
-    """Return the section "Use". Its first code block runs without changes; the second one pins a commit.
+    """Return the section "Use". The first code block of the section runs without changes; the second code block pins a
+    commit.
 
     Args:
         name: Hub id of the model, or name of its folder.
@@ -106,19 +107,21 @@ def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
     """
     if "\n## ONNX files\n" in card:
         return card
-    labeled = report["labeled"]
+    labeled_scores = report["labeled"]
     rows = []
     for comparison in report["comparisons"]:
         row = [f"`{comparison['file']}`", f"{comparison['largest_difference']:.1e}"]
         row.append(format_percent(comparison["top1_agreement"]))
-        rows.append([*row, format_percent(labeled["files"][Path(comparison["file"]).name])] if labeled else row)
+        if labeled_scores:
+            row.append(format_percent(labeled_scores["files"][Path(comparison["file"]).name]))
+        rows.append(row)
     section = render_template(
         "onnx",
         rows=rows,
-        labeled=labeled,
-        dataset=format_name(labeled["dataset"]) if labeled else None,
-        metric=METRIC_NAMES[labeled["metric"]].lower() if labeled else None,
-        model_score=format_percent(labeled["model"]) if labeled else None,
+        labeled=labeled_scores,
+        dataset=format_name(labeled_scores["dataset"]) if labeled_scores else None,
+        metric=METRIC_NAMES[labeled_scores["metric"]].lower() if labeled_scores else None,
+        model_score=format_percent(labeled_scores["model"]) if labeled_scores else None,
     ).strip()
     start, citation, end = card.partition("\n## Citation\n")
     return f"{start}\n{section}\n{citation}{end}" if citation else f"{card.rstrip()}\n\n{section}\n"
@@ -131,7 +134,7 @@ def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
 PUSH_FLAGS = ("push_to_hub", "hub_")
 # Names or prefixes of the flags that are not part of the recipe: they start, resume or publish a run.
 NON_RECIPE_FLAGS = (*PUSH_FLAGS, "resume", "overwrite", "dry_run", "eval_", "license", "card_samples")
-# Flag -> its label in the table, and the value that has no effect.
+# Flag -> label in the table, and value that has no effect.
 HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "learning_rate": ("Peak learning rate (cosine decay to 0)", None),
     "warmup": ("Warmup, fraction of the steps", 0.0),
@@ -161,9 +164,13 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 
 
 def build_training_section(
-    config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], command: str, teacher: Provenance | None
+    config: ViTCLSConfig,
+    results: dict[str, Any],
+    flags: dict[str, Any],
+    command: str,
+    teacher_provenance: Provenance | None,
 ) -> str:
-    """Return the section on data, recipe, duration, speed and environment. `command` is the command of the run."""
+    """Return the section on data, recipe, duration, speed and environment. `command` is "finetune" or "pretrain"."""
     shareable_flags = get_shareable_flags(flags)
     recipe = {name: value for name, value in shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
@@ -173,7 +180,7 @@ def build_training_section(
         config=config,
         results=results,
         hyperparameters=list_hyperparameters(config, results, flags),
-        teacher=describe_teacher(flags, teacher),
+        teacher=describe_teacher(flags, teacher_provenance),
         seconds=f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
         energy=format_energy(results.get("energy")),
         utilization=describe_utilization(results.get("utilisation")),
@@ -218,12 +225,12 @@ def format_energy(estimate: dict[str, Any] | None) -> str | None:
 
 
 def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
-    """Return sentences about the FLOPs utilization and the peak throughput; None if they were not measured."""
+    """Return sentences about the FLOPs utilization and the peak throughput; None if there are no measurements."""
     if measurements is None:
         return None
     fraction = measurements["of_training_steps"]
     if fraction is None:
-        return "The model FLOPs utilization is unknown, because other programs disturbed the measurement of the peak."
+        return "The model FLOPs utilization is unknown, because other programs disturbed the peak measurement."
     return (
         f"The model FLOPs utilization of the training steps was {fraction:.1%} of the peak throughput of large matrix "
         f"products, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
@@ -233,11 +240,11 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     )
 
 
-def describe_teacher(flags: dict[str, Any], teacher: Provenance | None) -> str | None:
-    """Return sentences about the teacher and its license; None without a teacher."""
+def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | None) -> str | None:
+    """Return sentences about the teacher and its license; None if there is no teacher."""
     if not flags.get("teacher"):
         return None
-    label = teacher.license_label if teacher else None
+    label = teacher_provenance.license_label if teacher_provenance else None
     license_text = f" License of the teacher: {label}." if label else ""
     target_names = {"hard": "predicted class", "soft": "predicted probabilities"}
     targets = target_names.get(flags.get("distillation", ""), "predictions")

@@ -1,4 +1,4 @@
-"""The code files of a model: their digest, the order in which to read them, and their differences from this package.
+"""The code files of a model: digest, reading order, and differences from this package.
 
 compute_code_digest(folder)                    # the same as: cat *_vitcls.py | sha256sum
 describe_code_differences(folder)              # "code identical to modeling_vitcls 0.2.0", or the files that differ
@@ -16,10 +16,10 @@ CODE_PATTERN = "*_vitcls.py"
 # License file of the code. Other license files in a model folder are for the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
-HANDLER_FILE = "handler.py"  # name on the Hub of the handler for Inference Endpoints
+HANDLER_FILE = "handler.py"  # file name of the handler for Inference Endpoints on the Hub
 HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file uses only names from earlier files.
+# Each file imports only from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (
@@ -31,16 +31,20 @@ READING_ORDER = tuple(
 
 def describe_code_differences(folder: Path) -> str:
     """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
-    expected = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
+    expected_files = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
     if (folder / HANDLER_FILE).is_file():
-        expected[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
-    actual = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
-    groups = {
-        "changed": {name for name in expected.keys() & actual.keys() if expected[name] != actual[name]},
-        "missing": expected.keys() - actual.keys(),
-        "added": actual.keys() - expected.keys(),
+        expected_files[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
+    actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    names_by_difference = {
+        "changed": {
+            name for name in expected_files.keys() & actual_files.keys() if expected_files[name] != actual_files[name]
+        },
+        "missing": expected_files.keys() - actual_files.keys(),
+        "added": actual_files.keys() - expected_files.keys(),
     }
-    differences = [f"{', '.join(sorted(names))} ({group})" for group, names in groups.items() if names]
+    differences = [
+        f"{', '.join(sorted(names))} ({difference})" for difference, names in names_by_difference.items() if names
+    ]
     package = f"modeling_vitcls {__version__}"
     return f"code differs from {package}: {'; '.join(differences)}" if differences else f"code identical to {package}"
 
@@ -51,7 +55,7 @@ def compute_code_digest(folder: Path = PACKAGE_FOLDER) -> str:
 
 
 def read_code_license() -> bytes:
-    """Return the text of the license of the code files. Raises ValueError if it is not installed."""
+    """Return the text of the license of the code files. Raise ValueError if the license is not installed."""
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_bytes()

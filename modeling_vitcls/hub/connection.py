@@ -26,7 +26,8 @@ from ..errors import format_error
 
 # Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors of requests. Refused connections raise OSError, failed uploads RuntimeError, and invalid metadata ValueError.
+# Errors of requests. Refused connections raise OSError, failed uploads raise RuntimeError, and invalid metadata
+# raises ValueError.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -52,7 +53,8 @@ def check_is_online() -> None:
     """Raise ValueError if offline mode is set."""
     if is_offline_mode():
         raise ValueError(
-            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset it, or push later"
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset the variable, "
+            "or push later"
         )
 
 
@@ -75,7 +77,7 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 def install_client_factory() -> None:
     """Make all future clients of huggingface_hub read `ACTIVE_TIMEOUTS` before each request.
 
-    huggingface_hub creates a new client whenever it cannot connect, even within a `set_hub_timeout` block. A client
+    huggingface_hub creates a new client after each connection failure, even within a `set_hub_timeout` block. A client
     factory that the user has set (`set_client_factory`) is still used.
     """
     make_client = hub_http._GLOBAL_CLIENT_FACTORY  # no public function returns the user's factory
@@ -96,7 +98,7 @@ class TimeoutClientFactory:
 
         def apply_timeout(request: Any) -> None:
             """Set the timeout of a request in a `set_hub_timeout` block if the caller has set no timeout."""
-            # The lock is not acquired, because in a forked process it might never be released.
+            # The lock is not acquired, because a lock held during a fork is never released in the forked process.
             seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
                 return
@@ -114,9 +116,9 @@ class TimeoutClientFactory:
 
 @contextmanager
 def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars.
-    Set an argument to False to keep the warnings or the progress bars."""
-    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Turn off transformers' warnings, for example about unused classifier weights, and transformers' progress
+    bars. Set an argument to False to keep the warnings or the progress bars."""
+    verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if warnings:
         transformers_logging.set_verbosity_error()
     if progress_bars:
@@ -125,29 +127,30 @@ def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> I
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if had_bars:
+        if had_progress_bars:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
-    """Turn off huggingface_hub's warnings about failed requests, and its progress bars unless `show_progress`."""
-    verbosity, had_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    """Turn off huggingface_hub's warnings about failed requests, and the progress bars unless `show_progress`."""
+    verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
-    if had_bars and not show_progress:
+    if had_progress_bars and not show_progress:
         disable_progress_bars()
     try:
         yield
     finally:
         hub_logging.set_verbosity(verbosity)
-        if had_bars and not show_progress:
+        if had_progress_bars and not show_progress:
             enable_progress_bars()
 
 
 def retry(
     action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Call `action`, retry after temporary failures, and return the result. The last error is raised.
+    """Call `action`, retry after temporary failures, and return the result. If all attempts fail, the last error is
+    raised.
 
     Args:
         action: The function to call.
@@ -169,7 +172,7 @@ def retry(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether a retry may succeed."""
+    """Return whether an error is temporary, so that a retry may succeed."""
     causes = list(iter_causes(error))
     statuses = [status for cause in causes if (status := get_status(cause)) is not None]
     if statuses:
@@ -180,7 +183,7 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error, its cause, the cause of its cause, and so on."""
+    """Yield an error and the chain of causes (`__cause__`)."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -192,7 +195,7 @@ def get_status(error: BaseException) -> int | None:
 
 
 def get_requested_wait(error: BaseException) -> float:
-    """Return the wait before a retry that the Hub requests, in seconds; 0 if it requests none."""
+    """Return the wait before a retry that the Hub requests, in seconds; 0 if no wait is requested."""
     for cause in iter_causes(error):
         if isinstance(cause, HfHubHTTPError):
             value = cause.response.headers.get("Retry-After", "")
@@ -207,13 +210,13 @@ def format_hub_error(error: BaseException) -> str:
         message = get_message(cause)
         if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
-        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message in more words
+        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message
             break
     return ": ".join(messages)
 
 
 def get_message(error: BaseException) -> str:
-    """Return the message of an error, without its causes."""
+    """Return the message of an error, without the messages of the causes."""
     if isinstance(error, GatedRepoError):
         return describe_gated_repo(error)
     if isinstance(error, HfHubHTTPError):
@@ -225,16 +228,17 @@ def get_message(error: BaseException) -> str:
 
 
 def describe_gated_repo(error: GatedRepoError) -> str:
-    """Return the message for a repository whose conditions the user has not accepted: the reason and the remedy."""
+    """Return the error message for a repository whose conditions the user has not accepted, with the reason and the
+    remedy."""
     path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
     return (
-        f"{path} is gated. Accept its conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
+        f"{path} is gated. Accept the conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
         "set HF_TOKEN"
     )
 
 
 def describe_no_response(error: BaseException) -> str:
-    """Return the message for a Hub that does not respond: the reason and the remedy."""
+    """Return the error message for a Hub that does not respond, with the reason and the remedy."""
     return (
         f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
         "HF_ENDPOINT"

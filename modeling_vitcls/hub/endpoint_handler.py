@@ -6,8 +6,8 @@
 
 An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. URLs are disabled,
 because they would let users send requests from the endpoint; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs.
-Paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns its pooled
-features per image, or its last hidden state if it has no pooler.
+Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns the
+pooled features per image, or the last hidden state if the encoder has no pooler.
 
 This file uses the code in the repository, and does not import the package modeling_vitcls.
 """
@@ -28,10 +28,10 @@ MAX_BYTES = 20_000_000  # maximum size of an encoded image in bytes
 
 
 class EndpointHandler:
-    """Loads the model once, and returns the predictions for each request."""
+    """The interface of Inference Endpoints: load the model once, and return the predictions for each request."""
 
     def __init__(self, path: str = "") -> None:
-        """Load the model from a folder that contains the files of its repository."""
+        """Load the model from a folder that contains the files of the repository."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)
@@ -41,11 +41,11 @@ class EndpointHandler:
         self.processor = AutoImageProcessor.from_pretrained(path, **options)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
-        """Return the predictions for one request. Raises ValueError with a one-line message if the request is invalid.
+        """Return the predictions for one request. Raise ValueError with a one-line message if the request is invalid.
 
         Args:
-            data: "inputs", an image or a list of images, and optionally "parameters" with "top_k", the number of
-                labels per image (default: 5).
+            data: dict with "inputs" (an image or a list of images) and, optionally, "parameters" with "top_k" (the
+                number of labels per image, default: 5).
         """
         inputs, top_k = data.get("inputs"), (data.get("parameters") or {}).get("top_k", 5)
         if type(top_k) is not int or top_k < 1:
@@ -53,7 +53,7 @@ class EndpointHandler:
         sources = inputs if isinstance(inputs, list) else [inputs]
         if not 1 <= len(sources) <= MAX_IMAGES:
             raise ValueError(f"a request must contain 1 to {MAX_IMAGES} images, but contains {len(sources)}")
-        images = [self.processor.fetch_images(decode(source)) for source in sources]
+        images = [self.processor.fetch_images(decode_source(source)) for source in sources]
         batch = torch.cat([self.processor(image, return_tensors="pt")["pixel_values"] for image in images])
         with torch.inference_mode():
             outputs = self.model(batch.to(self.model.device))
@@ -70,11 +70,11 @@ class EndpointHandler:
             names = [config.id2label[index] for index in range(config.num_labels)]
             return list_labels(outputs.logits, names, top_k, config.problem_type)
         names_by_task = config.task_labels()
-        by_task = {
+        labels_by_task = {
             task: list_labels(logits, names_by_task[task], top_k, None) for task, logits in outputs.logits.items()
         }
-        num_images = len(next(iter(by_task.values())))
-        return [{task: labels[index] for task, labels in by_task.items()} for index in range(num_images)]
+        num_images = len(next(iter(labels_by_task.values())))
+        return [{task: labels[index] for task, labels in labels_by_task.items()} for index in range(num_images)]
 
 
 def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
@@ -95,14 +95,14 @@ def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type
     ]
 
 
-def decode(source: Any) -> Any:
+def decode_source(source: Any) -> Any:
     """Convert an image of a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         if os.environ.get(ALLOW_URLS_VARIABLE) != "1":
             raise ValueError(
-                f"URLs are disabled: send the image as base64, or set {ALLOW_URLS_VARIABLE}=1 on the endpoint"
+                f"URLs are disabled. Send the image as base64, or set {ALLOW_URLS_VARIABLE}=1 on the endpoint"
             )
         return source
     if isinstance(source, str):
@@ -110,7 +110,7 @@ def decode(source: Any) -> Any:
         try:
             source = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError("an image in a string must be base64 or a data URL") from None
+            raise ValueError("an image that is a string must be base64 or a data URL") from None
     if not isinstance(source, bytes | bytearray):
         raise ValueError(f"an image must be bytes, base64 or a PIL image, but is {type(source).__name__}")
     if len(source) > MAX_BYTES:

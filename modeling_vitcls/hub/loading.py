@@ -1,4 +1,4 @@
-"""Find or download the files of a model, with short timeouts, and return their folder.
+"""Find or download the files of a model with short timeouts, and return the folder of these files.
 
     folder = get_model_folder("runs/mine")              # a folder is returned unchanged
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
@@ -6,13 +6,13 @@
         ...                                             # the same rule for downloads by other libraries
 
     online          the newest commit; files that are not in the cache are downloaded
-    no response     the cached files, with a warning; an error after two attempts if there are none
-    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an immediate error if there are none
+    no response     the cached files, with a warning; an error after two attempts if no files are cached
+    offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
 
-Loading from the returned folder sends no requests. transformers would retry for a minute if connections are refused,
-and for many minutes if the Hub does not respond.
+Loading from the returned folder sends no requests. Without this file, transformers would retry for a minute if
+connections are refused, and for many minutes if the Hub does not respond.
 
-timm models are loaded by the same rule:
+timm models are loaded according to the same rules:
 
     model, commit = load_timm("vit_small_patch16_224")          # timm chooses the repository and the commit
     model, commit = load_timm("hf-hub:someone/their-model")     # also with @REVISION
@@ -63,7 +63,7 @@ MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "
 # Pickled weight files, which older models of other projects contain.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
-TIMEOUT = 6.0  # seconds without a response
+TIMEOUT = 6.0  # maximum time without a response in seconds
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
@@ -77,7 +77,7 @@ class HubUnreachable(OSError):
 
 
 def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: str | None = None) -> str:
-    """Return the folder with a model's files: `source` itself, or its download in the cache.
+    """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
     Args:
         source: A folder, or `namespace/name` on the Hub.
@@ -86,8 +86,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 
     Raises:
         ValueError: If a revision is given for a folder.
-        OSError: If there is no such folder or model, if access is denied, or if the model is not in the cache and the
-            Hub does not respond or offline mode is set. The message is one line and names the remedy.
+        OSError: If there is no such folder or model, if access is denied, or if the model is neither in the cache nor
+            available from the Hub (no response, or offline mode). The message is one line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:
@@ -101,7 +101,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         if folder is None:
             raise OSError(
                 f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-                "machine with network access, and set HF_HOME to its cache"
+                "machine with network access, and set HF_HOME to the cache of that machine"
             )
         return folder
     try:
@@ -120,24 +120,24 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
-    """Check that a folder contains a vitcls model, and return the values in its config.json.
+    """Check that a folder contains a vitcls model, and return the contents of config.json.
 
     `source` is the name of the model in error messages. Raises ValueError for other model types or a damaged
     config.json, and OSError if config.json is missing.
     """
     check_checkpoint_folder(str(folder), config_is_elsewhere=False)
-    settings = read_json(Path(folder, CONFIG))
-    model_type = settings.get("model_type")
+    config_dict = read_json(Path(folder, CONFIG))
+    model_type = config_dict.get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
-            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert it with "
-            "`vitcls convert` first"
+            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. Convert the model "
+            "with `vitcls convert` first"
         )
-    return settings
+    return config_dict
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder of a model from another project, with pickled weights if it has no safetensors files."""
+    """Return the folder of a model from another project, with pickled weights if there are no safetensors files."""
     folder = get_model_folder(source, revision=revision)
     if folder == source or any(Path(folder).glob("*.safetensors")):
         return folder
@@ -171,13 +171,14 @@ def fall_back_to_cache(
 ) -> Iterator[str | None]:
     """Make other libraries load a repository from the cache if the Hub does not respond.
 
-    The Hub is checked first. If it does not respond, the block runs as if HF_HUB_OFFLINE were set.
+    If the Hub does not respond to a first request, the block runs as if HF_HUB_OFFLINE were set.
 
     Yields:
         The hash of the commit on the Hub; None if the Hub was not reached.
 
     Raises:
-        OSError: If there is no such repository, if it is gated, or if the Hub does not respond and the block fails.
+        OSError: If there is no such repository, if the repository is gated, or if the Hub does not respond and the
+            block fails.
     """
     if is_offline_mode():
         yield None
@@ -238,7 +239,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
-    """Return the folder of the newest complete commit in the cache; None if there is none."""
+    """Return the folder of the newest complete commit in the cache; None if the cache contains no complete commit."""
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:
@@ -247,7 +248,7 @@ def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None)
 
 
 def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> str:
-    """Download the newest commit, or the commit of the revision, and return its folder in the cache."""
+    """Download the newest commit, or the commit of the revision, and return the folder in the cache."""
     try:
         with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
             folder = retry(
@@ -260,22 +261,22 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
     if not Path(folder, CONFIG).is_file():
-        raise OSError(f"{repo_id} does not contain a model: it has no {CONFIG}. Check the name")
+        raise OSError(f"{repo_id} does not contain a model, because {CONFIG} is missing. Check the name")
     return folder
 
 
 @contextmanager
 def show_progress_on_first_process() -> Iterator[None]:
     """Show download progress bars only on the first process of a machine; all processes share one download."""
-    group = "huggingface_hub.snapshot_download"
-    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(group):
+    progress_bar_group = "huggingface_hub.snapshot_download"
+    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(progress_bar_group):
         yield
         return
-    disable_progress_bars(group)
+    disable_progress_bars(progress_bar_group)
     try:
         yield
     finally:
-        enable_progress_bars(group)
+        enable_progress_bars(progress_bar_group)
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
@@ -284,18 +285,18 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     if not is_hub_id(name):
         return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or it is private and the token "
-        "cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
+        f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or the {repo_type} is private and "
+        "the token cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
 
 def describe_missing_revision(repo_id: str, revision: str | None) -> str:
     """Return the error message for a revision that does not exist."""
-    return f"{repo_id} has no revision {revision}. Set a commit hash, a branch or a tag"
+    return f"{repo_id} has no revision {revision}. Set the revision to an existing commit hash, branch or tag"
 
 
-def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | None]:
-    """Return a timm model, and the commit hash of its repository if `name` starts with `hf-hub:`, otherwise None.
+def load_timm(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
+    """Return a timm model and, if `name` starts with `hf-hub:`, the commit hash of the repository (otherwise None).
 
     Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
     """
@@ -303,12 +304,12 @@ def load_timm(name: str, with_weights: bool = True) -> tuple[nn.Module, str | No
 
     kind, colon, location = name.partition(":")
     if not colon:
-        config = timm.get_pretrained_cfg(name) if with_weights else None
+        config = timm.get_pretrained_cfg(name) if pretrained else None
         with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():
-            return timm.create_model(name, pretrained=with_weights), None
+            return timm.create_model(name, pretrained=pretrained), None
     if kind.lower().replace("_", "-") != "hf-hub":
-        return timm.create_model(name, pretrained=with_weights), None
+        return timm.create_model(name, pretrained=pretrained), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:
         pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
-        return timm.create_model(pinned_name, pretrained=with_weights), commit
+        return timm.create_model(pinned_name, pretrained=pretrained), commit

@@ -7,8 +7,9 @@
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
 Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
-that starts with `./` or `../`, is a local path, even if the file has been removed or another process has a different
-working directory. The files of a run contain relative paths, so that the run can be repeated from the same folder.
+that starts with `./` or `../`, is treated as a local path, even if the file has been removed or another process has a
+different working directory. The files of a run contain relative paths, so that the run can be repeated from the same
+folder.
 """
 
 import os
@@ -21,7 +22,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
-    """Return the name with its file or folder as an absolute path.
+    """Replace an existing file or folder in a name by its absolute path, and return the name.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
@@ -39,15 +40,15 @@ def is_local(name: Any) -> bool:
 
 
 def make_relative(name: Any) -> Any:
-    """Return a resolved name with its absolute path relative to the current folder; other values are unchanged."""
+    """Return a resolved name with the local path relative to the current folder, and any other value unchanged."""
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)
     try:
-        relative = Path(os.path.relpath(path)).as_posix()
+        relative_path = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # the paths are on different Windows drives
         return name
-    return prefix + (relative if relative.startswith(RELATIVE_PREFIXES) else f"./{relative}")
+    return prefix + (relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}")
 
 
 def can_publish_images(flags: dict[str, Any]) -> bool:
@@ -56,13 +57,13 @@ def can_publish_images(flags: dict[str, Any]) -> bool:
 
 
 def strip_folders(name: str) -> str:
-    """Return a resolved name for publication: a local path becomes `path/to/` and its last component."""
+    """Return a resolved name for publication: a local path becomes `path/to/` and the name of the file or folder."""
     prefix, path = split_prefix(name)
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
 def is_same_path(stored_name: Any, current_name: Any) -> bool:
-    """Return whether two names refer to the same dataset or model, even if its files have been moved."""
+    """Return whether two names refer to the same dataset or model, even if the files have been moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
     (old_prefix, old_path), (new_prefix, new_path) = split_prefix(stored_name), split_prefix(current_name)
@@ -72,7 +73,7 @@ def is_same_path(stored_name: Any, current_name: Any) -> bool:
 
 
 def split_prefix(name: str) -> tuple[str, str]:
-    """Split a name into its prefix and its path, which may also be a Hub id; the path is "" if there is none."""
+    """Split a name into a prefix and a path or Hub id. The path is "" if the name contains no path."""
     if name.startswith("timm:"):
         kind, colon, folder = name.removeprefix("timm:").partition(":")
         if colon:
@@ -85,6 +86,6 @@ def split_prefix(name: str) -> tuple[str, str]:
 
 
 def check_output_is_empty(output: Path) -> None:
-    """Raise ValueError unless `output` does not exist or is an empty folder."""
+    """Raise ValueError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty. Set another --output, or remove {output}")

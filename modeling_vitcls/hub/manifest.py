@@ -1,6 +1,6 @@
-"""The allowlist of files that are published from a model folder. The list contains no pickles.
+"""The allowlist of files that are published from a model folder. The list contains no pickle files.
 
-With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
+With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from this checkpoint:
 
     checkpoints/step-00000120/      model.safetensors, optimizer.safetensors, ...
                                     state.json, without local paths
@@ -50,8 +50,8 @@ NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_
 ONNX_REPORT = "onnx/report.json"
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT)
 
-# Files that define the model. A push removes such files of an earlier push, because an old model.safetensors would be
-# loaded instead of new shards.
+# Files that define the model. A push removes files that only an earlier push contained, because an old
+# model.safetensors would be loaded instead of new shards.
 MODEL_PATTERNS = (
     "config.json",
     WEIGHTS,
@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of a run and its measurements. A push also removes old records, because they describe another model.
+# Records of a run and its measurements. A push also removes old records, which describe another model.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -95,13 +95,14 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
     published only if images of the dataset may be published. The license of the code files is added.
 
-    Raises ValueError if the folder does not contain a complete vitcls model, or its code is in several repositories.
+    Raises ValueError if the folder does not contain a complete vitcls model, or if the code is in several
+    repositories.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if is_adapter(folder):
         check_adapter(folder)
-        adapter: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
-        return rename_card_in_files(adapter, folder, repo_id)
+        adapter_files: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
+        return rename_card_in_files(adapter_files, folder, repo_id)
     check_is_model(folder)
     find_code_repository(folder, repo_id)
     files: RepoFiles = {
@@ -121,8 +122,8 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
             )
         files = {name: path for name, path in files.items() if name not in outdated_files}
     elif CARD in files:
-        report = read_json(folder / ONNX_REPORT)
-        files[CARD] = insert_onnx_section(read_text(folder / CARD), report).encode()
+        onnx_report = read_json(folder / ONNX_REPORT)
+        files[CARD] = insert_onnx_section(read_text(folder / CARD), onnx_report).encode()
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
     if RECIPE in files:
@@ -132,13 +133,13 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
 
 
 def has_current_onnx_files(folder: Path) -> bool:
-    """Return whether the ONNX files were created from the weights in the folder, according to their report."""
+    """Return whether the ONNX files were created from the weights in the folder, according to onnx/report.json."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weights = {
+    weight_digests = {
         name: compute_file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()
     }
-    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weights
+    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weight_digests
 
 
 def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
@@ -156,7 +157,7 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
 
 def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> list[str]:
-    """Return the files of an earlier push that a new push must remove."""
+    """Return the published files that a new push must remove."""
     removable_patterns = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
     return sorted(name for name in published_files if name not in files and is_match(name, removable_patterns))
 
@@ -164,21 +165,24 @@ def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> lis
 def check_is_model(folder: Path) -> None:
     """Raise ValueError unless the folder contains a vitcls model, or a model converted from vitcls to transformers."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Set the folder of a saved model")
+        raise ValueError(f"{folder} is not a folder. Specify the folder of a saved model")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} does not contain a model: it has no config.json. Set the folder of a saved model")
+        raise ValueError(
+            f"{folder} does not contain a model: config.json is missing. Specify the folder of a saved model"
+        )
     if not is_native_model(folder):
         check_is_vitcls(str(folder), folder)
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a folder contains a model that was converted from vitcls to transformers and uses no code."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers and requires no custom
+    code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
 
 
 def read_code_references(folder: Path) -> list[str]:
-    """Return the code references of a model: `modeling_vitcls.ViTCLSModel`, `owner/name--module.Class`."""
+    """Return the code references of a model, such as `modeling_vitcls.ViTCLSModel` or `owner/name--module.Class`."""
     files = (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file())
     return [text for file in files for text in iter_strings(read_json(file).get("auto_map"))]
 
@@ -195,7 +199,7 @@ def iter_strings(value: Any) -> Iterator[str]:
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
     """Return the repository with a model's code; None if the code is next to the weights, in the repository `repo_id`.
 
-    Raises ValueError if there are several repositories, because `code_revision` can pin only one.
+    Raises ValueError if there are several repositories, because `code_revision` can pin only one repository.
     """
     prefixes = {reference.rpartition(REPO_SEPARATOR)[0] for reference in read_code_references(folder)}
     repositories = {None if prefix in ("", repo_id) else prefix for prefix in prefixes}
@@ -203,13 +207,14 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
         names = ", ".join(sorted(name or "the model's own" for name in repositories))
         raise ValueError(
             f"{' and '.join(CODE_REFERENCE_FILES)} reference code in several repositories ({names}), but "
-            "code_revision can pin only one. Move all code to one repository, see modeling_vitcls/hub/shared_code.py"
+            "code_revision can pin only one repository. Move all code to one repository, see "
+            "modeling_vitcls/hub/shared_code.py"
         )
     return next(iter(repositories), None)
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files of this folder that the model requires, directly or through imports."""
+    """Return the code files of the folder that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
     required_files: set[str] = set()
@@ -229,7 +234,7 @@ def list_weight_files(folder: Path) -> set[str]:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file with unchanged line endings. Raises ValueError if it is not UTF-8."""
+    """Return the text of a file with unchanged line endings. Raise ValueError if the text is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -239,21 +244,22 @@ def read_text(file: Path) -> str:
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """Return the published files of the newest undamaged checkpoint in `folder`.
 
-    Flags with local paths are removed from state.json. A resumed run uses the flags of its command line instead.
+    Flags with local paths are removed from state.json. A resumed run uses the flags of the command line instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
-    path = checkpoint.folder.relative_to(folder).as_posix()
-    files: RepoFiles = {f"{path}/{name}": checkpoint.folder / name for name in state["files"]}
+    checkpoint_path = checkpoint.folder.relative_to(folder).as_posix()
+    files: RepoFiles = {f"{checkpoint_path}/{name}": checkpoint.folder / name for name in state["files"]}
     state["facts"]["flags"] = {
         name: value for name, value in state["facts"]["flags"].items() if name != "output_dir" and not is_local(value)
     }
-    files[f"{path}/{STATE_FILE}"] = format_state(state).encode()
+    files[f"{checkpoint_path}/{STATE_FILE}"] = format_state(state).encode()
     return files
 
 
 def find_newest_checkpoint(folder: Path) -> Checkpoint:
-    """Return the newest undamaged checkpoint. Nothing is changed, because a run may be writing to the folder."""
+    """Return the newest undamaged checkpoint. The folder is not changed, because a run may be writing to the
+    folder."""
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     for step in reversed(store.list_steps()):
         try:
@@ -273,7 +279,8 @@ SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local dataset whose images the card shows; None if there is none or `--card-samples` was set."""
+    """Return the local dataset whose images the card shows; None if the card shows no images of a
+    local dataset, or if `--card-samples` was set."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
@@ -293,6 +300,6 @@ def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
     """Return the warning that images of a local dataset were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
-        "confidential, make the repository private in its settings on the Hub, or delete the file on the Hub, remove "
+        "confidential, make the repository private in the settings on the Hub, or delete the file on the Hub, remove "
         f"{folder / SAMPLE_IMAGES} and push again"
     )

@@ -1,14 +1,14 @@
-"""The base model of a model and the license of its weights, for its card.
+"""Base model and license of a model's weights, for the model card.
 
-    find_provenance("runs/pretrained")                      a model folder: from its README.md
-    find_provenance("ORG/MODEL")                            a model on the Hub: from its card; also transformers:...
+    find_provenance("runs/pretrained")                      a model folder: from README.md
+    find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
 Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
 values that are not in the cache are unknown; no error is raised. A card states these licenses:
 
     new weights                 the license given with `--license`, or no license
-    weights of another model    the license of that model, if it is known
+    weights of another model    the license of that model, if known
     the Python files            Apache-2.0, independent of the license of the weights
 """
 
@@ -29,15 +29,16 @@ CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix."""
+    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix or
+    none."""
     for stem in ("license", "licence", "copying", "notice"):
-        any_case = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
+        case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
-        yield from (f"{any_case}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
+        yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
 
 
 LICENSE_FILES = tuple(list_license_patterns())
-TIMEOUT = 5.0  # seconds without a response; short, because finished runs should not wait for a slow Hub
+TIMEOUT = 5.0  # maximum time without a response in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -49,7 +50,7 @@ class Provenance:
     """The name, base model and license of the model that another model is derived from."""
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local folder
-    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if there is none
+    base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown
     # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
@@ -63,7 +64,7 @@ class Provenance:
 
     @property
     def license_label(self) -> str | None:
-        """The name of the license; None if it is unknown."""
+        """The name of the license; None if the license is unknown."""
         label = self.license_name if self.license == "other" and self.license_name else self.license
         return ", ".join(label) if isinstance(label, list) else label
 
@@ -89,24 +90,27 @@ def find_provenance(source: str) -> Provenance:
 
 def read_folder_provenance(folder: Path) -> Provenance:
     """Return the provenance of a model folder, with the base model that is named in the card."""
-    card = read_card_metadata(folder)
-    return add_license(Provenance(folder.resolve().name, base_model=card.get("base_model")), card, folder)
+    card_metadata = read_card_metadata(folder)
+    return add_license(
+        Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
+    )
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from its card or, if the Hub does not respond, its cached card."""
+    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, from the cached
+    card."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)
     folder = download_card(repo_id)
     if folder is None:
         return provenance
-    address = f"{constants.ENDPOINT}/{repo_id}/blob/main"
-    return add_license(provenance, read_card_metadata(folder), folder, address)
+    base_url = f"{constants.ENDPOINT}/{repo_id}/blob/main"
+    return add_license(provenance, read_card_metadata(folder), folder, base_url)
 
 
 def download_card(repo_id: str) -> Path | None:
-    """Return a folder with the card and the license files of a model on the Hub; None if they are unavailable."""
+    """Return a folder with the card and the license files of a model on the Hub; None if the files are unavailable."""
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
@@ -121,28 +125,34 @@ def download_card(repo_id: str) -> Path | None:
 
 
 def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of a folder's card; empty if there is no readable card."""
+    """Return the metadata of the card in a folder; empty if there is no readable card."""
     try:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
 
-def add_license(provenance: Provenance, card: dict[str, Any], folder: Path, address: str | None = None) -> Provenance:
+def add_license(
+    provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
+) -> Provenance:
     """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
 
-    `address` is the base URL for links to published files that are not in `folder`.
+    `base_url` is the base URL for links to published files that are not in `folder`.
     """
-    name = card.get("license")
+    name = card_metadata.get("license")
     if not name or name == "unknown":
         return provenance
-    matches = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
-    files = tuple(dict.fromkeys(matches))  # license files come first
-    link = card.get("license_link") or (files[0].name if name == "other" and files else None)
-    if link and "://" not in link and not (folder / link).is_file():
-        link = f"{address}/{link}" if address else None
-    license_name = card.get("license_name")
-    return replace(provenance, license=name, license_name=license_name, license_link=link, license_files=files)
+    matching_files = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
+    license_link = card_metadata.get("license_link") or (
+        license_files[0].name if name == "other" and license_files else None
+    )
+    if license_link and "://" not in license_link and not (folder / license_link).is_file():
+        license_link = f"{base_url}/{license_link}" if base_url else None
+    license_name = card_metadata.get("license_name")
+    return replace(
+        provenance, license=name, license_name=license_name, license_link=license_link, license_files=license_files
+    )
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -161,7 +171,7 @@ def find_timm_provenance(name: str) -> Provenance:
         import timm
 
         config = timm.get_pretrained_cfg(name)
-    except (ImportError, RuntimeError):  # timm is not installed, or has no model of this name
+    except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model of this name
         config = None
     if config is None:
         return Provenance(f"timm:{name}")
@@ -170,10 +180,10 @@ def find_timm_provenance(name: str) -> Provenance:
         return provenance
     if config.license in HUB_LICENSES:
         return replace(provenance, license=config.license)
-    link = LICENSE_LINKS.get(config.license) or (
+    license_link = LICENSE_LINKS.get(config.license) or (
         f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     )
-    return replace(provenance, license="other", license_name=config.license, license_link=link)
+    return replace(provenance, license="other", license_name=config.license, license_link=license_link)
 
 
 # Licenses in a card --------------------------------------------------------------------------------------------------
@@ -190,12 +200,12 @@ NEW_WEIGHTS_TEXTS = (
 )
 DERIVED_WEIGHTS_TEXTS = (
     "The weights are derived from another model and remain under its license: {license}.",
-    "The weights are derived from another model whose license is unknown. Ask its authors before you use or "
-    "redistribute the weights.",
+    "The weights are derived from another model whose license is unknown. Ask the authors of that model before you "
+    "use or redistribute the weights.",
 )
 CONVERTED_WEIGHTS_TEXTS = (
     "The weights remain under the license of the source: {license}.",
-    "No license was found for the source. Ask its authors before you use or redistribute the weights.",
+    "No license was found for the source. Ask the authors of the source before you use or redistribute the weights.",
 )
 
 
@@ -204,13 +214,13 @@ class WeightsLicense:
     """The license of weights, and the sentences that describe it."""
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
-    source: Provenance | None  # provenance with the name, link and text of the license; None if nothing is known
-    teacher: Provenance | None = None  # teacher of a distillation, whose license is named as well
-    has_code: bool = True  # whether the repository contains code, whose license is named as well
+    source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
+    teacher: Provenance | None = None  # teacher of a distillation, whose license is also named
+    has_code: bool = True  # whether the repository contains code, whose license is also named
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The license as keyword arguments of ModelCardData; empty if it is unknown."""
+        """The license as keyword arguments of ModelCardData; empty if the license is unknown."""
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:
@@ -227,20 +237,23 @@ class WeightsLicense:
 
 
 def get_run_license(
-    is_from_random_weights: bool, license_flag: str | None, base: Provenance | None, teacher: Provenance | None = None
+    is_from_random_weights: bool,
+    license_flag: str | None,
+    base_provenance: Provenance | None,
+    teacher_provenance: Provenance | None = None,
 ) -> WeightsLicense:
     """Return the license of a run's weights: the inherited license if it is known, otherwise `--license`."""
-    is_inherited = base is not None and base.license is not None
+    is_inherited = base_provenance is not None and base_provenance.license is not None
     if is_from_random_weights or (license_flag and not is_inherited):
-        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher)
-    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base, teacher)
+        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher_provenance)
+    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base_provenance, teacher_provenance)
 
 
-def describe_license_conflict(license_flag: str | None, base: Provenance | None) -> str | None:
+def describe_license_conflict(license_flag: str | None, base_provenance: Provenance | None) -> str | None:
     """Return a one-line warning if `--license` differs from the inherited license; None otherwise."""
-    if license_flag is None or base is None or base.license in (None, license_flag):
+    if license_flag is None or base_provenance is None or base_provenance.license in (None, license_flag):
         return None
     return (
-        f"--license {license_flag} is ignored: the weights are derived from {base.name} and remain under its license, "
-        f"{base.license_label}"
+        f"--license {license_flag} is ignored: the weights are derived from {base_provenance.name} and remain under "
+        f"the license {base_provenance.license_label}"
     )

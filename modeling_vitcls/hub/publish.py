@@ -34,7 +34,7 @@ from .manifest import (
 )
 
 
-TIMEOUT = 120.0  # seconds without a response; the duration of an upload is not limited
+TIMEOUT = 120.0  # maximum time without a response in seconds; the duration of an upload is not limited
 DEFAULT_MESSAGE = "Upload model"
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PushResult:
 
     repo_id: str  # `namespace/name`
     commit: str  # the hash of the commit, 40 hexadecimal digits
-    url: str  # the address of the commit
+    url: str  # the URL of the commit
     with_optimizer: bool = False  # whether a checkpoint for `--resume` was pushed as well
     is_private: bool = False  # whether the repository is private
 
@@ -72,8 +72,8 @@ def push_folder(
 ) -> PushResult:
     """Push the files of a model folder in one commit; create the repository if it does not exist.
 
-    If nothing has changed, no commit is made, and the newest commit of the branch is returned. Call this only on the
-    main process, after `check_push_permissions`.
+    If nothing has changed, no commit is made, and the newest commit of the branch is returned. Call this function only
+    on the main process, after `check_push_permissions`.
 
     Args:
         folder: Folder with config.json, safetensors, code, image processor, card and results.
@@ -81,13 +81,13 @@ def push_folder(
         private: Whether a new repository is private.
         message: Message of the commit.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
-        with_optimizer: Push the newest checkpoint in `checkpoints/` as well, for `--resume`.
-        in_background: Show no progress bars, log retries at the DEBUG level, and upload large files one by one
-            without extra threads, which would delay the exit of Python.
-        with_handler: Push handler.py for Inference Endpoints as well (endpoint_handler.py).
+        with_optimizer: Whether to also push the newest checkpoint in `checkpoints/`, for `--resume`.
+        in_background: Whether to hide progress bars, to log retries at the DEBUG level, and to upload large files
+            one by one. Uploads in extra threads would delay the exit of Python.
+        with_handler: Whether to also push handler.py for Inference Endpoints (endpoint_handler.py).
 
     Raises:
-        ValueError: If the folder does not contain a complete model, or the required checkpoint.
+        ValueError: If the folder does not contain a complete model or, with `with_optimizer`, an undamaged checkpoint.
         PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
@@ -106,10 +106,10 @@ def push_folder(
                 push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
             )
     except HUB_ERRORS as error:
-        command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
+        push_command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
         raise PushFailed(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
-            f"finish with: {command}"
+            f"finish with: {push_command}"
         ) from error
     if not push_result.is_private and (dataset := find_local_dataset_in_card(folder)):
         log.warning(describe_published_images(folder, dataset, repo_id))
@@ -122,23 +122,23 @@ def push_once(
     """Try to push once; return the commit, and whether the repository is private.
 
     The current state of the repository is read first, so that a retry continues an incomplete push. If another push
-    happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
+    happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the default of the account
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: default visibility of the account
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    info = api.model_info(repo_id, revision=branch)
-    published_files = api.list_repo_files(repo_id, revision=info.sha)
+    repo_info = api.model_info(repo_id, revision=branch)
+    published_files = api.list_repo_files(repo_id, revision=repo_info.sha)
     deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published_files, files)]
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     if upload_one_by_one:
         for large_file in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
             api.preupload_lfs_files(repo_id, [large_file], revision=branch, free_memory=False)
     commit = api.create_commit(
-        repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=info.sha
+        repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=repo_info.sha
     )
-    return commit.oid, bool(info.private)
+    return commit.oid, bool(repo_info.private)
 
 
 def build_push_command(

@@ -1,4 +1,4 @@
-"""Check before training that the token may push to a repository. The check changes nothing.
+"""Check before training that the token may push to a repository. The check makes no changes.
 
 repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 """
@@ -12,20 +12,20 @@ from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_s
 from .loading import is_hub_id
 
 
-TIMEOUT = 10.0  # seconds without a response
+TIMEOUT = 10.0  # maximum time without a response in seconds
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
 
 RepoType = Literal["model", "space"]
 # Repository type -> the flag that sets the repository id.
-FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
+REPO_ID_FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
 
 
 def check_push_permissions(
     repo_id: str | None, default_name: str, private: bool = False, repo_type: RepoType = "model"
 ) -> str:
-    """Return the full id, `namespace/name`, of the repository to push to.
+    """Check that the token may push to a repository, and return the full repository id, `namespace/name`.
 
     The check only reads from the Hub and writes no files. Call this function only on the main process.
 
@@ -46,12 +46,12 @@ def check_push_permissions(
     full_id = name if "/" in name else f"{account['name']}/{name}"
     if not is_hub_id(full_id):
         raise ValueError(
-            f"{full_id!r} is not a valid repository id. Set {FLAGS[repo_type]} to namespace/name, with letters, "
-            "digits, '-', '_' and '.', at most 96 characters"
+            f"{full_id!r} is not a valid repository id. Set {REPO_ID_FLAGS[repo_type]} to namespace/name, with "
+            "letters, digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
-    exists = check_existing_repo(full_id, private, repo_type)
-    check_token(full_id, account, exists)
+    repo_exists = check_existing_repo(full_id, private, repo_type)
+    check_token(full_id, account, repo_exists)
     return full_id
 
 
@@ -59,8 +59,8 @@ def fetch_account() -> dict[str, Any]:
     """Return the Hub's information about the user and the token."""
     if get_token() is None:
         raise ValueError(
-            f"a push requires a Hugging Face token, but none was found. Create a 'write' token at {TOKEN_PAGE}, then "
-            "run `hf auth login`, or set HF_TOKEN"
+            f"a push requires a Hugging Face token, but no token was found. Create a 'write' token at {TOKEN_PAGE}, "
+            "then run `hf auth login`, or set HF_TOKEN"
         )
     try:
         with set_hub_timeout(TIMEOUT):
@@ -69,7 +69,7 @@ def fetch_account() -> dict[str, Any]:
         if get_status(error) == 401:
             raise ValueError(
                 "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid. Create a 'write' "
-                f"token at {TOKEN_PAGE}, and log in with it"
+                f"token at {TOKEN_PAGE}, and log in with this token"
             ) from None
         raise OSError(f"{describe_no_response(error)}, or push later") from error
 
@@ -85,7 +85,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         namespaces = ", ".join([account["name"], *organizations])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
-            f"{FLAGS[repo_type]} to a name in one of {namespaces}"
+            f"{REPO_ID_FLAGS[repo_type]} to a name in one of {namespaces}"
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(
@@ -95,18 +95,18 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
 
 
 def check_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
-    """Return whether the repository exists. Raises ValueError if it is public but has to be private."""
+    """Return whether the repository exists. Raise ValueError if the repository is public but has to be private."""
     try:
         with set_hub_timeout(TIMEOUT):
-            info = HfApi().repo_info(repo_id, repo_type=repo_type)
+            repo_info = HfApi().repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
         return False
     except HUB_ERRORS as error:
         raise OSError(f"{describe_no_response(error)}, or push later") from error
-    if private and not info.private:
+    if private and not repo_info.private:
         raise ValueError(
-            f"{repo_id} exists and is public, but a private repository is required. Make it private in its settings "
-            f"on the Hub, or set another name with {FLAGS[repo_type]}"
+            f"{repo_id} exists and is public, but a private repository is required. Make the repository private in "
+            f"the settings on the Hub, or set another name with {REPO_ID_FLAGS[repo_type]}"
         )
     return True
 
@@ -120,32 +120,32 @@ def is_private(repo_id: str) -> bool:
         return False
 
 
-def check_token(repo_id: str, account: dict[str, Any], exists: bool) -> None:
-    """Raise ValueError unless the token may write to the repository, or create it if it does not exist."""
+def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> None:
+    """Raise ValueError unless the token may write to the repository, or create the repository if it does not exist."""
     token = account.get("auth", {}).get("accessToken")
-    if token is None:  # another kind of login, whose permissions only a push can test
+    if token is None:  # another type of login, whose permissions can only be tested by a push
         return
-    remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with it (`hf auth login`, or HF_TOKEN)"
+    remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with this token (`hf auth login`, or HF_TOKEN)"
     if token["role"] == "read":
-        raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}: {remedy}")
-    if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), exists):
+        raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}. To push, {remedy}")
+    if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), repo_exists):
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
-            f"contents' of its namespace at {TOKEN_PAGE}, or {remedy}"
+            f"contents' of the namespace at {TOKEN_PAGE}, or {remedy}"
         )
 
 
-def is_in_scope(repo_id: str, token_permissions: dict[str, Any], exists: bool) -> bool:
+def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
     writable_names = [
         entry["entity"].get("name", "")
         for entry in token_permissions.get("scoped", ())
         if "repo.write" in entry.get("permissions", ())
     ]
-    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if exists else [])
-    return any(is_same_name(name, other) for name in writable_names for other in accepted_names)
+    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if repo_exists else [])
+    return any(is_same_name(name, accepted_name) for name in writable_names for accepted_name in accepted_names)
 
 
-def is_same_name(name: str, other: str) -> bool:
+def is_same_name(name: str, other_name: str) -> bool:
     """Return whether two names on the Hub are equal. Names are not case-sensitive."""
-    return name.casefold() == other.casefold()
+    return name.casefold() == other_name.casefold()

@@ -1,4 +1,4 @@
-"""The commit of a branch or tag, its files, and the commit of the model's code.
+"""Look up the commit of a branch or tag, download the files of a commit, and find the commit of the model's code.
 
 model = resolve_commit("someone/model", "main")
 code = resolve_code_commit(model, model_folder)        # None if the code is in the same commit
@@ -23,7 +23,7 @@ from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
 
-TIMEOUT = 60.0  # seconds without a response
+TIMEOUT = 60.0  # maximum time without a response in seconds
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class HubCommit:
 
     repo_id: str  # `namespace/name`
     commit: str  # the hash of the commit, 40 hexadecimal digits
-    needs_token: bool  # whether reading requires a token: the repository is private or gated
+    needs_token: bool  # whether a download requires a token, because the repository is private or gated
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
@@ -80,10 +80,11 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the model's code; None if the model has its own code.
+    """Return the newest commit of the repository with the model's code; None if the code is in the model's own
+    repository.
 
-    `folder` contains the model's files. Raises ValueError if the code is in several repositories, and the
-    errors of `resolve_commit`.
+    `folder` contains the model's files. Raises ValueError if the code is in several repositories, and
+    raises the errors of `resolve_commit`.
     """
     try:
         repo_id = find_code_repository(folder, model.repo_id)

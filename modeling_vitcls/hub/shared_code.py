@@ -21,7 +21,7 @@ from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-# Patterns of a card: code that pins the weights, the location of the code, and the note about both repositories.
+# Patterns in a card: code that pins the weights, the location of the code, and the note about both repositories.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
@@ -31,17 +31,18 @@ NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )"
 
 
 def write_code(folder: str | Path) -> list[str]:
-    """Copy the code of the models into a folder for upload, and return the file names."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    """Copy the code files of vitcls models to a folder for upload, and return the file names."""
+    target_folder = Path(folder)
+    target_folder.mkdir(parents=True, exist_ok=True)
     files = sorted(PACKAGE_FOLDER.glob(CODE_PATTERN))
     for file in files:
-        shutil.copyfile(file, target / file.name)
+        shutil.copyfile(file, target_folder / file.name)
     return [file.name for file in files]
 
 
 def use_shared_code(folder: str | Path, repo_id: str) -> None:
-    """Make a saved model use the code in a repository on the Hub, update its card, and remove its own code files.
+    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files in the
+    folder.
 
     Call this function only before publishing. If this package is installed, the folder is still loaded with the
     package's code. Saving the model again, for example after fine-tuning, adds the code files again.
@@ -51,18 +52,16 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
         repo_id: `namespace/name` of the repository with the code. The repository does not have to exist yet.
 
     Raises:
-        ValueError: If the folder does not contain a vitcls model, or the repository id is invalid.
+        ValueError: If the folder does not contain a vitcls model, or if the repository id is invalid.
         OSError: If the files cannot be written.
     """
     folder = Path(folder)
     check_is_model(folder)
-    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # others cannot find a repository without its namespace
-        raise ValueError(
-            f"{repo_id!r} is not a repository id. Set namespace/name of the repository that contains the code"
-        )
+    if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # other users need the namespace to find the repository
+        raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
         settings = read_json(file)
-        settings["auto_map"] = add_repository(settings.get("auto_map", {}), repo_id)
+        settings["auto_map"] = add_repo_id(settings.get("auto_map", {}), repo_id)
         with write_atomically(file) as temporary_file:
             temporary_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (folder / CARD).is_file():
@@ -71,17 +70,18 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
         file.unlink()
 
 
-def add_repository(references: Any, repo_id: str) -> Any:
-    """Return references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository."""
+def add_repo_id(references: Any, repo_id: str) -> Any:
+    """Return code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository
+    id."""
     if isinstance(references, dict):
-        return {name: add_repository(reference, repo_id) for name, reference in references.items()}
+        return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card with code examples that also pin the code, and with text that names the code repository.
+    """Return the card text, in which code examples also pin the code and the code repository is named.
 
-    The text is returned unchanged if it does not pin a revision.
+    The text is returned unchanged if the code examples do not pin a revision.
     """
     if not (PIN_IN_CALL.search(text) or PIN_BY_NAME.search(text)):
         return text

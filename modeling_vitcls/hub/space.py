@@ -4,13 +4,13 @@
     files = build_space_files(model, title="...")       # path in the Space -> file or bytes
     pushed = push_space(files, model, "someone/model-demo")
 
-    app.py              names the model and its commit
+    app.py              the model, the commit, and the call that serves the page
     vitcls_demo/        the files of the page from this package, which is not installed in the Space
     examples/           example images
     requirements.txt    requirements of the page, with the minimum versions from pyproject.toml
     README.md           the settings of the Space
 
-The model is not copied: the Space loads it by its commit.
+The Space does not contain a copy of the model; the app loads the model at a pinned commit.
 """
 
 import importlib.metadata
@@ -34,11 +34,11 @@ from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
 from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
-PACKAGE = Path(__file__).parents[1]
-FOLDER = "vitcls_demo"
-EXAMPLES = "examples"
+PACKAGE_FOLDER = Path(__file__).parents[1]
+PAGE_FOLDER = "vitcls_demo"
+EXAMPLES_FOLDER = "examples"
 
-# Files of this package that the page requires. Within this package, they import only each other.
+# Files of this package that the page requires. These files import no other files of this package.
 PAGE_FILES = (
     "demo/__init__.py",
     "demo/page.py",
@@ -58,12 +58,12 @@ PAGE_FILES = (
     "positions_vitcls.py",
     "token_attention_vitcls.py",
 )
-# Libraries that the page files and the model's code import. gradio comes with the Space's SDK.
+# Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
 REQUIRED_LIBRARIES = (
     "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
 ).split()
 
-APP_TEMPLATE = '''"""The page of a model, which is defined in {folder}/."""
+APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
 
 from pathlib import Path
 
@@ -84,8 +84,8 @@ DESCRIPTION = """
 Upload an image to see the predictions of the Vision Transformer [{model}]({address}), the attention maps of its
 special tokens (CLS, distillation, registers) and its patch features in every layer.
 
-The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}, which is set in `app.py`. To run
-this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
+The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}. The commit is set in `app.py`.
+To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
 """
 
 
@@ -116,13 +116,13 @@ class PublishedModel:
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
     """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Raises ValueError if it is a local folder, is not on the Hub, or is not a vitcls model, and OSError if the Hub does
-    not respond.
+    Raises ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if the model is not a vitcls
+    model, and OSError if the Hub does not respond.
     """
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
-            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push it first with {command}"
+            f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
         )
     check_is_online()
     weights = resolve_commit(repo_id, revision)
@@ -132,7 +132,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
     if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
         raise ValueError(
             f"{repo_id} at {weights.commit} does not contain a {ViTCLSConfig.model_type} model with its code. Convert "
-            "it with `vitcls convert` and push the result"
+            "the model with `vitcls convert` and push the result"
         )
     if not preprocessor_config.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
@@ -143,17 +143,17 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
 
 
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
-    """Build the files of the Space. `title` is the title of the Space on the Hub and of its card.
+    """Build the files of the Space. `title` is the title of the Space on the Hub and of the card.
 
     Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
     app = APP_TEMPLATE.format(
-        folder=FOLDER,
+        folder=PAGE_FOLDER,
         model=model.repo_id,
-        warning=f"This runs the code in {model.code.repo_id}" if model.code else "This runs the model's code",
+        warning=f"The app runs the code in {model.code.repo_id}" if model.code else "The app runs the model's code",
         commit=model.commit,
         code_commit=model.code.commit if model.code else None,
-        examples=EXAMPLES,
+        examples=EXAMPLES_FOLDER,
     )
     files: RepoFiles = {
         "app.py": app.encode(),
@@ -162,41 +162,41 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
         ).encode(),
         "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
     }
-    files |= {f"{FOLDER}/{name}": PACKAGE / name for name in PAGE_FILES}
+    files |= {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
     return files | collect_examples(examples)
 
 
 def build_gradio_card(model: PublishedModel, title: str) -> str:
     """Return README.md of a Space that runs the model with gradio.
 
-    The Space uses the Python version of this process, because the Hub's default is too old.
+    The Space uses the Python version of this process, because the default version on the Hub is too old.
     """
     try:
-        gradio = importlib.metadata.version("gradio")
+        gradio_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
             "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
         ) from None
     settings = {
         "sdk": "gradio",
-        "sdk_version": gradio,
+        "sdk_version": gradio_version,
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "license": "apache-2.0",
     }
-    code = ""
+    code_text = ""
     if model.code:
         address = f"{constants.ENDPOINT}/{model.code.repo_id}"
         commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
-        code = f", its code from [{model.code.repo_id}]({address}) at commit {commit}"
-    return build_space_card(model, title, DESCRIPTION, settings, code=code, gradio=gradio)
+        code_text = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
+    return build_space_card(model, title, DESCRIPTION, settings, code=code_text, gradio=gradio_version)
 
 
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
     """Return README.md, whose header configures the Space. `description` is a template with the fields `model`,
-    `commit`, `address` and `fields`."""
+    `commit` and `address`, and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -214,7 +214,7 @@ def build_space_card(
 
 def list_requirements() -> list[str]:
     """Return the lines of requirements.txt, with the minimum versions that this package declares."""
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE.name) or ()]
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
     specifiers = {
         requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
     }
@@ -225,16 +225,16 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
     """Return the files of the example images by path in the Space."""
     files: RepoFiles = {}
     for file in examples:
-        name = f"{EXAMPLES}/{file.name}"
+        name = f"{EXAMPLES_FOLDER}/{file.name}"
         if name in files:
-            raise ValueError(f"two examples have the same name, {file.name}. Rename one of them")
+            raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
         read_image(file)
         files[name] = file
     return files
 
 
 def write_space(files: RepoFiles, folder: Path) -> None:
-    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from it.
+    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from the folder.
 
     Raises ValueError if the folder is not empty.
     """
@@ -245,7 +245,7 @@ def write_space(files: RepoFiles, folder: Path) -> None:
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
-# The push ------------------------------------------------------------------------------------------------------------
+# Push ----------------------------------------------------------------------------------------------------------------
 
 
 def push_space(
@@ -258,9 +258,9 @@ def push_space(
 ) -> PushResult:
     """Push the files of a Space in one commit; create the Space if it does not exist.
 
-    Call this after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is made.
-    `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the same
-    files, for the error message.
+    Call this function after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is
+    made. `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the
+    same files, for the error message.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
@@ -277,20 +277,24 @@ def push_space(
 
 
 def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, private: bool, sdk: str) -> PushResult:
-    """Try to push once. Outdated page files and examples are removed; other files in the Space are kept.
+    """Try to push once. Outdated page files and examples are removed, and all other files in the Space are kept.
 
-    If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new one.
+    If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
-    parent = api.space_info(space_id).sha
-    published_files = api.list_repo_files(space_id, revision=parent, repo_type="space")
-    folders = tuple({f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{FOLDER}/", f"{EXAMPLES}/"})
+    parent_commit = api.space_info(space_id).sha
+    published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
+    folders = tuple(
+        {f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{PAGE_FOLDER}/", f"{EXAMPLES_FOLDER}/"}
+    )
     outdated_files = [name for name in published_files if name.startswith(folders) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in outdated_files
     ]
     operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     message = f"Show {model.repo_id} at {model.commit[:7]}"
-    commit = api.create_commit(space_id, operations, commit_message=message, repo_type="space", parent_commit=parent)
+    commit = api.create_commit(
+        space_id, operations, commit_message=message, repo_type="space", parent_commit=parent_commit
+    )
     return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from .manifest import RepoFiles
-from .space import PACKAGE, PublishedModel, build_space_card
+from .space import PACKAGE_FOLDER, PublishedModel, build_space_card
 
 
 MODEL_FOLDER = "model"
@@ -68,10 +68,10 @@ def build_static_space_files(
                     f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
                 )
             files[f"{LIBRARY_FOLDER}/{Path(name).name}"] = node_modules / name
-    page = (PACKAGE / "demo" / "static.html").read_text(encoding="utf-8")
+    page = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
     page = page.replace('"LIBRARY"', json.dumps(library)).replace("TITLE", html.escape(title))
     return files | {
         "index.html": page.encode(),
-        "app.js": PACKAGE / "demo" / "static.js",
+        "app.js": PACKAGE_FOLDER / "demo" / "static.js",
         "README.md": build_space_card(model, title, DESCRIPTION, {"sdk": "static"}, folder=MODEL_FOLDER).encode(),
     }

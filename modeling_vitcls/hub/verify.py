@@ -58,7 +58,7 @@ from .verification_script import HubLoader, Outputs, collect_outputs
 
 # Maximum difference in an output tensor in float32, divided by its largest absolute value if that exceeds 1.
 TOLERANCE = 1e-6
-TIMEOUT = 60.0  # seconds without a response
+TIMEOUT = 60.0  # maximum time without a response in seconds
 PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
 
 # Environment variables that the new process inherits, in upper or lower case: locations of programs and libraries,

@@ -115,7 +115,9 @@ def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
         seeds[warning] = seed
     assert len(seeds) == 2
     missing, unlearned = sorted(seeds)
-    assert missing.startswith("1 of the 3 classes have no held-out images (rare), so their accuracy is not measured")
+    assert missing.startswith(
+        "1 of the 3 classes have no held-out images (rare), so the accuracy on these classes is not measured"
+    )
     assert unlearned.startswith("1 of the 3 classes have no training images (rare), because all")
     write_photos(tmp_path, range(60), "rare")
     assert describe_missing_classes(read(folder)) == []

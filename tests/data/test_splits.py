@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda photos: write_photos(photos, range(20), "ant"),
         "the classes of 'label' were 2 (cat, dog), but are 3 (ant, cat, dog) now",
     ),
-    "classes swapped": (swap_classes, "the names of the images are the same, but their contents differ"),
+    "classes swapped": (swap_classes, "the names of the images are the same, but the contents differ"),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
     write(rows)
     options = start(get_options(table, streaming))
     for lines, reason in (
-        (rows[::-1], "the images are the same, but their order differs"),
+        (rows[::-1], "the images are the same, but the order of the images differs"),
         ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
     ):
         write(lines)
@@ -96,7 +96,7 @@ def test_other_names_and_other_held_out_images_have_different_errors() -> None:
     before = counts | compute_fingerprint(names, labels, lambda index: b"")
     renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
     assert describe_change(before, before) is None
-    assert describe_change(before, renamed) == "the number of images is the same, but their names differ"
+    assert describe_change(before, renamed) == "the number of images is the same, but the names of the images differ"
     assert describe_change(before, before | {"held_out": 2}) == "different images are held out"
 
 

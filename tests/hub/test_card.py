@@ -161,7 +161,7 @@ def test_a_teacher_is_not_a_base_model() -> None:
     teacher = Provenance("timm:their-teacher", "timm/their-teacher", license="mit")
     flags = FLAGS | {"teacher": "timm:their-teacher", "distillation": "soft"}
     results = RESULTS | {"teacher": "timm:their-teacher"}
-    card = ModelCard(str(build_card("my-model", CONFIG, results, flags, teacher=teacher)))
+    card = ModelCard(str(build_card("my-model", CONFIG, results, flags, teacher_provenance=teacher)))
     sentence = (
         "trained on the predicted probabilities of the teacher `timm:their-teacher`. License of the teacher: mit."
     )
@@ -169,7 +169,7 @@ def test_a_teacher_is_not_a_base_model() -> None:
     assert card.data.base_model is None and card.data.license is None
     assert "distillation" in card.data.tags
     assert "The teacher model of the distillation is licensed under mit." in card.text.split("## License")[1]
-    unknown = build_card("my-model", CONFIG, results, flags, teacher=Provenance("timm:their-teacher"))
+    unknown = build_card("my-model", CONFIG, results, flags, teacher_provenance=Provenance("timm:their-teacher"))
     assert "The teacher model" not in unknown.text
 
 
@@ -335,7 +335,7 @@ def test_limits_are_the_measured_ones() -> None:
         per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
         confusion_matrix=[[198, 2], [16, 144]],
     )
-    assert "measured on 360 images. Its 95 % confidence interval is 96.40% to 99.25%." in card.text
+    assert "measured on 360 images. The 95 % confidence interval is 96.40% to 99.25%." in card.text
     assert (
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )

@@ -418,7 +418,7 @@ def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch
     newest = get_cached_commit(get_model_folder("ann/model"))
     assert old != newest == repository.branches["main"]
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
-    with raises_one_line("ann/model has no revision gone", "a branch or a tag", error=OSError):
+    with raises_one_line("ann/model has no revision gone", "branch or tag", error=OSError):
         get_model_folder("ann/model", revision="gone")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
@@ -472,7 +472,7 @@ def test_forbidden_files_are_not_read_from_the_cache(hub: LocalHub, monkeypatch:
     with raises_one_line("ann/model is not a folder", "the token cannot read it", error=OSError):
         get_model_folder("ann/model")
     hub.create("ann/empty", private=False)
-    with raises_one_line("ann/empty does not contain a model", "no config.json", error=OSError):
+    with raises_one_line("ann/empty does not contain a model", "config.json is missing", error=OSError):
         get_model_folder("ann/empty")
 
 

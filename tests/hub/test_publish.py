@@ -487,7 +487,7 @@ def test_the_error_of_a_gated_repository_has_a_remedy(hub: LocalHub) -> None:
     url = SimpleNamespace(path="/ann/model/resolve/main/config.json")
     response: Any = SimpleNamespace(headers={}, request=None, url=url, status_code=403)
     message = connection.format_hub_error(GatedRepoError("403 Client Error", response=response))
-    assert message.startswith(f"ann/model is gated. Accept its conditions at {hub.url}/ann/model, and log in")
+    assert message.startswith(f"ann/model is gated. Accept the conditions at {hub.url}/ann/model, and log in")
 
 
 def test_short_waits_are_not_printed_as_0_s(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -695,7 +695,7 @@ def test_offline_is_an_immediate_error(hub: LocalHub, folder: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, "a push requires a Hugging Face token, but none was found"),
+        (None, "a push requires a Hugging Face token, but no token was found"),
         ("hf_wrong", "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid"),
         ("hf_bob", "cannot push to ann/model: ann is neither your user name nor"),
         ("hf_fine_read", "the fine-grained Hugging Face token has no permission to write to ann/model"),

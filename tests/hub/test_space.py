@@ -36,7 +36,7 @@ from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution, compute_patch_features
-from modeling_vitcls.demo.page import build_page, launch
+from modeling_vitcls.demo.page import build_page, launch_page
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
 from modeling_vitcls.demo.text import build_loading_code, explain_missing_output
 from modeling_vitcls.hub import connection
@@ -44,9 +44,9 @@ from modeling_vitcls.hub.publish import PushFailed, push_folder
 from modeling_vitcls.hub.push_permissions import check_push_permissions
 from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.hub.space import (
-    FOLDER,
-    PACKAGE,
+    PACKAGE_FOLDER,
     PAGE_FILES,
+    PAGE_FOLDER,
     PublishedModel,
     build_space_files,
     find_published_model,
@@ -382,7 +382,7 @@ def test_the_model_runs_once_per_image_also_for_several_tasks(browser: Browser, 
     runs: list[int] = []
     reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
     page_of_model = build_page(reader, [photo])
-    address = launch(page_of_model)
+    address = launch_page(page_of_model)
     try:
         with open_page(browser, address, width=390) as page:
             names = {*tasks["species"], *tasks["age"]}
@@ -411,7 +411,7 @@ def test_the_last_request_is_displayed_in_the_end(
 
     monkeypatch.setattr(DemoResult, "draw_all_layers", draw_slowly)
     page_of_model = build_page(DemoModel.load(str(classifier)))
-    address = launch(page_of_model)
+    address = launch_page(page_of_model)
     try:
         with open_page(browser, address) as page:
             upload_on_page(page, photo)
@@ -530,7 +530,7 @@ def test_a_map_covers_the_model_input_and_its_values_sum_to_one(classifier: Path
     head = torch.stack([reading.maps[1, head, 3] for head in (0, 1)]).mean(dim=0)
     shares = reading.compute_attention_fractions(3, 1, None)
     assert shares[-1] == pytest.approx(head.sum().item(), abs=1e-5)
-    drawn = np.asarray(reading.draw(3, 1, 0)).astype(int)  # [427, 640, 3]
+    drawn = np.asarray(reading.draw_attention(3, 1, 0)).astype(int)  # [427, 640, 3]
     assert drawn.shape == (427, 640, 3)
     spread = drawn.max(axis=2) - drawn.min(axis=2)  # [427, 640]; 0 is gray
     # The crop keeps 60 x 40 of 640 x 427 pixels, of which the model receives 32 x 32.
@@ -554,7 +554,7 @@ def test_gray_and_color_models_accept_images_of_any_mode(photo: Path, tmp_path: 
         file = tmp_path / "picture.tiff"
         (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(file)
         for reader in readers:
-            drawn = reader.predict(file).draw(0, 0, None)
+            drawn = reader.predict(file).draw_attention(0, 0, None)
             assert drawn.size == (384, 288), mode  # 64 x 48, scaled by an integer factor to 384
 
 
@@ -562,7 +562,7 @@ def test_large_images_are_displayed_smaller(classifier: Path, tmp_path: Path) ->
     file = tmp_path / "large.png"
     Image.new("RGB", (3000, 1500), "teal").save(file)
     reading = DemoModel.load(str(classifier)).predict(file)
-    assert reading.draw(0, 0, None).size == (1024, 512)
+    assert reading.draw_attention(0, 0, None).size == (1024, 512)
     assert reading.visible_region.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
 
 
@@ -676,14 +676,17 @@ def test_shipped_files_import_only_shipped_modules(model: PublishedModel) -> Non
     listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
     available = listed - {"pillow", "scikit-learn"} | {"PIL", "sklearn", "gradio"} | set(sys.stdlib_module_names)
     for name in PAGE_FILES:
-        tree = ast.parse((PACKAGE / name).read_text())
+        tree = ast.parse((PACKAGE_FOLDER / name).read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         # imports all models, and is not called in a Space
         skipped = {node for found in functions if found.name == "register_auto_classes" for node in ast.walk(found)}
         for node in set(ast.walk(tree)) - skipped:
             if isinstance(node, ast.ImportFrom) and node.level:
-                target = PACKAGE.joinpath(name).parents[node.level - 1] / f"{(node.module or '').replace('.', '/')}.py"
-                assert target.relative_to(PACKAGE).as_posix() in PAGE_FILES, f"{name} imports {target.name}"
+                target = (
+                    PACKAGE_FOLDER.joinpath(name).parents[node.level - 1]
+                    / f"{(node.module or '').replace('.', '/')}.py"
+                )
+                assert target.relative_to(PACKAGE_FOLDER).as_posix() in PAGE_FILES, f"{name} imports {target.name}"
             elif isinstance(node, ast.ImportFrom):
                 assert (node.module or "").partition(".")[0] in available
             elif isinstance(node, ast.Import):
@@ -692,7 +695,7 @@ def test_shipped_files_import_only_shipped_modules(model: PublishedModel) -> Non
 
 def test_a_push_is_one_commit_and_removes_old_files(hub: LocalHub, model: PublishedModel, photo: Path) -> None:
     contents = build_space_files(model, examples=[photo])
-    first = push_space(contents | {f"{FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
+    first = push_space(contents | {f"{PAGE_FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
     assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first commit is created with the Space
     second = push_space(build_space_files(model), model, "ann/demo")
     assert first.commit != second.commit

@@ -119,7 +119,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
 
 
 def test_images_that_select_are_not_reported() -> None:
-    plain, selecting = load_training_data(DIGITS), load_training_data(DIGITS, with_selection=True)
+    plain, selecting = load_training_data(DIGITS), load_training_data(DIGITS, use_selection_split=True)
     assert selecting.selection is not None
     assert selecting.record == plain.record  # the reported images are the same
     keys = [set(part.images.compute_keys()) for part in (selecting.train, selecting.selection, selecting.held_out)]
@@ -131,7 +131,7 @@ def test_images_that_select_are_not_reported() -> None:
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
     counts = {"train": 8, "val": 3, "test": 5}
     data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
-    loaded = load_training_data(data, with_selection=True)
+    loaded = load_training_data(data, use_selection_split=True)
     assert loaded.selection is not None and loaded.selection_name == "split 'validation'"
     assert (len(loaded.train), len(loaded.selection), len(loaded.held_out)) == (16, 6, 10)
     results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2, select="best")))
@@ -142,7 +142,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 def test_the_training_split_does_not_select(tmp_path: Path) -> None:
     """Without a split called train, the validation split is used for training."""
     data = write_images(tmp_path, {split: {"dusk": 20, "noon": 20} for split in ("val", "test")})
-    loaded = load_training_data(data, with_selection=True)
+    loaded = load_training_data(data, use_selection_split=True)
     assert loaded.selection is not None and loaded.held_out_name == "split 'test'"
     assert len(loaded.train) + len(loaded.selection) == 40
     assert not {*loaded.train.images.compute_keys()} & {*loaded.selection.images.compute_keys()}
@@ -213,7 +213,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 1797
     with pytest.raises(ValueError, match="--select best requires images to select on"):
-        load_training_data(data, with_selection=True)
+        load_training_data(data, use_selection_split=True)
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
