@@ -114,6 +114,8 @@ class StreamedImages:
         if self.held_out is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
         examples = list(self.build_examples(rows))
+        if not examples and self.held_out is None:
+            raise ValueError(f"{self.name}: the evaluation split contains no images. Add images, or remove the split")
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
         images = EncodedImages([example.encoded for example in examples], self.folder)

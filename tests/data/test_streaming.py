@@ -243,6 +243,14 @@ def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypa
         read(two_shards)
 
 
+def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    train = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"))
+    train.select([]).to_parquet(folder / "test-0.parquet")
+    with pytest.raises(ValueError, match="the evaluation split contains no images"):
+        read(folder)
+
+
 def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     two_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
