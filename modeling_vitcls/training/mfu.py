@@ -34,8 +34,8 @@ from .costs import (
     estimate_memory,
     get_first_trained_layer,
     get_heads,
-    get_linears,
-    get_num_queries,
+    get_linear_layers,
+    get_num_queries_per_layer,
     get_num_training_tokens,
     get_sequence_lengths,
     is_trained,
@@ -205,15 +205,15 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     if projection.requires_grad:
         backward_flops += patch_flops
     is_encoder_trained = first_trained_layer < len(layers) or is_trained(encoder.layernorm)
-    if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
-        backward_flops -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
+    if not is_encoder_trained and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
+        backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_heads(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 
 def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
     """Return (layer, number of queries, number of keys) for each layer."""
     encoder: Any = model.base_model
-    num_queries_per_layer = get_num_queries(model, num_tokens)
+    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
     return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, num_queries_per_layer, strict=True)]
 
 
@@ -229,4 +229,4 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 def count_trained_flops(*modules: nn.Module) -> int:
     """Return the FLOPs of linear layers with trainable weights in these modules, for one input vector per layer."""
-    return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))
+    return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

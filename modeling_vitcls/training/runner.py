@@ -41,7 +41,7 @@ from . import output_folder
 from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
 from .distributed_state import gather_state, get_unsupported_reason, scatter_all_weights, scatter_state
-from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
+from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, SignalHandler, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
 from .model import check_preset
@@ -186,9 +186,9 @@ class Runner:
 
         self.start_time = time.perf_counter()
         with (
-            Interruption(accelerator) as interruption,
+            SignalHandler(accelerator) as signal_handler,
             self.reporter,
-            self.convert_errors(interruption),
+            self.convert_errors(signal_handler),
             uploads or nullcontext(),
         ):
             hooks = Hooks(
@@ -199,7 +199,7 @@ class Runner:
                 on_batch=lambda batch: new_unreadable.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
-                get_stop_signal=interruption.get_signal,
+                get_stop_signal=signal_handler.get_signal,
                 publish=publish,
             )
             save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
@@ -381,7 +381,7 @@ class Runner:
         return self.seconds + time.perf_counter() - self.start_time
 
     @contextmanager
-    def convert_errors(self, interruption: Interruption) -> Iterator[None]:
+    def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
         """Convert errors that stop a run to RunStopped."""
         try:
             yield
@@ -389,7 +389,7 @@ class Runner:
             outcome = "no checkpoint could be saved"
             if self.can_save_checkpoints:
                 outcome = "a checkpoint was saved. Resume with the same command and --resume"
-            raise RunStopped(f"stopped by {error}; {outcome}", interruption.exit_status) from None
+            raise RunStopped(f"stopped by {error}; {outcome}", signal_handler.exit_status) from None
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images

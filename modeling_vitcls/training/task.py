@@ -48,7 +48,7 @@ from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
 from ..study import compute_interval
 from .branch_uploads import build_branch_uploads
-from .defaults import describe_random_weights, format_defaults, get_facts, resolve_defaults
+from .defaults import describe_random_weights, format_defaults, get_run_facts, resolve_defaults
 from .distributed_state import gather_weights, get_unsupported_reason, reshard
 from .loop import Metrics
 from .losses import Objective
@@ -108,7 +108,7 @@ class Task(ABC):
     def resolve_options(self) -> None:
         """Set the flags whose default depends on the run (defaults.py), and pin models on the Hub to a commit."""
         self.options = self.runner.pin_models(self.options)
-        facts = get_facts(self.options, self.data.num_training_images)
+        facts = get_run_facts(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, facts)
         self.runner.set_options(self.options)
         weights = describe_random_weights(self.options.model.model, facts)
