@@ -45,7 +45,7 @@ from .linear_probe import (
     iterate_feature_batches,
 )
 from .loop import Metrics
-from .model import apply_trainable, build_model, uses_patch_dropout
+from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
 from .task import NOTHING_MEASURED, Evaluate, Task, format_values
@@ -92,7 +92,7 @@ class FinetuneTask(Task):
                 config.image_height_width,
                 self.runner.accelerator.device,
             )
-        self.model = apply_trainable(
+        self.model = set_trainable_parameters(
             built_model.model, training.trainable, training.lora_rank, built_model.newly_initialized
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):

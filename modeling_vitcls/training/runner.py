@@ -212,7 +212,7 @@ class Runner:
                     self.load_best(state)
             self.seconds = self.get_training_seconds()
         if state.ema is not None:
-            state.ema.load(state.ema.shadow)
+            state.ema.load_weights(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unmoved_tokens():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
@@ -398,7 +398,7 @@ class Runner:
     def save_non_finite(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence with
         the file name, or with the error if saving fails."""
-        file = self.folder / output_folder.NON_FINITE
+        file = self.folder / output_folder.NON_FINITE_FILE
         local_batches = [
             {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
         ]
@@ -406,7 +406,7 @@ class Runner:
         try:
             run_on_main(self.accelerator, lambda: write_json(file, images))
             if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, num_kept=1)
+                store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
                 state = self.state
                 tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(

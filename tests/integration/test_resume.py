@@ -530,7 +530,7 @@ def test_another_run_is_an_error(change: str, killed: Path, image_folder: Path) 
 
 def test_an_unfinished_run_is_not_overwritten(killed: Path, image_folder: Path) -> None:
     before = contents(killed)
-    assert "Continue it with --resume" in get_error(killed, f"{RUN} --dataset {image_folder}")
+    assert "Continue the run with --resume" in get_error(killed, f"{RUN} --dataset {image_folder}")
     assert contents(killed) == before
 
 
@@ -591,7 +591,7 @@ def test_a_new_run_that_is_killed_early_has_no_old_model(image_folder: Path, fol
     flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --max-steps 3")
     before = contents(folder)
-    assert "contains a finished run. Replace it with --overwrite" in get_error(folder, flags)
+    assert "contains a finished run. Replace the run with --overwrite" in get_error(folder, flags)
     assert contents(folder) == before
     run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
     deadline = time.monotonic() + 120

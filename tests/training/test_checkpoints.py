@@ -39,7 +39,7 @@ from modeling_vitcls.checkpoints import (
 from modeling_vitcls.data.batches import leave_signals_to_parent
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import SignalHandler
-from modeling_vitcls.training.model import apply_trainable
+from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
 
 
@@ -467,7 +467,7 @@ def build(kind: str, seed: int) -> nn.Module:
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
-        apply_trainable(model, "lora")
+        set_trainable_parameters(model, "lora")
     if kind == "tied":
         model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
     if kind == "compiled":
