@@ -48,7 +48,7 @@ from .loop import Metrics
 from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
-from .task import NOTHING_MEASURED, Evaluate, Task, format_values
+from .task import NOTHING_MEASURED, Evaluate, Task, format_metrics
 from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from .token_monitor import measure_nothing
 
@@ -226,7 +226,7 @@ class FinetuneTask(Task):
         return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
-        values = format_values(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
+        values = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
         return f"{values} on {metrics['num_images']:,} held-out images" if values else NOTHING_MEASURED
 
     def build_card(

@@ -29,7 +29,7 @@ from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
 from .losses import MaskedImageModeling, Objective
 from .model import set_processor_size
-from .task import NOTHING_MEASURED, Task, format_values
+from .task import NOTHING_MEASURED, Task, format_metrics
 
 
 class PretrainTask(Task):
@@ -83,7 +83,7 @@ class PretrainTask(Task):
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
-        loss = format_values(metrics, self.selection_metric)
+        loss = format_metrics(metrics, self.selection_metric)
         images = f"the masked patches of {metrics['num_images']:,} held-out images"
         return f"{loss} on {images}" if loss else NOTHING_MEASURED
 
@@ -104,7 +104,7 @@ def check_combinations(options: PretrainOptions) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} is only supported in fine-tuning, but this is pre-training. Remove {flag}")
+            raise ValueError(f"{flag} is only supported in fine-tuning, but this run is pre-training. Remove {flag}")
     if options.model.patch_drop_rate:
         raise ValueError(
             "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"

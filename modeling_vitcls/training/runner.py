@@ -3,7 +3,7 @@
     runner = build_runner(options)        locks and checks the output folder; finds the checkpoint to resume from
     metrics = runner.train(...)           trains, and writes metrics.jsonl and checkpoints/
 
-task.py contains the whole run, loop.py the steps.
+task.py contains the whole run, and loop.py contains the training steps.
 """
 
 import time
@@ -54,15 +54,15 @@ from .token_monitor import TokenMonitor
 class Components:
     """Trained module, batches, loss and evaluation of a run."""
 
-    model: nn.Module  # plain module, the model or only its heads
+    model: nn.Module  # unwrapped module: the model, or only the heads of the model
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from that step on
-    evaluate: Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
+    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process, starting there
+    evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
 
 
-# Flags that may change on --resume, because they do not change the result.
+# Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_broken_images batch_size gradient_accumulation_steps resume overwrite save_every "
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
@@ -72,7 +72,7 @@ CHANGEABLE_FLAGS = (
 
 RESOLVED_FLAGS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
-START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that config.resolved.yaml does not contain
+START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
 STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
@@ -106,21 +106,21 @@ class Runner:
     state: TrainingState = field(init=False, repr=False)  # set by `train`
     selected_step: int | None = None  # step of the weights that `--select best` selected
     utilization: Utilization = field(default_factory=Utilization)
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the data, from `describe_data`
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)  # from `describe_data`
 
     @property
     def folder(self) -> Path:
-        """Return the output folder."""
+        """The output folder."""
         return self.options.output_dir
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run to resume has already written its results."""
+        """Whether the resumed run has already written results.json."""
         return self.facts is not None and (self.folder / output_folder.RESULTS).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
-        """Whether checkpoints can be saved, and the run resumed, under the launched configuration."""
+        """Whether the launch configuration supports checkpoints and --resume."""
         return get_unsupported_reason(self.accelerator) is None
 
     def train(
@@ -146,7 +146,7 @@ class Runner:
         unreadable_images = UnreadableImages(
             components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
-        new_unreadable: list[int] = []  # unreadable images that this process has not reported yet
+        new_unreadable: list[int] = []  # indices of unreadable images that are not reported yet
         self.restore(plan, state, unreadable_images)
         self.state = state
         if self.options.run.log_with:
@@ -176,7 +176,7 @@ class Runner:
             return metrics
 
         def record_speed(num_images: int, seconds: float) -> Metrics:
-            if self.options.run.dry_run:  # each step is logged
+            if self.options.run.dry_run:  # a dry run logs each step
                 self.step_seconds.append(seconds)
             return self.utilization.update(num_images, seconds)
 
@@ -225,45 +225,45 @@ class Runner:
         }
 
     def load_best(self, state: TrainingState) -> None:
-        """Load the checkpoint with the best evaluation into `state`, and print its step. Raise ValueError if the
-        checkpoint is damaged or missing."""
+        """Load the weights of the checkpoint with the best evaluation into `state`, and print the step of this
+        checkpoint. Raise ValueError if the checkpoint is damaged or missing."""
         checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
         assert facts is not None
         scatter_all_weights(checkpoint, self.accelerator, state.model, state.shadow)
         self.selected_step = facts["step"]
         self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
 
-    def check_data(self, data: dict[str, Any]) -> None:
+    def check_same_data(self, data_fingerprint: dict[str, Any]) -> None:
         """Store the fingerprint of the data for checkpoints. Raise ValueError if --resume would continue with
         different data."""
-        self.data = data
+        self.data_fingerprint = data_fingerprint
         if self.facts is None:
             return
         if "data" not in self.facts:
             raise ValueError(
-                f"--resume: the checkpoint in {self.folder} was written by an older version with another "
-                "held-out split. Restart with --overwrite, or choose another --output-dir"
+                f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, which "
+                "used another held-out split. Restart the run with --overwrite, or choose another --output-dir"
             )
-        if change := describe_change(self.facts["data"], data):
+        if change := describe_change(self.facts["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
                 "the dataset, or choose another --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options with model names on the Hub pinned to a commit; a resumed run keeps its commits. Raise
-        ValueError or OSError if a model cannot be found."""
-        before = self.facts["flags"] if self.facts else {}
+        """Return the options with models on the Hub pinned to a commit. A resumed run uses the commits in the flags of
+        the checkpoint. Raise ValueError or OSError if a model cannot be found."""
+        stored_flags = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
             if flag == "model" and is_preset(source):
                 return source
-            return before[flag] if is_pinned(before.get(flag), source) else pin_revision(source)
+            return stored_flags[flag] if is_pinned(stored_flags.get(flag), source) else pin_revision(source)
 
         return replace_sources(options, pin)
 
     def set_options(self, options: Any) -> None:
-        """Set the final options. Raise ValueError if --resume would continue the run with different flags."""
+        """Set the resolved options. Raise ValueError if --resume would continue the run with different flags."""
         self.options = options
         if self.facts is not None:
             check_same_flags(self.facts["flags"], to_flags(options), self.folder)
@@ -279,12 +279,13 @@ class Runner:
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
                 f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['images_per_step']} "
-                f"images, but this run has {plan.num_steps:,} of {plan.images_per_step}. Set --batch-size x "
-                "--gradient-accumulation-steps x processes to the previous value"
+                f"images, but this run has {plan.num_steps:,} steps of {plan.images_per_step} images. Set "
+                "--batch-size x --gradient-accumulation-steps x number of processes to the previous value"
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run can neither be resumed from nor replace the content of the output folder."""
+        """Raise ValueError if the run may neither be resumed from the output folder nor replace the files in this
+        folder."""
         if self.facts is None:
             output_folder.check_replaceable(self.options, self.store)
             return
@@ -305,7 +306,7 @@ class Runner:
             run_on_main(self.accelerator, claim)
 
     def get_flags(self) -> dict[str, Any]:
-        """Return all flags of the run, with paths relative to the current folder."""
+        """Return all flags of the run, with paths relative to the current directory."""
         flags = to_flags(self.options)
         return flags | {name: make_relative(flags.get(name)) for name in ("output_dir", *PATH_FLAGS) if name in flags}
 
@@ -319,7 +320,7 @@ class Runner:
             raise
 
     def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
-        """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
+        """Load the checkpoint into `state` if the run is resumed, then start the reporter."""
         if self.facts is not None:
             try:
                 scatter_state(
@@ -330,8 +331,8 @@ class Runner:
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
             state.num_worse = self.facts.get("num_worse", 0)
-            windows = self.facts["windows"]
-            state.recent_losses = windows[self.accelerator.process_index % len(windows)]
+            losses_by_process = self.facts["windows"]
+            state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
             state.attention = self.facts["attention"]
             state.record = self.facts["record"]
             unreadable_images.indices.update(self.facts["broken"])
@@ -345,7 +346,7 @@ class Runner:
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
-        this together."""
+        this method together."""
         facts = {
             "step": state.step,
             "best_score": state.best_score,
@@ -359,7 +360,7 @@ class Runner:
             "images_per_step": plan.images_per_step,
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
-            "data": self.data,
+            "data": self.data_fingerprint,
             "flags": self.get_flags(),
         }
         tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
@@ -371,10 +372,10 @@ class Runner:
         if self.accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        # TensorBoard does not accept lists.
+        # Flags are formatted as text, because TensorBoard does not accept lists.
         flags = {name: format_flag_value(value) for name, value in to_flags(self.options).items()}
-        settings = {"wandb": {"dir": str(folder)}}
-        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=settings)
+        init_kwargs = {"wandb": {"dir": str(folder)}}
+        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=init_kwargs)
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
@@ -382,7 +383,7 @@ class Runner:
 
     @contextmanager
     def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
-        """Convert errors that stop a run to RunStopped."""
+        """Convert errors in this block that stop the run to RunStopped."""
         try:
             yield
         except Interrupted as error:
@@ -422,9 +423,9 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     paths.
 
     Raises:
-        ValueError: if the preset does not exist, a flag, precision or tracker is not supported, another run uses the
-            folder, the run would replace files without --overwrite, or all checkpoints are damaged or were written
-            with other flags.
+        ValueError: if the preset does not exist, if a flag, precision or tracker is not supported, if another run uses
+            the folder, if the run would replace files without --overwrite, or if all checkpoints are damaged or were
+            written with other flags.
         OSError: if the folder cannot be written.
     """
     check_preset(options.model.model)
@@ -468,28 +469,31 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
 
 
-def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with flags that differ from the `stored` flags of the
-    checkpoint. A flag that is None in `current` is accepted if its default depends on the run. A model without a
-    commit hash is accepted if the stored value is the same model at a commit."""
-    for name, value in stored.items():
+def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
+
+    A current flag of None is accepted if the default value of this flag depends on the run. A current model without a
+    commit hash is accepted if the stored flag is the same model with a commit hash.
+    """
+    for name, value in stored_flags.items():
+        current_value = current_flags.get(name)
         if (
             name in CHANGEABLE_FLAGS
-            or current.get(name) == value
-            or (name in PATH_FLAGS and is_same_path(value, current.get(name)))
-            or is_pinned(value, current.get(name))
-            or (name in RESOLVED_FLAGS and current.get(name) is None)
+            or current_value == value
+            or (name in PATH_FLAGS and is_same_path(value, current_value))
+            or is_pinned(value, current_value)
+            or (name in RESOLVED_FLAGS and current_value is None)
         ):
             continue
         advice = "Use the same flags, or choose another --output-dir"
         if name in LENGTH_FLAGS:
             advice = (
-                "The length is fixed, because the learning rate decays to 0 at the planned end. To continue training, "
-                f"start another run with --model {folder}"
+                "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "
+                f"training, start another run with --model {folder}"
             )
         raise ValueError(
             f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
-            f"{format_flag_value(value)}, but this run has {format_flag_value(current.get(name))}. {advice}"
+            f"{format_flag_value(value)}, but this run has {format_flag_value(current_value)}. {advice}"
         )
 
 

@@ -511,7 +511,7 @@ CHANGES = {
     "--dataset digits": "but this run has digits",
     "--seed 1": "--seed 0, but this run has 1",
     "--mixup 0.1": "--mixup 0.0, but this run has 0.1",
-    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 of 4. Set --batch-size x",
+    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 steps of 4 images. Set --batch-size x",
     "--ema-decay 0.9": "--ema-decay unset, but this run has 0.9",
     "--epochs 9": "--epochs 5.0, but this run has 9.0",
     "--max-steps 40": "--max-steps unset, but this run has 40",
