@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optional variants of the encoder, which the configuration selects. The default model uses no variant.
+"""Variants of the encoder that a configuration can select. The default model uses no variant.
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
@@ -70,7 +70,7 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
 
 
-LAYERS: dict[str, type[ViTCLSLayer]] = {
+LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
     "standard": ViTCLSLayer,
     "post": ViTCLSPostNormLayer,
     "parallel": ViTCLSParallelLayer,
@@ -107,11 +107,11 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalized difference between the outputs of both maps, [B, n, heads, head_dim]."""
         attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
-        first, second = attended.unflatten(2, (-1, 2)).unbind(3)
-        return self.head_norm(first - self.second_share * second), weights
+        first_output, second_output = attended.unflatten(2, (-1, 2)).unbind(3)
+        return self.head_norm(first_output - self.second_share * second_output), weights
 
 
-ATTENTIONS: dict[str, type[ViTCLSAttention]] = {
+ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
     "softmax": ViTCLSAttention,
     "differential": ViTCLSDifferentialAttention,
 }
@@ -121,7 +121,7 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
     """Return the layer class and the attention class of a configuration."""
     if config.merged_patches_per_layer:
         return MergingLayer, MergingAttention
-    return LAYERS[config.layer_type], ATTENTIONS[config.attention_type]
+    return LAYER_CLASSES[config.layer_type], ATTENTION_CLASSES[config.attention_type]
 
 
 # Register neurons ----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, indices:
 #
 # Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
 # 2210.09461). Between layers, all patches of a group have the same hidden state, so hidden states keep their shape.
-# Attention weights groups by size: log(size) is added to the scores. Merging changes the outputs without training.
+# Attention weights groups by size: log(size) is added to the scores. Merging changes outputs but needs no training.
 
 
 @dataclass(frozen=True)
@@ -297,14 +297,14 @@ class MergedGroups:
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge the tokens at the distinct indices `sources` [B, r] into the tokens at the other indices `targets`.
+        """Merge the tokens at the distinct indices `sources` [B, r] into tokens at other indices, `targets` [B, r].
 
         Returns:
             The tokens [B, T - r, D] as averages over the members of the new groups, and the new groups.
         """
         num_remaining = tokens.shape[1] - sources.shape[1]
         is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
-        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], correct for kept tokens
+        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
         new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get the index of the target
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
         kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending

@@ -1,4 +1,4 @@
-"""Training: from options to a model folder with measured results.
+"""Training runs, from the options to a model folder with measured results.
 
     task.py             a run from top to bottom, for fine-tuning and pre-training; read this file first
     finetune.py         data, model, loss, evaluator and card of fine-tuning

@@ -42,7 +42,8 @@ GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and fa
 
 @dataclass(eq=False)
 class BranchUploads:
-    """Context manager around the training loop. On exit, it waits for a running upload up to a time limit."""
+    """Context manager around the training loop. On exit, the context manager waits for a running upload, up to a time
+    limit."""
 
     options: Any
     reporter: Reporter
@@ -80,41 +81,41 @@ class BranchUploads:
         finally:
             self.remove_folder()
 
-    def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
+    def push_if_due(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
         """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`. All
         processes must call this method together."""
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.can_start(step)):
             return
-        self.write(step, self.create_empty_folder)
+        self.try_write(step, self.create_empty_folder)
         # The checkpoint is written before the averaged weights are copied into the model, because the tensors of the
         # checkpoint may share memory with the model.
         if self.run.hub_push_optimizer:
             tensors, facts = gather_checkpoint()
             store = CheckpointStore(self.folder / "checkpoints", num_kept=1)
-            self.write(step, lambda: store.save(step, tensors, facts, is_best=False))
+            self.try_write(step, lambda: store.save(step, tensors, facts, is_best=False))
         with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)
-            self.write(step, lambda: self.fill_folder(step, weights))
+            self.try_write(step, lambda: self.fill_folder(step, weights))
         if self.accelerator.is_main_process and self.failed_step != step:
-            self.start(step)
+            self.start_push(step)
 
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start(self, step: int) -> bool:
-        """Return whether an upload can start, because no other upload is running. Print a warning when the first
+        """Return whether an upload can start, which requires that no upload is running. Print a warning when the first
         upload is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
             self.has_skipped_upload = True
             self.reporter.warn(
-                f"step {step:,} is not pushed, because the upload of step {self.step:,} is still running; later "
-                "uploads may be skipped without a warning"
+                f"the model of step {step:,} is not pushed, because the upload of step {self.step:,} is still "
+                "running; later uploads may be skipped without a warning"
             )
         return False
 
-    def write(self, step: int, action: Callable[[], Any]) -> None:
+    def try_write(self, step: int, action: Callable[[], Any]) -> None:
         """On the main process, run an action that writes to the folder. Do nothing if an earlier action of this step
         has failed."""
         if not self.accelerator.is_main_process or self.failed_step == step:
@@ -126,12 +127,13 @@ class BranchUploads:
             self.failed_step = step
             self.remove_folder()
             reason = format_hub_error(error)
-            self.reporter.warn(f"step {step:,} is not pushed, because its files cannot be written: {reason}")
+            self.reporter.warn(f"the model of step {step:,} is not pushed, because it cannot be written: {reason}")
 
-    def start(self, step: int) -> None:
+    def start_push(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python joins its thread at exit without a timeout.
+        # huggingface_hub's `run_as_future` is not used, because Python would join the thread at exit without a
+        # timeout.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 
@@ -177,7 +179,7 @@ class BranchUploads:
         except Exception as error:  # errors of the Hub, its client or the disk must not end training
             if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
-                self.reporter.warn(f"step {step:,} was not pushed to the branch {self.branch}: {reason}")
+                self.reporter.warn(f"the model of step {step:,} was not pushed to the branch {self.branch}: {reason}")
         else:
             self.reporter.print_line(
                 "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"

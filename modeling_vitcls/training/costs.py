@@ -4,8 +4,8 @@
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
-embeddings and the interpolation of position embeddings are excluded (under 1 % of a ViT-S at 224 pixels). A backward
-pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
+embeddings and the interpolation of position embeddings are excluded (less than 1 % of the FLOPs of a ViT-S at 224
+pixels). A backward pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Return the sum of all fields."""
+        """The sum of all fields."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -141,9 +141,9 @@ def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 def get_heads(model: Any) -> list[nn.Module]:
     """Return the classifiers of a model; a multi-task model has one classifier per task. Each classifier is applied to
     one vector per image."""
-    tasks = list(getattr(model, "classifiers", {}).values())
-    heads = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
-    return tasks + [head for head in heads if head is not None]
+    task_classifiers = list(getattr(model, "classifiers", {}).values())
+    classifiers = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
+    return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
 
 
 def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
@@ -234,8 +234,8 @@ def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores in the embeddings, in the first trained layer and all
-    later layers, and after the layers."""
+    """Return the number of bytes per image that autograd stores for the embeddings, for all layers from the first
+    trained layer on, and for the modules after the layers."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
@@ -253,7 +253,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     num_bytes = sum(layer_bytes)
     if layer_bytes:
         num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
-    if is_trained(encoder.embeddings):
+    if has_trained_parameters(encoder.embeddings):
         num_bytes += (
             num_pixel_values * settings.matmul_bytes
             + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
@@ -318,7 +318,7 @@ def count_stored_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
 
 def count_stored_mlp_channels(mlp: Any, is_on_cpu: bool) -> int:
     """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
-    inputs of the activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are
+    inputs (both branches of a gated MLP) and the outputs of the activation function. On CPUs, the outputs are
     recomputed and not stored (cpu_kernels_vitcls.py)."""
     first_linear = get_linear_layers([mlp])[0]
     num_inputs = 2 if isinstance(mlp, ViTCLSGLU) else 1
@@ -342,12 +342,12 @@ def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
 def get_first_trained_layer(encoder: Any) -> int:
     """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
     trained."""
-    if is_trained(encoder.embeddings):
+    if has_trained_parameters(encoder.embeddings):
         return 0
-    trained_indices = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
+    trained_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
     return min(trained_indices, default=len(encoder.layers))
 
 
-def is_trained(module: nn.Module) -> bool:
+def has_trained_parameters(module: nn.Module) -> bool:
     """Return whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -76,7 +76,7 @@ class Default:
     group: str  # field of the options that contains the flag, for example "training"
     name: str  # name of the flag
     compute_value: Callable[[RunFacts], float]
-    reason: str  # format string with a `RunFacts` as its argument
+    reason: str  # format string; the argument is a `RunFacts`
 
 
 def choose_learning_rate(facts: RunFacts) -> float:
@@ -150,7 +150,7 @@ def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_image
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
     """Return the options with a value for every flag in `DEFAULTS`, and {reason: ["learning rate 5e-05", ...]} for the
-    default values that affect the run. For a checkpoint, `initializer_range` is not set."""
+    default values that affect the run. For checkpoints, `initializer_range` stays None."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)

@@ -5,10 +5,10 @@ With DeepSpeed, only weights and gradients are supported.
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
 
-Full tensors do not depend on the number of processes. Names are parameter names of the plain model, without prefixes
-of DDP or torch.compile. The state excludes values that follow from the flags and the step: the optimizer's
-hyperparameters, and random number generators, which are seeded in each step. checkpoints.py writes the tensors to
-disk.
+Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
+prefixes of DDP or torch.compile. The state excludes values that are determined by the flags and the step: the
+optimizer's hyperparameters, and the states of random number generators, which are seeded in each step. checkpoints.py
+writes the tensors to disk.
 
 torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Moments are not loaded
 with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have no moments in
@@ -61,14 +61,14 @@ def gather_state(
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    states: Any = (
+    parameter_states: Any = (
         get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN_PROCESS).get("state", {})
         if torch_optimizer.state
         else {}
     )
     moments: Tensors = {}
     other_values: dict[str, Any] = {}
-    for name, state in states.items():
+    for name, state in parameter_states.items():
         for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else other_values
             target[f"{key}/{name}"] = value

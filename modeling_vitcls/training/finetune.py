@@ -66,8 +66,8 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Return the checked options. Set num_distillation_tokens=1 if a teacher is set, but num_distillation_tokens
-        is not."""
+        """Check and return the options. If a teacher is set but num_distillation_tokens is not, set
+        num_distillation_tokens=1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_combinations(options)
@@ -99,8 +99,8 @@ class FinetuneTask(Task):
             raise ValueError(format_patch_dropout_error(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about splits that lack classes, and about an initial model that was trained with other
-        held-out images."""
+        """Return warnings about splits without images of some classes, and about an initial model that was trained
+        with other held-out images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
@@ -164,9 +164,9 @@ class FinetuneTask(Task):
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
-        inputs = losses.PixelInputs(normalize, mixer)
+        prepare_batch = losses.PixelInputs(normalize, mixer)
         if self.teacher is None:
-            return losses.Classification(inputs, self.build_label_loss())
+            return losses.Classification(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict
         if num_views := self.get_num_views():
             num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
@@ -177,7 +177,7 @@ class FinetuneTask(Task):
                 return predict(batch)
 
         return losses.Distillation(
-            inputs,
+            prepare_batch,
             self.build_label_loss(),
             compute_teacher_logits,
             distillation.distillation,
@@ -211,8 +211,8 @@ class FinetuneTask(Task):
     def describe_labels(self) -> str:
         """Return text with the number of classes of each label column, and the kind of labels."""
         labels = self.data.label_space
-        classes = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
-        return f"classes: {classes}, {labels.kind.replace('_', ' ')}"
+        class_counts = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
+        return f"classes: {class_counts}, {labels.kind.replace('_', ' ')}"
 
     def summarize(self) -> dict[str, str]:
         """Return the summary line about the teacher."""
@@ -226,8 +226,8 @@ class FinetuneTask(Task):
         return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
-        values = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
-        return f"{values} on {metrics['num_images']:,} held-out images" if values else NOTHING_MEASURED
+        text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
+        return f"{text} on {metrics['num_images']:,} held-out images" if text else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -278,7 +278,7 @@ def format_patch_dropout_error(options: FinetuneOptions) -> str:
 
 
 def check_labels(options: FinetuneOptions, kind: str) -> None:
-    """Raise ValueError if a flag that requires one label per image is set for other labels."""
+    """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
     if kind == "single_label_classification":
         return
     flags = {

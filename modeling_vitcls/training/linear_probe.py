@@ -1,4 +1,4 @@
-"""Linear probing with cached features: the frozen encoder encodes every image once, then only the heads are trained.
+"""Linear probing with cached features. The frozen encoder encodes every image once, and only the heads are trained.
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
@@ -48,8 +48,8 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class ClassifierHeads(nn.Module):
-    """Heads of an image classifier, applied to cached features. The heads share the model's parameters, with the same
-    names."""
+    """Heads of an image classifier, applied to cached features. The parameters are shared with the model and have the
+    same names."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class ClassifierHeads(nn.Module):
 
 
 class MultiTaskHeads(nn.Module):
-    """Heads of a multi-task model, applied to cached features. The heads share the model's parameters, with the same
-    names."""
+    """Heads of a multi-task model, applied to cached features. The parameters are shared with the model and have the
+    same names."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
         super().__init__()

@@ -3,9 +3,9 @@
     batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
                           and at intervals: metrics record, evaluation, checkpoint
 
-`TrainingState` contains everything that changes during training. The order of the images, their augmentation, the
-learning rate and the random numbers in the model are functions of the step, so they are not part of the state. The
-caller provides the model, the loss, and callbacks for evaluation and checkpoints.
+`TrainingState` contains everything that changes during training, except values that are computed from the step: the
+order and augmentation of the images, the learning rate, and the random numbers in the model. The caller provides the
+model, the loss, and callbacks for evaluation and checkpoints.
 """
 
 import math
@@ -42,7 +42,10 @@ Metrics = dict[str, Any]
 # would be 2^20 times smaller.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
+LAUNCHER_VARIABLES = (
+    "ACCELERATE_MIXED_PRECISION",
+    "TORCHELASTIC_RUN_ID",
+)  # environment variables that accelerate and torchrun set
 MAX_ECHO_SECONDS = 1.0  # maximum delay between a Ctrl-C from the terminal and the same Ctrl-C forwarded by a launcher
 
 
@@ -55,10 +58,10 @@ class TrainingState:
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
-    num_worse: int = 0  # number of evaluations since the best evaluation
+    num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
     # Losses of the batches since the last logged step.
     recent_losses: list[dict[str, float]] = field(default_factory=list)
-    attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
+    attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of the last step, until this step is evaluated
 
     @property
@@ -83,7 +86,7 @@ class Hooks:
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
     record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # called for each record
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
-    publish: Callable[[], None] = lambda: None  # called after each step except the last step
+    push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
 
 
 class Interrupted(Exception):
@@ -117,7 +120,7 @@ class TrainingLoop:
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
     save_every: int | None = None  # steps between two checkpoints; None saves a checkpoint at each evaluation
-    step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record
+    step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
     is_best: bool = False  # whether the last evaluation had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
@@ -143,20 +146,20 @@ class TrainingLoop:
             if name := self.hooks.get_stop_signal():
                 self.hooks.save(self.is_best)
                 raise Interrupted(name)
-            self.hooks.publish()
+            self.hooks.push_checkpoint()
         return metrics or self.evaluate()
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the best score."""
-        return self.options.patience is not None and self.state.num_worse >= self.options.patience
+        return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
         """Run one step and the actions that are due after this step. Return the metrics if the step is evaluated;
         otherwise return an empty dictionary.
 
-        A due checkpoint is saved before the evaluation, which may take longer than the time between a cluster's signal
-        and the end of the process. A run that is resumed from this checkpoint starts with the evaluation.
+        A checkpoint that is due is saved before the evaluation, because a cluster may kill the process during a long
+        evaluation. A run that is resumed from this checkpoint starts with the evaluation.
         """
         state, next_step = self.state, self.state.step + 1
         is_last = next_step == self.plan.num_steps
@@ -169,12 +172,12 @@ class TrainingLoop:
         self.step_seconds.append(time.perf_counter() - start_time)
 
         if self.options.health_every and next_step % self.options.health_every == 0:
-            state.attention = self.hooks.measure_attention(batch)
+            state.attention_metrics = self.hooks.measure_attention(batch)
             reshard(state.model)
         self.is_best = False
         if is_logged:
-            record |= self.compute_recent_metrics() | state.attention
-            state.attention = {}
+            record |= self.compute_recent_metrics() | state.attention_metrics
+            state.attention_metrics = {}
         if is_evaluated:
             state.record = record
         elif is_logged:
@@ -191,7 +194,7 @@ class TrainingLoop:
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
-        state.num_worse = 0 if self.is_best else state.num_worse + 1
+        state.num_evaluations_since_best = 0 if self.is_best else state.num_worse + 1
         self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
         state.record = {}
         if self.is_best:
@@ -325,7 +328,7 @@ class SignalHandler:
         self.received_time = 0.0
         self.old_handlers: dict[signal.Signals, Any] = {}
         self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
-        # Communication between CPUs does not synchronize with the device.
+        # A process group for CPU tensors avoids synchronization with the device.
         self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.agreed_signal: signal.Signals | None = None
 
@@ -344,8 +347,8 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, unless the later Ctrl-C is the first
-        signal, forwarded by a launcher."""
+        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, but ignore a copy of the first Ctrl-C
+        that a launcher forwards."""
         if self.received_signal is None:
             self.received_signal, self.received_time = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.received_time > MAX_ECHO_SECONDS:

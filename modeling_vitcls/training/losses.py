@@ -61,11 +61,11 @@ class SingleLabelLoss:
     """Cross-entropy of logits [B, L] against classes [B] or probabilities [B, L]."""
 
     label_smoothing: float
-    class_weights: torch.Tensor | None = None  # [L], with mean 1
+    class_weights: torch.Tensor | None = None  # weight of each class [L], with mean 1
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss over images. Weighted losses are not divided by the sum of the weights, because each
-        image's term would then depend on the labels of other images."""
+        """Return the mean loss over images. Weighted losses are not divided by the sum of the weights, because the
+        loss of one image would then depend on the labels of other images."""
         image_losses = nn.functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
         )  # [B]

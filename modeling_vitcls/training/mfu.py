@@ -38,7 +38,7 @@ from .costs import (
     get_num_queries_per_layer,
     get_num_training_tokens,
     get_sequence_lengths,
-    is_trained,
+    has_trained_parameters,
 )
 
 
@@ -81,7 +81,7 @@ class Utilization:
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Add the steps since the last record, and return the utilization of these steps. Return an empty dictionary
         if the peak is not measured. `num_images` is the number of images on all processes. All processes must call
-        this method together, because the peak is measured again after enough executed FLOPs."""
+        this method together, because this method may measure the peak again."""
         if self.peak is None:
             return {}
         flops = num_images * self.flops_per_image
@@ -124,7 +124,7 @@ def compute_fraction(executed_flops: float, available_flops: float) -> float | N
 def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
-    """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and return the utilization.
+    """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
 
     Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, and for models that merge
     patches, whose FLOPs are not counted. All processes must call this function together, before `Accelerator.prepare`.
@@ -210,7 +210,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trained_layer:])
     if projection.requires_grad:
         backward_flops += patch_flops
-    is_encoder_trained = first_trained_layer < len(layers) or is_trained(encoder.layernorm)
+    is_encoder_trained = first_trained_layer < len(layers) or has_trained_parameters(encoder.layernorm)
     if not is_encoder_trained and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
         backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_heads(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops

@@ -1,4 +1,4 @@
-"""Model and image processor for the labels of a dataset, and selection of the trained parameters.
+"""Build the model and the image processor for the labels of a dataset, and select the trained parameters.
 
 The flag `--trainable` selects the trained parameters:
 
@@ -81,8 +81,8 @@ def load_for_labels(
     source: str, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a classifier for these labels. The classifier is new, unless the checkpoint has a
-    classifier with the same labels. Return the model, and the names of the parameters that are not in the
-    checkpoint."""
+    classifier with the same labels. Return the model, and the names of the newly initialized
+    parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
@@ -194,12 +194,12 @@ def get_last_layer_names(model: Any, trainable: str) -> set[str]:
     match = re.fullmatch(r"last-([1-9]\d*)", trainable)
     if match is None:
         raise ValueError(f"unknown --trainable {trainable!r}. Use full, head, lora, or last-N such as last-2")
-    num_trained, num_layers = int(match[1]), len(model.vitcls.layers)
-    if num_trained > num_layers:
+    num_trained_layers, num_layers = int(match[1]), len(model.vitcls.layers)
+    if num_trained_layers > num_layers:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
+    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained_layers, num_layers)]
     prefixes.append(f"{ENCODER_PREFIX}layernorm.")
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 
@@ -217,8 +217,8 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether patches are dropped in training, because the rate is positive and the embeddings or the first
-    layer are trained."""
+    """Return whether patches are dropped in training. The rate must be positive, and the embeddings or the first layer
+    must be trained."""
     return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
 
 

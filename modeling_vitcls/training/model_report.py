@@ -73,7 +73,7 @@ def build_model_report(
     track: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, and write images for the card and report.html to the folder. Add the inference speed
+    """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
     ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. Files of an earlier run are
     removed.
 
@@ -85,7 +85,7 @@ def build_model_report(
     """
     paths: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
-    with warn_on_error(warn, "the card has no images, because drawing failed"):
+    with warn_on_error(warn, "the card has no images, because the images could not be drawn"):
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         results["inference"] = measure_inference_speed(model, device)

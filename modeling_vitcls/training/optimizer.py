@@ -6,8 +6,8 @@
 
 DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch's optimizer requires two calls.
 
-The exponential moving average of the trained weights (Polyak and Juditsky 1992; in ViTs, DeiT section 6) is a list of
-tensors in the order of the trained parameters, for one process, DDP and sharded models.
+The exponential moving average of the trained weights (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6) is a
+list of tensors in the order of the trained parameters, for one process, DDP and sharded models.
 """
 
 import math
@@ -156,8 +156,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after `step` steps (at least 1). The decay is smaller in the first
-        steps, so that the influence of the initial weights decreases quickly."""
+        """Update the average with the current weights. `step` is the number of completed steps, at least 1. The decay
+        is smaller in the first steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
 

@@ -46,21 +46,21 @@ except ImportError:  # Windows
     fcntl = None
 
 
-RESULTS = "results.json"
-METRICS = "metrics.jsonl"
-MODEL_CONFIG = "config.json"
+RESULTS_FILE = "results.json"
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
 
 # Files that a run writes at the end, starting with the results and the model.
-ADAPTER = "adapter"  # folder with only the LoRA adapter
+ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 FINAL_FILES = (
-    *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
-    *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),
+    *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
+    *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
 NON_FINITE_FILE = "non_finite.json"  # list of the images of the step with a non-finite loss
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before this step
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 # Files that a run writes during training. The recipe, which identifies the run, is removed last.
-TRAINING_FILES = (METRICS, NON_FINITE_FILE, RECIPE)
+TRAINING_FILES = (METRICS_FILE, NON_FINITE_FILE, RECIPE)
 
 LOCK_FILE = ".vitcls.lock"
 CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
@@ -73,7 +73,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     if options.run.overwrite:
         check_sources_not_removed(options)
         return
-    if (folder / RESULTS).exists() and (folder / MODEL_CONFIG).exists():
+    if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
             f"{folder} contains a finished run. Replace the run with --overwrite, or choose another --output-dir"
         )
@@ -88,8 +88,8 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
 def check_no_other_files(folder: Path) -> None:
     """Raise ValueError if this run would replace files that were not written by an earlier run."""
     names = list_final_files(folder)
-    if (folder / METRICS).exists() and not (folder / RECIPE).exists():
-        names.append(METRICS)
+    if (folder / METRICS_FILE).exists() and not (folder / RECIPE).exists():
+        names.append(METRICS_FILE)
     if names:
         raise ValueError(
             f"{folder} contains files that this run would overwrite ({shorten_list(names)}). Move the files, set "
@@ -113,11 +113,11 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
 
 def remove_run(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
-    if not any((folder / name).exists() for name in (RESULTS, MODEL_CONFIG, RECIPE)) and not store.list_steps():
+    if not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE)) and not store.list_steps():
         return
     for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
         (folder / name).unlink(missing_ok=True)
-    for name in ("pictures", ".eval_results", ADAPTER):
+    for name in ("pictures", ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
@@ -128,7 +128,7 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the files in the folder that a run writes at the end, starting with the results and the
     model."""
-    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER}/*")
+    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     ranks = {
@@ -266,8 +266,8 @@ class FolderLock:
 
 @contextmanager
 def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Prevent other processes on this machine from running this block at the same time. Nothing is prevented if the
-    operating system or the file system does not support file locks."""
+    """Prevent other processes on this machine from running this block at the same time. The block is not protected if
+    the operating system or the file system does not support file locks."""
     if fcntl is None:
         yield
         return
@@ -286,7 +286,7 @@ def get_start_time(process: psutil.Process) -> float:
 
 
 def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
-    """Replace the SIGTERM handler `old_handler` by `new_handler`. Do nothing outside the main thread, because Python
-    allows signal handlers only in the main thread."""
+    """Replace the SIGTERM handler by `new_handler` if the current handler is `old_handler`. Do nothing outside the
+    main thread, because Python allows signal handlers only in the main thread."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
         signal.signal(signal.SIGTERM, new_handler)

@@ -71,11 +71,11 @@ class PretrainTask(Task):
 
     def summarize(self) -> dict[str, str]:
         """Return the summary line about the masks."""
-        masks = self.mask_generator
-        rows, columns = masks.grid_size
+        generator = self.mask_generator
+        rows, columns = generator.grid_size
         return {
-            "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of {masks.block} x "
-            f"{masks.block} patches"
+            "masks": f"{generator.num_masked} of {rows} x {columns} patches are masked, in squares of "
+            f"{generator.block} x {generator.block} patches"
         }
 
     def collect_facts(self) -> dict[str, Any]:
@@ -83,9 +83,9 @@ class PretrainTask(Task):
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
-        loss = format_metrics(metrics, self.selection_metric)
+        text = format_metrics(metrics, self.selection_metric)
         images = f"the masked patches of {metrics['num_images']:,} held-out images"
-        return f"{loss} on {images}" if loss else NOTHING_MEASURED
+        return f"{text} on {images}" if text else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -104,7 +104,7 @@ def check_combinations(options: PretrainOptions) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} is only supported in fine-tuning, but this run is pre-training. Remove {flag}")
+            raise ValueError(f"{flag} is only supported in fine-tuning, but this is a pre-training run. Remove {flag}")
     if options.model.patch_drop_rate:
         raise ValueError(
             "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"

@@ -27,7 +27,7 @@ from ..system import describe_device, estimate_energy, get_versions
 
 TrackImages = Callable[[Mapping[str, Image.Image]], None]
 
-HELD_OUT_PREFIX = "held_out_"  # prefix of metrics on held-out images
+HELD_OUT_PREFIX = "held_out_"  # prefix of the names of metrics on held-out images
 LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> keyword arguments of `log_images`
 
 
@@ -81,7 +81,8 @@ class Reporter:
             yield
         except OSError as error:
             raise OSError(
-                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then use --resume"
+                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then repeat the command with "
+                "--resume"
             ) from error
 
     def __enter__(self) -> Self:
@@ -106,17 +107,17 @@ class Reporter:
         if "utilisation" in record:
             fraction = record["utilisation"]
             text += ", utilization unknown" if fraction is None else f", {fraction:.1%} of peak"
-        held_out = ""
+        held_out_text = ""
         if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
-            held_out = f"  held out: {format_metric(selection_metric, record[name])}"
+            held_out_text = f"  held out: {format_metric(selection_metric, record[name])}"
         remaining = self.format_remaining_time(record["step"])
         if self.progress.disable:
-            columns = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
+            columns = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out_text.strip()]
             self.console.print("  ".join(filter(None, columns)), markup=False)
             return
         self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining)
-        if held_out:
-            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+        if held_out_text:
+            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
         """Return text with the remaining time, estimated from the speed so far. The text is empty after the last

@@ -56,7 +56,7 @@ class Components:
 
     model: nn.Module  # unwrapped module: the model, or only the heads of the model
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process, starting there
+    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from this step on
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
@@ -99,7 +99,7 @@ class Runner:
     facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
-    seconds: float = 0.0  # training time in seconds, including the time before --resume
+    training_seconds: float = 0.0  # training time in seconds, including the time before --resume
     start_time: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
@@ -116,7 +116,7 @@ class Runner:
     @property
     def is_finished(self) -> bool:
         """Whether the resumed run has already written results.json."""
-        return self.facts is not None and (self.folder / output_folder.RESULTS).exists()
+        return self.facts is not None and (self.folder / output_folder.RESULTS_FILE).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
@@ -146,7 +146,7 @@ class Runner:
         unreadable_images = UnreadableImages(
             components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
-        new_unreadable: list[int] = []  # indices of unreadable images that are not reported yet
+        unreported_indices: list[int] = []  # indices of unreadable images that are not reported yet
         self.restore(plan, state, unreadable_images)
         self.state = state
         if self.options.run.log_with:
@@ -154,20 +154,20 @@ class Runner:
 
         def report_unreadable() -> None:
             with mark_errors_of_all_processes():
-                unreadable_images.add(gather_object(new_unreadable))
-            new_unreadable.clear()
+                unreadable_images.add(gather_object(unreported_indices))
+            unreported_indices.clear()
 
         def log(record: Metrics) -> None:
             report_unreadable()
             self.reporter.log(record, selection_metric)
 
-        def gather_all() -> tuple[dict[str, Tensors], dict[str, Any]]:
+        def gather_for_checkpoint() -> tuple[dict[str, Tensors], dict[str, Any]]:
             report_unreadable()
             return self.gather_checkpoint(state, plan, unreadable_images)
 
         def save(is_best: bool) -> None:
             if self.can_save_checkpoints:
-                save_on_main(self.store, accelerator, state.step, *gather_all(), is_best)
+                save_on_main(self.store, accelerator, state.step, *gather_for_checkpoint(), is_best)
 
         def evaluate_with_timing() -> Metrics:
             start_time = time.perf_counter()
@@ -180,9 +180,9 @@ class Runner:
                 self.step_seconds.append(seconds)
             return self.utilization.update(num_images, seconds)
 
-        def publish() -> None:
+        def push_checkpoint() -> None:
             if uploads is not None:
-                uploads.publish(state, gather_all)
+                uploads.push_if_due(state, gather_for_checkpoint)
 
         self.start_time = time.perf_counter()
         with (
@@ -196,11 +196,11 @@ class Runner:
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
                 save=save,
-                on_batch=lambda batch: new_unreadable.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
+                on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
                 get_stop_signal=signal_handler.get_signal,
-                publish=publish,
+                push_checkpoint=push_checkpoint,
             )
             save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
             loop = TrainingLoop(
@@ -210,7 +210,7 @@ class Runner:
                 metrics = loop.run(own_batches)
                 if training.select == "best":
                     self.load_best(state)
-            self.seconds = self.get_training_seconds()
+            self.training_seconds = self.get_training_seconds()
         if state.ema is not None:
             state.ema.load_weights(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
@@ -290,7 +290,7 @@ class Runner:
             output_folder.check_replaceable(self.options, self.store)
             return
         check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
-        if not (self.folder / output_folder.MODEL_CONFIG).exists() and not self.options.run.overwrite:
+        if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
             output_folder.check_no_other_files(self.folder)
 
     def claim_folder(self) -> None:
@@ -330,13 +330,13 @@ class Runner:
                 raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
-            state.num_worse = self.facts.get("num_worse", 0)
+            state.num_evaluations_since_best = self.facts.get("num_worse", 0)
             losses_by_process = self.facts["windows"]
             state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
-            state.attention = self.facts["attention"]
+            state.attention_metrics = self.facts["attention"]
             state.record = self.facts["record"]
             unreadable_images.indices.update(self.facts["broken"])
-            self.seconds = self.facts["seconds"]
+            self.training_seconds = self.facts["seconds"]
             self.utilization.load_state(self.facts.get("utilisation", {}))
             self.reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
@@ -350,11 +350,11 @@ class Runner:
         facts = {
             "step": state.step,
             "best_score": state.best_score,
-            "num_worse": state.num_worse,
+            "num_worse": state.num_evaluations_since_best,
             "seconds": self.get_training_seconds(),
             "utilisation": self.utilization.get_state(),
             "windows": gather_object([state.recent_losses]),
-            "attention": state.attention,
+            "attention": state.attention_metrics,
             "record": state.record,
             "broken": sorted(unreadable_images.indices),
             "images_per_step": plan.images_per_step,
@@ -379,11 +379,11 @@ class Runner:
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
-        return self.seconds + time.perf_counter() - self.start_time
+        return self.training_seconds + time.perf_counter() - self.start_time
 
     @contextmanager
     def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
-        """Convert errors in this block that stop the run to RunStopped."""
+        """Raise RunStopped for errors in this block that end the run early."""
         try:
             yield
         except Interrupted as error:
@@ -403,9 +403,9 @@ class Runner:
         local_batches = [
             {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
         ]
-        images = {"step": error.step + 1, "batches": gather_object(local_batches)}
+        failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
         try:
-            run_on_main(self.accelerator, lambda: write_json(file, images))
+            run_on_main(self.accelerator, lambda: write_json(file, failed_step))
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
                 state = self.state
@@ -419,8 +419,8 @@ class Runner:
 
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
-    """Lock and check the output folder, and find the checkpoint to resume from. The runner's options contain absolute
-    paths.
+    """Lock and check the output folder, find the checkpoint to resume from, and build the runner. The options of the
+    runner contain absolute paths.
 
     Raises:
         ValueError: if the preset does not exist, if a flag, precision or tracker is not supported, if another run uses
@@ -436,8 +436,8 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     )
     check_deepspeed_flags(accelerator, training, run)
     set_seed(training.seed)
-    reporter = Reporter(options.output_dir / output_folder.METRICS, accelerator)
-    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS, run.keep_checkpoints)
+    reporter = Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator)
+    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run.keep_checkpoints)
     if reason := get_unsupported_reason(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)

@@ -54,7 +54,7 @@ from .loop import Metrics
 from .losses import Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
-from .output_folder import ADAPTER, CHECKPOINTS, RESULTS, check_replaceable
+from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
 from .reporter import (
     describe_batches,
     describe_model,
@@ -69,7 +69,7 @@ from .token_monitor import build_attention_measure
 Evaluate = Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
 
 FOLDS_FILE = "folds.json"  # results of a cross-validation
-NUM_DECIMALS = 6  # decimals of the numbers in folds.json
+NUM_DECIMALS = 6  # number of decimals in folds.json
 NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
 NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the first step is slower than later steps
 
@@ -163,7 +163,7 @@ class Task(ABC):
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the model card of the repository or folder `name`. `images` are the paths of images by name."""
+        """Build the model card of the repository or folder `name`. `images` maps image names to paths."""
 
     def find_warnings(self) -> list[str]:
         """Return the warnings to print before training."""
@@ -178,7 +178,7 @@ class Task(ABC):
         if not run.push_to_hub:
             return None
         if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
-            raise ValueError(f"--hub-push-optimizer requires checkpoints: {reason}")
+            raise ValueError(f"--hub-push-optimizer requires checkpoints, which are not supported: {reason}")
         return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
     def build_plan(self, training: TrainingOptions) -> BatchPlan:
@@ -238,7 +238,7 @@ def run_task(task: Task) -> dict[str, Any]:
         if runner.is_finished:
             reporter.print_line("finished", f"{runner.folder} already contains the results of this run")
             push_output(task)
-            return read_json(runner.folder / RESULTS)
+            return read_json(runner.folder / RESULTS_FILE)
         for name, text in summarize(task).items():
             reporter.print_line(name, text)
         for warning in task.find_warnings():
@@ -257,7 +257,7 @@ def run_task(task: Task) -> dict[str, Any]:
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
         report = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
-        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS})")
+        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS_FILE})")
         push_output(task)
         runner.accelerator.end_training()
         return results
@@ -288,7 +288,9 @@ def summarize(task: Task) -> dict[str, str]:
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
-        lines["selection"] = f"best checkpoint on {len(data.selection):,} other images ({data.selection_name})"
+        lines["selection"] = (
+            f"best checkpoint according to {len(data.selection):,} other images ({data.selection_name})"
+        )
     lines |= describe_model(task.options.model.model, task.model)
     lines |= {name: line for name, line in task.start_lines.items() if line}
     return lines | task.summarize() | describe_batches(task.plan, task.runner.accelerator)
@@ -304,7 +306,7 @@ def collect_results(task: Task) -> dict[str, Any]:
         "num_training_images": data.num_training_images,
         **task.collect_facts(),
         "selection_metric": task.selection_metric,
-        **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.seconds),
+        **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.training_seconds),
     }
 
 
@@ -328,7 +330,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         write_model(task.model, task.processor, folder, weights)
         if any(".lora_" in name for name in weights):
             base, rank = options.model.model, options.training.lora_rank
-            write_adapter(folder / ADAPTER, weights, task.model.config, rank, base, get_model_provenance(options))
+            write_adapter(
+                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base, get_model_provenance(options)
+            )
         images = build_model_report(
             folder,
             type(task.model),
@@ -346,7 +350,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
-        write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS_FILE, results)
 
     def write_quietly() -> None:
         try:
@@ -474,7 +478,7 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
     """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of this
     block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
     if not options.run.resume:
-        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, num_kept=1))
+        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet

@@ -1,7 +1,6 @@
 """Teachers: image classifiers of any architecture that predict the student's labels from the student's pixels.
 
-    student's pixels -> channels, size and scale of the teacher -> teacher -> logits in the order of the student's
-    labels
+    student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
 
 `FOLDER` or a Hub id     an image classifier of transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
@@ -80,7 +79,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # Indices of the student's labels in the teacher's logits; None if the order of the labels is the same.
+        # Indices of the student's labels in the teacher's logits; None if both have the same labels in the same order.
         self.label_indices = label_indices
         self.description = description  # name and size of the teacher
         self.note = note  # text about the mapping of labels; empty if the labels are the same
@@ -143,8 +142,8 @@ def load_teacher(
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits, and a note about the mapping of labels. If teacher and
-    dataset have the same labels, return None and an empty note."""
+    """Return the index of each label in the teacher's logits, and a note about the mapping of labels. If the
+    teacher has the same labels in the same order, return None and an empty note."""
     names = teacher.label_names
     if names is None:
         if teacher.num_labels != len(labels):
@@ -163,7 +162,8 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
         )
     if ambiguous_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in its config"
+            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in the teacher's "
+            "config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
@@ -197,8 +197,8 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        channels = getattr(config, "num_channels", RGB)
-        preprocessing = build_processor_preprocessing(processor, channels, num_channels, height_width)
+        teacher_channels = getattr(config, "num_channels", RGB)
+        preprocessing = build_processor_preprocessing(processor, teacher_channels, num_channels, height_width)
     return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
 
 

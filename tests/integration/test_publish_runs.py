@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_prints_one_line(hub: LocalHub, tmp_path
     ended = script("finetune.py", RUN, "--output-dir", folder, *flags.split())
     assert ended.status == 0
     (warning,) = ended.lines("WARNING: ")
-    assert "step 5 is not pushed, because its files cannot be written" in warning
+    assert "step 5 is not pushed, because it cannot be written" in warning
 
 
 def test_a_dry_run_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) -> None:
