@@ -118,7 +118,7 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 
 
 def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
-    """Return the layer class and the attention class of a configuration."""
+    """Return the layer class and the attention class for a configuration."""
     if config.merged_patches_per_layer:
         return MergingLayer, MergingAttention
     return LAYER_CLASSES[config.layer_type], ATTENTION_CLASSES[config.attention_type]

@@ -32,8 +32,8 @@ from .model_report import get_model_provenance, get_teacher_provenance
 from .reporter import Reporter
 
 
-MAX_SECONDS_AT_END = 600.0  # maximum wait for an upload at the end of training, in seconds
-# Maximum wait for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
+MAX_SECONDS_AT_END = 600.0  # maximum waiting time for an upload at the end of training, in seconds
+# Maximum waiting time for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
 MAX_SECONDS_AFTER_SIGNAL = 20.0
 
 WriteModel = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
@@ -56,7 +56,7 @@ class BranchUploads:
     step: int = 0  # step of the last upload
     failed_step: int = 0  # last step whose files could not be written
     has_skipped_upload: bool = False  # whether an upload was skipped
-    has_timed_out: bool = False  # whether the last upload exceeded the maximum wait
+    has_timed_out: bool = False  # whether the last upload exceeded the maximum waiting time
 
     def __post_init__(self) -> None:
         self.accelerator, self.run = self.reporter.accelerator, self.options.run
@@ -127,7 +127,9 @@ class BranchUploads:
             self.failed_step = step
             self.remove_folder()
             reason = format_hub_error(error)
-            self.reporter.warn(f"the model of step {step:,} is not pushed, because it cannot be written: {reason}")
+            self.reporter.warn(
+                f"the model of step {step:,} is not pushed, because the model cannot be written: {reason}"
+            )
 
     def start_push(self, step: int) -> None:
         """Push the folder in a background thread."""
@@ -176,7 +178,7 @@ class BranchUploads:
                 with_optimizer=self.run.hub_push_optimizer,
                 in_background=True,
             )
-        except Exception as error:  # errors of the Hub, its client or the disk must not end training
+        except Exception as error:  # errors of the Hub, the Hub client or the disk must not end training
             if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
                 self.reporter.warn(f"the model of step {step:,} was not pushed to the branch {self.branch}: {reason}")

@@ -238,8 +238,8 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # Moments with the shape of their parameter are large, so only their dtype is returned. Step counts are small,
-        # so the tensors are returned.
+        # For a moment, which has the shape of the parameter, only the dtype is returned. Step counts are small, so the
+        # tensors are returned.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])
@@ -261,7 +261,7 @@ def scatter_optimizer_state(
 
 
 def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
-    """Raise ValueError if the checkpoint's tensors and the targets differ in their names or shapes."""
+    """Raise ValueError if the names or shapes of the checkpoint's tensors differ from `targets`."""
     for name in sorted(full_tensors.keys() ^ targets.keys()):
         where = "the checkpoint" if name in full_tensors else "the model"
         raise ValueError(f"the checkpoint belongs to another model: only {where} has {name}")

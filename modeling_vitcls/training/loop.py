@@ -308,7 +308,7 @@ def get_score(metrics: Metrics, selection_metric: str) -> float | None:
 class SignalHandler:
     """Context manager that stores the first Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
 
-    Clusters send SIGTERM some time before they stop a machine. The launcher determines which processes receive a
+    Clusters send SIGTERM some time before the machine is stopped. The launcher determines which processes receive a
     signal:
 
         python                    the process itself

@@ -49,7 +49,7 @@ class PixelInputs:
 
 
 def get_feature_inputs(batch: Batch) -> Batch:
-    """Return the batch with its cached features as `inputs` (linear probing)."""
+    """Return the batch with the cached features as `inputs`, for linear probing."""
     return batch | {"inputs": {"features": batch["features"]}}
 
 

@@ -70,7 +70,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of each group, scaled by its `lr_scale`."""
+    """Set the learning rate of each group to `learning_rate`, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
 

@@ -62,7 +62,7 @@ class Reporter:
 
     def start_at(self, step: int, num_steps: int) -> None:
         """Start the output after `step`. Keep the records up to this step, and remove later records, because the run
-        repeats their steps."""
+        repeats these steps."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
@@ -142,7 +142,7 @@ class Reporter:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
+    """Format a duration, rounded to one or two units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)

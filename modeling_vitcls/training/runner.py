@@ -90,7 +90,7 @@ class RunStopped(Exception):
 
 @dataclass
 class Runner:
-    """A training run and its output folder."""
+    """Training run with an output folder."""
 
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
@@ -128,7 +128,7 @@ class Runner:
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
         `--ema-decay`, the model has the averaged weights after training. The `selection_metric` selects the best
-        checkpoint; lower is better if its name ends with "loss".
+        checkpoint. Lower is better if the name of the metric ends with "loss".
 
         Raises:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
@@ -273,8 +273,8 @@ class Runner:
         facts, precision = self.facts, self.accelerator.mixed_precision
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
-                f"--resume: the run in {self.folder} was started in mixed precision {facts['mixed_precision']}, but "
-                f"this run uses {precision}. Use the same precision, or choose another --output-dir"
+                f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']}, but this "
+                f"run uses {precision}. Use the same mixed precision, or choose another --output-dir"
             )
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
@@ -389,7 +389,7 @@ class Runner:
         except Interrupted as error:
             outcome = "no checkpoint could be saved"
             if self.can_save_checkpoints:
-                outcome = "a checkpoint was saved. Resume with the same command and --resume"
+                outcome = "a checkpoint was saved. Repeat the command with --resume to continue the run"
             raise RunStopped(f"stopped by {error}; {outcome}", signal_handler.exit_status) from None
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None

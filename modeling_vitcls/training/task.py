@@ -245,7 +245,7 @@ def run_task(task: Task) -> dict[str, Any]:
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
-        no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics with --held-out-fraction 0
+        no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics if no images are held out
         evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
         write_files = partial(write_model, task.model, task.processor)

@@ -187,7 +187,7 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"the teacher {source} was saved without {sorted(info['missing_keys'])[0]}. Use a trained classifier"
+            f"the teacher {source} lacks the weight {sorted(info['missing_keys'])[0]}. Use a trained classifier"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
@@ -230,7 +230,7 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
     except Exception as error:  # configurations and weights of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"the teacher {source} requires its own code, which is not executed. Use a model with a class in "
+                f"the teacher {source} requires code from its repository, which is not executed. Use a model of "
                 "transformers, or timm:NAME"
             ) from error
         reason = f"{type(error).__name__}: {format_error(error)}"

@@ -288,7 +288,7 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
-    with raises_one_line("saved without classifier"):
+    with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
 
 
