@@ -46,8 +46,8 @@ class MemoryEstimate:
 
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the FLOPs of a forward pass, computed with a formula. `model.flops()` instead runs a copy of the model
-    and counts its operations."""
+    """Return the FLOPs of a forward pass, computed with a formula. In contrast, `model.flops()` counts the operations
+    of a running copy of the model."""
     encoder = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
