@@ -225,7 +225,7 @@ def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Return the mask of the tokens at `indices` [B, n], for any attention implementation.
+    """Select the tokens at `indices` [B, n] in a mask, for any attention implementation.
 
     Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask` (flex attention).
     """
@@ -239,7 +239,7 @@ def select_mask(mask: Any, indices: Tensor) -> Any:
 
 
 def select_block_mask(mask: Any, indices: Tensor) -> Any:
-    """Return the flex attention mask of the tokens at `indices` [B, n]."""
+    """Select the tokens at `indices` [B, n] in a flex attention mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

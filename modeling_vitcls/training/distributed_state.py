@@ -238,8 +238,8 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # For a moment, which has the shape of the parameter, only the dtype is returned. Step counts are small, so the
-        # tensors are returned.
+        # Moments have the shape of the parameter: only the dtype is returned. Step counts are small: the tensors are
+        # returned.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])
@@ -263,8 +263,8 @@ def scatter_optimizer_state(
 def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
     """Raise ValueError if the names or shapes of the checkpoint's tensors differ from `targets`."""
     for name in sorted(full_tensors.keys() ^ targets.keys()):
-        where = "the checkpoint" if name in full_tensors else "the model"
-        raise ValueError(f"the checkpoint belongs to another model: only {where} has {name}")
+        owner = "the checkpoint" if name in full_tensors else "the model"
+        raise ValueError(f"the checkpoint belongs to another model: only {owner} has {name}")
     for name, target in targets.items():
         if full_tensors[name].shape != target.shape:
             shapes = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"

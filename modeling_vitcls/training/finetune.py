@@ -76,7 +76,7 @@ class FinetuneTask(Task):
     def load_data(self) -> TrainingData:
         """Load the training split and the held-out split with labels."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
-        check_labels(self.options, data.label_space.kind)
+        check_label_kind(self.options, data.label_space.kind)
         return data
 
     def load_model(self) -> None:
@@ -277,7 +277,7 @@ def format_patch_dropout_error(options: FinetuneOptions) -> str:
     )
 
 
-def check_labels(options: FinetuneOptions, kind: str) -> None:
+def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
     if kind == "single_label_classification":
         return

@@ -83,8 +83,10 @@ class Hooks:
     warn: Callable[[str], None]  # prints a one-line warning
     save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
-    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
-    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # called for each record
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # returns metrics every `health_every` steps
+    record_speed: Callable[[int, float], Metrics] = (
+        lambda num_images, seconds: {}
+    )  # returns speed metrics for a record
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
     push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
 

@@ -86,12 +86,12 @@ def load_for_labels(
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
-        model, info = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **config_values
         )
-        newly_initialized = set(info["missing_keys"])
+        newly_initialized = set(loading_info["missing_keys"])
     else:
-        encoder, info = ViTCLSModel.from_pretrained(
+        encoder, loading_info = ViTCLSModel.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
@@ -104,7 +104,7 @@ def load_for_labels(
             setattr(config, name, value)
         model = model_class(config)
         load_result = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
-        missing_names = {f"vitcls.{name}" for name in [*info["missing_keys"], *load_result.missing_keys]}
+        missing_names = {f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]}
         head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
         newly_initialized = missing_names | head_names
     return model, newly_initialized | get_added_token_names(stored_config, model)

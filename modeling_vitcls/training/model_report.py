@@ -70,15 +70,15 @@ def build_model_report(
     device: torch.device,
     draw_images: bool,
     warn: Callable[[str], None],
-    track: TrackImages | None = None,
+    track_images: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
     """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
     ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. Files of an earlier run are
     removed.
 
-    Errors are printed as warnings and do not end the run. `track` sends named images to the trackers. `with_samples`
-    states whether the card may contain held-out images; report.html always contains held-out images.
+    Errors are printed as warnings and do not end the run. `track_images` sends named images to the trackers.
+    `with_samples` states whether the card may contain held-out images; report.html always contains held-out images.
 
     Returns:
         {name: path in the folder} for the images and the report.
@@ -96,9 +96,9 @@ def build_model_report(
             with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved_model(folder, model, processor, results, held_out, label_space)
                 results["diagnosis"] = inspection.summary
-            if track is not None:
+            if track_images is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
-                    track(collect_tracker_images(folder, paths, inspection))
+                    track_images(collect_tracker_images(folder, paths, inspection))
             if inspection is not None:
                 paths["report"] = REPORT
     return paths

@@ -56,7 +56,9 @@ class Components:
 
     model: nn.Module  # unwrapped module: the model, or only the heads of the model
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from this step on
+    iterate_batches: Callable[
+        [int], Generator[Batch, None, None]
+    ]  # first step -> batches of this process from this step on
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
@@ -206,7 +208,9 @@ class Runner:
             loop = TrainingLoop(
                 state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
             )
-            with closing(components.batches(state.step)) as own_batches:  # ends the workers before Python exits
+            with closing(
+                components.iterate_batches(state.step)
+            ) as own_batches:  # ends the workers before Python exits
                 metrics = loop.run(own_batches)
                 if training.select == "best":
                     self.load_best(state)

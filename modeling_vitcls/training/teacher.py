@@ -250,7 +250,7 @@ def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
         model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
-    except Exception as error:  # unknown names, no network, weights that do not fit
+    except Exception as error:  # for example, an unknown name, no network, or weights of another model
         raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
     return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
