@@ -196,7 +196,7 @@ class TrainingLoop:
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
-        state.num_evaluations_since_best = 0 if self.is_best else state.num_worse + 1
+        state.num_evaluations_since_best = 0 if self.is_best else state.num_evaluations_since_best + 1
         self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
         state.record = {}
         if self.is_best:
