@@ -36,7 +36,7 @@ from ..options import FinetuneOptions, PretrainOptions
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
 
-# Checkpoint that is suggested instead of random weights.
+# Checkpoint that is suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images of a large dataset

@@ -4,8 +4,9 @@
 
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
 the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
-counted. Gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the teacher, evaluations
-and linear probing on cached features are excluded. The utilization of models that merge patches is not computed.
+counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the
+teacher, evaluations, and linear probing on cached features. The utilization of models that merge patches is not
+computed.
 
 The peak (the FLOP/s of large matrix products) is measured before and during training, by all processes at the same
 time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is

@@ -241,7 +241,8 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
 
 
 def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a timm model with the preprocessing of its weights. The student's image size and channels are ignored."""
+    """Load a timm model, and the preprocessing that timm specifies for the model's weights. The student's image size
+    and channels are ignored."""
     try:
         import timm
     except ImportError as error:

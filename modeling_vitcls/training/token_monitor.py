@@ -19,7 +19,7 @@ from .distributed_state import gather_gradient, gather_tensor
 from .model import set_train_mode
 
 
-Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]
+Tokens = dict[str, torch.Tensor]  # name, for example "cls[0]" -> token [D]
 
 NUM_ATTENTION_IMAGES = 8  # maximum number of images for the mean entropy
 
