@@ -314,7 +314,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
-    with raises_one_line("its own code", "timm:NAME"):
+    with raises_one_line("requires code from its repository", "timm:NAME"):
         load_labeled_teacher(tmp_path)
 
 
