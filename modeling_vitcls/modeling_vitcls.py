@@ -49,7 +49,7 @@ from .heads_vitcls import (
 from .positions_vitcls import MixedRotaryPositions, build_rotary_positions
 from .token_attention_vitcls import SPECIAL_TOKENS, Layers, compute_token_attention
 from .variants_vitcls import (
-    LAYERS,
+    LAYER_CLASSES,
     MergingLayer,
     PatchDropout,
     ViTCLSDifferentialAttention,
@@ -135,7 +135,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in (*LAYERS.values(), MergingLayer))]
+    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in (*LAYER_CLASSES.values(), MergingLayer))]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -3,27 +3,29 @@
 from .configuration_vitcls import ViTCLSConfig
 
 
-# Group of `config.token_layout` -> name of one of its tokens.
-TOKEN_TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
+# Token group in `config.token_layout` -> name of a single token of the group.
+SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
 
 
 def get_token_names(config: ViTCLSConfig) -> list[str]:
     """Return the name of each special token, in sequence order.
 
-    Names are "CLS", or "CLS 1", "CLS 2" if there are several; "CLS species" for the token of a task; "CLS 2 (cell 1, 2
-    of 2 x 2)" for a token restricted to row 1, column 2 of a grid (`config.cls_scopes`). "distillation" and "register"
-    are numbered in the same way.
+    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2". In a multi-task model, "CLS
+    species" is the token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a token restricted to row 1, column 2
+    of a grid (`config.cls_scopes`). Distillation and register tokens are numbered like CLS tokens.
     """
     return [name for names in get_token_names_by_group(config).values() for name in names]
 
 
 def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
-    """Return `get_token_names` for each of the three special groups of `config.token_layout`."""
+    """Return the token names of each group of special tokens: "cls", "distillation" and "registers"."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
-    names = {group: number_names(term, len(indices[getattr(layout, group)])) for group, term in TOKEN_TERMS.items()}
+    names = {
+        group: number_names(name, len(indices[getattr(layout, group)])) for group, name in SINGLE_TOKEN_NAMES.items()
+    }
     if config.tasks:
-        names["cls"] = [f"{TOKEN_TERMS['cls']} {task}" for task in config.task_labels()]
+        names["cls"] = [f"{SINGLE_TOKEN_NAMES['cls']} {task}" for task in config.task_labels()]
     for index, scope in enumerate(config.cls_scopes or ()):
         if not isinstance(scope, str):
             rows, columns, row, column = scope
@@ -31,6 +33,6 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
     return names
 
 
-def number_names(term: str, count: int) -> list[str]:
-    """Return the term for a single token, or the term with numbers from 1 for several tokens."""
-    return [term] if count == 1 else [f"{term} {number}" for number in range(1, count + 1)]
+def number_names(name: str, num_tokens: int) -> list[str]:
+    """Return the name of a single token, or the numbered names of several tokens, starting with 1."""
+    return [name] if num_tokens == 1 else [f"{name} {number}" for number in range(1, num_tokens + 1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of the encoder that a configuration can select; the default model uses none of them.
+"""Variants of the encoder that a configuration can select. The default model uses no variant.
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
@@ -7,7 +7,7 @@
     patch_drop_rate                   PatchDropout
     merged_patches_per_layer          MergingLayer and MergingAttention, called by `run_merging_layers`
 
-They subclass or extend the classes of blocks_vitcls.py, which does not import this file.
+These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ from .positions_vitcls import PositionEmbeddings
 
 # Layers --------------------------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
-    """A layer with norms after attention and MLP, before the residual connection (EVA02-CLIP-E)."""
+    """Layer with norms after attention and MLP, before each residual connection (EVA02-CLIP-E)."""
 
     def forward(
         self,
@@ -45,7 +45,7 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
 
 
 class ViTCLSParallelLayer(ViTCLSLayer):
-    """Attention and MLP in parallel on one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442, section 2)."""
+    """Layer with parallel attention and MLP after one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442)."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
 
 
-LAYERS: dict[str, type[ViTCLSLayer]] = {
+LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
     "standard": ViTCLSLayer,
     "post": ViTCLSPostNormLayer,
     "parallel": ViTCLSParallelLayer,
@@ -79,13 +79,13 @@ LAYERS: dict[str, type[ViTCLSLayer]] = {
 
 # Differential attention ----------------------------------------------------------------------------------------------
 class ViTCLSDifferentialAttention(ViTCLSAttention):
-    """Attention in which each head subtracts a second map from its first (Ye et al. 2024, arXiv 2410.05258).
+    """Attention whose heads compute the difference of two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
-    The query and key of a head are split into halves, one per map. The weight of the second map is one learned number
-    per layer. The paper computes this weight from exponentials of learned vectors, and scales the output of the norm.
+    The query and key of a head are split into two halves, one half per map. Each layer learns the weight of the second
+    map. The paper instead computes this weight from learned vectors, and scales the output of the norm.
     """
 
-    INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the norm's output is scaled by 1 - 0.8
+    INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the initial norm weight is 1 - 0.8
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -98,37 +98,37 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], values [B, 2 * heads, N, head_dim]."""
+        """Return queries and keys [B, 2 * heads, n or N, head_dim / 2], and values [B, 2 * heads, N, head_dim]."""
         query, key, value = super().project_qkv(hidden_states, num_queries)
         return query, key, value.repeat_interleave(2, dim=1)  # both maps of a head use the same values
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the difference between the two maps applied to the values, normalized, [B, n, heads, head_dim]."""
+        """Return the normalized difference between the outputs of both maps, [B, n, heads, head_dim]."""
         attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
-        first, second = attended.unflatten(2, (-1, 2)).unbind(3)
-        return self.head_norm(first - self.second_share * second), weights
+        first_output, second_output = attended.unflatten(2, (-1, 2)).unbind(3)
+        return self.head_norm(first_output - self.second_share * second_output), weights
 
 
-ATTENTIONS: dict[str, type[ViTCLSAttention]] = {
+ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
     "softmax": ViTCLSAttention,
     "differential": ViTCLSDifferentialAttention,
 }
 
 
 def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
-    """Return the layer class and the attention class; `ViTCLSLayer` and `ViTCLSAttention` by default."""
+    """Return the layer class and the attention class for a configuration."""
     if config.merged_patches_per_layer:
         return MergingLayer, MergingAttention
-    return LAYERS[config.layer_type], ATTENTIONS[config.attention_type]
+    return LAYER_CLASSES[config.layer_type], ATTENTION_CLASSES[config.attention_type]
 
 
 # Register neurons ----------------------------------------------------------------------------------------------------
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    The register receives the patch activation of largest magnitude, the patch activations become zero, and the other
+    The register receives the patch activation of largest magnitude, and the patch activations become zero. Other
     special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
@@ -139,7 +139,7 @@ class RegisterNeurons(nn.Module):
         self.register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return the activations [B, N, intermediate] after the move."""
+        """Return a copy of the activations [B, N, intermediate] with the activations of the selected neurons moved."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         edited_activations = activations.clone()
@@ -163,7 +163,7 @@ class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
     Each kept patch keeps its position: learned positions are already added, and rotary positions are selected with the
-    patches. Special tokens are always kept. In evaluation, all patches are kept.
+    patches. Special tokens are always kept. In eval mode, all patches are kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -172,9 +172,9 @@ class PatchDropout(nn.Module):
         self.num_special = config.token_layout.num_prefix_tokens
 
     def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
-        """Drop patches from hidden states [B, N, D], and the same patches from masks and position embeddings.
+        """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
 
-        Masks and position embeddings are one value for all layers, a list with one value per layer, or None.
+        Masks and position embeddings are a single value for all layers, a list with one value per layer, or None.
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
@@ -199,21 +199,21 @@ class PatchDropout(nn.Module):
 
 
 def get_num_kept_patches(rate: float, num_patches: int) -> int:
-    """Return the number of patches of an image that training keeps: rounded to nearest, at least one."""
+    """Return the number of patches per image that training keeps, rounded to the nearest integer and at least 1."""
     return max(1, round(num_patches * (1 - rate)))
 
 
 def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
-    """Raise ValueError if a model that returns every patch is in training mode with patch dropout."""
+    """Raise ValueError if a model that requires every patch is in training mode with patch dropout."""
     if model.training and config.patch_drop_rate > 0:
         raise ValueError(
-            f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}: "
-            "set patch_drop_rate=0 to train the model"
+            f"{type(model).__name__} requires every patch, but patch_drop_rate is {config.patch_drop_rate}. "
+            "Set patch_drop_rate=0 to train the model."
         )
 
 
 def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the value of each layer, or to the single value for all layers."""
+    """Apply a function to the value of each layer, or to a single value for all layers."""
     if values is None:
         return None
     return [function(value) for value in values] if isinstance(values, list) else function(values)
@@ -225,9 +225,9 @@ def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Return the rows and columns of a mask for the tokens at `indices` [B, n], for any attention implementation.
+    """Select the tokens at `indices` [B, n] in a mask, for any attention implementation.
 
-    Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
+    Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask` (flex attention).
     """
     if not isinstance(mask, Tensor):
         return select_block_mask(mask, indices)
@@ -239,7 +239,7 @@ def select_mask(mask: Any, indices: Tensor) -> Any:
 
 
 def select_block_mask(mask: Any, indices: Tensor) -> Any:
-    """Return flex attention's mask for the tokens at `indices` [B, n]."""
+    """Select the tokens at `indices` [B, n] in a flex attention mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -249,18 +249,18 @@ def select_block_mask(mask: Any, indices: Tensor) -> Any:
     return create_block_mask(is_visible, num_images, None, num_tokens, num_tokens, device=indices.device)
 
 
-def select_position_embeddings(position_embeddings: PositionEmbeddings, kept: Tensor) -> PositionEmbeddings:
-    """Return cos and sin of the kept patches, [B, heads or 1, n, head_dim]."""
-    index = kept[:, None, :, None]
-    cos, sin = (part.reshape(1, -1, *part.shape[-2:]) for part in position_embeddings)
+def select_position_embeddings(position_embeddings: PositionEmbeddings, indices: Tensor) -> PositionEmbeddings:
+    """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
+    index = indices[:, None, :, None]
+    cos, sin = (table.reshape(1, -1, *table.shape[-2:]) for table in position_embeddings)
     return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)
 
 
 # Token merging -------------------------------------------------------------------------------------------------------
 #
 # Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
-# 2210.09461). Between layers, every patch has the state of its group, so hidden states keep their shape. Attention
-# weights a group by its size: log(size) is added to the scores. The outputs change; no training is required.
+# 2210.09461). Between layers, all patches of a group have the same hidden state, so hidden states keep their shape.
+# Attention weights groups by size: log(size) is added to the scores. Merging changes outputs but needs no training.
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,9 @@ class MergedGroups:
     """Partition of the N tokens of the sequence into T groups. Each special token has its own group.
 
     Attributes:
-        sizes: [B, T], number of tokens of each group.
-        member_index: [B, T], index in the sequence of one token of each group.
-        group_index: [B, N], index of the group of each token.
+        sizes: [B, T], number of tokens in each group.
+        member_index: [B, T], sequence index of one token in each group.
+        group_index: [B, N], group index of each token.
     """
 
     sizes: Tensor
@@ -285,27 +285,27 @@ class MergedGroups:
         return cls(torch.ones_like(indices, dtype=torch.float32), indices, indices)
 
     def collect(self, hidden_states: Tensor) -> Tensor:
-        """Return one token per group, [B, T, D], of hidden states [B, N, D] that are equal within groups."""
+        """Return one token per group, [B, T, D]. Hidden states [B, N, D] must be equal within each group."""
         return select_tokens(hidden_states, self.member_index)
 
     def expand(self, tokens: Tensor) -> Tensor:
-        """Copy the token of each group, [B, T, D], to all members of the group, [B, N, D]."""
+        """Copy the token of each group, [B, T, D], to all members of the group. Return [B, N, D]."""
         return select_tokens(tokens, self.group_index)
 
     def get_attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the bias of the scores of each key, [B, 1, 1, T]: a key counts once per member of its group."""
+        """Return the attention bias log(group size) of each key, [B, 1, 1, T]."""
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge the tokens at indices `sources` [B, r], all different, into tokens at other indices `targets`.
+        """Merge the tokens at the distinct indices `sources` [B, r] into tokens at other indices, `targets` [B, r].
 
         Returns:
-            The tokens [B, T - r, D], averages over the members of the groups, and the new groups.
+            The tokens [B, T - r, D] as averages over the members of the new groups, and the new groups.
         """
         num_remaining = tokens.shape[1] - sources.shape[1]
         is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
-        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], correct for kept tokens
-        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
+        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
+        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get the index of the target
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
         kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
@@ -318,12 +318,12 @@ class MergedGroups:
 
 
 def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """Match similar patches by their keys [B, n, d] (bipartite soft matching; ToMe, section 3).
+    """Match patches with similar keys [B, n, d] (bipartite soft matching; ToMe, section 3).
 
-    Each even patch is paired with the odd patch of highest cosine similarity; the most similar pairs are returned.
+    Each even patch is paired with the odd patch of highest cosine similarity. The most similar pairs are returned.
 
     Returns:
-        Indices of the even patches and of their odd partners, [B, num_pairs] each.
+        Indices of the even patches and indices of the paired odd patches, [B, num_pairs] each.
     """
     keys = nn.functional.normalize(keys, dim=-1)
     similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
@@ -338,25 +338,25 @@ class MergingAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended values, as in `ViTCLSAttention.attend`, and the mean keys [B, T, d].
+        """Return the output of `ViTCLSAttention.attend`, and the mean keys [B, T, d].
 
         Raises:
-            ValueError: if attention is recorded, or tensor parallelism splits the heads.
+            ValueError: if attention is recorded, or if tensor parallelism splits the heads.
         """
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)) or self.recorder:
             raise ValueError(
-                "attention between merged patches cannot be recorded: load the model with merged_patches_per_layer=0"
+                "Attention between merged patches cannot be recorded. Load the model with merged_patches_per_layer=0."
             )
         if key.shape[1] != self.config.num_attention_heads:
             raise ValueError(
-                "merged_patches_per_layer requires all heads on one device: set it to 0 under tensor parallelism"
+                "merged_patches_per_layer does not support tensor parallelism. Set merged_patches_per_layer=0."
             )
         attended, _ = super().attend(query, key, value, attention_mask, **kwargs)
         return attended, key.mean(dim=1)
 
 
 class MergingLayer(ViTCLSLayer):
-    """A standard layer that merges patches between attention and MLP."""
+    """Standard layer that merges patches between attention and MLP."""
 
     def __init__(
         self,
@@ -379,16 +379,16 @@ class MergingLayer(ViTCLSLayer):
         groups: MergedGroups,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, MergedGroups]:
-        """Return [B, N or num_tokens, D] and the new groups. The states [B, N, D] are equal within the given groups.
+        """Return [B, N or num_tokens, D] and the new groups. Hidden states [B, N, D] must be equal within each group.
 
         Raises:
-            ValueError: if a mask is passed, or the attention implementation does not support an additive bias.
+            ValueError: if a mask is passed, or if the attention implementation does not support an additive bias.
         """
         require_additive_mask(self.config, "merged_patches_per_layer")
         if attention_mask is not None:
-            raise ValueError("attention_mask is not supported with merged patches: set merged_patches_per_layer=0")
+            raise ValueError("attention_mask is not supported with merged patches. Set merged_patches_per_layer=0.")
         tokens, bias = groups.collect(hidden_states), groups.get_attention_bias(hidden_states.dtype)
-        if num_tokens is not None:  # special tokens only: nothing to merge
+        if num_tokens is not None:  # only special tokens are computed, so no patches are merged
             return super().forward(tokens, bias, position_embeddings, num_tokens, **kwargs), groups
         attended, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
         tokens = self.add_branch(tokens, self.dropout(attended), self.layer_scale1)
@@ -398,7 +398,7 @@ class MergingLayer(ViTCLSLayer):
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge at most half of the patches in tokens [B, T, D]: the pairs with the most similar keys [B, T, d]."""
+        """Merge pairs of patches in tokens [B, T, D] with similar keys [B, T, d], at most half of the patches."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
             return tokens, groups
@@ -409,7 +409,7 @@ class MergingLayer(ViTCLSLayer):
 def run_merging_layers(
     layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
 ) -> Tensor:
-    """Run all layers and pass the groups from layer to layer; return [B, N or num_tokens_read, D]."""
+    """Run all layers, pass the groups from layer to layer, and return [B, N or num_tokens_read, D]."""
     groups = MergedGroups.from_tokens(hidden_states)
     *first_layers, last_layer = layers
     for layer in first_layers:

@@ -1,3 +1,3 @@
-"""The version of the package, readable without importing torch."""
+"""Version of the package. Importing this file does not import torch."""
 
 __version__ = "0.2.0"

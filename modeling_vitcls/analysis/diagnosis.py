@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..token_names import TOKEN_TERMS, get_token_names
+from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
 from .ablation import KINDS, Ablation, Ablations, get_groups, get_token_keys
 from .artifacts import PatchDiagnosis
 from .effects import AblationEffect
@@ -292,7 +292,7 @@ def diagnose_groups(
         if ablations is None or len(members) == 1:
             continue
         by_kind = {kind: ablations[kind][group] for kind in KINDS}
-        word = "CLS token" if group == "cls" else TOKEN_TERMS[group]
+        word = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
         judgment = judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions))
         verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=summarize_ablations(by_kind)))
     return verdicts

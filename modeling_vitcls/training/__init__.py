@@ -1,11 +1,12 @@
-"""Training: from options to a model folder with measured results.
+"""Training runs, from the options to a model folder with measured results.
 
-    task.py               a run from top to bottom, for fine-tuning and pre-training; read this file first
-    finetune.py           fine-tuning: data, model, loss, evaluator, card
-    pretrain.py           the same parts for masked pre-training
-    runner.py, loop.py    output folder, checkpoints and trackers around the steps
-    output_folder.py      files that a run may replace, and the lock
+    task.py             a run from top to bottom, for fine-tuning and pre-training; read this file first
+    finetune.py         data, model, loss, evaluator and card of fine-tuning
+    pretrain.py         data, model, loss, evaluator and card of masked pre-training
+    runner.py           output folder, checkpoints, signals and trackers around the training loop
+    loop.py             training loop
+    output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
-Each other file contains one part of a run. Checkpoints on disk are in checkpoints.py, flags in options.py, processes
-and devices in distributed.py.
+Each of the other files in this folder contains one part of a run. Outside this folder, checkpoints.py writes and reads
+checkpoints, options.py defines the flags, and distributed.py configures processes and devices.
 """

@@ -3,9 +3,9 @@
     upload is due -> all processes gather the weights -> the main process writes a model folder and continues training
                                                       -> a background thread pushes the folder
 
-Only one upload runs at a time: a step that is due during an upload is skipped. Errors are printed as warnings and do
-not end the run. The pushed models have the weights that are evaluated (the averaged weights if EMA is used), and are
-loaded like the final model. With `--hub-push-optimizer`, the branch also contains the state for `--resume`.
+Only one upload runs at a time: an upload that is due while another upload runs is skipped. Errors are printed as
+warnings and do not end the run. The pushed models contain the evaluated weights (the averaged weights if EMA is used)
+and are loaded like the final model. With `--hub-push-optimizer`, the branch also contains the state for `--resume`.
 """
 
 import shutil
@@ -32,37 +32,38 @@ from .model_report import get_model_provenance, get_teacher_provenance
 from .reporter import Reporter
 
 
-MAX_SECONDS_AT_END = 600.0  # maximum wait for an upload at the end of training, in seconds
-# Maximum wait for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
+MAX_SECONDS_AT_END = 600.0  # maximum waiting time for an upload at the end of training, in seconds
+# Maximum waiting time for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
 MAX_SECONDS_AFTER_SIGNAL = 20.0
 
 WriteModel = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
-GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # arguments of CheckpointStore.save
+GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and facts for `CheckpointStore.save`
 
 
 @dataclass(eq=False)
 class BranchUploads:
-    """Context manager around the training loop. On exit, it waits for a running upload up to a time limit."""
+    """Context manager around the training loop. On exit, the context manager waits for a running upload, up to a time
+    limit."""
 
     options: Any
     reporter: Reporter
     repo_id: str  # `namespace/name`
-    model: nn.Module  # the plain model, which shares its weights with the prepared model
+    model: nn.Module  # unwrapped model; shares weights with the model from `Accelerator.prepare`
     write_model: WriteModel  # called on the main process
     provenance: Provenance | None = None
     teacher: Provenance | None = None
     thread: threading.Thread | None = None
     step: int = 0  # step of the last upload
-    failed_step: int = 0  # last step that could not be written
-    has_skipped: bool = False  # whether a step was skipped
-    has_timed_out: bool = False  # whether the last upload exceeded the maximum wait
+    failed_step: int = 0  # last step whose files could not be written
+    has_skipped_upload: bool = False  # whether an upload was skipped
+    has_timed_out: bool = False  # whether the last upload exceeded the maximum waiting time
 
     def __post_init__(self) -> None:
         self.accelerator, self.run = self.reporter.accelerator, self.options.run
         self.branch = self.run.hub_checkpoint_branch
         self.folder = self.options.output_dir / ".hub-checkpoint" / self.repo_id.rpartition("/")[2]
 
-    # All processes together ------------------------------------------------------------------------------------------
+    # Called by all processes together --------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self.remove_folder()  # remove the folder of a killed run
@@ -76,44 +77,47 @@ class BranchUploads:
         try:
             self.wait(MAX_SECONDS_AT_END if exc_type is None else MAX_SECONDS_AFTER_SIGNAL)
             if exc_type is None or exc_type is Interrupted:  # otherwise, not all processes reach this line
-                self.accelerator.wait_for_everyone()  # launchers end all processes when one ends
+                self.accelerator.wait_for_everyone()  # launchers end all processes when one process ends
         finally:
             self.remove_folder()
 
-    def publish(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
-        """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`; all
-        processes call this method together."""
+    def push_if_due(self, state: TrainingState, gather_checkpoint: Callable[[], GatheredCheckpoint]) -> None:
+        """Push the model if an upload is due at this step. `gather_checkpoint` returns the state for `--resume`. All
+        processes must call this method together."""
         step = state.step
-        if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.is_free(step)):
+        if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.can_start(step)):
             return
-        self.write(step, self.write_model_folder)
-        if self.run.hub_push_optimizer:  # written first, because its tensors may share memory with the model
+        self.try_write(step, self.create_empty_folder)
+        # The checkpoint is written before the averaged weights are copied into the model, because the tensors of the
+        # checkpoint may share memory with the model.
+        if self.run.hub_push_optimizer:
             tensors, facts = gather_checkpoint()
             store = CheckpointStore(self.folder / "checkpoints", num_kept=1)
-            self.write(step, lambda: store.save(step, tensors, facts, is_best=False))
+            self.try_write(step, lambda: store.save(step, tensors, facts, is_best=False))
         with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)
-            self.write(step, lambda: self.fill_folder(step, weights))
+            self.try_write(step, lambda: self.fill_folder(step, weights))
         if self.accelerator.is_main_process and self.failed_step != step:
-            self.start(step)
+            self.start_push(step)
 
-    # On the main process ---------------------------------------------------------------------------------------------
+    # Called on the main process --------------------------------------------------------------------------------------
 
-    def is_free(self, step: int) -> bool:
-        """Return whether no upload is running. Print a warning when the first step is skipped."""
+    def can_start(self, step: int) -> bool:
+        """Return whether an upload can start, which requires that no upload is running. Print a warning when the first
+        upload is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
-        if not self.has_skipped:
-            self.has_skipped = True
+        if not self.has_skipped_upload:
+            self.has_skipped_upload = True
             self.reporter.warn(
-                f"step {step:,} is not pushed, because the upload of step {self.step:,} is still running; later "
-                "steps may be skipped without a warning"
+                f"the model of step {step:,} is not pushed, because the upload of step {self.step:,} is still "
+                "running; later uploads may be skipped without a warning"
             )
         return False
 
-    def write(self, step: int, action: Callable[[], Any]) -> None:
-        """Run an action that writes to the folder on the main process. Do nothing if a write of this step has
-        failed."""
+    def try_write(self, step: int, action: Callable[[], Any]) -> None:
+        """On the main process, run an action that writes to the folder. Do nothing if an earlier action of this step
+        has failed."""
         if not self.accelerator.is_main_process or self.failed_step == step:
             return
         try:
@@ -122,22 +126,26 @@ class BranchUploads:
         except WRITE_ERRORS as error:
             self.failed_step = step
             self.remove_folder()
-            self.reporter.warn(f"step {step:,} is not pushed, because it cannot be written: {format_hub_error(error)}")
+            reason = format_hub_error(error)
+            self.reporter.warn(
+                f"the model of step {step:,} is not pushed, because the model cannot be written: {reason}"
+            )
 
-    def start(self, step: int) -> None:
+    def start_push(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python joins its thread at exit without a timeout.
+        # huggingface_hub's `run_as_future` is not used, because Python would join the thread at exit without a
+        # timeout.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 
-    def write_model_folder(self) -> None:
+    def create_empty_folder(self) -> None:
         """Create an empty local folder."""
         self.remove_folder()
         self.folder.mkdir(parents=True)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
-        """Write the model, its card, metrics, flags and license files."""
+        """Write the model with these weights, the model card, metrics, flags and license files."""
         self.write_model(self.folder, weights)
         for name in ("metrics.jsonl", RECIPE):
             if (self.options.output_dir / name).is_file():
@@ -158,7 +166,7 @@ class BranchUploads:
             self.provenance.copy_license(self.folder)
 
     def push(self, step: int) -> None:
-        """Push the folder. The method runs in the background thread, writes to no other folder and raises no
+        """Push the folder. This method runs in the background thread, writes to no other folder and raises no
         errors."""
         try:
             push_result = push_folder(
@@ -170,21 +178,21 @@ class BranchUploads:
                 with_optimizer=self.run.hub_push_optimizer,
                 in_background=True,
             )
-        except Exception as error:  # errors of the Hub, its client or the disk must not end training
+        except Exception as error:  # errors of the Hub, the Hub client or the disk must not end training
             if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
-                self.reporter.warn(f"step {step:,} was not pushed to the branch {self.branch}: {reason}")
+                self.reporter.warn(f"the model of step {step:,} was not pushed to the branch {self.branch}: {reason}")
         else:
             self.reporter.print_line(
                 "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
             )
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, max_seconds: float) -> None:
         """Wait until the upload is finished or the time limit is reached."""
         if self.thread is None or not self.thread.is_alive():
             return
-        self.reporter.print_line("waiting", f"for the upload of step {self.step:,}, up to {seconds:.0f} s")
-        self.thread.join(seconds)
+        self.reporter.print_line("waiting", f"for the upload of step {self.step:,}, up to {max_seconds:.0f} s")
+        self.thread.join(max_seconds)
         if self.thread.is_alive():
             self.has_timed_out = True
             self.reporter.warn(
@@ -200,7 +208,7 @@ class BranchUploads:
 def build_branch_uploads(
     options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: WriteModel
 ) -> BranchUploads | None:
-    """Return `BranchUploads`; None if `--hub-checkpoint-every` or the repository is not set, or in a dry run."""
+    """Build `BranchUploads`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not set."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
     return BranchUploads(options, reporter, repo_id, model, write_model)

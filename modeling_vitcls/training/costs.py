@@ -4,8 +4,8 @@
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
-embeddings and the interpolation of position embeddings are excluded (under 1 % of a ViT-S at 224 pixels). A backward
-pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
+embeddings and the interpolation of position embeddings are excluded (less than 1 % of the FLOPs of a ViT-S at 224
+pixels). A backward pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ..variants_vitcls import get_num_kept_patches
 
 ImageSize = int | tuple[int, int] | list[int] | None
 
-FLOAT32 = 4  # bytes per number
+FLOAT32_BYTES = 4  # bytes per element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Return the sum of all fields."""
+        """The sum of all fields."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -46,11 +46,12 @@ class MemoryEstimate:
 
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the FLOPs of a forward pass by a formula, whereas `model.flops()` counts the FLOPs of a running copy."""
+    """Return the FLOPs of a forward pass, computed with a formula. In contrast, `model.flops()` counts the operations
+    of a running copy of the model."""
     encoder = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
-    for layer, num_queries in zip(encoder.layers, get_num_queries(model, num_tokens), strict=True):
+    for layer, num_queries in zip(encoder.layers, get_num_queries_per_layer(model, num_tokens), strict=True):
         flops_per_image += count_layer_flops(layer, num_queries, num_tokens)
     flops_per_batch = 0
     if encoder.pooler is not None:
@@ -65,35 +66,38 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
 
 
 def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image is
-    smaller than a patch."""
+    """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image size is
+    smaller than the patch size."""
     height, width = get_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
     if not rows * columns:
         raise ValueError(
-            f"image_size is {height} x {width}, smaller than one patch of {patch_height} x {patch_width} pixels"
+            f"image_size is {height} x {width} pixels, but a patch has {patch_height} x {patch_width} pixels. Set "
+            "image_size to at least the size of one patch"
         )
     return rows * columns, config.token_layout.get_num_tokens(rows, columns)
 
 
 def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return an image size as (height, width) in pixels; for None, the image size of the configuration."""
+    """Return an image size as (height, width) in pixels. None means the image size of the configuration."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return height, width
 
 
-def get_num_queries(model: Any, num_tokens: int) -> list[int]:
-    """Return the number of tokens that each layer computes. The last layer computes only tokens that are read."""
-    num_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens if num_read is None else num_read]
+def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
+    """Return the number of output tokens of each layer. The last layer computes only the tokens that the pooler and
+    the heads read."""
+    num_tokens_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
+    num_last_queries = num_tokens if num_tokens_read is None else num_tokens_read
+    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_last_queries]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of one layer for one image: queries, output projections and the MLP for the computed tokens,
-    keys and values for all tokens, and attention."""
+    """Return the FLOPs of one layer for one image. Queries, output projection and MLP are computed for `num_queries`
+    tokens, and keys and values are computed for all tokens."""
     attention: ViTCLSAttention = layer.attention
     flops_per_key = count_linear_flops(attention.k_proj, attention.v_proj)
     flops_per_query = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
@@ -105,15 +109,16 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two maps per head,
-    each of which is multiplied by all values."""
+    """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two attention maps
+    per head, and each map is multiplied by all values of the head."""
     maps_per_head = attention.head_dim // attention.qk_head_dim
-    return 2 * num_queries * num_keys * get_inner_width(attention) * (1 + maps_per_head)
+    return 2 * num_queries * num_keys * get_value_width(attention) * (1 + maps_per_head)
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs of an attention pooler per image, minus `count_linear_flops(pooler)`, which counts keys
-    and values of a single token, and the query although it is computed only once per batch."""
+    """Return the FLOPs of an attention pooler per image that `count_linear_flops(pooler)` does not count: attention,
+    and keys and values of all tokens except one token. The FLOPs of the query are subtracted, because the query is
+    computed once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
     attention_flops = 4 * num_keys * pooler.probe.shape[-1]
     return (
@@ -125,19 +130,20 @@ def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_
 
 def count_linear_flops(*modules: nn.Module) -> int:
     """Return the FLOPs of all linear layers in these modules if each layer is applied to one vector."""
-    return sum(2 * linear.in_features * linear.out_features for linear in get_linears(modules))
+    return sum(2 * linear.in_features * linear.out_features for linear in get_linear_layers(modules))
 
 
-def get_linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Return the linear layers in modules, at any depth."""
-    return [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
+def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+    """Return all linear layers in these modules, at any depth."""
+    return [child for module in modules for child in module.modules() if isinstance(child, nn.Linear)]
 
 
 def get_heads(model: Any) -> list[nn.Module]:
-    """Return the classifiers of a model, including one per task. Each is applied to one vector per image."""
-    tasks = list(getattr(model, "classifiers", {}).values())
-    heads = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
-    return tasks + [head for head in heads if head is not None]
+    """Return the classifiers of a model; a multi-task model has one classifier per task. Each classifier is applied to
+    one vector per image."""
+    task_classifiers = list(getattr(model, "classifiers", {}).values())
+    classifiers = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
+    return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
 
 
 def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
@@ -146,8 +152,8 @@ def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
     return [module for module in modules if isinstance(module, AttentionPooler)]
 
 
-def get_inner_width(attention: ViTCLSAttention) -> int:
-    """Return the total number of value channels of all heads."""
+def get_value_width(attention: ViTCLSAttention) -> int:
+    """Return the number of value channels, summed over all heads."""
     return attention.config.num_attention_heads * attention.head_dim
 
 
@@ -156,12 +162,12 @@ def get_inner_width(attention: ViTCLSAttention) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Number sizes and device type of a training step."""
+    """Element sizes and device type of a training step."""
 
-    residual_bytes: int  # bytes per number in the residual stream and in the inputs of norms
-    matmul_bytes: int  # bytes per number in inputs and outputs of matrix products
+    residual_bytes: int  # bytes per element in the residual stream and in the inputs of norms
+    matmul_bytes: int  # bytes per element in inputs and outputs of matrix products
     uses_autocast: bool  # whether autocast casts inputs of matrix products
-    on_cpu: bool  # whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py)
+    is_on_cpu: bool  # whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py)
 
 
 def estimate_memory(
@@ -173,27 +179,31 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
-    The estimated activations are within 20 % of measurements. The estimate assumes one process, fused attention unless
-    the implementation is "eager", and activation functions that store their inputs; on CPUs, some activations are
-    recomputed (cpu_kernels_vitcls.py). Temporary buffers, the allocator's overhead, and images before the model moves
-    or casts them are excluded. Frozen parameters, gradient checkpointing and patch dropout are taken into account.
-    Patch dropout has no effect if the embeddings and the first layer are frozen.
+    The estimated size of the activations is within 20 % of the measured size. The estimate assumes one process, fused
+    attention unless the implementation is "eager", and activation functions that store their inputs. On CPUs, some
+    activations are recomputed (cpu_kernels_vitcls.py). The estimate excludes temporary buffers, the allocator's
+    overhead, and images that are not yet cast or moved to the device. Frozen parameters, gradient checkpointing and
+    patch dropout are taken into account. Patch dropout has no effect if the embeddings and the first layer are frozen.
 
-    `image_size` is in pixels (default: the model's image size). `autocast` is the dtype of mixed precision. `device`
-    is the device of the step (default: the model's device).
+    Args:
+        model: a ViTCLS model.
+        image_size: image size in pixels (default: the model's image size).
+        batch_size: number of images per step.
+        autocast: dtype of mixed precision; None if mixed precision is not used.
+        device: device of the step (default: the model's device).
 
     Raises:
-        ValueError: if the image is smaller than a patch.
+        ValueError: if the image size is smaller than the patch size.
     """
     trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
-    on_cpu = torch.device(model.device if device is None else device).type == "cpu"
+    is_on_cpu = torch.device(model.device if device is None else device).type == "cpu"
     settings = StepSettings(
-        itemsize, itemsize if autocast is None else autocast.itemsize, autocast is not None, on_cpu
+        itemsize, itemsize if autocast is None else autocast.itemsize, autocast is not None, is_on_cpu
     )
     activations = batch_size * count_activation_bytes(model, image_size, settings)
     if settings.uses_autocast:
-        activations += settings.matmul_bytes * count_cast_weights(model, on_cpu)
+        activations += settings.matmul_bytes * count_cast_weights(model, is_on_cpu)
     return MemoryEstimate(
         parameters=count_bytes(model.parameters()),
         gradients=count_bytes(trained_parameters),
@@ -207,132 +217,137 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count_cast_weights(model: Any, on_cpu: bool) -> int:
+def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
     """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
     skipped_modules: list[nn.Module] = (
         layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
     )
-    if on_cpu:
-        skipped_modules = skipped_modules + [get_linears([layer.mlp])[-1] for layer in layers[len(skipped_modules) :]]
-    total, num_skipped = (
-        sum(linear.weight.numel() for linear in get_linears(part)) for part in ([model], skipped_modules)
+    if is_on_cpu:
+        skipped_modules = skipped_modules + [
+            get_linear_layers([layer.mlp])[-1] for layer in layers[len(skipped_modules) :]
+        ]
+    num_weights, num_skipped_weights = (
+        sum(linear.weight.numel() for linear in get_linear_layers(modules)) for modules in ([model], skipped_modules)
     )
-    return total - num_skipped
+    return num_weights - num_skipped_weights
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the bytes per image that autograd stores in the embeddings, in the layers from the first trained layer
-    on, and after the layers."""
+    """Return the number of bytes per image that autograd stores for the embeddings, for all layers from the first
+    trained layer on, and for the modules after the layers."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
-    num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens in the layers
-    num_queries_per_layer = get_num_queries(model, num_tokens)
+    num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
+    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
     height, width = get_image_size(config, image_size)
-    pixels = config.num_channels * height * width
+    num_pixel_values = config.num_channels * height * width
     layer_bytes = [
         count_layer_bytes(layer, num_queries, num_tokens, settings)
         for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
-        # One layer at a time is recomputed.
+        # The backward pass recomputes the activations of one layer at a time.
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
         num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
-    if is_trained(encoder.embeddings):
+    if has_trained_parameters(encoder.embeddings):
         num_bytes += (
-            pixels * settings.matmul_bytes + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
+            num_pixel_values * settings.matmul_bytes
+            + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
         )
     if get_attention_poolers(encoder):
         num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_bytes  # tokens, keys, values
     if hasattr(model, "decoder"):
         num_bytes += num_patches * config.hidden_size * settings.matmul_bytes
-        num_bytes += 2 * pixels * settings.residual_bytes  # logits and loss
+        num_bytes += 2 * num_pixel_values * settings.residual_bytes  # reconstruction and loss
     return num_bytes
 
 
 def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: StepSettings) -> int:
-    """Return the bytes per image that one layer stores for the backward pass."""
-    config, product = layer.attention.config, settings.matmul_bytes
+    """Return the number of bytes per image that one layer stores for the backward pass."""
+    config, matmul_bytes = layer.attention.config, settings.matmul_bytes
     width = config.hidden_size
-    num_bytes = num_tokens * (count_norm_bytes(config, settings) + width * product)
+    num_bytes = num_tokens * (count_norm_bytes(config, settings) + width * matmul_bytes)
     num_bytes += count_attention_bytes(layer.attention, num_queries, num_tokens, settings)
     if config.layer_type != "parallel":  # parallel layers share one norm
         num_bytes += num_queries * count_norm_bytes(config, settings)
     if config.layer_type != "parallel" or settings.uses_autocast:
-        num_bytes += num_queries * width * product
-    num_bytes += num_queries * count_saved_mlp_channels(layer.mlp, settings.on_cpu) * product
-    num_scales = sum(isinstance(part, LayerScale) for part in layer.children())
-    num_bytes += num_queries * width * product * num_scales
+        num_bytes += num_queries * width * matmul_bytes
+    num_bytes += num_queries * count_stored_mlp_channels(layer.mlp, settings.is_on_cpu) * matmul_bytes
+    num_layer_scales = sum(isinstance(child, LayerScale) for child in layer.children())
+    num_bytes += num_queries * width * matmul_bytes * num_layer_scales
     if config.hidden_dropout_prob > 0:
-        num_bytes += 2 * num_queries * width  # dropout masks of one byte per number
+        num_bytes += 2 * num_queries * width  # dropout masks of one byte per element
     return num_bytes
 
 
 def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
-    """Return the bytes per token that a norm stores for the backward pass: its input, twice for RMSNorm."""
+    """Return the number of bytes per token that a norm stores for the backward pass: the size of the norm's input, or
+    twice this size for RMSNorm."""
     return config.hidden_size * settings.residual_bytes * (2 if config.norm_type == "rmsnorm" else 1)
 
 
 def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
-    """Return the bytes per image that attention stores for the backward pass: queries, keys, values and outputs, and
-    also the attention maps if no fused kernel is used."""
-    config, width = attention.config, get_inner_width(attention)
+    """Return the number of bytes per image that attention stores for the backward pass: queries, keys, values and
+    outputs, and also the attention maps if no fused kernel is used."""
+    config, width = attention.config, get_value_width(attention)
     num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_angles = config.position_embedding_type.endswith("rope_mixed")
     num_copies = 1 + config.qk_norm + 2 * has_learned_angles
-    channels = (num_queries + num_keys) * num_copies  # queries and keys
-    channels += (num_queries + num_keys) * maps_per_head  # outputs and values
-    channels += num_queries * config.attention_norm
-    channels += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
-    # Fused kernels store one number per query.
-    numbers_per_query = count_saved_maps(attention, settings.on_cpu) * num_keys or 1
-    return width * channels * settings.matmul_bytes + num_maps * num_queries * FLOAT32 * numbers_per_query
+    num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
+    num_vectors += (num_queries + num_keys) * maps_per_head  # outputs and values
+    num_vectors += num_queries * config.attention_norm
+    num_vectors += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
+    # Fused kernels store one number per query instead of attention maps.
+    elements_per_query = count_stored_maps(attention, settings.is_on_cpu) * num_keys or 1
+    return width * num_vectors * settings.matmul_bytes + num_maps * num_queries * FLOAT32_BYTES * elements_per_query
 
 
-def count_saved_maps(attention: ViTCLSAttention, on_cpu: bool) -> int:
-    """Return the number of copies of the attention maps that autograd stores. Maps are stored in eager attention, if
-    learned terms are added to the scores, if values are wider than queries, and with dropout on CPUs."""
+def count_stored_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
+    """Return the number of copies of the attention maps that autograd stores. Maps are stored if attention is eager or
+    differential, if learned terms are added to the scores, or if attention dropout is used on a CPU."""
     config = attention.config
-    if config.attention_probs_dropout_prob > 0 and on_cpu:
+    if config.attention_probs_dropout_prob > 0 and is_on_cpu:
         return 4  # scores, weights, dropout mask, weights after dropout
-    learns_scores = bool(config.gated_tokens) or config.relative_position_bias != "none"
-    return int(config._attn_implementation == "eager" or learns_scores or config.attention_type == "differential")
+    has_learned_bias = bool(config.gated_tokens) or config.relative_position_bias != "none"
+    return int(config._attn_implementation == "eager" or has_learned_bias or config.attention_type == "differential")
 
 
-def count_saved_mlp_channels(mlp: Any, on_cpu: bool) -> int:
+def count_stored_mlp_channels(mlp: Any, is_on_cpu: bool) -> int:
     """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
-    inputs of the activation function (both branches of a gated MLP) and its outputs. On CPUs, the outputs are
+    inputs (both branches of a gated MLP) and the outputs of the activation function. On CPUs, the outputs are
     recomputed and not stored (cpu_kernels_vitcls.py)."""
-    first = get_linears([mlp])[0]
-    branches = 2 if isinstance(mlp, ViTCLSGLU) else 1
-    after = 0 if on_cpu else branches + (mlp.norm is not None)
-    return (branches + after) * first.out_features
+    first_linear = get_linear_layers([mlp])[0]
+    num_inputs = 2 if isinstance(mlp, ViTCLSGLU) else 1
+    num_outputs = 0 if is_on_cpu else num_inputs + (mlp.norm is not None)
+    return (num_inputs + num_outputs) * first_linear.out_features
 
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
-    """Return the number of tokens in the layers during training. Patch dropout reduces the number, unless the
-    embeddings and the first layer are frozen (training/model.py)."""
+    """Return the number of tokens per image in the layers during training. Patch dropout reduces this number, unless
+    the embeddings and the first layer are frozen (`set_train_mode` in model.py)."""
     if get_first_trained_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
 
 
 def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
-    """Return whether gradient checkpointing is enabled."""
+    """Return whether gradient checkpointing is enabled in any layer."""
     return any(layer.gradient_checkpointing for layer in layers)
 
 
 def get_first_trained_layer(encoder: Any) -> int:
-    """Return the index of the first layer that the backward pass reaches; the number of layers if none is trained."""
-    if is_trained(encoder.embeddings):
+    """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
+    trained."""
+    if has_trained_parameters(encoder.embeddings):
         return 0
-    trained_indices = [index for index, layer in enumerate(encoder.layers) if is_trained(layer)]
+    trained_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
     return min(trained_indices, default=len(encoder.layers))
 
 
-def is_trained(module: nn.Module) -> bool:
+def has_trained_parameters(module: nn.Module) -> bool:
     """Return whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())

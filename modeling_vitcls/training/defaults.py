@@ -1,24 +1,24 @@
-"""Flags whose default value depends on the run. A value that is set overrides the default.
+"""Flags whose default value depends on the run. A value that the user sets overrides the default.
 
 flag               random weights             pre-trained weights        --trainable lora   --trainable head
 learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4               1e-3
 layer_decay        1                          0.75                       1                  1
-initializer_range  0.8 / sqrt(width)          of the checkpoint          of the checkpoint  of the checkpoint
-epochs             30                         30; 10 for 10,000 or more images
+initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
+epochs             30                         30, or 10 (large dataset)  30                 30
 
 flag               images up to 64 pixels     larger images
 crop_scale         1                          0.35
 shift              0.04                       0
 
-flag               fewer than 10,000 images   more images, or a stream
+flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
 batch_size         32                         64
 
 Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466), within
-limits. The initial standard deviation is between Xavier's values for the attention (1 / sqrt(width)) and the MLP
-(0.63 / sqrt(width)); narrow models learn slowly with the common value 0.02. Layer decay follows BEiT (arXiv
+limits. The initial standard deviation lies between the Xavier values for the attention (1 / sqrt(width)) and the MLP
+(0.63 / sqrt(width)), because narrow models learn slowly with the common value 0.02. Layer decay follows BEiT (arXiv
 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
-The resolved values are printed with the reason and written to config.resolved.yaml.
+The resolved values are printed with their reasons and written to config.resolved.yaml.
 """
 
 import math
@@ -36,51 +36,51 @@ from ..options import FinetuneOptions, PretrainOptions
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
 
-# Checkpoint that is suggested instead of random weights.
+# Checkpoint that is suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
-MAX_SMALL_IMAGE = 64  # maximum size of the longest side of a small image in pixels
-MIN_LARGE_DATASET = 10_000  # minimum number of training images of a large dataset
+MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image in pixels
+MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images of a large dataset
 MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about a run on which the defaults depend."""
+    """Facts about a run that determine the default values."""
 
     weights: Weights  # initial weights or kind of training
     is_preset: bool  # whether the initial weights are random
     width: int  # hidden size of the model
-    image_size: int  # longest side of the model's images in pixels
-    num_training_images: int | None  # None for a stream
+    image_size: int  # length of the longer side of the model's images in pixels
+    num_training_images: int | None  # number of training images; None for a stream
 
     @property
     def is_large_dataset(self) -> bool:
         """Whether the dataset is large; a stream counts as large."""
-        return self.num_training_images is None or self.num_training_images >= MIN_LARGE_DATASET
+        return self.num_training_images is None or self.num_training_images >= MIN_LARGE_DATASET_SIZE
 
     @property
     def has_small_images(self) -> bool:
         """Whether images are so small that random crops would leave too few pixels."""
-        return self.image_size <= MAX_SMALL_IMAGE
+        return self.image_size <= MAX_SMALL_IMAGE_SIZE
 
     @property
     def dataset_size(self) -> str:
-        """The number of training images as text."""
+        """Text with the number of training images, or "a stream"."""
         return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
 
 
 @dataclass(frozen=True)
 class Default:
-    """Default of one flag, and the reason for it as a format string with the fields of `RunFacts`."""
+    """Default value of one flag, and the reason for this value."""
 
     group: str  # field of the options that contains the flag, for example "training"
-    name: str
-    value: Callable[[RunFacts], float]
-    reason: str
+    name: str  # name of the flag
+    compute_value: Callable[[RunFacts], float]
+    reason: str  # format string; the argument is a `RunFacts`
 
 
 def choose_learning_rate(facts: RunFacts) -> float:
-    """Return the learning rate, rounded to two significant digits."""
+    """Return the default learning rate, rounded to two significant digits."""
     match facts.weights:
         case "random weights":
             rate = min(1e-3 * 96 / facts.width, 1e-3)
@@ -94,11 +94,11 @@ def choose_learning_rate(facts: RunFacts) -> float:
 
 
 def choose_epochs(facts: RunFacts) -> float:
-    """Return the number of epochs."""
+    """Return the default number of epochs."""
     return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
 
 
-# Format strings of reasons.
+# Format strings of the reasons for default values.
 WEIGHTS_REASON = "{0.weights}"
 WIDTH_REASON = "{0.weights}, width {0.width}"
 DATASET_REASON = "{0.weights}, {0.dataset_size}"
@@ -109,26 +109,26 @@ DEFAULTS: tuple[Default, ...] = (
     Default(
         "model",
         "initializer_range",
-        lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_INITIALIZER_RANGE),
+        lambda facts: max(round(0.8 / math.sqrt(facts.width), 3), MIN_INITIALIZER_RANGE),
         WIDTH_REASON,
     ),
     Default(
         "training",
         "layer_decay",
-        lambda run: 0.75 if run.weights == "pre-trained weights" else 1.0,
+        lambda facts: 0.75 if facts.weights == "pre-trained weights" else 1.0,
         WEIGHTS_REASON,
     ),
     Default("training", "epochs", choose_epochs, DATASET_REASON),
-    Default("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET_REASON),
-    Default("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES_REASON),
-    Default("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES_REASON),
+    Default("training", "batch_size", lambda facts: 64 if facts.is_large_dataset else 32, DATASET_REASON),
+    Default("augmentation", "crop_scale", lambda facts: 1.0 if facts.has_small_images else 0.35, IMAGES_REASON),
+    Default("augmentation", "shift", lambda facts: 0.04 if facts.has_small_images else 0.0, IMAGES_REASON),
 )
 
 
-def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
-    """Return the facts on which the defaults depend. Only the configuration of the model is read. Raise ValueError if
-    the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
-    name, values = options.model.model, options.model.get_config_values()
+def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
+    """Return the facts that determine the default values. Only the model's configuration is read. Raise ValueError if
+    the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
+    name, config_values = options.model.model, options.model.get_config_values()
     from_scratch = is_preset(name)
     if from_scratch:
         config = ViTCLSConfig.from_preset(name)
@@ -143,21 +143,21 @@ def get_facts(options: FinetuneOptions | PretrainOptions, num_training_images: i
         weights = "new head on frozen weights"
     elif options.training.trainable == "lora":
         weights = "LoRA"
-    width = values.get("hidden_size", config.hidden_size)
-    image_size = max(to_pair(values.get("image_size", config.image_size)))
+    width = config_values.get("hidden_size", config.hidden_size)
+    image_size = max(to_pair(config_values.get("image_size", config.image_size)))
     return RunFacts(weights, from_scratch, width, image_size, num_training_images)
 
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
     """Return the options with a value for every flag in `DEFAULTS`, and {reason: ["learning rate 5e-05", ...]} for the
-    flags that were not set and that affect the run."""
+    default values that affect the run. For checkpoints, `initializer_range` stays None."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)
-        keeps_own_value = default.name == "initializer_range" and not facts.is_preset
-        if getattr(group, default.name) is not None or keeps_own_value:
+        uses_checkpoint_value = default.name == "initializer_range" and not facts.is_preset
+        if getattr(group, default.name) is not None or uses_checkpoint_value:
             continue
-        value = default.value(facts)
+        value = default.compute_value(facts)
         options = replace(options, **{default.group: replace(group, **{default.name: value})})
         if default.name != "epochs" or options.training.max_steps is None:
             reasons.setdefault(default.reason.format(facts), []).append(f"{default.name.replace('_', ' ')} {value:g}")
@@ -165,11 +165,11 @@ def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[s
 
 
 def format_defaults(reasons: dict[str, list[str]]) -> str:
-    """Format the resolved values, grouped by reason, in one line."""
+    """Format the default values, grouped by reason, in one line."""
     return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in reasons.items())
 
 
 def describe_random_weights(name: str, facts: RunFacts) -> str | None:
-    """Return the summary line about random initial weights; None if the initial weights are trained."""
-    remedy = f"For better results on few images, start from trained weights, for example --model {EXAMPLE_CHECKPOINT}"
+    """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
+    remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
     return f"random, because {name} is a preset. {remedy}" if facts.is_preset else None

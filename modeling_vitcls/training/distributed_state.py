@@ -5,13 +5,14 @@ With DeepSpeed, only weights and gradients are supported.
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
 
-Full tensors do not depend on the number of processes. Names are parameter names of the plain model, without prefixes
-of DDP or torch.compile. The state excludes values that follow from the flags and the step: the optimizer's
-hyperparameters, and random number generators, which are seeded in each step. checkpoints.py writes the tensors to
-disk.
+Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
+prefixes of DDP or torch.compile. The state excludes values that are determined by the flags and the step: the
+optimizer's hyperparameters, and the states of random number generators, which are seeded in each step. checkpoints.py
+writes the tensors to disk.
 
-torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Its function for loading
-moments is not used, because it sets a step count of 1 for parameters that have no moments in the checkpoint.
+torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Moments are not loaded
+with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have no moments in
+the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -36,11 +37,12 @@ from ..checkpoints import Checkpoint, Tensors
 from ..distributed import run_on_main
 
 
-FULL_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_ON_MAIN_PROCESS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def get_unsupported_reason(accelerator: Accelerator) -> str | None:
-    """Return why the launched configuration does not support checkpoints, or None if checkpoints are supported."""
+    """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
+    supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 for --resume"
     return None
@@ -49,29 +51,30 @@ def get_unsupported_reason(accelerator: Accelerator) -> str | None:
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return all tensors of the state on the main process (no tensors on the other processes), and the other values as
-    JSON types. All processes must call this together. Raise ValueError if checkpoints are not supported.
+    """Return the full tensors of the training state, and the remaining values of the state as JSON types.
 
-    Tensors of a single process on the CPU are not copied: write them before training continues. `shadow` contains the
-    EMA weights in the order of the trained parameters.
+    Only the main process receives tensors. All processes must call this function together. With a single process on
+    the CPU, the returned tensors are not copies, so write the tensors before training continues.
+    `shadow` contains the EMA weights in the order of the trained parameters. Raise ValueError if checkpoints are not
+    supported.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN).get("state", {})
+    parameter_states: Any = (
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN_PROCESS).get("state", {})
         if torch_optimizer.state
         else {}
     )
     moments: Tensors = {}
     other_values: dict[str, Any] = {}
-    for name, state in states.items():
+    for name, state in parameter_states.items():
         for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else other_values
             target[f"{key}/{name}"] = value
     tensors = {"model": gather_weights(model, is_main), "optimizer": moments}
     if shadow is not None:
-        tensors["ema"] = gather(dict(zip(get_trainable_names(model), shadow, strict=True)), is_main)
+        tensors["ema"] = gather_tensors(dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"optimizer": other_values, "scaler": scaler}
 
@@ -84,8 +87,8 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state from `gather_state`. All processes must call this together. Raise ValueError if the checkpoint
-    belongs to another model or optimizer.
+    """Load a state from `gather_state`. All processes must call this function together. Raise ValueError if the
+    checkpoint belongs to another model or optimizer.
 
     Args:
         checkpoint: the checkpoint on the main process; None on the other processes, to which shards are sent.
@@ -94,7 +97,7 @@ def scatter_state(
     """
     scatter_all_weights(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
-    scatter_optimizer(moments, facts["optimizer"], accelerator, model, optimizer)
+    scatter_optimizer_state(moments, facts["optimizer"], accelerator, model, optimizer)
     if accelerator.scaler is not None and facts["scaler"]:
         accelerator.scaler.load_state_dict(facts["scaler"])
 
@@ -102,19 +105,20 @@ def scatter_state(
 def scatter_all_weights(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the averaged weights of a checkpoint. Arguments and errors are as in `scatter_state`."""
+    """Load the weights and the averaged weights of a checkpoint. See `scatter_state` for arguments and errors."""
 
-    def read(name: str) -> Tensors | None:
+    def load_tensors(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.load_tensors(name)
 
-    scatter_weights(read("model"), model, accelerator)
+    scatter_weights(load_tensors("model"), model, accelerator)
     if shadow is not None:
-        scatter(read("ema"), dict(zip(get_trainable_names(model), shadow, strict=True)), accelerator)
+        targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
+        scatter_tensors(load_tensors("ema"), targets, accelerator)
 
 
 def reshard(model: nn.Module) -> None:
-    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Until then, the model's
-    parameters are copies, which the optimizer does not update."""
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Before the release, the
+    model's parameters are copies that the optimizer does not update."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -124,17 +128,17 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters by name; tied weights have one name."""
+    """Return all parameters of the unwrapped model by name. Tied weights have one name."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
-def get_trainable_names(model: nn.Module) -> list[str]:
+def get_trainable_parameter_names(model: nn.Module) -> list[str]:
     """Return the names of the trained parameters, in the order of the model's parameters."""
     return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return PyTorch's optimizer inside Accelerate's wrapper."""
+    """Return the PyTorch optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
@@ -142,27 +146,27 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
-    """Return parameters and persistent buffers as full tensors on the CPU of the main process, and an empty dictionary
-    on the other processes. All processes must call this together."""
+    """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
+    other processes. All processes must call this function together."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
-        return gather(model.state_dict(keep_vars=True), is_main)
-    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN)
+        return gather_tensors(model.state_dict(keep_vars=True), is_main)
+    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN_PROCESS)
     return weights
 
 
-def gather(tensors: Tensors, is_main: bool) -> Tensors:
-    """Return full tensors on the CPU of the main process, and an empty dictionary on the other processes. All
-    processes must call this together."""
-    result: Tensors = {}
+def gather_tensors(tensors: Tensors, is_main: bool) -> Tensors:
+    """Return the full tensors of possibly sharded tensors on the CPU of the main process, and an empty dictionary on
+    the other processes. All processes must call this function together."""
+    full_tensors: Tensors = {}
     for name, tensor in tensors.items():
         full_tensor = gather_tensor(tensor)
         if is_main:
-            result[name] = full_tensor.detach().cpu()
-    return result
+            full_tensors[name] = full_tensor.detach().cpu()
+    return full_tensors
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a possibly sharded tensor. All processes must call this together."""
+    """Return the full tensor of a possibly sharded tensor. All processes must call this function together."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -174,7 +178,8 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return a parameter's full gradient; None if it has no gradient. All processes must call this together."""
+    """Return the full gradient of a parameter, or None if the parameter has no gradient. All processes must call this
+    function together."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
@@ -194,8 +199,9 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
 
 
 @torch.no_grad()
-def scatter(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
-    """Copy full tensors from the main process into `targets` on all processes. Errors are as in `scatter_weights`."""
+def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
+    """Copy full tensors from the main process into `targets` on all processes. Raise ValueError if a tensor is missing
+    or unexpected, or has a different shape."""
     run_on_main(accelerator, lambda: check_same_tensors(full_tensors or {}, targets))
     for name, target in targets.items():
         target.copy_(
@@ -206,8 +212,8 @@ def scatter(full_tensors: Tensors | None, targets: Tensors, accelerator: Acceler
 def distribute_like(
     full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Distribute a tensor of the main process (None on the other processes) to all processes. Return a tensor with the
-    device and the sharding of `like`."""
+    """Distribute `full_tensor` from the main process to all processes. On the other processes, `full_tensor` is None.
+    Return a tensor with the device and the sharding of `like`."""
     if full_tensor is None:
         full_tensor = torch.empty(like.shape, dtype=dtype)
     full_tensor = full_tensor.to(accelerator.device)
@@ -218,26 +224,27 @@ def distribute_like(
     return full_tensor
 
 
-def scatter_optimizer(
+def scatter_optimizer_state(
     full_tensors: Tensors | None,
     other_values: dict[str, Any],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Load the optimizer's state: moments are sharded like their parameters, and step counts are copied."""
+    """Load the optimizer state. Moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
     torch_optimizer = unwrap_optimizer(optimizer)
     grouped_parameters = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # Return the dtype of each moment with the shape of its parameter. Other tensors are small and returned whole.
+        # Moments have the shape of the parameter: only the dtype is returned. Step counts are small: the tensors are
+        # returned.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])
             if parameter is None or id(parameter) not in indices:
-                raise ValueError(f"the checkpoint belongs to another run: the optimizer of this run has no {name}")
+                raise ValueError(f"the checkpoint belongs to another run: this run's optimizer has no state {name}")
             values[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
         return values | other_values
 
@@ -254,10 +261,10 @@ def scatter_optimizer(
 
 
 def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
-    """Raise ValueError if names or shapes differ."""
+    """Raise ValueError if the names or shapes of the checkpoint's tensors differ from `targets`."""
     for name in sorted(full_tensors.keys() ^ targets.keys()):
-        where = "the checkpoint" if name in full_tensors else "the model"
-        raise ValueError(f"the checkpoint belongs to another model: only {where} has {name}")
+        owner = "the checkpoint" if name in full_tensors else "the model"
+        raise ValueError(f"the checkpoint belongs to another model: only {owner} has {name}")
     for name, target in targets.items():
         if full_tensors[name].shape != target.shape:
             shapes = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"

@@ -1,14 +1,14 @@
 """Fine-tuning on labeled images. task.py contains the run from top to bottom.
 
-    full model         is trained on pixels; with --teacher, the distillation token is trained on the teacher
-    linear probing     encodes each image once, then trains only the heads on the cached features (linear_probe.py)
+    full model         trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
+    linear probing     heads trained on cached features; the encoder encodes each image once (linear_probe.py)
 
-The output folder then contains
+After the run, the output folder contains
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
     README.md, pictures/, report.html                                        model card, analysis of the special tokens
     LICENSE*, NOTICE*                                                        license files of the initial model
-    results.json, metrics.jsonl                                              final results; metrics of logged steps
-    checkpoints/, config.resolved.yaml                                       state for --resume; all flags
+    results.json, metrics.jsonl                                              final results, metrics of logged steps
+    checkpoints/, config.resolved.yaml                                       state for --resume, all flags
 """
 
 from dataclasses import replace
@@ -45,10 +45,10 @@ from .linear_probe import (
     iterate_feature_batches,
 )
 from .loop import Metrics
-from .model import apply_trainable, build_model, uses_patch_dropout
+from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
-from .task import NOTHING_MEASURED, Evaluate, Task, format_values
+from .task import NOTHING_MEASURED, Evaluate, Task, format_metrics
 from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from .token_monitor import measure_nothing
 
@@ -60,13 +60,14 @@ class FinetuneTask(Task):
     """Fine-tuning of a classifier, optionally with a teacher."""
 
     options: FinetuneOptions
-    teacher: Teacher | None  # set by `load_model`
+    teacher: Teacher | None  # set by `load_model`; None if --teacher is not set
 
     # Options, data and model -----------------------------------------------------------------------------------------
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Set num_distillation_tokens to 1 if it is unset and a teacher is given, and check the options."""
+        """Check and return the options. If a teacher is set but num_distillation_tokens is not, set
+        num_distillation_tokens=1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_combinations(options)
@@ -75,7 +76,7 @@ class FinetuneTask(Task):
     def load_data(self) -> TrainingData:
         """Load the training split and the held-out split with labels."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
-        check_labels(self.options, data.label_space.kind)
+        check_label_kind(self.options, data.label_space.kind)
         return data
 
     def load_model(self) -> None:
@@ -91,36 +92,38 @@ class FinetuneTask(Task):
                 config.image_height_width,
                 self.runner.accelerator.device,
             )
-        self.model = apply_trainable(
+        self.model = set_trainable_parameters(
             built_model.model, training.trainable, training.lora_rank, built_model.newly_initialized
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
-            raise ValueError(describe_useless_patch_dropout(options))
+            raise ValueError(format_patch_dropout_error(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about splits that lack classes, and about an initial model that used other held-out
-        images."""
+        """Return warnings about splits without images of some classes, and about an initial model that was trained
+        with other held-out images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def build_components(self, evaluator: Evaluate) -> Components:
-        """Build the components of linear probing on cached features if possible, or of the full model."""
+        """Build the components that train the heads on cached features if possible, or else the components that train
+        the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
-        if reason := self.find_caching_obstacle():
+        if reason := self.get_no_caching_reason():
             self.runner.reporter.print_line("features", f"computed in every step, because {reason}")
             return super().build_components(evaluator)
         return self.build_head_components(evaluator)
 
-    def find_caching_obstacle(self) -> str | None:
-        """Return why linear probing must run the encoder in every step, or None if features can be cached."""
+    def get_no_caching_reason(self) -> str | None:
+        """Return the reason why linear probing must run the encoder in every step, or None if features can be
+        cached."""
         augmentation = self.options.augmentation
         if self.teacher is not None:
             return "the teacher requires images"
         if self.data.num_training_images is None:
-            return "features of a stream are not cached"
+            return "the dataset is a stream"
         if augmentation.mixup or augmentation.cutmix:
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -129,50 +132,52 @@ class FinetuneTask(Task):
         return f"{trained_names[0]} is trained" if trained_names else None
 
     def build_head_components(self, evaluator: Evaluate) -> Components:
-        """Build the components that train the heads on features that are computed once."""
+        """Build the components that train the heads on cached features, which are computed once."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
-        is_augmented, views = options.training.feature_views > 0, max(options.training.feature_views, 1)
-        images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, views)
-        assert isinstance(images, TrainingImages), "streams cannot be cached"
-        keys = [(view, index) for view in range(views) for index in range(self.data.num_training_images or 0)]
-        augmentation_note = "" if is_augmented else " without augmentation (--feature-views N augments them)"
+        is_augmented, num_views = options.training.feature_views > 0, max(options.training.feature_views, 1)
+        images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, num_views)
+        assert isinstance(images, TrainingImages), "features of streams cannot be cached"
+        keys = [(view, index) for view in range(num_views) for index in range(self.data.num_training_images or 0)]
+        augmentation_note = "" if is_augmented else " without augmentation (set --feature-views to augment the images)"
         self.runner.reporter.print_line(
             "features", f"encoding {len(keys):,} images once{augmentation_note}; then only the heads are trained"
         )
         normalize = Normalizer(self.processor, accelerator.device)
         num_workers, batch_size = options.data.num_workers, self.plan.batch_size
         cached_batch = cache_features(model, images, keys, normalize, batch_size, num_workers, accelerator)
-        iterate_batches = partial(iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, views)
+        iterate_batches = partial(
+            iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, num_views
+        )
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
-        heads, describe = build_classifier_heads(model), images.describe_unreadable
-        return Components(heads, objective, iterate_batches, evaluate, measure_nothing, describe)
+        heads = build_classifier_heads(model)
+        return Components(heads, objective, iterate_batches, evaluate, measure_nothing, images.describe_unreadable)
 
     def get_num_views(self) -> int:
-        """Return the number of views for which the teacher's logits are cached (`--teacher-views`)."""
+        """Return the number of views of each image for which the teacher's logits are cached (`--teacher-views`)."""
         return self.options.distillation.teacher_views
 
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
-        """Build the loss on the labels, with distillation if there is a teacher."""
+        """Build the loss on the labels, plus the distillation loss if a teacher is set."""
         augmentation, distillation = self.options.augmentation, self.options.distillation
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
-        inputs = losses.PixelInputs(normalize, mixer)
+        prepare_batch = losses.PixelInputs(normalize, mixer)
         if self.teacher is None:
-            return losses.Classification(inputs, self.build_label_loss())
+            return losses.Classification(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict
-        if views := self.get_num_views():
+        if num_views := self.get_num_views():
             num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
-            predict = TeacherCache(self.teacher, num_images, views, num_labels).predict
+            predict = TeacherCache(self.teacher, num_images, num_views, num_labels).predict
 
         def compute_teacher_logits(batch: losses.Batch) -> torch.Tensor:
             with self.runner.accelerator.autocast():
                 return predict(batch)
 
         return losses.Distillation(
-            inputs,
+            prepare_batch,
             self.build_label_loss(),
             compute_teacher_logits,
             distillation.distillation,
@@ -182,16 +187,16 @@ class FinetuneTask(Task):
 
     def build_label_loss(self) -> losses.LabelLoss:
         """Build the loss for the dataset's kind of labels."""
-        smoothing, labels = self.options.training.label_smoothing, self.data.label_space
+        label_smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
-            return losses.MultiTaskLoss(smoothing)
+            return losses.MultiTaskLoss(label_smoothing)
         if labels.kind == "multi_label_classification":
-            return losses.MultiLabelLoss(smoothing)
+            return losses.MultiLabelLoss(label_smoothing)
         weights = None
         if self.options.training.class_balance == "weights" and isinstance(self.data.train, LabeledImages):
             weights = compute_class_weights(self.data.train.labels, len(labels.names))
             weights = weights.to(self.runner.accelerator.device)
-        return losses.SingleLabelLoss(smoothing, weights)
+        return losses.SingleLabelLoss(label_smoothing, weights)
 
     # Evaluation and output -------------------------------------------------------------------------------------------
 
@@ -204,10 +209,10 @@ class FinetuneTask(Task):
         return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
     def describe_labels(self) -> str:
-        """Return the number of classes of each column, and the kind of labels."""
+        """Return text with the number of classes of each label column, and the kind of labels."""
         labels = self.data.label_space
-        classes = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
-        return f"classes: {classes}, {labels.kind.replace('_', ' ')}"
+        class_counts = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
+        return f"classes: {class_counts}, {labels.kind.replace('_', ' ')}"
 
     def summarize(self) -> dict[str, str]:
         """Return the summary line about the teacher."""
@@ -216,13 +221,13 @@ class FinetuneTask(Task):
         return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
 
     def collect_facts(self) -> dict[str, Any]:
-        """Return the name of the teacher."""
+        """Return the teacher's name for results.json."""
         teacher = self.options.distillation.teacher
         return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
-        values = format_values(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
-        return f"{values} on {metrics['num_images']:,} held-out images" if values else NOTHING_MEASURED
+        text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
+        return f"{text} on {metrics['num_images']:,} held-out images" if text else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -235,17 +240,20 @@ class FinetuneTask(Task):
 
 
 def check_combinations(options: FinetuneOptions) -> None:
-    """Raise ValueError for contradictory flags, before anything is loaded."""
+    """Raise ValueError if flags contradict each other, before data and models are loaded."""
     training = options.training
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
-        raise ValueError("--teacher requires a distillation token. Remove --num-distillation-tokens 0")
+        raise ValueError(
+            "--teacher requires a distillation token, but --num-distillation-tokens is 0. Set "
+            "--num-distillation-tokens 1, or remove --teacher"
+        )
     if training.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
             f"--trainable {training.trainable} requires a trained checkpoint, but {options.model.model} has random "
             "weights. Set --model to a checkpoint"
         )
     if options.model.patch_drop_rate and training.trainable == "head" and options.distillation.teacher is None:
-        raise ValueError(describe_useless_patch_dropout(options))
+        raise ValueError(format_patch_dropout_error(options))
     if training.feature_views and training.trainable != "head":
         raise ValueError("--feature-views requires --trainable head. Set --trainable head, or remove --feature-views")
     if options.data.streaming and options.distillation.teacher_views:
@@ -255,22 +263,22 @@ def check_combinations(options: FinetuneOptions) -> None:
         )
     if options.data.streaming and training.class_balance != "none":
         raise ValueError(
-            "--class-balance requires all labels, but a stream provides them during training. "
+            "--class-balance requires all labels before training, but a stream provides labels only during training. "
             "Remove --class-balance or --streaming"
         )
     check_teacher_views(options.distillation.teacher_views, options.augmentation)
 
 
-def describe_useless_patch_dropout(options: FinetuneOptions) -> str:
+def format_patch_dropout_error(options: FinetuneOptions) -> str:
     """Return the error message for --patch-drop-rate if the embeddings and the first layer are frozen."""
     return (
-        f"--patch-drop-rate requires trained first layers, but --trainable {options.training.trainable} freezes them. "
-        "Remove one of the two flags"
+        "--patch-drop-rate requires that the embeddings or the first layer are trained, but "
+        f"--trainable {options.training.trainable} freezes both. Remove one of the two flags"
     )
 
 
-def check_labels(options: FinetuneOptions, kind: str) -> None:
-    """Raise ValueError if a flag that requires one label per image is set for other labels."""
+def check_label_kind(options: FinetuneOptions, kind: str) -> None:
+    """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
     if kind == "single_label_classification":
         return
     flags = {
@@ -281,12 +289,13 @@ def check_labels(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} requires one label per image, but the dataset is {kind}. Remove {flag}")
+            raise ValueError(f"{flag} requires one label per image, but the dataset has {kind} labels. Remove {flag}")
 
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:
-    """Return a warning if the initial model `source` was trained on images of this dataset that are held out now.
-    Raise ValueError or OSError if the model cannot be found, or its results.json is damaged."""
+    """Return a warning if the initial model `source` may have been trained on held-out images of this run; otherwise
+    return None. Raise ValueError or OSError if the model cannot be found, or if the model's results.json is
+    damaged."""
     if is_preset(source) or data.record.rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
@@ -296,6 +305,7 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if rule.seed == record.rule.seed and rule.fraction <= record.rule.fraction:
         return None
     return (
-        f"{source} was trained on {data.name} with different held-out images, so it may have been trained on images "
-        f"that this run holds out. Set --split-seed {record.rule.seed} --held-out-fraction {record.rule.fraction}"
+        f"{source} was trained on {data.name} with different held-out images, so the held-out images of this run may "
+        f"include training images of {source}. Use the same split with --split-seed {record.rule.seed} "
+        f"--held-out-fraction {record.rule.fraction}"
     )

@@ -1,11 +1,11 @@
-"""Linear probing with cached features: the frozen encoder encodes every image once, then only the heads are trained.
+"""Linear probing with cached features. The frozen encoder encodes every image once, and only the heads are trained.
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
 The result is the same as when the heads are trained on a frozen encoder, but each step takes only a few small matrix
-products. Requirements are a frozen encoder, a pooler without parameters, and no random augmentation (or a fixed number
-of views per image). Otherwise, the frozen encoder runs in every step (`set_train_mode` in model.py keeps it in eval
-mode).
+products. Features can be cached if the encoder is frozen, the pooler has no parameters, and images are not augmented
+at random (or have a fixed number of augmented views). Otherwise, the frozen encoder runs in every step, in eval mode
+(`set_train_mode` in model.py).
 
     model                    features
     classifier               [pooled vector | mean of the distillation tokens]
@@ -48,7 +48,8 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class ClassifierHeads(nn.Module):
-    """Heads of an image classifier, applied to features. The parameters are the model's own, with the same names."""
+    """Heads of an image classifier, applied to cached features. The parameters are shared with the model and have the
+    same names."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
         super().__init__()
@@ -70,7 +71,8 @@ class ClassifierHeads(nn.Module):
 
 
 class MultiTaskHeads(nn.Module):
-    """Heads of a multi-task model, applied to features. The parameters are the model's own, with the same names."""
+    """Heads of a multi-task model, applied to cached features. The parameters are shared with the model and have the
+    same names."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
         super().__init__()
@@ -88,17 +90,19 @@ class MultiTaskHeads(nn.Module):
 
 
 def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
-    """Build a module from the heads of a classifier."""
+    """Build a module with the heads of a classifier."""
     if isinstance(model, ViTCLSForMultiTaskClassification):
         return MultiTaskHeads(model)
     return ClassifierHeads(model)
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
-    """Return the names of trained parameters outside the heads. Features can be cached only if there are none."""
-    heads = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
+    """Return the names of trained parameters outside the heads. Features can be cached only if the list is empty."""
+    head_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in heads
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in head_ids
     ]
 
 
@@ -115,11 +119,11 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Encode the images with the given keys, and return one batch on the CPU with `features` [keys, F] instead of
+    """Encode the images with these keys, and return one batch on the CPU with `features` [keys, F] instead of
     `pixels`. Raise ValueError if none of the images can be read.
 
-    Each process encodes its share in eval mode; all processes receive the whole batch. `model` is the plain classifier
-    on the device. `normalize` converts pixels on the device to `pixel_values`.
+    Each process encodes some of the images in eval mode, and all processes receive the whole batch. `model` is the
+    unwrapped classifier on the device. `normalize` converts pixels on the device to `pixel_values`.
     """
     was_training = model.training
     model.eval()
@@ -136,25 +140,25 @@ def cache_features(
 
 
 def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
-    """Return these rows of every tensor of a batch, including the tensors in a dictionary of labels."""
+    """Return the selected rows of every tensor in a batch, including the tensors in a dictionary of labels."""
     return recursively_apply(lambda values: values[rows], batch)
 
 
 def split_keys(
     keys: Sequence[ImageKey], batch_size: int, process_index: int, num_processes: int
 ) -> list[list[ImageKey]]:
-    """Return the batches of one process. All processes have the same number of batches of the same size; the last key
-    is repeated as padding."""
+    """Return the batches of keys that one process encodes. All processes have the same number of batches, and all
+    batches have the same size. The last key is repeated as padding."""
     starts = range(process_index * batch_size, len(keys) + process_index * batch_size, num_processes * batch_size)
-    last = len(keys) - 1
-    return [[keys[min(index, last)] for index in range(start, start + batch_size)] for start in starts]
+    last_index = len(keys) - 1
+    return [[keys[min(index, last_index)] for index in range(start, start + batch_size)] for start in starts]
 
 
 def iterate_feature_batches(
     cached_batch: Batch, plan: BatchPlan, process_index: int, num_views: int = 1, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached`
-    contains all images, view by view: epoch e uses view e modulo `num_views`."""
+    """Yield the batches of one process in the order of the plan, with `features` instead of `pixels`. `cached_batch`
+    contains the first view of all images, then the second view, and so on. Epoch e uses view e modulo `num_views`."""
     num_images = len(cached_batch["features"]) // num_views
     for keys in plan.iterate_keys(process_index, first_step):
         epochs, indices = torch.tensor(keys).unbind(dim=1)
@@ -163,8 +167,8 @@ def iterate_feature_batches(
 
 @torch.no_grad()
 def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
-    """Build an evaluator for `build_classifier_heads(model)`, with the images of `evaluator`, which are encoded once
-    in eval mode. Each process encodes its own share. `model` is the plain classifier on the device."""
+    """Build an evaluator for `build_classifier_heads(model)`. The images of `evaluator` are encoded once in eval mode,
+    and each process encodes the images that it evaluates. `model` is the unwrapped classifier on the device."""
     was_training = model.training
     model.eval()
     probe_evaluator = copy.copy(evaluator)

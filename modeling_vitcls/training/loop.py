@@ -1,11 +1,11 @@
 """The training loop.
 
     batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
-                          and at intervals: a metrics record, an evaluation, a checkpoint
+                          and at intervals: metrics record, evaluation, checkpoint
 
-`TrainingState` contains everything that changes during training. The order of the images, their augmentation, the
-learning rate and the random numbers in the model are functions of the step, so they are not part of the state. The
-caller provides model, loss, evaluation and checkpoint storage.
+`TrainingState` contains everything that changes during training, except values that are computed from the step: the
+order and augmentation of the images, the learning rate, and the random numbers in the model. The caller provides the
+model, the loss, and callbacks for evaluation and checkpoints.
 """
 
 import math
@@ -42,58 +42,63 @@ Metrics = dict[str, Any]
 # would be 2^20 times smaller.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
-ECHO_SECONDS = 1.0  # maximum delay between Ctrl-C from the terminal and its copy from a launcher
+LAUNCHER_VARIABLES = (
+    "ACCELERATE_MIXED_PRECISION",
+    "TORCHELASTIC_RUN_ID",
+)  # environment variables that accelerate and torchrun set
+MAX_ECHO_SECONDS = 1.0  # maximum delay between a Ctrl-C from the terminal and the same Ctrl-C forwarded by a launcher
 
 
 @dataclass
 class TrainingState:
-    """State that changes during training. Model and optimizer are wrapped by `Accelerator.prepare`."""
+    """State that changes during training. The model and the optimizer are wrapped by `Accelerator.prepare`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
-    best_score: float | None = None  # best score of the evaluations so far
-    num_worse: int = 0  # number of evaluations since the best evaluation
+    best_score: float | None = None  # best score of all evaluations so far
+    num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
     # Losses of the batches since the last logged step.
     recent_losses: list[dict[str, float]] = field(default_factory=list)
-    attention: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
-    record: Metrics = field(default_factory=dict)  # record of the last step, until its evaluation is finished
+    attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
+    record: Metrics = field(default_factory=dict)  # record of the last step, until this step is evaluated
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
-        """The averaged weights, or None without EMA."""
+        """The averaged weights, or None if EMA is not used."""
         return None if self.ema is None else self.ema.shadow
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context manager in which the model has the averaged weights, if there are any."""
+        """Return a context manager. If EMA is used, the model has the averaged weights inside the context."""
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
 @dataclass
 class Hooks:
-    """Callbacks of the training loop. Each is called on all processes."""
+    """Callbacks of the training loop. All processes call each callback."""
 
     evaluate: Callable[[], Metrics]  # evaluates the current model
     log: Callable[[Metrics], None]  # logs the record of a step
     warn: Callable[[str], None]  # prints a one-line warning
-    save: Callable[[bool], None]  # saves a checkpoint; the argument is whether it is the best so far
+    save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
-    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
-    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # called for each record
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # returns metrics every `health_every` steps
+    record_speed: Callable[[int, float], Metrics] = (
+        lambda num_images, seconds: {}
+    )  # returns speed metrics for a record
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
-    publish: Callable[[], None] = lambda: None  # called after each step except the last
+    push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
 
 
 class Interrupted(Exception):
-    """Error that ends training after a signal; it is raised after a checkpoint is saved."""
+    """Error that ends training after a signal, once a checkpoint is saved."""
 
 
 class NonFiniteLoss(Exception):
-    """Error that ends training if the loss or its gradient is not finite. The weights are unchanged, except with
-    DeepSpeed: the gradient norm is available only after the update, so if only the gradient is not finite, the weights
-    have already changed."""
+    """Error that ends training if the loss or its gradient is not finite. The weights are unchanged, with one
+    exception: DeepSpeed returns the gradient norm after the update, so a non-finite gradient has already changed the
+    weights."""
 
     def __init__(self, step: int, batches: list[Batch]) -> None:
         super().__init__(
@@ -106,7 +111,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainingLoop:
-    """Training from `state.step` to `plan.num_steps`."""
+    """Loop that trains from `state.step` to `plan.num_steps`."""
 
     state: TrainingState
     objective: Objective
@@ -116,8 +121,8 @@ class TrainingLoop:
     hooks: Hooks
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
-    save_every: int | None = None  # steps between two checkpoints; None: a checkpoint at each evaluation
-    seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record
+    save_every: int | None = None  # steps between two checkpoints; None saves a checkpoint at each evaluation
+    step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
     is_best: bool = False  # whether the last evaluation had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
@@ -128,31 +133,35 @@ class TrainingLoop:
         )
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
-        """Train from `state.step` on. `batches` are the batches of this process on the CPU,
-        `gradient_accumulation_steps` per step. Return the metrics of the final evaluation. Raise Interrupted after a
-        signal, once a checkpoint is saved, and NonFiniteLoss if a loss or gradient is not finite."""
+        """Run the remaining steps, and return the metrics of the final evaluation.
+
+        `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. Raise
+        Interrupted after a signal, once a checkpoint is saved. Raise NonFiniteLoss if a loss or gradient is not
+        finite.
+        """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
         while self.state.step < self.plan.num_steps and not self.is_out_of_patience:
-            metrics = self.advance(batches)
+            metrics = self.run_step(batches)
             if self.state.step == self.plan.num_steps or self.is_out_of_patience:
                 break
             if name := self.hooks.get_stop_signal():
                 self.hooks.save(self.is_best)
                 raise Interrupted(name)
-            self.hooks.publish()
+            self.hooks.push_checkpoint()
         return metrics or self.evaluate()
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the best score."""
-        return self.options.patience is not None and self.state.num_worse >= self.options.patience
+        return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
-    def advance(self, batches: Iterator[Batch]) -> Metrics:
-        """Run one step and the actions that are due after it; return the metrics if the step was evaluated.
+    def run_step(self, batches: Iterator[Batch]) -> Metrics:
+        """Run one step and the actions that are due after this step. Return the metrics if the step is evaluated;
+        otherwise return an empty dictionary.
 
-        A due checkpoint is saved before the evaluation, which may take longer than the time between a cluster's signal
-        and the end of the process. A run that is resumed from this checkpoint starts with the evaluation.
+        A checkpoint that is due is saved before the evaluation, because a cluster may kill the process during a long
+        evaluation. A run that is resumed from this checkpoint starts with the evaluation.
         """
         state, next_step = self.state, self.state.step + 1
         is_last = next_step == self.plan.num_steps
@@ -161,16 +170,16 @@ class TrainingLoop:
         is_saved = is_evaluated if self.save_every is None else is_last or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record, batch = self.step(batches, with_health=is_logged)
-        self.seconds.append(time.perf_counter() - start_time)
+        record, batch = self.run_optimizer_step(batches, with_health=is_logged)
+        self.step_seconds.append(time.perf_counter() - start_time)
 
         if self.options.health_every and next_step % self.options.health_every == 0:
-            state.attention = self.hooks.measure_attention(batch)
+            state.attention_metrics = self.hooks.measure_attention(batch)
             reshard(state.model)
         self.is_best = False
         if is_logged:
-            record |= self.compute_means() | state.attention
-            state.attention = {}
+            record |= self.compute_recent_metrics() | state.attention_metrics
+            state.attention_metrics = {}
         if is_evaluated:
             state.record = record
         elif is_logged:
@@ -187,20 +196,20 @@ class TrainingLoop:
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
-        state.num_worse = 0 if self.is_best else state.num_worse + 1
+        state.num_evaluations_since_best = 0 if self.is_best else state.num_evaluations_since_best + 1
         self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
         state.record = {}
         if self.is_best:
             self.hooks.save(True)
         return metrics
 
-    def step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
         """Run one optimizer step over the accumulated batches. Return the record of the step, and the last batch on
-        the device."""
+        the device. If `with_health` is set, the record contains metrics of the special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         set_learning_rate(state.optimizer, learning_rate)
-        batches_used: list[Batch] = []
+        step_batches: list[Batch] = []
         losses: list[Losses] = []
         tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # before the update
 
@@ -211,7 +220,7 @@ class TrainingLoop:
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.hooks.on_batch(batch)
-            batches_used.append(batch)
+            step_batches.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
             with accelerator.accumulate(state.model):
@@ -219,8 +228,8 @@ class TrainingLoop:
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 self.optimizer_step.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
-                    check = partial(self.check_finite, losses, batches_used)
-                    gradient_norm = self.optimizer_step.step(check, before_update)
+                    check_norm = partial(self.check_finite, losses, step_batches)
+                    gradient_norm = self.optimizer_step.step(check_norm, before_update)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
@@ -263,17 +272,18 @@ class TrainingLoop:
         set_train_mode(self.state.model)
         return metrics
 
-    def compute_means(self) -> Metrics:
-        """Return the mean losses over all processes, the speed (without evaluations and checkpoints) and the peak
-        memory since the last record."""
+    def compute_recent_metrics(self) -> Metrics:
+        """Return the metrics since the last record: the mean losses over all processes, the training speed (excluding
+        evaluations and checkpoints), and the peak memory."""
         recent_losses = self.state.recent_losses
         means = [math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]]
-        num_images, seconds = len(self.seconds) * self.plan.images_per_step, math.fsum(self.seconds)
-        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))  # reset by `record_speed`
+        num_images, seconds = len(self.step_seconds) * self.plan.images_per_step, math.fsum(self.step_seconds)
+        # `record_speed` may reset the device's peak memory.
+        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
         named_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], losses, strict=True)}
         recent_losses.clear()
-        self.seconds.clear()
+        self.step_seconds.clear()
         return {
             **named_losses,
             "images_per_second": round(num_images / seconds, 1),
@@ -282,14 +292,14 @@ class TrainingLoop:
         }
 
 
-def is_end_of_epochs(step: int, every: int, plan: BatchPlan) -> bool:
-    """Return whether the number of epochs reaches a multiple of `every` in this step."""
-    return math.floor(plan.count_epochs(step) / every) > math.floor(plan.count_epochs(step - 1) / every)
+def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
+    """Return whether the number of completed epochs reaches a multiple of `num_epochs` in this step."""
+    return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(plan.count_epochs(step - 1) / num_epochs)
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the score by which evaluations are compared (higher is better): the selection metric, negated if it is a
-    loss. Return None if the metric is unknown."""
+    """Return the score by which evaluations are compared (higher is better). The score is the selection metric, or the
+    negated selection metric if the metric is a loss. Return None if the metric is unknown."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
@@ -297,10 +307,10 @@ def get_score(metrics: Metrics, selection_metric: str) -> float | None:
 # Signals ------------------------------------------------------------------------------------------------------------
 
 
-class Interruption:
+class SignalHandler:
     """Context manager that stores the first Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
 
-    Clusters send SIGTERM some time before they stop a machine. The launcher determines which processes receive a
+    Clusters send SIGTERM some time before the machine is stopped. The launcher determines which processes receive a
     signal:
 
         python                    the process itself
@@ -320,7 +330,7 @@ class Interruption:
         self.received_time = 0.0
         self.old_handlers: dict[signal.Signals, Any] = {}
         self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
-        # A process group on the CPU avoids synchronization with the device.
+        # A process group for CPU tensors avoids synchronization with the device.
         self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.agreed_signal: signal.Signals | None = None
 
@@ -328,7 +338,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 old_handler = signal.getsignal(number)
-                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not set by Python
+                if old_handler not in (signal.SIG_IGN, None):  # None means that the handler was not set by Python
                     self.old_handlers[number] = old_handler
                     signal.signal(number, self.handle_signal)
         return self
@@ -339,15 +349,16 @@ class Interruption:
         self.old_handlers.clear()
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, unless a launcher forwarded it."""
+        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, but ignore a copy of the first Ctrl-C
+        that a launcher forwards."""
         if self.received_signal is None:
             self.received_signal, self.received_time = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.received_time > ECHO_SECONDS:
+        elif number == signal.SIGINT and time.monotonic() - self.received_time > MAX_ECHO_SECONDS:
             raise KeyboardInterrupt
 
     def get_signal(self) -> str | None:
-        """Return the name of the received stop signal, or None; the result is the same on all processes. All processes
-        must call this together."""
+        """Return the name of the received stop signal, or None if no signal was received. The result is the same on
+        all processes. All processes must call this method together."""
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
         number = int(self.received_signal or 0)
@@ -360,5 +371,5 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 without a signal."""
+        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
         return 128 + self.agreed_signal if self.agreed_signal else 0

@@ -2,14 +2,14 @@
 
     batch -> inputs of the model and labels -> model -> loss per kind of labels (-> distillation from a teacher)
 
-Every loss is a mean over the images of the batch, and the terms of different images are independent, so that
-accumulated batches have exactly the loss of one large batch.
+Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
+accumulated batches is therefore exactly the loss of one large batch.
 
 The loss of the distillation token against a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
     total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
-The teacher is in teacher.py.
+The teacher is implemented in teacher.py.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # returns "loss", which is minimized, and losses to log
+Objective = Callable[[nn.Module, Batch], Losses]  # returns the minimized "loss", and other losses to log
 LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 
@@ -34,13 +34,14 @@ LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from lo
 
 @dataclass(frozen=True)
 class PixelInputs:
-    """Convert batches with pixels [B, C, H, W], from 0 to 255, to normalized model inputs, optionally mixed."""
+    """Transform that converts pixels [B, C, H, W], from 0 to 255, to normalized model inputs. If `mixer` is set,
+    images and labels are mixed first."""
 
     normalize: Normalizer
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the model's `inputs`; `pixels` and `labels` are mixed if there is a mixer."""
+        """Return the batch with the model's `inputs`. `pixels` and `labels` are mixed if `mixer` is set."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
@@ -48,7 +49,7 @@ class PixelInputs:
 
 
 def get_feature_inputs(batch: Batch) -> Batch:
-    """Return the batch with its cached features as `inputs` (linear probing)."""
+    """Return the batch with the cached features as `inputs`, for linear probing."""
     return batch | {"inputs": {"features": batch["features"]}}
 
 
@@ -60,24 +61,23 @@ class SingleLabelLoss:
     """Cross-entropy of logits [B, L] against classes [B] or probabilities [B, L]."""
 
     label_smoothing: float
-    class_weights: torch.Tensor | None = None  # [L], 1 on average
+    class_weights: torch.Tensor | None = None  # weight of each class [L], with mean 1
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean over the images. The mean of weighted terms is not normalized by the sum of the weights, so
-        that the terms stay independent."""
-        terms = nn.functional.cross_entropy(
+        """Return the mean loss over images. Weighted losses are not divided by the sum of the weights, because the
+        loss of one image would then depend on the labels of other images."""
+        image_losses = nn.functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
         )  # [B]
         if self.class_weights is None:
-            return terms.mean()
-        weights = labels @ self.class_weights if labels.is_floating_point() else self.class_weights[labels]
-        return (weights * terms).mean()
+            return image_losses.mean()
+        image_weights = labels @ self.class_weights if labels.is_floating_point() else self.class_weights[labels]
+        return (image_weights * image_losses).mean()
 
 
 @dataclass(frozen=True)
 class MultiLabelLoss:
-    """Binary cross-entropy of logits [B, L] against 0 or 1 for each label [B, L], averaged over images
-    and labels."""
+    """Binary cross-entropy of logits [B, L] against labels [B, L] of 0 or 1, averaged over images and labels."""
 
     label_smoothing: float
 
@@ -91,22 +91,24 @@ class MultiTaskLoss:
     """Sum over tasks of the cross-entropy of {task: logits [B, L]} against {task: classes [B]}; the label -100 is
     ignored.
 
-    The mean of each task is over all images of the batch, so that accumulated batches have the loss of one large
-    batch. `ViTCLSForMultiTaskClassification` (used by Trainer) divides by the number of labeled images instead. Both
-    losses are equal if no labels are missing.
+    The loss of each task is averaged over all images of the batch, so that the mean loss of accumulated batches equals
+    the loss of one large batch. `ViTCLSForMultiTaskClassification` (used by Trainer) instead averages over the labeled
+    images. Both losses are equal if no labels are missing.
     """
 
     label_smoothing: float
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the sum over tasks of the mean over all images; the loss of an image without a label is 0."""
-        settings: dict[str, Any] = {
+        """Return the sum of the mean losses of all tasks. The loss of an image without a label is 0."""
+        loss_arguments: dict[str, Any] = {
             "label_smoothing": self.label_smoothing,
             "ignore_index": IGNORED_LABEL,
             "reduction": "none",
         }
-        terms = [nn.functional.cross_entropy(logits[task].float(), labels[task], **settings).mean() for task in logits]
-        return torch.stack(terms).sum()
+        task_losses = [
+            nn.functional.cross_entropy(logits[task].float(), labels[task], **loss_arguments).mean() for task in logits
+        ]
+        return torch.stack(task_losses).sum()
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
@@ -114,14 +116,14 @@ class MultiTaskLoss:
 
 @dataclass(frozen=True)
 class Classification:
-    """Label loss, averaged over the heads. Without a teacher, the distillation head is trained on the labels like the
-    class head (DeiT, arXiv 2012.12877, table 3, "no distillation")."""
+    """Label loss, averaged over the heads. The distillation head is trained on the labels like the CLS head (DeiT,
+    arXiv 2012.12877, table 3, "no distillation")."""
 
-    inputs: Callable[[Batch], Batch]
+    prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLoss
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        batch = self.inputs(batch)
+        batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         losses = [self.label_loss(logits, batch["labels"]) for logits in get_supervised_logits(outputs)]
         return {"loss": torch.stack(losses).mean()}
@@ -132,7 +134,7 @@ class Distillation:
     """Distillation (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on a
     teacher's logits for the same pixels."""
 
-    inputs: Callable[[Batch], Batch]
+    prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLoss
     compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
     kind: str
@@ -141,7 +143,7 @@ class Distillation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of one batch on the model's device, and the losses of both heads."""
-        batch = self.inputs(batch)
+        batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
         teacher_loss = compute_distillation_loss(
@@ -156,7 +158,7 @@ class MaskedImageModeling:
     """Reconstruction of masked patches; the model computes the loss (MAE, SimMIM)."""
 
     normalize: Normalizer
-    mask_generator: Callable[[int, torch.device], torch.Tensor]  # masks [B, patches]; True: masked
+    mask_generator: Callable[[int, torch.device], torch.Tensor]  # returns masks [B, patches]; True means masked
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         pixels = batch["pixels"]
@@ -174,20 +176,20 @@ def get_supervised_logits(outputs: Any) -> list[Any]:
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:
-    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L], a `float32`
-    scalar. Raise ValueError if the kind is unknown, or the logits have different shapes.
+    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L] as a `float32`
+    scalar. Raise ValueError if `kind` is unknown, or if the logits have different shapes.
 
-    "hard" is the cross-entropy against the teacher's predicted label (equation 3). "soft" is tau² times the
-    Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the sum of
-    p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the size of
-    the gradients independent of the temperature tau.
+    The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
+    times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the
+    sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the
+    magnitude of the gradients independent of the temperature tau.
     """
     if kind not in ("soft", "hard"):
-        raise ValueError(f"unknown distillation {kind!r}. Use soft or hard")
+        raise ValueError(f"unknown distillation type {kind!r}. Use soft or hard")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's logits have "
-            f"{tuple(student_logits.shape)}. Use a teacher with the same labels"
+            f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's logits have the "
+            f"shape {tuple(student_logits.shape)}. Use a teacher with the same labels"
         )
     student, teacher = student_logits.float(), teacher_logits.float()
     if kind == "hard":

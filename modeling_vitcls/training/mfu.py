@@ -4,13 +4,14 @@
 
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
 the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
-counted. Gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the teacher, evaluations
-and linear probing on cached features are excluded. The utilization of models that merge patches is not computed.
+counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the
+teacher, evaluations, and linear probing on cached features. The utilization of models that merge patches is not
+computed.
 
 The peak (the FLOP/s of large matrix products) is measured before and during training, by all processes at the same
-time: if processes share a CPU, each reaches a fraction of the peak, and the sum is the peak of the machine. Other
-programs can only lower a measurement, so the largest measurement is used. A utilization above 100 % means that other
-programs lowered every measurement so far. Such a utilization is reported as unknown.
+time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is
+the peak. Other programs can only lower a measurement, so the largest measurement is used. A utilization above 100 %
+means that other programs lowered every measurement so far, so the utilization is reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,18 +35,19 @@ from .costs import (
     estimate_memory,
     get_first_trained_layer,
     get_heads,
-    get_linears,
-    get_num_queries,
+    get_linear_layers,
+    get_num_queries_per_layer,
     get_num_training_tokens,
     get_sequence_lengths,
-    is_trained,
+    has_trained_parameters,
 )
 
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of matrix products
+# Mixed precision -> dtype of matrix products.
+MATMUL_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Minimum FLOPs per process of a run whose utilization is measured. One core executes this number of FLOPs
-# in a few seconds, and a measurement takes about half a second.
+# Minimum FLOPs of a run per process; the utilization of shorter runs is not measured. One core executes this number of
+# FLOPs in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
 # Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
@@ -65,8 +67,8 @@ class Utilization:
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
     peak: float | None = None  # largest measured FLOP/s of all processes together; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
-    measure: Callable[[], float] | None = field(default=None, repr=False)  # all processes must call this together
-    executed_flops: float = 0.0  # FLOPs of the images that were trained on
+    measure: Callable[[], float] | None = field(default=None, repr=False)  # measures `peak` on all processes together
+    executed_flops: float = 0.0  # FLOPs of all training steps
     available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
     seconds: float = 0.0  # total duration of the steps of this process
     num_measurements: int = field(default=1, repr=False)
@@ -74,13 +76,13 @@ class Utilization:
 
     @property
     def available_flops(self) -> float:
-        """Return the FLOPs that the machine could have executed in the time of the training steps."""
+        """Return the number of FLOPs that the machine could have executed in the duration of the training steps."""
         return self.available_flops_before + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
-        """Add the steps since the last record, and return their utilization; empty if the peak is not measured.
-        `num_images` counts the images of all processes. All processes must call this together, because the peak is
-        measured again if enough FLOPs were executed since the last measurement."""
+        """Add the steps since the last record, and return the utilization of these steps. Return an empty dictionary
+        if the peak is not measured. `num_images` is the number of images on all processes. All processes must call
+        this method together, because this method may measure the peak again."""
         if self.peak is None:
             return {}
         flops = num_images * self.flops_per_image
@@ -94,16 +96,16 @@ class Utilization:
         return {"utilisation": compute_fraction(flops, seconds * self.peak)}
 
     def get_state(self) -> dict[str, float]:
-        """Return the values that a checkpoint stores."""
+        """Return the values to store in a checkpoint."""
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the values of a checkpoint. Checkpoints of earlier versions do not contain these values."""
+        """Load the values from a checkpoint. Checkpoints of earlier versions do not contain these values."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before = state.get("possible", 0.0)
 
     def get_results(self) -> dict[str, Any] | None:
-        """Return the utilization of all training steps and the values that determine it, for results.json."""
+        """Return the utilization of all training steps, the FLOPs per image and the peak, for results.json."""
         if self.peak is None or not self.available_flops:
             return None
         return {
@@ -115,26 +117,29 @@ class Utilization:
 
 
 def compute_fraction(executed_flops: float, available_flops: float) -> float | None:
-    """Return `executed / available`; None if the quotient is above 1, because the measured peak is then too low."""
+    """Return `executed_flops / available_flops`, or None if the fraction is above 1, because the measured peak is then
+    too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
 def start_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
-    """Print the FLOPs and memory of a step and, if the run is long enough, measure the peak. Nothing is printed or
-    measured for heads on cached features, whose FLOPs are negligible, or for models that merge patches, whose FLOPs
-    are not counted. All processes must call this together, before `Accelerator.prepare`."""
-    dtype = DTYPES.get(get_precision(accelerator))
+    """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
+
+    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, and for models that merge
+    patches, whose FLOPs are not counted. All processes must call this function together, before `Accelerator.prepare`.
+    """
+    dtype = MATMUL_DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
         return Utilization()
-    flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # per step on this process
+    flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # FLOPs per step on this process
     per_process = " per process" if plan.num_processes > 1 else ""
     print_line(
         "costs",
         f"{format_si(flops * plan.num_processes)}FLOP per step, and about "
-        f"{estimate_memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} beyond the weights "
-        "(estimated)",
+        f"{estimate_memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} in addition to the "
+        "weights (estimated)",
     )
     utilization = Utilization(flops * plan.num_processes / plan.images_per_step)
     if flops * plan.num_steps >= MIN_FLOPS:
@@ -146,30 +151,29 @@ def start_utilization(
 
 
 def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products on all processes at the same time, each on its device. A device
-    without enough memory for the matrices counts as 0 FLOP/s."""
+    """Return the total FLOP/s of large matrix products on the devices of all processes, measured at the same time. A
+    device without enough memory for the matrices counts as 0 FLOP/s."""
     accelerator.wait_for_everyone()
     try:
         peak = measure_gemm_peak(accelerator.device, dtype)
     except torch.OutOfMemoryError:
         peak = 0.0
-    reset_peak_memory(accelerator.device)  # excludes these matrices from the peak memory of training
+    reset_peak_memory(accelerator.device)  # exclude these matrices from the peak memory of training
     return float(accelerator.reduce(torch.tensor(peak, device=accelerator.device), "sum"))
 
 
 def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
-    """Return the estimated memory of a process in bytes for activations, and for its shard of the gradients and of
-    AdamW's moments."""
-    name = get_precision(accelerator)
-    estimate = estimate_memory(
-        model, batch_size=plan.batch_size, autocast=None if name == "no" else DTYPES[name], device=accelerator.device
-    )
+    """Return the estimated memory per process in bytes, excluding the weights: activations, and one shard of the
+    gradients and of AdamW's moments."""
+    precision = get_precision(accelerator)
+    autocast = None if precision == "no" else MATMUL_DTYPES[precision]
+    estimate = estimate_memory(model, batch_size=plan.batch_size, autocast=autocast, device=accelerator.device)
     num_shards = plan.num_processes if accelerator.distributed_type in SHARDING_DESCRIPTIONS else 1
     return estimate.activations + (estimate.gradients + estimate.optimizer) // num_shards
 
 
 def format_si(value: float) -> str:
-    """Format a number with three digits and an SI prefix: 1.2e12 becomes "1.2 T"."""
+    """Format a number with three significant digits and an SI prefix: 1.2e12 becomes "1.2 T"."""
     prefixes = iter(SI_PREFIXES)
     prefix = next(prefixes)
     while value >= 999.5 and prefix != SI_PREFIXES[-1]:
@@ -181,45 +185,51 @@ def format_si(value: float) -> str:
 
 
 def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
-    """Return the FLOPs of the forward and backward pass of a batch of images of the model's image size. A multiply-add
-    counts as two FLOPs.
+    """Return the FLOPs of the forward and backward pass for a batch of images that have the model's image size. A
+    multiply-add counts as two FLOPs.
 
-    Each product of the forward pass has two products in the backward pass, one for the gradient of each factor.
-    Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed. Patch
-    dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
+    Each matrix product of the forward pass requires two products in the backward pass, one product for the gradient of
+    each factor. Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed.
+    Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
 
     Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
-    the heads' input is not computed. This gradient is still counted if the pooler has weights (1 % of a ViT-S).
+    the heads' input is not computed. This gradient is still counted if the pooler has weights (1 % of the FLOPs of a
+    ViT-S).
     """
     encoder: Any = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
     patch_flops = 2 * projection.numel() * num_patches
-    encoder_flops = patch_flops + sum(count_layer_flops(*layer) for layer in get_layers(model, num_tokens))
+    encoder_flops = patch_flops + sum(
+        count_layer_flops(*layer) for layer in get_layers_with_lengths(model, num_tokens)
+    )
     head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * encoder_flops
 
-    layers = get_layers(model, get_num_training_tokens(model, num_patches, num_tokens))
+    layers = get_layers_with_lengths(model, get_num_training_tokens(model, num_patches, num_tokens))
     first_trained_layer = get_first_trained_layer(encoder)
     forward_flops = patch_flops + sum(count_layer_flops(*layer) for layer in layers)
     backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trained_layer:])
     if projection.requires_grad:
         backward_flops += patch_flops
-    is_encoder_trained = first_trained_layer < len(layers) or is_trained(encoder.layernorm)
-    if not is_encoder_trained and not (encoder.pooler is not None and get_linears([encoder.pooler])):
-        backward_flops -= sum(count_linear_flops(get_linears([head])[0]) for head in get_heads(model))
+    is_encoder_trained = first_trained_layer < len(layers) or has_trained_parameters(encoder.layernorm)
+    if not is_encoder_trained and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
+        backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_heads(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 
-def get_layers(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
+def get_layers_with_lengths(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
     """Return (layer, number of queries, number of keys) for each layer."""
     encoder: Any = model.base_model
-    num_queries_per_layer = get_num_queries(model, num_tokens)
-    return [(layer, number, num_tokens) for layer, number in zip(encoder.layers, num_queries_per_layer, strict=True)]
+    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
+    return [
+        (layer, num_queries, num_tokens)
+        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
+    ]
 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of the backward pass of one layer for one image: gradients of the inputs of all products, of
-    trained weights, and of both factors of the attention products."""
+    """Return the FLOPs of the backward pass of one layer for one image. The backward pass computes gradients of the
+    inputs of all products, of trained weights, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
     weight_flops = num_queries * count_trained_flops(attention.q_proj, attention.o_proj, layer.mlp)
@@ -228,5 +238,5 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 
 def count_trained_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of linear layers with trainable weights in these modules, for one input vector per layer."""
-    return count_linear_flops(*(linear for linear in get_linears(modules) if linear.weight.requires_grad))
+    """Return the FLOPs of the linear layers with trained weights in these modules, for one input vector per layer."""
+    return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

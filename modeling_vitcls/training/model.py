@@ -1,15 +1,15 @@
-"""Model and image processor for the labels of a dataset, and selection of the trained parameters.
+"""Build the model and the image processor for the labels of a dataset, and select the trained parameters.
 
-Trained parameters by `--trainable`:
+The flag `--trainable` selects the trained parameters:
 
     full      all parameters
-    head      classifiers, and a pooler with parameters; not the final norm (linear probing)
+    head      classifiers, and the pooler if it has parameters, but not the final norm (linear probing)
     last-N    the last N layers, the final norm and the head
     lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
 
-Parameters that are missing from the checkpoint are always trained, because they would otherwise stay random. An
-example is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the
-mask token) stay frozen.
+Parameters that are missing from the checkpoint are always trained, because their initial values are random. An example
+is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the mask
+token) stay frozen.
 """
 
 import copy
@@ -43,7 +43,7 @@ LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Model with its image processor, and the names of the parameters that were not loaded from a checkpoint."""
+    """Model with its image processor, and the names of the parameters that are not loaded from a checkpoint."""
 
     model: Classifier
     processor: ViTCLSImageProcessor
@@ -51,43 +51,52 @@ class BuiltModel:
 
 
 def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
-    """Build a preset with random weights, or load a checkpoint. The checkpoint's classifier is kept only if it has the
-    labels of `label_space`. Models for several tasks have one CLS token per task. Raise ValueError if options
-    contradict each other, or the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
-    values = options.get_config_values()
+    """Build a preset with random weights, or load a checkpoint. A classifier in the checkpoint is kept only if the
+    classifier has the labels of `label_space`. Multi-task models have one CLS token per task.
+
+    Raises:
+        ValueError: if options contradict each other, or if the checkpoint is not a vitcls model.
+        OSError: if the checkpoint cannot be found or read.
+    """
+    config_values = options.get_config_values()
     if label_space.kind == "multi_task":
-        values = {"num_cls_tokens": len(label_space.columns)} | values
+        config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
     if is_preset(options.model):
-        config = ViTCLSConfig.from_preset(options.model, **values, **label_space.to_config_values())
+        config = ViTCLSConfig.from_preset(options.model, **config_values, **label_space.to_config_values())
         model = CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
         newly_initialized = {name for name, _ in model.named_parameters()}
     else:
         folder = resolve_checkpoint(options.model)
         check_is_vitcls(options.model, folder)
-        model, newly_initialized = load_for_labels(folder, values, label_space)
+        model, newly_initialized = load_for_labels(folder, config_values, label_space)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
-        mask_token.requires_grad_(False)  # unused in fine-tuning; DDP requires gradients of all trained parameters
+        mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trained parameters
     set_processor_size(processor, model.config)
     return BuiltModel(model, processor, newly_initialized)
 
 
-def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace) -> tuple[Classifier, set[str]]:
-    """Load a checkpoint's encoder with a new classifier for these labels, or with the checkpoint's classifier if its
-    labels are the same. Return the model, and the names of the new parameters."""
+def load_for_labels(
+    source: str, config_values: dict[str, Any], label_space: LabelSpace
+) -> tuple[Classifier, set[str]]:
+    """Load a checkpoint as a classifier for these labels. The classifier is new, unless the checkpoint has a
+    classifier with the same labels. Return the model, and the names of the newly initialized
+    parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **values)
-        newly_initialized = set(info["missing_keys"])
+        model, loading_info = model_class.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **config_values
+        )
+        newly_initialized = set(loading_info["missing_keys"])
     else:
-        encoder, info = ViTCLSModel.from_pretrained(
+        encoder, loading_info = ViTCLSModel.from_pretrained(
             source,
             dtype=torch.float32,
             output_loading_info=True,
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
-            **values,
+            **config_values,
         )
         config = copy.deepcopy(encoder.config)
         config.tasks = None
@@ -95,8 +104,9 @@ def load_for_labels(source: str, values: dict[str, Any], label_space: LabelSpace
             setattr(config, name, value)
         model = model_class(config)
         load_result = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
-        missing = {f"vitcls.{name}" for name in [*info["missing_keys"], *load_result.missing_keys]}
-        newly_initialized = missing | {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
+        missing_names = {f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]}
+        head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
+        newly_initialized = missing_names | head_names
     return model, newly_initialized | get_added_token_names(stored_config, model)
 
 
@@ -104,18 +114,18 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     """Return whether a checkpoint's classifier has exactly these labels."""
     if label_space.kind == "multi_task":
         return config.task_labels() == label_space.columns
-    has_kind = (config.problem_type or "single_label_classification") == label_space.kind
-    return not config.tasks and has_kind and config.id2label == label_space.to_config_values()["id2label"]
+    has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
+    return not config.tasks and has_same_kind and config.id2label == label_space.to_config_values()["id2label"]
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
+    """Return the names of the token parameters that contain more tokens than the checkpoint's parameters."""
     groups = ("cls", "distillation", "registers")
-    counts = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
-    grown_groups = [group for group, before, after in counts if after > before]
+    group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
+    larger_groups = [group for group, old_size, new_size in group_sizes if new_size > old_size]
     tokens = model.vitcls.embeddings.get_special_tokens()
     return {
-        name for name, parameter in model.named_parameters() for group in grown_groups if parameter is tokens[group]
+        name for name, parameter in model.named_parameters() for group in larger_groups if parameter is tokens[group]
     }
 
 
@@ -137,16 +147,21 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 # Trained parameters -------------------------------------------------------------------------------------------------
 
 
-def apply_trainable(
+def set_trainable_parameters(
     model: Any, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that are not trained, in place. With "lora", add LoRA layers to the query and value
-    projections. Return the model.
+    """Freeze the parameters that are not trained, in place, and return the model. The value "lora" also adds LoRA
+    layers to the query and value projections.
 
-    `newly_initialized` are the names of the parameters that were not loaded from a checkpoint.
+    Args:
+        model: a model with a head.
+        trainable: value of the flag `--trainable`.
+        lora_rank: rank of the LoRA layers.
+        newly_initialized: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
 
     Raises:
-        ValueError: if N of "last-N" exceeds the number of layers, the value is unknown, or PEFT is missing for "lora".
+        ValueError: if `trainable` is unknown, if N of "last-N" exceeds the number of layers, or if `trainable` is
+            "lora" but PEFT is not installed.
     """
     if trainable == "full":
         return model
@@ -172,26 +187,27 @@ def apply_trainable(
 
 
 def get_last_layer_names(model: Any, trainable: str) -> set[str]:
-    """Return the names of the parameters that "last-N" adds to the head; empty for the other values."""
+    """Return the names of the parameters that "last-N" trains in addition to the head. Return an empty set for "head"
+    and "lora"."""
     if trainable in ("head", "lora"):
         return set()
     match = re.fullmatch(r"last-([1-9]\d*)", trainable)
     if match is None:
         raise ValueError(f"unknown --trainable {trainable!r}. Use full, head, lora, or last-N such as last-2")
-    num_trained, num_layers = int(match[1]), len(model.vitcls.layers)
-    if num_trained > num_layers:
+    num_trained_layers, num_layers = int(match[1]), len(model.vitcls.layers)
+    if num_trained_layers > num_layers:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained, num_layers)]
+    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained_layers, num_layers)]
     prefixes.append(f"{ENCODER_PREFIX}layernorm.")
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Set train mode, but keep frozen embeddings and layers in eval mode, so that their outputs are the same as in
-    inference. Patch dropout is disabled if the embeddings and the first layer are frozen. Use this function instead
-    of `model.train()`, also for wrapped models."""
+    """Set train mode, but keep frozen embeddings and frozen layers in eval mode, so that the frozen modules have the
+    same outputs as in inference. Patch dropout is disabled if the embeddings and the first layer are frozen. Use this
+    function instead of `model.train()`, also for wrapped models."""
     model.train()
     for module in model.modules():
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
@@ -201,8 +217,8 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether patches are dropped in training: the rate is positive, and the first layer or the embeddings are
-    trained."""
+    """Return whether patches are dropped in training. The rate must be positive, and the embeddings or the first layer
+    must be trained."""
     return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
 
 
@@ -210,7 +226,7 @@ def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Replace the query and value projections by PEFT's layers with a scaling of 1: W x becomes W x + B A x."""
+    """Replace the query and value projections by PEFT's LoRA layers with a scaling of 1: W x becomes W x + B A x."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -219,11 +235,14 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge LoRA weights into a state dict of full tensors, as W + B A; return a state dict without LoRA weights
-    unchanged."""
-    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    """Merge the LoRA weights in a state dict of full tensors: W becomes W + B A. A state dict without LoRA weights is
+    returned unchanged."""
+    merged_weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
+    }
     for name, lora_a in weights.items():
         if name.endswith(LORA_A_SUFFIX):
             layer = name.removesuffix(LORA_A_SUFFIX)
-            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + weights[f"{layer}{LORA_B_SUFFIX}"] @ lora_a
-    return plain
+            lora_update = weights[f"{layer}{LORA_B_SUFFIX}"] @ lora_a
+            merged_weights[f"{layer}.weight"] = merged_weights[f"{layer}.weight"] + lora_update
+    return merged_weights

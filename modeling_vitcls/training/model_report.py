@@ -1,10 +1,10 @@
-"""Report on a finished run: inference speed, images, and the files next to its model card.
+"""Report on a finished run: inference speed, images, and the files next to the model card.
 
-A model folder is written -> `build_model_report` loads it, measures its speed, draws images and writes report.html
-                          -> the card (hub/card.py) is built
-                          -> `write_card` writes it with license files and the benchmark entry
+A model folder is written -> `build_model_report` loads the model, measures the speed, draws images, writes report.html
+                          -> hub/card.py builds the card
+                          -> `write_card` writes the card, license files and the benchmark entry
 
-Everything runs on the main process with the plain model, because the trained model may be sharded. The trackers
+All steps run on the main process with the saved model, because the model in training may be sharded. The trackers
 receive the images of the card and the main figures of the report. modeling_vitcls/analysis/ draws figures, and
 reporter.py sends images to trackers.
 """
@@ -47,18 +47,18 @@ from .reporter import TrackImages
 NUM_SAMPLES = 4  # number of images in the card
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
 NUM_STATISTICS_IMAGES = 64  # number of images for the statistics of the report
-MAX_IMAGES_TRIED = 20  # maximum number of images to read, including unreadable images
+MAX_IMAGES_TO_READ = 20  # maximum number of images to read, including unreadable images
 
-MAX_BATCH_SIZE = 32  # maximum batch size in images for the measurement of speed
+MAX_BATCH_SIZE = 32  # maximum batch size in images for measuring the inference speed
 NUM_REPEATS = 5  # number of measured forward passes
 MEASURING_SECONDS = 2.0  # approximate duration of the measurement in seconds
 
 BENCHMARK_FILE = Path(".eval_results", "results.yaml")
 
-Sample = tuple[Image.Image, str | None]  # image, label as text
+Sample = tuple[Image.Image, str | None]  # image, and label as text (None if the images have no labels)
 
 
-# From the saved model ------------------------------------------------------------------------------------------------
+# Report of the saved model -------------------------------------------------------------------------------------------
 
 
 def build_model_report(
@@ -70,21 +70,22 @@ def build_model_report(
     device: torch.device,
     draw_images: bool,
     warn: Callable[[str], None],
-    track: TrackImages | None = None,
+    track_images: TrackImages | None = None,
     with_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, add its speed to the results as "inference" and the diagnosis of its tokens as
-    "diagnosis", and write images and report.html to the folder. Files of an earlier run are removed.
+    """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
+    ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. Files of an earlier run are
+    removed.
 
-    An error does not end the run: it is printed as a warning. `track` sends named images to the trackers.
+    Errors are printed as warnings and do not end the run. `track_images` sends named images to the trackers.
     `with_samples` states whether the card may contain held-out images; report.html always contains held-out images.
 
     Returns:
-        {name: path in the folder} of the images and the report.
+        {name: path in the folder} for the images and the report.
     """
     paths: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
-    with warn_on_error(warn, "the card has no images, because drawing failed"):
+    with warn_on_error(warn, "the card has no images, because the images could not be drawn"):
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         results["inference"] = measure_inference_speed(model, device)
@@ -95,9 +96,9 @@ def build_model_report(
             with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved_model(folder, model, processor, results, held_out, label_space)
                 results["diagnosis"] = inspection.summary
-            if track is not None:
+            if track_images is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
-                    track(collect_tracker_images(folder, paths, inspection))
+                    track_images(collect_tracker_images(folder, paths, inspection))
             if inspection is not None:
                 paths["report"] = REPORT
     return paths
@@ -105,8 +106,8 @@ def build_model_report(
 
 @contextmanager
 def warn_on_error(warn: Callable[[str], None], message: str) -> Iterator[None]:
-    """Convert any error inside this block to a warning, for example an error of a drawing library or of a device
-    without enough memory."""
+    """Convert any error inside this block to a warning, for example if a plot cannot be drawn or the device has too
+    little memory."""
     try:
         yield
     except Exception as error:
@@ -121,7 +122,7 @@ def inspect_saved_model(
     held_out: LabeledImages,
     label_space: LabelSpace,
 ) -> Inspection:
-    """Write report.html about the special tokens, with held-out images, and return the inspection."""
+    """Inspect the special tokens on held-out images, write report.html, and return the inspection."""
     labels = held_out.labels if label_space.columns else None
     names = [f"held out, {number}" for number in range(len(held_out))]
     images = InspectionImages(held_out.images, names, labels, f"{results['dataset']}, {results['split']}")
@@ -137,8 +138,8 @@ def inspect_saved_model(
 
 @torch.inference_mode()
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the speed of the forward pass on the device in images per second (the median of a few passes), and the
-    conditions of the measurement. The batch size is at most 32, and smaller if the measurement would take too long."""
+    """Return the median speed of a few forward passes in images per second, and the conditions of the measurement. The
+    batch size is 32, or smaller if the measurement would otherwise take too long."""
 
     def measure_seconds(pixel_values: torch.Tensor) -> float:
         start_time = time.perf_counter()
@@ -169,7 +170,7 @@ def can_show_samples(
     options: FinetuneOptions | PretrainOptions, repo_id: str | None, warn: Callable[[str], None]
 ) -> bool:
     """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
-    published in a public repository. `repo_id` is the repository that the result is pushed to, or None."""
+    published in a public repository. `repo_id` is the repository to push to; None if the model is not pushed."""
     run, dataset = options.run, options.data.dataset
     publishes_local_images = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
     if not publishes_local_images or run.hub_private or is_private(str(repo_id)):
@@ -182,9 +183,9 @@ def can_show_samples(
 
 
 def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sample]:
-    """Return a few readable images of different classes, if available, with their labels as text."""
+    """Return a few readable images with their labels as text, from different classes if possible."""
     samples: list[Sample] = []
-    for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TRIED):
+    for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TO_READ):
         label = label_space.format_label(held_out.labels[index]) if label_space.columns else None
         with suppress(ValueError):  # the evaluation has already reported the unreadable image
             samples.append((held_out.images[index], label))
@@ -196,23 +197,23 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
 def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
     """Return an iterator over the indices of labels: the first index of each class, then all other indices."""
     first_indices: dict[str, int] = {}
-    others = []
+    other_indices = []
     for index, label in enumerate(labels):
         if first_indices.setdefault(str(label), index) != index:
-            others.append(index)
-    return chain(first_indices.values(), others)
+            other_indices.append(index)
+    return chain(first_indices.values(), other_indices)
 
 
 # Card and accompanying files -----------------------------------------------------------------------------------------
 
 
 def get_model_provenance(options: FinetuneOptions | PretrainOptions) -> Provenance | None:
-    """Return the provenance of the initial model, or None for random weights."""
+    """Return the provenance of the initial model, or None if the initial weights are random."""
     return None if is_preset(options.model.model) else find_provenance(options.model.model)
 
 
 def get_teacher_provenance(options: FinetuneOptions | PretrainOptions) -> Provenance | None:
-    """Return the provenance of the teacher, or None without a teacher."""
+    """Return the provenance of the teacher, or None if no teacher is set."""
     teacher = options.distillation.teacher if isinstance(options, FinetuneOptions) else None
     return find_provenance(teacher) if teacher else None
 
@@ -225,7 +226,7 @@ def write_card(
     options: RunOptions,
     warn: Callable[[str], None],
 ) -> None:
-    """Write README.md, the license files of the initial model, and the entry for a benchmark's leaderboard."""
+    """Write README.md, the license files of the initial model, and the entry for the leaderboard of a benchmark."""
     card.save(folder / "README.md")
     if provenance is not None:
         provenance.copy_license(folder)
@@ -240,7 +241,7 @@ def write_card(
 
 
 def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build the entry of the selection metric for the Hub's `.eval_results` (huggingface.co/docs/hub/eval-results)."""
+    """Build the Hub's evaluation result for the selection metric (huggingface.co/docs/hub/eval-results)."""
     metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
     interval_text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
@@ -257,8 +258,8 @@ def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any])
 def collect_tracker_images(
     folder: Path, image_paths: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return images by name for the trackers: the images of the card, whose paths in `folder` are `image_paths`,
-    and figures of the inspection if there is one."""
+    """Return the images for the trackers by name: the images of the card, and figures of the inspection if the
+    inspection succeeded. `image_paths` are the paths of the card's images in `folder`."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:
         figures = build_report_figures(inspection, with_samples="attention" in image_paths)

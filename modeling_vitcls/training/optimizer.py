@@ -1,14 +1,13 @@
 """Optimizer: parameter groups of AdamW, learning rate, optimizer step, and the moving average of the weights.
 
     optimizer_step = build_optimizer_step(accelerator, model, optimizer, max_gradient_norm)
-    optimizer_step.backward(loss)                        for each accumulated batch
-    norm = optimizer_step.step(check, before_update)     after the last batch
+    optimizer_step.backward(loss)                             for each accumulated batch
+    norm = optimizer_step.step(check_norm, before_update)     after the last batch
 
-DeepSpeed's engine clips the gradients and updates the weights in one call; with PyTorch's optimizer, these are two
-calls.
+DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch's optimizer requires two calls.
 
-The exponential moving average of the trained weights (Polyak and Juditsky 1992; in ViTs, DeiT section 6) is a list of
-tensors in the order of the trained parameters, for one process, DDP and sharded models.
+The exponential moving average of the trained weights (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6) is a
+list of tensors in the order of the trained parameters, for one process, DDP and sharded models.
 """
 
 import math
@@ -27,7 +26,7 @@ from .. import distributed
 from ..options import TrainingOptions
 
 
-DECAYED_MODULES = (nn.Linear, nn.Conv2d)
+WEIGHT_DECAY_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -44,14 +43,14 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power
     of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
     """
-    decayed_ids = {id(module.weight) for module in model.modules() if isinstance(module, DECAYED_MODULES)}
+    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
     depths = get_parameter_depths(model)
-    last = max(depths.values())
+    max_depth = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if id(parameter) in decayed_ids else 0.0
-            groups[layer_decay ** (last - depths[name]), decay].append(parameter)
+            decay = weight_decay if id(parameter) in weight_decay_ids else 0.0
+            groups[layer_decay ** (max_depth - depths[name]), decay].append(parameter)
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
@@ -62,13 +61,16 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     """Return the depth of each parameter: 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for
     the layers; and the next number for the final norm and the heads."""
     names = [name for name, _ in model.named_parameters()]
-    layers = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
-    head_depth = max(layers.values(), default=-1) + 2
-    return {name: layers[name] + 1 if name in layers else 0 if "embeddings." in name else head_depth for name in names}
+    layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    head_depth = max(layer_indices.values(), default=-1) + 2
+    return {
+        name: layer_indices[name] + 1 if name in layer_indices else 0 if "embeddings." in name else head_depth
+        for name in names
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of each group, scaled by its `lr_scale`."""
+    """Set the learning rate of each group to `learning_rate`, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
 
@@ -77,10 +79,10 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
     """Return the learning rate of a step, counted from 0: linear warmup over the fraction `warmup` of the steps, then
     a cosine decay to 0."""
     assert options.learning_rate is not None
-    warmup_steps = round(options.warmup * num_steps)
-    if step < warmup_steps:
-        return options.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    num_warmup_steps = round(options.warmup * num_steps)
+    if step < num_warmup_steps:
+        return options.learning_rate * (step + 1) / num_warmup_steps
+    progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
     return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -96,14 +98,15 @@ class TorchOptimizerStep:
         self.max_gradient_norm = max_gradient_norm
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a batch's gradients, divided by the number of accumulation steps."""
+        """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
         self.accelerator.backward(loss)
 
-    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
-        """Clip the gradients and update the weights; return the norm of all gradients before clipping. `check`
-        receives the norm; an exception in it ends the step. `before_update` is called before the weights change."""
+    def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
+        """Clip the gradients, update the weights, and return the norm of all gradients before clipping. `check_norm`
+        receives the norm, and may raise an exception that ends the step. `before_update` is called before the weights
+        change."""
         norm = float(self.accelerator.clip_grad_norm_(self.trained_parameters, self.max_gradient_norm))
-        check(norm)
+        check_norm(norm)
         before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -118,19 +121,19 @@ class DeepSpeedOptimizerStep:
         self.engine = engine
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a batch's gradients, divided by the number of accumulation steps."""
+        """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
         self.engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.engine.backward(loss)
 
-    def step(self, check: Callable[[float], None], before_update: Callable[[], None]) -> float:
+    def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
-        gradients are clipped only after `before_update`."""
-        check(0.0)  # checks only the losses
+        gradients are not clipped until `before_update` has returned."""
+        check_norm(0.0)  # checks only the losses, because the norm is not available
         before_update()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         norm = norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a non-finite norm
-        check(norm)
+        check_norm(norm)
         return norm
 
 
@@ -144,7 +147,7 @@ def build_optimizer_step(
 
 
 class Ema:
-    """Exponential moving average: `shadow` contains one tensor for each trained parameter of the model."""
+    """Exponential moving average of the trained weights. `shadow` contains one tensor for each trained parameter."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -153,23 +156,24 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after `step` steps (at least 1). The decay is smaller in the first
-        steps, so that the influence of the initial weights decreases quickly."""
+        """Update the average with the current weights. `step` is the number of completed steps, at least 1. The decay
+        is smaller in the first steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Copy the averaged weights into the model for the duration of this block, then restore its weights."""
+        """Copy the averaged weights into the model for the duration of this block, then restore the previous
+        weights."""
         weights = [parameter.detach().clone() for parameter in self.trained_parameters]
-        self.load(self.shadow)
+        self.load_weights(self.shadow)
         try:
             yield
         finally:
-            self.load(weights)
+            self.load_weights(weights)
 
     @torch.no_grad()
-    def load(self, weights: list[torch.Tensor]) -> None:
-        """Copy weights into the model."""
+    def load_weights(self, weights: list[torch.Tensor]) -> None:
+        """Copy these weights into the trained parameters of the model."""
         for parameter, weight in zip(self.trained_parameters, weights, strict=True):
             parameter.copy_(weight)

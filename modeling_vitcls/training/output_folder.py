@@ -1,17 +1,17 @@
 """Checks of the output folder before a run starts, removal of replaced files, and the lock of the folder.
 
     finished run (results.json)              replaced only with --overwrite
-    unfinished run (checkpoints/)            --resume continues it, --overwrite replaces it
+    unfinished run (checkpoints/)            continued with --resume, replaced with --overwrite
     files that were not written by a run     replaced only with --overwrite
     unfinished run without a checkpoint      replaced
 
-A run first removes the files of the run that it replaces, starting with results.json and the model. Then it writes its
-own files. A run that is killed at any moment therefore never leaves an old model next to a new configuration.
+A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
+A run that is killed at any moment therefore never leaves an old model next to a new configuration.
 
-`FolderLock` excludes other runs. The lock is the file `.vitcls.lock` in the folder, which contains the host, the
-process ID and the start time of the process. SIGTERM also releases the lock. A process that was killed with SIGKILL
-leaves the file: the next run on the same host checks that the process has ended, and replaces the lock. The state of a
-process on another host is unknown, so its lock is not replaced.
+`FolderLock` prevents other runs from using the folder. The lock is the file `.vitcls.lock` in the folder, which
+contains the host, the process ID and the start time of the process. The lock is released at the end of the run and on
+SIGTERM, but not on SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The
+lock of a process on another host is not replaced, because the state of this process is unknown.
 """
 
 import atexit
@@ -46,21 +46,21 @@ except ImportError:  # Windows
     fcntl = None
 
 
-RESULTS = "results.json"
-METRICS = "metrics.jsonl"
-MODEL_CONFIG = "config.json"
+RESULTS_FILE = "results.json"
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
 
-# Files that a run writes at its end, results and model first.
-ADAPTER = "adapter"  # folder with only the LoRA adapter
+# Files that a run writes at the end, starting with the results and the model.
+ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 FINAL_FILES = (
-    *(RESULTS, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS, RECIPE))),
-    *(f"{ADAPTER}/{name}" for name in ADAPTER_PATTERNS),
+    *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
+    *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
-NON_FINITE = "non_finite.json"  # images of the step with a non-finite loss
-NON_FINITE_STATE = "non_finite"  # folder with a checkpoint of the state before this step
-CHECKPOINTS = "checkpoints"
+NON_FINITE_FILE = "non_finite.json"  # list of the images of the step with a non-finite loss
+NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before this step
+CHECKPOINTS_FOLDER = "checkpoints"
 # Files that a run writes during training. The recipe, which identifies the run, is removed last.
-TRAINING_FILES = (METRICS, NON_FINITE, RECIPE)
+TRAINING_FILES = (METRICS_FILE, NON_FINITE_FILE, RECIPE)
 
 LOCK_FILE = ".vitcls.lock"
 CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
@@ -73,23 +73,23 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     if options.run.overwrite:
         check_sources_not_removed(options)
         return
-    if (folder / RESULTS).exists() and (folder / MODEL_CONFIG).exists():
+    if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"{folder} contains a finished run. Replace it with --overwrite, or choose another --output-dir"
+            f"{folder} contains a finished run. Replace the run with --overwrite, or choose another --output-dir"
         )
     if steps := store.list_steps():
         raise ValueError(
-            f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue it with --resume, "
-            "restart with --overwrite, or choose another --output-dir"
+            f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue the run with "
+            "--resume, restart the run with --overwrite, or choose another --output-dir"
         )
     check_no_other_files(folder)
 
 
 def check_no_other_files(folder: Path) -> None:
-    """Raise ValueError if the run would replace files that were not written by a run."""
+    """Raise ValueError if this run would replace files that were not written by an earlier run."""
     names = list_final_files(folder)
-    if (folder / METRICS).exists() and not (folder / RECIPE).exists():
-        names.append(METRICS)
+    if (folder / METRICS_FILE).exists() and not (folder / RECIPE).exists():
+        names.append(METRICS_FILE)
     if names:
         raise ValueError(
             f"{folder} contains files that this run would overwrite ({shorten_list(names)}). Move the files, set "
@@ -112,22 +112,23 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
 
 
 def remove_run(folder: Path, store: CheckpointStore) -> None:
-    """Remove the files of an earlier run or model; keep all other files."""
-    if not any((folder / name).exists() for name in (RESULTS, MODEL_CONFIG, RECIPE)) and not store.list_steps():
+    """Remove the files of an earlier run or model. Other files are kept."""
+    if not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE)) and not store.list_steps():
         return
     for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
         (folder / name).unlink(missing_ok=True)
-    for name in ("pictures", ".eval_results", ADAPTER):
+    for name in ("pictures", ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
-    shutil.rmtree(folder / NON_FINITE_STATE, ignore_errors=True)
+    shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
     store.clear()
     (folder / RECIPE).unlink(missing_ok=True)
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the files in the folder that a run writes at its end, results and model first."""
-    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER}/*")
+    """Return the names of the files in the folder that a run writes at the end, starting with the results and the
+    model."""
+    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     ranks = {
@@ -142,7 +143,7 @@ def list_final_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Process that holds a lock."""
+    """Process that holds the lock of a folder."""
 
     host: str  # name of the machine
     pid: int  # process ID
@@ -153,13 +154,13 @@ class LockOwner:
 
     @classmethod
     def from_this_process(cls) -> Self:
-        """Return the owner for this process."""
+        """Return a `LockOwner` for this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(socket.gethostname(), os.getpid(), get_start_time(psutil.Process()), now)
 
     @classmethod
     def from_text(cls, text: str) -> Self | None:
-        """Return the owner from the text of a lock file, or None if the text is invalid."""
+        """Parse the text of a lock file. Return None if the text is invalid."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -167,11 +168,11 @@ class LockOwner:
 
     @property
     def is_on_this_host(self) -> bool:
-        """Whether the owner is a process of this machine."""
+        """Whether the owner is a process on this machine."""
         return self.host == socket.gethostname()
 
     def is_alive(self) -> bool:
-        """Return whether the owner, a process of this machine, is running."""
+        """Return whether the owner is running. The owner must be a process on this machine."""
         try:
             process = psutil.Process(self.pid)
             is_same_process = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
@@ -181,28 +182,29 @@ class LockOwner:
 
 
 class FolderLock:
-    """Lock of one output folder; use it as a context manager to release the lock."""
+    """Lock of one output folder. At the end of a `with` block, the lock is released."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / LOCK_FILE
-        self.owner: LockOwner | None = None  # this process, while it holds the lock
+        self.owner: LockOwner | None = None  # this process while the lock is held, otherwise None
         self.created_folders: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
-        """Acquire the lock; create the folder if it does not exist. Raise ValueError if another run holds the lock."""
+        """Acquire the lock. Create the folder if the folder does not exist. Raise ValueError if another run holds the
+        lock."""
         self.created_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = LockOwner.from_this_process()
         with exclude_other_processes(self.folder):
-            while not self.create_file(owner):
+            while not self.create_lock_file(owner):
                 self.remove_stale_lock()
         self.owner = owner
         atexit.register(self.release)
         replace_sigterm_handler(signal.SIG_DFL, self.release_and_exit)
 
     def release(self) -> None:
-        """Remove the lock if this process holds it, and remove empty folders that were created for it."""
+        """Release the lock if this process holds the lock. Remove empty folders that were created for the lock."""
         if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold the lock
             return
         with suppress(FileNotFoundError):
@@ -211,7 +213,7 @@ class FolderLock:
         self.owner = None
         atexit.unregister(self.release)
         replace_sigterm_handler(self.release_and_exit, signal.SIG_DFL)
-        with suppress(OSError):  # a folder is not empty
+        with suppress(OSError):  # the folder is not empty
             for folder in self.created_folders:
                 folder.rmdir()
 
@@ -227,10 +229,10 @@ class FolderLock:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    # The file --------------------------------------------------------------------------------------------------------
+    # Lock file -------------------------------------------------------------------------------------------------------
 
-    def create_file(self, owner: LockOwner) -> bool:
-        """Create the lock file; return False if it exists."""
+    def create_lock_file(self, owner: LockOwner) -> bool:
+        """Create the lock file. Return False if the file already exists."""
         try:
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -240,10 +242,11 @@ class FolderLock:
         return True
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock if its owner has ended. Raise ValueError if the owner is running or may be running."""
+        """Remove the lock if the process that holds the lock has ended. Raise ValueError if this process is running or
+        may be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:  # released by its owner
+        except FileNotFoundError:  # the lock has been released
             return
         if owner is None:
             raise ValueError(
@@ -252,18 +255,19 @@ class FolderLock:
         if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
             self.file.unlink(missing_ok=True)
             return
-        where, advice = "this machine", "Wait until it has ended, or choose another --output-dir"
+        machine, advice = "this machine", "Wait until that run has ended, or choose another --output-dir"
         if not owner.is_on_this_host:
-            where = f"the host {owner.host}"
+            machine = f"the host {owner.host}"
             advice += f". If that run has already ended, delete {self.file}"
         raise ValueError(
-            f"{self.folder} is in use by another run (process {owner.pid} on {where}, since {owner.since}). {advice}"
+            f"{self.folder} is in use by another run (process {owner.pid} on {machine}, since {owner.since}). {advice}"
         )
 
 
 @contextmanager
 def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Exclude other processes of this machine from this block, if the system and the file system support locks."""
+    """Prevent other processes on this machine from running this block at the same time. The block is not protected if
+    the operating system or the file system does not support file locks."""
     if fcntl is None:
         yield
         return
@@ -281,7 +285,8 @@ def get_start_time(process: psutil.Process) -> float:
     return round(process.create_time() - psutil.boot_time(), 2)
 
 
-def replace_sigterm_handler(old: Any, new: Any) -> None:
-    """Replace the SIGTERM handler `old` by `new` in the main thread; Python does not allow it in other threads."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old:
-        signal.signal(signal.SIGTERM, new)
+def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
+    """Replace the SIGTERM handler by `new_handler` if the current handler is `old_handler`. Do nothing outside the
+    main thread, because Python allows signal handlers only in the main thread."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
+        signal.signal(signal.SIGTERM, new_handler)

@@ -1,10 +1,10 @@
-"""Masked image modeling: images without labels -> an encoder to fine-tune.
+"""Pre-training by masked image modeling, on images without labels. task.py contains the run from top to bottom.
 
     images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
-The output folder contains the same files as after fine-tuning (finetune.py). The model is the encoder with its
-decoder; `--model` of fine-tuning, AutoModel and AutoModelForMaskedImageModeling load it. The CLS token has no loss of
-its own, but is trained through the patches that attend to it. task.py contains the run from top to bottom.
+The output folder contains the same files as after fine-tuning (finetune.py). The saved model contains the encoder and
+the decoder, and is loaded by AutoModel, AutoModelForMaskedImageModeling and the flag `--model` of fine-tuning. No loss
+is computed on the CLS token, which is trained only through the patches that attend to the CLS token.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
 from .losses import MaskedImageModeling, Objective
 from .model import set_processor_size
-from .task import NOTHING_MEASURED, Task, format_values
+from .task import NOTHING_MEASURED, Task, format_metrics
 
 
 class PretrainTask(Task):
@@ -71,21 +71,21 @@ class PretrainTask(Task):
 
     def summarize(self) -> dict[str, str]:
         """Return the summary line about the masks."""
-        masks = self.mask_generator
-        rows, columns = masks.grid_size
+        generator = self.mask_generator
+        rows, columns = generator.grid_size
         return {
-            "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of {masks.block} x "
-            f"{masks.block}"
+            "masks": f"{generator.num_masked} of {rows} x {columns} patches are masked, in squares of "
+            f"{generator.block} x {generator.block} patches"
         }
 
     def collect_facts(self) -> dict[str, Any]:
-        """Return the number of masked patches."""
+        """Return the number of masked patches for results.json."""
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
-        loss = format_values(metrics, self.selection_metric)
+        text = format_metrics(metrics, self.selection_metric)
         images = f"the masked patches of {metrics['num_images']:,} held-out images"
-        return f"{loss} on {images}" if loss else NOTHING_MEASURED
+        return f"{text} on {images}" if text else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -94,7 +94,7 @@ class PretrainTask(Task):
 
 
 def check_combinations(options: PretrainOptions) -> None:
-    """Raise ValueError for flags that require labels or a trained model, or that drop patches."""
+    """Raise ValueError if a flag requires labels or a trained model, or if a flag drops patches."""
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
@@ -104,7 +104,7 @@ def check_combinations(options: PretrainOptions) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} is for fine-tuning, but pre-training uses no labels. Remove {flag}")
+            raise ValueError(f"{flag} is only supported in fine-tuning, but this is a pre-training run. Remove {flag}")
     if options.model.patch_drop_rate:
         raise ValueError(
             "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
@@ -112,16 +112,16 @@ def check_combinations(options: PretrainOptions) -> None:
 
 
 def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
-    """Build a model from a preset with random weights, or load a checkpoint. Parameters that a checkpoint lacks (the
-    mask token, the decoder) are initialized. Errors are as in `model.build_model`."""
-    values = options.get_config_values()
+    """Build a preset with random weights, or load a checkpoint. Parameters that are missing from the checkpoint (the
+    mask token, the decoder) are initialized randomly. See `model.build_model` for errors."""
+    config_values = options.get_config_values()
     if is_preset(options.model):
-        model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **values))
+        model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **config_values))
         processor = ViTCLSImageProcessor()
     else:
         folder = resolve_checkpoint(options.model)
         check_is_vitcls(options.model, folder)
-        model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **values)
+        model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **config_values)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         if rate := model.config.patch_drop_rate:
             raise ValueError(

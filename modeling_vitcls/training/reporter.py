@@ -1,7 +1,7 @@
-"""Output of a run: progress (a bar on a terminal, lines elsewhere), metrics.jsonl, trackers, and the facts about the
-run in the summary and in results.json.
+"""Output of a run: progress, metrics.jsonl, trackers, the printed summary, and the facts about the run in
+results.json.
 
-Only the main process prints and writes.
+A terminal shows a progress bar; other outputs show one line per record. Only the main process prints and writes.
 """
 
 import json
@@ -27,12 +27,12 @@ from ..system import describe_device, estimate_energy, get_versions
 
 TrackImages = Callable[[Mapping[str, Image.Image]], None]
 
-HELD_OUT_PREFIX = "held_out_"  # prefix of metrics on held-out images
-LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # arguments of log_images by tracker
+HELD_OUT_PREFIX = "held_out_"  # prefix of the names of metrics on held-out images
+LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> keyword arguments of `log_images`
 
 
 class Reporter:
-    """Progress of one run; use it as a context manager around the training loop."""
+    """Output of one run. Use a reporter as a context manager around the training loop."""
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -61,7 +61,8 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Start after `step`: keep the records up to this step, and remove later records, whose steps are repeated."""
+        """Start the output after `step`. Keep the records up to this step, and remove later records, because the run
+        repeats these steps."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
@@ -80,7 +81,8 @@ class Reporter:
             yield
         except OSError as error:
             raise OSError(
-                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then use --resume"
+                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then repeat the command with "
+                "--resume"
             ) from error
 
     def __enter__(self) -> Self:
@@ -91,9 +93,10 @@ class Reporter:
         self.progress.stop()
 
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
-        """Append a record to metrics.jsonl, print it with the selection metric, and send its numbers to the trackers.
-        Raise OSError on the main process if metrics.jsonl cannot be written."""
-        self.accelerator.log(flatten(record), step=record["step"])
+        """Append a record to metrics.jsonl, print the record, and send the numbers of the record to the trackers. The
+        printed line contains the selection metric. Raise OSError on the main process if metrics.jsonl cannot be
+        written."""
+        self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.is_main_process:
             return
         line = json.dumps(record, allow_nan=False)
@@ -104,20 +107,21 @@ class Reporter:
         if "utilisation" in record:
             fraction = record["utilisation"]
             text += ", utilization unknown" if fraction is None else f", {fraction:.1%} of peak"
-        held_out = ""
+        held_out_text = ""
         if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
-            held_out = f"  held out: {format_metric(selection_metric, record[name])}"
+            held_out_text = f"  held out: {format_metric(selection_metric, record[name])}"
         remaining = self.format_remaining_time(record["step"])
         if self.progress.disable:
-            parts = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out.strip()]
-            self.console.print("  ".join(filter(None, parts)), markup=False)
+            columns = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out_text.strip()]
+            self.console.print("  ".join(filter(None, columns)), markup=False)
             return
         self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining)
-        if held_out:
-            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out}", markup=False)
+        if held_out_text:
+            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Format the remaining time, estimated from the speed so far; empty after the last step."""
+        """Return text with the remaining time, estimated from the speed so far. The text is empty after the last
+        step."""
         num_done, num_remaining = step - self.first_step, self.num_steps - step
         if num_done <= 0 or num_remaining <= 0:
             return ""
@@ -125,20 +129,20 @@ class Reporter:
 
     @property
     def track_images(self) -> TrackImages | None:
-        """Return a function that sends named images to the trackers with the last step, or None if no tracker accepts
-        images. Call the function on the main process only."""
+        """Function that sends named images of the last step to the trackers, or None if no tracker accepts images.
+        Only the main process may call this function."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 
-        def send(images: Mapping[str, Image.Image]) -> None:
+        def send_images(images: Mapping[str, Image.Image]) -> None:
             arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}  # NHWC
             for tracker in trackers:
                 tracker.log_images(arrays, step=self.num_steps, **LOG_IMAGES_ARGUMENTS.get(tracker.name, {}))
 
-        return send if trackers else None
+        return send_images if trackers else None
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration, rounded to its two largest units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
+    """Format a duration, rounded to one or two units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)
@@ -157,21 +161,22 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def parse_step(line: str) -> int | None:
-    """Return the step of a line of metrics.jsonl, or None for a truncated line."""
+    """Return the step of a line of metrics.jsonl, or None if the line is truncated."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten a record's numbers for trackers: `{"token_norm": {"cls[0]": 1.0}}` becomes `token_norm/cls[0]`."""
+def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Flatten a nested record for trackers and keep only the numbers. For example, `{"token_norm": {"cls[0]": 1.0}}`
+    becomes `{"token_norm/cls[0]": 1.0}`."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             value = {f"{index:02d}": item for index, item in enumerate(value)}
         if isinstance(value, dict):
-            numbers |= flatten(value, f"{prefix}{name}/")
+            numbers |= flatten_record(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             numbers[prefix + name] = value
     return numbers
@@ -183,14 +188,14 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def describe_model(source: str, model: Any) -> dict[str, str]:
     """Return the summary lines about the model."""
     config = model.config
-    counts = {name: count for name, count in count_tokens(config).items() if count}
-    tokens = " | ".join(f"{count} {name}" for name, count in counts.items())
+    token_counts = {name: count for name, count in count_tokens(config).items() if count}
+    tokens = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
     num_trained = count_parameters(model, trained_only=True)
     return {
         "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trained, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
-        "tokens": f"[ {tokens} ] = {sum(counts.values())} for {height} x {width} pixels",
+        "tokens": f"[ {tokens} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
 
 
@@ -209,15 +214,15 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return the facts about steps, model, speed and device for results.json. `num_steps` is the number of executed
     steps."""
-    counts = count_tokens(model.config)
+    token_counts = count_tokens(model.config)
     return {
         "steps": num_steps,
         "epochs": round(plan.count_epochs(num_steps), 4) if plan.num_images else None,
         "seconds": round(seconds, 2),
         "images_per_second": round(num_steps * plan.images_per_step / seconds, 1),
         "num_parameters": count_parameters(model),
-        "token_layout": counts,
-        "sequence_length": sum(counts.values()),
+        "token_layout": token_counts,
+        "sequence_length": sum(token_counts.values()),
         "device": describe_device(accelerator),
         "mixed_precision": get_precision(accelerator),
         "num_processes": accelerator.num_processes,
@@ -227,12 +232,12 @@ def describe_run(
 
 
 def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Return the number of tokens in each group, for images of the configured size."""
+    """Return the number of tokens in each token group, for images of the configured size."""
     sequence = range(config.token_layout.get_num_tokens(*config.grid_size))
     return {name: len(sequence[group]) for name, group in config.token_layout.items()}
 
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
-    """Return the number of all parameters, or of the trained parameters only."""
+    """Return the number of parameters, or the number of trained parameters if `trained_only` is set."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

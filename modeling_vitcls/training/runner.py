@@ -3,7 +3,7 @@
     runner = build_runner(options)        locks and checks the output folder; finds the checkpoint to resume from
     metrics = runner.train(...)           trains, and writes metrics.jsonl and checkpoints/
 
-task.py contains the whole run, loop.py the steps.
+task.py contains the whole run, and loop.py contains the training steps.
 """
 
 import time
@@ -41,7 +41,7 @@ from . import output_folder
 from .branch_uploads import BranchUploads
 from .defaults import DEFAULTS
 from .distributed_state import gather_state, get_unsupported_reason, scatter_all_weights, scatter_state
-from .loop import Hooks, Interrupted, Interruption, Metrics, NonFiniteLoss, TrainingLoop, TrainingState
+from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, SignalHandler, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
 from .model import check_preset
@@ -54,15 +54,17 @@ from .token_monitor import TokenMonitor
 class Components:
     """Trained module, batches, loss and evaluation of a run."""
 
-    model: nn.Module  # plain module, the model or only its heads
+    model: nn.Module  # unwrapped module: the model, or only the heads of the model
     objective: Objective
-    batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process from that step on
-    evaluate: Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
+    iterate_batches: Callable[
+        [int], Generator[Batch, None, None]
+    ]  # first step -> batches of this process from this step on
+    evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
 
 
-# Flags that may change on --resume, because they do not change the result.
+# Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_broken_images batch_size gradient_accumulation_steps resume overwrite save_every "
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
@@ -72,7 +74,7 @@ CHANGEABLE_FLAGS = (
 
 RESOLVED_FLAGS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
-START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that config.resolved.yaml does not contain
+START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
 STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
@@ -90,7 +92,7 @@ class RunStopped(Exception):
 
 @dataclass
 class Runner:
-    """A training run and its output folder."""
+    """Training run with an output folder."""
 
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
@@ -99,28 +101,28 @@ class Runner:
     facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
-    seconds: float = 0.0  # training time in seconds, including the time before --resume
+    training_seconds: float = 0.0  # training time in seconds, including the time before --resume
     start_time: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
     state: TrainingState = field(init=False, repr=False)  # set by `train`
     selected_step: int | None = None  # step of the weights that `--select best` selected
     utilization: Utilization = field(default_factory=Utilization)
-    data: dict[str, Any] = field(default_factory=dict)  # fingerprint of the data, from `describe_data`
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)  # from `describe_data`
 
     @property
     def folder(self) -> Path:
-        """Return the output folder."""
+        """The output folder."""
         return self.options.output_dir
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run to resume has already written its results."""
-        return self.facts is not None and (self.folder / output_folder.RESULTS).exists()
+        """Whether the resumed run has already written results.json."""
+        return self.facts is not None and (self.folder / output_folder.RESULTS_FILE).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
-        """Whether checkpoints can be saved, and the run resumed, under the launched configuration."""
+        """Whether the launch configuration supports checkpoints and --resume."""
         return get_unsupported_reason(self.accelerator) is None
 
     def train(
@@ -128,7 +130,7 @@ class Runner:
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
         `--ema-decay`, the model has the averaged weights after training. The `selection_metric` selects the best
-        checkpoint; lower is better if its name ends with "loss".
+        checkpoint. Lower is better if the name of the metric ends with "loss".
 
         Raises:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
@@ -146,7 +148,7 @@ class Runner:
         unreadable_images = UnreadableImages(
             components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
-        new_unreadable: list[int] = []  # unreadable images that this process has not reported yet
+        unreported_indices: list[int] = []  # indices of unreadable images that are not reported yet
         self.restore(plan, state, unreadable_images)
         self.state = state
         if self.options.run.log_with:
@@ -154,20 +156,20 @@ class Runner:
 
         def report_unreadable() -> None:
             with mark_errors_of_all_processes():
-                unreadable_images.add(gather_object(new_unreadable))
-            new_unreadable.clear()
+                unreadable_images.add(gather_object(unreported_indices))
+            unreported_indices.clear()
 
         def log(record: Metrics) -> None:
             report_unreadable()
             self.reporter.log(record, selection_metric)
 
-        def gather_all() -> tuple[dict[str, Tensors], dict[str, Any]]:
+        def gather_for_checkpoint() -> tuple[dict[str, Tensors], dict[str, Any]]:
             report_unreadable()
             return self.gather_checkpoint(state, plan, unreadable_images)
 
         def save(is_best: bool) -> None:
             if self.can_save_checkpoints:
-                save_on_main(self.store, accelerator, state.step, *gather_all(), is_best)
+                save_on_main(self.store, accelerator, state.step, *gather_for_checkpoint(), is_best)
 
         def evaluate_with_timing() -> Metrics:
             start_time = time.perf_counter()
@@ -176,19 +178,19 @@ class Runner:
             return metrics
 
         def record_speed(num_images: int, seconds: float) -> Metrics:
-            if self.options.run.dry_run:  # each step is logged
+            if self.options.run.dry_run:  # a dry run logs each step
                 self.step_seconds.append(seconds)
             return self.utilization.update(num_images, seconds)
 
-        def publish() -> None:
+        def push_checkpoint() -> None:
             if uploads is not None:
-                uploads.publish(state, gather_all)
+                uploads.push_if_due(state, gather_for_checkpoint)
 
         self.start_time = time.perf_counter()
         with (
-            Interruption(accelerator) as interruption,
+            SignalHandler(accelerator) as signal_handler,
             self.reporter,
-            self.convert_errors(interruption),
+            self.convert_errors(signal_handler),
             uploads or nullcontext(),
         ):
             hooks = Hooks(
@@ -196,23 +198,25 @@ class Runner:
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
                 save=save,
-                on_batch=lambda batch: new_unreadable.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
+                on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
-                get_stop_signal=interruption.get_signal,
-                publish=publish,
+                get_stop_signal=signal_handler.get_signal,
+                push_checkpoint=push_checkpoint,
             )
             save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
             loop = TrainingLoop(
                 state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
             )
-            with closing(components.batches(state.step)) as own_batches:  # ends the workers before Python exits
+            with closing(
+                components.iterate_batches(state.step)
+            ) as own_batches:  # ends the workers before Python exits
                 metrics = loop.run(own_batches)
                 if training.select == "best":
                     self.load_best(state)
-            self.seconds = self.get_training_seconds()
+            self.training_seconds = self.get_training_seconds()
         if state.ema is not None:
-            state.ema.load(state.ema.shadow)
+            state.ema.load_weights(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unmoved_tokens():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
@@ -225,45 +229,45 @@ class Runner:
         }
 
     def load_best(self, state: TrainingState) -> None:
-        """Load the checkpoint with the best evaluation into `state`, and print its step. Raise ValueError if the
-        checkpoint is damaged or missing."""
+        """Load the weights of the checkpoint with the best evaluation into `state`, and print the step of this
+        checkpoint. Raise ValueError if the checkpoint is damaged or missing."""
         checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
         assert facts is not None
         scatter_all_weights(checkpoint, self.accelerator, state.model, state.shadow)
         self.selected_step = facts["step"]
         self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
 
-    def check_data(self, data: dict[str, Any]) -> None:
+    def check_same_data(self, data_fingerprint: dict[str, Any]) -> None:
         """Store the fingerprint of the data for checkpoints. Raise ValueError if --resume would continue with
         different data."""
-        self.data = data
+        self.data_fingerprint = data_fingerprint
         if self.facts is None:
             return
         if "data" not in self.facts:
             raise ValueError(
-                f"--resume: the checkpoint in {self.folder} was written by an older version with another "
-                "held-out split. Restart with --overwrite, or choose another --output-dir"
+                f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, which "
+                "used another held-out split. Restart the run with --overwrite, or choose another --output-dir"
             )
-        if change := describe_change(self.facts["data"], data):
+        if change := describe_change(self.facts["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
                 "the dataset, or choose another --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options with model names on the Hub pinned to a commit; a resumed run keeps its commits. Raise
-        ValueError or OSError if a model cannot be found."""
-        before = self.facts["flags"] if self.facts else {}
+        """Return the options with models on the Hub pinned to a commit. A resumed run uses the commits in the flags of
+        the checkpoint. Raise ValueError or OSError if a model cannot be found."""
+        stored_flags = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
             if flag == "model" and is_preset(source):
                 return source
-            return before[flag] if is_pinned(before.get(flag), source) else pin_revision(source)
+            return stored_flags[flag] if is_pinned(stored_flags.get(flag), source) else pin_revision(source)
 
         return replace_sources(options, pin)
 
     def set_options(self, options: Any) -> None:
-        """Set the final options. Raise ValueError if --resume would continue the run with different flags."""
+        """Set the resolved options. Raise ValueError if --resume would continue the run with different flags."""
         self.options = options
         if self.facts is not None:
             check_same_flags(self.facts["flags"], to_flags(options), self.folder)
@@ -273,23 +277,24 @@ class Runner:
         facts, precision = self.facts, self.accelerator.mixed_precision
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
-                f"--resume: the run in {self.folder} was started in mixed precision {facts['mixed_precision']}, but "
-                f"this run uses {precision}. Use the same precision, or choose another --output-dir"
+                f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']}, but this "
+                f"run uses {precision}. Use the same mixed precision, or choose another --output-dir"
             )
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
                 f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['images_per_step']} "
-                f"images, but this run has {plan.num_steps:,} of {plan.images_per_step}. Set --batch-size x "
-                "--gradient-accumulation-steps x processes to the previous value"
+                f"images, but this run has {plan.num_steps:,} steps of {plan.images_per_step} images. Set "
+                "--batch-size x --gradient-accumulation-steps x number of processes to the previous value"
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run can neither be resumed from nor replace the content of the output folder."""
+        """Raise ValueError if the run may neither be resumed from the output folder nor replace the files in this
+        folder."""
         if self.facts is None:
             output_folder.check_replaceable(self.options, self.store)
             return
         check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
-        if not (self.folder / output_folder.MODEL_CONFIG).exists() and not self.options.run.overwrite:
+        if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
             output_folder.check_no_other_files(self.folder)
 
     def claim_folder(self) -> None:
@@ -305,7 +310,7 @@ class Runner:
             run_on_main(self.accelerator, claim)
 
     def get_flags(self) -> dict[str, Any]:
-        """Return all flags of the run, with paths relative to the current folder."""
+        """Return all flags of the run, with paths relative to the current directory."""
         flags = to_flags(self.options)
         return flags | {name: make_relative(flags.get(name)) for name in ("output_dir", *PATH_FLAGS) if name in flags}
 
@@ -319,7 +324,7 @@ class Runner:
             raise
 
     def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
-        """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
+        """Load the checkpoint into `state` if the run is resumed, then start the reporter."""
         if self.facts is not None:
             try:
                 scatter_state(
@@ -329,13 +334,13 @@ class Runner:
                 raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
-            state.num_worse = self.facts.get("num_worse", 0)
-            windows = self.facts["windows"]
-            state.recent_losses = windows[self.accelerator.process_index % len(windows)]
-            state.attention = self.facts["attention"]
+            state.num_evaluations_since_best = self.facts.get("num_worse", 0)
+            losses_by_process = self.facts["windows"]
+            state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
+            state.attention_metrics = self.facts["attention"]
             state.record = self.facts["record"]
             unreadable_images.indices.update(self.facts["broken"])
-            self.seconds = self.facts["seconds"]
+            self.training_seconds = self.facts["seconds"]
             self.utilization.load_state(self.facts.get("utilisation", {}))
             self.reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
@@ -345,21 +350,21 @@ class Runner:
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
-        this together."""
+        this method together."""
         facts = {
             "step": state.step,
             "best_score": state.best_score,
-            "num_worse": state.num_worse,
+            "num_worse": state.num_evaluations_since_best,
             "seconds": self.get_training_seconds(),
             "utilisation": self.utilization.get_state(),
             "windows": gather_object([state.recent_losses]),
-            "attention": state.attention,
+            "attention": state.attention_metrics,
             "record": state.record,
             "broken": sorted(unreadable_images.indices),
             "images_per_step": plan.images_per_step,
             "num_steps": plan.num_steps,
             "mixed_precision": self.accelerator.mixed_precision,
-            "data": self.data,
+            "data": self.data_fingerprint,
             "flags": self.get_flags(),
         }
         tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
@@ -371,25 +376,25 @@ class Runner:
         if self.accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        # TensorBoard does not accept lists.
+        # Flags are formatted as text, because TensorBoard does not accept lists.
         flags = {name: format_flag_value(value) for name, value in to_flags(self.options).items()}
-        settings = {"wandb": {"dir": str(folder)}}
-        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=settings)
+        init_kwargs = {"wandb": {"dir": str(folder)}}
+        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=init_kwargs)
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
-        return self.seconds + time.perf_counter() - self.start_time
+        return self.training_seconds + time.perf_counter() - self.start_time
 
     @contextmanager
-    def convert_errors(self, interruption: Interruption) -> Iterator[None]:
-        """Convert errors that stop a run to RunStopped."""
+    def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
+        """Raise RunStopped for errors in this block that end the run early."""
         try:
             yield
         except Interrupted as error:
             outcome = "no checkpoint could be saved"
             if self.can_save_checkpoints:
-                outcome = "a checkpoint was saved. Resume with the same command and --resume"
-            raise RunStopped(f"stopped by {error}; {outcome}", interruption.exit_status) from None
+                outcome = "a checkpoint was saved. Repeat the command with --resume to continue the run"
+            raise RunStopped(f"stopped by {error}; {outcome}", signal_handler.exit_status) from None
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images
@@ -398,15 +403,15 @@ class Runner:
     def save_non_finite(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence with
         the file name, or with the error if saving fails."""
-        file = self.folder / output_folder.NON_FINITE
+        file = self.folder / output_folder.NON_FINITE_FILE
         local_batches = [
             {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
         ]
-        images = {"step": error.step + 1, "batches": gather_object(local_batches)}
+        failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
         try:
-            run_on_main(self.accelerator, lambda: write_json(file, images))
+            run_on_main(self.accelerator, lambda: write_json(file, failed_step))
             if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / output_folder.NON_FINITE_STATE, num_kept=1)
+                store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
                 state = self.state
                 tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(
@@ -418,13 +423,13 @@ class Runner:
 
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
-    """Lock and check the output folder, and find the checkpoint to resume from. The runner's options contain absolute
-    paths.
+    """Lock and check the output folder, find the checkpoint to resume from, and build the runner. The options of the
+    runner contain absolute paths.
 
     Raises:
-        ValueError: if the preset does not exist, a flag, precision or tracker is not supported, another run uses the
-            folder, the run would replace files without --overwrite, or all checkpoints are damaged or were written
-            with other flags.
+        ValueError: if the preset does not exist, if a flag, precision or tracker is not supported, if another run uses
+            the folder, if the run would replace files without --overwrite, or if all checkpoints are damaged or were
+            written with other flags.
         OSError: if the folder cannot be written.
     """
     check_preset(options.model.model)
@@ -435,8 +440,8 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     )
     check_deepspeed_flags(accelerator, training, run)
     set_seed(training.seed)
-    reporter = Reporter(options.output_dir / output_folder.METRICS, accelerator)
-    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS, run.keep_checkpoints)
+    reporter = Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator)
+    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run.keep_checkpoints)
     if reason := get_unsupported_reason(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)
@@ -468,28 +473,31 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
 
 
-def check_same_flags(stored: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with flags that differ from the `stored` flags of the
-    checkpoint. A flag that is None in `current` is accepted if its default depends on the run. A model without a
-    commit hash is accepted if the stored value is the same model at a commit."""
-    for name, value in stored.items():
+def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
+
+    A current flag of None is accepted if the default value of this flag depends on the run. A current model without a
+    commit hash is accepted if the stored flag is the same model with a commit hash.
+    """
+    for name, value in stored_flags.items():
+        current_value = current_flags.get(name)
         if (
             name in CHANGEABLE_FLAGS
-            or current.get(name) == value
-            or (name in PATH_FLAGS and is_same_path(value, current.get(name)))
-            or is_pinned(value, current.get(name))
-            or (name in RESOLVED_FLAGS and current.get(name) is None)
+            or current_value == value
+            or (name in PATH_FLAGS and is_same_path(value, current_value))
+            or is_pinned(value, current_value)
+            or (name in RESOLVED_FLAGS and current_value is None)
         ):
             continue
         advice = "Use the same flags, or choose another --output-dir"
         if name in LENGTH_FLAGS:
             advice = (
-                "The length is fixed, because the learning rate decays to 0 at the planned end. To continue training, "
-                f"start another run with --model {folder}"
+                "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "
+                f"training, start another run with --model {folder}"
             )
         raise ValueError(
             f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
-            f"{format_flag_value(value)}, but this run has {format_flag_value(current.get(name))}. {advice}"
+            f"{format_flag_value(value)}, but this run has {format_flag_value(current_value)}. {advice}"
         )
 
 

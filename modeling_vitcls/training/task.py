@@ -1,10 +1,10 @@
 """A run from top to bottom, shared by fine-tuning and pre-training.
 
     task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
-    results = run_task(task)        trains, evaluates, writes the output folder, pushes it
-    dry_run(FinetuneTask, options)  does the same for a few steps in a temporary folder (`--dry-run`)
+    results = run_task(task)        trains and evaluates the model, writes and pushes the output folder
+    dry_run(FinetuneTask, options)  runs a few steps in a temporary folder (`--dry-run`)
 
-The tasks (finetune.py, pretrain.py) supply data, model, loss, evaluator and card. runner.py trains.
+The tasks (finetune.py, pretrain.py) supply data, model, loss, evaluator and card. runner.py trains the model.
 """
 
 import math
@@ -48,13 +48,13 @@ from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
 from ..study import compute_interval
 from .branch_uploads import build_branch_uploads
-from .defaults import describe_random_weights, format_defaults, get_facts, resolve_defaults
+from .defaults import describe_random_weights, format_defaults, get_run_facts, resolve_defaults
 from .distributed_state import gather_weights, get_unsupported_reason, reshard
 from .loop import Metrics
 from .losses import Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
-from .output_folder import ADAPTER, CHECKPOINTS, RESULTS, check_replaceable
+from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
 from .reporter import (
     describe_batches,
     describe_model,
@@ -66,12 +66,12 @@ from .runner import Components, Runner, RunStopped, build_runner, resolve_names
 from .token_monitor import build_attention_measure
 
 
-Evaluate = Callable[[nn.Module], Metrics]  # prepared model -> metrics on held-out images
+Evaluate = Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
 
 FOLDS_FILE = "folds.json"  # results of a cross-validation
-NUM_DECIMALS = 6  # decimals of the numbers in folds.json
+NUM_DECIMALS = 6  # number of decimals in folds.json
 NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
-NUM_DRY_RUN_STEPS = 3  # more than 1, because the first step is slower than the others
+NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the first step is slower than later steps
 
 
 class Task(ABC):
@@ -79,12 +79,12 @@ class Task(ABC):
 
     options: Any  # FinetuneOptions or PretrainOptions, with absolute paths
     runner: Runner  # holds the lock of the output folder until `run_task` ends
-    hub_model_id: str | None  # repository to push to
+    hub_model_id: str | None  # repository to push to; None if the run is not pushed
     data: TrainingData
     plan: BatchPlan
-    model: Any  # plain ViTCLS model, in which parameters that are not trained are frozen
+    model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    start_lines: dict[str, str | None]  # summary lines about random weights and defaults by name
+    start_lines: dict[str, str | None]  # summary lines about random weights and default values, by name
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
@@ -93,10 +93,10 @@ class Task(ABC):
         self.options = self.runner.options
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
-            self.hub_model_id = self.check_repository()
+            self.hub_model_id = self.resolve_repo_id()
             with accelerator.main_process_first():  # only the main process downloads
                 self.data = self.load_data()
-                self.runner.check_data(describe_data(self.data))
+                self.runner.check_same_data(describe_data(self.data))
                 self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
                 self.load_model()
@@ -108,7 +108,7 @@ class Task(ABC):
     def resolve_options(self) -> None:
         """Set the flags whose default depends on the run (defaults.py), and pin models on the Hub to a commit."""
         self.options = self.runner.pin_models(self.options)
-        facts = get_facts(self.options, self.data.num_training_images)
+        facts = get_run_facts(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, facts)
         self.runner.set_options(self.options)
         weights = describe_random_weights(self.options.model.model, facts)
@@ -119,7 +119,8 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def check_options(options: Any) -> Any:
-        """Return the options with defaults that depend on other options. Raise ValueError for contradictory flags."""
+        """Return the options, after setting defaults that depend on other options. Raise ValueError if flags
+        contradict each other."""
 
     @abstractmethod
     def load_data(self) -> TrainingData:
@@ -127,12 +128,12 @@ class Task(ABC):
 
     @abstractmethod
     def load_model(self) -> None:
-        """Set `model` and `processor`, and load other requirements of the task."""
+        """Set `model` and `processor`, and load other objects that the task requires."""
 
     @property
     @abstractmethod
     def selection_metric(self) -> str:
-        """Name of the metric that selects the best checkpoint; lower is better if the name ends with "loss"."""
+        """Name of the metric that selects the best checkpoint. Lower is better if the name ends with "loss"."""
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
@@ -144,7 +145,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe_labels(self) -> str:
-        """Return the text about labels for the summary line about data."""
+        """Return text about the labels for the summary line about the data."""
 
     @abstractmethod
     def summarize(self) -> dict[str, str]:
@@ -162,7 +163,7 @@ class Task(ABC):
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        """Build the model card of the repository or folder `name`. `images` are the paths of images by name."""
+        """Build the model card of the repository or folder `name`. `images` maps image names to paths."""
 
     def find_warnings(self) -> list[str]:
         """Return the warnings to print before training."""
@@ -170,22 +171,22 @@ class Task(ABC):
 
     # Shared by the tasks ---------------------------------------------------------------------------------------------
 
-    def check_repository(self) -> str | None:
-        """Return the repository for `--push-to-hub`; None if the flag is not set. Raise ValueError or OSError on all
-        processes if pushing is not permitted or the Hub cannot be reached."""
+    def resolve_repo_id(self) -> str | None:
+        """Return the repository for `--push-to-hub`, or None if the flag is not set. Raise ValueError or OSError on
+        all processes if pushing is not permitted or the Hub cannot be reached."""
         run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run.push_to_hub:
             return None
         if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
-            raise ValueError(f"--hub-push-optimizer requires checkpoints: {reason}")
+            raise ValueError(f"--hub-push-optimizer requires checkpoints, which are not supported: {reason}")
         return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
     def build_plan(self, training: TrainingOptions) -> BatchPlan:
         """Build the batch plan for these training options."""
         labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
-        copies = self.options.augmentation.repeated_augmentation
+        num_copies = self.options.augmentation.repeated_augmentation
         num_processes = self.runner.accelerator.num_processes
-        return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, copies)
+        return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, num_copies)
 
     def build_components(self, evaluator: Evaluate) -> Components:
         """Build the components that train the model on pixels."""
@@ -202,20 +203,20 @@ class Task(ABC):
         )
 
     def get_num_views(self) -> int:
-        """Return the number of different views of an image; 0 if every epoch uses a new view."""
+        """Return the number of different views of each image, or 0 if every epoch uses a new view."""
         return 0
 
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images; `num_views` as in `get_num_views`."""
+        """Build the augmented training images. See `get_num_views` for `num_views`."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
         return augment_images(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
 
     def get_evaluation_arguments(self) -> dict[str, Any]:
-        """Return the arguments that all evaluators share."""
+        """Return the arguments that are the same for all evaluators."""
         return {
             "batch_size": self.plan.batch_size,
             "num_workers": self.options.data.num_workers,
@@ -230,25 +231,25 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train, evaluate and write the output folder; return the content of results.json. Raise RunStopped in the same
-    cases as `Runner.train`, and if the result cannot be written or pushed."""
+    """Train and evaluate the model, write and push the output folder, and return the content of results.json. Raise
+    RunStopped in the same cases as `Runner.train`, and if the output folder cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
             reporter.print_line("finished", f"{runner.folder} already contains the results of this run")
-            push(task)
-            return read_json(runner.folder / RESULTS)
+            push_output(task)
+            return read_json(runner.folder / RESULTS_FILE)
         for name, text in summarize(task).items():
             reporter.print_line(name, text)
         for warning in task.find_warnings():
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
-        no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics with --held-out-fraction 0
+        no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics if no images are held out
         evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
-        write = partial(write_model, task.model, task.processor)
-        uploads = build_branch_uploads(task.options, reporter, task.hub_model_id, task.model, write)
+        write_files = partial(write_model, task.model, task.processor)
+        uploads = build_branch_uploads(task.options, reporter, task.hub_model_id, task.model, write_files)
         metrics = runner.train(components, task.plan, task.selection_metric, uploads)
         metrics |= evaluate_result(task, components, evaluate_held_out)
 
@@ -256,38 +257,40 @@ def run_task(task: Task) -> dict[str, Any]:
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
         report = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
-        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS})")
-        push(task)
+        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS_FILE})")
+        push_output(task)
         runner.accelerator.end_training()
         return results
 
 
 def evaluate_result(task: Task, components: Components, evaluate_held_out: Evaluate) -> Metrics:
-    """Return the metrics on the held-out images if training evaluated other images, or only the heads of the model;
-    otherwise an empty dictionary."""
+    """Evaluate the trained model on the held-out images, and return the metrics. Return an empty dictionary if
+    training has already evaluated the whole model on these images."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
     model = task.model if has_only_heads else task.runner.state.model
-    results = evaluate_held_out(model.eval())
+    metrics = evaluate_held_out(model.eval())
     reshard(model)
     if task.data.selection is None:
-        return results
+        return metrics
     selection = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
     selection |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
-    return results | {"selection": selection}
+    return metrics | {"selection": selection}
 
 
 def summarize(task: Task) -> dict[str, str]:
-    """Return the summary lines that are printed before training as {name: text}."""
+    """Return the summary lines that are printed before training, as {name: text}."""
     data = task.data
-    count = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    quantity = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
     lines = {
-        "data": f"{data.name}: {count} images to train on, {len(data.held_out):,} held out "
+        "data": f"{data.name}: {quantity} images to train on, {len(data.held_out):,} held out "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
-        lines["selection"] = f"{len(data.selection):,} other images select the checkpoint ({data.selection_name})"
+        lines["selection"] = (
+            f"best checkpoint according to {len(data.selection):,} other images ({data.selection_name})"
+        )
     lines |= describe_model(task.options.model.model, task.model)
     lines |= {name: line for name, line in task.start_lines.items() if line}
     return lines | task.summarize() | describe_batches(task.plan, task.runner.accelerator)
@@ -303,12 +306,12 @@ def collect_results(task: Task) -> dict[str, Any]:
         "num_training_images": data.num_training_images,
         **task.collect_facts(),
         "selection_metric": task.selection_metric,
-        **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.seconds),
+        **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.training_seconds),
     }
 
 
-def format_values(metrics: Metrics, *names: str) -> str:
-    """Format these metrics in one line; missing metrics are omitted."""
+def format_metrics(metrics: Metrics, *names: str) -> str:
+    """Format the metrics with these names in one line. Missing metrics are omitted."""
     return ", ".join(format_metric(name, metrics[name]) for name in names if name in metrics)
 
 
@@ -317,8 +320,8 @@ def format_values(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
-    the speed of the model and the diagnosis of its tokens to `results`. All processes must call this together. Raise
-    RunStopped on all processes if the folder cannot be written."""
+    the inference speed and the diagnosis of the special tokens to `results`. All processes must call this function
+    together. Raise RunStopped on all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
@@ -327,7 +330,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         write_model(task.model, task.processor, folder, weights)
         if any(".lora_" in name for name in weights):
             base, rank = options.model.model, options.training.lora_rank
-            write_adapter(folder / ADAPTER, weights, task.model.config, rank, base, get_model_provenance(options))
+            write_adapter(
+                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base, get_model_provenance(options)
+            )
         images = build_model_report(
             folder,
             type(task.model),
@@ -345,7 +350,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
-        write_json(folder / RESULTS, results)
+        write_json(folder / RESULTS_FILE, results)
 
     def write_quietly() -> None:
         try:
@@ -357,13 +362,13 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     try:
         run_on_main(runner.accelerator, write_quietly)
     except OSError as error:
-        remedy = "use the same command with --resume" if runner.can_save_checkpoints else "restart the run"
+        remedy = "repeat the command with --resume" if runner.can_save_checkpoints else "restart the run"
         raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {remedy}") from error
 
 
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
-    """Write weights, configuration, code and image processor. Call this on the main process with the full tensors of
-    the model, which may be sharded. LoRA weights are merged."""
+    """Write weights, configuration, code and image processor. LoRA weights are merged. Only the main process may call
+    this function. `weights` are full tensors, because the model may be sharded."""
     # FSDP2 replaces the model's class, so that transformers would save PyTorch's source files as the model's code.
     wrapped_class = type(model)
     plain_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
@@ -375,9 +380,9 @@ def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder:
     processor.save_pretrained(folder)
 
 
-def push(task: Task) -> None:
-    """Push the output folder and verify the pushed files. Do nothing without a repository or in a dry run. Raise
-    RunStopped if the push or the verification fails."""
+def push_output(task: Task) -> None:
+    """Push the output folder and verify the pushed files. Do nothing in a dry run, or if the task has no repository.
+    Raise RunStopped if the push or the verification fails."""
     options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
     repo_id = task.hub_model_id
     if repo_id is None or options.dry_run:
@@ -400,15 +405,17 @@ def push(task: Task) -> None:
 
 
 def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
-    """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`); write and return folds.json. Errors are as
-    in `Task` and `run_task`; --push-to-hub raises ValueError.
+    """Run one task per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`). Write folds.json and return its content.
 
-    Each image is held out in exactly one fold. The interval of the mean uses Student's t-distribution. The interval is
-    too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased estimator of
-    the variance of k-fold cross-validation").
+    Each image is held out in exactly one fold. The confidence interval of the mean uses Student's t-distribution. This
+    interval is too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased
+    estimator of the variance of k-fold cross-validation"). Raise ValueError if --push-to-hub is set. See `Task` and
+    `run_task` for other errors.
     """
     if options.run.push_to_hub:
-        raise ValueError("--folds trains several models, but --push-to-hub publishes one. Remove one of the two flags")
+        raise ValueError(
+            "--folds trains several models, but --push-to-hub pushes one model. Remove one of the two flags"
+        )
     results = []
     for fold in range(1, options.data.folds + 1):
         folder = options.output_dir / f"fold-{fold}"
@@ -437,9 +444,9 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
 
 
 def dry_run(task_class: type[Task], options: Any) -> None:
-    """Run a few steps, an evaluation, a checkpoint and the saving of results on a few images, in a temporary folder
-    (`--dry-run`). Print the executed actions and the expected duration of the full run. Errors are as in `Task` and
-    `run_task`."""
+    """Train for a few steps, evaluate a few images, and write a checkpoint and the results to a temporary folder
+    (`--dry-run`). Print the executed actions and the expected duration of the full run. See `Task` and `run_task` for
+    errors."""
     start_time = time.perf_counter()
     with make_dry_run_options(options) as short_options:
         task = task_class(short_options)
@@ -455,7 +462,9 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         run_task(task)
     checkpoint = ", a checkpoint" if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    duration = format_duration(estimate_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0))
+    duration = format_duration(
+        estimate_run_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0)
+    )
     runner.reporter.print_line(
         "dry run",
         f"{len(runner.step_seconds)} steps, an evaluation{checkpoint} and saving succeeded in "
@@ -466,14 +475,14 @@ def dry_run(task_class: type[Task], options: Any) -> None:
 
 @contextmanager
 def make_dry_run_options(options: Any) -> Iterator[Any]:
-    """Yield the options of a dry run of a few steps, in a temporary folder that is removed afterwards. Raise
-    ValueError if the content of the output folder does not allow the full run."""
+    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of this
+    block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
     if not options.run.resume:
-        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS, num_kept=1))
+        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(parents=True, exist_ok=True)  # checks the write permission that the full run requires
+        parent.mkdir(parents=True, exist_ok=True)  # fails without the write permission that the full run requires
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield replace(
@@ -487,17 +496,19 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images that the planned steps use, because linear probing encodes all images first."""
+    """Keep only the training images that the planned steps use, because linear probing would first encode all training
+    images."""
     if isinstance(task.data.train, LabeledImages):
-        batches = [batch for process in range(task.plan.num_processes) for batch in task.plan.iterate_keys(process)]
+        plan = task.plan
+        batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]
         indices = sorted({index for batch in batches for _, index in batch})
         task.data = replace(task.data, train=task.data.train.select(indices))
         task.plan = task.build_plan(task.options.training)
 
 
-def estimate_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the expected duration of the full run's steps and evaluations in seconds, extrapolated from a dry run.
-    The first of several steps is slower than the others and is ignored.
+def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
+    """Return the expected duration of the steps and evaluations of the full run in seconds, extrapolated from a dry
+    run. If the dry run has several steps, the first step is ignored, because the first step is slower.
 
     `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
     run evaluated.

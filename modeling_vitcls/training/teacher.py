@@ -1,18 +1,19 @@
-"""Teachers: image classifiers of any architecture that predict the student's labels on the student's pixels.
+"""Teachers: image classifiers of any architecture that predict the student's labels from the student's pixels.
 
-    student's pixels -> channels, size and scale of the teacher -> teacher -> logits in the student's order
+    student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
 
-`FOLDER` or a Hub id     any image classifier with a class in transformers or this package; no other code is executed
+`FOLDER` or a Hub id     an image classifier of transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
 `timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
 FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
 
-The teacher's input is the same crop as the student's, resized as a whole (DeiT, arXiv 2012.12877). The teacher's image
-processor determines size, filter, scale and normalization, but does not crop. Losses are in losses.py.
+The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877). The teacher's
+image processor determines the input size, interpolation, scale and normalization, but does not crop. losses.py
+contains the losses.
 
-With `--teacher-views V`, every image has V views that recur, and TeacherCache stores the logits of each view. The
-cache is not part of checkpoints. A resumed run predicts the logits again in different batches, so they may differ by
-rounding errors before they are stored in half precision.
+With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the logits of each view. The cache is
+not part of checkpoints. A resumed run predicts the logits again in different batches, so the logits may differ by
+rounding errors.
 """
 
 from collections import Counter
@@ -78,36 +79,36 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # Indices of the student's labels in the logits; None if labels are the same.
+        # Indices of the student's labels in the teacher's logits; None if both have the same labels in the same order.
         self.label_indices = label_indices
         self.description = description  # name and size of the teacher
-        self.note = note  # text about the mapping of labels; empty if all labels are the same
+        self.note = note  # text about the mapping of labels; empty if the labels are the same
         self.eval()
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, labels of the student] for the student's pixels [B, C, H, W], `uint8` or floats from 0
-        to 255."""
+        """Return the logits of the student's labels [B, L] for the student's pixels [B, C, H, W], which are `uint8` or
+        floats from 0 to 255."""
         outputs = self.model(self.preprocessing(pixels))
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
         return logits if self.label_indices is None else logits[:, self.label_indices]
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the logits [B, labels] for the `pixels` of a batch."""
+        """Return the logits of the student's labels [B, L] for the `pixels` of a batch."""
         return self(batch["pixels"])
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode."""
+        """Keep the teacher in eval mode for any `mode`."""
         return super().train(False)
 
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """Loaded teacher model. `label_names` are in the order of the logits; None if the labels have no names."""
+    """Teacher model with its preprocessing and labels."""
 
     model: nn.Module
     preprocessing: TeacherPreprocessing
-    label_names: list[str] | None
+    label_names: list[str] | None  # in the order of the logits; None if the labels have no names
     num_labels: int
 
 
@@ -117,15 +118,17 @@ def load_teacher(
     """Load a teacher for a student with the given labels, number of channels and image size.
 
     Labels are matched by name. A teacher without label names, but with the same number of labels, is assumed to have
-    the same labels in the same order; `note` states this assumption.
+    the same labels in the same order; `Teacher.note` states this assumption.
 
     Raises:
-        ValueError: if the teacher is not an image classifier or lacks labels, or the dataset does not have one label
-            per image.
+        ValueError: if the teacher is not an image classifier, if the teacher lacks a label, or if the dataset does not
+            have one label per image.
         OSError: if the teacher cannot be found or read.
     """
     if labels.kind != "single_label_classification":
-        raise ValueError(f"--teacher requires one label per image, but the dataset is {labels.kind}. Remove --teacher")
+        raise ValueError(
+            f"--teacher requires one label per image, but the dataset has {labels.kind} labels. Remove --teacher"
+        )
     if source.startswith(TIMM_PREFIX):
         loaded_teacher = load_from_timm(source, num_channels, height_width)
     else:
@@ -139,8 +142,8 @@ def load_teacher(
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits (None if the labels are the same), and a note about the
-    mapping (empty if the labels are the same)."""
+    """Return the index of each label in the teacher's logits, and a note about the mapping of labels. If the
+    teacher has the same labels in the same order, return None and an empty note."""
     names = teacher.label_names
     if names is None:
         if teacher.num_labels != len(labels):
@@ -151,15 +154,16 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
         return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the dataset's order"
     if names == labels:
         return None, ""
-    if missing := [name for name in labels if name not in names]:
+    if missing_names := [name for name in labels if name not in names]:
         known_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"the teacher {source} has no label {missing[0]!r}, only {known_names}. Use a teacher that was "
+            f"the teacher {source} has no label {missing_names[0]!r}, only {known_names}. Use a teacher that was "
             "trained on these labels"
         )
     if ambiguous_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in its config"
+            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in the teacher's "
+            "config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
@@ -169,7 +173,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 
 
 def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a classifier with its image processor and `float32` weights."""
+    """Load a transformers classifier with `float32` weights, and its image processor."""
     try:
         folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
@@ -183,7 +187,7 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"the teacher {source} was saved without {sorted(info['missing_keys'])[0]}. Use a trained classifier"
+            f"the teacher {source} lacks the weight {sorted(info['missing_keys'])[0]}. Use a trained classifier"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
@@ -193,40 +197,40 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        channels = getattr(config, "num_channels", RGB)
-        preprocessing = build_processor_preprocessing(processor, channels, num_channels, height_width)
+        teacher_channels = getattr(config, "num_channels", RGB)
+        preprocessing = build_processor_preprocessing(processor, teacher_channels, num_channels, height_width)
     return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
 
 
 def build_processor_preprocessing(
     processor: Any, num_channels: int, student_channels: int, height_width: tuple[int, int]
 ) -> TeacherPreprocessing:
-    """Build the preprocessing from a transformers image processor. The input size is the output size of the processor
-    for an image of the student's size."""
+    """Build the preprocessing from a transformers image processor. The teacher's input size is the processor's output
+    size for an image of the student's size."""
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
 
-    blank = torch.zeros(1, student_channels, *height_width, dtype=torch.uint8)
-    height, width = run_processor(processor, convert_channels(blank, num_channels)).shape[-2:]
+    blank_image = torch.zeros(1, student_channels, *height_width, dtype=torch.uint8)
+    height, width = run_processor(processor, convert_channels(blank_image, num_channels)).shape[-2:]
     interpolation = get_interpolation(getattr(processor, "resample", None))
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
 
-def run_processor(processor: Any, pixels: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """Run an image processor on a batch [B, C, H, W] `uint8` and return [B, C, H', W'] on the same device."""
-    settings |= {"input_data_format": "channels_first", "return_tensors": "pt"}
-    return processor(list(pixels), **settings)["pixel_values"]
+def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Run an image processor on a `uint8` batch [B, C, H, W], and return [B, C, H', W'] on the same device."""
+    kwargs |= {"input_data_format": "channels_first", "return_tensors": "pt"}
+    return processor(list(pixels), **kwargs)["pixel_values"]
 
 
-def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **settings: Any) -> Any:
-    """Return `load(folder)`. If loading fails, raise a one-line error that names the `source`."""
+def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **kwargs: Any) -> Any:
+    """Return `load(folder, **kwargs)`. If loading fails, raise a one-line error that names the `source`."""
     try:
-        return load(folder, **settings)
+        return load(folder, **kwargs)
     except Exception as error:  # configurations and weights of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"the teacher {source} requires its own code, which is not executed. Use a model with a class in "
+                f"the teacher {source} requires code from its repository, which is not executed. Use a model of "
                 "transformers, or timm:NAME"
             ) from error
         reason = f"{type(error).__name__}: {format_error(error)}"
@@ -237,7 +241,8 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
 
 
 def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a timm model with the preprocessing of its weights. The student's image size and channels are ignored."""
+    """Load a timm model, and the preprocessing that timm specifies for the model's weights. The student's image size
+    and channels are ignored."""
     try:
         import timm
     except ImportError as error:
@@ -246,14 +251,14 @@ def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
         model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
-    except Exception as error:  # unknown names, no network, weights that do not fit
+    except Exception as error:  # for example, an unknown name, no network, or weights of another model
         raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
     return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
 
 
 def load_timm_weights(name: str, file: str) -> nn.Module:
-    """Load a timm model with weights from a file, which determine the number of labels and channels."""
+    """Load a timm model with weights from a file. The weights determine the number of labels and channels."""
     import timm
 
     if not Path(file).is_file():
@@ -263,7 +268,7 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
     modules = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
     sizes_in_file = {}
     for setting, (names, dimension) in modules.items():
-        module = names[0] if isinstance(names, tuple | list) else names  # name of one module or of several
+        module = names[0] if isinstance(names, tuple | list) else names  # one module name or several names
         if f"{module}.weight" in weights:
             sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
     model = timm.create_model(name, pretrained=False, **sizes_in_file)
@@ -271,23 +276,24 @@ def load_timm_weights(name: str, file: str) -> nn.Module:
     return model
 
 
-def build_timm_preprocessing(settings: dict[str, Any]) -> TeacherPreprocessing:
+def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessing:
     """Build the preprocessing from timm's data configuration."""
-    num_channels, height, width = settings["input_size"]
-    mean, std = list(settings["mean"]), list(settings["std"])
+    num_channels, height, width = data_config["input_size"]
+    mean, std = list(data_config["mean"]), list(data_config["std"])
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return transforms.normalize(transforms.to_dtype(pixels, torch.float32, scale=True), mean, std)
 
-    return TeacherPreprocessing(num_channels, (height, width), get_interpolation(settings["interpolation"]), normalize)
+    interpolation = get_interpolation(data_config["interpolation"])
+    return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
 
 # Images and text -----------------------------------------------------------------------------------------------------
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Convert gray [B, 1, H, W] to color [B, 3, H, W] or color to gray if the teacher requires it. Raise ValueError
-    for other combinations of channels."""
+    """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
+    color to gray. Raise ValueError for other combinations of channels."""
     student_channels = pixels.shape[1]
     if student_channels == num_channels:
         return pixels
@@ -296,13 +302,14 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     if (student_channels, num_channels) == (RGB, GRAY):
         return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
-        f"the teacher requires images of {num_channels} channel(s), but the student's images have {student_channels}"
+        f"the teacher requires images with {num_channels} channel(s), but the student's images have "
+        f"{student_channels} channel(s). Use a teacher for gray or color images"
     )
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for a filter, which is given by PIL's number or timm's name. Lanczos,
-    which torchvision lacks, is replaced by bicubic."""
+    """Return torchvision's interpolation mode for a resampling filter, given as PIL's number or timm's name. Lanczos
+    is replaced by bicubic, because torchvision does not support Lanczos for tensors."""
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
     mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]
@@ -312,9 +319,9 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 class TeacherCache:
     """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process caches the images of its own batches. Logits are rounded to the dtype of the cache before their first
-    use, and the teacher always predicts whole batches, so the result does not depend on the step in which logits are
-    cached.
+    Each process caches the logits of its own batches. Logits are rounded to the dtype of the cache before the first
+    use, and the teacher always predicts whole batches. The result therefore does not depend on the step in which the
+    logits are cached.
     """
 
     def __init__(
@@ -326,7 +333,7 @@ class TeacherCache:
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's logits [B, labels] for a batch in `float32`, on the device of its pixels."""
+        """Return the teacher's logits [B, L] for a batch in `float32`, on the device of the pixels."""
         view, index = batch["view"].cpu(), batch["index"].cpu()
         is_missing = ~self.is_cached[view, index]  # [B]
         if is_missing.any():
@@ -337,7 +344,7 @@ class TeacherCache:
 
 
 def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:
-    """Raise ValueError if logits are cached and images are mixed, because mixed images do not recur."""
+    """Raise ValueError if logits are cached but images are mixed, because a mixed image is used only once."""
     for flag in ("mixup", "cutmix"):
         if num_views and getattr(augmentation, flag):
             raise ValueError(

@@ -1,9 +1,9 @@
 """Metrics of the special tokens, to detect tokens that are not trained.
 
 norm              norm of the token
-gradient_norm     norm of its gradient after clipping (with DeepSpeed, before clipping)
+gradient_norm     norm of the token's gradient after clipping (with DeepSpeed, before clipping)
 update_ratio      norm of the last update / norm of the token
-entropy           entropy of the CLS attention in nats, per layer; ln(tokens) for uniform attention
+entropy           entropy of the CLS attention in nats, per layer; ln(number of tokens) for uniform attention
 """
 
 import math
@@ -19,9 +19,9 @@ from .distributed_state import gather_gradient, gather_tensor
 from .model import set_train_mode
 
 
-Tokens = dict[str, torch.Tensor]  # "cls[0]" -> [D]
+Tokens = dict[str, torch.Tensor]  # name, for example "cls[0]" -> token [D]
 
-NUM_ATTENTION_IMAGES = 8  # number of images over which the entropy is averaged
+NUM_ATTENTION_IMAGES = 8  # maximum number of images for the mean entropy
 
 
 class TokenMonitor:
@@ -32,7 +32,7 @@ class TokenMonitor:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
         self.initial_tokens = self.get_tokens()
-        self.reported_names: set[str] = set()  # tokens without gradient that were already returned
+        self.reported_names: set[str] = set()  # names of tokens without a gradient that were already returned
 
     def get_tokens(self) -> Tokens:
         """Return a copy of each token on the CPU."""
@@ -51,22 +51,22 @@ class TokenMonitor:
             for index, gradient in enumerate(full_gradient.float().cpu().squeeze(0).clone())
         }
 
-    def compute_health(self, before: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
-        """Return the metrics of each token for metrics.jsonl, from the tokens and gradients before the update."""
-        after = self.get_tokens()
-        gradient_norms = {name: compute_norm(gradients[name]) if name in gradients else 0.0 for name in after}
+    def compute_health(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
+        """Return the metrics of each token for metrics.jsonl. `old_tokens` are the tokens before the update."""
+        new_tokens = self.get_tokens()
+        gradient_norms = {name: compute_norm(gradients[name]) if name in gradients else 0.0 for name in new_tokens}
         update_ratios = {
-            name: compute_norm(token - before[name]) / max(compute_norm(before[name]), 1e-12)
-            for name, token in after.items()
+            name: compute_norm(token - old_tokens[name]) / max(compute_norm(old_tokens[name]), 1e-12)
+            for name, token in new_tokens.items()
         }
         return {
-            "token_norm": {name: round_finite(compute_norm(token)) for name, token in after.items()},
+            "token_norm": {name: round_finite(compute_norm(token)) for name, token in new_tokens.items()},
             "token_gradient_norm": {name: round_finite(norm) for name, norm in gradient_norms.items()},
             "token_update_ratio": {name: round_finite(ratio) for name, ratio in update_ratios.items()},
         }
 
     def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
-        """Return the names of the tokens without gradient in this step; each name is returned once per run."""
+        """Return the names of the tokens without a gradient in this step. Each name is returned once per run."""
         norms = health["token_gradient_norm"]
         names = [name for name, norm in norms.items() if norm == 0 and name not in self.reported_names]
         self.reported_names.update(names)
@@ -91,7 +91,7 @@ def build_attention_measure(
 
 
 def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return no metrics; used for models whose CLS attention is not available."""
+    """Return an empty dictionary, for models whose CLS attention is not available."""
     return {}
 
 
@@ -104,7 +104,8 @@ class AttentionEntropy:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
-        """Return the entropy in nats per layer: the mean over the batch's first images, heads and CLS tokens."""
+        """Return the entropy of each layer in nats, averaged over the first images of the batch, the heads and the CLS
+        tokens."""
         pixel_values = self.normalize(batch["pixels"][:NUM_ATTENTION_IMAGES])  # [B, C, H, W]
         self.model.eval()
         weights = self.model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
@@ -114,10 +115,10 @@ class AttentionEntropy:
 
 
 def compute_norm(vector: torch.Tensor) -> float:
-    """Return the Euclidean norm."""
+    """Return the Euclidean norm of a vector."""
     return vector.norm().item()
 
 
 def round_finite(value: float) -> float | None:
-    """Return a number with six significant digits, or None if it is not finite, as may happen in fp16."""
+    """Round a number to six significant digits. Return None if the number is not finite, which may happen in fp16."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

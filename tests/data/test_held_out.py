@@ -200,8 +200,10 @@ def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
         capsys.readouterr()
         reset_accelerate()
         run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
+        output = capsys.readouterr().out
         found = (
-            "may have been trained on images that this run holds out. Set --split-seed 7" in capsys.readouterr().out
+            "the held-out images of this run may include training images of" in output
+            and "Use the same split with --split-seed 7" in output
         )
         assert found is is_warned
 

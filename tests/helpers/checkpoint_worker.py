@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore, load_on_main, save_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
-from modeling_vitcls.training.loop import Interruption
+from modeling_vitcls.training.loop import SignalHandler
 from modeling_vitcls.training.optimizer import Ema
 
 
@@ -124,7 +124,7 @@ def check_other_number_of_shards(folder: Path, accelerator: Accelerator) -> None
 
 def check_signal_to_one_process(folder: Path, accelerator: Accelerator) -> None:
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        with Interruption(accelerator) as interruption:
+        with SignalHandler(accelerator) as interruption:
             assert interruption.get_signal() is None
             if accelerator.process_index == 1:
                 os.kill(os.getpid(), number)

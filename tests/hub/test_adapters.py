@@ -16,7 +16,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub.adapters import write_adapter
 from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.training.model import apply_trainable, merge_lora
+from modeling_vitcls.training.model import merge_lora, set_trainable_parameters
 
 
 # Runs without the package: loads the adapter as described in its card, and saves the logits.
@@ -38,7 +38,7 @@ def train(base: Path) -> ViTCLSForImageClassification:
         base, num_labels=5, num_register_tokens=2, ignore_mismatched_sizes=True
     )
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    model = apply_trainable(model, "lora", lora_rank=2)
+    model = set_trainable_parameters(model, "lora", lora_rank=2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_prints_one_line(hub: LocalHub, tmp_path
     ended = script("finetune.py", RUN, "--output-dir", folder, *flags.split())
     assert ended.status == 0
     (warning,) = ended.lines("WARNING: ")
-    assert "step 5 is not pushed, because it cannot be written" in warning
+    assert "step 5 is not pushed, because the model cannot be written" in warning
 
 
 def test_a_dry_run_pushes_nothing(hub: LocalHub, tmp_path: Path, script: Any) -> None:
@@ -342,7 +342,7 @@ def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: An
     stop_at(3, tmp_path / "my-run")
     flags = "--push-to-hub --hub-checkpoint-every 2"
     ended = script("finetune.py", LONG, "--output-dir", tmp_path / "my-run", *flags.split())
-    assert ended.status == 143 and "a checkpoint was saved. Resume with the same command and --resume" in ended.err
+    assert ended.status == 143 and "a checkpoint was saved. Repeat the command with --resume" in ended.err
     assert "waiting   for the upload of step 2, up to 20 s" in ended.out
     assert (
         hub.repositories["ann/my-run"].commits[hub.repositories["ann/my-run"].branches["checkpoints"]].message

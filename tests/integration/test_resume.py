@@ -511,7 +511,7 @@ CHANGES = {
     "--dataset digits": "but this run has digits",
     "--seed 1": "--seed 0, but this run has 1",
     "--mixup 0.1": "--mixup 0.0, but this run has 0.1",
-    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 of 4. Set --batch-size x",
+    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 steps of 4 images. Set --batch-size x",
     "--ema-decay 0.9": "--ema-decay unset, but this run has 0.9",
     "--epochs 9": "--epochs 5.0, but this run has 9.0",
     "--max-steps 40": "--max-steps unset, but this run has 40",
@@ -530,7 +530,7 @@ def test_another_run_is_an_error(change: str, killed: Path, image_folder: Path) 
 
 def test_an_unfinished_run_is_not_overwritten(killed: Path, image_folder: Path) -> None:
     before = contents(killed)
-    assert "Continue it with --resume" in get_error(killed, f"{RUN} --dataset {image_folder}")
+    assert "Continue the run with --resume" in get_error(killed, f"{RUN} --dataset {image_folder}")
     assert contents(killed) == before
 
 
@@ -591,7 +591,7 @@ def test_a_new_run_that_is_killed_early_has_no_old_model(image_folder: Path, fol
     flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --max-steps 3")
     before = contents(folder)
-    assert "contains a finished run. Replace it with --overwrite" in get_error(folder, flags)
+    assert "contains a finished run. Replace the run with --overwrite" in get_error(folder, flags)
     assert contents(folder) == before
     run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
     deadline = time.monotonic() + 120

@@ -38,8 +38,8 @@ from modeling_vitcls.checkpoints import (
 )
 from modeling_vitcls.data.batches import leave_signals_to_parent
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
-from modeling_vitcls.training.loop import Interruption
-from modeling_vitcls.training.model import apply_trainable
+from modeling_vitcls.training.loop import SignalHandler
+from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
 
 
@@ -467,7 +467,7 @@ def build(kind: str, seed: int) -> nn.Module:
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
-        apply_trainable(model, "lora")
+        set_trainable_parameters(model, "lora")
     if kind == "tied":
         model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
     if kind == "compiled":
@@ -572,9 +572,9 @@ def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> No
 def test_signals_stop_training_at_the_next_check(
     number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_vitcls.training.loop.ECHO_SECONDS", SECONDS)  # a busy machine may pause here
+    monkeypatch.setattr("modeling_vitcls.training.loop.MAX_ECHO_SECONDS", SECONDS)  # a busy machine may pause here
     before = signal.getsignal(number)
-    with Interruption(Accelerator(cpu=True)) as interruption:
+    with SignalHandler(Accelerator(cpu=True)) as interruption:
         assert interruption.get_signal() is None and interruption.exit_status == 0
         os.kill(os.getpid(), number)
         assert interruption.get_signal() == number.name
@@ -585,7 +585,7 @@ def test_signals_stop_training_at_the_next_check(
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
-    with Interruption(Accelerator(cpu=True)) as interruption:
+    with SignalHandler(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         interruption.received_time -= 2
         os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
@@ -597,7 +597,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
 def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interruption(Accelerator(cpu=True)) as interruption:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.get_signal() is None
     finally:
@@ -609,7 +609,7 @@ def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
     answers: list[object] = []
 
     def ask() -> None:
-        with Interruption(Accelerator(cpu=True)) as interruption:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
             answers.append(signal.getsignal(signal.SIGTERM))
             answers.append(interruption.get_signal())
 
@@ -655,7 +655,7 @@ def launch_and_die(sender: Any, variable: str) -> None:
     os.environ.setdefault(variable, "no")
     launcher = os.getpid()
     if os.fork() == 0:
-        with Interruption(Accelerator(cpu=True)) as interruption:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
             assert interruption.get_signal() is None
             os.kill(launcher, signal.SIGKILL)
             while os.getppid() == launcher:

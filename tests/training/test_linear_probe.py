@@ -47,7 +47,7 @@ from modeling_vitcls.training.losses import (
     SingleLabelLoss,
     get_feature_inputs,
 )
-from modeling_vitcls.training.model import apply_trainable, set_train_mode
+from modeling_vitcls.training.model import set_train_mode, set_trainable_parameters
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -98,7 +98,7 @@ class Probe:
         unreadable: tuple[int, ...] = (),
         **fields: Any,
     ) -> None:
-        self.model = apply_trainable(randomize(model_class(build_tiny_config(**fields))), "head")
+        self.model = set_trainable_parameters(randomize(model_class(build_tiny_config(**fields))), "head")
         self.processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
         self.normalise = Normalizer(self.processor, torch.device("cpu"))
         self.accelerator = Accelerator(cpu=True)
@@ -153,7 +153,7 @@ def test_heads_on_features_predict_as_the_whole_model(model_class: Any, fields: 
 
 @each_model
 def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str, Any]) -> None:
-    model = apply_trainable(model_class(build_tiny_config(**fields)), "head")
+    model = set_trainable_parameters(model_class(build_tiny_config(**fields)), "head")
     heads = dict(build_classifier_heads(model).named_parameters())
     of_model = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert heads.keys() == of_model.keys()
@@ -173,7 +173,7 @@ def test_their_parameters_are_the_models_own(model_class: Any, fields: dict[str,
 def test_what_is_trained_outside_the_heads(
     fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
 ) -> None:
-    model = apply_trainable(ViTCLSForImageClassification(build_tiny_config(**fields)), choice, 4, fresh)
+    model = set_trainable_parameters(ViTCLSForImageClassification(build_tiny_config(**fields)), choice, 4, fresh)
     found = find_trained_parameters_outside_heads(model)
     assert set(found) >= (fresh if expected is None else expected)
     assert bool(found) == (expected != set())

@@ -230,7 +230,7 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
 
 def test_learning_rate_reaches_each_group() -> None:
     bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0)
-    bench.loop.step(bench.batches(), with_health=False)
+    bench.loop.run_optimizer_step(bench.batches(), with_health=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
 
@@ -248,7 +248,7 @@ def test_the_average_is_evaluated_and_the_weights_stay() -> None:
     reference.n_averaged.fill_(1)  # the average starts with the initial weights
     batches = bench.batches()
     for _ in range(4):
-        bench.loop.advance(batches)
+        bench.loop.run_step(batches)
         reference.update_parameters(bench.model)
     shadow = list(reference.module.parameters())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True))
@@ -324,12 +324,12 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
 def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     bench = LoopRecorder(max_steps=4, gradient_accumulation_steps=accumulation)
     batches = bench.batches()
-    bench.loop.advance(batches)
+    bench.loop.run_step(batches)
     before = copy_weights(bench.model)
     objective = bench.loop.objective
     bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * math.nan}
     with pytest.raises(NonFiniteLoss, match=r"not finite in step 2\. Try a lower --learning-rate") as caught:
-        bench.loop.advance(batches)
+        bench.loop.run_step(batches)
     assert len(caught.value.batches) == accumulation
     assert caught.value.batches[0]["index"].shape == (8,)
     assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())

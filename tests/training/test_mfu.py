@@ -40,7 +40,7 @@ from modeling_vitcls.training.mfu import (
     format_si,
     start_utilization,
 )
-from modeling_vitcls.training.model import apply_trainable, set_train_mode
+from modeling_vitcls.training.model import set_train_mode, set_trainable_parameters
 from modeling_vitcls.training.task import run_task
 
 
@@ -83,7 +83,7 @@ def compute_loss(model: Any, labels: Any = None) -> torch.Tensor:
 def build_classifier(trainable: str = "full", **fields: Any) -> Any:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     model.set_attn_implementation("eager")
-    apply_trainable(model, trainable)
+    set_trainable_parameters(model, trainable)
     set_train_mode(model)
     return model
 
@@ -115,7 +115,7 @@ def test_flops_of_several_tasks() -> None:
     model: Any = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     labels = {task: torch.zeros(BATCH, dtype=torch.long) for task in TASKS}
     assert count_training_flops(model, BATCH) == count_flops(lambda: compute_loss(model, labels))
-    apply_trainable(model, "head")
+    set_trainable_parameters(model, "head")
     model.zero_grad()
     assert count_training_flops(model, BATCH) == count_flops(lambda: compute_loss(model, labels))
 
@@ -258,7 +258,7 @@ def test_memory_equals_the_estimate_of_the_model() -> None:
     model = build_classifier(image_size=256)
     estimate = estimate_memory(model, batch_size=5)
     _, lines = get_utilization(model, build_plan(batch_size=5))
-    assert f" {(estimate.total - estimate.parameters) / 2**20:.0f} MiB beyond the weights" in lines["costs"]
+    assert f" {(estimate.total - estimate.parameters) / 2**20:.0f} MiB in addition to the weights" in lines["costs"]
 
 
 def test_memory_is_estimated_for_the_training_device() -> None:

@@ -15,7 +15,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClas
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import DataOptions, DistillationOptions, FinetuneOptions, ModelOptions, TrainingOptions
 from modeling_vitcls.training.finetune import FinetuneTask, check_combinations
-from modeling_vitcls.training.model import apply_trainable, build_model, merge_lora, set_train_mode
+from modeling_vitcls.training.model import build_model, merge_lora, set_train_mode, set_trainable_parameters
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -72,7 +72,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes them"):
+    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes both"):
         FinetuneTask(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     reset_accelerate()
@@ -88,7 +88,7 @@ def test_contradictory_flags_are_errors() -> None:
             "distillation": DistillationOptions(teacher="t"),
             "model": ModelOptions("vitcls-tiny", num_distillation_tokens=0),
         },
-        "--patch-drop-rate requires trained first layers, but --trainable head": {
+        "--patch-drop-rate requires that the embeddings or the first layer are trained, but --trainable head": {
             "model": ModelOptions("some/checkpoint", patch_drop_rate=0.5),
             "training": TrainingOptions(trainable="head"),
         },
@@ -160,31 +160,31 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
 def test_what_is_trained(choice: str, expected: set[str]) -> None:
-    assert group_trainable(apply_trainable(build_random_model(**LAYOUT), choice, 4)) == expected
+    assert group_trainable(set_trainable_parameters(build_random_model(**LAYOUT), choice, 4)) == expected
 
 
 def test_full_trains_everything_except_frozen_parameters() -> None:
-    model = apply_trainable(build_random_model(use_mask_token=True), "full")
+    model = set_trainable_parameters(build_random_model(use_mask_token=True), "full")
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["vitcls.embeddings.mask_token"]
 
 
 def test_pooler_with_parameters_belongs_to_the_head() -> None:
-    assert group_trainable(apply_trainable(build_random_model(pooling="attention"), "head")) == {
+    assert group_trainable(set_trainable_parameters(build_random_model(pooling="attention"), "head")) == {
         "pooler",
         "classifier",
     }
 
 
 def test_heads_of_all_tasks_are_trained() -> None:
-    assert group_trainable(apply_trainable(build_random_model(ViTCLSForMultiTaskClassification, **TASKS), "head")) == {
-        "classifiers"
-    }
+    assert group_trainable(
+        set_trainable_parameters(build_random_model(ViTCLSForMultiTaskClassification, **TASKS), "head")
+    ) == {"classifiers"}
 
 
 def test_a_new_mask_token_stays_frozen() -> None:
     model = build_random_model(use_mask_token=True)
-    apply_trainable(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
+    set_trainable_parameters(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
     assert group_trainable(model) == {"classifier"}
 
 
@@ -199,7 +199,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     start = build_model(options, labels)
-    found = group_trainable(apply_trainable(start.model, choice, 4, start.newly_initialized))
+    found = group_trainable(set_trainable_parameters(start.model, choice, 4, start.newly_initialized))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
@@ -211,17 +211,17 @@ def test_gates_of_added_tokens_are_trained() -> None:
     fields = LAYOUT | {"gated_tokens": {"registers": 2}}
     fresh = {"vitcls.embeddings.register_tokens"}
     assert "gates.gates" in group_trainable(
-        apply_trainable(build_random_model(**fields), "head", newly_initialized=fresh)
+        set_trainable_parameters(build_random_model(**fields), "head", newly_initialized=fresh)
     )
-    assert "gates.gates" not in group_trainable(apply_trainable(build_random_model(**fields), "head"))
+    assert "gates.gates" not in group_trainable(set_trainable_parameters(build_random_model(**fields), "head"))
 
 
 def test_invalid_choices_are_errors() -> None:
     with raises_one_line("last-3", "2 layers"):
-        apply_trainable(build_random_model(), "last-3")
+        set_trainable_parameters(build_random_model(), "last-3")
     for choice in ("last-0", "tail", "last-"):
         with raises_one_line(repr(choice), "last-2"):
-            apply_trainable(build_random_model(), choice)
+            set_trainable_parameters(build_random_model(), choice)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_invalid_choices_are_errors() -> None:
 @each_model
 def test_exactly_the_trainable_parameters_change(choice: str, model_class: Any, fields: dict[str, Any]) -> None:
     """With several processes, a trainable parameter without a gradient stops the run."""
-    model = apply_trainable(build_random_model(model_class, **fields), choice, 4)
+    model = set_trainable_parameters(build_random_model(model_class, **fields), choice, 4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_train_mode(model)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -266,14 +266,14 @@ def modes(model: Any) -> dict[str, bool]:
     ],
 )
 def test_frozen_parts_stay_in_eval_mode(choice: str, fresh: set[str], in_training: set[Any]) -> None:
-    model = apply_trainable(build_random_model(), choice, 4, fresh)
+    model = set_trainable_parameters(build_random_model(), choice, 4, fresh)
     set_train_mode(model)
     assert {name for name, is_training in modes(model).items() if is_training} == in_training
 
 
 def test_a_frozen_encoder_has_no_dropout() -> None:
     model = build_random_model(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
-    apply_trainable(model, "head")
+    set_trainable_parameters(model, "head")
     set_train_mode(torch.nn.Sequential(model))  # as wrapped by other code
     first, second = (model(build_images()).logits for _ in range(2))
     assert torch.equal(first, second)
@@ -293,7 +293,7 @@ def test_a_frozen_encoder_has_no_dropout() -> None:
     ],
 )
 def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], drops: bool) -> None:
-    model = apply_trainable(build_random_model(patch_drop_rate=0.5), choice, 4, fresh)
+    model = set_trainable_parameters(build_random_model(patch_drop_rate=0.5), choice, 4, fresh)
     set_train_mode(torch.nn.Sequential(model))
     lengths: list[int] = []
     model.vitcls.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
@@ -306,7 +306,7 @@ def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], d
 
 def build_lora_model(**fields: Any) -> Any:
     """Return a model with LoRA weights that are not zero."""
-    model = apply_trainable(build_random_model(**fields), "lora", 4)
+    model = set_trainable_parameters(build_random_model(**fields), "lora", 4)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -316,12 +316,12 @@ def build_lora_model(**fields: Any) -> Any:
 
 def test_lora_changes_nothing_at_first() -> None:
     expected = build_random_model(**LAYOUT)(build_images()).logits
-    found = apply_trainable(build_random_model(**LAYOUT), "lora", 4)(build_images()).logits
+    found = set_trainable_parameters(build_random_model(**LAYOUT), "lora", 4)(build_images()).logits
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_lora_is_only_in_queries_and_values_of_the_layers() -> None:
-    model = apply_trainable(build_random_model(pooling="attention"), "lora", 3)
+    model = set_trainable_parameters(build_random_model(pooling="attention"), "lora", 3)
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert set(found) == {f"vitcls.layers.{layer}.attention.{part}_proj" for layer in (0, 1) for part in "qv"}
     assert {module.r["default"] for module in found.values()} == {3}

@@ -272,7 +272,7 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line(f"{earlier} contains a finished run. Replace it with --overwrite"):
+    with raises_one_line(f"{earlier} contains a finished run. Replace the run with --overwrite"):
         run(earlier)
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
@@ -384,4 +384,4 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 def test_a_run_writes_only_listed_files(finished: Path) -> None:
     """A file that is not listed would stay next to the files of the next run."""
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
-    assert names == {*list_final_files(finished), output_folder.METRICS, output_folder.RECIPE}
+    assert names == {*list_final_files(finished), output_folder.METRICS_FILE, output_folder.RECIPE}

@@ -223,9 +223,9 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
 
 def test_flags_for_fine_tuning_are_errors(tmp_path: Path) -> None:
     options = tiny_options(tmp_path / "never")
-    with raises_one_line("--mixup", "no labels"):
+    with raises_one_line("--mixup", "only supported in fine-tuning"):
         PretrainTask(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
-    with raises_one_line("--trainable", "no labels"):
+    with raises_one_line("--trainable", "only supported in fine-tuning"):
         PretrainTask(replace(options, training=TrainingOptions(trainable="last-1")))
     with raises_one_line("Remove --patch-drop-rate"):
         PretrainTask(replace(options, model=replace(TINY, patch_drop_rate=0.5)))

@@ -12,7 +12,7 @@ from modeling_vitcls.options import FinetuneOptions, TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import Reporter, format_duration
 from modeling_vitcls.training.runner import Runner
-from modeling_vitcls.training.task import estimate_seconds
+from modeling_vitcls.training.task import estimate_run_seconds
 
 
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
@@ -88,4 +88,4 @@ def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
     object.__setattr__(options, "training", TrainingOptions())
     runner.options = options
     plan: Any = Plan()
-    assert estimate_seconds(runner, plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
+    assert estimate_run_seconds(runner, plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25

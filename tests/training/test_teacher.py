@@ -288,7 +288,7 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
-    with raises_one_line("saved without classifier"):
+    with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
 
 
@@ -314,7 +314,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
-    with raises_one_line("its own code", "timm:NAME"):
+    with raises_one_line("requires code from its repository", "timm:NAME"):
         load_labeled_teacher(tmp_path)
 
 
