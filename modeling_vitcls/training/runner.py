@@ -221,7 +221,7 @@ class Runner:
             for token in monitor.find_unmoved_tokens():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
         if len(unreadable_images):
-            self.reporter.warn(f"{len(unreadable_images)} training image(s) could not be read and were skipped")
+            self.reporter.warn(f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images")
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
             "token_movement": monitor.compute_movement(),
