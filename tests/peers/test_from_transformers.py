@@ -144,7 +144,7 @@ class TestClassifierOfTheSource:
         ("name", "options", "message"),
         [
             ("vit classifier", {"num_labels": 7}, 'has 3 labels, but num_labels=7. Set classifier="new"'),
-            ("vit classifier", {"classifier": "drop", "num_labels": 7}, "contradict each other"),
+            ("vit classifier", {"classifier": "drop", "num_labels": 7}, "does not support num_labels=7"),
             ("vit classifier", {"classifier": "replace"}, "classifier='replace' is not supported"),
             ("dinov3", {"classifier": "new"}, "requires num_labels"),
         ],
