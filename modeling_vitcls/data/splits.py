@@ -87,7 +87,7 @@ def load_training_data(options: DataOptions, with_selection: bool = False, use_l
         return [name for name in choose_training_splits(names, with_selection) if name is not None]
 
     splits = load_splits(options, use_labels, select)
-    return split_data(splits.name, splits.label_space, splits.parts, options, with_selection)
+    return split_data(splits.name, splits.label_space, splits.images_by_split, options, with_selection)
 
 
 def load_unlabeled_data(options: DataOptions, with_selection: bool = False) -> TrainingData:
@@ -242,7 +242,7 @@ def load_evaluation_data(
         splits = load_splits(options, select=select_split)
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
-        (images,) = splits.parts.values()
+        (images,) = splits.images_by_split.values()
     if name in names and not (name == "train" and len(names) == 1):  # not a part of the only split
         return EvaluationData(space, read_images(images), name, None)
     if name == "train" and options.streaming:

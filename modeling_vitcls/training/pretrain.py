@@ -74,8 +74,8 @@ class PretrainTask(Task):
         masks = self.mask_generator
         rows, columns = masks.grid_size
         return {
-            "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of {masks.block} x "
-            f"{masks.block}"
+            "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of "
+            f"{masks.block_size} x {masks.block_size}"
         }
 
     def collect_facts(self) -> dict[str, Any]:

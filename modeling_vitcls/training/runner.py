@@ -21,7 +21,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
-from ..data.images import UnreadableImages
+from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import (
@@ -143,7 +143,7 @@ class Runner:
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
-        unreadable_images = UnreadableImages(
+        unreadable_images = UnreadableImageCounter(
             components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
         new_unreadable: list[int] = []  # unreadable images that this process has not reported yet
@@ -318,7 +318,7 @@ class Runner:
             self.lock.release()
             raise
 
-    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
+    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImageCounter) -> None:
         """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
         if self.facts is not None:
             try:
@@ -342,7 +342,7 @@ class Runner:
         self.accelerator.wait_for_everyone()
 
     def gather_checkpoint(
-        self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
+        self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImageCounter
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
         this together."""
