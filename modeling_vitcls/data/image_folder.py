@@ -334,7 +334,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
             raise ValueError(
-                f"{path}: the image {name!r} is outside this file's folder. Move the image into this folder"
+                f"{path}: the image {name!r} is outside the folder of this file. Move the image into this folder"
             )
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]

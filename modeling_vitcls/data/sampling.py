@@ -204,7 +204,7 @@ class BatchPlan:
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process, starting at `first_step`."""
+        """Yield the keys of each batch of one process from `first_step` on; a step has `accumulation_steps` batches."""
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size
