@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU modules that replace plain modules and are faster. The outputs agree with plain PyTorch up to rounding errors.
+"""Faster CPU versions of plain modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
     uninstall_cpu_kernels(model)    restores the plain classes
@@ -292,7 +292,7 @@ def compute_linear_gradients(
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
-    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if the second argument is longer
+    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if the second argument has more rows
         weight_grad = linear(grad_rows.t(), rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(rows.t(), grad_rows.t(), None).t()
@@ -401,7 +401,7 @@ def cast_for_autocast(inputs: Tensor) -> Tensor:
 
 
 def compute_in_float32(function: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    """Compute `function(first, *others)` in float32 from half-precision values, and return half precision."""
+    """Compute `function(first, *others)` in float32 from half-precision values; return a half-precision result."""
     dtype = get_product_dtype(first)
     with torch.autocast("cpu", enabled=False):
         return function(*(to_float32(each, dtype) for each in (first, *others))).to(dtype)
@@ -481,7 +481,7 @@ def sdpa_attention(
 def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
 
-    False in exported programs, which may run on other CPUs, and in compiled training, which would store all weights.
+    Returns False for exported programs, which may run on other CPUs, and compiled training, which stores all weights.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False

@@ -93,7 +93,7 @@ def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
 
 
 def describe_source(report: "ParityReport", provenance: Provenance) -> str:
-    """Return the name of the source in Markdown, with a link for a source on the Hub, and with the commit if known."""
+    """Return the name of the source in Markdown, with a link if the source is on the Hub and the commit if known."""
     name = f"`{provenance.name}`"
     if is_copy(report, provenance):
         name = f"[{name}](https://huggingface.co/{provenance.base_model})"
@@ -106,8 +106,8 @@ def describe_preprocessing(report: "ParityReport") -> str:
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
-            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check its settings before "
-            "you use it."
+            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check the settings of the "
+            "image processor before you use the model."
         )
     difference = preprocessing["largest_difference_in_grey_levels"]
     return (

@@ -67,7 +67,7 @@ def convert_checkpoint(
     source = load_any_source(source_name, random_init, family)
     model = convert_source(source, classifier, num_labels)
     classifier_state = get_classifier_state(source, model, classifier)
-    comparisons, not_compared = compare_models(source, model, with_logits=classifier_state == "kept")
+    comparisons, not_compared = compare_models(source, model, has_source_classifier=classifier_state == "kept")
     if not isinstance(source, FileSource):
         source.notes += describe_position_policies(source.name.partition(":")[0], model.config)
     preprocessing = source.convert_preprocessing()
@@ -195,8 +195,8 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     Args:
         source: Folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
-        any_size: Whether the outputs must be equal for images of any size. If False, and if no transformers class
-            supports any size, a class with equal outputs at the native size is used.
+        any_size: Whether the outputs must be equal for images of any size. If False, a transformers class with equal
+            outputs at the native size is sufficient.
 
     Raises:
         ValueError, OSError: If the model does not exist, no transformers class supports the model, a difference
@@ -257,7 +257,7 @@ def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrai
 
 
 def write_processor(folder: Path, target: Path) -> dict[str, Any]:
-    """Save the image processor of a model folder as a `ViTImageProcessor`, and describe it for the parity report."""
+    """Save the image processor of a model folder as a `ViTImageProcessor`, and return a description for the report."""
     if not (folder / "preprocessor_config.json").is_file():
         return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
     original_processor = ViTCLSImageProcessor.from_pretrained(folder)

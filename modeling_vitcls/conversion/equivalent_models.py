@@ -63,7 +63,7 @@ class Rewrite:
 
 
 def list_cls_mean_pooling(config: ViTCLSConfig) -> list[Fields]:
-    """Return DINOv2's `cls_mean` pooling if the model has a linear classifier on the CLS token or the mean token."""
+    """Return DINOv2's `cls_mean` pooling if a linear classifier reads the CLS token or the mean of the patches."""
     is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
 
@@ -98,7 +98,7 @@ def list_position_embedding_tokens(config: ViTCLSConfig) -> list[Fields]:
 
 
 def move_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Add position embeddings to special tokens that have none in the new form; use zeros if the old form has none."""
+    """Add position embeddings of special tokens to the tokens, or create zero embeddings, as the new form requires."""
     old_groups, new_groups = (GROUPS_WITH_POSITIONS[config.position_embedding_tokens] for config in (old, new))
     for group, token in TOKEN_NAMES.items():
         if token in encoder and group in old_groups and group not in new_groups:
@@ -135,7 +135,7 @@ def add_learned_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConf
 
 
 def list_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
-    """Return the next larger `intermediate_size` that DINOv2's integer `mlp_ratio` can represent."""
+    """Return the next larger `intermediate_size` that an integer `mlp_ratio` of DINOv2 can represent."""
     widths = (
         compute_dinov2_mlp_size(config.hidden_size, ratio, config.mlp_type != "mlp")
         for ratio in range(1, MAX_MLP_RATIO + 1)

@@ -26,7 +26,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_timm import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
+from .from_timm import BLOCK_RULES, GATED_MLP_NAMES, MLP_RULES, STEM_RULES, build_head_rules
 from .weight_rules import (
     POSITIONS,
     ClassifierChoice,
@@ -81,22 +81,22 @@ def convert_state_dict(
     """
     if family not in FAMILIES:
         raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
-    conversion = FAMILIES[family]
+    state_dict_family = FAMILIES[family]
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"weights must be a state dict, but weights is a {type(weights).__name__}")
+        raise ConversionError(f"weights must be a state dict, not a {type(weights).__name__}")
     named_weights = {
         replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
     }
     used_weights = {name: value for name, value in named_weights.items() if not name.startswith(tuple(drop))}
     tensors = {name: convert_to_tensor(name, value) for name, value in used_weights.items()}
     try:
-        tensors = conversion.prepare(tensors)
-        fields = conversion.read_fields(tensors) | fields
+        tensors = state_dict_family.prepare(tensors)
+        fields = state_dict_family.read_fields(tensors) | fields
         for name in ("num_attention_heads", "image_size"):
             if fields[name] is None:
                 raise ConversionError(f"{name} cannot be inferred from the weights. Set {name}=...")
         config = ViTCLSConfig(**fields)
-        encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
+        encoder, head = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
         return build_model(config, encoder, head, classifier, num_labels)
     except (LookupError, RuntimeError) as error:  # tensors with an unexpected number of dimensions
         raise ConversionError(f"the weight shapes do not match the family {family}: {format_error(error)}") from error
@@ -118,7 +118,7 @@ DINOV2_RULES = [
     Rule("register_tokens", "embeddings.register_tokens"),
     Rule("linear_head.{rest}", "classifier.{rest}"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
-    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP, split_halves),
+    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP_NAMES, split_halves),
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     *VIT_RULES,
 ]
@@ -166,7 +166,7 @@ def build_dense_rules(source: str, target: str) -> list[Rule]:
     ]
 
 
-BLOCK = "Transformer/encoderblock_{i}"
+BLOCK_PREFIX = "Transformer/encoderblock_{i}"
 
 # `{n}` is the index of a module in a block, which differs between big_vision and google-research/vision_transformer.
 BIG_VISION_RULES = [
@@ -179,11 +179,11 @@ BIG_VISION_RULES = [
     Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("pos_embedding", POSITIONS, split_positions, axis=1),
     Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
-    *build_norm_rules(f"{BLOCK}/LayerNorm_0", "layers.{i}.layernorm_before"),
-    *build_attention_rules(f"{BLOCK}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
-    *build_norm_rules(f"{BLOCK}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),
-    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_0", "layers.{i}.mlp.fc1"),
-    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_1", "layers.{i}.mlp.fc2"),
+    *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_0", "layers.{i}.layernorm_before"),
+    *build_attention_rules(f"{BLOCK_PREFIX}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
+    *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),
+    *build_dense_rules(f"{BLOCK_PREFIX}/MlpBlock_{{n}}/Dense_0", "layers.{i}.mlp.fc1"),
+    *build_dense_rules(f"{BLOCK_PREFIX}/MlpBlock_{{n}}/Dense_1", "layers.{i}.mlp.fc2"),
     *build_norm_rules("Transformer/encoder_norm", "layernorm"),
     Rule("MAPHead_0/probe", "pooler.probe"),
     *build_attention_rules("MAPHead_0/MultiHeadDotProductAttention_0", "pooler"),
@@ -217,7 +217,7 @@ def prepare_dinov3(weights: Weights) -> Weights:
 
 
 def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields inferred from the weight shapes. `width_to_num_heads` contains the published models."""
+    """Return the fields inferred from the weight shapes. `width_to_num_heads` covers the published models."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
@@ -247,12 +247,15 @@ def read_mlp(weights: Weights) -> Fields:
     return {"intermediate_size": get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]}
 
 
-def read_positions(weights: Weights, num_special: int) -> Fields:
+def read_positions(weights: Weights, num_special_tokens: int) -> Fields:
     """Return `position_embedding_tokens` and `image_size` for position embeddings [1, N, D]. `image_size` is None if
     the patch grid is not square."""
     num_positions = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
-    for num_prefix_tokens, tokens in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
+    for num_prefix_tokens, tokens in (
+        (num_special_tokens, "cls" if num_special_tokens == 1 else "all"),
+        (0, "patches"),
+    ):
         side = math.isqrt(num_positions - num_prefix_tokens)
         if side * side == num_positions - num_prefix_tokens:
             image_size = [side * patch_height, side * patch_width]
@@ -272,11 +275,11 @@ def read_dinov2(weights: Weights) -> Fields:
             f"the linear classifier of DINOv2 reads {head.shape[-1] // width - 1} layers, but only classifiers that "
             "read the last layer are supported. Use the one-layer classifier (linear_head instead of linear4_head)"
         )
-    resampling: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
+    resampling_fields: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
     return {
         **read_vit(weights, {384: 6, 768: 12, 1024: 16, 1536: 24}),
-        **read_positions(weights, num_special=1),
-        **resampling,
+        **read_positions(weights, num_special_tokens=1),
+        **resampling_fields,
         **({} if head is None else {"num_labels": len(head), "pooling": "cls_mean"}),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
@@ -301,7 +304,7 @@ def read_deit(weights: Weights) -> Fields:
     special_names = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=len(special_names)),
+        **read_positions(weights, num_special_tokens=len(special_names)),
         "num_distillation_tokens": special_names.count("dist_token"),
     }
 
@@ -313,7 +316,7 @@ def read_dino(weights: Weights) -> Fields:
 
 def read_ijepa(weights: Weights) -> Fields:
     """Return the fields of I-JEPA (arXiv 2301.08243), which has no CLS token."""
-    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special=0)
+    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special_tokens=0)
     return fields | {"num_cls_tokens": 0, "position_embedding_tokens": "patches", "pooling": "mean"}
 
 
@@ -323,7 +326,7 @@ def read_mae(weights: Weights) -> Fields:
     has_mean_pooling = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=1),
+        **read_positions(weights, num_special_tokens=1),
         "final_norm": not has_mean_pooling,
         "pooled_norm": has_mean_pooling,
         "pooling": "mean" if has_mean_pooling else "cls",
@@ -419,9 +422,9 @@ def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
 def get_weight(weights: Weights, name: str) -> torch.Tensor:
     """Return a weight of the state dict. Raise ConversionError if the weight is missing."""
     if name not in weights:
-        first = ", ".join(list(weights)[:4])
+        first_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {first}, ... Set another family=..."
+            f"the family requires the weight {name}, but the weights are {first_names}, ... Set another family=..."
         )
     return weights[name]
 

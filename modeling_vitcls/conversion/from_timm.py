@@ -95,8 +95,8 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
 
     All branches read the same tokens. The scale and bias of each norm are folded into the projections after the norm,
-    and LayerScale is folded into the projection before it. The sum of the branches is then one attention module with
-    the heads of all branches and one MLP with the neurons of all branches.
+    and LayerScale is folded into the projection before LayerScale. The sum of the branches is then one attention
+    module with the heads of all branches and one MLP with the neurons of all branches.
     """
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
@@ -182,8 +182,8 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
 # Rules for parameter names ------------------------------------------------------------------------------------------
 
 
-QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
-GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
+QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
+GATED_MLP_NAMES = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -206,7 +206,7 @@ STEM_RULES = [
 BLOCK_RULES = [
     Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("blocks.{i}.attn.qkv.{rest}", QKV, split_qkv),
+    Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES, split_qkv),
     Rule("blocks.{i}.attn.q_bias", "layers.{i}.attention.q_proj.bias"),
     Rule("blocks.{i}.attn.v_bias", "layers.{i}.attention.v_proj.bias"),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
@@ -224,7 +224,7 @@ BLOCK_RULES = [
 
 PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV], split_mlp_qkv),
+    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
     Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
@@ -244,22 +244,30 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 
-MLP_NORM = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
-MLP_DOWN = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
+MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
+MLP_DOWN_RULE = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
 # Rules for each class of MLP. The fused first layer of `GluMlp` contains the gate in the first or in the last half.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-        MLP_NORM,
+        MLP_NORM_RULE,
     ],
-    "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
-    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP[::-1], split_halves), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate first": [
+        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES, split_halves),
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
+    ],
+    "GluMlp, gate last": [
+        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES[::-1], split_halves),
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
+    ],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        MLP_DOWN,
-        MLP_NORM,
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
     ],
 }
 

@@ -1,6 +1,7 @@
 """Measure the differences between a source and the converted model, and write the report to certificate.json.
 
-    comparisons, reason = compare_models(source, model, with_logits=True)      # raises if a difference exceeds LIMIT
+    # Raises ConversionError if a difference exceeds LIMIT.
+    comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
 The comparison covers every token of the final hidden state, by token group, and the logits. The inputs are random
 images of the native size and, if the source supports other sizes, of a non-square size, for which the position
@@ -69,7 +70,7 @@ class ParityReport:
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_reason: str = ""
+    source: SourceModel, model: ViTCLSPreTrainedModel, has_source_classifier: bool, native_size_reason: str = ""
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `LIMIT`.
@@ -78,7 +79,7 @@ def compare_models(
 
     Args:
         source: Source whose model is in float32.
-        with_logits: Whether the model has the classifier of the source.
+        has_source_classifier: Whether the model has the classifier of the source.
         native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
@@ -94,13 +95,13 @@ def compare_models(
             if not comparisons:
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
-        expected = split_token_groups(source_outputs, model)
+        source_groups = split_token_groups(source_outputs, model)
         with remove_cpu_kernels(model):
             outputs = compute_model_outputs(model, pixel_values)
-        names = [name for name in expected if name in outputs and (with_logits or "logits" not in name)]
-        if with_logits and "logits" not in names:
+        names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
+        if has_source_classifier and "logits" not in names:
             raise ConversionError(f"the logits of {source.name} cannot be compared")
-        differences = {name: get_max_magnitude(outputs[name] - expected[name]) for name in names}
+        differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
             f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
         ]  # or NaN
@@ -109,7 +110,7 @@ def compare_models(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive_differences)}; the limit is {LIMIT:g}"
             )
-        magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
+        magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
         if native_size_reason:
             return comparisons, native_size_reason
@@ -180,9 +181,9 @@ def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Output
     return {name: tokens for name, tokens in groups.items() if tokens.shape[1]} | other_outputs
 
 
-def get_max_magnitude(values: torch.Tensor) -> float:
+def get_max_magnitude(tensor: torch.Tensor) -> float:
     """Return the largest absolute value, or NaN if any value is NaN."""
-    return values.abs().max().item()
+    return tensor.abs().max().item()
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:

@@ -3,7 +3,7 @@
     source = FileSource.load(Path("dinov2_vits14_reg4_pretrain.pth"))
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
-1. The file is read without running code: .npz, .safetensors, or a pickle of tensors.
+1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
 2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
 4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
@@ -62,7 +62,7 @@ FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
 # Prefixes of weights that are used only in pre-training.
-PRETRAINING_WEIGHTS = {"mae": ("decoder", "mask_token")}
+PRETRAINING_PREFIXES = {"mae": ("decoder", "mask_token")}
 
 # Family without rules -> timm model names by (width, patch size).
 TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
@@ -101,7 +101,7 @@ class FileSource(TimmSource):
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.family = family
-        self.weights = weights  # names have no containers and prefixes
+        self.weights = weights  # parameter names without containers and prefixes
         self.sha256 = compute_file_digest(file)
         # Weight and bias of DINOv2's linear classifier, which timm does not support.
         self.linear_head = (
@@ -124,8 +124,8 @@ class FileSource(TimmSource):
             )
         if family not in FILE_FAMILIES:
             raise ConversionError(f"--family {family} is unknown. Use one of {', '.join(FILE_FAMILIES)}")
-        drop = PRETRAINING_WEIGHTS.get(family, ())
-        weights = {name: weight for name, weight in weights.items() if not name.startswith(drop)}
+        unused_prefixes = PRETRAINING_PREFIXES.get(family, ())
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(unused_prefixes)}
         try:
             if family in TIMM_FAMILIES:
                 model = build_timm_model(weights, family)

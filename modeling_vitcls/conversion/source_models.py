@@ -64,7 +64,7 @@ class TimmSource:
         self.name = name  # name on the command line
         self.model: Any = model.eval()
         self.revision = revision  # commit hash on the Hub; None if the hash is unknown
-        self.notes = notes  # messages to the user on how the model was loaded
+        self.notes = notes  # notes for the user about loading the model
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
@@ -72,8 +72,8 @@ class TimmSource:
         timm = import_timm()
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
-            similar = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-            hint = f". Did you mean {similar[0]}?" if similar else ""
+            similar_names = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+            hint = f". Did you mean {similar_names[0]}?" if similar_names else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
             model, commit = load_timm(name, with_weights=not random_init)
@@ -253,7 +253,7 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
         name = getattr(model_class, "__name__", "")
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted, because it is not a supported plain ViT"
+            f"{architecture or type(config).__name__} cannot be converted. Use a supported plain ViT"
         )
     return getattr(transformers, name)
 
@@ -267,19 +267,19 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:
-        model, info = model_class.from_pretrained(folder, **options)
-        if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
-            model, info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
+        model, loading_info = model_class.from_pretrained(folder, **options)
+        if loading_info["missing_keys"] and all(name.startswith("pooler.") for name in loading_info["missing_keys"]):
+            model, loading_info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
     except Exception as error:  # any error of the download
         check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
-    if missing_names := sorted(info["missing_keys"]):
+    if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {path}, for example "
             f"{missing_names[0]}"
         )
-    unexpected_names = sorted(info["unexpected_keys"])
+    unexpected_names = sorted(loading_info["unexpected_keys"])
     if unexpected_names and model_class.__name__ in (model.config.architectures or []):
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights, for example {unexpected_names[0]}"

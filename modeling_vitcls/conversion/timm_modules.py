@@ -68,13 +68,15 @@ def read_image_and_patches(model: TimmModule) -> Fields:
 
 
 def read_tokens(model: TimmModule) -> Fields:
-    """Return the numbers of special tokens."""
+    """Return the number of special tokens of each type."""
     registers = getattr(model, "reg_token", None)
-    has_distillation = getattr(model, "dist_token", None) is not None
-    check_supported(not (has_distillation and registers is not None), "registers together with a distillation token")
+    has_distillation_token = getattr(model, "dist_token", None) is not None
+    check_supported(
+        not (has_distillation_token and registers is not None), "registers together with a distillation token"
+    )
     return {
         "num_cls_tokens": int(model.cls_token is not None),
-        "num_distillation_tokens": int(has_distillation),
+        "num_distillation_tokens": int(has_distillation_token),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
@@ -301,7 +303,7 @@ def read_drop_path_rate(last_block: TimmModule) -> float:
 
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the pooling of the head."""
+    """Return the fields of the pooling before the head."""
     pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")

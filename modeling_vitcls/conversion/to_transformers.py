@@ -54,13 +54,14 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     name = type(model).__name__
     if name not in TARGETS:
         raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
-    best = find_best_match(name, model.config, native_size_only)
-    if best.mismatches:
+    best_match = find_best_match(name, model.config, native_size_only)
+    if best_match.mismatches:
         hint = describe_encoder_target(model)
-        if not native_size_only and not (native := find_best_match(name, model.config, True)).mismatches:
-            hint = f". {native.target.name} is exact at the native size: set native_size_only=True, or omit --any-size"
-        raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest_target(best)}{hint}")
-    return build_transformers_model(best, model)
+        if not native_size_only and not (native_match := find_best_match(name, model.config, True)).mismatches:
+            target_name = native_match.target.name
+            hint = f". {target_name} is exact at the native size: set native_size_only=True, or omit --any-size"
+        raise ConversionError(f"{', '.join(best_match.mismatches)}{describe_nearest_target(best_match)}{hint}")
+    return build_transformers_model(best_match, model)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class TargetMatch:
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match with the fewest mismatches and, among equal numbers, the fewest rewrites."""
+    """Return the match with the fewest mismatches and, if several matches are equal, with the fewest rewrites."""
     matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
     return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
 
@@ -195,9 +196,9 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
     convertible_class = target.convertible_class
     try:
         with torch.device("meta"):
-            candidate = target.build(config)
-        weights, _ = split_head(candidate.state_dict(), convertible_class.encoder)
-        fields = convertible_class.family.read_fields(candidate.config, weights) | dict(convertible_class.fields)
+            target_model = target.build(config)
+        weights, _ = split_head(target_model.state_dict(), convertible_class.encoder)
+        fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
         target_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, [format_error(error)], [])

@@ -131,7 +131,7 @@ def read_pixio(config: Any, weights: Weights) -> Fields:
     }
 
 
-# Parameter names as in BERT's attention.
+# Rules for attention parameters with the same names as in BERT.
 BERT_ATTENTION_RULES = [
     Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
@@ -162,7 +162,8 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower than a plain MLP with as many parameters."""
+    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower than a plain MLP with about as many
+    parameters."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 

@@ -194,15 +194,15 @@ def build_model(
         ConversionError: If the value of `classifier` is not possible for the source, or the weights do not match the
             model.
     """
-    create_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
+    has_new_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
     if num_labels is not None:
         config.num_labels = num_labels
     weights = dict(encoder)
     model: ViTCLSPreTrainedModel
-    with nullcontext() if create_head else no_init_weights():
-        if create_head or (classifier == "keep" and head is not None):
+    with nullcontext() if has_new_head else no_init_weights():
+        if has_new_head or (classifier == "keep" and head is not None):
             model = ViTCLSForImageClassification(config)
-            if create_head:
+            if has_new_head:
                 head = {n: weight for n, weight in model.state_dict().items() if not n.startswith("vitcls.")}
             weights = {f"vitcls.{name}": weight for name, weight in encoder.items()} | (head or {})
         else:

@@ -40,17 +40,17 @@ class Augmentation:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
         """
-        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
+        random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
         if self.image_transform is not None:
             transformed_images = []
             with torch.random.fork_rng(devices=[]):
-                for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
+                for image, seed in zip(pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
                     transformed_images.append(self.image_transform(image))
             pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
+        return self.batch_transform(pixels, convert_to_fractions(random_bits[:, 1:]))
 
 
 def build_augmentation(

@@ -201,13 +201,13 @@ def load_batches(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -
         yield from loader
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
-        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         error.__traceback__ = None  # the traceback references the loader and would keep the workers alive
-    raise ValueError(problem)
+    raise ValueError(message)
 
 
 def leave_signals_to_parent(worker_index: int) -> None:
-    """Make a DataLoader worker ignore signals that are sent to all processes. Used as `worker_init_fn`.
+    """Make a DataLoader worker ignore signals that are sent to all processes (a `worker_init_fn`).
 
     Otherwise, the workers would stop before the training step that waits for the images. SIGTERM from the training
     process still stops a worker, but is lost while a SIGTERM from another process is pending. To stop the workers

@@ -51,13 +51,13 @@ MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are relative to `path`, sorted, and use "/" as separator."""
+    """The files of an image folder. Paths are sorted, are relative to `path`, and use "/" as separator."""
 
     path: Path
     images: list[str]
     metadata: list[str]
     tables: list[str]
-    others: list[str]  # hidden files, files of other types, and files with names that are not valid text
+    other_files: list[str]  # hidden files, files of other types, and files with names that are not valid text
     empty_folders: list[str]  # first-level folders without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
@@ -69,7 +69,7 @@ class ImageFolder:
 
 def scan_folder(path: Path) -> ImageFolder:
     """Return the files of a folder and of all subfolders. Links to folders are followed."""
-    files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
+    files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "other_files": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
     folders_with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
@@ -95,12 +95,12 @@ def get_file_kind(name: str) -> str:
     """Return the name of the `ImageFolder` field to which a file belongs."""
     path = PurePosixPath(name)
     if any(map(is_hidden, path.parts)) or make_printable(name) != name:
-        return "others"
+        return "other_files"
     if path.name in METADATA_FILES:
         return "metadata"
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return "images"
-    return "tables" if path.suffix.lower() in TABLE_SUFFIXES else "others"
+    return "tables" if path.suffix.lower() in TABLE_SUFFIXES else "other_files"
 
 
 def is_hidden(name: str) -> bool:
@@ -129,7 +129,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         split_datasets = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
     else:
         split_datasets = {split: build_split(folder, split, names) for split, names in splits.items()}
-    add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
+    add_unused_note(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.empty_folders:
         folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
     return datasets.DatasetDict(split_datasets)

@@ -168,14 +168,16 @@ def build_label_reader(
     names = tuple(
         find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested_names
     )
-    list_columns = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
-    if list_columns and len(names) > 1:
+    multi_label_columns = [
+        name for name in names if get_item_type(features[name]) is not None or options.label_separator
+    ]
+    if multi_label_columns and len(names) > 1:
         raise ValueError(
             f"{options.dataset}: several label columns require one label per image in each column, but "
-            f"{list_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
+            f"{multi_label_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
             "--label-separator"
         )
-    kind: LabelKind = "multi_label_classification" if list_columns else "single_label_classification"
+    kind: LabelKind = "multi_label_classification" if multi_label_columns else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
 
@@ -199,16 +201,16 @@ def build_label_column(
         raise ValueError(
             f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
         )
-    values = {
+    distinct_values = {
         normalize_value(label)
         for value in read_column(name)
         for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row")
     } - {None}
-    if any(isinstance(value, float | dict) for value in values):
+    if any(isinstance(value, float | dict) for value in distinct_values):
         raise ValueError(
             f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
         )
-    classes = [str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
+    classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
     return LabelColumn(name, classes, is_declared=False)
 
 
@@ -256,7 +258,7 @@ def find_column(
     matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(matching_columns) == 1:
         return matching_columns[0]
-    usual_columns = [usual for usual in usual_names if usual in (matching_columns or features)]
+    usual_columns = [usual_name for usual_name in usual_names if usual_name in (matching_columns or features)]
     if usual_columns:
         return usual_columns[0]
     raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns}. Set --{kind}-column")

@@ -128,9 +128,9 @@ class BalancedOrder(ShuffledOrder):
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
     Missing labels (-100) are ignored. A class without images has weight 0."""
-    counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
-    is_present = counts > 0
-    return torch.where(is_present, counts.sum() / (is_present.sum() * counts.clamp(min=1)), 0.0)
+    class_counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
+    is_present = class_counts > 0
+    return torch.where(is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class BatchPlan:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
             num_copies: number of copies of each image in a step (`--repeated-augmentation`). If the number of images
-                per step is not a multiple of `num_copies`, some images have one copy less.
+                per step is not a multiple of `num_copies`, some images have one copy fewer.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -204,7 +204,7 @@ class BatchPlan:
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process from `first_step` on; a step has `accumulation_steps` batches."""
+        """Yield the keys of each batch of one process from `first_step` on (`accumulation_steps` batches per step)."""
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size

@@ -1,4 +1,4 @@
-"""Load the splits of a dataset by the name in `--dataset`.
+"""Load the splits of the dataset in `--dataset`.
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
@@ -97,10 +97,10 @@ def load_digits() -> Splits:
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
-    levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
+    gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     label_space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
     return Splits(
-        "digits", label_space, {"train": LabeledImages(ArrayImages(levels), digits.target.tolist())}, ["train"]
+        "digits", label_space, {"train": LabeledImages(ArrayImages(gray_levels), digits.target.tolist())}, ["train"]
     )
 
 
@@ -174,10 +174,10 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     reader = build_label_reader(options, features, read_all)
     images_by_split = {}
     for split, dataset in datasets.items():
-        values = [read_column(dataset, column.name) for column in reader.columns]
-        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*values, strict=True))
+        label_columns = [read_column(dataset, column.name) for column in reader.columns]
+        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
         split_name = f"{options.dataset}, split {split!r}"
-        labels = [reader.read(row, f"{split_name}: row {number}") for number, row in enumerate(rows)]
+        labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
         images_by_split[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, images_by_split, list(all_splits))
 
