@@ -28,7 +28,7 @@ from .weight_rules import Fields
 
 
 WeightDict = dict[str, torch.Tensor]
-# Function of the encoder weights, head weights, old and new configuration that changes both weight dicts in place.
+# Function (encoder weights, head weights, old and new configuration) that changes both weight dicts in place.
 RewriteWeights = Callable[[WeightDict, WeightDict, ViTCLSConfig, ViTCLSConfig], None]
 
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,7 @@
 timm_modules.py reads the configuration from the modules. This file contains the rules for parameter names, and exact
 rewrites that involve several parameters:
 
-    parallel branches       n attention modules and n MLPs in parallel become one of each, n times as wide
+    parallel branches       n attention modules and n MLPs become one attention module and one MLP, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
@@ -123,7 +123,7 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 
 def fold_norm(branch: Weights, layer: str) -> Weights:
-    """Return the weight and bias of a layer that include the preceding norm. The biases are added in float64."""
+    """Return the weight and bias of a layer with the preceding norm folded in. The biases are added in float64."""
     weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"].double()
     if "norm.bias" in branch:
         bias = bias + weight.double() @ branch["norm.bias"].double()
@@ -131,7 +131,7 @@ def fold_norm(branch: Weights, layer: str) -> Weights:
 
 
 def fold_layer_scale(branch: Weights, layer: str) -> Weights:
-    """Return the weight and bias of a layer that include the subsequent LayerScale."""
+    """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
     weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"]
     scale = branch.get("ls.gamma", torch.ones_like(bias))
     return {"weight": scale[:, None] * weight, "bias": scale * bias}

@@ -23,9 +23,9 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum difference per pixel of a test image from the source's preprocessing with the same backend (PIL or
-# torchvision), in gray levels (0 to 255). The difference is 0, except for sources that round to gray levels after
-# resizing (DINOv3).
+# Maximum difference per pixel of a test image, in gray levels (0 to 255). The converted processor is compared with the
+# source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for sources that round
+# to gray levels after resizing (DINOv3).
 LIMIT = 1.0
 
 RESAMPLING_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -39,12 +39,12 @@ SHARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class ConvertedPreprocessing:
-    """A converted image processor, and the difference of its pixels from the source's preprocessing."""
+    """A converted image processor, and the measured difference from the source's preprocessing."""
 
     processor: ViTCLSImageProcessor
     provenance: str  # name of the settings from which the image processor was built
     difference: float | None  # largest difference per pixel of the test images; None for the default processor
-    default_reason: str = ""  # reason for the default processor; empty if the settings were converted
+    default_reason: str = ""  # reason why the default processor is used; otherwise empty
 
     def describe(self) -> dict[str, Any]:
         """Return all fields except the processor, for the parity report."""

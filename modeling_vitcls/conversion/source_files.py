@@ -323,7 +323,7 @@ def get_timm_name(family: str, config: ViTCLSConfig) -> str:
 
 
 def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
-    """Build a timm model of a big_vision file with timm's own file reader."""
+    """Build a timm model from a big_vision file with timm's own reader."""
     options |= {"act_layer": "gelu_tanh"}
     if not config.num_cls_tokens and config.pooling == "mean":
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}

@@ -70,7 +70,7 @@ def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
 
 
 def require_square(config: Any) -> None:
-    """Raise ConversionError if the image is not square and transformers supports only square position grids."""
+    """Raise ConversionError if the image is not square, because transformers resamples to square position grids."""
     if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
         raise ConversionError(
             f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
@@ -162,8 +162,8 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower than a plain MLP with about as many
-    parameters."""
+    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower, with about as many parameters as a plain
+    MLP."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 

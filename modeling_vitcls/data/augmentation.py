@@ -28,7 +28,7 @@ class Augmentation:
     """The three transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random, with torch's generator; preserves the image's shape
+    image_transform: nn.Module | None  # random, uses torch's generator and preserves the image shape
     batch_transform: "BatchTransform"
 
     def __call__(

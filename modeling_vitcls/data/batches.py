@@ -230,7 +230,7 @@ def wait_for_parent_signal() -> None:
 
 
 class Normalizer:
-    """Converter from batches of pixels, from 0 to 255, to the `pixel_values` of an image processor."""
+    """Converter from pixels with values from 0 to 255 to the `pixel_values` of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
         factor = processor.rescale_factor if processor.do_rescale else 1.0

@@ -82,7 +82,7 @@ class HeldOutRecord:
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry in results.json."""
+        """Return the record as a dict for results.json."""
         return asdict(self)
 
 

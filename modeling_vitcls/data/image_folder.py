@@ -326,7 +326,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         else:
             table = pyarrow.parquet.read_table(path)
         names = [str(name) for name in table.column("file_name").to_pylist()]
-    except (OSError, ValueError, KeyError) as error:  # includes the errors of pandas and Arrow
+    except (OSError, ValueError, KeyError) as error:  # the errors of pandas and Arrow are included
         raise ValueError(
             f"cannot read {path}: {format_error(error)}. The file requires a column `file_name` of paths relative to "
             "the folder of the file"

@@ -208,7 +208,7 @@ def warn_on_first_process(message: str) -> None:
 
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
-    """Return the splits of a dataset by name, as objects of `datasets`. With --streaming, no rows are read yet. If
+    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
     labels are not used, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and
     OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
