@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster modules for CPUs, which replace plain modules. The outputs agree with plain PyTorch up to rounding.
+"""Faster CPU versions of plain modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
     uninstall_cpu_kernels(model)    restores the plain classes
-    VITCLS_CPU_KERNELS=0            environment variable: nothing is installed
+    VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
     nn.Linear             -> CPULinear             oneDNN instead of MKL in float32, on CPUs with AVX-512
@@ -11,10 +11,10 @@
     ViTCLSMLP, ViTCLSGLU  -> CPUMLP, CPUGLU        linear + GELU fused; the backward pass recomputes activations
     attention classes     -> CPUAttention, ...     chunked attention in bfloat16, for short sequences
 
-On CPUs without bfloat16 or float16 instructions, products in half precision are computed in float32 and rounded. The
-subclasses have no state: parameters, state dicts, `isinstance` checks, copying and pickling work as in the plain
-modules. Plain PyTorch runs on other devices, in exported and traced programs, under torch.func, with hooks, with
-quantized, sharded or parametrized weights, and if PyTorch lacks a private name. Under autocast, oneDNN is not called.
+On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
+subclasses have no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
+Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, with hooks, with quantized,
+sharded or parametrized weights, and if PyTorch lacks a private name. Under autocast, oneDNN is not called.
 """
 
 import os
@@ -32,7 +32,7 @@ from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
 from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
 
 
-# Private names of PyTorch, used nowhere else in the shipped files. If a name is missing, no kernel is installed.
+# Private PyTorch names, which the other shipped files do not use. If a name is missing, no kernel is installed.
 try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
@@ -53,7 +53,7 @@ try:
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
     def is_exporting() -> bool:
-        """Return whether operators are exported to a program that may run on another machine."""
+        """Return whether the model is being exported to a program that may run on another machine."""
         # before torch 2.14, torch.compiler.is_exporting() is also true while compiling
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
@@ -65,7 +65,7 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules with their subclasses in `KERNEL_CLASSES`, in place, if `can_install()`."""
+    """Replace the classes of modules in place with the subclasses in `KERNEL_CLASSES`, if `can_install()` is True."""
     if not can_install():
         return
     for module in model.modules():
@@ -75,7 +75,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
 
 
 def can_install() -> bool:
-    """Return False if the environment variable VITCLS_CPU_KERNELS is 0, or this PyTorch lacks a private name."""
+    """Return whether VITCLS_CPU_KERNELS is not 0 and the installed PyTorch has all required private names."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
@@ -87,10 +87,10 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
 
 
 class CPUKernel(nn.Module):
-    """Base class of all kernels."""
+    """Base class of all CPU kernels."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module, as a plain module if kernels cannot be installed."""
+        """Restore a copied or pickled module. The module becomes a plain module if `can_install()` is False."""
         super().__setstate__(state)
         if not can_install():
             uninstall_cpu_kernels(self)
@@ -102,12 +102,12 @@ class CPUKernel(nn.Module):
 
 # Modules -------------------------------------------------------------------------------------------------------------
 class CPULinear(CPUKernel, nn.Linear):
-    """nn.Linear, [..., in] -> [..., out]."""
+    """A linear layer that maps [..., in] to [..., out]."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
-            parameters = self._parameters  # attribute access takes ten times as long
+            parameters = self._parameters  # ten times as fast as attribute access
             linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
             return linear(inputs, parameters["weight"], parameters["bias"])
         if is_emulated(inputs) and has_plain_parameters(self):
@@ -116,7 +116,7 @@ class CPULinear(CPUKernel, nn.Linear):
 
 
 class CPUPatchProjection(CPUKernel, nn.Conv2d):
-    """A convolution with stride = kernel size and no padding, [B, C, H, W] -> [B, out, rows, columns]."""
+    """A convolution without padding whose stride is the kernel size, [B, C, H, W] -> [B, out, rows, columns]."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Project each patch; pixels beyond the last whole patch are ignored."""
@@ -135,7 +135,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with a fused GELU; autograd keeps the input of the activation, not its output."""
+    """ViTCLSMLP with a fused GELU. Autograd stores the GELU input, but not the GELU output."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -157,7 +157,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU; autograd keeps both linear outputs, not their product."""
+    """ViTCLSGLU for which autograd stores both linear outputs, but not the product of both outputs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -174,7 +174,7 @@ class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
     """Base class of the attention kernels."""
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project as `ViTCLSAttention` does; under autocast, the three projections share one cast input."""
+        """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -183,15 +183,15 @@ class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
 
 
 class CPUAttention(CPUAttentionKernel):
-    """Kernel of `ViTCLSAttention`."""
+    """CPU kernel of `ViTCLSAttention`."""
 
 
 class CPUDifferentialAttention(CPUAttentionKernel, ViTCLSDifferentialAttention):
-    """Kernel of `ViTCLSDifferentialAttention`."""
+    """CPU kernel of `ViTCLSDifferentialAttention`."""
 
 
 class CPUMergingAttention(CPUAttentionKernel, MergingAttention):
-    """Kernel of `MergingAttention`."""
+    """CPU kernel of `MergingAttention`."""
 
 
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -207,7 +207,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN is faster for plain CPU tensors, and autocast, torch.func and dispatch modes are off."""
+    """Return whether oneDNN can be used and is faster. Autocast, torch.func and dispatch modes must be off."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
     if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
@@ -221,7 +221,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 
 def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
-    """Return whether a linear layer and an exact GELU are plain modules without hooks."""
+    """Return whether `linear` is a CPULinear and `activation` is the exact GELU, both without hooks."""
     is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
     return is_gelu and type(linear) is CPULinear and not has_hooks(linear)
 
@@ -232,7 +232,7 @@ def is_onednn_enabled() -> bool:
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
-    """Return whether weight and bias are parameters of this module: not quantized, sharded or parametrized."""
+    """Return whether weight and bias are plain parameters, which are not quantized, sharded or parametrized."""
     parameters = linear._parameters
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters  # the bias may be None
 
@@ -244,7 +244,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_capturing_graph() -> bool:
-    """Return whether operators are compiled or traced."""
+    """Return whether the model is being compiled or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -264,7 +264,7 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def linear_gelu(linear: nn.Module, activation: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return `activation(linear(inputs))`, [..., in] -> [..., out]; without gradients, fused or in place."""
+    """Return `activation(linear(inputs))`, [..., in] -> [..., out]. Without gradients, GELU is fused or in place."""
     if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_capturing_graph():
         return activation(linear(inputs))
     if can_use_onednn(linear, inputs):  # type: ignore[arg-type]  # can_fuse_gelu has checked the type
@@ -292,7 +292,7 @@ def compute_linear_gradients(
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
-    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if its weight argument is longer
+    if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if the second argument has more rows
         weight_grad = linear(grad_rows.t(), rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(rows.t(), grad_rows.t(), None).t()
@@ -320,7 +320,7 @@ class KernelLinear(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """GELU, then a linear layer with oneDNN; the backward pass recomputes the GELU output."""
+    """GELU followed by a linear layer with oneDNN. The backward pass recomputes the GELU output."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -334,12 +334,12 @@ class OneDNNGELULinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
         activations = nn.functional.gelu(inputs)
-        input_grad, *others = compute_linear_gradients(
+        input_grad, *other_grads = compute_linear_gradients(
             onednn_linear_autograd, ctx.needs_input_grad, grad, activations, weight, bias
         )
         if input_grad is not None:
             input_grad = torch.ops.aten.gelu_backward(input_grad, inputs)
-        return input_grad, *others
+        return input_grad, *other_grads
 
 
 def is_onednn_correct() -> bool:
@@ -367,20 +367,20 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# PyTorch multiplies half-precision numbers one by one, 8 times as slowly as float32, for example in bfloat16 models.
-# Like PyTorch, these functions sum in float32. Tensors saved for the backward pass stay in half precision.
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, which is 8 times as slow as in float32.
+# Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
-EMULATED: set[torch.dtype] = set()
+EMULATED_DTYPES: set[torch.dtype] = set()
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # measured on x86 only
-    EMULATED = {dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()}
+    EMULATED_DTYPES = {dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()}
 
 
 def is_emulated(inputs: Tensor) -> bool:
-    """Return whether PyTorch would multiply `inputs` in a dtype that this CPU does not support."""
+    """Return whether PyTorch would multiply `inputs` in a dtype for which this CPU has no instructions."""
     return (
-        bool(EMULATED)
+        bool(EMULATED_DTYPES)
         and inputs.is_cpu
-        and get_product_dtype(inputs) in EMULATED
+        and get_product_dtype(inputs) in EMULATED_DTYPES
         and not is_exporting()
         and is_onednn_enabled()
     )
@@ -396,12 +396,12 @@ def get_product_dtype(inputs: Tensor) -> torch.dtype:
 def cast_for_autocast(inputs: Tensor) -> Tensor:
     """Cast float32 inputs to the dtype of autocast once, so that several projections share the copy."""
     if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
-        return inputs  # no cast to the same dtype, which exported programs would contain
+        return inputs  # a cast to the same dtype would become part of exported programs
     return inputs.to(get_product_dtype(inputs))
 
 
 def compute_in_float32(function: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    """Return `function(first, *others)` in half precision, computed in float32 from values in half precision."""
+    """Compute `function(first, *others)` in float32 from half-precision values; return a half-precision result."""
     dtype = get_product_dtype(first)
     with torch.autocast("cpu", enabled=False):
         return function(*(to_float32(each, dtype) for each in (first, *others))).to(dtype)
@@ -423,7 +423,7 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def recompute_in_backward(
     module: nn.Module, function: Callable[..., Tensor], first: Tensor, *others: Tensor | None
 ) -> Tensor:
-    """Return `function(first, *others)`, and keep only its inputs for the backward pass; the values are bit-identical.
+    """Return `function(first, *others)`, but store only the inputs for the backward pass. Values are bit-identical.
 
     Modules with hooks run the function normally, because recomputation would call a hook twice.
     """
@@ -433,7 +433,7 @@ def recompute_in_backward(
 
 
 def can_recompute(inputs: Tensor) -> bool:
-    """Return whether gradients are required on a CPU; recomputation was not measured on other devices.
+    """Return whether gradients are required on a CPU. Recomputation was not measured on other devices.
 
     Compilers choose what to recompute, and torch.func does not support recomputation.
     """
@@ -447,8 +447,8 @@ def can_recompute(inputs: Tensor) -> bool:
 
 
 # Chunked attention ---------------------------------------------------------------------------------------------------
-# Scores, softmax and weighted sum are computed for a few images at a time, so that the scores stay in the cache. The
-# backward pass recomputes the weights chunk by chunk.
+# Attention is computed for a few images at a time, so that the attention scores fit in the cache. The backward pass
+# recomputes the attention weights chunk by chunk.
 
 MAX_CHUNKED_KEYS = 1200  # maximum sequence length at which chunked attention was faster
 MIN_CHUNKED_SCORES = 20_000  # minimum number of attention scores of all images and heads
@@ -465,23 +465,23 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attended values [B, n, heads, head_dim], computed by chunked attention or SDPA, and None."""
+    """Return the attention output [B, n, heads, head_dim], computed by chunked attention or SDPA, and None."""
     if dropout == 0 and use_chunked_attention(query, key):
         return chunked_attention(query, key, value, attention_mask, scaling), None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
     if is_emulated(query):  # the float32 tensors that the backward pass needs are twice as large as the inputs
-        attend_in_float32 = partial(compute_in_float32, attend)
+        attend_in_float32 = partial(compute_in_float32, call_sdpa)
         return recompute_in_backward(module, attend_in_float32, query, key, value, attention_mask), None
-    return attend(query, key, value, attention_mask), None
+    return call_sdpa(query, key, value, attention_mask), None
 
 
 def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
-    """Return whether chunked attention is faster than PyTorch's kernel: in bfloat16, for short sequences.
+    """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
 
-    Exported programs may run on other CPUs, and compiled training would store all weights, so the result is False.
+    Returns False for exported programs, which may run on other CPUs, and compiled training, which stores all weights.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False
@@ -493,25 +493,25 @@ def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
 
 
 def chunked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attended values [B, n, heads, d] of queries [B, heads, n, d], keys and values [B, heads, N, d].
+    """Return the attention output [B, n, heads, d] of queries [B, heads, n, d], keys and values [B, heads, N, d].
 
-    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (true: visible) or additive.
+    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (True: visible) or additive.
     """
     if torch.compiler.is_compiling():  # compilers choose their own chunks
-        return mix_values(query * scaling, key, value, mask).contiguous()
+        return attend(query * scaling, key, value, mask).contiguous()
     if not torch.is_grad_enabled():
-        return mix_values_in_chunks(query, key, value, mask, scaling)
+        return attend_in_chunks(query, key, value, mask, scaling)
     return ChunkedAttention.apply(query, key, value, mask, scaling)
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Chunked attention with gradients of any order; keeps only its inputs for the backward pass."""
+    """Chunked attention with gradients of any order. Only the inputs are stored for the backward pass."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        return mix_values_in_chunks(query, key, value, mask, scaling)
+        return attend_in_chunks(query, key, value, mask, scaling)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -535,10 +535,10 @@ class ChunkedAttention(torch.autograd.Function):
         return query_grad * ctx.scaling, key_grad, value_grad, mask_grad, None
 
 
-def mix_values_in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attended values [B, n, heads, d], chunk by chunk."""
+def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Compute the attention output [B, n, heads, d] chunk by chunk."""
     chunks = split_batch(query.contiguous() * scaling, key.contiguous(), value.contiguous(), mask)
-    first, *others = [mix_values(*chunk) for chunk in chunks]
+    first, *others = [attend(*chunk) for chunk in chunks]
     return torch.cat([first, *others]) if others else first
 
 
@@ -549,7 +549,7 @@ def get_chunk_size(query: Tensor, key: Tensor) -> int:
 
 
 def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield the tensors of a few images at a time, with the tensors that all images share."""
+    """Yield the tensors of a few images at a time. Tensors that all images share are yielded unchanged."""
     size, num_images = get_chunk_size(query, key), len(query)
     if size >= num_images:
         yield query, key, *others
@@ -559,7 +559,7 @@ def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[
         yield tuple(each if each is None or len(each) < num_images else each[chunk] for each in (query, key, *others))
 
 
-def compute_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Return the attention weights [B, heads, n, N] of scaled queries."""
     scores = torch.matmul(query, key.transpose(2, 3))
     if mask is not None and mask.dtype == torch.bool:
@@ -569,9 +569,9 @@ def compute_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def mix_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attended values [B, n, heads, d] of scaled queries."""
-    return torch.matmul(compute_weights(query, key, mask), value).transpose(1, 2)
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention output [B, n, heads, d] of scaled queries."""
+    return torch.matmul(compute_attention_weights(query, key, mask), value).transpose(1, 2)
 
 
 def compute_chunk_gradients(
@@ -579,9 +579,9 @@ def compute_chunk_gradients(
 ) -> tuple[Any, ...]:
     """Return the gradients of scaled queries, keys and values [B, n or N, heads, d], and of the mask.
 
-    With weights W = softmax(S) and their gradient G, the gradient of the scores S is W * (G - sum(W * G)).
+    With W = softmax(S) and the gradient G of W, the gradient of the scores S is W * (G - sum(W * G)).
     """
-    weights = compute_weights(query, key, mask)  # [B, heads, n, N]
+    weights = compute_attention_weights(query, key, mask)  # [B, heads, n, N]
     weights_grad = torch.matmul(grad, value.transpose(2, 3))
     scores_grad = softmax_backward(weights_grad, weights, -1, weights.dtype)
     return (

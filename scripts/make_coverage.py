@@ -149,7 +149,9 @@ def measure_timm(name: str) -> tuple[float | None, str]:
     try:
         model = build_timm(name)
         converted = convert_from_timm(model)
-        comparisons, reason = compare_models(TimmSource(f"timm:{name}", model, None, []), converted, with_logits=True)
+        comparisons, reason = compare_models(
+            TimmSource(f"timm:{name}", model, None, []), converted, has_source_classifier=True
+        )
     except ConversionError as error:
         return None, shorten(str(error))
     except Exception as error:  # modules that the conversion was not written for may fail in any way
@@ -234,7 +236,9 @@ def measure_transformers(name: str) -> tuple[float | None, str]:
         source = TransformersSource(
             "small", ".", randomize_weights(model_class(build_config(model_class.config_class))), []
         )
-        comparisons, _ = compare_models(source, source.convert("keep", None), with_logits=source.has_classifier)
+        comparisons, _ = compare_models(
+            source, source.convert("keep", None), has_source_classifier=source.has_classifier
+        )
     except Exception as error:  # some classes do not support the small sizes
         return None, shorten(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""

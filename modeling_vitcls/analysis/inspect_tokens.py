@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..adaptation_vitcls import load_checkpoint
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RESULTS_FILE, read_record
+from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..files import read_json
 from ..hub.loading import MODEL_FILES
 from ..inference.evaluate import build_table
@@ -46,7 +46,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
     model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # decorated
-    images = open_images(options, model, read_record(folder))
+    images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements

@@ -110,5 +110,5 @@ def load_unlabeled(data: DataOptions, split: str) -> Sequence[Image.Image]:
             raise ValueError(f"{data.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (examples,) = load_splits(data, use_labels=False, select=select_split).parts.values()
+    (examples,) = load_splits(data, use_labels=False, select=select_split).images_by_split.values()
     return examples.images

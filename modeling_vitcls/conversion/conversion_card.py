@@ -1,7 +1,7 @@
 """Build the card of a converted model: its source, accuracy, license and usage.
 
-The text is in model_cards/conversion.md.j2. The numbers are from the parity report, and the source and its license are
-from hub/provenance.py.
+The template of the card is model_cards/conversion.md.j2. The numbers come from the parity report. The source and the
+license of the source come from hub/provenance.py.
 """
 
 import shlex
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CLASSIFIER_SENTENCES = {
     "kept": "The model has the classifier of the source, with {num_labels} labels.",
     "new": "The classifier, with {num_labels} labels, is new and untrained. Fine-tune the model before you use it.",
-    "dropped": "The classifier of the source was dropped: the model is only the encoder.",
+    "dropped": "The classifier of the source was dropped. The model contains only the encoder.",
     "none": "The model is an encoder, like its source.",
 }
 
@@ -38,8 +38,8 @@ def build_conversion_card(
 ) -> ModelCard:
     """Build the card of a converted model.
 
-    A push replaces `name`, the name of the model's folder, with the name of the repository. `images` are paths in the
-    folder, as returned by `write_card_images`. `is_native` is True for a class of transformers.
+    `name` is the name of the model's folder, which a push replaces with the name of the repository. `images` contains
+    paths relative to the folder, as returned by `write_card_images`. `is_native` is True for a transformers class.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
@@ -88,12 +88,12 @@ def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bo
 
 
 def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
-    """Return whether the base model in the header is the source itself, and not the base model of the source."""
+    """Return whether the header names the source itself as the base model, and not the base model of the source."""
     return isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
 
 
 def describe_source(report: "ParityReport", provenance: Provenance) -> str:
-    """Return the source in Markdown, with a link if it is on the Hub and the commit if it is known."""
+    """Return the name of the source in Markdown, with a link if the source is on the Hub and the commit if known."""
     name = f"`{provenance.name}`"
     if is_copy(report, provenance):
         name = f"[{name}](https://huggingface.co/{provenance.base_model})"
@@ -102,12 +102,12 @@ def describe_source(report: "ParityReport", provenance: Provenance) -> str:
 
 
 def describe_preprocessing(report: "ParityReport") -> str:
-    """Return a sentence on the settings of the image processor and their accuracy."""
+    """Return sentences about the source of the image processor's settings and the accuracy of the pixels."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
-            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check its settings before "
-            "you use it."
+            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check the settings of the "
+            "image processor before you use the model."
         )
     difference = preprocessing["largest_difference_in_grey_levels"]
     return (
@@ -117,7 +117,7 @@ def describe_preprocessing(report: "ParityReport") -> str:
 
 
 def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> str:
-    """Build the command line that repeats the conversion, with the commit of the source if it is known."""
+    """Build the command line that repeats the conversion, with the commit of the source if the commit is known."""
     source = report.source
     if report.source_revision:
         source = f"{source.partition('@')[0]}@{report.source_revision}"

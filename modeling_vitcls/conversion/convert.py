@@ -1,4 +1,4 @@
-"""Convert a model and write it with its image processor, parity report and card to a folder, or write nothing.
+"""Convert a model and write the model, image processor, parity report and card to a folder; write nothing on errors.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
@@ -24,7 +24,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .conversion_card import build_conversion_card
-from .parity_report import LIMIT, ParityReport, compare_models, describe_policies, hash_files
+from .parity_report import LIMIT, ParityReport, compare_models, describe_position_policies, hash_files
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TransformersSource, load_source
@@ -32,7 +32,7 @@ from .to_transformers import convert_to_transformers
 from .weight_rules import ClassifierChoice, ConversionError
 
 
-# Folder, model, image processor, results -> name of each image and its path relative to the folder.
+# Function (folder, model, image processor, results) that draws images and returns {name: path relative to the folder}.
 DrawImages = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
 
 
@@ -48,26 +48,28 @@ def convert_checkpoint(
     """Write the converted model, image processor, parity report, card and license of the source to `output`.
 
     Args:
-        source_name: `timm:NAME`, `transformers:PATH_OR_ID`, optionally with `@REVISION`, or a file of weights.
+        source_name: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`, or a state-dict
+            file.
         output: A folder that does not exist or is empty.
-        random_init: Whether to fill the source with random values; its trained weights are then not required.
-        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" the classifier.
+        random_init: Whether to fill the source model with random values instead of loading trained weights.
+        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
+            classifier.
         num_labels: Number of labels of a new classifier.
         draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`.
             Default: no images.
-        family: Family of a state-dict file. Default: detected.
+        family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
         ValueError, OSError: If the source does not exist or is not supported, a difference exceeds the limit, or
-            `output` is not empty. The message has one line, and nothing is written.
+            `output` is not empty. The error message has one line, and nothing is written.
     """
     check_output_is_empty(output)
     source = load_any_source(source_name, random_init, family)
     model = convert_source(source, classifier, num_labels)
     classifier_state = get_classifier_state(source, model, classifier)
-    comparisons, not_compared = compare_models(source, model, with_logits=classifier_state == "kept")
+    comparisons, not_compared = compare_models(source, model, has_source_classifier=classifier_state == "kept")
     if not isinstance(source, FileSource):
-        source.notes += describe_policies(source.name.partition(":")[0], model.config)
+        source.notes += describe_position_policies(source.name.partition(":")[0], model.config)
     preprocessing = source.convert_preprocessing()
     with create_folder(output) as folder:
         model.save_pretrained(folder)
@@ -101,14 +103,14 @@ def write_report(
     source_name: str,
     name: str,
     config: ViTCLSConfig,
-    converted: PreTrainedModel,
+    converted_model: PreTrainedModel,
     images: dict[str, str] | None = None,
     is_native: bool = False,
 ) -> None:
     """Write the parity report, the card and, unless the weights are random, the license of the source to a folder."""
     report.save(folder)
     provenance = find_provenance(source_name)
-    num_parameters = converted.num_parameters()
+    num_parameters = converted_model.num_parameters()
     card = build_conversion_card(name, config, num_parameters, report, provenance, images, is_native)
     card.save(folder / "README.md")
     if not report.random_init:
@@ -116,7 +118,7 @@ def write_report(
 
 
 def load_any_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
-    """Load `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family."""
+    """Load a source: `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family."""
     if source_name.startswith(("timm:", "transformers:")) or not Path(source_name).suffix:
         if family is not None:
             raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
@@ -135,7 +137,9 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
     if all(torch.equal(weight.to(saved_dtype).float(), weight) for weight in model.base_model.state_dict().values()):
         model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
         return model
-    source.notes.append(f"the weights are written in float32, because {saved_dtype} does not represent them exactly")
+    source.notes.append(
+        f"the weights are written in float32, because {saved_dtype} cannot represent all weights exactly"
+    )
     return model
 
 
@@ -148,17 +152,18 @@ def get_classifier_state(source: SourceModel, model: ViTCLSPreTrainedModel, clas
 
 @contextmanager
 def create_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `output`, rename it to `output` at the end, or remove it after an error."""
+    """Create a temporary folder next to `output`. Rename the folder to `output` at the end, or remove it after an
+    error."""
     created_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
+        partial_folder.mkdir(parents=True)
+        yield partial_folder
         if output.exists():
             output.rmdir()
-        partial.rename(output)
+        partial_folder.rename(output)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
         with suppress(OSError):
             for folder in created_folders[1:]:
                 folder.rmdir()
@@ -166,53 +171,56 @@ def create_folder(output: Path) -> Iterator[Path]:
 
 
 def check_saved_weights(folder: Path, model: ViTCLSPreTrainedModel) -> None:
-    """Raise ConversionError if the loaded weights are not bit-identical to the weights of the model."""
-    loaded = type(model).from_pretrained(folder).state_dict()
+    """Raise ConversionError if the weights saved in the folder are not bit-identical to the weights of the model."""
+    loaded_weights = type(model).from_pretrained(folder).state_dict()
     for name, weight in model.state_dict().items():
-        if not torch.equal(loaded[name], weight):
-            raise ConversionError(f"the written weights differ from the converted weights: {name}")
+        if not torch.equal(loaded_weights[name], weight):
+            raise ConversionError(
+                f"the written weight {name} differs from the converted weight. Check the disk and convert again"
+            )
 
 
-# Classes of transformers ---------------------------------------------------------------------------------------------
+# Transformers classes ------------------------------------------------------------------------------------------------
 
 
-NO_RESAMPLING = "transformers resamples the positions of {name} differently for other image sizes"
+RESAMPLING_DIFFERENCE = "transformers resamples the position embeddings of {name} differently for other image sizes"
 
 
 def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
-    """Write the model, image processor, parity report, card and license to `output`, or write nothing.
+    """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, card and
+    license.
 
-    For models other than classifiers for one task, only the encoder is written.
+    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted.
 
     Args:
         source: Folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
-        any_size: Whether the outputs must be equal for images of any size. Default: if no class of transformers
-            supports this, a class with the same outputs at the native size is used.
+        any_size: Whether the outputs must be equal for images of any size. If False, a transformers class with equal
+            outputs at the native size is sufficient.
 
     Raises:
-        ValueError, OSError: If the model does not exist, no class of transformers supports the model, a difference
-            exceeds the limit, or `output` is not empty. The message has one line.
+        ValueError, OSError: If the model does not exist, no transformers class supports the model, a difference
+            exceeds the limit, or `output` is not empty. The error message has one line.
     """
     check_output_is_empty(output)
     folder = Path(get_model_folder(source))
     check_is_vitcls(source, folder)
     model = load_model(folder)
-    converted, is_exact_at_any_size = convert_model(model, any_size)
-    reason = "" if is_exact_at_any_size else NO_RESAMPLING.format(name=type(converted).__name__)
+    converted_model, is_exact_at_any_size = convert_model(model, any_size)
+    reason = "" if is_exact_at_any_size else RESAMPLING_DIFFERENCE.format(name=type(converted_model).__name__)
     with create_folder(output) as target:
-        converted.save_pretrained(target)
+        converted_model.save_pretrained(target)
         preprocessing = write_processor(folder, target)
         written_source = TransformersSource.load(str(target), random_init=False)
         written_source.model.float()
         has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
-        comparisons, not_compared = compare_models(written_source, model, has_logits, native_size_only=reason)
+        comparisons, not_compared = compare_models(written_source, model, has_logits, native_size_reason=reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
             source_revision=None,
             source_class=type(model).__name__,
             random_init=False,
-            model_class=type(converted).__name__,
+            model_class=type(converted_model).__name__,
             classifier="kept" if has_logits else "none",
             limit=LIMIT,
             comparisons=comparisons,
@@ -222,12 +230,12 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             sha256=hash_files(target.glob("*.safetensors")),
             notes=[],
         )
-        write_report(report, target, source, output.resolve().name, model.config, converted, is_native=True)
+        write_report(report, target, source, output.resolve().name, model.config, converted_model, is_native=True)
     return report
 
 
 def load_model(folder: Path) -> ViTCLSPreTrainedModel:
-    """Load a classifier for one task, or the encoder of any other model."""
+    """Load a `ViTCLSForImageClassification`, or the encoder of any other model."""
     architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
     is_classifier = ViTCLSForImageClassification.__name__ in architectures
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -249,10 +257,12 @@ def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrai
 
 
 def write_processor(folder: Path, target: Path) -> dict[str, Any]:
-    """Write the image processor of a model folder as `ViTImageProcessor`, and return its description."""
+    """Save the image processor of a model folder as a `ViTImageProcessor`, and return a description for the report."""
     if not (folder / "preprocessor_config.json").is_file():
         return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
-    original = ViTCLSImageProcessor.from_pretrained(folder)
-    transformers.ViTImageProcessor(**select_settings(original)).save_pretrained(target)
+    original_processor = ViTCLSImageProcessor.from_pretrained(folder)
+    transformers.ViTImageProcessor(**select_settings(original_processor)).save_pretrained(target)
     preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(target))
-    return check_processor(original, original, preprocess, type(original).__name__).describe()
+    return check_processor(
+        original_processor, original_processor, preprocess, type(original_processor).__name__
+    ).describe()

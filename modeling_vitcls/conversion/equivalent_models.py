@@ -1,17 +1,17 @@
-"""Other forms of a model with the same outputs, which a class of transformers may support.
+"""Rewrite a model into equivalent forms with the same outputs, which a transformers class may support.
 
-    pooling="cls" or "mean"            a classifier on [CLS, mean] whose weights for the other half are zero
-    position_embedding_tokens          positions of special tokens: zeros, or added to the tokens themselves
-    position_embedding_type="none"     learned positions that are zero
-    intermediate_size                  more hidden units, whose weights are zero
+    pooling="cls" or "mean"            a classifier on [CLS, mean], with zero weights for the unused half
+    position_embedding_tokens          position embeddings of special tokens: zeros, or added to the tokens
+    position_embedding_type="none"     learned position embeddings that are zero
+    intermediate_size                  additional hidden units with zero weights
     distillation_inference="cls"       the unused distillation classifier is removed
 
-These forms are equal only at the native image size, where learned positions are not resampled:
+These forms have the same outputs only at the native image size, where position embeddings are not resampled:
 
     position_antialias, ...            a different resampling policy
-    position_embedding_type="sincos_2d"    learned positions with the same values
+    position_embedding_type="sincos_2d"    learned position embeddings with the same values
 
-A `Rewrite` lists new values of fields and changes the weights accordingly.
+A `Rewrite` lists new values of configuration fields, and changes the weights accordingly.
 """
 
 import re
@@ -28,21 +28,21 @@ from .weight_rules import Fields
 
 
 WeightDict = dict[str, torch.Tensor]
-# Encoder weights, head weights, old and new configuration. Both dicts are changed in place.
+# Function (encoder weights, head weights, old and new configuration) that changes both weight dicts in place.
 RewriteWeights = Callable[[WeightDict, WeightDict, ViTCLSConfig, ViTCLSConfig], None]
 
-POSITIONED_GROUPS: dict[str, tuple[str, ...]] = {
+GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "patches": (),
     "cls": ("cls",),
     "all": ("cls", "distillation", "registers"),
 }
-TOKENS = {
+TOKEN_NAMES = {
     "cls": "embeddings.cls_token",
     "distillation": "embeddings.distillation_token",
     "registers": "embeddings.register_tokens",
 }
-POSITIONS = "embeddings.position_embeddings"
-POLICIES: tuple[Fields, ...] = tuple(
+POSITION_EMBEDDINGS = "embeddings.position_embeddings"
+RESAMPLING_POLICIES: tuple[Fields, ...] = tuple(
     {"position_interpolation": "bicubic", "position_offset": 0.0, "position_antialias": antialias}
     for antialias in (False, True)
 )
@@ -51,9 +51,9 @@ MAX_MLP_RATIO = 16
 
 @dataclass(frozen=True)
 class Rewrite:
-    """An equivalent form of a model."""
+    """A change of configuration fields and weights that results in an equivalent form of a model."""
 
-    fields: frozenset[str]  # fields that the rewrite may change
+    fields: frozenset[str]  # configuration fields that the rewrite may change
     list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
     rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
     at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
@@ -62,23 +62,23 @@ class Rewrite:
 # Classifiers ---------------------------------------------------------------------------------------------------------
 
 
-def list_cls_mean(config: ViTCLSConfig) -> list[Fields]:
-    """Return the pooling of DINOv2's classifier if the model has a linear classifier on the CLS token or the mean."""
+def list_cls_mean_pooling(config: ViTCLSConfig) -> list[Fields]:
+    """Return DINOv2's `cls_mean` pooling if a linear classifier reads the CLS token or the mean of the patches."""
     is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
 
 
 def widen_classifier(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Extend the classifier weight [labels, D] by zeros to [labels, 2 D], which reads [CLS, mean]."""
+    """Pad the classifier weight [labels, D] with zeros to [labels, 2 * D], for a classifier that reads [CLS, mean]."""
     weight = head["classifier.weight"]
     halves = [weight, torch.zeros_like(weight)]
     head["classifier.weight"] = torch.cat(halves if old.pooling == "cls" else halves[::-1], dim=1)
 
 
-def list_single_head(config: ViTCLSConfig) -> list[Fields]:
-    """Return the fields of a model without the distillation classifier, if inference does not use it."""
-    is_unread = config.has_distillation_head and config.distillation_inference == "cls"
-    return [{"distillation_inference": "mean", "distillation_head": False}] if is_unread else []
+def list_without_distillation_head(config: ViTCLSConfig) -> list[Fields]:
+    """Return the fields that remove the distillation classifier, if inference does not use this classifier."""
+    is_unused = config.has_distillation_head and config.distillation_inference == "cls"
+    return [{"distillation_inference": "mean", "distillation_head": False}] if is_unused else []
 
 
 def drop_distillation_classifier(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
@@ -90,52 +90,52 @@ def drop_distillation_classifier(encoder: WeightDict, head: WeightDict, old: ViT
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
-def list_positioned_tokens(config: ViTCLSConfig) -> list[Fields]:
-    """Return all values of `position_embedding_tokens`, for learned positions."""
+def list_position_embedding_tokens(config: ViTCLSConfig) -> list[Fields]:
+    """Return all values of `position_embedding_tokens` if the position embeddings are learned."""
     if not config.position_embedding_type.startswith("learned"):
         return []
-    return [{"position_embedding_tokens": tokens} for tokens in POSITIONED_GROUPS]
+    return [{"position_embedding_tokens": tokens} for tokens in GROUPS_WITH_POSITIONS]
 
 
 def move_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Add positions that the new form lacks to their tokens, and zeros for positions that the old form lacks."""
-    before, after = (POSITIONED_GROUPS[config.position_embedding_tokens] for config in (old, new))
-    for group, token in TOKENS.items():
-        if token in encoder and group in before and group not in after:
-            encoder[token] = encoder[token] + encoder.pop(f"{POSITIONS}.{group}")
-        elif token in encoder and group in after and group not in before:
-            encoder[f"{POSITIONS}.{group}"] = torch.zeros_like(encoder[token])
+    """Add position embeddings of special tokens to the tokens, or create zero embeddings, as the new form requires."""
+    old_groups, new_groups = (GROUPS_WITH_POSITIONS[config.position_embedding_tokens] for config in (old, new))
+    for group, token in TOKEN_NAMES.items():
+        if token in encoder and group in old_groups and group not in new_groups:
+            encoder[token] = encoder[token] + encoder.pop(f"{POSITION_EMBEDDINGS}.{group}")
+        elif token in encoder and group in new_groups and group not in old_groups:
+            encoder[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(encoder[token])
 
 
 def list_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Fields]:
-    """Return learned positions for any tokens, instead of positions of `fixed_type`."""
+    """Return the fields that replace position embeddings of `fixed_type` with learned position embeddings."""
     if config.position_embedding_type != fixed_type:
         return []
     return [
         {"position_embedding_type": "learned", "position_embedding_tokens": tokens} | policy
-        for tokens in POSITIONED_GROUPS
-        for policy in POLICIES
+        for tokens in GROUPS_WITH_POSITIONS
+        for policy in RESAMPLING_POLICIES
     ]
 
 
 def add_learned_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Write the old form's fixed positions, or zeros, as learned positions [1, rows * columns, D]."""
+    """Add learned position embeddings [1, rows * columns, D] with the old form's fixed values, or with zeros."""
     rows, columns = old.grid_size
-    like = encoder["embeddings.patch_embeddings.projection.weight"]
-    positions = torch.zeros(1, rows * columns, old.hidden_size, dtype=like.dtype, device=like.device)
+    projection = encoder["embeddings.patch_embeddings.projection.weight"]
+    positions = torch.zeros(1, rows * columns, old.hidden_size, dtype=projection.dtype, device=projection.device)
     if old.position_embedding_type == "sincos_2d":
         _, positions = SinCosPositions(old)({}, positions, (rows, columns))
-    encoder[f"{POSITIONS}.patches"] = positions
-    for group in POSITIONED_GROUPS[new.position_embedding_tokens]:
-        if TOKENS[group] in encoder:
-            encoder[f"{POSITIONS}.{group}"] = torch.zeros_like(encoder[TOKENS[group]])
+    encoder[f"{POSITION_EMBEDDINGS}.patches"] = positions
+    for group in GROUPS_WITH_POSITIONS[new.position_embedding_tokens]:
+        if TOKEN_NAMES[group] in encoder:
+            encoder[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(encoder[TOKEN_NAMES[group]])
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
 
 
 def list_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
-    """Return the next larger size of DINOv2's MLP, which is a multiple of the hidden size."""
+    """Return the next larger `intermediate_size` that an integer `mlp_ratio` of DINOv2 can represent."""
     widths = (
         compute_dinov2_mlp_size(config.hidden_size, ratio, config.mlp_type != "mlp")
         for ratio in range(1, MAX_MLP_RATIO + 1)
@@ -153,12 +153,14 @@ def widen_mlp(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViT
             encoder[name] = pad(weight, (0, num_added))
 
 
-# Rewrites, in the order in which they are tried.
+# All rewrites, in the order in which `to_transformers.py` tries the rewrites.
 REWRITES = (
     Rewrite(
-        frozenset({"distillation_inference", "distillation_head"}), list_single_head, drop_distillation_classifier
+        frozenset({"distillation_inference", "distillation_head"}),
+        list_without_distillation_head,
+        drop_distillation_classifier,
     ),
-    Rewrite(frozenset({"pooling"}), list_cls_mean, widen_classifier),
+    Rewrite(frozenset({"pooling"}), list_cls_mean_pooling, widen_classifier),
     Rewrite(frozenset({"intermediate_size"}), list_wider_mlp, widen_mlp),
     Rewrite(
         frozenset({"position_embedding_type"}),
@@ -171,10 +173,10 @@ REWRITES = (
         add_learned_positions,
         at_native_size_only=True,
     ),
-    Rewrite(frozenset({"position_embedding_tokens"}), list_positioned_tokens, move_positions),
+    Rewrite(frozenset({"position_embedding_tokens"}), list_position_embedding_tokens, move_positions),
     Rewrite(
         frozenset({"position_antialias", "position_offset", "position_interpolation"}),
-        lambda config: list(POLICIES),
+        lambda config: list(RESAMPLING_POLICIES),
         at_native_size_only=True,
     ),
 )

@@ -6,12 +6,12 @@
     weights = dict(np.load("ViT-B_16.npz"))
     model = convert_state_dict(weights, family="big_vision")
 
-A state dict has no configuration. Values that do not follow from its shapes (number of heads, eps, resampling of
-positions) are taken from the authors' code and set by the `read_` function of the family.
+A state dict has no configuration. Values that cannot be inferred from the weight shapes (number of heads, eps,
+resampling of position embeddings) are taken from the authors' code, and set by the `read_` function of the family.
 
 Arrays of big_vision and its predecessor google-research/vision_transformer have the layout of Flax: dense kernels are
-[in, out], attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Parts of their names are
-separated by slashes.
+[in, out], attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Array names contain
+slashes instead of dots.
 """
 
 import math
@@ -26,7 +26,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_timm import BLOCK_RULES, GATED_MLP, MLP_RULES, STEM_RULES, build_head_rules
+from .from_timm import BLOCK_RULES, GATED_MLP_NAMES, MLP_RULES, STEM_RULES, build_head_rules
 from .weight_rules import (
     POSITIONS,
     ClassifierChoice,
@@ -45,11 +45,11 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class StateDictFamily:
-    """Conversion of the checkpoints of one repository."""
+    """Functions and rules that convert the checkpoints of one family."""
 
-    read_fields: Callable[[Weights], Fields]  # function of the prepared weights that returns fields of `ViTCLSConfig`
+    read_fields: Callable[[Weights], Fields]  # returns fields of `ViTCLSConfig` for the prepared weights
     rules: Sequence[Rule]  # rules for the prepared weights
-    prepare: Callable[[Weights], Weights] = dict  # function that rewrites the published weights first
+    prepare: Callable[[Weights], Weights] = dict  # prepares the published weights for the rules
 
 
 def convert_state_dict(
@@ -61,54 +61,55 @@ def convert_state_dict(
     num_labels: int | None = None,
     **fields: Any,
 ) -> ViTCLSPreTrainedModel:
-    """Convert a published state dict to a model in eval mode, with a classifier if the state dict has one.
+    """Convert a published state dict, including the classifier if there is one, to a model in eval mode.
 
     Args:
         weights: Mapping of names to tensors or arrays, as saved, optionally inside `{"model": ...}`.
         family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III), `"dino"`, `"ibot"`, `"msn"`, `"mae"`, `"ijepa"` or
-            `"big_vision"`. DINOv2 with `linear_head.weight` and `linear_head.bias` becomes a classifier.
+            `"big_vision"`. A DINOv2 state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
         drop: Prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
-        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
+        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
+            classifier (`ViTCLSModel`).
         num_labels: Number of labels of a new classifier.
         fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
-            width, `image_size` for a rectangular grid of positions), or labels (`id2label`). `rope_periods=None`
-            computes the periods of DINOv3 in float32, as timm and transformers do, instead of using the stored
-            periods.
+            width, `image_size` for a non-square position grid), or labels (`id2label`). With `rope_periods=None`, the
+            periods of DINOv3 are computed in float32, as in timm and transformers, and the stored periods are ignored.
 
     Raises:
         ConversionError: If the family is unknown, weights do not belong to the family (the message lists the weights),
-            or a field does not follow from the weights and is not set.
+            or a field is not set and cannot be inferred from the weights.
     """
     if family not in FAMILIES:
         raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
-    conversion = FAMILIES[family]
+    state_dict_family = FAMILIES[family]
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"a conversion requires a state dict, but weights is a {type(weights).__name__}")
+        raise ConversionError(f"weights must be a state dict, not a {type(weights).__name__}")
     named_weights = {
         replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
     }
     used_weights = {name: value for name, value in named_weights.items() if not name.startswith(tuple(drop))}
     tensors = {name: convert_to_tensor(name, value) for name, value in used_weights.items()}
     try:
-        tensors = conversion.prepare(tensors)
-        fields = conversion.read_fields(tensors) | fields
+        tensors = state_dict_family.prepare(tensors)
+        fields = state_dict_family.read_fields(tensors) | fields
         for name in ("num_attention_heads", "image_size"):
             if fields[name] is None:
-                raise ConversionError(f"{name} does not follow from the weights. Set {name}=...")
+                raise ConversionError(f"{name} cannot be inferred from the weights. Set {name}=...")
         config = ViTCLSConfig(**fields)
-        encoder, head = split_classifier(convert_weights(tensors, conversion.rules, config))
+        encoder, head = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
         return build_model(config, encoder, head, classifier, num_labels)
     except (LookupError, RuntimeError) as error:  # tensors with an unexpected number of dimensions
-        raise ConversionError(f"weights have shapes that {family} does not have: {format_error(error)}") from error
+        raise ConversionError(f"the weight shapes do not match the family {family}: {format_error(error)}") from error
 
 
 def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the biases of queries and values from a fused bias [3 * D]; the bias of the keys is zero."""
+    """Return the biases of queries and values from a fused bias [3 * D]. The bias of the keys is zero and is
+    omitted."""
     query, _, value = tensor.chunk(3)
     return [query, tensor.new_empty(0), value]
 
 
-# Parameter names that these repositories share with timm.
+# Rules for parameter names that these repositories share with timm.
 VIT_RULES = [*STEM_RULES, *BLOCK_RULES, *build_head_rules("pooler"), *MLP_RULES["Mlp"]]
 
 DINO_RULES = [Rule("masked_embed", "embeddings.mask_token", reshape_token), *VIT_RULES]
@@ -117,7 +118,7 @@ DINOV2_RULES = [
     Rule("register_tokens", "embeddings.register_tokens"),
     Rule("linear_head.{rest}", "classifier.{rest}"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
-    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP, split_halves),
+    Rule("blocks.{i}.mlp.w12.{rest}", GATED_MLP_NAMES, split_halves),
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     *VIT_RULES,
 ]
@@ -125,7 +126,7 @@ DINOV2_RULES = [
 DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
-    Rule("rope_embed.periods", []),  # stored in `rope_periods`
+    Rule("rope_embed.periods", []),  # stored in the field `rope_periods`
     Rule("local_cls_norm.{rest}", []),  # norm of local crops in pre-training
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
@@ -137,12 +138,12 @@ DINOV3_RULES = [
 ]
 
 
-# Prefixes of the image model: in a two-tower model (SigLIP), as the only model, or next to the optimizer state.
-PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
+# Prefixes of the image model's parameters in two-tower models (SigLIP), single models, and files with optimizer state.
+IMAGE_MODEL_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
 def build_attention_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for query, key, value and output projections. The output kernel is [heads, head_dim, D]."""
+    """Build the rules for query, key, value and output projections; the output kernel is [heads, head_dim, D]."""
     return [
         *build_dense_rules(f"{source}/query", f"{target}.q_proj"),
         *build_dense_rules(f"{source}/key", f"{target}.k_proj"),
@@ -153,7 +154,7 @@ def build_attention_rules(source: str, target: str) -> list[Rule]:
 
 
 def build_norm_rules(source: str, target: str) -> list[Rule]:
-    """Build the rules for scale and bias of a LayerNorm."""
+    """Build the rules for the scale and bias of a LayerNorm."""
     return [Rule(f"{source}/scale", f"{target}.weight"), Rule(f"{source}/bias", f"{target}.bias")]
 
 
@@ -165,9 +166,9 @@ def build_dense_rules(source: str, target: str) -> list[Rule]:
     ]
 
 
-BLOCK = "Transformer/encoderblock_{i}"
+BLOCK_PREFIX = "Transformer/encoderblock_{i}"
 
-# `{n}` is the index of a module in its block, which differs between the two projects.
+# `{n}` is the index of a module in a block, which differs between big_vision and google-research/vision_transformer.
 BIG_VISION_RULES = [
     Rule("cls", "embeddings.cls_token"),
     Rule(
@@ -178,11 +179,11 @@ BIG_VISION_RULES = [
     Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
     Rule("pos_embedding", POSITIONS, split_positions, axis=1),
     Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
-    *build_norm_rules(f"{BLOCK}/LayerNorm_0", "layers.{i}.layernorm_before"),
-    *build_attention_rules(f"{BLOCK}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
-    *build_norm_rules(f"{BLOCK}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),
-    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_0", "layers.{i}.mlp.fc1"),
-    *build_dense_rules(f"{BLOCK}/MlpBlock_{{n}}/Dense_1", "layers.{i}.mlp.fc2"),
+    *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_0", "layers.{i}.layernorm_before"),
+    *build_attention_rules(f"{BLOCK_PREFIX}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
+    *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),
+    *build_dense_rules(f"{BLOCK_PREFIX}/MlpBlock_{{n}}/Dense_0", "layers.{i}.mlp.fc1"),
+    *build_dense_rules(f"{BLOCK_PREFIX}/MlpBlock_{{n}}/Dense_1", "layers.{i}.mlp.fc2"),
     *build_norm_rules("Transformer/encoder_norm", "layernorm"),
     Rule("MAPHead_0/probe", "pooler.probe"),
     *build_attention_rules("MAPHead_0/MultiHeadDotProductAttention_0", "pooler"),
@@ -200,7 +201,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 
 
 def prepare_dinov3(weights: Weights) -> Weights:
-    """Apply the masks of the biases, and check that keys have no bias. Raises ConversionError if a check fails."""
+    """Apply the bias masks, and check that the keys have no bias. Raise ConversionError if a check fails."""
     prepared_weights = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
     for name in prepared_weights:
         if not name.endswith("attn.qkv.bias"):
@@ -208,17 +209,17 @@ def prepare_dinov3(weights: Weights) -> Weights:
         mask = weights.get(f"{name}_mask")
         if mask is not None:
             if not torch.isin(mask, mask.new_tensor([0, 1])).all():
-                raise ConversionError(f"{name}_mask has values other than 0 and 1")
+                raise ConversionError(f"{name}_mask contains values other than 0 and 1")
             prepared_weights[name] = prepared_weights[name] * mask
         if prepared_weights[name].chunk(3)[1].any():
-            raise ConversionError(f"{name} contains a bias of the keys, but DINOv3 has none")
+            raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
     return prepared_weights
 
 
-def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields that follow from the shapes; `num_heads` maps widths to the heads of published models."""
+def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
+    """Return the fields inferred from the weight shapes. `width_to_num_heads` covers the published models."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
-    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+    blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
         missing_index = next(index for index in range(len(blocks)) if index not in blocks)
         raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing_index}")
@@ -227,7 +228,7 @@ def read_vit(weights: Weights, num_heads: Mapping[int, int]) -> Fields:
         "num_channels": channels,
         "patch_size": [patch_height, patch_width],
         "num_hidden_layers": len(blocks),
-        "num_attention_heads": num_heads.get(width),
+        "num_attention_heads": width_to_num_heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,
         **read_mlp(weights),
@@ -246,12 +247,15 @@ def read_mlp(weights: Weights) -> Fields:
     return {"intermediate_size": get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]}
 
 
-def read_positions(weights: Weights, num_special: int) -> Fields:
+def read_positions(weights: Weights, num_special_tokens: int) -> Fields:
     """Return `position_embedding_tokens` and `image_size` for position embeddings [1, N, D]. `image_size` is None if
     the patch grid is not square."""
     num_positions = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
-    for num_prefix_tokens, tokens in ((num_special, "cls" if num_special == 1 else "all"), (0, "patches")):
+    for num_prefix_tokens, tokens in (
+        (num_special_tokens, "cls" if num_special_tokens == 1 else "all"),
+        (0, "patches"),
+    ):
         side = math.isqrt(num_positions - num_prefix_tokens)
         if side * side == num_positions - num_prefix_tokens:
             image_size = [side * patch_height, side * patch_width]
@@ -268,21 +272,21 @@ def read_dinov2(weights: Weights) -> Fields:
     head, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
     if head is not None and head.shape[-1] != 2 * width:
         raise ConversionError(
-            f"the linear classifier of DINOv2 reads {head.shape[-1] // width - 1} layers, but only classifiers of the "
-            "last layer are supported. Use the classifier of one layer (linear_head, not linear4_head)"
+            f"the linear classifier of DINOv2 reads {head.shape[-1] // width - 1} layers, but only classifiers that "
+            "read the last layer are supported. Use the one-layer classifier (linear_head instead of linear4_head)"
         )
-    resampling: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
+    resampling_fields: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
     return {
         **read_vit(weights, {384: 6, 768: 12, 1024: 16, 1536: 24}),
-        **read_positions(weights, num_special=1),
-        **resampling,
+        **read_positions(weights, num_special_tokens=1),
+        **resampling_fields,
         **({} if head is None else {"num_labels": len(head), "pooling": "cls_mean"}),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
 
 def read_dinov3(weights: Weights) -> Fields:
-    """Return the fields of DINOv3 (arXiv 2508.10104). The authors' code uses the periods as stored, in bfloat16."""
+    """Return the fields of DINOv3 (arXiv 2508.10104). The authors' code uses the stored rotary periods in bfloat16."""
     periods = weights.get("rope_embed.periods")
     fields = read_vit(weights, {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32})
     return fields | {
@@ -300,7 +304,7 @@ def read_deit(weights: Weights) -> Fields:
     special_names = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
         **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=len(special_names)),
+        **read_positions(weights, num_special_tokens=len(special_names)),
         "num_distillation_tokens": special_names.count("dist_token"),
     }
 
@@ -312,26 +316,26 @@ def read_dino(weights: Weights) -> Fields:
 
 def read_ijepa(weights: Weights) -> Fields:
     """Return the fields of I-JEPA (arXiv 2301.08243), which has no CLS token."""
-    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special=0)
+    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special_tokens=0)
     return fields | {"num_cls_tokens": 0, "position_embedding_tokens": "patches", "pooling": "mean"}
 
 
 def read_mae(weights: Weights) -> Fields:
-    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. The fixed positions of MAE are converted
-    to learned positions."""
-    pools_mean = "fc_norm.weight" in weights
+    """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. The fixed position embeddings of MAE
+    become learned position embeddings."""
+    has_mean_pooling = "fc_norm.weight" in weights
     return {
         **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special=1),
-        "final_norm": not pools_mean,
-        "pooled_norm": pools_mean,
-        "pooling": "mean" if pools_mean else "cls",
+        **read_positions(weights, num_special_tokens=1),
+        "final_norm": not has_mean_pooling,
+        "pooled_norm": has_mean_pooling,
+        "pooling": "mean" if has_mean_pooling else "cls",
     }
 
 
 def prepare_big_vision(weights: Weights) -> Weights:
-    """Return the weights of the image model without prefix, and split arrays in which all blocks are stacked."""
-    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embedding/kernel" in weights), "")
+    """Return the weights of the image model without the prefix, and split arrays that stack all blocks."""
+    prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
     prepared_weights: Weights = {}
     for name, weight in weights.items():
         if not name.startswith(prefix):
@@ -346,7 +350,7 @@ def prepare_big_vision(weights: Weights) -> Weights:
 
 
 def read_big_vision(weights: Weights) -> Fields:
-    """Return the fields of a big_vision model. `nn.gelu` of Flax is the tanh approximation."""
+    """Return the fields of a big_vision model. Flax's `nn.gelu` is the tanh approximation."""
     patch_height, patch_width, channels, width = get_weight(weights, "embedding/kernel").shape
     blocks = [int(match[1]) for name in weights if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))]
     patterns = (
@@ -358,7 +362,7 @@ def read_big_vision(weights: Weights) -> Fields:
     )
     if query is None or mlp is None:
         raise ConversionError(
-            "big_vision requires attention and MLP weights in Transformer/encoderblock_0, but there are none"
+            "big_vision requires attention and MLP weights in Transformer/encoderblock_0, but the weights are missing"
         )
     return {
         "hidden_size": width,
@@ -375,26 +379,25 @@ def read_big_vision(weights: Weights) -> Fields:
 
 
 def read_big_vision_positions(weights: Weights, patch_size: tuple[int, int]) -> Fields:
-    """Return the fields of learned positions, which big_vision has for patches, and its predecessor also for the CLS
-    token."""
+    """Return the fields of learned position embeddings. Only big_vision's predecessor has a CLS position embedding."""
     fields: Fields = {"position_interpolation": "bilinear"}
     if "Transformer/posembed_input/pos_embedding" in weights:
-        count = weights["Transformer/posembed_input/pos_embedding"].shape[1] - int("cls" in weights)
+        num_positions = weights["Transformer/posembed_input/pos_embedding"].shape[1] - int("cls" in weights)
         fields["position_embedding_tokens"] = "cls" if "cls" in weights else "patches"
     elif "pos_embedding" in weights:
-        count = weights["pos_embedding"].numel() // weights["pos_embedding"].shape[-1]
+        num_positions = weights["pos_embedding"].numel() // weights["pos_embedding"].shape[-1]
         fields["position_embedding_tokens"] = "patches"
     else:
         raise ConversionError(
-            "the weights contain no positions. ViTCLS does not support the fixed positions of big_vision"
+            "the weights contain no position embeddings. The fixed position embeddings of big_vision are not supported"
         )
-    side = math.isqrt(count)
-    image_size = [side * patch for patch in patch_size] if side * side == count else None
+    side = math.isqrt(num_positions)
+    image_size = [side * patch for patch in patch_size] if side * side == num_positions else None
     return {**fields, "image_size": image_size}
 
 
 def read_big_vision_pooling(weights: Weights) -> Fields:
-    """Return the pooling (CLS token, attention or mean), the dense layer before the classifier, and the labels."""
+    """Return the fields of the pooling (CLS token, attention or mean) and of the layers after pooling."""
     fields: Fields = {"pooling": "cls" if "cls" in weights else "mean"}
     if "MAPHead_0/probe" in weights:
         fields["pooling"] = "attention"
@@ -407,21 +410,21 @@ def read_big_vision_pooling(weights: Weights) -> Fields:
 
 
 def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
-    """Convert an array to a tensor. Raises ConversionError if torch does not support the dtype."""
+    """Convert an array to a tensor. Raise ConversionError if torch does not support the dtype."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise ConversionError(
-            f"{name} is not an array of numbers that torch supports. Convert it to float32"
+            f"{name} is not an array of numbers that torch supports. Convert the array to float32"
         ) from None
 
 
 def get_weight(weights: Weights, name: str) -> torch.Tensor:
-    """Return a weight of the state dict. Raises ConversionError if the weight is missing."""
+    """Return a weight of the state dict. Raise ConversionError if the weight is missing."""
     if name not in weights:
-        first = ", ".join(list(weights)[:4])
+        first_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {first}, ... Set family=..."
+            f"the family requires the weight {name}, but the weights are {first_names}, ... Set another family=..."
         )
     return weights[name]
 

@@ -1,11 +1,11 @@
-"""Convert ViTs of timm: `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Eva` (EVA, PE, DINOv3, ...).
+"""Convert ViTs from timm: `VisionTransformer`, `VisionTransformerDistilled` (DeiT) and `Eva` (EVA, PE, DINOv3, ...).
 
     model = convert_from_timm(timm.create_model("vit_base_patch16_clip_224.openai", pretrained=True))
 
 timm_modules.py reads the configuration from the modules. This file contains the rules for parameter names, and exact
 rewrites that involve several parameters:
 
-    parallel branches       n attention modules and n MLPs in parallel become one of each, n times as wide
+    parallel branches       n attention modules and n MLPs become one attention module and one MLP, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
@@ -46,23 +46,24 @@ TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 def convert_from_timm(
     model: nn.Module, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
 ) -> ViTCLSPreTrainedModel:
-    """Convert a ViT of timm: same outputs, dtype and device, in eval mode. The source is unchanged.
+    """Convert a ViT from timm to a model in eval mode with the same outputs, dtype and device.
 
-    A model with a classifier becomes `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`)
-    becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For images of non-native size, the
-    outputs equal the outputs of the source after `set_input_size`.
+    The source is unchanged. A model with a classifier becomes `ViTCLSForImageClassification`. A model without a
+    classifier (`num_classes=0`) becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For
+    images of non-native size, the outputs equal the outputs of the source after `set_input_size`.
 
     Args:
-        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
+        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
+            classifier (`ViTCLSModel`).
         num_labels: Number of labels of a new classifier.
 
     Raises:
-        ConversionError: If the class or a feature is not supported, or the source does not allow the choice of
-            classifier. The message names the feature.
+        ConversionError: If the class or a feature is not supported (the message names the feature), or the value of
+            `classifier` is not possible for the source.
     """
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         raise ConversionError(
-            f"{get_class_name(model)} cannot be converted. Supported classes of timm: {', '.join(TIMM_CLASSES)}"
+            f"{get_class_name(model)} cannot be converted. Supported timm classes: {', '.join(TIMM_CLASSES)}"
         )
     try:
         config = ViTCLSConfig(**read_model(model))
@@ -94,8 +95,8 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
 
     All branches read the same tokens. The scale and bias of each norm are folded into the projections after the norm,
-    and LayerScale is folded into the projection before it. The sum of the branches is then one attention module with
-    the heads of all branches and one MLP with the neurons of all branches.
+    and LayerScale is folded into the projection before LayerScale. The sum of the branches is then one attention
+    module with the heads of all branches and one MLP with the neurons of all branches.
     """
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
@@ -122,7 +123,7 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 
 def fold_norm(branch: Weights, layer: str) -> Weights:
-    """Return weight and bias of a layer that include the preceding norm's scale and bias; biases add in float64."""
+    """Return the weight and bias of a layer with the preceding norm folded in. The biases are added in float64."""
     weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"].double()
     if "norm.bias" in branch:
         bias = bias + weight.double() @ branch["norm.bias"].double()
@@ -130,7 +131,7 @@ def fold_norm(branch: Weights, layer: str) -> Weights:
 
 
 def fold_layer_scale(branch: Weights, layer: str) -> Weights:
-    """Return weight and bias of a layer that include the LayerScale after it."""
+    """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
     weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"]
     scale = branch.get("ls.gamma", torch.ones_like(bias))
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
@@ -144,13 +145,13 @@ def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) 
 
 def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
     """Add a linear layer whose input is the concatenation of the inputs of `layers`, and whose output is the sum of
-    their outputs."""
+    the outputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layers]).sum(dim=0)
 
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:
-    """Replace the lambda vectors, or the two lambda values, by the weight of the second attention map."""
+    """Replace the four lambda vectors, or the two lambda values, with the weight of the second attention map."""
     if f"{prefix}lambda_a" in weights:
         first, second = (weights.pop(f"{prefix}lambda_{letter}").reshape(1).double() for letter in "ab")
     else:
@@ -162,17 +163,17 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
 
 
 def has_interleaved_rotary(model: TimmModule) -> bool:
-    """Return whether rotary positions rotate pairs of neighboring channels."""
+    """Return whether the rotary position embeddings rotate pairs of adjacent channels."""
     return getattr(model, "rope", None) is not None and not getattr(model.blocks[0].attn, "rotate_half", False)
 
 
 def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weights:
-    """Reorder the channels within each head, even channels first; the products of queries and keys stay the same."""
-    order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
+    """Move the even channels of queries and keys to the front of each head. The attention scores are unchanged."""
+    channel_order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
 
     def reorder(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if re.fullmatch(r"layers\.\d+\.attention\.[qk]_(proj|norm)\.(weight|bias)", name):
-            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, order.to(tensor.device)].flatten(0, 1)
+            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, channel_order.to(tensor.device)].flatten(0, 1)
         return tensor
 
     return {name: reorder(name, tensor) for name, tensor in weights.items()}
@@ -181,8 +182,8 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
 # Rules for parameter names ------------------------------------------------------------------------------------------
 
 
-QKV = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
-GATED_MLP = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
+QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
+GATED_MLP_NAMES = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -205,7 +206,7 @@ STEM_RULES = [
 BLOCK_RULES = [
     Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("blocks.{i}.attn.qkv.{rest}", QKV, split_qkv),
+    Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES, split_qkv),
     Rule("blocks.{i}.attn.q_bias", "layers.{i}.attention.q_proj.bias"),
     Rule("blocks.{i}.attn.v_bias", "layers.{i}.attention.v_proj.bias"),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
@@ -223,7 +224,7 @@ BLOCK_RULES = [
 
 PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV], split_mlp_qkv),
+    Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
     Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
@@ -243,22 +244,30 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 
-MLP_NORM = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
-MLP_DOWN = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
-# Rules by the class of the MLP and, if its first layer is fused, by the position of the gate.
+MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
+MLP_DOWN_RULE = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
+# Rules for each class of MLP. The fused first layer of `GluMlp` contains the gate in the first or in the last half.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-        MLP_NORM,
+        MLP_NORM_RULE,
     ],
-    "GluMlp, gate first": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP, split_halves), MLP_DOWN, MLP_NORM],
-    "GluMlp, gate last": [Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP[::-1], split_halves), MLP_DOWN, MLP_NORM],
+    "GluMlp, gate first": [
+        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES, split_halves),
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
+    ],
+    "GluMlp, gate last": [
+        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES[::-1], split_halves),
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
+    ],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        MLP_DOWN,
-        MLP_NORM,
+        MLP_DOWN_RULE,
+        MLP_NORM_RULE,
     ],
 }
 
@@ -267,7 +276,7 @@ ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
 
 
 def build_head_rules(attention_pool: str) -> list[Rule]:
-    """Build the rules for modules after the blocks; `attention_pool` is the name of the attention pooler."""
+    """Build the rules for modules after the blocks; `attention_pool` is the new name of the attention pooler."""
     return [
         Rule("norm.{rest}", "layernorm.{rest}"),
         Rule("attn_pool.latent", f"{attention_pool}.probe"),
@@ -290,10 +299,10 @@ def build_rules(model: TimmModule) -> list[Rule]:
     """Build the rules for the modules of a model."""
     block = model.blocks[0]
     pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
-    attention_only_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+    has_only_attention_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
         *STEM_RULES,
-        *(ATTENTION_SCALE_RULES if attention_only_scale else []),
+        *(ATTENTION_SCALE_RULES if has_only_attention_scale else []),
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *MLP_RULES[get_mlp_key(getattr(block, "mlp", None))],
@@ -302,7 +311,7 @@ def build_rules(model: TimmModule) -> list[Rule]:
 
 
 def get_mlp_key(mlp: TimmModule) -> str:
-    """Return a key of `MLP_RULES`. Blocks that fuse the MLP with attention have a plain MLP."""
+    """Return the key of an MLP in `MLP_RULES`. `mlp` is None if the block fuses a plain MLP with attention."""
     if get_class_name(mlp) == "GluMlp":
         return f"GluMlp, gate {'last' if mlp.gate_last else 'first'}"
     return "Mlp" if mlp is None else get_class_name(mlp)

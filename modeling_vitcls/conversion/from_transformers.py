@@ -1,4 +1,4 @@
-"""Convert models of transformers to this package, with the same outputs.
+"""Convert transformers models to models of this package with the same outputs.
 
     model = convert_from_transformers(AutoModel.from_pretrained("facebook/dinov2-base"))
     model = convert_from_transformers(model, num_labels=10)                       # with a new classifier
@@ -52,37 +52,39 @@ from .weight_rules import (
 def convert_from_transformers(
     model: PreTrainedModel, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
 ) -> ViTCLSPreTrainedModel:
-    """Convert a ViT of transformers: same outputs, dtype and device, in eval mode. The source is unchanged.
+    """Convert a ViT from transformers to a model in eval mode with the same outputs, dtype and device.
 
-    A classifier becomes `ViTCLSForImageClassification` with the same labels. An image embedding model (CLIP with
-    projection) becomes the same class, with the embeddings as logits. Any other model becomes `ViTCLSModel`. If
-    transformers has no classification class (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
+    The source is unchanged. A classifier becomes `ViTCLSForImageClassification` with the same labels. An image
+    embedding model (CLIP with projection) also becomes `ViTCLSForImageClassification`, with the embeddings as logits.
+    Any other model becomes `ViTCLSModel`. If transformers has no classification class for the model (DINOv3, MAE,
+    Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    For images of non-native size, the outputs equal the outputs of the source with `interpolate_pos_encoding`. Two
-    models differ in form: the encoder of MAE reads all patches in order, and the `image_size` of RADIO is its maximum
-    size, for which it has position embeddings.
+    For images of non-native size, the outputs equal the outputs of the source with `interpolate_pos_encoding`. There
+    are two exceptions: the converted MAE encoder reads all patches in order, without random masking, and the
+    `image_size` of RADIO is the maximum image size, for which RADIO stores position embeddings.
 
     Args:
-        classifier: "keep" the classifier of the source, create a "new" classifier, or "drop" it (`ViTCLSModel`).
+        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
+            classifier (`ViTCLSModel`).
         num_labels: Number of labels of a new classifier. The classifier reads the pooled output of the source. If the
-            source has no pooler, it reads the CLS token or, without CLS tokens, the mean of the patches.
+            source has no pooler, the classifier reads the CLS token or, without CLS tokens, the mean of the patches.
 
     Raises:
         ConversionError: If the class or a feature is not supported, weights are missing or unexpected (the message
-            lists the weights), or the source does not allow the choice of classifier.
+            lists the weights), or the value of `classifier` is not possible for the source.
     """
-    convertible = find_convertible_class(model)
-    weights, head = split_head(model.state_dict(), convertible.encoder)
-    fields = convertible.family.read_fields(getattr(model.config, "vision_config", model.config), weights)
-    config = ViTCLSConfig(**fields | dict(convertible.fields) | convertible.read_labels(model.config))
-    rules = [*(Rule(name, []) for name in convertible.unused_patterns), *convertible.family.rules]
-    encoder_weights = convert_weights(convertible.family.prepare(weights), rules, config)
-    head_weights = None if convertible.encoder is None else convert_weights(head, HEAD_RULES, config)
+    convertible_class = find_convertible_class(model)
+    weights, head = split_head(model.state_dict(), convertible_class.encoder)
+    fields = convertible_class.family.read_fields(getattr(model.config, "vision_config", model.config), weights)
+    config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
+    rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *convertible_class.family.rules]
+    encoder_weights = convert_weights(convertible_class.family.prepare(weights), rules, config)
+    head_weights = None if convertible_class.encoder is None else convert_weights(head, HEAD_RULES, config)
     return build_model(config, encoder_weights, head_weights, classifier, num_labels)
 
 
 def read_labels(config: Any) -> Fields:
-    """Return the label names and the problem type of the source, if they are set."""
+    """Return the label names and the problem type that are set in the configuration of the source."""
     labels = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     return {name: value for name, value in labels.items() if value is not None}
 
@@ -97,24 +99,24 @@ class ConvertibleClass:
     """A transformers model class that can be converted."""
 
     family: TransformersFamily
-    encoder: str | None = None  # attribute that contains the encoder; None if the class is the encoder
+    encoder: str | None = None  # attribute that contains the encoder; None if the class itself is the encoder
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
-    unused_patterns: tuple[str, ...] = ()  # patterns of encoder weights that the class does not use
+    unused_patterns: tuple[str, ...] = ()  # name patterns of encoder weights that the class does not use
     read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
 
 
 def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
-    """Return the entry for a model; the error names a submodule that can be converted, if there is one."""
+    """Return the `ConvertibleClass` of a model. Raise ConversionError if the class of the model is not supported."""
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
     submodules = [name for name, module in model.named_children() if is_convertible(module)]
     families = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
-    hint = f"Convert its .{submodules[0]}" if submodules else f"Supported families: {', '.join(families)}"
+    hint = f"Convert the submodule .{submodules[0]}" if submodules else f"Supported families: {', '.join(families)}"
     raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
-    """Return whether a module is an instance of a supported class of transformers; subclasses do not count."""
+    """Return whether a module is an instance of a supported transformers class, but not of a subclass."""
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
 
 
@@ -123,8 +125,10 @@ def split_head(weights: Weights, encoder: str | None) -> tuple[Weights, Weights]
     if encoder is None:
         return weights, {}
     prefix = f"{encoder}."
-    inside = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    return inside, {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+    encoder_weights = {
+        name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)
+    }
+    return encoder_weights, {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
 
 
 HEAD_RULES = [
@@ -138,8 +142,8 @@ NO_DISTILLATION_HEAD = {"distillation_head": False}
 CLS_MEAN_POOLING = {"pooling": "cls_mean"}
 MEAN_POOLING = {"pooling": "mean"}
 POOLED_NORM = {"pooled_norm": True}
-POST_NORM = ("post_layernorm.{rest}",)
-ATTENTION_HEAD = ("head.{rest}",)
+POST_NORM_PATTERNS = ("post_layernorm.{rest}",)
+ATTENTION_POOLER_PATTERNS = ("head.{rest}",)
 
 CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "ViTModel": ConvertibleClass(VIT),
@@ -164,19 +168,23 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "CLIPVisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "CLIPForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM),
+    "CLIPForImageClassification": ConvertibleClass(
+        CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM_PATTERNS
+    ),
     "MetaClip2VisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
     "MetaClip2VisionModelWithProjection": ConvertibleClass(
         CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
     ),
-    "MetaClip2ForImageClassification": ConvertibleClass(CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM),
+    "MetaClip2ForImageClassification": ConvertibleClass(
+        CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM_PATTERNS
+    ),
     "SiglipVisionModel": ConvertibleClass(SIGLIP),
     "SiglipForImageClassification": ConvertibleClass(
-        SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_HEAD
+        SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
     ),
     "Siglip2VisionModel": ConvertibleClass(SIGLIP2),
     "Siglip2ForImageClassification": ConvertibleClass(
-        SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_HEAD
+        SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
     ),
     "PixioModel": ConvertibleClass(PIXIO),
     "Aimv2VisionModel": ConvertibleClass(AIMV2),

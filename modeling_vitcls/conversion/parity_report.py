@@ -1,9 +1,11 @@
-"""Measure the differences between a source and the converted model, and write them to certificate.json.
+"""Measure the differences between a source and the converted model, and write the report to certificate.json.
 
-    comparisons, reason = compare_models(source, model, with_logits=True)      # raises if a difference exceeds LIMIT
+    # Raises ConversionError if a difference exceeds LIMIT.
+    comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
 The comparison covers every token of the final hidden state, by token group, and the logits. The inputs are random
-images of the native size and, if the source supports other sizes, of a non-square size with resampled positions.
+images of the native size and, if the source supports other sizes, of a non-square size, for which the position
+embeddings are resampled.
 """
 
 import copy
@@ -25,7 +27,7 @@ from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# Maximum absolute difference in any float32 output.
+# Maximum absolute difference of any float32 output.
 LIMIT = 1e-5
 
 NUM_IMAGES = 2
@@ -34,11 +36,11 @@ FILE_NAME = "certificate.json"
 
 @dataclasses.dataclass(frozen=True)
 class SizeComparison:
-    """Differences at one image size, by "cls", "distillation", "registers", "patches", "logits" or "pooled"."""
+    """Differences at one image size. The keys are token groups ("cls", "patches", ...), "logits" or "pooled"."""
 
     image_size: tuple[int, int]  # (height, width) in pixels
     differences: dict[str, float]  # largest absolute differences in float32
-    magnitudes: dict[str, float]  # largest absolute values of the source
+    magnitudes: dict[str, float]  # largest absolute values of the source's outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +48,20 @@ class ParityReport:
     """The content of certificate.json."""
 
     source: str  # `timm:NAME` or `transformers:PATH_OR_ID`, without local folders
-    source_revision: str | None  # commit hash of the source on the Hub; None if it is unknown
+    source_revision: str | None  # commit hash of the source on the Hub; None if the hash is unknown
     source_class: str
     random_init: bool
     model_class: str
     classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
     limit: float  # maximum absolute difference
     comparisons: list[SizeComparison]
-    not_compared: str  # reason why there is no second comparison; empty if there is one
-    preprocessing: dict[str, Any]  # the result of `ConvertedPreprocessing.describe`
+    not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
+    preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.describe`
     versions: dict[str, str]
-    sha256: dict[str, str]  # file name -> hash of the weights
-    notes: list[str]  # notes on loading, and on rules that differ from other implementations
+    sha256: dict[str, str]  # name of a weights file -> SHA-256
+    notes: list[str]  # notes on loading the source, and on differences from other implementations
     family: str | None = None  # family of a state-dict file; None for other sources
-    source_sha256: str | None = None  # hash of the state-dict file; None for other sources
+    source_sha256: str | None = None  # SHA-256 of the state-dict file; None for other sources
 
     def save(self, folder: Path) -> None:
         """Write certificate.json."""
@@ -68,37 +70,38 @@ class ParityReport:
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, with_logits: bool, native_size_only: str = ""
+    source: SourceModel, model: ViTCLSPreTrainedModel, has_source_classifier: bool, native_size_reason: str = ""
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `LIMIT`.
 
-    Both models run in plain PyTorch: the rounding of CPU kernels grows with the values (docs/speed.md).
+    Both models run in plain PyTorch, because the rounding errors of CPU kernels grow with the values (docs/speed.md).
 
     Args:
-        source: Source with its model in float32.
-        with_logits: Whether the model has the classifier of the source.
-        native_size_only: Reason to compare only at the native size; empty to compare at the non-square size as well.
+        source: Source whose model is in float32.
+        has_source_classifier: Whether the model has the classifier of the source.
+        native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
-        The comparisons, and the reason why there is no second comparison, which is empty if there is one.
+        The comparisons, and the reason why only the native size is compared, which is empty if both sizes are
+        compared.
     """
     comparisons: list[SizeComparison] = []
-    for height, width in (source.image_size, get_rectangle_size(source, model)):
+    for height, width in (source.image_size, get_non_square_size(source, model)):
         pixel_values = build_random_images((NUM_IMAGES, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
-        except Exception as error:  # any error of a source that does not support the size
+        except Exception as error:  # a source that does not support the size raises any type of error
             if not comparisons:
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
-        expected = split_token_groups(source_outputs, model)
+        source_groups = split_token_groups(source_outputs, model)
         with remove_cpu_kernels(model):
             outputs = compute_model_outputs(model, pixel_values)
-        names = [name for name in expected if name in outputs and (with_logits or "logits" not in name)]
-        if with_logits and "logits" not in names:
+        names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
+        if has_source_classifier and "logits" not in names:
             raise ConversionError(f"the logits of {source.name} cannot be compared")
-        differences = {name: get_max_magnitude(outputs[name] - expected[name]) for name in names}
+        differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
             f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
         ]  # or NaN
@@ -107,45 +110,46 @@ def compare_models(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive_differences)}; the limit is {LIMIT:g}"
             )
-        magnitudes = {name: get_max_magnitude(expected[name]) for name in names}
+        magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
-        if native_size_only:
-            return comparisons, native_size_only
+        if native_size_reason:
+            return comparisons, native_size_reason
     return comparisons, ""
 
 
-def describe_policies(project: str, config: ViTCLSConfig) -> list[str]:
-    """Return notes on the positions of a model of timm or transformers, which may differ from the authors' code."""
+def describe_position_policies(project: str, config: ViTCLSConfig) -> list[str]:
+    """Return notes on how timm or transformers computes position embeddings, which may differ from the authors'
+    code."""
     notes = []
     if config.position_embedding_type.startswith("learned"):
         offset = f", offset {config.position_offset}" if config.position_offset else ""
         antialias = "with" if config.position_antialias else "without"
         notes.append(
-            f"positions for other image sizes: {config.position_interpolation} {antialias} antialiasing{offset}, "
-            f"as in {project}"
+            f"position embeddings for other image sizes: {config.position_interpolation} {antialias} "
+            f"antialiasing{offset}, as in {project}"
         )
     if config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
         notes.append(
-            f"rotary periods: computed in float32, as in {project}; the authors' files of DINOv3 store rounded periods"
+            f"rotary periods: computed in float32, as in {project}; the authors' DINOv3 files store rounded periods"
         )
     return notes
 
 
-def get_rectangle_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:
-    """Return a size with fewer rows and more columns of patches than the native size."""
+def get_non_square_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:
+    """Return an image size (height, width) with fewer rows and more columns of patches than the native size."""
     (height, width), (patch_height, patch_width) = source.image_size, model.config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width
 
 
 def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Build random images [B, C, height, width], the same in each call."""
+    """Build random images [B, C, height, width], which are the same in each call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
 def remove_cpu_kernels(model: ViTCLSPreTrainedModel) -> Iterator[None]:
-    """Run a model in plain PyTorch within the context."""
+    """Remove the CPU kernels of a model within the context, and install the kernels again afterwards."""
     had_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
     uninstall_cpu_kernels(model)
     try:
@@ -173,15 +177,15 @@ def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Output
     """Replace the output "sequence" [B, N, D] by one output per token group that has tokens."""
     sequence = outputs["sequence"]
     groups = {name: sequence[:, group] for name, group in model.config.token_layout.items()}
-    others = {name: output for name, output in outputs.items() if name != "sequence"}
-    return {name: tokens for name, tokens in groups.items() if tokens.shape[1]} | others
+    other_outputs = {name: output for name, output in outputs.items() if name != "sequence"}
+    return {name: tokens for name, tokens in groups.items() if tokens.shape[1]} | other_outputs
 
 
-def get_max_magnitude(values: torch.Tensor) -> float:
+def get_max_magnitude(tensor: torch.Tensor) -> float:
     """Return the largest absolute value, or NaN if any value is NaN."""
-    return values.abs().max().item()
+    return tensor.abs().max().item()
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """Return file name -> SHA-256."""
+    """Return the SHA-256 of each file by file name."""
     return {file.name: compute_file_digest(file) for file in sorted(files)}

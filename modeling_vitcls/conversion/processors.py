@@ -1,10 +1,10 @@
-"""Convert preprocessing of other projects to an image processor of this package, checked on a test image.
+"""Convert the preprocessing of other projects to an image processor of this package, and compare the pixels.
 
     timm            `pretrained_cfg`: input_size, interpolation, mean, std, crop_pct, crop_mode
     transformers    `preprocessor_config.json`, read by AutoImageProcessor
 
-If a source has no such settings, or the image processor does not support them, a default image processor is used, and
-the parity report gives the reason.
+If a source has no preprocessing settings, or this package does not support the settings, the default image processor
+is used, and the parity report contains the reason.
 """
 
 import math
@@ -23,12 +23,12 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum difference per pixel from the source's own preprocessing of the test image, in gray levels out of 255, both
-# with PIL or both with torchvision. The maximum is 0 except for sources that resize before they round to gray levels
-# (DINOv3).
+# Maximum difference per pixel of a test image, in gray levels (0 to 255). The converted processor is compared with the
+# source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for sources that round
+# to gray levels after resizing (DINOv3).
 LIMIT = 1.0
 
-FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+RESAMPLING_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 # Settings with the same name and meaning in transformers and in this package.
 SHARED_SETTINGS = (
@@ -39,15 +39,15 @@ SHARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class ConvertedPreprocessing:
-    """An image processor and its difference from the source's own preprocessing."""
+    """A converted image processor, and the measured difference from the source's preprocessing."""
 
     processor: ViTCLSImageProcessor
     provenance: str  # name of the settings from which the image processor was built
-    difference: float | None  # largest difference per pixel of the test image; None for the default
-    default_reason: str = ""  # reason for the default; empty if the settings were converted
+    difference: float | None  # largest difference per pixel of the test images; None for the default processor
+    default_reason: str = ""  # reason why the default processor is used; otherwise empty
 
     def describe(self) -> dict[str, Any]:
-        """Return everything except the processor, for the parity report."""
+        """Return all fields except the processor, for the parity report."""
         return {
             "origin": self.provenance,
             "largest_difference_in_grey_levels": self.difference,
@@ -57,7 +57,7 @@ class ConvertedPreprocessing:
 
 
 def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
-    """Convert timm's transform for evaluation, which follows from the model's `pretrained_cfg`."""
+    """Convert timm's evaluation transform, which is built from the model's `pretrained_cfg`."""
     from timm.data import create_transform, resolve_data_config
 
     settings: Any = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -65,8 +65,8 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     source_transform: Any = create_transform(**settings, is_training=False)
     try:
         processor = ViTCLSImageProcessor(**convert_timm_settings(**settings), crop_rounding="even")
-        same_backend = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
-        return check_processor(processor, same_backend, source_transform, "timm's pretrained_cfg")
+        same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
+        return check_processor(processor, same_backend_processor, source_transform, "timm's pretrained_cfg")
     except ValueError as error:
         return build_default_preprocessing((height, width), str(error))
 
@@ -79,10 +79,10 @@ def convert_timm_settings(
     crop_pct: float,
     crop_mode: str,
 ) -> dict[str, Any]:
-    """Convert settings of `timm.data.resolve_data_config` to settings of the image processor."""
+    """Convert the settings returned by `timm.data.resolve_data_config` to settings of the image processor."""
     channels, height, width = input_size
     scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
-    if interpolation not in FILTERS:
+    if interpolation not in RESAMPLING_FILTERS:
         raise ValueError(f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported")
     if crop_mode == "squash":
         size = {"height": scaled_height, "width": scaled_width}
@@ -95,7 +95,7 @@ def convert_timm_settings(
     return {
         "do_convert_rgb": channels == 3,
         "size": size,
-        "resample": FILTERS[interpolation],
+        "resample": RESAMPLING_FILTERS[interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "image_mean": list(mean),
@@ -104,7 +104,7 @@ def convert_timm_settings(
 
 
 def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
-    """Convert the image processor in a folder; the default uses `image_size` (height, width)."""
+    """Convert the image processor in a folder. The default image processor resizes to `image_size` (height, width)."""
     try:
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
@@ -113,37 +113,38 @@ def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int])
     preprocess = partial(apply_processor, source_processor)
     try:
         processor = ViTCLSImageProcessor(**select_settings(source_processor))
-        same_backend = backend.from_dict(processor.to_dict())
-        return check_processor(processor, same_backend, preprocess, type(source_processor).__name__)
+        same_backend_processor = backend.from_dict(processor.to_dict())
+        return check_processor(processor, same_backend_processor, preprocess, type(source_processor).__name__)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
 
 
 def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
-    """Return the pixels [C, H, W] of an image."""
+    """Return the preprocessed pixels [C, H, W] of an image."""
     pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
     return pixels
 
 
 def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS) -> dict[str, Any]:
-    """Return the settings of an image processor with these names that are not None."""
+    """Return the settings in `names` of an image processor, except settings that are None."""
     settings = processor.to_dict()
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def check_processor(
     processor: ViTCLSImageProcessor,
-    same_backend: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
+    same_backend_processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     provenance: str,
 ) -> ConvertedPreprocessing:
-    """Compare an image processor with the source's own preprocessing; raise ValueError if they differ.
+    """Compare an image processor with the source's preprocessing. Raise ValueError if the pixels differ.
 
-    `same_backend` has the settings of `processor` and the backend of the source. `provenance` names these settings.
+    `same_backend_processor` has the settings of `processor` and the backend of the source. `provenance` is the name of
+    these settings.
     """
-    difference = measure_difference(same_backend, preprocess)
+    difference = measure_difference(same_backend_processor, preprocess)
     if not difference <= LIMIT:
-        raise ValueError(f"the processor built from {provenance} differs from it by {difference:.3g} gray levels")
+        raise ValueError(f"the converted processor differs from {provenance} by {difference:.3g} gray levels")
     return ConvertedPreprocessing(processor, provenance, difference)
 
 
@@ -170,7 +171,7 @@ def build_test_image(height: int, width: int) -> PIL.Image.Image:
 
 
 def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> ConvertedPreprocessing:
-    """Build the default image processor: bicubic resizing to `image_size` (height, width), statistics of ImageNet."""
+    """Build the default image processor, which resizes to `image_size` (height, width)."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})
     return ConvertedPreprocessing(processor, "the default", None, default_reason=reason)

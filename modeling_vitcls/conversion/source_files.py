@@ -1,15 +1,16 @@
-"""Load a state dict that its authors published as a file, with a reference model of timm for the parity report.
+"""Load a published state-dict file, and build a timm reference model for the parity report.
 
     source = FileSource.load(Path("dinov2_vits14_reg4_pretrain.pth"))
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
-1. The file is read without running code: .npz, .safetensors, or a pickle of tensors.
+1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
 2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
-3. The family is detected by names that only its weights have. Other files require a family.
-4. timm's module of the family loads the same weights. For other image sizes, its positions are replaced by positions
-   that this package resamples as in the authors' code, which often differs from timm.
+3. The family is detected from parameter names that only this family has. Other files require `--family`.
+4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
+   embeddings of the timm model as in the authors' code, which often differs from timm.
 
-Families with rules are converted in from_state_dict.py; the others (`TIMM_FAMILIES`) through timm's module.
+Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
+converted in from_timm.py.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from .weight_rules import ClassifierChoice, ConversionError, Weights
 
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
-# Keys of nested state dicts, in order of precedence: teachers and averaged weights before others.
+# Keys of nested state dicts in order of precedence, with teachers and averaged weights first.
 CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
@@ -56,14 +57,14 @@ SIGNATURES = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Container -> family of a plain encoder in it. DINO and iBOT are converted in the same way.
+# Container -> family of a plain encoder in this container. DINO and iBOT are converted in the same way.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
-PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same names and shapes
+PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
 # Prefixes of weights that are used only in pre-training.
-PRETRAINING_WEIGHTS = {"mae": ("decoder", "mask_token")}
+PRETRAINING_PREFIXES = {"mae": ("decoder", "mask_token")}
 
-# Family without rules -> timm's names by (width, patch size).
+# Family without rules -> timm model names by (width, patch size).
 TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
     "clip": {
         (768, 32): "vit_base_patch32_clip_quickgelu_224.openai",
@@ -83,57 +84,57 @@ TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
         (3072, 14): "aimv2_3b_patch14_224.apple_pt",
     },
 }
-# Family -> timm's name of a model; other families have several, or the names and shapes of DINO.
+# Family -> timm model name. Other families have several timm models, or use the timm model of DINO.
 TIMM_NAMES = {
     "deit": "deit_small_patch16_224.fb_in1k",
     "mae": "vit_base_patch16_224.mae",
     "ijepa": "vit_huge_patch14_gap_224.in1k_ijepa",
     "big_vision": "vit_base_patch16_224.augreg_in21k",
 }
-OTHER_WAYS = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # family -> a source that can be converted
+ALTERNATIVE_SOURCES = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # family -> alternative source
 FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
 
 class FileSource(TimmSource):
-    """A published state dict of an image encoder, and timm's model of its family with the same weights."""
+    """A published state dict of an image encoder, and a timm model with the same weights."""
 
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.family = family
-        self.weights = weights  # without containers and prefixes
+        self.weights = weights  # parameter names without containers and prefixes
         self.sha256 = compute_file_digest(file)
-        # Weight and bias of DINOv2's linear classifier, which timm does not have.
+        # Weight and bias of DINOv2's linear classifier, which timm does not support.
         self.linear_head = (
             (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
         )
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file with one of `SUFFIXES`, of one of `FILE_FAMILIES`. Default: the detected family.
+        """Load a file with one of the `SUFFIXES`. By default, the family is detected from the parameter names.
 
-        Raises ConversionError if the file is not a state dict of a supported family, or its family is ambiguous.
+        Raise ConversionError if the file is not a state dict of a supported family, or if the family is ambiguous.
         """
         notes: list[str] = []
-        weights, container = unwrap(read_file(file), notes)
+        weights, container = unwrap_weights(read_file(file), notes)
         family = family or detect_family(weights, container, file)
-        if family in OTHER_WAYS:
+        if family in ALTERNATIVE_SOURCES:
             raise ConversionError(
-                f"{file} contains {family} weights. Files of {family} are not supported. Use for "
-                f"example {OTHER_WAYS[family]}"
+                f"{file} contains {family} weights, but {family} files are not supported. Use for "
+                f"example {ALTERNATIVE_SOURCES[family]}"
             )
         if family not in FILE_FAMILIES:
             raise ConversionError(f"--family {family} is unknown. Use one of {', '.join(FILE_FAMILIES)}")
-        drop = PRETRAINING_WEIGHTS.get(family, ())
-        weights = {name: weight for name, weight in weights.items() if not name.startswith(drop)}
+        unused_prefixes = PRETRAINING_PREFIXES.get(family, ())
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(unused_prefixes)}
         try:
             if family in TIMM_FAMILIES:
                 model = build_timm_model(weights, family)
             else:
-                converted = convert_state_dict(weights, family)
-                model = build_reference(weights, family, converted, file)
-                notes += describe_differences(family, converted.config)
-        except (KeyError, IndexError, RuntimeError) as error:  # timm's error for weights that do not fit
-            raise ConversionError(f"{file} does not contain weights of {family}: {format_error(error)}") from error
+                converted_model = convert_state_dict(weights, family)
+                model = build_reference_model(weights, family, converted_model, file)
+                notes += describe_differences(family, converted_model.config)
+        except (KeyError, IndexError, RuntimeError) as error:  # raised by timm for weights that do not match the model
+            raise ConversionError(f"{file} does not contain {family} weights: {format_error(error)}") from error
         model.to(dtype=next(iter(weights.values())).dtype)
         return cls(file, family, weights, model, notes)
 
@@ -143,25 +144,27 @@ class FileSource(TimmSource):
         return self.linear_head is not None or bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the weights by the rules of their family, or timm's model."""
+        """Convert the weights with the rules of the family, or convert the timm model of a family without rules."""
         if self.family in TIMM_FAMILIES:
             return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
         weights = {name: weight.float() for name, weight in self.weights.items()}
         return convert_state_dict(weights, self.family, classifier=classifier, num_labels=num_labels)
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Return timm's model for another image size, with positions resampled as in the authors' code."""
+        """Return the timm model for another image size, with position embeddings resampled as in the authors' code."""
         model = super().build_resized_model(size)
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
-            num_prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix, patches = self.model.pos_embed.data.tensor_split([num_prefix], dim=1)
-            patches = resample_positions(patches, config.grid_size, model.patch_embed.grid_size, config)
-            model.pos_embed.data = torch.cat([prefix, patches], dim=1)
+            num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
+            prefix_positions, patch_positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
+            patch_positions = resample_positions(
+                patch_positions, config.grid_size, model.patch_embed.grid_size, config
+            )
+            model.pos_embed.data = torch.cat([prefix_positions, patch_positions], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of timm's model, and the logits of DINOv2's linear classifier."""
+        """Return the outputs of the timm model, and the logits of DINOv2's linear classifier."""
         outputs = super().compute_outputs(pixel_values)
         if self.linear_head is None:
             return outputs
@@ -170,9 +173,9 @@ class FileSource(TimmSource):
         return {"sequence": sequence, "logits": nn.functional.linear(pooled, weight.float(), bias.float())}
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert the preprocessing of the family in timm, for the image size of the weights."""
+        """Convert timm's preprocessing for the family, at the image size of the weights."""
         if self.family == "msn":
-            return build_default_preprocessing(self.image_size, "timm has no settings of msn")
+            return build_default_preprocessing(self.image_size, "timm has no preprocessing settings for MSN")
         self.model.pretrained_cfg["input_size"] = (3, *self.image_size)
         return convert_timm_preprocessing(self.model)
 
@@ -181,9 +184,9 @@ class FileSource(TimmSource):
 
 
 def read_file(file: Path) -> Mapping[str, Any]:
-    """Read a state dict, possibly nested. No code in the file runs.
+    """Read a state dict, which may be nested, without running code in the file.
 
-    Raises ConversionError if the file has a different format, or is a pickle of objects other than tensors.
+    Raise ConversionError if the file has an unsupported format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")
@@ -196,23 +199,21 @@ def read_file(file: Path) -> Mapping[str, Any]:
         if file.suffix == ".safetensors":
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning about TorchScript archives, which raise an error below
+            warnings.simplefilter("ignore")  # the warning about TorchScript archives, which raise an error below
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of any type
         check_not_pickled_code(str(file), error)
-        reason = (
-            "it is a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
-        )
+        reason = "a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
     if not isinstance(weights, Mapping):
         raise ConversionError(f"{file} does not contain a state dict, but a {type(weights).__name__}")
     return weights
 
 
-def unwrap(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
-    """Return the tensors of the image encoder without containers and prefixes, and the innermost container.
+def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
+    """Return the tensors of the image encoder without containers and prefixes, and the key of the innermost container.
 
-    A note names weights outside of the encoder, such as the projection head of a teacher.
+    Add a note if the file contains weights outside of the encoder, such as the projection head of a teacher.
     """
     container = None
     while key := next((key for key in CONTAINERS if isinstance(weights.get(key), Mapping)), None):
@@ -223,29 +224,30 @@ def unwrap(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str |
         if isinstance(value, torch.Tensor | np.ndarray) and value.dtype != np.object_
     }
     while prefix := next((prefix for prefix in PREFIXES if has_encoder(tensors, prefix)), None):
-        kept = {
+        encoder_tensors = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
             if name.startswith((prefix, "linear_head."))
         }
-        if len(kept) < len(tensors):
+        if len(encoder_tensors) < len(tensors):
             name = next(name for name in tensors if not name.startswith((prefix, "linear_head.")))
             notes.append(
-                f"{len(tensors) - len(kept)} weights outside of {prefix}* are not converted, for example {name}"
+                f"{len(tensors) - len(encoder_tensors)} weights outside of {prefix}* are not converted, for example "
+                f"{name}"
             )
-        tensors = kept
+        tensors = encoder_tensors
     return tensors, container
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Return whether an image encoder has this prefix."""
+    """Return whether the parameter names of an image encoder have this prefix."""
     return any(
         re.match(rf"{re.escape(prefix)}.*(patch_embed\.proj|conv1|patchifier\.proj)\.weight", name) for name in weights
     )
 
 
 def detect_family(weights: Weights, container: str | None, file: Path) -> str:
-    """Return the family of a state dict. Raises ConversionError if there is no family, or more than one."""
+    """Return the family of a state dict. Raise ConversionError if no family or several families match."""
     for family, pattern in SIGNATURES.items():
         if any(re.fullmatch(pattern, name) for name in weights):
             return family
@@ -265,12 +267,12 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 # Reference models ----------------------------------------------------------------------------------------------------
 
 
-def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build timm's model for the weights of a family with rules; `converted` is the converted model."""
+def build_reference_model(weights: Weights, family: str, converted_model: ViTCLSPreTrainedModel, file: Path) -> Any:
+    """Build a timm model with the weights of a family with rules. `converted_model` has the same weights."""
     timm = import_timm()
-    config: ViTCLSConfig = converted.config
+    config: ViTCLSConfig = converted_model.config
     is_gated = config.mlp_type != "mlp"
-    has_head = isinstance(converted, ViTCLSForImageClassification) and "linear_head.weight" not in weights
+    has_head = isinstance(converted_model, ViTCLSForImageClassification) and "linear_head.weight" not in weights
     options: dict[str, Any] = {
         "img_size": config.image_height_width,
         "patch_size": config.patch_height_width[0],
@@ -287,7 +289,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
     if family == "dinov3" or (family == "mae" and config.pooling == "mean"):
         options["global_pool"] = "token" if family == "dinov3" else "avg"
     if family == "big_vision":
-        return load_npz(timm, name, options, config, file)
+        return build_big_vision_model(timm, name, options, config, file)
     model = timm.create_model(name, pretrained=False, **options)
     tensors = {
         name: tensor for name, tensor in weights.items() if not name.startswith(("linear_head.", "masked_embed"))
@@ -303,7 +305,7 @@ def build_reference(weights: Weights, family: str, converted: ViTCLSPreTrainedMo
 
 
 def get_timm_name(family: str, config: ViTCLSConfig) -> str:
-    """Return the name of a timm model of the family, with the tag of weights that have its preprocessing."""
+    """Return the name of a timm model of the family, with a tag that selects the preprocessing of the family."""
     is_gated = config.mlp_type != "mlp"
     if family == "dinov2":
         registers = "reg4_" if config.num_register_tokens else ""
@@ -320,8 +322,8 @@ def get_timm_name(family: str, config: ViTCLSConfig) -> str:
     return TIMM_NAMES.get(family, "vit_small_patch16_224.dino")
 
 
-def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
-    """Build timm's model of a big_vision file, which timm reads itself."""
+def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
+    """Build a timm model from a big_vision file with timm's own reader."""
     options |= {"act_layer": "gelu_tanh"}
     if not config.num_cls_tokens and config.pooling == "mean":
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -333,7 +335,7 @@ def load_npz(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
-    """Build timm's model of a family without rules, from the width, patch size and grid of the weights."""
+    """Build a timm model of a family without rules, with the width, patch size and grid of the weights."""
     timm = import_timm()
     kernel = next(
         tensor
@@ -346,10 +348,10 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     width, patch_size = kernel.shape[0], kernel.shape[-1]
     name = TIMM_FAMILIES[family].get((width, patch_size))
     if name is None:
-        sizes = ", ".join(f"{w} with patches of {p}" for w, p in TIMM_FAMILIES[family])
+        sizes = ", ".join(map(str, TIMM_FAMILIES[family]))
         raise ConversionError(
-            f"{family} files require a width of {sizes} pixels, but this file has {width} with "
-            f"{patch_size}. Use timm:NAME"
+            f"{family} files require a (width, patch size) of {sizes}, but this file has ({width}, {patch_size}). "
+            "Use timm:NAME"
         )
     side = math.isqrt(positions.shape[-2])
     blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
@@ -366,13 +368,13 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
 
 def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
-    """Load published weights into a model of timm, with the conversion function of timm's module."""
+    """Load published weights into a timm model, with the `checkpoint_filter_fn` of the timm module."""
     module = sys.modules[type(model).__module__]
     model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model, **options))
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
-    """Return notes on rules that differ between the authors' code, timm, transformers and the converted model."""
+    """Return notes on differences between the converted model, the authors' code, timm and transformers."""
     if config.rope_periods is not None:
         return [
             "rotary periods: as stored in the file (the authors' code); timm and transformers compute the periods in "
@@ -380,13 +382,13 @@ def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
         ]
     if family == "big_vision":
         return [
-            "positions for other image sizes: bilinear; the authors' code aligns the corners of both grids, and timm "
-            "resamples bicubically with antialiasing"
+            "position embeddings for other image sizes: bilinear; the authors' code aligns the corners of both grids, "
+            "and timm resamples bicubically with antialiasing"
         ]
     if config.position_antialias or config.position_embedding_type != "learned":
         return []
     offset = f" with offset {config.position_offset}" if config.position_offset else ""
     return [
-        f"positions for other image sizes: bicubic{offset} without antialiasing (the authors' code); timm uses "
-        "antialiasing"
+        f"position embeddings for other image sizes: bicubic{offset} without antialiasing (the authors' code); timm "
+        "uses antialiasing"
     ]

@@ -1,4 +1,4 @@
-"""Load a model of timm or transformers, with its trained weights or with random values.
+"""Load a timm or transformers model with trained weights or with random values.
 
     source = load_source("timm:vit_base_patch16_clip_224.openai")
     source = load_source("transformers:facebook/dinov2-base")
@@ -58,13 +58,13 @@ PARTIAL_CLASSES = {
 
 
 class TimmSource:
-    """A model of timm."""
+    """A timm model that can be converted."""
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
-        self.name = name  # on the command line
+        self.name = name  # name on the command line
         self.model: Any = model.eval()
-        self.revision = revision  # commit hash on the Hub; None if it is unknown
-        self.notes = notes  # sentences for the user on how the model was loaded
+        self.revision = revision  # commit hash on the Hub; None if the hash is unknown
+        self.notes = notes  # notes for the user about loading the model
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
@@ -72,20 +72,20 @@ class TimmSource:
         timm = import_timm()
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
-            similar = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-            hint = f". Did you mean {similar[0]}?" if similar else ""
+            similar_names = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+            hint = f". Did you mean {similar_names[0]}?" if similar_names else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
             model, commit = load_timm(name, pretrained=not random_init)
         except Exception as error:  # any error of the download
             raise OSError(
-                f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without weights"
+                f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without trained weights"
             ) from error
         return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Native height and width in pixels; the size of the preprocessing if the model has no size."""
+        """Native height and width in pixels, or the preprocessing size if the model has no native size."""
         height, width = self.model.patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
         return height, width
 
@@ -95,14 +95,14 @@ class TimmSource:
         return bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-        """Convert the model. Raises ConversionError if the conversion cannot be exact."""
+        """Convert the model. Raise ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
 
-        For images of non-native size, these are the outputs of a copy after `set_input_size`. Raises any error if the
-        model does not support the image size.
+        For images of non-native size, the outputs come from a copy of the model after `set_input_size`. timm may raise
+        any type of error if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
@@ -122,7 +122,7 @@ class TimmSource:
 
 
 class TransformersSource:
-    """A model of transformers, with the methods of `TimmSource`."""
+    """A transformers model that can be converted, with the methods of `TimmSource`."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
@@ -136,14 +136,14 @@ class TransformersSource:
         except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
             if "trust_remote_code" in str(error):
                 raise ConversionError(
-                    f"{path} requires the code in its own repository, which is never run. Use a model with a class in "
-                    "transformers, or timm:NAME"
+                    f"{path} requires the code in the repository, but this code is never run. Use a model with a "
+                    "class in transformers, or timm:NAME"
                 ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
         if config.model_type == "vitcls":
             raise ConversionError(
-                f"{path} is a ViTCLS model already. Use it as --model, or write it as a class of transformers with "
-                "--to transformers --model"
+                f"{path} is already a ViTCLS model. Use --model {path}, or convert the model to a transformers class "
+                "with --to transformers --model"
             )
         model_class = get_convertible_class(config)
         if random_init:
@@ -159,17 +159,17 @@ class TransformersSource:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Image size of the configuration; for SigLIP 2, the square with its number of patches."""
+        """Image size in the configuration, or the size of a square with `num_patches` patches for SigLIP 2."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         if hasattr(config, "image_size"):
             size = config.image_size
             return (size, size) if isinstance(size, int) else tuple(size)
-        edge = int(config.num_patches**0.5) * config.patch_size
-        return edge, edge
+        side = int(config.num_patches**0.5) * config.patch_size
+        return side, side
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the model has logits or an image embedding, which counts as logits."""
+        """Whether the model outputs logits or an image embedding, which is treated as logits."""
         return self.encoder is not self.model
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -177,8 +177,7 @@ class TransformersSource:
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of the source model. If the images do not have the native size, and the model supports
-        it, positions are interpolated (`interpolate_pos_encoding`)."""
+        """Return the outputs for images [B, C, H, W], with interpolated position embeddings for non-native sizes."""
         encoder, inputs = self.encoder, self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
@@ -205,7 +204,7 @@ class TransformersSource:
         inputs: dict[str, Any] = {"pixel_values": pixel_values}
         if "interpolate_pos_encoding" in parameters and tuple(pixel_values.shape[-2:]) != self.image_size:
             inputs["interpolate_pos_encoding"] = True
-        if "noise" in parameters:  # MAE shuffles patches by this noise and masks the last patches
+        if "noise" in parameters:  # MAE sorts the patches by this noise and masks the last patches
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
@@ -213,7 +212,7 @@ class TransformersSource:
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert preprocessor_config.json, if the source has one."""
+        """Convert preprocessor_config.json, if the file exists."""
         return convert_transformers_preprocessing(self.folder, self.image_size)
 
 
@@ -228,7 +227,7 @@ LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
 def load_source(source: str, random_init: bool = False) -> SourceModel:
     """Load `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
 
-    Raises ValueError or OSError with one line if the source does not exist or is not supported.
+    Raise ValueError or OSError with a one-line message if the source does not exist or is not supported.
     """
     project, _, name = source.partition(":")
     if project not in LOADERS or not name:
@@ -237,16 +236,16 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
 
 
 def import_timm() -> Any:
-    """Return the module timm. Raises ConversionError if it is not installed."""
+    """Return the timm module. Raise ConversionError if timm is not installed."""
     try:
         import timm
     except ImportError as error:
-        raise ConversionError("the source requires timm, but it is not installed. Run pip install timm") from error
+        raise ConversionError("the source requires timm, but timm is not installed. Run pip install timm") from error
     return timm
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the class of transformers that loads the convertible part of a checkpoint."""
+    """Return the transformers class that loads the convertible part of a checkpoint."""
     architecture = (config.architectures or [""])[0]
     name = PARTIAL_CLASSES.get(architecture, architecture)
     if not architecture:
@@ -254,32 +253,33 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
         name = getattr(model_class, "__name__", "")
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted, because it is not a supported plain ViT"
+            f"{architecture or type(config).__name__} cannot be converted. Use a supported plain ViT"
         )
     return getattr(transformers, name)
 
 
 def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, list[str]]:
-    """Load a model of transformers in its saved dtype, and return it with notes on loading.
+    """Load a transformers model in the saved dtype, and return the model and notes on loading.
 
-    If the checkpoint has no pooler, the model has none. By default, transformers adds a pooler with random values.
+    If the checkpoint has no pooler, the model is loaded without a pooler. By default, transformers would add a pooler
+    with random values.
     """
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:
-        model, info = model_class.from_pretrained(folder, **options)
-        if info["missing_keys"] and all(name.startswith("pooler.") for name in info["missing_keys"]):
-            model, info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
-            notes.append("the checkpoint has no pooler, so the converted model has none")
+        model, loading_info = model_class.from_pretrained(folder, **options)
+        if loading_info["missing_keys"] and all(name.startswith("pooler.") for name in loading_info["missing_keys"]):
+            model, loading_info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
+            notes.append("the checkpoint has no pooler, so the converted model has no pooler")
     except Exception as error:  # any error of the download
         check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
-    if missing_names := sorted(info["missing_keys"]):
+    if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {path}, for example "
             f"{missing_names[0]}"
         )
-    unexpected_names = sorted(info["unexpected_keys"])
+    unexpected_names = sorted(loading_info["unexpected_keys"])
     if unexpected_names and model_class.__name__ in (model.config.architectures or []):
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights, for example {unexpected_names[0]}"
@@ -291,7 +291,7 @@ def check_not_pickled_code(path: str, error: BaseException) -> None:
     """Raise ConversionError if loading failed because a pickle contains objects other than tensors."""
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
-            f"{path} is a pickle with objects other than tensors, which could run code when they are loaded. Save its "
+            f"{path} is a pickle with objects other than tensors, which could run code when they are loaded. Save the "
             "tensors as safetensors"
         ) from error
 

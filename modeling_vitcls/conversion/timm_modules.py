@@ -2,7 +2,7 @@
 
 The fields come from the modules and their shapes, not from the model's name, so models from any
 `timm.create_model(..., **kwargs)` can be converted. Modules are identified by their class names, without importing
-timm. Unsupported features raise an error that names them. The parameter names are in from_timm.py.
+timm. An unsupported feature raises an error that names the feature. The rules for parameter names are in from_timm.py.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import nn
 from .weight_rules import ConversionError, Fields, simplify_size
 
 
-TimmModule = Any  # a model or layer of timm, which has no type annotations for its attributes
+TimmModule = Any  # timm model or layer; timm does not annotate the types of the attributes
 
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
 
@@ -32,8 +32,8 @@ def read_model(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
     first_block = model.blocks[0]  # the other blocks differ only in the number of key and value heads
     block_class = get_class_name(first_block)
-    check_supported(block_class in BLOCKS, f"blocks of class {block_class}")
-    blocks = BLOCKS[block_class](first_block)
+    check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
+    blocks = BLOCK_READERS[block_class](first_block)
     return {
         **read_image_and_patches(model),
         **read_tokens(model),
@@ -49,7 +49,8 @@ def read_model(model: TimmModule) -> Fields:
 
 
 def read_image_and_patches(model: TimmModule) -> Fields:
-    """Return the fields of the patch embedding. The image size covers whole patches; timm ignores other pixels."""
+    """Return the fields of the patch embedding. `image_size` covers whole patches, because timm ignores other
+    pixels."""
     embedding = model.patch_embed
     check_supported(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
     check_supported(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
@@ -67,53 +68,55 @@ def read_image_and_patches(model: TimmModule) -> Fields:
 
 
 def read_tokens(model: TimmModule) -> Fields:
-    """Return the numbers of special tokens."""
+    """Return the number of special tokens of each type."""
     registers = getattr(model, "reg_token", None)
-    has_distillation = getattr(model, "dist_token", None) is not None
-    check_supported(not (has_distillation and registers is not None), "registers together with a distillation token")
+    has_distillation_token = getattr(model, "dist_token", None) is not None
+    check_supported(
+        not (has_distillation_token and registers is not None), "registers together with a distillation token"
+    )
     return {
         "num_cls_tokens": int(model.cls_token is not None),
-        "num_distillation_tokens": int(has_distillation),
+        "num_distillation_tokens": int(has_distillation_token),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
 
 def read_positions(model: TimmModule) -> Fields:
-    """Return the fields of learned positions. timm resamples positions bicubically with antialiasing."""
+    """Return the fields of learned position embeddings, which timm resamples bicubically with antialiasing."""
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
     tokens = read_tokens(model)
-    others = tokens["num_distillation_tokens"] + tokens["num_register_tokens"]
-    if model.no_embed_class or not (others or tokens["num_cls_tokens"]):
-        positioned_tokens = "patches"
+    num_other_tokens = tokens["num_distillation_tokens"] + tokens["num_register_tokens"]
+    if model.no_embed_class or not (num_other_tokens or tokens["num_cls_tokens"]):
+        position_embedding_tokens = "patches"
     else:
-        positioned_tokens = "all" if others else "cls"
+        position_embedding_tokens = "all" if num_other_tokens else "cls"
     return {
         "position_embedding_type": "learned",
-        "position_embedding_tokens": positioned_tokens,
+        "position_embedding_tokens": position_embedding_tokens,
         "position_interpolation": "bicubic",
         "position_antialias": True,
     }
 
 
 def read_rotary_positions(model: TimmModule) -> Fields:
-    """Return the fields of rotary positions, which replace or complement learned positions."""
+    """Return the fields of rotary position embeddings, which replace or complement learned position embeddings."""
     rope = getattr(model, "rope", None)
     if rope is None:
         return {}
     name = get_class_name(rope)
-    check_supported(name in ROTARY_POSITIONS, f"rotary positions of class {name}")
+    check_supported(name in ROTARY_POSITION_READERS, f"rotary positions of class {name}")
     kind = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
         "position_embedding_type": kind if model.pos_embed is None else f"learned_{kind}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
-        **ROTARY_POSITIONS[name](rope),
+        **ROTARY_POSITION_READERS[name](rope),
     }
 
 
 def read_grid_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of coordinates in patches (EVA-02, Perception Encoder)."""
+    """Return the fields of rotary coordinates in units of patches (EVA-02, Perception Encoder)."""
     check_supported(
         not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels"
     )
@@ -126,7 +129,7 @@ def read_grid_coordinates(rope: TimmModule) -> Fields:
 
 
 def read_centered_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of coordinates from -1 to 1 (DINOv3)."""
+    """Return the fields of rotary coordinates from -1 to 1 (DINOv3)."""
     check_supported(
         rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period"
     )
@@ -137,7 +140,7 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
     return {"rope_coordinates": "centered"}
 
 
-ROTARY_POSITIONS: dict[str, Callable[[TimmModule], Fields]] = {
+ROTARY_POSITION_READERS: dict[str, Callable[[TimmModule], Fields]] = {
     "RotaryEmbeddingCat": read_grid_coordinates,
     "RotaryEmbeddingDinoV3": read_centered_coordinates,
     "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # with learned frequencies (RoPE-ViT)
@@ -153,11 +156,12 @@ def read_norms(model: TimmModule) -> Fields:
     }
     for name, _ in norms:
         check_supported(name in NORMS, f"norm {name}")
-    kinds = {(NORMS[name], eps) for name, eps in norms}
+    norm_types = {(NORMS[name], eps) for name, eps in norms}
     check_supported(
-        len(kinds) == 1, f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(kinds))}"
+        len(norm_types) == 1,
+        f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
     )
-    [(kind, eps)] = kinds
+    [(kind, eps)] = norm_types
     return {
         "norm_type": kind,
         "layer_norm_eps": eps,
@@ -167,7 +171,7 @@ def read_norms(model: TimmModule) -> Fields:
 
 
 def read_block(block: TimmModule) -> Fields:
-    """Return the fields of a pre-norm block: attention, then MLP."""
+    """Return the fields of a pre-norm block, which applies attention and then an MLP."""
     return {
         "layer_type": "standard",
         **read_attention(block.attn),
@@ -200,7 +204,7 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 
 def read_branched_block(block: TimmModule) -> Fields:
-    """Return the fields of a block with parallel branches, as merged by `merge_branches` in from_timm.py."""
+    """Return the fields of a block whose parallel branches are merged by `merge_branches` in from_timm.py."""
     attention, mlp = block.attns[0].attn, block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
     check_supported(
@@ -220,7 +224,7 @@ def read_branched_block(block: TimmModule) -> Fields:
     }
 
 
-BLOCKS: dict[str, Callable[[TimmModule], Fields]] = {
+BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
     "Block": read_block,
     "EvaBlock": read_block,
     "ResPostBlock": read_post_norm_block,
@@ -254,7 +258,7 @@ def read_attention(attention: TimmModule) -> Fields:
 
 
 def read_input_biases(attention: TimmModule) -> Fields:
-    """Return which of queries, keys and values have a bias. The keys of EVA have no bias."""
+    """Return the fields of the query, key and value biases. In EVA, the key projections have no bias."""
     if getattr(attention, "q_bias", None) is not None:
         biases = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:
@@ -267,7 +271,7 @@ def read_input_biases(attention: TimmModule) -> Fields:
 
 
 def read_mlp(mlp: TimmModule) -> Fields:
-    """Return the hidden size, activation, biases and norm of an MLP, plain or gated."""
+    """Return the hidden size, activation, biases and norm of a plain or gated MLP."""
     name = get_class_name(mlp)
     check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
@@ -299,7 +303,7 @@ def read_drop_path_rate(last_block: TimmModule) -> float:
 
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the pooling of the head."""
+    """Return the fields of the pooling before the head."""
     pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
@@ -319,7 +323,8 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     pool = model.attn_pool
     check_supported(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
     check_supported(
-        pool.latent.shape[1] == 1 and pool.pos_embed is None, "several queries, or positions, in attention pooling"
+        pool.latent.shape[1] == 1 and pool.pos_embed is None,
+        "several queries or position embeddings in attention pooling",
     )
     check_supported(
         is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm"
@@ -335,7 +340,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_labels(model: TimmModule) -> Fields:
-    """Return the names of the classes if the model has names, or else their number."""
+    """Return the class names if the model has class names, or else the number of classes."""
     check_supported(
         get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}"
     )
@@ -348,7 +353,7 @@ def read_labels(model: TimmModule) -> Fields:
 
 
 def read_activation(module: TimmModule) -> str:
-    """Return the name of an activation in transformers."""
+    """Return the transformers name of an activation."""
     name = get_class_name(module)
     check_supported(name in ACTIVATIONS, f"activation {name}")
     if getattr(module, "approximate", "none") == "tanh":
@@ -371,7 +376,7 @@ def is_present(module: TimmModule) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def check_supported(condition: bool, feature: str) -> None:
-    """Raise ConversionError with the name of a feature unless the condition is true."""
-    if not condition:
+def check_supported(is_supported: bool, feature: str) -> None:
+    """Raise ConversionError with the name of a feature if the feature is not supported."""
+    if not is_supported:
         raise ConversionError(f"ViTCLS does not support {feature}")

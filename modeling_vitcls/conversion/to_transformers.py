@@ -1,11 +1,11 @@
-"""Convert models of this package to classes of transformers, with the same outputs.
+"""Convert models of this package to transformers models with the same outputs.
 
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 
-A class of `TARGETS` supports a model if its configuration, converted by transformers_families.py, equals the model's
-configuration. Otherwise the error names the fields that differ. Fields that do not affect outputs in eval mode
-(dropout, drop path, initialization) are ignored. A ViT or DeiT with a rectangular image_size only accepts images of
-that size, because transformers only interpolates position embeddings for square images.
+A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
+the configuration of the model. Otherwise, the error names the fields that differ. Fields that do not affect outputs in
+eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size only accepts
+images of that size, because transformers only interpolates position embeddings for square images.
 """
 
 import dataclasses
@@ -30,41 +30,43 @@ from .weight_rules import ConversionError, revert_weights, simplify_size
 
 logger = logging.get_logger(__name__)
 
-Settings = dict[str, Any]  # fields of a configuration of transformers
+Settings = dict[str, Any]  # fields of a transformers configuration
 
 
 def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
-    """Convert a model to a class of transformers: same outputs, dtype and device, in eval mode.
+    """Convert a model to a transformers model in eval mode with the same outputs, dtype and device.
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
-    becomes the base model of one of these, or of DINOv3. Biases and LayerScale values that only the class of
-    transformers has are set to 0 and 1. A mask token is dropped with a warning if the class has none. If no class
-    supports the model directly, an equivalent form of the model is converted (equivalent_models.py).
+    becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale values that only the
+    transformers class has are set to 0 and 1. If the transformers class has no mask token, the mask token is dropped
+    with a warning. If no class supports the model directly, an equivalent form of the model is converted
+    (equivalent_models.py).
 
     Args:
-        model: The model.
-        native_size_only: Whether the outputs must be equal only for images of `config.image_size`. The class of
-            transformers may then resample positions differently for other sizes.
+        model: Model to convert.
+        native_size_only: Whether the outputs must be equal only for images of `config.image_size`. The transformers
+            class may then resample position embeddings differently for other sizes.
 
     Raises:
-        ConversionError: If no class supports the model; the message names the nearest class and the fields that
-            prevent it.
+        ConversionError: If no class supports the model. The message names the nearest class and the unsupported
+            fields.
     """
     name = type(model).__name__
     if name not in TARGETS:
-        raise ConversionError(f"transformers has no class for the task of {name}. Convert its encoder, .vitcls")
-    best = find_best_match(name, model.config, native_size_only)
-    if best.mismatches:
+        raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
+    best_match = find_best_match(name, model.config, native_size_only)
+    if best_match.mismatches:
         hint = describe_encoder_target(model)
-        if not native_size_only and not (native := find_best_match(name, model.config, True)).mismatches:
-            hint = f". {native.target.name} is exact at the native size: set native_size_only=True, or omit --any-size"
-        raise ConversionError(f"{', '.join(best.mismatches)}{describe_nearest(best)}{hint}")
-    return build_transformers_model(best, model)
+        if not native_size_only and not (native_match := find_best_match(name, model.config, True)).mismatches:
+            target_name = native_match.target.name
+            hint = f". {target_name} is exact at the native size: set native_size_only=True, or omit --any-size"
+        raise ConversionError(f"{', '.join(best_match.mismatches)}{describe_nearest_target(best_match)}{hint}")
+    return build_transformers_model(best_match, model)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A class of transformers to which models are converted."""
+    """A transformers class to which models are converted."""
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns the configuration of the class
@@ -73,12 +75,12 @@ class Target:
     always_pools: bool = True  # whether the class has a pooled output even if the model has no pooler with weights
 
     @property
-    def convertible(self) -> ConvertibleClass:
-        """The entry of `CONVERTIBLE_CLASSES`, which converts the class to this package."""
+    def convertible_class(self) -> ConvertibleClass:
+        """The `ConvertibleClass` that converts this transformers class to a class of this package."""
         return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
-        """Build a newly initialized model."""
+        """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported_fields} | {
@@ -158,19 +160,19 @@ TARGETS: dict[str, list[Target]] = {
 
 @dataclass(frozen=True)
 class TargetMatch:
-    """Comparison of a configuration with a target."""
+    """Result of comparing a configuration with a target."""
 
     target: Target
-    config: ViTCLSConfig  # the configuration, after `steps`
+    config: ViTCLSConfig  # configuration of the model after `steps`
     mismatches: list[str]  # fields that the target does not support, as `name=value`, or one error message
-    target_values: list[str]  # values of these fields in the target, as `name=value`
-    names: frozenset[str] = frozenset()  # names of these fields
-    # Rewrites of the model, each with the configuration before and after it
+    target_values: list[str]  # values of the mismatched fields in the target, as `name=value`
+    mismatched_names: frozenset[str] = frozenset()  # names of the mismatched fields
+    # Applied rewrites, each with the configuration before and after the rewrite
     steps: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match with the fewest mismatches, then with the fewest rewrites, for a model class."""
+    """Return the match with the fewest mismatches and, if several matches are equal, with the fewest rewrites."""
     matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
     return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
 
@@ -179,7 +181,7 @@ def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: boo
     """Return the match of a configuration after all rewrites that remove mismatches."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
-        if not rewrite.fields & match.names or (rewrite.at_native_size_only and not native_size_only):
+        if not rewrite.fields & match.mismatched_names or (rewrite.at_native_size_only and not native_size_only):
             continue
         for changes in rewrite.list_changes(match.config):
             changed_match = compare_with_target(target, replace_fields(match.config, changes))
@@ -190,20 +192,20 @@ def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: boo
 
 
 def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
-    """Compare a configuration with the configuration of a model that the target builds from it."""
-    convertible = target.convertible
+    """Build the target from a configuration, convert the target configuration back, and compare the fields."""
+    convertible_class = target.convertible_class
     try:
         with torch.device("meta"):
-            candidate = target.build(config)
-        weights, _ = split_head(candidate.state_dict(), convertible.encoder)
-        fields = convertible.family.read_fields(candidate.config, weights) | dict(convertible.fields)
+            target_model = target.build(config)
+        weights, _ = split_head(target_model.state_dict(), convertible_class.encoder)
+        fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
         target_config = ViTCLSConfig(**fields)
-    except (TypeError, ValueError) as error:  # a value that this class, or this version of it, does not support
+    except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, [format_error(error)], [])
-    has_head = convertible.encoder is not None
+    has_head = convertible_class.encoder is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
     ignored_fields = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
-    names = [
+    mismatched_names = [
         name
         for name in values
         if name in target_values
@@ -213,17 +215,17 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
     return TargetMatch(
         target,
         config,
-        [f"{name}={values[name]!r}" for name in names],
-        [f"{name}={target_values[name]!r}" for name in names],
-        frozenset(names),
+        [f"{name}={values[name]!r}" for name in mismatched_names],
+        [f"{name}={target_values[name]!r}" for name in mismatched_names],
+        frozenset(mismatched_names),
     )
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     """Return whether the target does not support the value of a field.
 
-    A target may have biases and LayerScale that the model does not have, because `NEUTRAL_WEIGHTS` fills them. Initial
-    LayerScale values are not compared.
+    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` fills these
+    weights. Initial LayerScale values are not compared.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
@@ -232,22 +234,23 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     return bool((value or None) != (target_value or None))
 
 
-def describe_nearest(match: TargetMatch) -> str:
-    """Return a clause on the nearest class; empty if the mismatch is an error message."""
+def describe_nearest_target(match: TargetMatch) -> str:
+    """Return a clause about the nearest class. The clause is empty if the mismatch is an error message."""
     if not match.target_values:
         return ""
     return (
-        f" cannot be converted: no class of transformers supports it. The nearest class, {match.target.name}, has "
-        f"{', '.join(match.target_values)}"
+        f" cannot be converted: transformers has no class with this configuration. The nearest class, "
+        f"{match.target.name}, has {', '.join(match.target_values)}"
     )
 
 
 def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
-    """Return a sentence on the class that supports the encoder of a classifier; empty if there is none."""
+    """Return a sentence about the class that supports a classifier's encoder, or "" if no class supports the
+    encoder."""
     if not hasattr(model, "vitcls"):
         return ""
     match = find_best_match("ViTCLSModel", model.config, native_size_only=False)
-    return "" if match.mismatches else f". Its encoder, model.vitcls, can be converted to {match.target.name}"
+    return "" if match.mismatches else f". The encoder, model.vitcls, can be converted to {match.target.name}"
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
@@ -269,7 +272,7 @@ IGNORED_FIELDS = frozenset(
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
-    """Return the fields that affect a model's outputs; equivalent values are replaced by one value."""
+    """Return the fields that affect the outputs of a model. Equivalent values are replaced by the same value."""
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     values = {name: getattr(config, name) for name in names}
@@ -283,7 +286,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "value_bias": value_bias,
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
         "hidden_act": get_activation(config),
-        "position_embedding_tokens": get_positioned_tokens(config),
+        "position_embedding_tokens": get_position_embedding_tokens(config),
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
@@ -294,14 +297,16 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
 def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
     """Return the fields that have no effect because of other fields."""
     pools_one_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
-    attention_pool = {field.name for field in dataclasses.fields(config) if field.name.startswith("attention_pool_")}
-    rotary = {field.name for field in dataclasses.fields(config) if field.name.startswith("rope_")}
+    attention_pool_fields = {
+        field.name for field in dataclasses.fields(config) if field.name.startswith("attention_pool_")
+    }
+    rotary_fields = {field.name for field in dataclasses.fields(config) if field.name.startswith("rope_")}
     conditions = [
         (not has_head, HEAD_FIELDS),
         (not config.position_embedding_type.startswith("learned"), LEARNED_POSITION_FIELDS),
-        (not config.has_rotary_positions, rotary),
+        (not config.has_rotary_positions, rotary_fields),
         (pools_one_cls, {"cls_pooling", "pooled_cls_tokens"}),
-        (config.pooling != "attention", attention_pool),
+        (config.pooling != "attention", attention_pool_fields),
         (config.head_type == "linear", {"head_hidden_size"}),
         (not config.has_distillation_head, {"distillation_inference"}),
     ]
@@ -322,11 +327,11 @@ def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
 
 
 def get_activation(config: ViTCLSConfig) -> str:
-    """Return the activation of the MLP or of its gate."""
+    """Return the activation function of a plain MLP, or of the gate of a gated MLP."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 
-def get_positioned_tokens(config: ViTCLSConfig) -> str:
+def get_position_embedding_tokens(config: ViTCLSConfig) -> str:
     """Return `position_embedding_tokens`, restricted to tokens that the model has."""
     if config.position_embedding_tokens == "all" and config.num_distillation_tokens + config.num_register_tokens:
         return "all"
@@ -338,31 +343,31 @@ NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
 def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """Build the model of transformers with the weights of a model."""
+    """Build the transformers model of a match with the weights of a model."""
     target = match.target
-    converted = target.build(match.config)
-    encoder_name = target.convertible.encoder
+    transformers_model = target.build(match.config)
+    encoder_name = target.convertible_class.encoder
     encoder, head = map(dict, split_head(model.state_dict(), "vitcls" if encoder_name else None))
     for rewrite, old, new in match.steps:
         rewrite.rewrite_weights(encoder, head, old, new)
-    target_encoder, target_head = split_head(converted.state_dict(), encoder_name)
+    target_encoder, target_head = split_head(transformers_model.state_dict(), encoder_name)
     if "embeddings.mask_token" in encoder and "embeddings.mask_token" not in target_encoder:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
         encoder = {name: weight for name, weight in encoder.items() if name != "embeddings.mask_token"}
-    encoder = revert_weights(encoder, target.convertible.family.rules, target_encoder)
+    encoder = revert_weights(encoder, target.convertible_class.family.rules, target_encoder)
     weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder.items()}
     weights |= revert_weights(head, HEAD_RULES, target_head)
-    for name, weight in converted.state_dict().items():
+    for name, weight in transformers_model.state_dict().items():
         if name not in weights:
             weights[name] = build_neutral_weight(name, weight)
-    converted.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
-    converted.load_state_dict(weights)
-    converted.eval()
-    return converted
+    transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    transformers_model.load_state_dict(weights)
+    transformers_model.eval()
+    return transformers_model
 
 
 def build_neutral_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Build a value of a parameter with which the parameter has no effect."""
+    """Build a weight that does not affect the outputs, such as a zero bias."""
     kind = name.rsplit(".", 1)[-1]
     if kind not in NEUTRAL_WEIGHTS and weight.numel():
         raise ConversionError(f"weights missing: {name}")

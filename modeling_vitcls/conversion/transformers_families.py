@@ -1,8 +1,8 @@
-"""Parameter names and configurations of the plain ViTs of transformers, one table per family.
+"""Rules for the parameter names and configurations of plain ViTs in transformers, one table per family.
 
 The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
-both names are listed. Dropout and drop path rates are copied, but dropout is applied where this package
-applies it.
+both names are listed. Dropout and drop path rates are copied, but this package may apply dropout to other activations
+than transformers.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ from .weight_rules import (
 
 @dataclass(frozen=True)
 class TransformersFamily:
-    """Rules and configuration of one architecture."""
+    """Rules for the weights and configuration of one architecture."""
 
     rules: Sequence[Rule]  # rules for the weights of the encoder
     # Function of the configuration and the weights that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    # Function that rewrites the weights first, if several weights become one
+    # Function that prepares the weights for the rules, for example by merging several weights
     prepare: Callable[[Weights], Weights] = dict
 
 
@@ -63,18 +63,18 @@ def read_common(config: Any, weights: Weights) -> Fields:
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """Round an image size in pixels down to whole patches: for patches of 14, SigLIP's 384 become 378."""
+    """Round an image size in pixels down to whole patches. For example, 384 becomes 378 for patches of 14 pixels."""
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
     height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
     return simplify_size(height, width)
 
 
 def require_square(config: Any) -> None:
-    """Raise ConversionError if the image is not square and transformers supports only square position grids."""
+    """Raise ConversionError if the image is not square, because transformers resamples to square position grids."""
     if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
         raise ConversionError(
-            f"image_size={config.image_size} is not square, but transformers resamples the positions of "
-            f"{type(config).__name__} as a square grid"
+            f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
+            f"of {type(config).__name__} as a square grid"
         )
 
 
@@ -90,7 +90,7 @@ VIT_RULES = [
 
 
 def read_vit(config: Any, weights: Weights) -> Fields:
-    """Return the fields of ViT; the optional pooler of its base model is a dense layer on the CLS token."""
+    """Return the fields of ViT. The optional pooler of `ViTModel` is a dense layer on the CLS token."""
     fields = read_common(config, weights)
     if "pooler.dense.weight" in weights:
         if config.pooler_output_size != config.hidden_size:
@@ -103,12 +103,12 @@ def read_vit(config: Any, weights: Weights) -> Fields:
 
 
 def read_deit(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DeiT: ViT with a distillation token, which has a position embedding."""
+    """Return the fields of DeiT, which is a ViT with a distillation token that has a position embedding."""
     return read_vit(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 
 
 def read_ijepa(config: Any, weights: Weights) -> Fields:
-    """Return the fields of I-JEPA: no special tokens, and a classifier on the mean of the patches."""
+    """Return the fields of I-JEPA, which has no special tokens, and a classifier on the mean of the patches."""
     if "pooler.dense.weight" in weights:
         raise ConversionError(
             "the pooler of IJepaModel reads the first patch instead of a CLS token. Load the model with "
@@ -122,7 +122,7 @@ def read_ijepa(config: Any, weights: Weights) -> Fields:
 
 
 def read_pixio(config: Any, weights: Weights) -> Fields:
-    """Return the fields of Pixio: several CLS tokens, pooled by their mean."""
+    """Return the fields of Pixio, which pools several CLS tokens by averaging."""
     require_square(config)
     return read_common(config, weights) | {
         "num_cls_tokens": config.n_cls_tokens,
@@ -131,7 +131,7 @@ def read_pixio(config: Any, weights: Weights) -> Fields:
     }
 
 
-# Parameter names as in BERT's attention.
+# Rules for attention parameters with the same names as in BERT.
 BERT_ATTENTION_RULES = [
     Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
@@ -162,7 +162,8 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of the MLP. A gated MLP is narrower, with about as many parameters."""
+    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower, with about as many parameters as a plain
+    MLP."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
@@ -179,7 +180,7 @@ def read_dinov2_layers(config: Any) -> Fields:
 def read_dinov2(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv2. Unlike the original code, transformers resamples positions without an offset.
 
-    Registers, whose class resamples with antialiasing, have no position embeddings.
+    The class with registers resamples with antialiasing. The registers have no position embeddings.
     """
     require_square(config)
     fields = read_common(config, weights) | read_dinov2_layers(config)
@@ -190,12 +191,12 @@ def read_dinov2(config: Any, weights: Weights) -> Fields:
 
 
 def read_tipsv2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of TIPSv2 (arXiv 2604.12012): DINOv2 with registers, and bilinear resampling of positions."""
+    """Return the fields of TIPSv2 (arXiv 2604.12012), which is DINOv2 with registers and bilinear resampling."""
     return read_dinov2(config, weights) | {"position_interpolation": "bilinear"}
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the tensor for the first target if the MLP is plain, and for the second target if it is gated."""
+    """Return the tensor for the first target if the MLP is plain, and for the second target if the MLP is gated."""
     empty_tensor = tensor[:0]
     return [tensor, empty_tensor] if config.mlp_type == "mlp" else [empty_tensor, tensor]
 
@@ -222,7 +223,7 @@ DINOV3_RULES = [
 
 
 def read_dinov3(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv3, which has rotary positions."""
+    """Return the fields of DINOv3, which has rotary position embeddings."""
     return read_common(config, weights) | {
         "num_register_tokens": config.num_register_tokens,
         "position_embedding_type": "rope_2d",
@@ -279,11 +280,12 @@ CLIP_RULES = [
 
 
 def read_clip(config: Any, weights: Weights) -> Fields:
-    """Return the fields of CLIP: a norm before the first layer, and a final norm on the pooled output only."""
+    """Return the fields of CLIP, which has a norm before the first layer, and normalizes only the pooled output at the
+    end."""
     return read_common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
-# InternViT (arXiv 2312.14238), in InternVL and Qianfan-OCR.
+# InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
 INTERNVL_RULES = [
     *(
         Rule(f"{prefix}.{{i}}.{name}", f"layers.{{i}}.{target}")
@@ -327,7 +329,7 @@ SIGLIP_RULES = [
 
 
 def read_siglip(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP: no special tokens, and attention pooling if the model has a head."""
+    """Return the fields of SigLIP, which has no special tokens, and attention pooling if the model has a head."""
     return read_common(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_tokens": "patches",
@@ -348,8 +350,7 @@ SIGLIP2_RULES = [
 
 
 def read_siglip2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP 2. The input of SigLIP 2 is flattened patches, but the converted model reads
-    images."""
+    """Return the fields of SigLIP 2. SigLIP 2 reads flattened patches, but the converted model reads images."""
     return read_siglip(config, weights) | {
         "image_size": isqrt(config.num_patches) * config.patch_size,
         "position_interpolation": "bilinear",
@@ -358,13 +359,13 @@ def read_siglip2(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a query that has no projection as a probe, an identity weight and a zero bias."""
+    """Convert a query without a projection to a probe, an identity projection weight and a zero projection bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 
 
 def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a weight and, if the model has no query, key and value biases, a zero bias."""
+    """Return a weight and a zero bias. The bias is empty if the model has query, key and value biases."""
     return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 
@@ -388,7 +389,8 @@ AIMV2_RULES = [
 
 
 def read_aimv2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of AIMv2: no special tokens, RMS norms (also after the patch embedding) and gated MLPs."""
+    """Return the fields of AIMv2, which has RMS norms (also after the patch embedding), gated MLPs and no special
+    tokens."""
     return read_common(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
@@ -433,15 +435,15 @@ DATA2VEC_RULES = [
 
 
 def read_beit(config: Any, weights: Weights) -> Fields:
-    """Return the fields of BEiT: a relative position bias, position embeddings, or both."""
+    """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
     require_square(config)
-    by_layer = "layer" if config.use_relative_position_bias else None
-    shared = "shared" if config.use_shared_relative_position_bias else None
+    layer_bias = "layer" if config.use_relative_position_bias else None
+    shared_bias = "shared" if config.use_shared_relative_position_bias else None
     return read_common(config, weights) | {
         "key_bias": False,
         "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
         "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "relative_position_bias": by_layer or shared or "none",
+        "relative_position_bias": layer_bias or shared_bias or "none",
         "pooling": "mean" if config.use_mean_pooling else "cls",
         "final_norm": not config.use_mean_pooling,
         "pooled_norm": "pooler.layernorm.weight" in weights,
@@ -449,15 +451,15 @@ def read_beit(config: Any, weights: Weights) -> Fields:
 
 
 def add_shared_bias(weights: Weights) -> Weights:
-    """Add the bias table that all layers share to the table of each layer, if the model has both."""
+    """Add the bias table that all layers share to the table of each layer, if the model has both types of tables."""
     tables = [name for name in weights if name.endswith("relative_position_bias_table")]
     shared_tables = [
         name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
     ]
-    per_layer = [name for name in tables if name not in shared_tables]
-    if not shared_tables or not per_layer:
+    layer_tables = [name for name in tables if name not in shared_tables]
+    if not shared_tables or not layer_tables:
         return weights
-    summed_tables = {name: weights[name] + weights[shared_tables[0]] for name in per_layer}
+    summed_tables = {name: weights[name] + weights[shared_tables[0]] for name in layer_tables}
     return {name: tensor for name, tensor in weights.items() if name not in shared_tables} | summed_tables
 
 
@@ -481,7 +483,7 @@ RADIO_RULES = [
 
 
 def read_radio(config: Any, weights: Weights) -> Fields:
-    """Return the fields of RADIO: concatenated CLS tokens, and positions that are cropped to the image size."""
+    """Return the fields of RADIO, which concatenates CLS tokens and crops position embeddings to the image size."""
     if "embeddings.video_patch_projection.weight" in weights:
         raise ConversionError("ViTCLS does not support video_patch_projection, a second patch projection for videos")
     return (
@@ -502,8 +504,8 @@ def read_radio(config: Any, weights: Weights) -> Fields:
 
 
 def fold_pixel_normalization(weights: Weights) -> Weights:
-    """Fold the normalization of pixels, (x - mean) / std, into the patch projection, in float64."""
-    if "input_conditioner.norm_mean" not in weights:  # removed by the user
+    """Fold the pixel normalization, (x - mean) / std, into the patch projection with float64 arithmetic."""
+    if "input_conditioner.norm_mean" not in weights:  # the user has removed the conditioner
         return weights
     folded_weights = dict(weights)
     mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]

@@ -1,8 +1,8 @@
-"""Convert weights of other projects to this package, and back, with tables of rules.
+"""Convert the weights of other projects to this package, and back, with tables of rules.
 
-A family of checkpoints is a table of rules, which map its parameter names to the names of this package, and a function
-that builds a `ViTCLSConfig` from its configuration. This file applies the rules and builds the model, with the
-classifier of the source, a new classifier or none. The file is independent of any family.
+Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The rules map parameter
+names of the family to parameter names of this package. This file applies the rules of any family, and builds the model
+with the classifier of the source, with a new classifier or without a classifier.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -40,7 +40,7 @@ LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lamb
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted exactly; the message names the unsupported feature."""
+    """Raised if a checkpoint cannot be converted exactly. The message names the unsupported feature."""
 
 
 def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -54,12 +54,12 @@ def split_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.T
 
 
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split position embeddings [1, N, D] or [N, D] into the groups of `POSITIONS`, [1, n, D] each."""
+    """Split position embeddings [1, N, D] or [N, D] into the token groups of `POSITIONS`, [1, n, D] each."""
     positions = tensor.reshape(1, -1, config.hidden_size)
-    counts = [config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens]
-    num_positioned_groups = {"patches": 0, "cls": 1, "all": 3}[config.position_embedding_tokens]
-    counts[num_positioned_groups:] = [0] * (3 - num_positioned_groups)
-    return [positions[:, group] for _, group in TokenLayout.from_counts(*counts).items()]
+    token_counts = [config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens]
+    num_groups_with_positions = {"patches": 0, "cls": 1, "all": 3}[config.position_embedding_tokens]
+    token_counts[num_groups_with_positions:] = [0] * (3 - num_groups_with_positions)
+    return [positions[:, group] for _, group in TokenLayout.from_counts(*token_counts).items()]
 
 
 def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -84,20 +84,20 @@ def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[tor
 
 
 def simplify_size(height: int, width: int) -> int | list[int]:
-    """Return one number for a square, and [height, width] otherwise."""
+    """Return one number if height and width are equal, and [height, width] otherwise."""
     return height if height == width else [height, width]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Conversion of one kind of parameter."""
+    """Conversion of the parameters whose names match a pattern."""
 
     pattern: str  # parameter name in the other project, with placeholders in braces
     targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
-    # Function that returns one tensor per target. A tensor without elements is skipped, for example the positions of a
-    # token group that the model does not have.
+    # Function that returns one tensor per target. A tensor without elements is skipped, for example the position
+    # embeddings of a token group that the model does not have.
     transform: Transform = lambda tensor, config: [tensor]
-    axis: int = 0  # axis along which the targets are concatenated in the reverse direction
+    axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
     def match(self, name: str) -> dict[str, str] | None:
         """Return the values of the placeholders in `name`, or None if the pattern does not match."""
@@ -105,38 +105,38 @@ class Rule:
         match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped_pattern), name)
         return match.groupdict() if match else None
 
-    def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, values: Mapping[str, str]) -> Weights:
+    def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, placeholders: Mapping[str, str]) -> Weights:
         """Convert one parameter, given the values of the placeholders."""
-        names = self.format_targets(values)
+        names = self.format_targets(placeholders)
         return dict(zip(names, self.transform(tensor, config), strict=True)) if names else {}
 
-    def format_targets(self, values: Mapping[str, str]) -> list[str]:
+    def format_targets(self, placeholders: Mapping[str, str]) -> list[str]:
         """Return the names of the targets, given the values of the placeholders."""
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        return [target.format(**values) for target in targets]
+        return [target.format(**placeholders) for target in targets]
 
 
 def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
     """Convert a state dict of another project. Targets that end with `[i]` are stacked into one parameter."""
     rules = list(rules)
-    converted: Weights = {}
+    converted_weights: Weights = {}
     stacked_parts: dict[str, Weights] = {}
     unmatched_names = []
     for name, tensor in weights.items():
-        rule, values = find_rule(rules, name)
+        rule, placeholders = find_rule(rules, name)
         if rule is None:
             unmatched_names.append(name)
             continue
-        for target, part in rule.apply(tensor, config, values).items():
-            if slot := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                stacked_parts.setdefault(slot[1], {})[slot[2]] = part
+        for target, part in rule.apply(tensor, config, placeholders).items():
+            if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
+                stacked_parts.setdefault(index_match[1], {})[index_match[2]] = part
             elif part.numel():
-                converted[target] = part
+                converted_weights[target] = part
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
     for target, parts in stacked_parts.items():
-        converted[target] = torch.stack([parts[index] for index in sorted(parts, key=int)])
-    return converted
+        converted_weights[target] = torch.stack([parts[index] for index in sorted(parts, key=int)])
+    return converted_weights
 
 
 def revert_weights(
@@ -150,22 +150,22 @@ def revert_weights(
     reverted_weights: Weights = {}
     used_names = set()
     for name, reference_weight in reference.items():
-        rule, values = find_rule(rules, name)
-        targets = [target for target in rule.format_targets(values) if target in weights] if rule else []
+        rule, placeholders = find_rule(rules, name)
+        targets = [target for target in rule.format_targets(placeholders) if target in weights] if rule else []
         used_names.update(targets)
         if rule and targets:
-            joined = torch.cat([weights[target] for target in targets], dim=rule.axis)
-            reverted_weights[name] = joined.reshape(reference_weight.shape)
+            joined_weight = torch.cat([weights[target] for target in targets], dim=rule.axis)
+            reverted_weights[name] = joined_weight.reshape(reference_weight.shape)
     if unused_names := sorted(weights.keys() - used_names):
-        raise ConversionError(f"weights without a counterpart: {join_names(unused_names)}")
+        raise ConversionError(f"weights without a counterpart in the other project: {join_names(unused_names)}")
     return reverted_weights
 
 
 def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
-    """Return the first rule that matches `name`, and the values of its placeholders."""
+    """Return the first rule that matches `name`, and the values of the placeholders of this rule."""
     for rule in rules:
-        if (values := rule.match(name)) is not None:
-            return rule, values
+        if (placeholders := rule.match(name)) is not None:
+            return rule, placeholders
     return None, {}
 
 
@@ -180,7 +180,7 @@ def build_model(
     num_labels: int | None = None,
     add_pooling_layer: bool = True,
 ) -> ViTCLSPreTrainedModel:
-    """Build a model from converted weights, in eval mode, with the dtype and device of the weights.
+    """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
     Args:
         encoder: Weights of `ViTCLSModel`.
@@ -191,17 +191,18 @@ def build_model(
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 
     Raises:
-        ConversionError: If the source does not allow the choice of classifier, or weights do not fit.
+        ConversionError: If the value of `classifier` is not possible for the source, or the weights do not match the
+            model.
     """
-    create_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
+    has_new_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
     if num_labels is not None:
         config.num_labels = num_labels
     weights = dict(encoder)
     model: ViTCLSPreTrainedModel
-    with nullcontext() if create_head else no_init_weights():
-        if create_head or (classifier == "keep" and head is not None):
+    with nullcontext() if has_new_head else no_init_weights():
+        if has_new_head or (classifier == "keep" and head is not None):
             model = ViTCLSForImageClassification(config)
-            if create_head:
+            if has_new_head:
                 head = {n: weight for n, weight in model.state_dict().items() if not n.startswith("vitcls.")}
             weights = {f"vitcls.{name}": weight for name, weight in encoder.items()} | (head or {})
         else:
@@ -212,28 +213,28 @@ def build_model(
 
 
 def split_classifier(weights: Weights) -> tuple[Weights, Weights | None]:
-    """Split converted weights into the encoder's weights and the classifier's weights, None without a classifier."""
+    """Split converted weights into encoder weights and classifier weights (None if there is no classifier)."""
     head = {name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")}
     return {name: weight for name, weight in weights.items() if name not in head}, head or None
 
 
-def requires_new_head(classifier: str, num_labels: int | None, source_labels: int | None) -> bool:
-    """Return whether to create a new classifier; `source_labels` is None for a source without a classifier."""
+def requires_new_head(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
+    """Return whether to create a new classifier. `num_source_labels` is None for a source without a classifier."""
     if classifier not in ("keep", "new", "drop"):
         raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
     if classifier == "drop":
         if num_labels is not None:
-            raise ConversionError(f'classifier="drop" and num_labels={num_labels} contradict each other. Set only one')
+            raise ConversionError(f'classifier="drop" does not support num_labels={num_labels}. Remove num_labels')
         return False
     if classifier == "new":
-        if num_labels is None and source_labels is None:
+        if num_labels is None and num_source_labels is None:
             raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
         return True
-    if source_labels is None:
+    if num_source_labels is None:
         return num_labels is not None
-    if num_labels not in (None, source_labels):
+    if num_labels not in (None, num_source_labels):
         raise ConversionError(
-            f"the classifier of the source has {source_labels} labels, but num_labels={num_labels}. Set "
+            f"the classifier of the source has {num_source_labels} labels, but num_labels={num_labels}. Set "
             'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
         )
     return False
@@ -241,14 +242,19 @@ def requires_new_head(classifier: str, num_labels: int | None, source_labels: in
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model and return the model in eval mode."""
-    expected = model.state_dict()
-    mismatched_names = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    expected_weights = model.state_dict()
+    mismatched_names = sorted(
+        n for n in expected_weights.keys() & weights.keys() if expected_weights[n].shape != weights[n].shape
+    )
     for problem, names in (
-        ("missing", sorted(expected.keys() - weights.keys())),
-        ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected.keys())]),
+        ("missing", sorted(expected_weights.keys() - weights.keys())),
+        ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected_weights.keys())]),
         (
             "of a different shape",
-            [f"{n} {list(weights[n].shape)} (the model has {list(expected[n].shape)})" for n in mismatched_names],
+            [
+                f"{n} {list(weights[n].shape)} (the model has {list(expected_weights[n].shape)})"
+                for n in mismatched_names
+            ],
         ),
     ):
         if names:

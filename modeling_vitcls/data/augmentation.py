@@ -6,7 +6,7 @@
     batch on the device -> BatchMixer: mixup, CutMix
                         -> MaskGenerator: masked patches
 
-The parts that run on the CPU process 8-bit pixels, and depend only on the seed and the index of each image. Held-out
+The transforms run on the CPU with 8-bit pixels, and depend only on the seed and the index of each image. Held-out
 images are not augmented, but only preprocessed by the image processor. Pixels are rescaled and normalized on the
 model's device (batches.py).
 """
@@ -25,32 +25,32 @@ from .sampling import convert_to_fractions, draw_random_bits
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Three parts of an augmentation, in the order in which they are applied."""
+    """The three transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random transform of one image that keeps its shape; uses torch's generator
+    image_transform: nn.Module | None  # random, uses torch's generator and preserves the image shape
     batch_transform: "BatchTransform"
 
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
     ) -> torch.Tensor:
-        """Return the images [B, C, H, W] `uint8` after the two random parts of the augmentation.
+        """Apply the two random transforms and return the images [B, C, H, W] `uint8`.
 
         Args:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
             seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and index.
         """
-        bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
+        random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
         if self.image_transform is not None:
             transformed_images = []
             with torch.random.fork_rng(devices=[]):
-                for image, seed in zip(pixels, (bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
+                for image, seed in zip(pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
                     transformed_images.append(self.image_transform(image))
             pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.batch_transform(pixels, convert_to_fractions(bits[:, 1:]))
+        return self.batch_transform(pixels, convert_to_fractions(random_bits[:, 1:]))
 
 
 def build_augmentation(
@@ -103,35 +103,35 @@ class BatchTransform:
         self.shift = options.shift
         self.zoom = options.zoom
 
-    def __call__(self, pixels: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Return the transformed pixels [B, C, H, W] `uint8`, for random numbers [B, 5] from 0 to 1."""
-        is_flipped = torch.from_numpy(numbers[:, 0] < 0.5) & self.flip  # [B]
+        is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
-            return self.resample(pixels, is_flipped, torch.from_numpy(numbers[:, 1:] * 2 - 1).float())
+            return self.resample(pixels, is_flipped, torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float())
         if self.flip:
             return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
         return pixels
 
-    def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the pixels flipped, rotated, shifted and zoomed about the center, with bilinear interpolation. Pixels
-        from outside the image are black. `numbers` are [B, 4], from -1 to 1."""
+    def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, random_numbers: torch.Tensor) -> torch.Tensor:
+        """Flip, rotate, shift and zoom the pixels about the center, with bilinear interpolation. Pixels outside the
+        image become black. `random_numbers` is [B, 4], from -1 to 1."""
         height, width = pixels.shape[-2:]
-        angle, right, down, zoom = numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
+        angle, right, down, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
-        # Map each output pixel to its input coordinates, in pixels from the center.
+        # Map each output pixel to the input coordinates, in pixels from the center.
         x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
-        grid_size = torch.empty(len(pixels), height, width, 2)
-        grid_size[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
-        grid_size[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        resampled = nn.functional.grid_sample(pixels.float(), grid_size, align_corners=False)  # [B, C, H, W]
+        sampling_grid = torch.empty(len(pixels), height, width, 2)
+        sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
+        sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
+        resampled = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)  # [B, C, H, W]
         return resampled.round_().to(torch.uint8)
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of the two for each batch."""
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of both methods for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []
@@ -158,24 +158,24 @@ class MaskGenerator:
 
     The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
     2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over the masked patches of
-    a batch is also a mean over its images. The model defines the mask token and the loss.
+    a batch equals the mean over the images. The model defines the mask token and the loss.
     """
 
     def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
-        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks
-        none or all of the patches, or a block has more patches than are masked."""
+        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks no
+        patches or all patches, or a block has more patches than the ratio masks."""
         self.grid_size = rows, columns = grid_size
-        self.block = block = options.mask_block
+        self.block_size = block_size = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)
         if not 0 < self.num_masked < rows * columns:
             raise ValueError(
                 f"--mask-ratio requires masked and visible patches, but {options.mask_ratio} masks {self.num_masked} "
                 f"of the {rows} x {columns} patches. Set another --mask-ratio or a smaller --patch-size"
             )
-        if min(block, rows) * min(block, columns) > self.num_masked:
+        if min(block_size, rows) * min(block_size, columns) > self.num_masked:
             raise ValueError(
-                f"--mask-block {block} requires a whole masked block, but --mask-ratio {options.mask_ratio} masks "
-                f"only {self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
+                f"--mask-block {block_size} requires a whole masked block, but --mask-ratio {options.mask_ratio} "
+                f"masks only {self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
             )
 
     def __call__(
@@ -187,8 +187,8 @@ class MaskGenerator:
         reach the exact number of masked patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid_size
-        num_blocks = (batch_size, -(-rows // self.block), -(-columns // self.block))
+        num_blocks = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))
         blocks = torch.rand(num_blocks, device=device, generator=generator)  # [B, block rows, block columns]
-        patches = blocks.repeat_interleave(self.block, dim=1).repeat_interleave(self.block, dim=2)
+        patches = blocks.repeat_interleave(self.block_size, dim=1).repeat_interleave(self.block_size, dim=2)
         order = patches[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True)  # [B, rows * columns]
         return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : self.num_masked], True)

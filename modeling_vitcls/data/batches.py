@@ -5,7 +5,7 @@ A batch is a dict:
     labels                           by kind (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image
-    view     [B] `int64`             index of the augmented view: `epoch`, modulo the number of views if it is limited
+    view     [B] `int64`             index of the augmented view: `epoch`, or `epoch` modulo `num_views`
     replaced [B] `int64`             index of the unreadable image that this image replaces, or -1
 """
 
@@ -33,9 +33,9 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builder of batches from decoded images, stored or streamed.
+    """Builder of batches from decoded images, which are stored or streamed.
 
-    The augmentation of an image depends only on (seed, view, index), not on the process or worker that runs it.
+    The augmentation of an image depends only on (seed, view, index), and not on the process or worker.
     """
 
     augmentation: Augmentation
@@ -45,7 +45,7 @@ class BatchBuilder:
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Convert a PIL image to pixels [C, H, W] `uint8`, and apply the fixed part of the augmentation. Raise
+        """Convert a PIL image to pixels [C, H, W] `uint8`, and apply the fixed transform of the augmentation. Raise
         UnreadableImage if the mode or the number of channels is not supported."""
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
@@ -61,9 +61,9 @@ class BatchBuilder:
         keys: list[ImageKey],
         replaced_indices: list[int],
     ) -> Batch:
-        """Apply the random parts of the augmentation, and return a batch. `pixels` are outputs of `prepare_image`, as
-        a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced_indices` contains the index of
-        the unreadable image that each image replaces, or -1."""
+        """Apply the random transforms of the augmentation, and return a batch. `pixels` are outputs of
+        `prepare_image`, as a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced_indices`
+        contains the index of the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -79,14 +79,14 @@ class BatchBuilder:
 
 
 def collate_labels(labels: list[Any]) -> Any:
-    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, depending on their kind."""
+    """Return labels as [B] `int64`, [B, classes] `float32`, or {task: [B] `int64`}, depending on the label kind."""
     if isinstance(labels[0], dict):
         return {task: torch.tensor([label[task] for label in labels]) for task in labels[0]}
     return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], list) else torch.int64)
 
 
 class TrainingImages:
-    """Augmented training images by (epoch, index).
+    """Augmented training images, in batches that are indexed by lists of (epoch, index).
 
     An unreadable image is replaced by the readable image with the next index.
     """
@@ -102,14 +102,14 @@ class TrainingImages:
         return len(self.source)
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process from `first_step` on."""
+        """Yield the keys of each batch of one process, starting at `first_step`."""
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
         if self.arrays is not None:
             return self.load_array_batch(self.arrays, keys)
-        loaded_indices, pixels = zip(*(self.load_readable(index) for _, index in keys), strict=True)
+        loaded_indices, pixels = zip(*(self.load_readable_image(index) for _, index in keys), strict=True)
         pairs = list(zip(keys, loaded_indices, strict=True))
         return self.builder.build(
             list(pixels),
@@ -119,7 +119,7 @@ class TrainingImages:
         )
 
     def load_array_batch(self, arrays: torch.Tensor, keys: list[ImageKey]) -> Batch:
-        """Return the batch if all images are in memory as one tensor, so that every image is readable."""
+        """Return a batch of images that are stored in memory as one tensor. Every image is readable."""
         indices = [index for _, index in keys]
         pixels = arrays[indices]  # [B, 1, H, W]
         num_channels = 3 if self.builder.to_rgb else 1
@@ -129,8 +129,8 @@ class TrainingImages:
         batch = self.builder.build(pixels, labels, keys, [NOT_REPLACED] * len(keys))
         return batch | {"pixels": batch["pixels"].expand(-1, num_channels, -1, -1)}
 
-    def load_readable(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the index and the prepared pixels of the first readable image from `index` on."""
+    def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
+        """Return the index and the prepared pixels of the first readable image, starting at `index`."""
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.unreadable:
                 try:
@@ -160,14 +160,14 @@ class TrainingImages:
 
 
 def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Apply the fixed part of the augmentation to all images and return them as [images, 1, H, W] `uint8`; None if the
+    """Apply the fixed transform to all images and return the pixels [images, 1, H, W] `uint8`. Return None if the
     images are not stored as arrays or do not fit in the cache."""
     images: Any = source.images
     arrays = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(arrays, ArrayImages):
         return None
-    values = arrays.values[images.indices] if isinstance(images, ImageSubset) else arrays.values
-    pixels = torch.from_numpy(np.array(values))[:, None]  # [images, 1, H, W]
+    array = arrays.pixels[images.indices] if isinstance(images, ImageSubset) else arrays.pixels
+    pixels = torch.from_numpy(np.array(array))[:, None]  # [images, 1, H, W]
     if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
     return torch.cat([augmentation.fixed_transform(chunk) for chunk in pixels.split(1024)])
@@ -180,15 +180,15 @@ def iterate_training_batches(
     source: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
-    `first_step`. Close the iterator to stop its workers. Raise ValueError if no image can be read, or the label of an
-    example of a stream is not one of the classes."""
-    yield from load_with_workers(source, source.iterate_keys(plan, process_index, first_step), num_workers)
+    `first_step`. Close the iterator to stop the workers. Raise ValueError if no image can be read, or if the label of
+    a streamed example is not one of the classes."""
+    yield from load_batches(source, source.iterate_keys(plan, process_index, first_step), num_workers)
 
 
-def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in the workers (in this
-    process if there are none). Close the iterator to stop the workers. A ValueError of `source` is raised without the
-    worker's traceback."""
+def load_batches(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
+    """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in worker processes, or in
+    this process if `num_workers` is 0. Close the iterator to stop the workers. A ValueError of `source` is raised
+    without the worker's traceback."""
     loader = DataLoader(
         source,
         batch_size=None,
@@ -201,15 +201,15 @@ def load_with_workers(source: Any, keys: Iterable[Sequence[Any]], num_workers: i
         yield from loader
         return
     except ValueError as error:  # in a worker, the traceback precedes the message
-        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        error.__traceback__ = None  # the traceback references the loader and would keep its workers alive
-    raise ValueError(problem)
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        error.__traceback__ = None  # the traceback references the loader and would keep the workers alive
+    raise ValueError(message)
 
 
 def leave_signals_to_parent(worker_index: int) -> None:
-    """Make a DataLoader worker ignore signals that are sent to all processes; used as `worker_init_fn`.
+    """Make a DataLoader worker ignore signals that are sent to all processes (a `worker_init_fn`).
 
-    Otherwise the workers would stop before the training step that waits for their images. SIGTERM from the training
+    Otherwise, the workers would stop before the training step that waits for the images. SIGTERM from the training
     process still stops a worker, but is lost while a SIGTERM from another process is pending. To stop the workers
     without a signal, close the iterator of the loader.
     """
@@ -230,7 +230,7 @@ def wait_for_parent_signal() -> None:
 
 
 class Normalizer:
-    """Convert batches of pixels from 0 to 255 to the `pixel_values` of the image processor."""
+    """Converter from pixels with values from 0 to 255 to the `pixel_values` of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
         factor = processor.rescale_factor if processor.do_rescale else 1.0

@@ -1,17 +1,17 @@
-"""Held-out images of datasets without an evaluation split, and their record in the results of a run.
+"""Held-out images of datasets without an evaluation split, and the record of these images in results.json.
 
-    image -> key: a checksum of its bytes if the dataset contains them, otherwise of its path within the dataset
+    image -> key: checksum of the image bytes, or of the path within the dataset if the dataset contains only paths
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or other images. When images are added, held-out
-images stay held out, and training images stay training images.
+The decision for an image does not depend on the order, the labels or other images. If images are added to the dataset,
+held-out images stay held out, and training images stay training images.
 
 The split is not stratified: the held-out fraction of a class is only approximate. Training prints a warning if a class
 has no held-out images or no training images.
 
 A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. `vitcls evaluate` reads
-it, holds out the same images, and compares the digest of their keys.
+the record, holds out the same images, and compares the digest of the image keys.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ..files import read_json
 
 
 RESULTS_FILE = "results.json"  # results of the run that trained a model
-RECORD = "held_out"  # key of the held-out record in results.json
+RECORD_KEY = "held_out"  # key of the held-out record in results.json
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class HeldOutRule:
 
     fraction: float  # fraction of the images to hold out
     seed: int  # seed of the hash
-    # Makes two rules with the same seed independent: "" for the images that are reported, "selection" for the images
-    # that select the best checkpoint.
+    # Text that makes two rules with the same seed independent: "" for the images of the reported results, "selection"
+    # for the images that select the best checkpoint.
     purpose: str = ""
     num_folds: int | None = None  # number of folds of a cross-validation; None: no cross-validation
-    fold: int | None = None  # the fold to hold out, from 1; each image is in exactly one fold
+    fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold
 
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
@@ -59,7 +59,7 @@ class HeldOutRule:
 class HeldOutRecord:
     """Description of the held-out images of a run, as stored in results.json."""
 
-    split: str | None  # the split of the dataset that was held out; None if a `HeldOutRule` selected the images
+    split: str | None  # held-out split of the dataset; None if a `HeldOutRule` selected the images
     num_images: int
     fraction: float | None = None  # fraction of the `HeldOutRule`
     split_seed: int | None = None  # seed of the `HeldOutRule`
@@ -76,40 +76,40 @@ class HeldOutRecord:
 
     @property
     def rule(self) -> HeldOutRule | None:
-        """The rule that selected the images; None if they are a split of the dataset."""
+        """The rule that selected the images; None if the images are a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry in results.json."""
+        """Return the record as a dict for results.json."""
         return asdict(self)
 
 
-def read_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the record in a model folder; None if there is no record, as for models of other packages. Raise
+def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
+    """Return the held-out record in a model folder; None if there is no record, as in models of other packages. Raise
     ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None
     try:
-        record = read_json(file).get(RECORD)
+        record = read_json(file).get(RECORD_KEY)
         return None if record is None else HeldOutRecord(**record)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove the file to use the model without it") from error
+        raise ValueError(f"{file} is damaged: {error}. Remove the file to use the model without the record") from error
 
 
-def compute_key(content: bytes) -> int:
+def compute_image_key(content: bytes) -> int:
     """Return the 63-bit key of an image from its bytes or its path."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder, so that the folder may be moved. URLs are
-    unchanged."""
+    """Return the path of an image relative to the dataset folder, which does not change if the folder is moved. URLs
+    are unchanged."""
     return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
 
 
 def compute_keys_digest(keys: Iterable[int]) -> str:
-    """Return the SHA-256 of a set of keys, independent of their order."""
+    """Return the SHA-256 of a set of keys, which does not depend on the order of the keys."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Image folders (one sub-folder of images per class) -> `datasets.DatasetDict`, without copying images.
+"""Read image folders (one subfolder of images per class) as `datasets.DatasetDict`, without copying images.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth of a class folder
@@ -7,13 +7,13 @@
     photos/1.jpg                                        no classes: only for predictions and pre-training
     photos/metadata.csv (or .jsonl, .parquet)           columns of the table; `file_name` contains image paths
 
-Splits are recognized by the names of the folders at the first level only (`SPLIT_NAMES`, in any case); other folder
-and file names are not interpreted. The first-level folders are splits if all first-level folders with images have
-split names. If only some have split names, all first-level folders are classes. If, in this case, a folder with a
-split name contains class folders, the structure is ambiguous, and an error is raised.
+Splits are recognized only by the names of the first-level folders (`SPLIT_NAMES`, case-insensitive). Other folder and
+file names are not interpreted. The first-level folders are splits if all first-level folders with images have split
+names. If only some of these folders have split names, all first-level folders are classes. An error is raised if one
+of these folders has a split name and contains class folders, because the structure is then ambiguous.
 
 `ImageFolder.notes` lists the unused files (other file types, hidden files, images next to class folders). A folder
-that contains tables, and at most as many images as tables, is not an image folder: `datasets` reads it.
+that contains tables, and at most as many images as tables, is not an image folder, and is read by `datasets`.
 """
 
 import hashlib
@@ -51,14 +51,14 @@ MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are relative to `path`, sorted, and use "/" as separator."""
+    """The files of an image folder. Paths are sorted, are relative to `path`, and use "/" as separator."""
 
     path: Path
     images: list[str]
     metadata: list[str]
     tables: list[str]
-    others: list[str]  # hidden files, files of other types, and files with names that are not valid text
-    empty_folders: list[str]  # folders of the first level without images
+    other_files: list[str]  # hidden files, files of other types, and files with names that are not valid text
+    empty_folders: list[str]  # first-level folders without images
     notes: list[str] = field(default_factory=list)  # one line for each kind of unused file or unexpected structure
 
     @property
@@ -68,8 +68,8 @@ class ImageFolder:
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and all its subfolders; links to folders are followed."""
-    files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "others": []}
+    """Return the files of a folder and of all subfolders. Links to folders are followed."""
+    files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "other_files": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
     folders_with_images = {PurePosixPath(name).parts[0] for name in files["images"]}
@@ -92,15 +92,15 @@ def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterat
 
 
 def get_file_kind(name: str) -> str:
-    """Return the field of `ImageFolder` that a file belongs to."""
+    """Return the name of the `ImageFolder` field to which a file belongs."""
     path = PurePosixPath(name)
     if any(map(is_hidden, path.parts)) or make_printable(name) != name:
-        return "others"
+        return "other_files"
     if path.name in METADATA_FILES:
         return "metadata"
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return "images"
-    return "tables" if path.suffix.lower() in TABLE_SUFFIXES else "others"
+    return "tables" if path.suffix.lower() in TABLE_SUFFIXES else "other_files"
 
 
 def is_hidden(name: str) -> bool:
@@ -117,32 +117,32 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
     ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
 
-    With metadata files, the columns are `image` and the columns of these files. Otherwise they are `image` and, if
-    labels are used, `label`. Without labels, all images at any depth are used.
+    With metadata files, the columns are `image` and the columns of these files. Otherwise, the columns are `image`
+    and, if labels are used, `label`. If labels are not used, images at any depth are included.
     """
     import datasets
 
     splits, has_split_folders = divide_into_splits(folder)
     if folder.metadata:
-        parts = read_metadata(folder, splits, has_split_folders)
+        split_datasets = read_metadata(folder, splits, has_split_folders)
     elif use_labels:
-        parts = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
+        split_datasets = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
     else:
-        parts = {split: build_split(folder, split, names) for split, names in splits.items()}
-    add_unused_note(folder, sorted([*folder.others, *folder.tables]), "of other types")
+        split_datasets = {split: build_split(folder, split, names) for split, names in splits.items()}
+    add_unused_note(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.empty_folders:
         folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
-    return datasets.DatasetDict(parts)
+    return datasets.DatasetDict(split_datasets)
 
 
 # Splits and classes --------------------------------------------------------------------------------------------------
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first-level folders are splits (rules: top of this file).
+    """Return the images of each split, and whether the first-level folders are splits (see the top of this file).
 
     Raises:
-        ValueError: if two folders have names of the same split, or a folder may be either a split or a class.
+        ValueError: if two folder names refer to the same split, or it is ambiguous whether a folder is a split.
     """
     images_by_folder: dict[str, list[str]] = {}
     for name in folder.images:
@@ -151,7 +151,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
     split_folders = [folder_name for folder_name in images_by_folder if folder_name.lower() in SPLIT_NAMES]
     if not split_folders or len(split_folders) < len(images_by_folder):
         if not folder.metadata:
-            check_are_class_folders(folder, images_by_folder, split_folders)
+            check_class_folders(folder, images_by_folder, split_folders)
         return {"train": folder.images}, False
     splits: dict[str, str] = {}
     for folder_name in split_folders:
@@ -166,24 +166,23 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
     return {split: images_by_folder[splits[split]] for split in SPLITS if split in splits}, True
 
 
-def check_are_class_folders(
-    folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]
-) -> None:
-    """Raise ValueError if a folder with a split name, next to folders with other names, contains folders of images."""
+def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]) -> None:
+    """Raise ValueError if a folder with a split name contains folders of images, and other folders have no split
+    names."""
     for folder_name in split_folders:
         subfolders = sorted({name.split("/")[1] for name in images_by_folder[folder_name] if name.count("/") > 1})
         if subfolders:
             other_folder = next(name for name in images_by_folder if name not in split_folders)
             raise ValueError(
                 f"{folder.path}: the folder {folder_name!r} has the name and the class folders of a split "
-                f"({shorten_list(subfolders)}), but {other_folder!r} next to it is not the name of a split "
-                f"({', '.join(SPLITS)}). If they are splits, move {other_folder!r} elsewhere; if they are classes, "
-                f"rename {folder_name!r}"
+                f"({shorten_list(subfolders)}), but the folder {other_folder!r} does not have the name of a split "
+                f"({', '.join(SPLITS)}). If the folders are splits, move {other_folder!r} elsewhere. If the folders "
+                f"are classes, rename {folder_name!r}"
             )
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return the dataset of each split, in which the labels are the class folders of the images. `depth` is the number
+    """Return the dataset of each split. The label of an image is the name of the class folder. `depth` is the number
     of folders above the class folders. A split without class folders is skipped. Raise ValueError if no split has
     class folders."""
     import datasets
@@ -202,16 +201,16 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
     deep_folders = sorted({str(PurePosixPath(name).parent) for name in folder.images if name.count("/") > depth + 1})
     if deep_folders:
         folder.notes.append(
-            f"{folder.path}: images in deeper folders ({shorten_list(deep_folders)}) belong to the class of "
-            "their class folder"
+            f"{folder.path}: images in subfolders of class folders ({shorten_list(deep_folders)}) belong to the class "
+            "of the class folder"
         )
     feature = datasets.ClassLabel(names=classes)
-    parts = {}
+    split_datasets = {}
     for split, names in splits.items():
-        if labeled := [name for name in names if labels[name] is not None]:
-            indices = feature.str2int([labels[name] for name in labeled])
-            parts[split] = build_split(folder, split, labeled, indices, feature)
-    return parts
+        if labeled_names := [name for name in names if labels[name] is not None]:
+            indices = feature.str2int([labels[name] for name in labeled_names])
+            split_datasets[split] = build_split(folder, split, labeled_names, indices, feature)
+    return split_datasets
 
 
 def describe_single_class(dataset: str, name: str) -> str:
@@ -221,10 +220,11 @@ def describe_single_class(dataset: str, name: str) -> str:
         return f"a classifier requires two or more classes, but all images of {dataset} have the label {name!r}"
     parents = [path, *(entry for entry in sorted(path.iterdir()) if entry.name.lower() in SPLIT_NAMES)]
     folders = [parent / name for parent in parents if (parent / name).is_dir()]
-    inner = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
+    inner_folders = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
     hint = ""
-    if inner:
-        hint = f". If its folders ({shorten_list(inner)}) are the classes or splits, set --dataset {folders[0]}"
+    if inner_folders:
+        names = shorten_list(inner_folders)
+        hint = f". If the inner folders ({names}) are the classes or splits, set --dataset {folders[0]}"
     return (
         f"a classifier requires two or more classes, but {path} has a single class folder, {name!r}. Move the images "
         f"of each class into a separate folder{hint}"
@@ -258,7 +258,7 @@ def build_image_column(folder: ImageFolder, names: list[str]) -> "pyarrow.Array"
 
 
 def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. Its fingerprint is a hash of the columns, and of the names, sizes and
+    """Return a `datasets.Dataset` in memory. The fingerprint is a hash of the columns, and of the names, sizes and
     modification times of the files."""
     import datasets
 
@@ -266,7 +266,7 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     for name in names:
         try:
             stat = (folder.path / name).stat()
-        except OSError:  # reported when the image is read
+        except OSError:  # an error is reported when the image is read
             continue
         fingerprint.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
@@ -278,8 +278,9 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
 
 
 def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_folders: bool) -> dict[str, Any]:
-    """Return the dataset of each split: the rows of the metadata files with the images in the column `file_name`.
-    Raise ValueError if a metadata file cannot be read, has no `file_name`, or names an image outside its folder."""
+    """Return the dataset of each split, which contains the rows of the metadata files and the images in `file_name`.
+    Raise ValueError if a metadata file cannot be read, has no column `file_name`, or contains the path of an image
+    outside the folder of the file."""
     import datasets
     import pyarrow
 
@@ -295,7 +296,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
     unlisted_names = sorted(set(folder.images) - set(names))
     add_unused_note(folder, unlisted_names, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
-    parts = {}
+    split_datasets = {}
     for split in splits:
         rows = [
             row
@@ -305,8 +306,8 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
         if rows:
             images = [names[row] for row in rows]
             columns = table.take(rows).add_column(0, "image", build_image_column(folder, images))
-            parts[split] = build_dataset(folder, split, images, columns, features)
-    return parts
+            split_datasets[split] = build_dataset(folder, split, images, columns, features)
+    return split_datasets
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
@@ -325,14 +326,16 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         else:
             table = pyarrow.parquet.read_table(path)
         names = [str(name) for name in table.column("file_name").to_pylist()]
-    except (OSError, ValueError, KeyError) as error:  # includes the errors of pandas and Arrow
+    except (OSError, ValueError, KeyError) as error:  # the errors of pandas and Arrow are included
         raise ValueError(
-            f"cannot read {path}: {format_error(error)}. It requires a column `file_name` of paths relative to its "
-            "folder"
+            f"cannot read {path}: {format_error(error)}. The file requires a column `file_name` of paths relative to "
+            "the folder of the file"
         ) from error
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "://" in name:
-            raise ValueError(f"{path}: the image {name!r} is outside the folder of this file. Move the image into it")
+            raise ValueError(
+                f"{path}: the image {name!r} is outside the folder of this file. Move the image into this folder"
+            )
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / name).as_posix() for name in names]
 

@@ -9,9 +9,9 @@
 Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three methods do not decode
 images:
 
-    get_names()    the path of each image within the dataset, or a checksum; "" if there is neither
-    read_content() the bytes of one image; None if they cannot be read or are remote
-    compute_keys() a checksum of the bytes or path of each image, which decides whether it is held out (held_out.py)
+    get_names()    the path of each image within the dataset, or a checksum; "" for an image without path and checksum
+    read_content() the bytes of one image; None if the image cannot be read or is remote
+    compute_keys() a checksum of the bytes or path of each image, which selects the held-out images (held_out.py)
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..errors import format_error
 from ..image_processing_vitcls import read_image, shorten
-from .held_out import compute_key, get_relative_path
+from .held_out import compute_image_key, get_relative_path
 
 
 NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
@@ -33,12 +33,12 @@ NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not r
 
 
 class UnreadableImage(ValueError):
-    """Error for an unreadable image. The message is one line with the name of the image and the reason."""
+    """Raised for an unreadable image. The message is one line with the name of the image and the reason."""
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images, and the label of each: a class index, a list of 0.0 and 1.0 per class, or {task: class index}."""
+    """Images and one label per image: a class index, a list with 0.0 or 1.0 per class, or {task: class index}."""
 
     images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Sequence[Any]
@@ -56,7 +56,7 @@ class LabeledImages:
 class ImageSubset(Sequence):
     """A subset of another sequence of images."""
 
-    source_images: Any  # the other sequence
+    source_images: Any  # sequence that contains the subset
     indices: list[int]
 
     def __len__(self) -> int:
@@ -81,22 +81,22 @@ class ImageSubset(Sequence):
 class ArrayImages(Sequence):
     """Grayscale images of the same size: [images, H, W] `uint8`."""
 
-    values: np.ndarray
+    pixels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.pixels)
 
     def __getitem__(self, index: Any) -> Any:
-        return Image.fromarray(self.values[index])
+        return Image.fromarray(self.pixels[index])
 
     def get_names(self) -> list[str]:
         return [f"{key:x}" for key in self.compute_keys()]
 
     def read_content(self, index: int) -> bytes:
-        return self.values[index].tobytes()
+        return self.pixels[index].tobytes()
 
     def compute_keys(self) -> list[int]:
-        return [compute_key(values.tobytes()) for values in self.values]
+        return [compute_image_key(array.tobytes()) for array in self.pixels]
 
 
 class EncodedSequence(Sequence):
@@ -117,7 +117,7 @@ class EncodedSequence(Sequence):
         ]
 
     def get_names(self) -> list[str]:
-        """Return the path of each image within the dataset; "" if it has no path. The bytes of images are not read."""
+        """Return the path of each image within the dataset, or "" for an image without a path. No image is read."""
         return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
 
     def read_content(self, index: int) -> bytes | None:
@@ -134,7 +134,7 @@ class EncodedSequence(Sequence):
             return None
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of its path if it has no bytes."""
+        """Return a checksum of the bytes of each image, or of the path of an image whose bytes are missing."""
         return [
             compute_example_key(encoded_image, self.folder)
             for encoded_image in map(self.get_encoded, range(len(self)))
@@ -172,7 +172,7 @@ class EncodedImages(EncodedSequence):
 
 @dataclass(frozen=True)
 class ColumnImages(EncodedSequence):
-    """Images in a column of a dataset, of type `datasets.Image(decode=False)` or bytes."""
+    """Images in a column of a dataset. The column contains bytes or `datasets.Image(decode=False)`."""
 
     dataset: Any
     column: str
@@ -185,24 +185,24 @@ class ColumnImages(EncodedSequence):
         return self.dataset[index][self.column]
 
     def get_paths(self) -> list[str | None]:
-        """Return the path of each image, without reading the bytes of images."""
+        """Return the path of each image, without reading the images."""
         import pyarrow.compute
 
         values = self.dataset.with_format("arrow")[:][self.column]  # not copied
         return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain its bytes."""
+        """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
         starts = range(0, len(self), NUM_ROWS_AT_ONCE)
         rows = (row for start in starts for row in self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column])
         return [compute_example_key(row, self.folder) for row in rows]
 
 
 def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
-    """Return the key of an encoded image: a checksum of its bytes, or of its path within `folder`."""
+    """Return the key of an encoded image, which is a checksum of the bytes or of the path within `folder`."""
     if example and example["bytes"] is not None:
-        return compute_key(example["bytes"])
-    return compute_key(get_relative_path((example and example["path"]) or "", folder).encode())
+        return compute_image_key(example["bytes"])
+    return compute_image_key(get_relative_path((example and example["path"]) or "", folder).encode())
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
@@ -215,7 +215,8 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
-    """Return a value of an image or path column as {"path", "bytes"}. Relative paths are joined to `folder`."""
+    """Return a value of an image or path column as {"path": ..., "bytes": ...}. Relative paths are joined to
+    `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -231,10 +232,11 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image upright, in
-    its stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in upright
+    orientation, in the stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
-    The attribute `filename` is set for error messages, as Pillow does: to the path, or to `fallback_name`.
+    As in Pillow, the attribute `filename` of the image contains the name for error messages: the path, or
+    `fallback_name`.
     """
     if not encoded_image or not (encoded_image["bytes"] is not None or encoded_image["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")
@@ -262,7 +264,7 @@ def read_image_file(path: str) -> Any:
 
 
 @dataclass
-class UnreadableImages:
+class UnreadableImageCounter:
     """Counter of the unreadable images of one run.
 
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
@@ -270,7 +272,7 @@ class UnreadableImages:
 
     describe: Callable[[int], str]  # index of an unreadable image -> error message of one line
     warn: Callable[[str], None]  # prints a one-line warning
-    limit: int  # maximum number of unreadable images (`--max-broken-images`); the run stops if there are more
+    limit: int  # maximum number of unreadable images (`--max-broken-images`); a larger number stops the run
     indices: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -278,7 +280,7 @@ class UnreadableImages:
 
     def add(self, indices: Iterable[int]) -> None:
         """Count the unreadable images in the `replaced` values of a batch, and print a warning for each new unreadable
-        image. Raise ValueError if there are more unreadable images than the limit."""
+        image. Raise ValueError if the number of unreadable images exceeds the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

@@ -1,4 +1,4 @@
-"""Datasets in memory, for the Python functions (api.py): data of these types -> a named `datasets.DatasetDict`.
+"""Datasets in memory for the Python functions (api.py). The following types become a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are found as in files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
@@ -7,8 +7,8 @@
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 
-A label is a class name, a class index, a list of class names, a dict with the label of each task, or None if it is
-missing. The name is a digest of the data, so that a run can be resumed with the same data.
+A label is a class name, a class index, a list of class names, a dict with the label of each task, or None for a
+missing label. The name is a digest of the data, so that a run can be resumed with the same data.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..image_processing_vitcls import image_to_tensor
 
 
-PREFIX = "memory:"
+MEMORY_PREFIX = "memory:"
 DATASETS: dict[str, Any] = {}  # name -> DatasetDict
 
 
@@ -34,11 +34,13 @@ def add_dataset(data: Any) -> str:
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise TypeError("a datasets.IterableDataset cannot be passed. Pass its name, and set streaming=True")
-    parts = data if isinstance(data, Mapping) else {"train": data}
-    splits = datasets.DatasetDict({name: convert_split(part) for name, part in parts.items()})
-    content = [f"{split} {part._fingerprint}" for split, part in splits.items()]
-    name = f"{PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+        raise TypeError(
+            "a datasets.IterableDataset cannot be passed. Pass the name of the dataset, and set streaming=True"
+        )
+    data_by_split = data if isinstance(data, Mapping) else {"train": data}
+    splits = datasets.DatasetDict({name: convert_split(split_data) for name, split_data in data_by_split.items()})
+    content = [f"{split} {split_data._fingerprint}" for split, split_data in splits.items()]
+    name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
     return name
 
@@ -62,22 +64,24 @@ def convert_split(data: Any) -> Any:
     if not is_sequence and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label), "
-            f"but this one is a {type(data).__name__}"
+            f"but the data is a {type(data).__name__}"
         )
     rows = [convert_item(data[index], index) for index in range(len(data))]
     if not rows:
         raise ValueError("the dataset in memory has no images")
-    part = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     names = [str(name) for name in getattr(data, "classes", ())]  # class names of torchvision's datasets
-    if names and part.features.get("label") == datasets.Value("int64"):
-        part = part.cast_column("label", datasets.ClassLabel(names=names))
-    return part
+    if names and dataset.features.get("label") == datasets.Value("int64"):
+        dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
+    return dataset
 
 
 def convert_item(item: Any, index: int) -> dict[str, Any]:
     """Convert an item (image, label) to a row of a `datasets.Dataset`."""
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ValueError(f"item {index} of the dataset must be (image, label), but it is a {type(item).__name__}")
+        raise ValueError(
+            f"item {index} of the dataset must be (image, label), but the item is a {type(item).__name__}"
+        )
     image, label = item
     if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch values
         label = label.item() if label.ndim == 0 else label.tolist()
@@ -86,7 +90,7 @@ def convert_item(item: Any, index: int) -> dict[str, Any]:
 
 
 def encode_image(image: Any, index: int) -> dict[str, Any]:
-    """Return an image as {"path", "bytes"}. Images in memory are encoded as PNG, which is lossless. Raise
+    """Return an image as {"path": ..., "bytes": ...}. Images in memory are encoded as PNG, which is lossless. Raise
     ValueError if `image` is not an image.
 
     Arrays and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
@@ -103,5 +107,5 @@ def encode_image(image: Any, index: int) -> dict[str, Any]:
             image = to_pil_image(image_to_tensor(pixels, to_rgb=False))
         image.save(file := io.BytesIO(), "PNG")
     except (OSError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"item {index} of the dataset has no usable image: {error}") from error
+        raise ValueError(f"item {index} of the dataset has no valid image: {error}") from error
     return {"path": None, "bytes": file.getvalue()}

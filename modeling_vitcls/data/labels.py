@@ -1,4 +1,4 @@
-"""Labels of a dataset: the columns that contain them, and their conversion to class indices.
+"""Labels of a dataset: the columns that contain labels, and the conversion of labels to class indices.
 
                                                       label of one image            batch of labels
     several --label-column
@@ -80,7 +80,7 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Return whether a label is a valid class index; None, -100 (IGNORED_LABEL) and other negative values are not."""
+    """Return whether a label is a class index, unlike None, -100 (IGNORED_LABEL) and other negative values."""
     return label is not None and label >= 0
 
 
@@ -95,15 +95,15 @@ def is_multi_label(config: ViTCLSConfig) -> bool:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """One column of labels, and the names of its classes."""
+    """One label column and the names of the classes."""
 
     name: str
     classes: list[str]
     is_declared: bool  # whether the values of the column are indices into `classes`
 
     def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value; -100 if it is missing. Raise ValueError if the value is not one of the
-        classes. `row_name` is the name of the row in error messages."""
+        """Return the class index of one value; -100 if the value is missing. Raise ValueError if the value is not one
+        of the classes. `row_name` is the name of the row in error messages."""
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
@@ -137,7 +137,7 @@ class LabelReader:
 
     @property
     def space(self) -> LabelSpace:
-        """The kind of labels and their names."""
+        """The label kind, and the label names of each column."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
@@ -158,8 +158,8 @@ class LabelReader:
 def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
-    """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels,
-    or its classes are not known.
+    """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels, or
+    if the classes of a column are unknown.
 
     `read_column` returns all values of a column that does not declare its classes. `read_column` is None for a stream,
     whose values cannot all be read in advance.
@@ -168,14 +168,16 @@ def build_label_reader(
     names = tuple(
         find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested_names
     )
-    list_columns = [name for name in names if get_item_type(features[name]) is not None or options.label_separator]
-    if list_columns and len(names) > 1:
+    multi_label_columns = [
+        name for name in names if get_item_type(features[name]) is not None or options.label_separator
+    ]
+    if multi_label_columns and len(names) > 1:
         raise ValueError(
             f"{options.dataset}: several label columns require one label per image in each column, but "
-            f"{list_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
+            f"{multi_label_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
             "--label-separator"
         )
-    kind: LabelKind = "multi_label_classification" if list_columns else "single_label_classification"
+    kind: LabelKind = "multi_label_classification" if multi_label_columns else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
 
@@ -183,7 +185,7 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
-    """Build one label column, whose class names are declared, set by --label-names, or the distinct values."""
+    """Build one label column. The class names are declared, set by --label-names, or the distinct values."""
     class_label = next(
         (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
     )
@@ -192,23 +194,23 @@ def build_label_column(
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(
-                "--label-names requires a single label column, but there are several. Remove --label-names"
+                "--label-names requires a single label column, but --label-column names several. Remove --label-names"
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     if read_column is None:
         raise ValueError(
             f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
         )
-    values = {
+    distinct_values = {
         normalize_value(label)
         for value in read_column(name)
         for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row")
     } - {None}
-    if any(isinstance(value, float | dict) for value in values):
+    if any(isinstance(value, float | dict) for value in distinct_values):
         raise ValueError(
             f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
         )
-    classes = [str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
+    classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
     return LabelColumn(name, classes, is_declared=False)
 
 
@@ -224,7 +226,8 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
 
 
 def normalize_value(value: Any) -> Any:
-    """Return a label as text or integer; None if it is missing. Files with missing values store integers as floats."""
+    """Return a label as text or integer, or None for a missing label. Files with missing values store integers as
+    floats."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -246,18 +249,18 @@ def find_column(
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the column with a usual name."""
+    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
     columns = ", ".join(features)
     if name is not None:
         if name not in features:
             raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
         return name
-    by_type = [column for column, feature in features.items() if has_matching_type(feature)]
-    if len(by_type) == 1:
-        return by_type[0]
-    by_name = [usual for usual in usual_names if usual in (by_type or features)]
-    if by_name:
-        return by_name[0]
+    matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
+    if len(matching_columns) == 1:
+        return matching_columns[0]
+    usual_columns = [usual_name for usual_name in usual_names if usual_name in (matching_columns or features)]
+    if usual_columns:
+        return usual_columns[0]
     raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns}. Set --{kind}-column")
 
 

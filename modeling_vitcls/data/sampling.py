@@ -1,4 +1,4 @@
-"""The images of each batch as a function of the seed and the step, so that no sampler or generator state is saved.
+"""Select the images of each batch from the seed and the step, so that no sampler or generator state must be saved.
 
 The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
 `batch size x accumulation steps x processes` images, divided among the processes:
@@ -8,7 +8,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
 with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-contains fewer distinct images, and repeats them in the same order.
+contains fewer distinct images, and repeats these images in the same order.
 """
 
 import math
@@ -22,8 +22,8 @@ import torch
 from ..options import TrainingOptions
 
 
-# Index of the epoch and index of the image. If an image is used several times per epoch, the first number counts its
-# earlier uses, so that each use has a different augmentation.
+# Index of the epoch and index of the image. If an image is used several times per epoch, the number of earlier uses
+# replaces the index of the epoch, so that each use has a different augmentation.
 ImageKey = tuple[int, int]
 
 
@@ -38,27 +38,27 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
     """Return random 64-bit numbers for several images, from one SplitMix64 sequence per image (Steele, Lea and Flood
     2014).
 
     Args:
         seeds: [images] `uint64`.
         indices: [images] `uint64`; different indices result in unrelated numbers.
-        count: number of random numbers per image.
+        num_per_image: number of random numbers per image.
 
     Returns:
-        [images, count] `uint64`; each row depends only on its seed and index.
+        [images, num_per_image] `uint64`; each row depends only on its seed and index.
     """
     starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
-    return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, count + 1, dtype=np.uint64))
+    return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, num_per_image + 1, dtype=np.uint64))
 
 
-def mix_bits(values: np.ndarray) -> np.ndarray:
+def mix_bits(counters: np.ndarray) -> np.ndarray:
     """Return the SplitMix64 output for each counter value."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    counters = (counters ^ (counters >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    counters = (counters ^ (counters >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return counters ^ (counters >> np.uint64(31))
 
 
 def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
@@ -94,23 +94,23 @@ class ShuffledOrder:
 class BalancedOrder(ShuffledOrder):
     """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
-    The positions of an epoch are assigned to the classes in rotation. Each class cycles through its images, which are
-    shuffled again for each cycle. So the images of a rare class are repeated within an epoch, and a frequent class
-    requires several epochs to use all of its images.
+    The positions of an epoch are assigned to the classes in rotation. Each class cycles through the images of the
+    class, which are shuffled again for each cycle. The images of a rare class are therefore repeated within an epoch,
+    and a frequent class requires several epochs to use all images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:
         super().__init__(len(labels), seed)
-        self.members = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
+        self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
         """Return the number of earlier uses and the index of each image of one epoch, balanced over the classes and
         shuffled."""
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
-        for class_index, members in enumerate(self.members):
-            is_member = positions % len(self.members) == class_index
-            cycles, offsets = np.divmod(positions[is_member] // len(self.members), len(members))
+        for class_index, members in enumerate(self.indices_by_class):
+            is_member = positions % len(self.indices_by_class) == class_index
+            cycles, offsets = np.divmod(positions[is_member] // len(self.indices_by_class), len(members))
             orders = self.shuffle_class(class_index, cycles, len(members))
             num_uses[is_member] = cycles
             indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
@@ -118,19 +118,19 @@ class BalancedOrder(ShuffledOrder):
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return a random order of the images of one class for each cycle from the first to the last of `cycles`:
+        """Return one random order of the images of a class for each cycle from the first to the last of `cycles`,
         [cycles, members]."""
-        numbers = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
-        seeds = np.full(len(numbers), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
-        return draw_random_bits(seeds, numbers, num_members).argsort(axis=1)
+        cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
+        seeds = np.full(len(cycle_indices), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
+        return draw_random_bits(seeds, cycle_indices, num_members).argsort(axis=1)
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
     """Return class weights [classes], inversely proportional to the class sizes, with a mean of 1 over the images.
     Missing labels (-100) are ignored. A class without images has weight 0."""
-    counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
-    is_present = counts > 0
-    return torch.where(is_present, counts.sum() / (is_present.sum() * counts.clamp(min=1)), 0.0)
+    class_counts = torch.bincount(torch.tensor([label for label in labels if label >= 0]), minlength=num_classes)
+    is_present = class_counts > 0
+    return torch.where(is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0)
 
 
 # Batches -------------------------------------------------------------------------------------------------------------
@@ -158,14 +158,14 @@ class BatchPlan:
         labels: Sequence[int] | None = None,
         num_copies: int = 1,
     ) -> "BatchPlan":
-        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError if a
-        stream has no `max_steps` or balanced classes.
+        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError for a
+        stream without `max_steps` or with balanced classes.
 
         Args:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
-            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If it does not divide the
-                number of images per step, some images have one copy less.
+            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If the number of images
+                per step is not a multiple of `num_copies`, some images have one copy fewer.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -204,7 +204,7 @@ class BatchPlan:
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process from `first_step` on, `accumulation_steps` batches per step."""
+        """Yield the keys of each batch of one process from `first_step` on (`accumulation_steps` batches per step)."""
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size
@@ -213,8 +213,8 @@ class BatchPlan:
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_images is not None  # not a stream
-        num_distinct = math.ceil(self.images_per_step / self.num_copies)
-        copy, offset = divmod(position, num_distinct)
-        epoch, position_in_epoch = divmod(step * num_distinct + offset, self.num_images)
+        num_distinct_images = math.ceil(self.images_per_step / self.num_copies)
+        copy_index, offset = divmod(position, num_distinct_images)
+        epoch, position_in_epoch = divmod(step * num_distinct_images + offset, self.num_images)
         num_uses, indices = self.order.get_epoch(epoch)
-        return int(num_uses[position_in_epoch]) * self.num_copies + copy, int(indices[position_in_epoch])
+        return int(num_uses[position_in_epoch]) * self.num_copies + copy_index, int(indices[position_in_epoch])

@@ -1,15 +1,15 @@
-"""Datasets by name: `--dataset` -> splits.
+"""Load the splits of the dataset in `--dataset`.
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
-    an image folder       a sub-folder per class, or metadata.csv; read by image_folder.py
+    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
     CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library without network
     Parquet
     saved with `datasets` a folder that `save_to_disk` wrote
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
-Held-out images are selected in held_out.py; streamed datasets are in streaming.py.
+Held-out images are selected in held_out.py. Streamed datasets are read in streaming.py.
 """
 
 import gzip
@@ -31,7 +31,7 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
 from .image_folder import read_image_folder, scan_folder, shorten_list
 from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
-from .in_memory import PREFIX, get_dataset
+from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
 
 
@@ -53,11 +53,11 @@ SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits ->
 
 @dataclass(frozen=True)
 class Splits:
-    """The selected splits of a dataset by name, and its label space."""
+    """The name, label space and selected splits of a dataset."""
 
     name: str
     label_space: LabelSpace
-    parts: dict[str, LabeledImages]
+    images_by_split: dict[str, LabeledImages]
     names: list[str]  # names of all splits
 
 
@@ -65,7 +65,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     """Load the splits of `--dataset`.
 
     Args:
-        use_labels: whether labels are read. Otherwise every label is -100, and no label column is needed.
+        use_labels: whether labels are read. If False, every label is -100, and the dataset needs no label column.
         select: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
 
     Raises:
@@ -77,11 +77,11 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
         splits = load_idx_folder(Path(options.dataset))
     else:
         return load_with_datasets(options, use_labels, select)
-    parts = {name: splits.parts[name] for name in select(list(splits.parts))}
+    images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
     if use_labels:
-        return replace(splits, parts=parts)
-    parts = {name: add_missing_labels(part.images) for name, part in parts.items()}
-    return replace(splits, label_space=UNLABELED, parts=parts)
+        return replace(splits, images_by_split=images_by_split)
+    images_by_split = {name: add_missing_labels(part.images) for name, part in images_by_split.items()}
+    return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
 def add_missing_labels(images: Any) -> LabeledImages:
@@ -97,9 +97,11 @@ def load_digits() -> Splits:
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
-    levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits("digits", space, {"train": LabeledImages(ArrayImages(levels), digits.target.tolist())}, ["train"])
+    gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
+    label_space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
+    return Splits(
+        "digits", label_space, {"train": LabeledImages(ArrayImages(gray_levels), digits.target.tolist())}, ["train"]
+    )
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -108,7 +110,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a file in the MNIST format, with or without compression; None if it does not exist."""
+    """Return the path of a plain or compressed file in the MNIST format; None if the file does not exist."""
     files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
@@ -116,7 +118,7 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 def load_idx_folder(folder: Path) -> Splits:
     """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a file is missing or
     damaged."""
-    parts, num_classes = {}, 10
+    images_by_split, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
         if image_file is None:
@@ -127,22 +129,22 @@ def load_idx_folder(folder: Path) -> Splits:
         if len(images) != len(labels):
             raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        parts[name] = LabeledImages(ArrayImages(images), labels.tolist())
+        images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
     classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
-    space = LabelSpace("single_label_classification", {"label": classes[:num_classes]})
-    return Splits(name, space, parts, list(parts))
+    label_space = LabelSpace("single_label_classification", {"label": classes[:num_classes]})
+    return Splits(name, label_space, images_by_split, list(images_by_split))
 
 
 def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
-    """Read an idx file: two zero bytes, type 8 (`uint8`), number of dimensions, size of each dimension, values. Return
-    [images, H, W] or [images] `uint8`."""
+    """Read an idx file as [images, H, W] or [images] `uint8`. The file contains two zero bytes, type 8 (`uint8`), the
+    number of dimensions, the size of each dimension, and the values."""
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rb") as stream:
             content = stream.read()
         if content[:4] != bytes([0, 0, 8, num_dimensions]):
-            raise ValueError("its header is not valid")
+            raise ValueError("the header of the file is not valid")
         shape = struct.unpack_from(f">{num_dimensions}I", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
@@ -156,44 +158,44 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     """Load the splits of a folder, a file or a dataset on the Hub with the `datasets` library."""
     all_splits = open_with_datasets(options, use_labels)
     if not all_splits:
-        raise ValueError(f"{options.dataset} contains no rows. Check its tables")
+        raise ValueError(f"{options.dataset} contains no rows. Check the tables of the dataset")
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
-        parts = {split: add_missing_labels(part) for split, part in images.items()}
-        return Splits(name, UNLABELED, parts, list(all_splits))
+        images_by_split = {split: add_missing_labels(unlabeled_images) for split, unlabeled_images in images.items()}
+        return Splits(name, UNLABELED, images_by_split, list(all_splits))
 
     def read_all(column: str) -> Iterator[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
 
     reader = build_label_reader(options, features, read_all)
-    parts = {}
+    images_by_split = {}
     for split, dataset in datasets.items():
-        values = [read_column(dataset, column.name) for column in reader.columns]
-        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*values, strict=True))
+        label_columns = [read_column(dataset, column.name) for column in reader.columns]
+        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
         split_name = f"{options.dataset}, split {split!r}"
-        labels = [reader.read(row, f"{split_name}: row {number}") for number, row in enumerate(rows)]
-        parts[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
-    return Splits(name, reader.space, parts, list(all_splits))
+        labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
+        images_by_split[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
+    return Splits(name, reader.space, images_by_split, list(all_splits))
 
 
 def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
-    """Return the images that have a label, and log a warning about the others. Raise ValueError if no image has a
-    label, or more than --max-broken-images have none."""
-    unlabeled = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
-    if not unlabeled:
+    """Return the images that have a label, and log a warning about images without a label. Raise ValueError if no
+    image has a label, or if more than --max-broken-images images have no label."""
+    unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
+    if not unlabeled_indices:
         return images
-    if len(unlabeled) == len(images):
+    if len(unlabeled_indices) == len(images):
         raise ValueError(
             f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set another "
             "--label-column or --split"
         )
-    rows = shorten_list([str(index) for index in unlabeled])
-    message = f"{options.dataset}, split {split!r}: {len(unlabeled):,} images have no label (rows {rows})"
-    if len(unlabeled) > options.max_broken_images:
+    rows = shorten_list([str(index) for index in unlabeled_indices])
+    message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
+    if len(unlabeled_indices) > options.max_broken_images:
         raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
     warn_on_first_process(f"{message} and are left out")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
@@ -206,11 +208,11 @@ def warn_on_first_process(message: str) -> None:
 
 
 def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
-    """Return the splits of a dataset by name, as `datasets` returns them. With --streaming, no rows are read yet.
-    Without labels, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and OSError
-    if it is found neither locally nor on the Hub."""
+    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
+    labels are not used, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and
+    OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
-    is_in_memory = options.dataset.startswith(PREFIX)
+    is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove --streaming")
     if is_in_memory:
@@ -244,15 +246,15 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with `datasets.load_dataset`. Raise a one-line ValueError if it cannot be found or read."""
+    """Load a dataset with `datasets.load_dataset`. Raise a one-line ValueError if the dataset cannot be read."""
     import datasets
 
     path = Path(options.dataset)
     try:
         if path.suffix in READERS:
-            separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            separator_options = {"sep": "\t"} if path.suffix == ".tsv" else {}
             return datasets.load_dataset(
-                READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator
+                READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator_options
             )
         if any((path / file).is_file() for file in SAVED_FILES):
             saved_dataset = datasets.load_from_disk(path)
@@ -263,14 +265,14 @@ def read_with_datasets(options: DataOptions) -> Any:
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
             f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). Set "
-            "--dataset to `digits`, a folder with a sub-folder of images per class, a CSV, JSON Lines or Parquet "
+            "--dataset to `digits`, a folder with a subfolder of images per class, a CSV, JSON Lines or Parquet "
             "file, a folder that `save_to_disk` wrote, a folder of MNIST's idx files, or the id of a dataset on the "
             "Hub"
         ) from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return stored splits as streams if --streaming is set, otherwise unchanged."""
+    """Convert stored splits to streams if --streaming is set, and return the splits."""
     return {name: part.to_iterable_dataset() for name, part in splits.items()} if options.streaming else splits
 
 
@@ -282,7 +284,7 @@ def get_dataset_name(options: DataOptions) -> str:
 
 def get_dataset_folder(options: DataOptions) -> Path:
     """Return the folder to which image paths are relative."""
-    if options.dataset.startswith(PREFIX):
+    if options.dataset.startswith(MEMORY_PREFIX):
         return Path("/")
     path = Path(options.dataset)
     return path.parent if path.suffix in READERS else path

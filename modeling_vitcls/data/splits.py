@@ -90,7 +90,7 @@ def load_training_data(
         return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
 
     splits = load_splits(options, use_labels, select)
-    return split_data(splits.name, splits.label_space, splits.parts, options, use_selection_split)
+    return split_data(splits.name, splits.label_space, splits.images_by_split, options, use_selection_split)
 
 
 def load_unlabeled_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
@@ -247,7 +247,7 @@ def load_evaluation_data(
         splits = load_splits(options, select=select_split)
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
-        (images,) = splits.parts.values()
+        (images,) = splits.images_by_split.values()
     if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
         return EvaluationData(space, read_images(images), name, None)
     if name == "train" and options.streaming:

@@ -19,12 +19,12 @@ from rich.table import Table
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import (
-    RECORD,
+    RECORD_KEY,
     RESULTS_FILE,
     HeldOutRecord,
     HeldOutRule,
     compute_keys_digest,
-    read_record,
+    read_held_out_record,
 )
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, get_label_space
@@ -61,7 +61,7 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
-        record = read_record(folder)
+        record = read_held_out_record(folder)
         label_space, images, split, rule = load_evaluation_data(options.data, options.split, record)
     problem = None if rule is None else describe_unknown_split(options.model, record, images)
     if problem is not None:
@@ -155,7 +155,7 @@ def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: L
     """Return why the model may have been trained on held-out images; None if its run held out the same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
-        return f"{model} has no record of its held-out images ({RECORD!r} in {RESULTS_FILE}). {risk}"
+        return f"{model} has no record of its held-out images ({RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
     if record.rule is None:
         return (
             f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.augmentation import MaskGenerator
 from ..data.batches import leave_signals_to_parent
-from ..data.images import LabeledImages, UnreadableImages, check_channels
+from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
 from ..data.labels import UNLABELED, LabelKind, LabelSpace
 from ..data.sampling import derive_seed
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -128,7 +128,7 @@ class Evaluator:
         self.batch_size = batch_size
         self.accelerator = accelerator
         self.messages: dict[int, str] = {}  # error messages by index of the unreadable image, on all processes
-        self.unreadable = UnreadableImages(
+        self.unreadable = UnreadableImageCounter(
             self.messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
         own_images = HeldOutImages(

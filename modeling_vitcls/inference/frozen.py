@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RESULTS_FILE, read_record
+from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
@@ -205,7 +205,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         model, processor = load_model(options.model, with_head=False)
-        record = read_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
+        record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
         train_space, train_images, _, _ = load_evaluation_data(options.data, "train", record)
         space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
     check_labels(options, space)

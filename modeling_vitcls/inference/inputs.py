@@ -65,7 +65,7 @@ class ListInput:
         """Return the number of images and a digest of their names and of file sizes and times, or of array values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
-            digest.update(self.contents.values.tobytes())
+            digest.update(self.contents.pixels.tobytes())
         else:
             digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())
         return {"images": self.num_images, "sha256": digest.hexdigest()}
@@ -209,7 +209,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
     data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
     if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
-        images = select_split(load_splits(data, use_labels=False).parts, options).images
+        images = select_split(load_splits(data, use_labels=False).images_by_split, options).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
     split = select_split(open_with_datasets(data, use_labels=False), options)

@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import BatchMixer
 from ..data.batches import Normalizer, TrainingImages
-from ..data.held_out import RESULTS_FILE, read_record
+from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
@@ -299,7 +299,7 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if is_preset(source) or data.record.rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
-    record, rule = read_record(folder), data.record.rule
+    record, rule = read_held_out_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
     if rule.seed == record.rule.seed and rule.fraction <= record.rule.fraction:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import concatenate, recursively_apply, send_to_device
 from torch import nn
 
-from ..data.batches import Batch, TrainingImages, load_with_workers
+from ..data.batches import Batch, TrainingImages, load_batches
 from ..data.sampling import BatchPlan, ImageKey
 from ..heads_vitcls import combine_logits
 from ..inference.evaluator import Evaluator, HeldOutBatch
@@ -129,7 +129,7 @@ def cache_features(
     model.eval()
     batches: list[Batch] = []
     own_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in load_with_workers(images, own_keys, num_workers):
+    for batch in load_batches(images, own_keys, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()

@@ -75,7 +75,7 @@ class PretrainTask(Task):
         rows, columns = generator.grid_size
         return {
             "masks": f"{generator.num_masked} of {rows} x {columns} patches are masked, in squares of "
-            f"{generator.block} x {generator.block} patches"
+            f"{generator.block_size} x {generator.block_size} patches"
         }
 
     def collect_facts(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
-from ..data.images import UnreadableImages
+from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import (
@@ -145,7 +145,7 @@ class Runner:
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
-        unreadable_images = UnreadableImages(
+        unreadable_images = UnreadableImageCounter(
             components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
         )
         unreported_indices: list[int] = []  # indices of unreadable images that are not reported yet
@@ -221,7 +221,9 @@ class Runner:
             for token in monitor.find_unmoved_tokens():
                 self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
         if len(unreadable_images):
-            self.reporter.warn(f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images")
+            self.reporter.warn(
+                f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images"
+            )
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
             "token_movement": monitor.compute_movement(),
@@ -323,8 +325,8 @@ class Runner:
             self.lock.release()
             raise
 
-    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImages) -> None:
-        """Load the checkpoint into `state` if the run is resumed, then start the reporter."""
+    def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImageCounter) -> None:
+        """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
         if self.facts is not None:
             try:
                 scatter_state(
@@ -347,7 +349,7 @@ class Runner:
         self.accelerator.wait_for_everyone()
 
     def gather_checkpoint(
-        self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImages
+        self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImageCounter
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
         this method together."""

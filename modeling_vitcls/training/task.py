@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, TrainingImages, iterate_training_batches
-from ..data.held_out import RECORD
+from ..data.held_out import RECORD_KEY
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
@@ -302,7 +302,7 @@ def collect_results(task: Task) -> dict[str, Any]:
     return {
         "dataset": data.name,
         "split": data.held_out_name,
-        RECORD: data.record.to_dict(),
+        RECORD_KEY: data.record.to_dict(),
         "num_training_images": data.num_training_images,
         **task.collect_facts(),
         "selection_metric": task.selection_metric,

@@ -286,7 +286,7 @@ def test_weights_that_change_when_loaded_are_an_error(tmp_path: Path, monkeypatc
             model.classifier.bias.sub_(1)
 
     monkeypatch.setattr(ViTCLSForImageClassification, "save_pretrained", wrong)
-    with pytest.raises(ConversionError, match=r"written weights differ.*classifier\.bias"):
+    with pytest.raises(ConversionError, match=r"written weight .*classifier\.bias differs"):
         convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True)
     assert not list_all(tmp_path)
 
@@ -407,16 +407,16 @@ def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
     made = convert_checkpoint(source, tmp_path / "made")
     assert made.notes == [
         "ViTModel does not use 1 weights, for example layernorm.scale",
-        "positions for other image sizes: bicubic without antialiasing, as in transformers",
+        "position embeddings for other image sizes: bicubic without antialiasing, as in transformers",
     ]
 
 
 @pytest.mark.integration
 def test_the_report_names_the_policies_of_positions(tmp_path: Path) -> None:
     for name, words in {
-        "vit_tiny_patch16_224": ["positions for other image sizes: bicubic with antialiasing, as in timm"],
+        "vit_tiny_patch16_224": ["position embeddings for other image sizes: bicubic with antialiasing, as in timm"],
         "vit_small_patch16_dinov3": [
-            "rotary periods: computed in float32, as in timm; the authors' files of DINOv3 store rounded periods"
+            "rotary periods: computed in float32, as in timm; the authors' DINOv3 files store rounded periods"
         ],
     }.items():
         made = convert_checkpoint(f"timm:{name}", tmp_path / name, random_init=True)
@@ -469,7 +469,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "source" / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
     if file == "config.json":
-        with raises_one_line("requires the code in its own repository, which is never run", error=ConversionError):
+        with raises_one_line("requires the code in the repository, but this code is never run", error=ConversionError):
             convert_checkpoint(source, tmp_path / "made")
     else:
         made = convert_checkpoint(source, tmp_path / "made")

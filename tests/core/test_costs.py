@@ -160,7 +160,7 @@ def test_estimated_activations_are_close_to_saved_bytes(
     name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused attention on every processor
-    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED", set())
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED_DTYPES", set())
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER | CASES[name]))).train()
     estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
     assert CLOSE[0] <= estimate / measure_saved_bytes(model, lambda: compute_loss(model, autocast)) <= CLOSE[1]

@@ -347,7 +347,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Return a dtype for which this CPU is declared to have no instructions."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED", {request.param})
+    monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {request.param})
     return request.param
 
 
@@ -430,7 +430,7 @@ def test_patch_projection_in_half_precision(dtype: torch.dtype, without_kernels:
     found = layer(pixels.to(dtype))
     found.float().square().sum().backward()
     gradient, layer.weight.grad = layer.weight.grad, None
-    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED", set())
+    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", set())
     exact = layer.float()(pixels.to(dtype).float())
     exact.square().sum().backward()
     torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-2)
@@ -456,7 +456,7 @@ def test_a_model_in_half_precision_agrees(
         return logits.float(), model.vitcls.embeddings.cls_token.grad.float()
 
     found = logits_and_gradient()
-    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED", set())
+    without_kernels.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", set())
     peers = logits_and_gradient()
     # as close to float32 as PyTorch's half precision, or closer
     error, limit = (found[0] - exact).abs().max(), (peers[0] - exact).abs().max()

@@ -12,7 +12,7 @@ from tiny_models import raises_one_line
 from tiny_options import build_tiny_options
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
-from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_record
+from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_held_out_record
 from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
@@ -212,7 +212,7 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     write_photos(tmp_path / "photos" / "train", range(20))
     write_photos(tmp_path / "photos" / "val", range(20, 30))
     trained = run(tmp_path / "run", tmp_path / "photos")
-    assert read_record(tmp_path / "run") == HeldOutRecord("validation", 20)
+    assert read_held_out_record(tmp_path / "run") == HeldOutRecord("validation", 20)
     measured = evaluate(tmp_path / "run", tmp_path / "photos")
     assert (measured["split"], measured["num_images"], measured["held_out_part"]) == ("validation", 20, None)
     assert measured["accuracy"] == trained["accuracy"]
@@ -225,16 +225,16 @@ def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     assert collect_model_files(tmp_path / "run")["results.json"] == tmp_path / "run" / "results.json"
     model = load_classifier("run", str(tmp_path / "run"))
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
-    images = open_images(options, model, read_record(tmp_path / "run"))
+    images = open_images(options, model, read_held_out_record(tmp_path / "run"))
     expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").images
     assert images.images.get_names() == expected.images.get_names()
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:
-    assert read_record(tmp_path) is None
+    assert read_held_out_record(tmp_path) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
         with raises_one_line("results.json is damaged", "Remove the file"):
-            read_record(tmp_path)
+            read_held_out_record(tmp_path)
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
-    assert read_record(tmp_path) is None
+    assert read_held_out_record(tmp_path) is None

@@ -118,7 +118,9 @@ def test_folders_that_may_be_splits_or_classes_are_errors(tmp_path: Path) -> Non
     write_class(tmp_path / "a", "test/cat", 2)
     write_class(tmp_path / "a", "extra/cat", 2)
     with raises_one_line(
-        "'test' has the name and the class folders of a split (cat)", "'extra' next to it", "rename 'test'"
+        "'test' has the name and the class folders of a split (cat)",
+        "the folder 'extra' does not have",
+        "rename 'test'",
     ):
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
@@ -147,7 +149,9 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
     assert read(tmp_path) == {
         "train": {"cat": ["cat/1.png", "cat/2024/may/2.png"], "dog": ["dog/test/3.JPG", "dog/val/4.webp"]}
     }
-    assert "images in deeper folders (cat/2024/may, dog/test, dog/val) belong to the class" in get_notes(tmp_path)
+    assert "images in subfolders of class folders (cat/2024/may, dog/test, dog/val) belong to the class" in get_notes(
+        tmp_path
+    )
 
 
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -185,7 +189,7 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
         load(write_class(tmp_path, "one/cat", 1) / "one")
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
-    with raises_one_line("If its folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
+    with raises_one_line("If the inner folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
         load(tmp_path / "packed")
 
 
@@ -222,7 +226,7 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
-        ("path,label\nimages/0.png,a\n", "It requires a column `file_name`"),
+        ("path,label\nimages/0.png,a\n", "The file requires a column `file_name`"),
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
     ):

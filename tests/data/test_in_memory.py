@@ -106,11 +106,11 @@ def test_several_tasks_and_several_labels() -> None:
     tasks = add_dataset([(image, {"animal": name_class(index), "age": index}) for index in range(12)])
     splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
     assert splits.label_space.kind == "multi_task"
-    assert splits.parts["train"].labels[3] == {"animal": 1, "age": 3}
+    assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
     tags = add_dataset([(image, ["a", "b"][: index % 3]) for index in range(12)])
     splits = load_splits(DataOptions(tags))
     assert splits.label_space.kind == "multi_label_classification"
-    assert splits.parts["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
 def test_gray_images_and_numbers_as_labels() -> None:
@@ -118,11 +118,11 @@ def test_gray_images_and_numbers_as_labels() -> None:
     name = add_dataset([(pixels + index, np.int64(index % 3)) for index in range(9)])
     splits = load_splits(DataOptions(name))
     assert splits.label_space.names == ["0", "1", "2"]
-    assert np.array_equal(np.array(splits.parts["train"].images[4]), pixels + 4)
+    assert np.array_equal(np.array(splits.images_by_split["train"].images[4]), pixels + 4)
 
 
 def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
-    part = load_splits(DataOptions(add_dataset(build("images", tmp_path)))).parts["train"]
+    part = load_splits(DataOptions(add_dataset(build("images", tmp_path)))).images_by_split["train"]
     copy = pickle.loads(pickle.dumps(part))
     assert encode(copy.images[7]) == encode(make_image(7))
 
@@ -131,8 +131,8 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ([], "has no images"),
-        ([make_image(0)], r"item 0 of the dataset must be \(image, label\), but it is a Image"),
-        ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no usable image"),
+        ([make_image(0)], r"item 0 of the dataset must be \(image, label\), but the item is a Image"),
+        ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
     ],
 )
 def test_unusable_data_is_an_error(data: Any, message: str) -> None:
@@ -141,7 +141,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 
 def test_unusable_kinds_are_errors() -> None:
-    with pytest.raises(TypeError, match=r"but this one is a int"):
+    with pytest.raises(TypeError, match=r"but the data is a int"):
         add_dataset(3)
     with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
         add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())
@@ -169,6 +169,6 @@ def test_json_lines(tmp_path: Path) -> None:
         lines.append(f'{{"image": "{index}.png", "label": "{name_class(index)}"}}\n')
     (tmp_path / "images.jsonl").write_text("".join(lines), encoding="utf-8")
     splits = load_splits(DataOptions(str(tmp_path / "images.jsonl")))
-    part = splits.parts["train"]
+    part = splits.images_by_split["train"]
     assert splits.label_space.names == ["cat", "dog"] and part.labels == [0, 1, 0, 1, 0, 1]
     assert encode(part.images[5]) == encode(make_image(5))

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitcls.data.images import EncodedImages, FileImages, LabeledImages, UnreadableImage, UnreadableImages
+from modeling_vitcls.data.images import (
+    EncodedImages,
+    FileImages,
+    LabeledImages,
+    UnreadableImage,
+    UnreadableImageCounter,
+)
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
@@ -43,7 +49,7 @@ def read(dataset: object, **options: Any) -> Any:
 
 def read_single_split(dataset: object) -> LabeledImages:
     """Return the only split, without a held-out part."""
-    (part,) = load_splits(DataOptions(dataset=str(dataset))).parts.values()
+    (part,) = load_splits(DataOptions(dataset=str(dataset))).images_by_split.values()
     return part
 
 
@@ -307,7 +313,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
             {"label_column": ("size",), "label_separator": "|"},
             "has the label 0.5, but --label-separator requires a column",
         ),
-        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but there are several"),
+        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but --label-column names several"),
         ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -504,7 +510,7 @@ def test_missing_images_are_unreadable(tmp_path: Path) -> None:
 
 def test_the_tally_names_each_unreadable_image_once_and_has_a_limit() -> None:
     lines: list[str] = []
-    tally = UnreadableImages(lambda index: f"file {index} is empty", lines.append, limit=2)
+    tally = UnreadableImageCounter(lambda index: f"file {index} is empty", lines.append, limit=2)
     tally.add([-1, 7, -1, 7])
     tally.add(iter([7, 3]))
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]

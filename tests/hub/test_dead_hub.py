@@ -72,14 +72,14 @@ def test_cached_hub_datasets_load_without_the_hub(
     datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "train.parquet")
     content = (tmp_path / "train.parquet").read_bytes()
     hub.create("datasets/ann/pictures", private=False, files={"README.md": b"# x", "train.parquet": content})
-    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
     with raises_one_line("ann/none is not a file or folder", "the Hub has no such dataset", error=OSError):
         load_splits(DataOptions("ann/none"))
     with raises_one_line("a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError):
         load_splits(DataOptions("a/b/c"))
     stop_hub(monkeypatch)
     started = time.monotonic()
-    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text and "loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
         with raises_one_line("ann/none", "not complete in the cache", f"{DEAD} does not respond", error=OSError):
@@ -90,7 +90,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     caplog.clear()
-    assert len(load_splits(DataOptions("ann/pictures")).parts["train"]) == 8
+    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
     assert "does not respond" not in caplog.text
 
 

@@ -179,7 +179,7 @@ def test_dinov3_with_something_else() -> None:
         with pytest.raises(ValueError, match=r"`rope_periods` must be head_dim / 4 = 3 positive numbers"):
             convert_state_dict(weights | {"rope_embed.periods": periods}, "dinov3", num_attention_heads=HEADS)
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
-    with pytest.raises(ConversionError, match="bias of the keys"):
+    with pytest.raises(ConversionError, match="nonzero key biases"):
         convert_state_dict(unmasked, "dinov3", num_attention_heads=HEADS)
     unset = weights | {"blocks.0.attn.qkv.bias_mask": torch.full((3 * WIDTH,), float("nan"))}
     with pytest.raises(ConversionError, match="values other than 0 and 1"):

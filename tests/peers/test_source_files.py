@@ -324,7 +324,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
             ("does not contain a supported image encoder", "timm:NAME"),
         ),
         "unknown": (plain_weights(), "swin", ("--family swin is unknown", "dinov2")),
-        "wrong": (plain_weights(), "dinov3", ("bias of the keys",)),
+        "wrong": (plain_weights(), "dinov3", ("nonzero key biases",)),
         "list": ([torch.zeros(3)], None, ("does not contain a state dict, but a list",)),
         "huge": (
             {
@@ -333,7 +333,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
                 "visual.positional_embedding": torch.zeros(5, 3),
             },
             None,
-            ("clip files require a width of 768", "timm:NAME"),
+            ("clip files require a (width, patch size) of (768, 32)", "timm:NAME"),
         ),
     }
     for name, (content, family, words) in cases.items():
