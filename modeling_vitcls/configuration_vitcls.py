@@ -613,8 +613,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             num_tokens = getattr(self, TOKEN_COUNTS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {num_tokens} {group} tokens cannot be gated. Set a number from 1 to "
-                    f"{num_tokens}."
+                    f"`gated_tokens`: {num_gated} of {num_tokens} {group} tokens cannot be gated. Set a number from 1 "
+                    f"to {num_tokens}."
                 )
 
     def validate_register_neurons(self) -> None:

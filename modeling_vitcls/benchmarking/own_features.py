@@ -1,13 +1,13 @@
 """Comparisons of models of this package with and without a feature, or of two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
-    attention   reading attention, compared with a plain forward pass: time and memory
+    attention   time and memory of reading attention, compared with a plain forward pass
     probe       a linear probe with cached features, compared with a probe that encodes each batch again
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merged and dropped patches change the outputs, so outputs are only compared with the feature set to 0. The loss of
-accuracy depends on the data. Measure it with `vitcls finetune` and `vitcls evaluate`.
+Merging or dropping patches changes the outputs, so outputs are only compared with the feature set to 0. The loss of
+accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy
@@ -56,7 +56,7 @@ def build_predict_function(model: nn.Module) -> Predict:
 # Merged and dropped patches ------------------------------------------------------------------------------------------
 
 
-INEXACT_BATCH_SIZE = 4  # images per forward pass
+INEXACT_BATCH_SIZE = 4  # number of images per forward pass
 INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
 
 Computation = Callable[[], object]
@@ -76,11 +76,11 @@ def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a field, its value (0 in the plain model), and the computation to measure."""
+    """A row of the report: a config field, a value (the plain model has 0), and the computation to measure."""
 
     field: str
     value: float
-    build: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
+    build_computation: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
 # ViT-S/16 at 224 pixels.
@@ -103,8 +103,8 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
         nn.Module.to(plain_model, settings.device)
         difference = check_feature_off(row, plain_model, size, name)
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
-        ours, num_images = row.build(inexact_model, size, settings.device)
-        theirs, _ = row.build(plain_model, size, settings.device)
+        ours, num_images = row.build_computation(inexact_model, size, settings.device)
+        theirs, _ = row.build_computation(plain_model, size, settings.device)
         speeds = compare_throughput(ours, theirs, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
@@ -113,7 +113,7 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
 def copy_model(
     plain_model: ViTCLSForImageClassification, size: ModelSize, **fields: Any
 ) -> ViTCLSForImageClassification:
-    """Build a model with the same weights and different config fields."""
+    """Build a model with the weights of `plain_model` and different config fields."""
     model = build_model(size, **fields)
     model.load_state_dict(plain_model.state_dict())
     nn.Module.to(model, plain_model.device)
@@ -121,7 +121,7 @@ def copy_model(
 
 
 def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference in the logits between the plain model and a model with the feature set to 0."""
+    """Return the largest logit difference between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
     return check_logits(
@@ -134,21 +134,21 @@ def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification
 
 ReadAttention = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
-]  # model, images [B, C, H, W] -> any tensor
+]  # model, images [B, C, H, W] -> tensor of any shape
 
 ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, |largest value|)
 NUM_REGISTERS = 4
 
 
 def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the statistics of the HTML report, and return the entropies."""
+    """Compute the statistics of the HTML report, and return the entropy of attention."""
     statistics = TokenStatistics(model)
     statistics.update(pixel_values)
     return statistics.compute().entropy
 
 
 def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the rows of the special tokens from the complete maps of eager attention."""
+    """Compute complete attention maps with eager attention, and return the rows of the special tokens."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixel_values, output_attentions=True).attentions
@@ -158,7 +158,7 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` computes the same values differently. Default: `read` with eager attention."""
+    """A row of the report. `reference` computes the expected values; None means `read` with eager attention."""
 
     read: ReadAttention
     batch_size: int
@@ -202,7 +202,7 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
+    """Return the largest difference from the reference for one image. Raise ValueError if the limit is exceeded."""
     image = pixel_values[:1]
     values = row.read(model, image)
     if row.reference is None:
@@ -218,7 +218,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A row of the report: the data and the duration of a training run."""
+    """A row of the report: number of epochs, number of images and batch size of a training run."""
 
     num_epochs: int
     num_images: int
@@ -227,7 +227,7 @@ class ProbeRow:
 
 # ViT-S/16 at 224 pixels, float32.
 PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
-PROBE_LIMIT = 1e-4  # maximum of (largest difference between trained weights / largest weight)
+PROBE_LIMIT = 1e-4  # maximum difference between trained weights, divided by the largest absolute weight
 
 
 def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
@@ -259,9 +259,9 @@ def train_probe(
     row: ProbeRow,
     use_cache: bool,
 ) -> torch.Tensor:
-    """Train a copy of the model's head on frozen features; return the weights of its classifier [labels, P].
+    """Train a copy of the model's head on frozen features; return the weights of the classifier [labels, P].
 
-    With `use_cache`, the images are encoded once, and otherwise in every epoch.
+    If `use_cache` is true, the images are encoded once; otherwise, the images are encoded in every epoch.
     """
     encode = torch.no_grad()(partial(compute_features, model))
     batches: Any = pixel_values.split(row.batch_size)
@@ -280,12 +280,12 @@ def train_probe(
 
 
 def main() -> None:
-    """Print the peak memory in bytes of computing attention, or of a plain forward pass."""
+    """Print the peak memory in bytes of reading attention, or (with --theirs) of a plain forward pass."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
     read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
-    with torch.no_grad():  # the warm-up is one image
+    with torch.no_grad():  # the warm-up uses one image
         print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
 
 
