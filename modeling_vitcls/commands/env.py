@@ -9,7 +9,7 @@ from .. import cpu_kernels_vitcls as kernels
 from ..system import format_device_name, get_processor_name, get_versions
 
 
-# Optional libraries that enable features of the programs.
+# Optional libraries that some features require.
 OPTIONAL_LIBRARIES = (
     "huggingface_hub",
     "datasets",
@@ -48,7 +48,7 @@ def format_environment() -> str:
 
 
 def describe_devices() -> str:
-    """Return the names of all GPUs with the CUDA version, or the name of a different accelerator or of the CPU."""
+    """Return the names of all CUDA GPUs and the CUDA version, or the name of another accelerator or of the CPU."""
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"
