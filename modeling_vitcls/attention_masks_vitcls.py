@@ -131,10 +131,10 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
 
 # Relative position bias ----------------------------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
-    """Learned bias for each distance between patches, for each layer or shared (BEiT, arXiv 2106.08254; Swin).
+    """Learned bias per distance between patches, per layer or shared by all layers (BEiT, arXiv 2106.08254; Swin).
 
     `tables` [tables, distances + 3, heads] has one row per (row, column) distance, and three rows for pairs with
-    special tokens: special to patch, patch to special, special to special. Other grid sizes require resampled tables.
+    special tokens: special to patch, patch to special, special to special. For other grid sizes, tables are resampled.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -188,7 +188,7 @@ class TokenGates(nn.Module):
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step size does not depend on the scale of the gradient:
 
-    - g is linear in the parameter. For log(g), the gradient would be a millionth of the gradient of an open gate.
+    - g is linear in the parameter. The gradient of log(g) would be a millionth of the gradient of an open gate.
     - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1, but typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """

@@ -11,7 +11,7 @@ B images, N tokens, D channels. Every layer updates special tokens in the same w
 `ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention, token
 merging and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
 
-This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py replaces some modules.
+This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster modules.
 """
 
 import math
@@ -149,8 +149,8 @@ class LearnedPositions(nn.Module):
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
-        with_positions = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
-        return with_positions, patches + positions
+        special_tokens = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
+        return special_tokens, patches + positions
 
     def add_special_positions(self, name: str, tokens: Tensor) -> Tensor:
         """Add the position embeddings of the group `name`, if any, to the tokens [1, n, D] of the group."""
@@ -264,23 +264,23 @@ class ViTCLSAttention(nn.Module):
             hidden_states: [B, N, D].
             attention_mask: mask in the format that the attention implementation expects (attention_masks_vitcls.py).
             position_embeddings: (cos, sin) of rotary position embeddings.
-            num_queries: number n of first tokens to compute, which must be special tokens. Default: all N tokens.
+            num_queries: number n of leading tokens to compute, which must be special tokens. Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
             query, key = rotate_patches(query, key, position_embeddings)
         if attention_mask is not None and num_queries is not None:
             attention_mask = attention_mask[:, :, :num_queries]
-        attended, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
-        attended = attended.flatten(2)  # [B, n, heads * head_dim]
+        attn_output, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
+        attn_output = attn_output.flatten(2)  # [B, n, heads * head_dim]
         if self.norm is not None:
-            attended = self.norm(attended)
-        return self.o_proj(attended), weights
+            attn_output = self.norm(attn_output)
+        return self.o_proj(attn_output), weights
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
+        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
         # -1 infers the number of heads, because each process has only some heads with tensor parallelism.
-        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size of an example batch of one image.
+        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size of an example with one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
@@ -295,10 +295,10 @@ class ViTCLSAttention(nn.Module):
         """Return the attention output [B, n, heads, head_dim] and the weights. Fused attention returns no weights."""
         attention_function = self.get_attention_function()
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        attended, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
+        attn_output, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
         if self.recorder is not None:
-            self.recorder(query, key, value, attention_mask, self.scaling, attended)
-        return attended, weights
+            self.recorder(query, key, value, attention_mask, self.scaling, attn_output)
+        return attn_output, weights
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return the function of `config._attn_implementation`, from the attention interface of transformers."""
@@ -311,7 +311,7 @@ class ViTCLSMLP(nn.Module):
     """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
 
     Attributes:
-        register_neurons: module that edits the activations (variants_vitcls.py), or None without such a configuration.
+        register_neurons: module that edits activations (variants_vitcls.py); None if there are no register neurons.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -429,15 +429,15 @@ class ViTCLSLayer(EncoderLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Apply attention, then the MLP, to all tokens or only to the first `num_tokens` (special) tokens."""
-        normalized = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
-        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attended), self.layer_scale1)
-        transformed = self.mlp(self.layernorm_after(hidden_states))
-        return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)
+        """Apply attention, then the MLP, to all tokens, or only to the first `num_tokens` (special tokens)."""
+        normalized_states = self.layernorm_before(hidden_states)
+        attn_output, _ = self.attention(normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attn_output), self.layer_scale1)
+        mlp_output = self.mlp(self.layernorm_after(hidden_states))
+        return self.add_branch(hidden_states, self.dropout(mlp_output), self.layer_scale2)
 
     def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
-        """Apply layer scale and stochastic depth to a residual branch [B, n, D], then add it."""
+        """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add the result to the states."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if self.drop_path is not None:

@@ -4,7 +4,7 @@
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of state.json
       step-00000240/
-      .step-00000360.partial/  left behind if a save or removal was killed; removed by the next save
+      .step-00000360.partial/  left behind if a save or removal was interrupted; removed by the next save
 
 A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
 remains intact if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of incomplete hidden folders, and of folders to be replaced
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete, being replaced
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
 
 
@@ -78,7 +78,7 @@ class CheckpointStore:
         Args:
             tensors: file name without its suffix -> named tensors, on any device.
             facts: metadata that JSON can represent. Floats are restored exactly, and tuples become lists.
-            is_best: whether the model is the best model so far. The newest best checkpoint is always kept.
+            is_best: whether the model is the best model so far. The newest checkpoint with `is_best` is always kept.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
@@ -148,7 +148,7 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Remove all checkpoints except the `num_kept` newest and the best up to `step`, which was saved last.
+        """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
 
         Checkpoints of later steps were saved before the run was resumed from an earlier step, and are also removed.
         """
@@ -209,7 +209,7 @@ def load_on_main(
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
     """Return the checkpoint of `load` and the metadata of the checkpoint, or None for both if there is no checkpoint.
 
-    The checkpoint is returned on the main process only, the metadata on all processes.
+    All processes return the metadata, but only the main process returns the checkpoint.
     """
     checkpoints: list[Checkpoint | None] = [None]
 
@@ -265,7 +265,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_valid_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json, with file names that contain no other folder."""
+    """Return whether a JSON object has the fields of state.json, and whether all files are in the same folder."""
     files, facts = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int

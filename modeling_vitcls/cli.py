@@ -116,7 +116,7 @@ def run_program(name: str, flags: list[str]) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand, which has OPTIONS, run(options) and optionally check_options(options).
+    """Import the module of a subcommand, which defines OPTIONS, run(options) and optionally check_options(options).
 
     Exit with status 1 if the libraries of the command line are not installed.
     """
@@ -166,7 +166,7 @@ def exit_on_invalid_command(name: str) -> NoReturn:
 
 
 def print_completion(shell: str) -> None:
-    """Print the completion script for a shell, which completes all subcommands and the flags of each subcommand."""
+    """Print a completion script for a shell, with all subcommands and flags."""
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 

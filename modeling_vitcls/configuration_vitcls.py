@@ -83,7 +83,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even if they have their default values
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # always saved, even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
@@ -642,7 +642,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
-            raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. List both in the order {order}.")
+            raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}.")
         if self.pooling != "cls":
             raise ValueError(f'`tasks` requires a CLS token, but `pooling` is "{self.pooling}". Set pooling="cls".')
         for name, labels in self.tasks.items():
@@ -750,7 +750,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
                 raise ValueError(
                     f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed_values))}."
+                    f"{getattr(self, name)!r}. Set merged_patches_per_layer=0, or set {name} to "
+                    f"{' or '.join(map(repr, allowed_values))}."
                 )
 
     def validate_numbers(self) -> None:

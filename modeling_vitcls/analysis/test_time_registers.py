@@ -60,7 +60,7 @@ def find_register_neurons(
             the outliers of the last layer.
 
     Returns:
-        `[[layer, neuron], ...]`, the `neurons` of `add_test_time_register`.
+        `[[layer, neuron], ...]`, for the argument `neurons` of `add_test_time_register`.
 
     Raises:
         ValueError: if no patch is an outlier, or the searched layers have fewer than `num_neurons` neurons.
@@ -73,10 +73,11 @@ def find_register_neurons(
             "image. Decrease ratio or pass more images."
         )
     if last_layer is None:
-        fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
-        last_layer = next(index for index, fraction in enumerate(fractions) if fraction >= 0.5)
-    candidates = activations[: last_layer + 1]
-    scores = torch.stack([average_outlier_activations(outliers, states) for states in candidates])  # [layers, neurons]
+        outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+        last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
+    searched_activations = activations[: last_layer + 1]
+    # [layers, neurons]
+    scores = torch.stack([average_outlier_activations(outliers, states) for states in searched_activations])
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
             f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
@@ -92,7 +93,7 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     `neurons`.
 
     Args:
-        neurons: MLP neurons `[[layer, neuron], ...]`, from `find_register_neurons`.
+        neurons: MLP neurons `[[layer, neuron], ...]`, as returned by `find_register_neurons`.
 
     Raises:
         ValueError: if a neuron does not exist, or the model already has a test-time register.
@@ -146,6 +147,6 @@ def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tenso
     Magnitudes are averaged over the outliers of each image, and then over the images with outliers.
     """
     num_outliers = outliers.sum(dim=1)  # [B]
-    sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
+    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
     has_outliers = num_outliers > 0
-    return (sums[has_outliers] / num_outliers[has_outliers].unsqueeze(-1)).mean(dim=0)
+    return (activation_sums[has_outliers] / num_outliers[has_outliers].unsqueeze(-1)).mean(dim=0)

@@ -186,18 +186,20 @@ class TokenStatistics:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
-        rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
+        special_rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
         patch_rows = weights[:, :, layout.patches]  # [B, H, P, N]
-        visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
-        uniform = visible / visible.sum(dim=-1, keepdim=True)
+        is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
+        uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         return {
-            "token_entropy": visible.sum(dim=-1).log(),
-            "token_spread": compute_spread(visible[..., layout.patches], centers),
-            "map_distance": torch.cdist(rows, rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": (rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
-            "entropy": torch.special.entr(rows).sum(dim=-1),
-            "spread": compute_spread(rows[..., layout.patches], centers),
-            "attention_fractions": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
+            "token_entropy": is_visible.sum(dim=-1).log(),
+            "token_spread": compute_spread(is_visible[..., layout.patches], centers),
+            "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
+            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
+            "entropy": torch.special.entr(special_rows).sum(dim=-1),
+            "spread": compute_spread(special_rows[..., layout.patches], centers),
+            "attention_fractions": torch.stack(
+                [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
+            ),
             "received": patch_rows[..., : layout.num_prefix_tokens].mean(dim=2),
             "patch_distance": compute_attention_distance(patch_rows[..., layout.patches], centers),
         }
@@ -208,9 +210,8 @@ class TokenStatistics:
 
     def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
-        num_special, patches = self.layout.num_prefix_tokens, self.layout.patches
-        special_states = torch.stack([state[:, :num_special] for state in hidden_states], dim=1)  # [B, L + 1, S, D]
-        special_states = special_states.float()
+        num_special_tokens, patches = self.layout.num_prefix_tokens, self.layout.patches
+        special_states = torch.stack([state[:, :num_special_tokens] for state in hidden_states], dim=1).float()
         mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
         patch_direction = torch.nn.functional.normalize(mean_patches, dim=-1)  # [B, L + 1, D]

@@ -46,7 +46,7 @@ class BenchmarkSettings:
     device: str = "cpu"  # "cpu" or "cuda"
 
     @property
-    def toy_flag(self) -> tuple[str, ...]:
+    def toy_flags(self) -> tuple[str, ...]:
         """Return the flags that pass `is_toy` to measurement processes: `--toy`, or no flags."""
         return ("--toy",) if self.is_toy else ()
 
@@ -198,7 +198,7 @@ def check_difference(difference: float, limit: float, name: str, compared_values
     if not difference <= limit:
         raise ValueError(
             f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
-            "Speed is only compared for equal work."
+            "Speed is only compared for equal outputs."
         )
     return difference
 
@@ -268,7 +268,10 @@ def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], 
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of allocated GPU memory during `function` in bytes. Requires an earlier warm-up."""
+    """Return the peak growth of allocated GPU memory during `function` in bytes.
+
+    Call `function` once before the measurement, as a warm-up.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     initial_bytes = torch.cuda.memory_allocated()

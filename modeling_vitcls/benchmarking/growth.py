@@ -129,7 +129,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
+        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
     else:  # `compare_predictions` was the warm-up
         with torch.inference_mode():
             peaks = {
@@ -220,9 +220,9 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
     grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
     lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    names = [name for name in LINE_STYLES if name in lines]
-    handles = [lines[name] for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=12)
+    projects = [name for name in LINE_STYLES if name in lines]
+    handles = [lines[name] for name in projects]
+    figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
     caption = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
     figure.supxlabel(caption, fontsize=9, color=INK)
     return figure
@@ -293,20 +293,22 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 
 def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
-    first = comparisons[0]
-    size = first["size"]
+    first_entry = comparisons[0]
+    size = first_entry["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
-    base = next((entry for entry in comparisons if entry["axis"] is None), None)
+    base_entry = next((entry for entry in comparisons if entry["axis"] is None), None)
     fixed_values = (
-        f"; {base['image_size']} pixels, patch {base['patch_size']}, batch {base['batch_size']} unless varied"
-        if base is not None
+        f"; {base_entry['image_size']} pixels, patch {base_entry['patch_size']}, batch {base_entry['batch_size']} "
+        "unless varied"
+        if base_entry is not None
         else ""
     )
     has_peer_without_registers = any(entry["against"] == "transformers" for entry in comparisons) and any(
         entry["axis"] == "num_registers" for entry in comparisons
     )
     sentences = (
-        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed_values}; equal outputs.",
+        f"Inference in {first_entry['precision']} on {DEVICES[first_entry['device']]}: ViT, {model}{fixed_values}; "
+        "equal outputs.",
         f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements.",
         "The ViT of transformers has no registers." if has_peer_without_registers else "",
         f"{machine}.",

@@ -128,7 +128,7 @@ def compare_processors(
 
     for _ in range(2):  # the first call also initializes the settings of the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
-            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal work.")
+            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal outputs.")
     speeds = compare_throughput(process_ours, process_theirs, len(files), settings)
     return Comparison("file to pixel_values", name, "AutoImageProcessor", *speeds, 0.0, {"num_files": len(files)})
 
@@ -177,10 +177,12 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
 
 
 class PredictionProcess(LoggedProcess):
-    """A process that runs one of the two programs and replies to requests."""
+    """A process that runs `vitcls predict` or the pipeline, and replies to requests."""
 
     def __init__(self, program: str, folder: str, settings: BenchmarkSettings) -> None:
-        super().__init__([sys.executable, "-m", __name__, program, folder, *settings.toy_flag], stdout=subprocess.PIPE)
+        super().__init__(
+            [sys.executable, "-m", __name__, program, folder, *settings.toy_flags], stdout=subprocess.PIPE
+        )
 
     def request(self, kind: str, batch_size: int) -> Any:
         """Send a request and return the reply. Raise ValueError if the process ends without a reply."""

@@ -186,7 +186,7 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         speeds = compare_throughput(ours, theirs, row.batch_size, settings)
-        peaks = measure_peaks(__name__, name, *settings.toy_flag)
+        peaks = measure_peaks(__name__, name, *settings.toy_flags)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
 
@@ -202,15 +202,16 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if the limit is exceeded."""
+    """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds
+    `ATTENTION_LIMIT`."""
     image = pixel_values[:1]
-    values = row.read(model, image)
+    actual = row.read(model, image)
     if row.reference is None:
         model.set_attn_implementation("eager")
     expected = (row.reference or row.read)(model, image)
     model.set_attn_implementation("sdpa")
     limit = ATTENTION_LIMIT * max(1.0, expected.abs().max().item())
-    return check_difference((values - expected).abs().max().item(), limit, name, "the values")
+    return check_difference((actual - expected).abs().max().item(), limit, name, "the values")
 
 
 # Linear probe --------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     speeds = compare_throughput(ours, theirs, row.batch_size, settings)
     if settings.device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flag)
+        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flags)
     else:
         peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
     details = {"device": settings.device, "size": vars(peer.size), **peaks}
@@ -285,7 +285,7 @@ def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tu
 
 
 def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
-    """Return the relative difference between both gradients of the patch projection, for two images."""
+    """Return the relative difference between the patch projection gradients of both models, for two images."""
     gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
     return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")

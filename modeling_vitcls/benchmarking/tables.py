@@ -61,22 +61,24 @@ def print_comparison(comparison: Comparison) -> Comparison:
 
 def print_tables(comparisons: list[Comparison]) -> None:
     """Print tables of speed, ratio to the faster peer and memory, and a line about the machine."""
-    speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
-    memory = Table(
+    speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
+    memory_table = Table(
         "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
     )
-    lowest_ratios = Table("work", "ratio", title="ratio to the faster peer")
+    ratio_table = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
         speeds = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
-        speed.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
+        speed_table.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in entry:
-            memory.add_row(*row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs")))
+            memory_table.add_row(
+                *row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
+            )
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
-        lowest_ratios.add_row(f"{work}: {name}", f"{ratio:.2f}")
+        ratio_table.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    for table in (speed, lowest_ratios, memory):
+    for table in (speed_table, ratio_table, memory_table):
         if table.row_count:
             console.print(table)
     console.print(describe_machine(comparisons))

@@ -239,14 +239,14 @@ def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
 
 def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
     """Build transforms for single images that correspond to data/augmentation.py."""
-    steps: list[v2.Transform] = [v2.PILToTensor()]
+    transforms: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
-        steps.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
+        transforms.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
     if augmentation["flip"]:
-        steps.append(v2.RandomHorizontalFlip())
+        transforms.append(v2.RandomHorizontalFlip())
     if augmentation["rotation"]:
         shift, zoom = augmentation["shift"], augmentation["zoom"]
-        steps.append(
+        transforms.append(
             v2.RandomAffine(
                 degrees=augmentation["rotation"],
                 translate=(shift, shift),
@@ -254,7 +254,7 @@ def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
                 interpolation=v2.InterpolationMode.BILINEAR,
             )
         )
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    return v2.Compose([*transforms, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
 
 
 def main(settings: dict[str, Any]) -> None:

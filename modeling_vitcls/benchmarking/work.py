@@ -16,7 +16,7 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 @dataclass(frozen=True)
 class WorkKind:
-    """A kind of work: a table of rows, the function that compares rows, and other rows for toy models, if required."""
+    """A kind of work: a table of rows, the function that compares rows, and another table for toy models, if any."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -37,7 +37,7 @@ WORK = {
 }
 
 
-def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
     """Compare all rows of the given kinds of work, or only the given rows.
 
     Raises:
@@ -49,13 +49,13 @@ def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSe
             raise ValueError(
                 "--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU."
             )
-        if cpu_only_work := [name for name in names if not WORK[name].supports_gpu]:
+        if cpu_only_work := [name for name in work_names if not WORK[name].supports_gpu]:
             supported_work = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
             raise ValueError(
                 f"--work {' '.join(cpu_only_work)} does not support --device cuda. Only these kinds of work support "
                 f"--device cuda: {supported_work}."
             )
-    tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in names}
+    tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in work_names}
     known_rows = [row for table in tables.values() for row in table]
     for row in rows:
         if row not in known_rows:

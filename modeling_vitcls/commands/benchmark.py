@@ -68,7 +68,7 @@ def check_options(options: BenchmarkOptions) -> None:
         exit_with_message("error: --plot requires --work growth. Add growth to --work, or omit --plot")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
         exit_with_message(f"error: --plot {options.plot}: set a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads; read when huggingface_hub is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prevents downloads; read when huggingface_hub is imported
 
 
 def run(options: BenchmarkOptions) -> None:

@@ -130,17 +130,17 @@ def format_notes(report: "ParityReport") -> list[str]:
     """Return the parity report without the differences, as lines of text."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
-        processor = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check the settings"
+        processor_note = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check the settings"
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
-        processor = (
+        processor_note = (
             f"Image processor: from {preprocessing['origin']}, largest difference {difference:.2g} of 255 gray levels"
         )
     return [
         *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),
         *report.notes,
         f"Classifier: {report.classifier}. Limit of the differences: {report.limit:g}",
-        processor,
+        processor_note,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),
         *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),

@@ -34,17 +34,19 @@ ENVIRONMENT_VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
-    facts["platform"] = platform.platform()
-    facts["processor"] = (
+    environment = (
+        get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
+    )
+    environment["platform"] = platform.platform()
+    environment["processor"] = (
         f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
     )
-    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
-    facts["devices"] = describe_devices()
-    facts["CPU kernels"] = describe_cpu_kernels()
-    facts |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    environment["instructions"] = torch.backends.cpu.get_cpu_capability()
+    environment["devices"] = describe_devices()
+    environment["CPU kernels"] = describe_cpu_kernels()
+    environment |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
+    width = max(map(len, environment))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in environment.items())
 
 
 def describe_devices() -> str:

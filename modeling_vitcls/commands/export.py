@@ -50,7 +50,7 @@ OPTIONS = ExportOptions
 
 
 def check_options(options: ExportOptions) -> None:
-    """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(f"--image-size must be at least 1, but it is {' '.join(map(str, options.image_size))}")
     graph_settings = (options.image_size, options.dynamic, options.dtype, options.opset)
@@ -108,8 +108,8 @@ def print_report(report: "ExportReport", output: Path) -> None:
     from rich.table import Table
 
     console = Console(soft_wrap=True, highlight=False)
-    absolute, relative = report.limit
-    limit = f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
+    absolute_limit, relative_limit = report.limit
+    limit = f"{absolute_limit:g}" + (f" + {relative_limit:g} of the largest value" if relative_limit else "")
     table = Table(title=f"Largest differences between {report.format} and {report.model} (limit {limit})")
     table.add_column("images")
     for name in report.outputs:
@@ -131,8 +131,8 @@ def print_report(report: "ExportReport", output: Path) -> None:
 def format_notes(report: "ExportReport") -> list[str]:
     """Return the report without the differences, as lines of text."""
     height, width = report.input["image_size"]
-    smallest = " x ".join(map(str, report.input["smallest_image_size"]))
-    sizes = f"images of at least {smallest} pixels"
+    smallest_size = " x ".join(map(str, report.input["smallest_image_size"]))
+    sizes = f"images of at least {smallest_size} pixels"
     if "height" not in report.input["shape"]:
         sizes = f"only images of {height} x {width} pixels"
     opset = [] if report.opset is None else [f"opset {report.opset}"]

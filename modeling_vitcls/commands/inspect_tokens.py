@@ -25,7 +25,7 @@ OPTIONS = InspectFlags
 
 
 def run(options: InspectFlags) -> None:
-    """InspectFlags the model, and write the report."""
+    """Inspect the model, and write the report."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..analysis.inspect_tokens import inspect_tokens

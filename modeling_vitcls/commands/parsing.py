@@ -58,7 +58,7 @@ SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 
 @dataclass
-class Recipe:
+class RecipeFlag:
     """The flag --config, which is parsed before all other flags."""
 
     config: Path | None = None
@@ -73,10 +73,10 @@ def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
         settings: Further arguments of `tyro.cli`, such as the name of the program.
     """
     flag_names = get_flag_names(options_class)
-    recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
+    recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)
     check_foreign_flags(arguments, flag_names)
-    if recipe.config is not None:
-        arguments = [*read_recipe(find_recipe(recipe.config), flag_names), *arguments]
+    if recipe_flag.config is not None:
+        arguments = [*read_recipe(find_recipe(recipe_flag.config), flag_names), *arguments]
     return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -84,8 +84,8 @@ def find_recipe(path: Path) -> Path:
     """Return the path of a recipe: the path itself, or the recipe with that name in the package."""
     if path.exists() or path.suffix or path.name != str(path):
         return path
-    candidates = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
-    return next((file for file in candidates if file.is_file()), path)
+    recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in recipe_files if file.is_file()), path)
 
 
 def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:

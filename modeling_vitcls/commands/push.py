@@ -48,7 +48,8 @@ class PushOptions:
         for field in fields(self):
             if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit a flag"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one of "
+                    "these flags"
                 )
 
 

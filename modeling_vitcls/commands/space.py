@@ -49,9 +49,9 @@ class SpaceOptions:
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit a flag")
+            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of these flags")
         if self.static and self.examples:
-            raise ValueError("--static does not support --examples. Omit a flag")
+            raise ValueError("--static does not support --examples. Omit one of these flags")
         if self.node_modules is not None and not self.static:
             raise ValueError("--node-modules requires --static")
 

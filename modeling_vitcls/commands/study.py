@@ -39,7 +39,7 @@ OPTIONS = StudyOptions
 
 
 def run(options: StudyOptions) -> None:
-    """Execute the study. Exit with status 1 if runs failed."""
+    """Execute the study. Exit with status 1 if a run failed."""
     from ..study import load_study, run_study
 
     flags: dict[str, object] = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
