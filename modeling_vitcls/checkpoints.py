@@ -140,8 +140,8 @@ class CheckpointStore:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        names = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
-        return sorted(int(name[1]) for name in names if name)
+        matches = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def get_path(self, step: int) -> Path:
         """Return the folder of the checkpoint of `step`."""
@@ -330,11 +330,11 @@ def sync_to_disk(path: Path) -> None:
     """Synchronize a file, or the list of files in a folder, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    file_descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        os.fsync(file_descriptor)
     finally:
-        os.close(descriptor)
+        os.close(file_descriptor)
 
 
 def compute_file_digest(file: Path) -> str:

@@ -412,8 +412,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
-            known = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known and (hint := _suggest(name, known, cutoff=0.8)):
+            known_names = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
+            if name not in known_names and (hint := _suggest(name, known_names, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         stored, names = dict(config_dict), config_dict.get("id2label")
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
@@ -815,8 +815,8 @@ def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+def _suggest(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+    matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 
 

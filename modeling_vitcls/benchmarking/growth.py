@@ -74,11 +74,11 @@ AXES = {
 }
 
 
-def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
+def build_points(base_point: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
     """Return row name -> point: the base point, and one point per value of each axis."""
-    name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
-    return {name: base} | {
-        AXES[field].row_name.format(value): replace(base, **{field: value})
+    name = f"image size {base_point.image_size}, patch size {base_point.patch_size}, batch {base_point.batch_size}"
+    return {name: base_point} | {
+        AXES[field].row_name.format(value): replace(base_point, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
@@ -101,16 +101,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
     """Compare each row with each peer that supports the row. Raise ValueError if no peer supports any row."""
-    pairs = [
+    rows_and_peers = [
         (name, peer)
         for name, point in rows.items()
         for peer in settings.against
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
-    if not pairs:
+    if not rows_and_peers:
         peer_names = " ".join(PEERS_WITH_REGISTERS)
         raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {peer_names}.")
-    for name, peer in pairs:
+    for name, peer in rows_and_peers:
         yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 
 
@@ -148,9 +148,9 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     return Comparison(f"growth in {precision}", name, peer.name, *speeds, difference, details)
 
 
-def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
+def get_axis(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
     """Return the field in which a point differs from the base point; None for the base point."""
-    return next((field for field in AXES if getattr(point, field) != getattr(base, field)), None)
+    return next((field for field in AXES if getattr(point, field) != getattr(base_point, field)), None)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -207,8 +207,8 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     if not columns:
         raise ValueError("--plot requires growth rows of at least one axis. Set --work growth, and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
-    grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
-    for (time_axes, memory_axes), axis in zip(grid.T, columns, strict=True):
+    axes_grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
+    for (time_axes, memory_axes), axis in zip(axes_grid.T, columns, strict=True):
         growth_axis = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
         times, peaks = get_costs(entries, growth_axis)
@@ -217,9 +217,9 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
         time_axes.set_title(growth_axis.title, fontsize=12, color=INK)
         memory_axes.set_xlabel(growth_axis.label, fontsize=11)
         draw_ticks(memory_axes, growth_axis, entries)
-    grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
-    grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
-    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    axes_grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
+    axes_grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
+    lines = {line.get_label(): line for axes in axes_grid.flat for line in axes.get_lines()}
     projects = [name for name in LINE_STYLES if name in lines]
     handles = [lines[name] for name in projects]
     figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)

@@ -85,10 +85,10 @@ class InexactRow:
 
 # ViT-S/16 at 224 pixels.
 INEXACT_ROWS = {
-    f"merged_patches_per_layer {number}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
-        "merged_patches_per_layer", number, build_forward_pass
+    f"merged_patches_per_layer {num_patches}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
+        "merged_patches_per_layer", num_patches, build_forward_pass
     )
-    for number in (4, 8, 16)
+    for num_patches in (4, 8, 16)
 } | {
     f"patch_drop_rate {rate}, step in {INEXACT_STEP}": InexactRow("patch_drop_rate", rate, build_training_step)
     for rate in (0.25, 0.5)
@@ -101,7 +101,7 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
     for name, row in rows.items():
         plain_model = build_model(size)
         nn.Module.to(plain_model, settings.device)
-        difference = check_feature_off(row, plain_model, size, name)
+        difference = check_disabled_feature(row, plain_model, size, name)
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
         ours, num_images = row.build_computation(inexact_model, size, settings.device)
         theirs, _ = row.build_computation(plain_model, size, settings.device)
@@ -120,7 +120,9 @@ def copy_model(
     return model
 
 
-def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
+def check_disabled_feature(
+    row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str
+) -> float:
     """Return the largest logit difference between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)

@@ -95,9 +95,9 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     table = [HEADER, *(format_cells(work, name, entries) for (work, name), entries in rows.items())]
     columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
-    num_pairs = sorted({len(comparison.ratios) for comparison in comparisons})
-    pairs = " to ".join(str(number) for number in sorted({num_pairs[0], num_pairs[-1]}))
-    caption = f"Medians of {pairs} pairs of measurements. {describe_machine(comparisons)}."
+    pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
+    pair_range = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
+    caption = f"Medians of {pair_range} pairs of measurements. {describe_machine(comparisons)}."
     return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
 
 

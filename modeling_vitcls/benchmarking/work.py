@@ -24,7 +24,7 @@ class WorkKind:
     supports_gpu: bool = False
 
 
-WORK = {
+WORK_KINDS = {
     "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
     "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
     "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
@@ -49,17 +49,17 @@ def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: Benchm
             raise ValueError(
                 "--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU."
             )
-        if cpu_only_work := [name for name in work_names if not WORK[name].supports_gpu]:
-            supported_work = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
+        if cpu_only_work := [name for name in work_names if not WORK_KINDS[name].supports_gpu]:
+            supported_work = ", ".join(name for name, kind in WORK_KINDS.items() if kind.supports_gpu)
             raise ValueError(
                 f"--work {' '.join(cpu_only_work)} does not support --device cuda. Only these kinds of work support "
                 f"--device cuda: {supported_work}."
             )
-    tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in work_names}
+    tables = {name: (settings.is_toy and WORK_KINDS[name].toy_rows) or WORK_KINDS[name].rows for name in work_names}
     known_rows = [row for table in tables.values() for row in table]
     for row in rows:
         if row not in known_rows:
             raise ValueError(f"--rows: there is no row {row!r}. Choose from {', '.join(map(repr, known_rows))}")
     for name, table in tables.items():
         if selected_rows := {row: table[row] for row in table if not rows or row in rows}:
-            yield from WORK[name].compare(selected_rows, settings)
+            yield from WORK_KINDS[name].compare(selected_rows, settings)

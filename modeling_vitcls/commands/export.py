@@ -132,12 +132,12 @@ def format_notes(report: "ExportReport") -> list[str]:
     """Return the report without the differences, as lines of text."""
     height, width = report.input["image_size"]
     smallest_size = " x ".join(map(str, report.input["smallest_image_size"]))
-    sizes = f"images of at least {smallest_size} pixels"
+    accepted_sizes = f"images of at least {smallest_size} pixels"
     if "height" not in report.input["shape"]:
-        sizes = f"only images of {height} x {width} pixels"
+        accepted_sizes = f"only images of {height} x {width} pixels"
     opset = [] if report.opset is None else [f"opset {report.opset}"]
     return [
-        f"Accepts any batch size and {sizes}",
+        f"Accepts any batch size and {accepted_sizes}",
         *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
         *(["The weights are random, because a preset is untrained"] if report.weights == "random" else []),
         *(["The checkpoint has no image processor"] if report.preprocessing is None else []),

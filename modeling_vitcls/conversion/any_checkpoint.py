@@ -112,5 +112,5 @@ def compute_cache_name(source: str) -> str:
             str(path.resolve()),
             *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
         ]
-    readable_name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
+    readable_name = "".join(character if character.isalnum() or character in "-_." else "-" for character in path.name)
     return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"
