@@ -41,7 +41,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         flags: other flags of `vitcls finetune`.
 
     Returns:
-        The content of results.json; with `folds`, the content of folds.json.
+        The content of results.json, or of folds.json if `folds` is set.
 
     Raises:
         TypeError: if a flag is unknown.
@@ -66,7 +66,7 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 
 def run_training(task_class: Any, options: Any) -> dict[str, Any]:
-    """Run a task and return the content of results.json or folds.json; empty if `dry_run` is set."""
+    """Run a task and return the content of results.json or folds.json, or an empty dict if `dry_run` is set."""
     from .training.task import dry_run, run_folds, run_task
 
     if options.run.dry_run:
@@ -148,7 +148,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from keyword arguments. A dataset in memory is replaced by its name.
+    """Build the options of a command from keyword arguments. A dataset in memory is stored by name in this process.
 
     `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
     value is not allowed.
@@ -183,7 +183,7 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
     choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
     if choices and value is not None and value not in choices:
-        raise ValueError(f"{name} is {value!r}. Set one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and any(get_origin(type_) is tuple for type_ in value_types):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks and biases. The default model uses none of these.
+"""Attention masks and biases. The default model has no masks and no biases.
 
     attention_mask (argument)         masks tokens (padding) [B, N], or is a complete 4-dimensional mask
     build_cls_attention_mask          hides patches from individual CLS tokens (`config.cls_scopes`)
@@ -55,7 +55,7 @@ def build_attention_mask(
 
 
 def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> None:
-    """Raise ValueError unless the mask is None, [B, N] or 4-dimensional."""
+    """Raise ValueError unless the mask is None, has shape [B, N], or is 4-dimensional."""
     if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
         return
     raise ValueError(
@@ -182,7 +182,7 @@ def resample_bias_tables(tables: Tensor, grid_size: tuple[int, int], new_grid_si
 
 # Token gates ---------------------------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """Learned gates that scale the attention that added tokens receive. Initially, the gates are almost closed.
+    """Learned gates, which scale the attention to added tokens. Initially, the gates are almost closed.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers

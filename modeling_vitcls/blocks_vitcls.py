@@ -129,7 +129,7 @@ class ViTCLSEmbeddings(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Learned position embeddings (`config.position_embedding_tokens`), resampled to other grid sizes for patches."""
+    """Learned position embeddings (`config.position_embedding_tokens`), resampled to the patch grid of the images."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

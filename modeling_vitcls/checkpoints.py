@@ -265,7 +265,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_valid_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json, and whether all files are in the same folder."""
+    """Return whether a JSON object has the fields of state.json, and lists no files outside the folder."""
     files, facts = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int

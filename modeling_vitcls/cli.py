@@ -23,7 +23,7 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-LIBRARIES = ("tyro", "yaml")  # libraries of the extra `scripts`
+LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 
 @dataclass(frozen=True)

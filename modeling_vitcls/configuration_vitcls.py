@@ -101,7 +101,7 @@ PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classificatio
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """The slice of each token group in the sequence, in sequence order."""
+    """The slices of the token groups in the sequence, in sequence order."""
 
     cls: slice
     distillation: slice
@@ -162,7 +162,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         cls_scopes (`list`, *optional*): Region of the image that each CLS token can attend to, one entry per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens, the last of the group. A
+        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
             gate scales the influence of a token on other tokens. `model.adapt(gate_new_tokens=True)` sets this field.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
             register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
@@ -690,7 +690,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.id2label is not None and set(map(str, self.id2label)) != set(map(str, range(len(self.id2label)))):
             raise ValueError(f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps.")
         if num_labels is not None and not (isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS):
-            raise ValueError(f"`num_labels` must be 0 (no classifier) to {MAX_LABELS:,}, but it is {num_labels!r}.")
+            raise ValueError(f"`num_labels` must be from 0 (no classifier) to {MAX_LABELS:,}, not {num_labels!r}.")
         if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
             raise ValueError(
                 f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit num_labels."
@@ -714,7 +714,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_attention(self) -> None:
-        """Check that the number of heads divides the hidden size, and that the head size supports the other fields."""
+        """Check that the number of heads divides the hidden size, and that the size of the heads is supported."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest_divisors = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
@@ -777,7 +777,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`rope_periods` must be head_dim / 4 = {count} positive numbers, but it is {periods}.")
 
     def validate_attention_pool(self) -> None:
-        """Check that the heads of the attention pooler divide the hidden size."""
+        """Check that the number of heads of the attention pooler divides the hidden size."""
         pool_heads = self.attention_pool_heads or self.num_attention_heads
         if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
             raise ValueError(f"attention_pool_heads={pool_heads} must divide hidden_size={self.hidden_size}.")

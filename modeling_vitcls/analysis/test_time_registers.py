@@ -99,7 +99,7 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
         ValueError: if a neuron does not exist, or the model already has a test-time register.
     """
     if model.config.register_neurons:
-        raise ValueError("The model already has a test-time register. Pass all neurons to one call.")
+        raise ValueError("The model already has a test-time register. Pass all neurons in a single call.")
     adapted_model = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
     encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0

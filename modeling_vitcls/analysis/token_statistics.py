@@ -114,8 +114,8 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the classifier (for other models, of the encoder), and the output with the registers hidden
-            from attention, which is None if the model has no registers.
+            The output of the model (of the encoder if the model is not a classifier), and the same output with the
+            registers hidden from attention. The second output is None if the model has no registers.
         """
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]

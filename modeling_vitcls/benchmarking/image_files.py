@@ -1,4 +1,4 @@
-"""Processing of JPEG files to pixel values, and to predicted labels.
+"""Speed of processing JPEG files to pixel values, and to predicted labels.
 
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline

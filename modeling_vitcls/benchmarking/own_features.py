@@ -1,4 +1,4 @@
-"""Comparisons of models of this package with and without a feature, or of two implementations of a computation.
+"""Comparisons within this package: models with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
     attention   time and memory of reading attention, compared with a plain forward pass
@@ -6,7 +6,7 @@
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merging or dropping patches changes the outputs, so outputs are only compared with the feature set to 0. The loss of
+Merging or dropping patches changes the outputs, so equality is only checked with the feature set to 0. The loss of
 accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 

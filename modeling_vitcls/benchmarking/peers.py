@@ -137,7 +137,7 @@ PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": bui
 
 
 def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
-    """Return random images [B, 3, H, W], the same in every call."""
+    """Return the same random images [B, 3, H, W] in every call."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 

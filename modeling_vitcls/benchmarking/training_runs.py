@@ -197,7 +197,7 @@ class SuspendedRun(LoggedProcess):
         return self.metrics_file.read_bytes().count(b"\n") if self.metrics_file.is_file() else 0
 
 
-# transformers' Trainer, as in transformers' example of image classification ------------------------------------------
+# transformers' Trainer, used as in the image classification example of transformers ----------------------------------
 
 
 LabeledImage = tuple[Image.Image, int]

@@ -30,7 +30,7 @@ class BenchmarkOptions:
         ...,
     ]
     """Kinds of work. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
-    tokens and batch size. step: training steps without data loading, and their memory. inexact: merged and dropped
+    tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and dropped
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
     label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
     transformers' Trainer. attention: time and memory of reading attention, compared with a plain forward pass."""

@@ -17,7 +17,7 @@ class PushOptions:
     model: Path | None = None
     """Folder of the model."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of the folder, in your account."""
+    """Repository to push to. Default: a repository in your account with the name of the folder."""
     private: bool = False
     """Make the repository private if the push creates the repository."""
     branch: str | None = None

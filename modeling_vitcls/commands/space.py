@@ -39,7 +39,8 @@ class SpaceOptions:
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
     static: bool = False
-    """Build a page that runs a copy of the model in the browser, with transformers.js. Requires a classifier."""
+    """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
+    classifier."""
     node_modules: Path | None = None
     """With --static: folder with the npm package @huggingface/transformers to copy. Default: the page loads
     transformers.js from a CDN."""
