@@ -168,13 +168,13 @@ def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | No
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
     """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
-    values, type_hints = {}, get_type_hints(options_class)
+    field_values, type_hints = {}, get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(field.type):
-            values[field.name] = fill_options(field.type, flags)
+            field_values[field.name] = fill_options(field.type, flags)
         elif field.name in flags:
-            values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
-    return options_class(**values)
+            field_values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
+    return options_class(**field_values)
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:

@@ -276,7 +276,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
-    # Whether to skip validation. True only while a checkpoint is loaded whose weights are adapted afterwards.
+    # Whether to skip validation. True only while loading a checkpoint whose weights are then adapted.
     _skip_validation: ClassVar[bool] = False
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
@@ -800,7 +800,7 @@ def get_remaining_gates(
 ) -> dict[str, int] | None:
     """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
-    Gates stay with their tokens. Gated tokens are the last of a group, so tokens added at the end are also gated.
+    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the end are also gated.
     """
     remaining_gates = {}
     for group, field in TOKEN_COUNTS.items():

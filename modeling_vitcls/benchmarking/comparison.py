@@ -237,21 +237,21 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
     return parser.parse_args()
 
 
-def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
+def measure_peaks(module_name: str, *arguments: str) -> dict[str, int]:
     """Return the peak memory of this package and of the baseline in bytes, as entries of `Comparison.details`.
 
-    Each measurement runs `module` in a new process. For the baseline, the process receives the flag --theirs.
+    Each measurement runs the module in a new process. For the baseline, the process receives the flag --theirs.
     """
     return {
-        "ours_peak_bytes": measure_peak_in_process(module, *arguments),
-        "theirs_peak_bytes": measure_peak_in_process(module, *arguments, "--theirs"),
+        "ours_peak_bytes": measure_peak_in_process(module_name, *arguments),
+        "theirs_peak_bytes": measure_peak_in_process(module_name, *arguments, "--theirs"),
     }
 
 
-def measure_peak_in_process(module: str, *arguments: str) -> int:
+def measure_peak_in_process(module_name: str, *arguments: str) -> int:
     """Run a module in a new process and return the memory growth in bytes, which the process prints in the last line.
     Raise ValueError if the process fails."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
     if process.returncode:
         raise ValueError(f"cannot measure the memory of {' '.join(arguments)}: {get_last_line(process.stderr)}")

@@ -184,11 +184,11 @@ class PredictionProcess(LoggedProcess):
             [sys.executable, "-m", __name__, program, folder, *settings.toy_flags], stdout=subprocess.PIPE
         )
 
-    def request(self, kind: str, batch_size: int) -> Any:
+    def request(self, request_kind: str, batch_size: int) -> Any:
         """Send a request and return the reply. Raise ValueError if the process ends without a reply."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        print(kind, batch_size, file=stdin, flush=True)
+        print(request_kind, batch_size, file=stdin, flush=True)
         if reply := stdout.readline():
             return json.loads(reply)
         raise self.build_error()
@@ -239,8 +239,8 @@ def main() -> None:
     predict = PREDICTORS[flags.program](get_model_size(flags.toy), flags.folder)
     num_files = len(list(flags.folder.rglob("*.jpg")))
     for line in sys.stdin:
-        kind, batch_size = line.split()
-        if kind == "labels":
+        request_kind, batch_size = line.split()
+        if request_kind == "labels":
             reply: Any = predict(int(batch_size))
         else:
             reply = measure_throughput(lambda size=int(batch_size): predict(size), num_files, 0.0)  # type: ignore[misc]

@@ -35,7 +35,7 @@ def run(options: DemoOptions) -> None:
 
     from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
-    disable_progress_bar()  # hides the progress of loading weights
+    disable_progress_bar()  # hides the progress bar of weight loading
     folder = get_model_folder(options.model, revision=options.revision)
     from ..demo.page import serve_demo  # gradio takes seconds to import
 

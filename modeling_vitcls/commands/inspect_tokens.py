@@ -30,5 +30,5 @@ def run(options: InspectFlags) -> None:
 
     from ..analysis.inspect_tokens import inspect_tokens
 
-    disable_progress_bar()  # hides the progress of loading weights
+    disable_progress_bar()  # hides the progress bar of weight loading
     inspect_tokens(options)

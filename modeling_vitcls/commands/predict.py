@@ -35,7 +35,7 @@ def run(options: PredictFlags) -> None:
 
     from ..inference.predict import predict_images
 
-    disable_progress_bar()  # hides the progress of loading weights
+    disable_progress_bar()  # hides the progress bar of weight loading
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
