@@ -207,7 +207,7 @@ def save_on_main(
 def load_on_main(
     accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the checkpoint of `load` and the metadata of the checkpoint, or None for both if there is no checkpoint.
+    """Return the checkpoint that `load` returns, and the metadata of the checkpoint; (None, None) if there is none.
 
     All processes return the metadata, but only the main process returns the checkpoint.
     """

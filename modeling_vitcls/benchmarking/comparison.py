@@ -4,8 +4,8 @@ The baseline is a model of another project, or a model of this package without a
 are measured alternately, because the load of the machine and clock rates vary. Each measurement of this package is
 compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
-CPU memory is the peak growth of the memory of a process (Linux only, from /proc). GPU memory is the peak of the memory
-that PyTorch has allocated.
+CPU memory is the peak memory growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's
+allocated memory.
 """
 
 import argparse
