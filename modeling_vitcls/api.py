@@ -5,8 +5,8 @@
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
 
-Keyword arguments are the flags of the commands: `--learning-rate 1e-4` is `learning_rate=1e-4`. A dataset is a path,
-a Hub id, or data in memory (data/in_memory.py).
+Keyword arguments correspond to the flags of the commands: `learning_rate=1e-4` to `--learning-rate 1e-4`. A dataset is
+a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from .options import (
 
 Options = TypeVar("Options")
 
-COMMAND_ONLY_FLAGS = {"config"}  # flags that the functions do not have
+COMMAND_ONLY_FLAGS = {"config"}  # flags of commands that the functions do not accept
 
 
 def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -37,15 +37,15 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         model: a preset, a folder or any other checkpoint that `--model` accepts.
         dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of (image, label), or
             a dict of splits.
-        output_dir: folder to write.
-        flags: flags of `vitcls finetune`.
+        output_dir: output folder of the run.
+        flags: other flags of `vitcls finetune`.
 
     Returns:
-        The content of results.json; with `folds`, the content of folds.json.
+        The content of results.json, or of folds.json if `folds` is set.
 
     Raises:
-        TypeError: for an unknown flag.
-        ValueError, OSError: if a flag has a wrong value, or the model or the data cannot be read.
+        TypeError: if a flag is unknown.
+        ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
         RunStopped: if the run stops early.
     """
     from .training.finetune import FinetuneTask
@@ -57,7 +57,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    Arguments, results and errors are as in `finetune`; labels of the dataset are not used.
+    The arguments, results and errors are the same as in `finetune`. The labels of the dataset are not used.
     """
     from .training.pretrain import PretrainTask
 
@@ -66,7 +66,7 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 
 def run_training(task_class: Any, options: Any) -> dict[str, Any]:
-    """Run a task and return the content of results.json; empty for `dry_run=True`."""
+    """Run a task and return the content of results.json or folds.json, or an empty dict if `dry_run` is set."""
     from .training.task import dry_run, run_folds, run_task
 
     if options.run.dry_run:
@@ -82,12 +82,15 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        dataset: as in `finetune`. If the dataset has no splits, the images that `finetune` holds out are evaluated;
-            `{"test": images}` evaluates all images.
-        flags: flags of `vitcls evaluate`.
+        dataset: as in `finetune`. If the dataset has no splits, only the images that `finetune` holds out are
+            evaluated. To evaluate all images, pass `{"test": images}`.
+        flags: other flags of `vitcls evaluate`.
 
     Returns:
-        The metrics, as `--output` writes them. Errors are as in `finetune`.
+        The metrics that `vitcls evaluate --output FILE` writes.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
     """
     from .inference.evaluate import evaluate_checkpoint
     from .inference.frozen import evaluate_frozen
@@ -101,20 +104,23 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced by
-            the images in it. Alternatively, set `dataset`.
-        flags: flags of `vitcls predict`, except `output` and `shard_size`.
+        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. The path of a folder
+            stands for all images in the folder. To predict a dataset instead, set `dataset`.
+        flags: other flags of `vitcls predict`, except `output` and `shard_size`.
 
     Returns:
-        One dict for each image: `index`, `image`, the predicted columns, and `error` (None, or the reason why an
-        image has no prediction). Errors are as in `finetune`.
+        One dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why the image has
+        no prediction).
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
     """
     from .inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    names = tuple(map(str, range(len(images))))  # names of images in memory, checked like paths
-    fixed_options = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
-    options = build_options(PredictOptions, fixed_options, model=model, paths=names, **flags)
+    image_names = tuple(map(str, range(len(images))))  # the options require a path per image
+    fixed_flags = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
+    options = build_options(PredictOptions, fixed_flags, model=model, paths=image_names, **flags)
     return predict_from_options(options, images)
 
 
@@ -123,11 +129,14 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL or a list of them. Alternatively, set `dataset`.
-        flags: flags of `vitcls inspect`.
+        images: a path, a URL, or a list of paths and URLs. To inspect the images of a dataset instead, set `dataset`.
+        flags: other flags of `vitcls inspect`.
 
     Returns:
-        The `Inspection`, which contains the values of the report. Errors are as in `finetune`.
+        An `Inspection` object with the values of the report.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
     """
     from .analysis.inspect_tokens import inspect_tokens
 
@@ -138,49 +147,47 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def build_options(
-    options_class: type[Options], command_values: dict[str, Any] | None = None, /, **flags: Any
-) -> Options:
-    """Build the options of a command from flags by name. Data in memory is registered.
+def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
+    """Build the options of a command from keyword arguments. A dataset in memory is stored by name in this process.
 
-    `command_values` contains the values of flags that are not keyword arguments. Raise TypeError for an unknown flag,
-    and ValueError if a value is not allowed.
+    `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
+    value is not allowed.
     """
-    known = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(command_values or {})
+    known_flags = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(fixed_flags or {})
     for name in flags:
-        if name not in known:
-            similar_names = difflib.get_close_matches(name, known, n=1)
+        if name not in known_flags:
+            similar_names = difflib.get_close_matches(name, known_flags, n=1)
             hint = f". Use {similar_names[0]}" if similar_names else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return fill_options(options_class, flags | (command_values or {}))
+    return fill_options(options_class, flags | (fixed_flags or {}))
 
 
 def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
-    """Build a dataclass of options, including its nested dataclasses, from flags by name."""
-    values, hints = {}, get_type_hints(options_class)
+    """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
+    field_values, type_hints = {}, get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(field.type):
-            values[field.name] = fill_options(field.type, flags)
+            field_values[field.name] = fill_options(field.type, flags)
         elif field.name in flags:
-            values[field.name] = convert_value(field.name, flags[field.name], hints[field.name])
-    return options_class(**values)
+            field_values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
+    return options_class(**field_values)
 
 
-def convert_value(name: str, value: Any, hint: Any) -> Any:
-    """Return a value in the type of its flag. Lists become tuples, and strings become paths if the flag is a path.
-    Raise ValueError for a value that is not one of the choices."""
-    hints = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    choices = [choice for option in hints if get_origin(option) is Literal for choice in get_args(option)]
+def convert_value(name: str, value: Any, type_hint: Any) -> Any:
+    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag is a
+    path. Raise ValueError if the value is not one of the flag's choices."""
+    value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
+    choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
     if choices and value is not None and value not in choices:
-        raise ValueError(f"{name} is {value!r}. Set one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, str) and any(get_origin(option) is tuple for option in hints):
-        return (value,)  # one value of a flag that accepts several
-    if isinstance(value, str) and Path in hints:
+    if isinstance(value, str) and any(get_origin(type_) is tuple for type_ in value_types):
+        return (value,)  # a single value of a flag that accepts several values
+    if isinstance(value, str) and Path in value_types:
         return Path(value)
-    return str(value) if isinstance(value, Path) and Path not in hints else value
+    return str(value) if isinstance(value, Path) and Path not in value_types else value

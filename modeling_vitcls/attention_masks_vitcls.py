@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks and biases; the default model has none.
+"""Attention masks and biases. The default model has no masks and no biases.
 
-    attention_mask of the caller      hides tokens (padding), [B, N], or a complete 4-dimensional mask
+    attention_mask (argument)         masks tokens (padding) [B, N], or is a complete 4-dimensional mask
     build_cls_attention_mask          hides patches from individual CLS tokens (`config.cls_scopes`)
     RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
     TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
 
-`build_attention_mask` combines the masks as the attention implementation expects. `config.cls_scopes` hides patches
-from CLS tokens only; all tokens can attend to special tokens.
+`build_attention_mask` combines the masks in the format that the attention implementation expects. `config.cls_scopes`
+hides patches from CLS tokens only. All tokens can attend to special tokens.
 """
 
 from typing import Any
@@ -28,24 +28,24 @@ def build_attention_mask(
     relative_position_bias: "RelativePositionBias | None" = None,
     gates: "TokenGates | None" = None,
 ) -> Any:
-    """Build the mask in the form that the attention implementation expects.
+    """Combine the masks and biases in the format that the attention implementation expects.
 
     Args:
         hidden_states: [B, N, D], after the embeddings.
-        attention_mask: [B, N] over all tokens, 1 if a token may be attended to; or a complete 4-dimensional mask.
-        grid_size: rows and columns of patches.
+        attention_mask: [B, N], 1 for each token that may be attended to; or a complete 4-dimensional mask.
+        grid_size: number of patch rows and columns.
 
     Returns:
         One mask for all layers, a list with one mask per layer, or None if no mask is required.
 
     Raises:
-        ValueError: if the mask has a different shape, or the attention implementation does not accept the mask.
+        ValueError: if `attention_mask` has a wrong shape, or the attention implementation does not support a mask.
     """
     check_attention_mask(attention_mask, hidden_states)
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif attention_mask is not None:  # for None, transformers would build an all-true mask while tracing
+    elif attention_mask is not None:  # given None, transformers builds an all-true mask during tracing
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
@@ -55,7 +55,7 @@ def build_attention_mask(
 
 
 def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> None:
-    """Raise ValueError unless the mask is None, [B, N] or 4-dimensional."""
+    """Raise ValueError unless the mask is None, has shape [B, N], or is 4-dimensional."""
     if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
         return
     raise ValueError(
@@ -65,10 +65,10 @@ def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -
 
 
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
-    """Raise ValueError for attention implementations that do not accept an additive bias."""
+    """Raise ValueError if the attention implementation does not support an additive bias."""
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
-            f"{feature} adds a bias to the attention scores, but {config._attn_implementation} does not accept it: "
+            f"{feature} requires an attention bias, but {config._attn_implementation} does not support biases: "
             'set attn_implementation to "sdpa" or "eager"'
         )
 
@@ -86,14 +86,14 @@ def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 def build_cls_attention_mask(
     config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid_size: tuple[int, int]
 ) -> Any:
-    """Build the mask that limits each CLS token to the patches of its scope (`config.cls_scopes`)."""
+    """Build the mask that restricts the attention of CLS tokens to the patches of each scope (`config.cls_scopes`)."""
     if "flash" in config._attn_implementation:
         raise ValueError(
-            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not accept it: "
+            f"cls_scopes requires an attention mask, but {config._attn_implementation} does not support masks: "
             'set attn_implementation to "sdpa", "flex_attention" or "eager"'
         )
     if attention_mask is not None and attention_mask.ndim == 4:
-        raise ValueError("cls_scopes cannot be combined with a 4-dimensional attention_mask: pass [batch, tokens]")
+        raise ValueError("cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, tokens]")
     visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def build_cls_attention_mask(
 
 
 def build_cls_visibility(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a boolean matrix [N, N]: row q, column k is true if token q may attend to token k."""
+    """Return a boolean matrix [N, N] whose element [q, k] is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid_size)
     visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
@@ -116,12 +116,12 @@ def build_cls_visibility(config: ViTCLSConfig, grid_size: tuple[int, int], devic
 
 
 def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a boolean vector [rows * columns], true for the patches in the cell `[rows, columns, row, column]`."""
+    """Return a boolean vector [patches] that is true for the patches in the cell `[rows, columns, row, column]`."""
     (grid_rows, grid_columns), (rows, columns, row, column) = grid_size, scope
     if grid_rows < rows or grid_columns < columns:
         raise ValueError(
-            f"cls_scopes: a {rows} x {columns} grid of scopes requires at least as many patches, but the image has "
-            f"{grid_rows} x {grid_columns}: use larger images"
+            f"cls_scopes: a grid of {rows} x {columns} cells requires at least {rows} x {columns} patches, but the "
+            f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
     y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
     in_rows = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
@@ -131,10 +131,10 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
 
 # Relative position bias ----------------------------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
-    """A learned bias for each distance between patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
+    """Learned bias per distance between patches, per layer or shared by all layers (BEiT, arXiv 2106.08254; Swin).
 
-    `tables` [tables, distances + 3, heads] has one row per (row, column) distance, and three for pairs with special
-    tokens: special to patch, patch to special, special to special. For other grids, the table is resampled.
+    `tables` [tables, distances + 3, heads] has one row per (row, column) distance, and three rows for pairs with
+    special tokens: special to patch, patch to special, special to special. For other grid sizes, tables are resampled.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -154,7 +154,7 @@ class RelativePositionBias(nn.Module):
         return biases if len(biases) > 1 else biases[0]
 
     def get_table_index(self, grid_size: tuple[int, int], device: torch.device) -> Tensor:
-        """Return the table row of each pair of tokens, [N, N]."""
+        """Return the index of the table row for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
         y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
@@ -171,32 +171,32 @@ class RelativePositionBias(nn.Module):
 
 
 def resample_bias_tables(tables: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
-    """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens are unchanged."""
+    """Resample bias tables [tables, distances + 3, heads] to another grid; rows of special tokens do not change."""
     if not needs_resampling(grid_size, new_grid_size):
         return tables
-    distances, new_distances = ([2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size))
-    maps = tables[:, :-3].float().unflatten(1, distances).permute(0, 3, 1, 2)  # [tables, heads, y, x]
-    maps = nn.functional.interpolate(maps, size=new_distances, mode="bilinear", align_corners=False)
+    table_size, new_table_size = ([2 * size - 1 for size in sizes] for sizes in (grid_size, new_grid_size))
+    maps = tables[:, :-3].float().unflatten(1, table_size).permute(0, 3, 1, 2)  # [tables, heads, y, x]
+    maps = nn.functional.interpolate(maps, size=new_table_size, mode="bilinear", align_corners=False)
     return torch.cat([maps.permute(0, 2, 3, 1).flatten(1, 2).to(tables.dtype), tables[:, -3:]], dim=1)
 
 
 # Token gates ---------------------------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """A learned gate per added token that scales its attention weights, initially almost closed.
+    """Learned gates, which scale the attention to added tokens. Initially, the gates are almost closed.
 
-    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g) is added to the scores of key j. With
-    g = 1e-6 the outputs of the other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
-    such as Adam, whose step length does not depend on the size of the gradient:
+    Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
+    g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
+    such as Adam, whose step size does not depend on the scale of the gradient:
 
-    - g is linear in the parameter. For log(g), the gradient would be a millionth of the gradient of an open gate.
-    - g is 50 times the magnitude of the parameter, because g moves from 0 to 1, but typical weights are about 0.02.
+    - g is linear in the parameter. The gradient of log(g) would be a millionth of the gradient of an open gate.
+    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1, but typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """
 
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # value of the parameter for g = 1
     CLOSED = 1e-6 / SCALE  # initial value of the parameter
-    MIN_GATE = 2.0**-24  # added to g, which keeps the logarithm finite; rounded away if g = 1
+    MIN_GATE = 2.0**-24  # added to g to keep log(g) finite; lost to rounding if g = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -205,20 +205,20 @@ class TokenGates(nn.Module):
         self.gates = nn.Parameter(torch.empty(len(self.indices)))
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
-        """Return the mask, or the list of masks, with the gates added."""
+        """Return the mask, or the list of masks, with log(g) added for each gated token."""
         require_additive_mask(self.config, "gated_tokens")
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
         bias[..., self.indices] = self.get_gate_values().log().to(bias.dtype)
-        return [add_mask(bias, each) for each in mask] if isinstance(mask, list) else add_mask(bias, mask)
+        return [add_mask(bias, layer_mask) for layer_mask in mask] if isinstance(mask, list) else add_mask(bias, mask)
 
     def get_gate_values(self) -> Tensor:
-        """Return g of each gated token, [n]; with g = 1, a gate has no effect."""
+        """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a gradient at 0, unlike abs
         return magnitude * self.SCALE + self.MIN_GATE
 
 
 def get_gated_indices(config: ViTCLSConfig) -> list[int]:
-    """Return the sequence indices of the gated tokens, the last tokens of their groups."""
+    """Return the sequence indices of the gated tokens, which are the last tokens of each group."""
     indices: list[int] = []
     for name, group in config.token_layout.items():
         num_gated = (config.gated_tokens or {}).get(name, 0)

@@ -2,16 +2,16 @@
 """The Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) in plain PyTorch, from pixels to the last layer.
 
     pixel_values [B, C, H, W]
-      -> ViTCLSEmbeddings     patches, special tokens, learned or sin-cos positions
+      -> ViTCLSEmbeddings     patches, special tokens, learned or sin-cos position embeddings
          tokens [B, N, D]     [ CLS | distillation | registers | patches ]
       -> ViTCLSLayer x L      x = x + attention(norm(x));  x = x + mlp(norm(x))
          tokens [B, N, D]
 
-B images, N tokens, D channels. Special tokens are ordinary rows: they attend and are updated in every layer.
+B images, N tokens, D channels. Every layer updates special tokens in the same way as patches.
 `ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention, token
 merging and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
 
-This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py replaces the classes of some modules.
+This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster modules.
 """
 
 import math
@@ -35,7 +35,7 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RM
 
 
 def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
-    """Build a norm of type `config.norm_type` over the last axis, `width` channels (default: `config.hidden_size`)."""
+    """Build a norm of type `config.norm_type` over the last axis of `width` channels (default: `hidden_size`)."""
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -52,13 +52,13 @@ class ViTCLSPatchEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.patch_norm else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Project the patches of images [B, C, H, W], whose shape `get_grid_size` has checked."""
+        """Project the patches of images [B, C, H, W]. The caller must check the shape with `get_grid_size`."""
         patches: Tensor = self.projection(pixel_values)  # [B, D, rows, columns]
         patches = patches.flatten(2).transpose(1, 2)  # [B, rows * columns, D]
         return patches if self.norm is None else self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return the number of patch rows and columns. Raises ValueError if the model does not accept the images."""
+        """Return the number of patch rows and columns. Raise ValueError if the model does not accept the images."""
         if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
@@ -77,7 +77,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
 
 
 class ViTCLSEmbeddings(nn.Module):
-    """Build the token sequence [B, N, D] of images [B, C, H, W]: special tokens, then patches, with positions."""
+    """Build the token sequence [B, N, D] of images [B, C, H, W]: special tokens, then patches."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -91,10 +91,10 @@ class ViTCLSEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Embed images; patches where `bool_masked_pos` [B, rows * columns] is true become the mask token.
+        """Embed images, and replace patches where `bool_masked_pos` [B, rows * columns] is true by the mask token.
 
         Raises:
-            ValueError: if `get_grid_size` rejects the images, or the mask does not have one value per patch.
+            ValueError: if `get_grid_size` rejects the images, or `bool_masked_pos` does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
         grid_size = self.patch_embeddings.get_grid_size(pixel_values)
@@ -107,7 +107,7 @@ class ViTCLSEmbeddings(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return the learned tokens [1, n, D] of the groups that exist, in the order of the sequence."""
+        """Return group -> learned tokens [1, n, D] in sequence order, for each group that has tokens."""
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
         return {name: tokens for name, tokens in groups.items() if tokens is not None}
 
@@ -116,10 +116,10 @@ class ViTCLSEmbeddings(nn.Module):
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
                 return patches
-            # An all-false mask, because distributed training requires a gradient of every parameter.
+            # Use an all-false mask, because distributed training requires a gradient for every parameter.
             bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if self.mask_token is None:
-            raise ValueError("bool_masked_pos requires a mask token, but the model has none: set use_mask_token=True")
+            raise ValueError("bool_masked_pos requires a mask token: set use_mask_token=True")
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos must have shape [batch, patches] = {tuple(patches.shape[:2])}, but it has shape "
@@ -129,7 +129,7 @@ class ViTCLSEmbeddings(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Learned positions of `config.position_embedding_tokens`. Patch positions are resampled to other grids."""
+    """Learned position embeddings (`config.position_embedding_tokens`), resampled to the patch grid of the images."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -145,21 +145,21 @@ class LearnedPositions(nn.Module):
     def forward(
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add positions to the special tokens that have them, and to the patches [B, rows * columns, D]."""
+        """Add the position embeddings of special tokens (if any) and of the patches [B, rows * columns, D]."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
-        with_positions = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
-        return with_positions, patches + positions
+        special_tokens = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
+        return special_tokens, patches + positions
 
     def add_special_positions(self, name: str, tokens: Tensor) -> Tensor:
-        """Add the positions of the group `name`, if it has any, to its tokens [1, n, D]."""
+        """Add the position embeddings of the group `name`, if any, to the tokens [1, n, D] of the group."""
         positions = getattr(self, name)
         return tokens if positions is None else tokens + positions
 
 
 class SinCosPositions(nn.Module):
-    """Fixed sine-cosine positions of the patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
+    """Fixed sine-cosine position embeddings of patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class SinCosPositions(nn.Module):
     def forward(
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add positions to the patches [B, rows * columns, D]; special tokens have none."""
+        """Add position embeddings to the patches [B, rows * columns, D]. Special tokens do not change."""
         rows, columns = grid_size
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
@@ -182,7 +182,7 @@ class SinCosPositions(nn.Module):
 
 
 def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCosPositions | None:
-    """Build learned or sin-cos positions; None if the model has neither."""
+    """Build learned or sin-cos position embeddings; return None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
         return LearnedPositions(config)
     return SinCosPositions(config) if config.position_embedding_type == "sincos_2d" else None
@@ -204,9 +204,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    """Return the attended values [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
+    """Return the attention output [B, n, heads, head_dim] and the attention weights [B, heads, n, N].
 
-    Queries are [B, heads, n, head_dim], keys and values [B, heads, N, head_dim]. The softmax is computed in float32.
+    Queries are [B, heads, n, head_dim]; keys and values are [B, heads, N, head_dim]. The softmax runs in float32.
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -216,7 +216,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# Function of query, key, value, mask, scaling and the attended values; see `ViTCLSAttention.recorder`.
+# Function that receives query, key, value, mask, scaling and attention output; see `ViTCLSAttention.recorder`.
 AttentionRecorder = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor], None]
 
 
@@ -224,8 +224,8 @@ class ViTCLSAttention(nn.Module):
     """Multi-head self-attention.
 
     Attributes:
-        recorder: a function that every forward pass calls with the inputs and output of the attention function; None
-            by default. Set a recorder to read queries, keys and values.
+        recorder: function that every forward pass calls with the inputs and output of the attention function. Set a
+            recorder to read queries, keys and values. Default: None.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -258,29 +258,29 @@ class ViTCLSAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended tokens [B, n, D], and the weights [B, heads, n, N] if the implementation computes them.
+        """Return the outputs [B, n, D] and the attention weights [B, heads, n, N]. Fused attention returns no weights.
 
         Args:
             hidden_states: [B, N, D].
-            attention_mask: in the form that the attention implementation expects (attention_masks_vitcls.py).
-            position_embeddings: (cos, sin) of rotary positions.
-            num_queries: n, to compute only the first n tokens, which must be special tokens. Default: all N tokens.
+            attention_mask: mask in the format that the attention implementation expects (attention_masks_vitcls.py).
+            position_embeddings: (cos, sin) of rotary position embeddings.
+            num_queries: number n of leading tokens to compute, which must be special tokens. Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
             query, key = rotate_patches(query, key, position_embeddings)
         if attention_mask is not None and num_queries is not None:
             attention_mask = attention_mask[:, :, :num_queries]
-        attended, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
-        attended = attended.flatten(2)  # [B, n, heads * head_dim]
+        attn_output, weights = self.attend(query, key, value, attention_mask, **kwargs)  # [B, n, heads, head_dim]
+        attn_output = attn_output.flatten(2)  # [B, n, heads * head_dim]
         if self.norm is not None:
-            attended = self.norm(attended)
-        return self.o_proj(attended), weights
+            attn_output = self.norm(attn_output)
+        return self.o_proj(attn_output), weights
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotation."""
-        # -1 is the number of heads: under tensor parallelism, each process has only some of the heads
-        # cat copies the rows: with a view, torch.onnx would fix the batch size for an example batch of 1
+        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
+        # -1 infers the number of heads, because each process has only some heads with tensor parallelism.
+        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size of an example with one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
@@ -292,13 +292,13 @@ class ViTCLSAttention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended values [B, n, heads, head_dim], and the weights if the implementation computes them."""
+        """Return the attention output [B, n, heads, head_dim] and the weights. Fused attention returns no weights."""
         attention_function = self.get_attention_function()
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        attended, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
+        attn_output, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
         if self.recorder is not None:
-            self.recorder(query, key, value, attention_mask, self.scaling, attended)
-        return attended, weights
+            self.recorder(query, key, value, attention_mask, self.scaling, attn_output)
+        return attn_output, weights
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return the function of `config._attn_implementation`, from the attention interface of transformers."""
@@ -308,10 +308,10 @@ class ViTCLSAttention(nn.Module):
 # MLP -----------------------------------------------------------------------------------------------------------------
 @use_kernel_forward_from_hub("ViTCLSMLP")
 class ViTCLSMLP(nn.Module):
-    """Linear, activation, linear: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
+    """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
 
     Attributes:
-        register_neurons: edits the activations if `config.register_neurons` is set (variants_vitcls.py), else None.
+        register_neurons: module that edits activations (variants_vitcls.py); None if there are no register neurons.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -336,7 +336,7 @@ class ViTCLSMLP(nn.Module):
 
 @use_kernel_forward_from_hub("ViTCLSGLU")
 class ViTCLSGLU(nn.Module):
-    """A gated MLP, `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202). Methods as in `ViTCLSMLP`."""
+    """Gated MLP with the methods of `ViTCLSMLP`: `down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
 
 # Layer ---------------------------------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
-    """A learned factor per channel (CaiT, arXiv 2103.17239). [B, N, D] -> [B, N, D]."""
+    """Multiply each channel by a learned factor, [B, N, D] -> [B, N, D] (CaiT, arXiv 2103.17239)."""
 
     def __init__(self, hidden_size: int, init_value: float) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a residual branch for whole images in training (stochastic depth, arXiv 1603.09382)."""
+    """Drop a residual branch for random images during training (stochastic depth, arXiv 1603.09382)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -429,15 +429,15 @@ class ViTCLSLayer(EncoderLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Apply attention, then the MLP, to all tokens or only to the first `num_tokens`, which are special tokens."""
-        normalized = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
-        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attended), self.layer_scale1)
-        transformed = self.mlp(self.layernorm_after(hidden_states))
-        return self.add_branch(hidden_states, self.dropout(transformed), self.layer_scale2)
+        """Apply attention, then the MLP, to all tokens, or only to the first `num_tokens` (special tokens)."""
+        normalized_states = self.layernorm_before(hidden_states)
+        attn_output, _ = self.attention(normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        hidden_states = self.add_branch(hidden_states[:, :num_tokens], self.dropout(attn_output), self.layer_scale1)
+        mlp_output = self.mlp(self.layernorm_after(hidden_states))
+        return self.add_branch(hidden_states, self.dropout(mlp_output), self.layer_scale2)
 
     def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
-        """Apply layer scale and stochastic depth to a residual branch [B, n, D], then add it."""
+        """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add the result to the states."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if self.drop_path is not None:

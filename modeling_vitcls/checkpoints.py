@@ -4,11 +4,11 @@
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of state.json
       step-00000240/
-      .step-00000360.partial/  left behind if a save or removal was killed; removed by the next save
+      .step-00000360.partial/  left behind if a save or removal was interrupted; removed by the next save
 
-A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so the previous checkpoint
-survives if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or executed.
-training/distributed_state.py collects the tensors from the processes.
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
+remains intact if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or
+executed. training/distributed_state.py collects the tensors from the processes.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete; complete, but being replaced
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete, being replaced
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
 
 
 class DamagedCheckpoint(ValueError):
-    """Error for a checkpoint whose files are missing or differ from the written files."""
+    """A file of a checkpoint is missing or has changed since the checkpoint was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Verified checkpoint on disk."""
+    """A checkpoint on disk whose files have been verified."""
 
     folder: Path
     step: int
@@ -53,7 +53,7 @@ class Checkpoint:
     files: dict[str, str]  # name -> SHA-256, of all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
-        """Return the tensors of `name`.safetensors on the CPU. Raises DamagedCheckpoint if the file is damaged."""
+        """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpoint if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
             raise DamagedCheckpoint(
@@ -67,7 +67,7 @@ class Checkpoint:
 
 @dataclass
 class CheckpointStore:
-    """Checkpoints of one run. Only the main process writes and reads them."""
+    """The checkpoints of one run. Only the main process writes and reads checkpoints."""
 
     folder: Path
     num_kept: int  # number of newest checkpoints to keep in addition to the best checkpoint
@@ -77,22 +77,22 @@ class CheckpointStore:
 
         Args:
             tensors: file name without its suffix -> named tensors, on any device.
-            facts: metadata in JSON types. Floats are restored exactly, and tuples become lists.
-            is_best: whether the model is the best so far; the newest such checkpoint is always kept.
+            facts: metadata that JSON can represent. Floats are restored exactly, and tuples become lists.
+            is_best: whether the model is the best model so far. The newest checkpoint with `is_best` is always kept.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
         target = self.get_path(step)
-        partial = get_hidden_path(target, PARTIAL)
+        partial_folder = get_hidden_path(target, PARTIAL)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.remove_leftovers()
-            partial.mkdir()
-            write_checkpoint(partial, step, tensors, facts, is_best)
-            move_into_place(partial, target)
+            partial_folder.mkdir()
+            write_checkpoint(partial_folder, step, tensors, facts, is_best)
+            move_into_place(partial_folder, target)
         except WRITE_ERRORS as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial_folder, ignore_errors=True)
             raise OSError(self.describe_write_error(step, tensors, error)) from error
         self.prune(step)
         return target
@@ -111,7 +111,7 @@ class CheckpointStore:
                 return read_checkpoint(self.get_path(step))
             except DamagedCheckpoint as error:
                 messages.append(str(error))
-                warn(f"{error}; the previous checkpoint is used")
+                warn(f"{error}; trying the previous checkpoint")
         if messages:
             raise ValueError(
                 f"all checkpoints in {self.folder} are damaged ({messages[0]}). To start from the beginning, set "
@@ -120,11 +120,13 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation. Raise ValueError if it does not exist or is damaged."""
+        """Return the checkpoint with the best evaluation. Raise ValueError if the checkpoint is missing or damaged."""
         for step in reversed(self.list_steps()):
             if is_best_checkpoint(self.get_path(step)):
                 return read_checkpoint(self.get_path(step))
-        raise ValueError(f"{self.folder} contains no checkpoint with the best evaluation. Restart with --overwrite")
+        raise ValueError(
+            f"{self.folder} contains no checkpoint with the best evaluation. Restart the run with --overwrite"
+        )
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
@@ -138,48 +140,48 @@ class CheckpointStore:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        names = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
-        return sorted(int(name[1]) for name in names if name)
+        matches = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def get_path(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
-        """Remove old checkpoints: all except the newest and the best up to `step`, which was saved last.
+        """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
 
         Checkpoints of later steps were saved before the run was resumed from an earlier step, and are also removed.
         """
         steps = self.list_steps()
-        earlier_steps = [other for other in steps if other <= step]
-        best_steps = [other for other in earlier_steps if is_best_checkpoint(self.get_path(other))]
+        earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
+        best_steps = [stored_step for stored_step in earlier_steps if is_best_checkpoint(self.get_path(stored_step))]
         kept_steps = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
-        for other in steps:
-            if other not in kept_steps:
-                remove_checkpoint(self.get_path(other))
+        for stored_step in steps:
+            if stored_step not in kept_steps:
+                remove_checkpoint(self.get_path(stored_step))
 
     def remove_leftovers(self) -> None:
-        """Remove or restore the hidden folders of an interrupted save."""
+        """Remove the hidden folders of an interrupted save, or restore a hidden checkpoint that was not replaced."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
                 shutil.rmtree(replaced_folder)
             else:
                 replaced_folder.rename(target)
-        for partial in self.folder.glob(f".step-*{PARTIAL}"):
-            shutil.rmtree(partial)
+        for partial_folder in self.folder.glob(f".step-*{PARTIAL}"):
+            shutil.rmtree(partial_folder)
 
     def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
-        """Return the error message for a checkpoint that cannot be written, with required and free space."""
+        """Return the error message for a checkpoint that cannot be written, including the required and free space."""
         required_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         steps = self.list_steps()
-        earlier = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        earlier_note = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         existing_folder = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free_bytes = shutil.disk_usage(existing_folder).free
         return (
-            f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. It "
-            f"requires {format_megabytes(required_bytes)}, but {format_megabytes(free_bytes)} are free; {earlier}. "
-            "Free disk space, then use --resume"
+            f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. The "
+            f"checkpoint requires {format_megabytes(required_bytes)}, and {format_megabytes(free_bytes)} are free; "
+            f"{earlier_note}. Free disk space, then use --resume"
         )
 
 
@@ -194,7 +196,7 @@ def save_on_main(
     facts: dict[str, Any],
     is_best: bool,
 ) -> None:
-    """Save a checkpoint on the main process while the other processes wait. An error is raised on all processes."""
+    """Save a checkpoint on the main process while the other processes wait. Errors are raised on all processes."""
 
     def save() -> None:
         store.save(step, tensors, facts, is_best)
@@ -205,18 +207,21 @@ def save_on_main(
 def load_on_main(
     accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return a checkpoint on the main process, and its metadata on all processes; None without a checkpoint."""
-    loaded: list[Checkpoint | None] = [None]
+    """Return the checkpoint that `load` returns, and the metadata of the checkpoint; (None, None) if there is none.
+
+    All processes return the metadata, but only the main process returns the checkpoint.
+    """
+    checkpoints: list[Checkpoint | None] = [None]
 
     def read() -> dict[str, Any] | None:
-        loaded[0] = checkpoint = load()
+        checkpoints[0] = checkpoint = load()
         return None if checkpoint is None else checkpoint.facts
 
     facts = run_on_main(accelerator, read)
-    return loaded[0], facts
+    return checkpoints[0], facts
 
 
-# One checkpoint's files ----------------------------------------------------------------------------------------------
+# Files of one checkpoint ---------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -245,22 +250,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or not valid."""
+    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or invalid."""
     if not (folder / STATE_FILE).is_file():
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected = state.pop("sha256")
-        is_undamaged = compute_digest(state) == expected
+        has_valid_checksum = compute_digest(state) == expected
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
-    if not is_undamaged or not is_state(state):
+    if not has_valid_checksum or not is_valid_state(state):
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
     return state
 
 
-def is_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json, and only names of files in the same folder."""
+def is_valid_state(state: dict[str, Any]) -> bool:
+    """Return whether a JSON object has the fields of state.json, and lists no files outside the folder."""
     files, facts = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int
@@ -272,7 +277,7 @@ def is_state(state: dict[str, Any]) -> bool:
 
 
 def format_state(state: dict[str, Any]) -> str:
-    """Return the text of state.json, with its checksum, for a state without checksum."""
+    """Return the text of state.json: the fields of `state` and the checksum of these fields."""
     return json.dumps(state | {"sha256": compute_digest(state)}, indent=1) + "\n"
 
 
@@ -285,37 +290,39 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return the tensors on the CPU, contiguous and without shared memory. Safetensors does not support the shared
-    memory of tied weights."""
+    """Return the tensors on the CPU, contiguous and without shared memory.
+
+    Safetensors does not support tensors that share memory, such as tied weights.
+    """
     seen_addresses: set[int] = set()
-    result: Tensors = {}
+    cpu_tensors: Tensors = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         address = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if address in seen_addresses else tensor
+        cpu_tensors[name] = tensor.clone() if address in seen_addresses else tensor
         seen_addresses.add(address)
-    return result
+    return cpu_tensors
 
 
-def move_into_place(partial: Path, target: Path) -> None:
-    """Rename a complete folder; an earlier checkpoint of the same step is hidden first, then removed."""
+def move_into_place(partial_folder: Path, target: Path) -> None:
+    """Rename a complete folder to `target`. An earlier checkpoint of the same step is hidden first, then removed."""
     replaced_folder = get_hidden_path(target, REPLACED)
     if target.exists():
         target.rename(replaced_folder)
-    partial.rename(target)
+    partial_folder.rename(target)
     sync_to_disk(target.parent)
     shutil.rmtree(replaced_folder, ignore_errors=True)
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint. The folder is hidden first, so that an interrupted removal does not leave a damaged
-    checkpoint."""
-    hidden_folder = checkpoint.rename(get_hidden_path(checkpoint, PARTIAL))
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint in `folder`. The folder is hidden first, so that an interrupted removal does not leave a
+    damaged checkpoint."""
+    hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the hidden path of a folder while it is incomplete or being removed."""
+    """Return the hidden path that a folder has while the folder is incomplete, replaced or removed."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 
@@ -323,11 +330,11 @@ def sync_to_disk(path: Path) -> None:
     """Synchronize a file, or the list of files in a folder, to the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    file_descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        os.fsync(file_descriptor)
     finally:
-        os.close(descriptor)
+        os.close(file_descriptor)
 
 
 def compute_file_digest(file: Path) -> str:
@@ -341,6 +348,6 @@ def compute_digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def format_megabytes(size: int) -> str:
+def format_megabytes(num_bytes: int) -> str:
     """Format a size in bytes as megabytes, rounded up."""
-    return f"{math.ceil(size / 1e6):,} MB"
+    return f"{math.ceil(num_bytes / 1e6):,} MB"

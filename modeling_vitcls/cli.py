@@ -4,8 +4,8 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls completion bash > ~/.local/share/bash-completion/completions/vitcls      shell completion
 
-scripts/*.py run the same programs. Flags are parsed before torch is imported, so `vitcls --help` and errors in flags
-appear at once. The programs are in commands/; nothing in the package imports this file.
+scripts/*.py run the same programs. Flags are parsed before torch is imported, so that `vitcls --help` and errors in
+flags appear at once. The programs are in commands/; nothing in the package imports this file.
 """
 
 import difflib
@@ -23,12 +23,12 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-LIBRARIES = ("tyro", "yaml")  # libraries of the extra `scripts`
+LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its summary in `vitcls --help`, its module in commands/, and whether --config is a recipe."""
+    """A subcommand: summary in `vitcls --help`, module in commands/, and whether --config accepts a recipe."""
 
     summary: str
     module: str
@@ -57,14 +57,14 @@ EPILOG = "`vitcls COMMAND --help` lists the flags of a command. `vitcls --versio
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a subcommand. Exits with status 2 if the command line is wrong.
+    """Run a subcommand. Exit with status 2 if the command line is invalid.
 
     If the reader of the output closes the pipe (`vitcls env | head`), the program ends without a message.
 
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
-    # torchao, which transformers imports if it is installed, uses a deprecated function of PyTorch 2.15.
+    # Hide a warning: torchao, which transformers imports if installed, uses a deprecated function of PyTorch 2.15.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         run_command(arguments)
@@ -95,7 +95,7 @@ def run_command(arguments: list[str] | None) -> None:
     elif name == "completion" and len(flags) == 1 and flags[0] in SHELLS:
         print_completion(flags[0])
     else:
-        exit_on_wrong_command(name)
+        exit_on_invalid_command(name)
 
 
 def run_program(name: str, flags: list[str]) -> None:
@@ -110,15 +110,15 @@ def run_program(name: str, flags: list[str]) -> None:
 
     from .configuration_vitcls import ViTCLSConfig
 
-    ViTCLSConfig.register_auto_classes()  # __init__.py registers no classes for this program
+    ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes for this program
     with exit_on_error():
         module.run(options)
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand, which has OPTIONS, run(options) and optionally check_options(options).
+    """Import the module of a subcommand, which defines OPTIONS, run(options) and optionally check_options(options).
 
-    Exits with status 1 if the libraries of the command line are not installed.
+    Exit with status 1 if the libraries of the command line are not installed.
     """
     try:
         return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")
@@ -131,7 +131,7 @@ def load_module(name: str) -> ModuleType:
 
 
 def format_description(module: ModuleType) -> str:
-    """Return the description in the help of a subcommand: the docstring of its options, then its examples."""
+    """Return the description of a subcommand for --help: the docstring of the options, then the examples."""
     _, _, examples = str(module.__doc__).partition("\n\n")
     return f"{textwrap.dedent(str(module.OPTIONS.__doc__))}\n\n{examples}".strip()
 
@@ -148,23 +148,25 @@ def format_help() -> str:
     return "\n".join(["usage: vitcls COMMAND [FLAGS]", "", *lines, "", textwrap.fill(EPILOG, width)])
 
 
-def exit_on_wrong_command(name: str) -> NoReturn:
-    """Exit with status 2 and one line about a wrong subcommand."""
+def exit_on_invalid_command(name: str) -> NoReturn:
+    """Exit with status 2 and a one-line message about an invalid subcommand."""
     known_commands = [*COMMANDS, *OTHER_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":
-        message = "error: vitcls env has no flags"
+        message = "error: vitcls env accepts no flags"
     else:
-        similar = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
-        advice = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(known_commands)}"
+        similar_commands = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
+        advice = (
+            f"did you mean {similar_commands[0]}?" if similar_commands else f"choose from {', '.join(known_commands)}"
+        )
         message = f"error: vitcls has no command {name}: {advice}"
     print(message, file=sys.stderr)
     raise SystemExit(2)
 
 
 def print_completion(shell: str) -> None:
-    """Print the completion script of all subcommands and their flags for a shell."""
+    """Print a completion script for a shell, with all subcommands and flags."""
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 

@@ -6,8 +6,8 @@ The token order is the same in the whole package:
     [ CLS x k | distillation x d | register x r | patches ]
 
 `config.token_layout` has a slice for each group; no other code counts tokens. The fields and their checks have two
-tiers: what you choose, and what other projects' checkpoints need. All checks of a configuration are in this file, so
-that a model that can be constructed can also run. This file builds no modules.
+tiers: what you choose, and what other projects' checkpoints need. All checks of a configuration are in this file: a
+model with a valid configuration can be built and run. This file builds no modules.
 """
 
 import transformers
@@ -83,7 +83,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even if they have their default values
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # always saved, even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
@@ -101,7 +101,7 @@ PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classificatio
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """The slice of each token group in the sequence, in sequence order."""
+    """The slices of the token groups in the sequence, in sequence order."""
 
     cls: slice
     distillation: slice
@@ -133,7 +133,7 @@ class TokenLayout:
 
 @contextmanager
 def raise_one_line_errors() -> Iterator[None]:
-    """Raise a `ValueError` with a one-line message instead of the multi-line errors of `strict`."""
+    """Raise a `ValueError` with a one-line message instead of the multi-line errors that `strict` raises."""
     try:
         yield
     except (StrictDataclassError, TypeError) as error:
@@ -155,15 +155,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         num_register_tokens (`int`, defaults to 0): Number of tokens without a task, in which the model can keep global
             information that it would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
-            patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has one.
+            patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a mask token.
         token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
-            special tokens: normal with `initializer_range` (DeiT, DINOv2), normal with 1e-6 (timm), or zero (the
-            original ViT). Zero raises an error if two tokens would remain identical during training.
+            special tokens: normal with standard deviation `initializer_range` (DeiT, DINOv2) or 1e-6 (timm), or zero
+            (the original ViT). `"zeros"` raises an error if two tokens would remain identical during training.
         cls_scopes (`list`, *optional*): Region of the image that each CLS token can attend to, one entry per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Group -> number of gated tokens at its end. A learned gate scales
-            the influence of a token on other tokens (`TokenGates`). Set by `model.adapt(gate_new_tokens=True)`.
+        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
+            gate scales the influence of a token on other tokens. `model.adapt(gate_new_tokens=True)` sets this field.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
             register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
         tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
@@ -175,15 +175,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             al. 2022, arXiv 2106.04560, section 3.3).
         cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS tokens are combined.
         pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
-        head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): `"mlp"` is Linear, GELU, Linear.
+        head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
-            two heads returns in inference: the mean (DeiT, section 5.2), or the logits of one head.
+            two heads returns during inference: the mean (DeiT, section 5.2), or the logits of one head.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
-            The size determines the grid of the learned positions. The model also accepts other image sizes.
+            The size determines the grid of learned position embeddings. The model also accepts other image sizes.
         patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
 
@@ -197,14 +197,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"` subtracts a second
             attention map in each head (Ye et al. 2024, arXiv 2410.05258).
         qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv 2302.05442).
-        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` gates with `hidden_act`, `"swiglu"`
-            always with SiLU (Shazeer 2020, arXiv 2002.05202).
+        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a gated MLP with
+            `hidden_act`, and `"swiglu"` is a gated MLP with SiLU (Shazeer 2020, arXiv 2002.05202).
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, any name in transformers' `ACT2FN`.
         layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per channel on each residual
             branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         merged_patches_per_layer (`int`, defaults to 0): Number of patches that each layer removes by merging similar
-            patches, at most half of them (ToMe, arXiv 2210.09461). Faster but inexact; requires no training.
+            patches, at most half of the patches (ToMe, arXiv 2210.09461). Merging is inexact but requires no training.
 
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates of residual branches
@@ -222,15 +222,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices (`list`, *optional*): Stages of `ViTCLSBackbone`, `"stem"`, `"stage1"`, ... Default:
             the last stage.
         apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to earlier stages.
-        reshape_hidden_states (`bool`, defaults to `True`): Reshape tokens to [batch, channels, rows, columns].
+        reshape_hidden_states (`bool`, defaults to `True`): Whether outputs are [batch, channels, rows, columns].
 
     **What other projects' checkpoints need**
 
     Positions:
-        position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens that have a learned
-            position: patches only, CLS and patches (ViT, DINOv2), or all tokens.
-        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned positions
-            are resampled for other image sizes. `"crop"` crops a square that covers the image (RADIO).
+        position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens with learned
+            position embeddings: patches only, CLS and patches (ViT, DINOv2), or all tokens.
+        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned position
+            embeddings are resampled for other image sizes. `"crop"` crops a square that covers the image (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions uses antialiasing.
         position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO, iBOT and DINOv2).
         rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
@@ -265,18 +265,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Pooling:
         pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector (timm's `fc_norm`).
         pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in the
-            base models of ViT and DeiT). Default: neither layer nor activation.
+            base models of ViT and DeiT). Default: no linear layer and no activation.
         attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Tokens that attention pooling reads.
         attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
-            `pooling="attention"`. Default: as in the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether a norm and an MLP are added (AIMv2 has neither).
+            `pooling="attention"`. Default: the values of the encoder.
+        attention_pool_mlp (`bool`, defaults to `True`): Whether `"attention"` has a norm and an MLP (not in AIMv2).
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
     """
 
     model_type = "vitcls"
-    # Whether to skip validation. True only while a checkpoint is loaded whose weights are adapted afterwards.
+    # Whether to skip validation. True only while loading a checkpoint whose weights are then adapted.
     _skip_validation: ClassVar[bool] = False
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
@@ -376,9 +376,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self._reject_unknown_keywords(kwargs)
         self.validate_sizes()  # before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
-        # AutoModelForImageClassification selects one of two classes by `architectures`, and cannot read None.
+        # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
-        # transformers expects a plan that depends on the configuration as an attribute of the instance.
+        # transformers requires an instance attribute for a plan that depends on the configuration.
         setattr(self, "base_model_tp_plan", self._build_tensor_parallel_plan())  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
         kwargs.pop("stage_names", None)
@@ -412,8 +412,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
         for name in kwargs:
-            known = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known and (hint := _suggest(name, known, cutoff=0.8)):
+            known_names = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
+            if name not in known_names and (hint := _suggest(name, known_names, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         stored, names = dict(config_dict), config_dict.get("id2label")
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
@@ -425,12 +425,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             new_counts = stored_counts | counts
             stored["gated_tokens"] = get_remaining_gates(stored.get("gated_tokens"), stored_counts, new_counts)
         unknown_fields = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
-        built = super().from_dict({**stored, **overrides}, **kwargs)
-        config = built[0] if isinstance(built, tuple) else built
+        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
+        config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
         for name, value in unknown_fields.items():  # set by the user before saving, or written by another version
             logger.warning(f"The stored configuration has a field {name!r} that this version does not use.")
             setattr(config, name, value)
-        return built
+        return config_or_tuple
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration as transformers does, with an `auto_map` that refers to code in the same folder."""
@@ -457,8 +457,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         Composite models, for example `VisionTextDualEncoderModel`, require the registration. A registered class takes
         precedence over `trust_remote_code` and `revision` in all later loads in this process.
 
-        The files are imported by name, because they import this file. transformers' loader of remote code copies the
-        files that are imported in these lines (before version 5.17, it searches only this file for imports):
+        The modules are imported dynamically, because the modules import this file. transformers' remote code loader
+        copies the files that these lines import (before version 5.17, the loader searches only this file):
 
             from .adaptation_vitcls import *
             from .attention_masks_vitcls import *
@@ -472,17 +472,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             from .token_attention_vitcls import *
             from .variants_vitcls import *
         """
-        images = importlib.import_module(".image_processing_vitcls", __package__)
-        models = importlib.import_module(".modeling_vitcls", __package__)
+        processing = importlib.import_module(".image_processing_vitcls", __package__)
+        modeling = importlib.import_module(".modeling_vitcls", __package__)
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
-        transformers.AutoModel.register(cls, models.ViTCLSModel, exist_ok=True)
-        # transformers selects the class that `config.architectures` names, otherwise the first class.
-        classifiers = (models.ViTCLSForImageClassification, models.ViTCLSForMultiTaskClassification)
+        transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
+        # transformers selects the class that `config.architectures` names, or otherwise the first class.
+        classifiers = (modeling.ViTCLSForImageClassification, modeling.ViTCLSForMultiTaskClassification)
         transformers.AutoModelForImageClassification.register(cls, classifiers, exist_ok=True)
-        masked_model = models.ViTCLSForMaskedImageModeling
+        masked_model = modeling.ViTCLSForMaskedImageModeling
         transformers.AutoModelForMaskedImageModeling.register(cls, masked_model, exist_ok=True)
-        transformers.AutoBackbone.register(cls, models.ViTCLSBackbone, exist_ok=True)
-        processors = {"torchvision": images.ViTCLSImageProcessor, "pil": images.ViTCLSImageProcessorPil}
+        transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
+        processors = {"torchvision": processing.ViTCLSImageProcessor, "pil": processing.ViTCLSImageProcessorPil}
         transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
 
     # Derived values --------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Return the patch grid of an image of `image_size` as (rows, columns)."""
+        """Return the number of patch rows and columns for images of `image_size`."""
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
 
@@ -534,7 +534,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def has_rotary_positions(self) -> bool:
-        """Return whether queries and keys are rotated."""
+        """Return whether the model has rotary position embeddings."""
         return "rope" in self.position_embedding_type
 
     @property
@@ -543,18 +543,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     def task_labels(self) -> dict[str, list[str]]:
-        """Return task -> label names, in the order of the CLS tokens: sorted by name, as in saved JSON files."""
+        """Return task -> label names, sorted by task, which is the order of the CLS tokens and of saved JSON files."""
         return {
             name: [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
             for name, labels in sorted((self.tasks or {}).items())
         }
 
     def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the plan. Attention or the MLP is not split if it contains a norm over the split dimension."""
+        """Build the tensor parallel plan. Attention and MLPs with a norm over the split dimension are not split."""
         plan: dict[str, str] = {}
         if not self.attention_norm:
             plan |= type(self).base_model_tp_plan
-            if self.qk_norm:  # each process has its own heads, but all processes share these norms
+            if self.qk_norm:  # heads are split over processes, but these norms are shared by all heads
                 plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if not self.mlp_norm:
             plan |= {f"layers.*.mlp.{name}": split for name, split in MLP_TP_PLANS[self.mlp_type].items()}
@@ -562,7 +562,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of sizes, on which all other checks rely -----------------------------------------------------------------
     def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which reads `head_dim`. Checks run in alphabetical order."""
+        """Check sizes before transformers' own check, which reads `head_dim`. (Checks run in alphabetical order.)"""
         self.validate_sizes()
         super().validate_architecture()
 
@@ -575,7 +575,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of what you choose ---------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
-        """Check that no two tokens start and stay identical."""
+        """Check that special tokens cannot remain identical during training."""
         groups_with_positions = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
         has_learned_positions = self.position_embedding_type.startswith("learned")
         distinct_groups = groups_with_positions[self.position_embedding_tokens] if has_learned_positions else ()
@@ -610,10 +610,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for group, num_gated in (self.gated_tokens or {}).items():
             if group not in TOKEN_COUNTS:
                 raise ValueError(f"`gated_tokens`: unknown group {group!r}. Use {', '.join(TOKEN_COUNTS)}.")
-            count = getattr(self, TOKEN_COUNTS[group])
-            if not 0 < num_gated <= count:
+            num_tokens = getattr(self, TOKEN_COUNTS[group])
+            if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {count} {group} tokens cannot be gated. Set 1 to {count}."
+                    f"`gated_tokens`: {num_gated} of {num_tokens} {group} tokens cannot be gated. Set a number from 1 "
+                    f"to {num_tokens}."
                 )
 
     def validate_register_neurons(self) -> None:
@@ -636,12 +637,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
             raise ValueError(
-                f"`tasks` requires one CLS token per task, but has {len(self.tasks)} tasks, and `num_cls_tokens` is "
-                f"{self.num_cls_tokens}. Set num_cls_tokens={max(len(self.tasks), 1)}."
+                f"`tasks` requires one CLS token per task, but there are {len(self.tasks)} tasks and `num_cls_tokens` "
+                f"is {self.num_cls_tokens}. Set num_cls_tokens={max(len(self.tasks), 1)}."
             )
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
-            raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. List both in the order {order}.")
+            raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}.")
         if self.pooling != "cls":
             raise ValueError(f'`tasks` requires a CLS token, but `pooling` is "{self.pooling}". Set pooling="cls".')
         for name, labels in self.tasks.items():
@@ -663,7 +664,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for index in self.pooled_cls_tokens or ():
             if not 0 <= index < self.num_cls_tokens:
                 raise ValueError(
-                    f"`pooled_cls_tokens` contains {index}, but num_cls_tokens is {self.num_cls_tokens}. Count from 0."
+                    f"`pooled_cls_tokens` contains {index}, but indices must be from 0 to {self.num_cls_tokens - 1}."
                 )
 
     def validate_distillation(self) -> None:
@@ -689,9 +690,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.id2label is not None and set(map(str, self.id2label)) != set(map(str, range(len(self.id2label)))):
             raise ValueError(f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps.")
         if num_labels is not None and not (isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS):
-            raise ValueError(f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not {num_labels!r}.")
+            raise ValueError(f"`num_labels` must be from 0 (no classifier) to {MAX_LABELS:,}, not {num_labels!r}.")
         if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
-            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)}. Set only one.")
+            raise ValueError(
+                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit num_labels."
+            )
 
     def validate_image(self) -> None:
         """Check that image and patch sizes are positive, and that whole patches cover the image."""
@@ -711,7 +714,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_attention(self) -> None:
-        """Check that the heads divide the hidden size, and that positions and attention type support the head size."""
+        """Check that the number of heads divides the hidden size, and that the size of the heads is supported."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest_divisors = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
@@ -727,9 +730,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(f"sincos_2d requires `hidden_size` to be a multiple of 4, but it is {self.hidden_size}.")
         if self.attention_type == "differential" and self.relative_position_bias != "none":
-            raise ValueError(
-                '`attention_type="differential"` does not support relative_position_bias. Set it to "none".'
-            )
+            raise ValueError('`attention_type="differential"` requires relative_position_bias="none".')
         if self.attention_type == "differential" and (self.head_dim % 2 or self.has_rotary_positions):
             raise ValueError(
                 '`attention_type="differential"` requires an even head size and no rotary positions, but the head '
@@ -749,7 +750,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
                 raise ValueError(
                     f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
-                    f"{getattr(self, name)!r}. Set it to 0, or {name} to {' or '.join(map(repr, allowed_values))}."
+                    f"{getattr(self, name)!r}. Set merged_patches_per_layer=0, or set {name} to "
+                    f"{' or '.join(map(repr, allowed_values))}."
                 )
 
     def validate_numbers(self) -> None:
@@ -775,12 +777,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`rope_periods` must be head_dim / 4 = {count} positive numbers, but it is {periods}.")
 
     def validate_attention_pool(self) -> None:
-        """Check that the heads of the attention pooler divide the hidden size."""
+        """Check that the number of heads of the attention pooler divides the hidden size."""
         pool_heads = self.attention_pool_heads or self.num_attention_heads
         if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
-            raise ValueError(
-                f"attention_pool_heads={pool_heads} does not divide hidden_size={self.hidden_size}. Set a divisor."
-            )
+            raise ValueError(f"attention_pool_heads={pool_heads} must divide hidden_size={self.hidden_size}.")
 
     # Unknown keywords ------------------------------------------------------------------------------------------------
     @classmethod
@@ -800,7 +800,7 @@ def get_remaining_gates(
 ) -> dict[str, int] | None:
     """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
-    A gate stays with its token. Gated tokens are the last of their group, so tokens added after them are also gated.
+    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the end are also gated.
     """
     remaining_gates = {}
     for group, field in TOKEN_COUNTS.items():
@@ -811,12 +811,12 @@ def get_remaining_gates(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return a size as a pair. The size is one number for both axes, or [height, width]."""
+    """Return (height, width) for a size that is one number for both axes, or [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+def _suggest(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+    matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 
 

@@ -107,7 +107,9 @@ def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) ->
 def test_errors_name_the_argument(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"unknown keyword argument 'learning_rat'\. Use learning_rate"):
         finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
-    with pytest.raises(ValueError, match=r"auto_augment is 'random'\. Set one of 'none', 'rand', 'trivial'"):
+    with pytest.raises(
+        ValueError, match=r"auto_augment is 'random'\. Set auto_augment to one of 'none', 'rand', 'trivial'"
+    ):
         finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
     with pytest.raises(ValueError, match="--epochs is -1, but it must be above 0"):
         finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)

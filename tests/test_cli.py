@@ -129,7 +129,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["finetun"], "error: vitcls has no command finetun: did you mean finetune?\n"),
         (["tokens"], "error: vitcls has no command tokens: choose from finetune, pretrain, "),
         (["completion"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
-        (["env", "now"], "error: vitcls env has no flags\n"),
+        (["env", "now"], "error: vitcls env accepts no flags\n"),
     ],
 )
 def test_wrong_commands_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,12 @@
-// Shared by the scripts of the page: data, number formats, elements, and the tooltip.
+// Data and functions shared by the scripts of the page: report data, number formats, elements and the tooltip.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const formatPercent = (share) => (share === null ? "unknown" : `${formatNumber(100 * share)}%`);
+const formatPercent = (fraction) => (fraction === null ? "unknown" : `${formatNumber(100 * fraction)}%`);
 const formatNumber = (value) => (value === null ? "unknown" : String(Number(value.toPrecision(3))));
 
-// Create an HTML or SVG element with attributes and children (elements or text).
+// Create an HTML or SVG element with the given attributes and children (elements or text).
 function element(tag, attributes = {}, ...children) {
   const namespace = "svg g path line rect text circle".split(" ").includes(tag) ? "http://www.w3.org/2000/svg" : null;
   const created = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
@@ -15,7 +15,7 @@ function element(tag, attributes = {}, ...children) {
   return created;
 }
 
-// Tooltip with lines of text or elements, next to a point of the window.
+// Tooltip that shows lines (text or elements) next to a point in the window.
 const tip = {
   box: document.getElementById("tip"),
   show(x, y, lines) {

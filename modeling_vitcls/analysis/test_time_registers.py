@@ -7,8 +7,8 @@
 ViTs trained without registers write global information into a few patches, whose norms become much larger than the
 norms of other patches (Darcet et al. 2023, arXiv 2309.16588). A few MLP neurons cause these norms, and their
 activations can be moved to one added token at inference (Jiang et al. 2025, arXiv 2506.08010). The neurons are stored
-in the configuration, so the model is saved and loaded like any other. `model.adapt` (adaptation_vitcls.py) adds,
-removes and resizes tokens in general.
+in the configuration, so the model is saved and loaded like any other model. To add or remove other tokens, use
+`model.adapt` (adaptation_vitcls.py).
 """
 
 from contextlib import ExitStack
@@ -20,16 +20,17 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .model_utils import evaluation_mode
 
 
-# Minimum norm of an outlier patch, as a multiple of the median norm of its image (Jiang et al. choose an absolute norm
-# per model).
+# Minimum norm of an outlier patch, as a multiple of the median patch norm of the image (Jiang et al. choose an
+# absolute norm for each model).
 OUTLIER_RATIO = 3.0
 
 
 def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
-    """Return the fraction of patches whose norm after the last layer (before the final norm) exceeds `ratio` times the
-    median norm of the image.
+    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image.
+
+    Norms are computed after the last layer, before the model's final normalization.
 
     Args:
         pixel_values: [B, C, H, W].
@@ -48,34 +49,35 @@ def find_register_neurons(
     """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
     descending order.
 
-    Outliers are detected after the last layer. Magnitudes of activations are averaged over the outliers of each image,
-    then over images, in all layers up to the layer where the outliers first appear.
+    Outliers are detected after the last layer. Only the layers up to the layer where the outliers first appear are
+    searched. The magnitudes of activations are averaged over the outliers of each image, and then over the images.
 
     Args:
         pixel_values: [B, C, H, W], a few dozen images similar to the images at inference.
-        num_neurons: number of neurons to return. Larger models require more: increase it until
-            `compute_outlier_fraction` of the model with the register no longer decreases.
-        last_layer: index of the last layer to search. Default: the first layer after which at least half of the final
-            outliers are already outliers.
+        num_neurons: number of neurons to return. Larger models require more neurons. Increase the number until the
+            outlier fraction of the model with the register (`compute_outlier_fraction`) no longer decreases.
+        last_layer: index of the last layer to search. Default: the first layer whose output contains at least half of
+            the outliers of the last layer.
 
     Returns:
-        `[[layer, neuron], ...]`, for `add_test_time_register`.
+        `[[layer, neuron], ...]`, for the argument `neurons` of `add_test_time_register`.
 
     Raises:
-        ValueError: if no patch is an outlier, or there are fewer than `num_neurons` neurons.
+        ValueError: if no patch is an outlier, or the searched layers have fewer than `num_neurons` neurons.
     """
     hidden_states, activations = encode_patches(model, pixel_values)
     outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
     if not outliers.any():
         raise ValueError(
-            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median. "
-            "Decrease ratio or pass more images."
+            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median of the "
+            "image. Decrease ratio or pass more images."
         )
     if last_layer is None:
-        fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
-        last_layer = next(index for index, fraction in enumerate(fractions) if fraction >= 0.5)
-    candidates = activations[: last_layer + 1]
-    scores = torch.stack([average_outlier_activations(outliers, states) for states in candidates])  # [layers, neurons]
+        outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+        last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
+    searched_activations = activations[: last_layer + 1]
+    # [layers, neurons]
+    scores = torch.stack([average_outlier_activations(outliers, states) for states in searched_activations])
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
             f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
@@ -91,13 +93,13 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
     `neurons`.
 
     Args:
-        neurons: `[[layer, neuron], ...]`, from `find_register_neurons`.
+        neurons: MLP neurons `[[layer, neuron], ...]`, as returned by `find_register_neurons`.
 
     Raises:
         ValueError: if a neuron does not exist, or the model already has a test-time register.
     """
     if model.config.register_neurons:
-        raise ValueError("This model already has a test-time register. Pass all neurons in one call.")
+        raise ValueError("The model already has a test-time register. Pass all neurons in a single call.")
     adapted_model = model.adapt(num_register_tokens=model.config.num_register_tokens + 1, register_neurons=neurons)
     encoder: Any = adapted_model.base_model
     encoder.embeddings.register_tokens[:, -1] = 0
@@ -109,8 +111,8 @@ def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]
 def encode_patches(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the patches after the embeddings and each layer [B, patches, D], and the MLP activations [B, patches,
-    neurons] of each layer.
+    """Return the patch states [B, patches, D] after the embeddings and after each layer, and the MLP activations
+    [B, patches, neurons] of the patches in each layer.
 
     The forward pass runs in evaluation mode, without gradients, on the model's device.
     """
@@ -129,16 +131,22 @@ def encode_patches(
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a boolean mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median
-    norm of the image."""
+    """Return a boolean mask [B, patches] that is true for patches whose norm exceeds `ratio` times the median patch
+    norm of the image.
+
+    Args:
+        patches: [B, patches, D].
+    """
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Return the mean magnitude [neurons] of activations [B, patches, neurons], averaged over the outliers of each
-    image, then over images with outliers."""
-    counts = outliers.sum(dim=1)  # [B]
-    sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
-    has_outliers = counts > 0
-    return (sums[has_outliers] / counts[has_outliers].unsqueeze(-1)).mean(dim=0)
+    """Return the mean magnitude [neurons] of activations [B, patches, neurons].
+
+    Magnitudes are averaged over the outliers of each image, and then over the images with outliers.
+    """
+    num_outliers = outliers.sum(dim=1)  # [B]
+    activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
+    has_outliers = num_outliers > 0
+    return (activation_sums[has_outliers] / num_outliers[has_outliers].unsqueeze(-1)).mean(dim=0)

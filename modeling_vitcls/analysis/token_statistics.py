@@ -3,7 +3,7 @@
 statistics = TokenStatistics(model)
 for pixel_values in batches:
     statistics.update(pixel_values)
-findings = statistics.compute()        # a Findings, on the CPU
+findings = statistics.compute()        # a `Findings` object, on the CPU
 """
 
 from collections.abc import Sequence
@@ -20,45 +20,50 @@ from .model_utils import evaluation_mode, get_runner, unwrap_model
 from .test_time_registers import OUTLIER_RATIO
 
 
-MAX_NORMS = 200_000  # maximum number of patch norms stored for histograms
+MAX_NORMS = 200_000  # maximum number of patch norms per layer that are stored for histograms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Means over images. L layers, H attention maps (two per head with differential attention), S special tokens.
+    """Statistics of the special tokens, averaged over images.
+
+    Shapes: L layers, H attention maps (two per head with differential attention), S special tokens, n patches.
 
     "States" are the L + 1 hidden states before the final norm: the embeddings and the output of each layer.
 
     Attributes:
         num_images: number of images.
-        uniform: `entropy` (ln N), `spread` and `patch_distance` of uniform attention to all tokens or patches.
-        uniform_by_token: `entropy` and `spread`, [S] each, of uniform attention to all tokens that a special token may
-            attend to. The values differ from `uniform` for CLS tokens restricted to a region (`config.cls_scopes`).
+        uniform: values of `entropy` (ln N), `spread` and `patch_distance` for uniform attention to all tokens or all
+            patches.
+        uniform_by_token: values of `entropy` and `spread`, [S] each, for uniform attention to the tokens that each
+            special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
+            that differ from `uniform`.
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], in pixels: mean distance between the attended patches and their center of mass.
-        patch_distance: [L, H], in pixels: mean distance between a patch and the patches it attends to (mean attention
-            distance, Dosovitskiy et al. 2020, section 4.5).
+        spread: [L, H, S], mean distance in pixels between the patches that a special token attends to and the center
+            of mass of the attention.
+        patch_distance: [L, H], mean distance in pixels between a patch and the patches that it attends to (mean
+            attention distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
-        received: [L, H, S], mean fraction of the attention of patches that each special token receives.
-        between_tokens: [L + 1, S, S], cosine similarity between the special tokens' states.
-        state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for an image.
-            The distance shows differences that cosines hide if one channel is very large in all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a token after each pair of
-            layers.
-        to_patches: [L + 1, S], cosine similarity to the mean of the patches.
-        variation: [L + 1, S], variation between images: root mean square distance of a token's state from its mean
-            over images, divided by the norm of the mean.
-        channel_variation: [L + 1, S], median over channels of standard deviation / |mean|. One very large channel that
-            is the same for all images makes `variation` small, but not `channel_variation`.
-        mean_states: [L + 1, S, D], mean states.
+        received: [L, H, S], mean fraction of a patch's attention that each special token receives.
+        between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
+        state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
+            image. Unlike the cosine similarity, the distance shows differences if one channel is very large in all
+            tokens.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token after two layers.
+        to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
+        variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
+            mean state over images, divided by the norm of the mean state.
+        channel_variation: [L + 1, S], standard deviation over images / |mean|, median over channels. One very large
+            channel that is the same for all images makes `variation` small, but not `channel_variation`.
+        mean_states: [L + 1, S, D], states of the special tokens, averaged over images.
         patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
-        outliers: [L + 1], fraction of patches with a norm above 3 times the median norm of the image (Darcet et al.
-            2023, arXiv 2309.16588, find artifacts by norm).
-        outliers_without_registers: [L + 1], `outliers` with the registers hidden from attention; None without
-            registers.
-        patch_ratios: [L + 1, n], `patch_norms` divided by the median norm of the image.
-        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None without
-            registers.
+        outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of the image (Darcet et
+            al. 2023, arXiv 2309.16588, also detect artifacts by norm).
+        outliers_without_registers: [L + 1], `outliers` with the registers hidden from attention; None if the model has
+            no registers.
+        patch_ratios: [L + 1, n], `patch_norms` divided by the median patch norm of the image.
+        patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None if the model has
+            no registers.
         map_distance: [L, S, S], mean total variation distance between the attention maps of two special tokens (half
             the sum of absolute differences, 0 to 1).
         map_selectivity: [L, S], mean total variation distance between the attention maps of a special token and
@@ -99,63 +104,67 @@ class TokenStatistics:
         self.layout: TokenLayout = self.model.config.token_layout
         self.num_images = 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.patch_values: dict[str, list[torch.Tensor]] = {}  # values per patch, [L + 1, n] for each batch
+        self.patch_values: dict[str, list[torch.Tensor]] = {}  # name -> one tensor [L + 1, n] per batch
 
     @torch.no_grad()
     def update(self, pixel_values: torch.Tensor) -> tuple[Any, Any]:
-        """Add a batch [B, C, H, W] on the model's device.
+        """Add a batch of images to the statistics.
+
+        Args:
+            pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the classifier, or of the encoder inside any other model, and the output with the registers
-            hidden from attention, or None if there are no registers.
+            The output of the model (of the encoder if the model is not a classifier), and the same output with the
+            registers hidden from attention. The second output is None if the model has no registers.
         """
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
-        per_layer: list[dict[str, torch.Tensor]] = []
+        layer_statistics: list[dict[str, torch.Tensor]] = []
         runner = get_runner(self.model)
         registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
         outputs_without_registers = None
 
-        def process(layer: RecordedLayer) -> None:
-            per_layer.append(self.compute_layer_statistics(layer, centers))
+        def add_layer(layer: RecordedLayer) -> None:
+            layer_statistics.append(self.compute_layer_statistics(layer, centers))
 
         with evaluation_mode(self.model):
-            with process_attention_layers(self.model, process):
+            with process_attention_layers(self.model, add_layer):
                 outputs = runner(pixel_values, output_hidden_states=True)
-            if registers:  # test-time registers still receive activations of the patches (test_time_registers.py)
+            if registers:  # hidden test-time registers still receive activations of patches
                 mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
-        values = {name: torch.stack([layer[name] for layer in per_layer], dim=1) for name in per_layer[0]}
-        values |= {
-            name: values.pop(name)[:, 0] for name in ("token_entropy", "token_spread")
-        }  # values of the first layer
-        values |= self.compute_state_statistics(outputs.hidden_states)
-        values |= self.compute_uniform_values(grid_size, centers, len(pixel_values))
+        statistics = {
+            name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]
+        }
+        # The visible tokens, and therefore these values, are the same in all layers.
+        statistics |= {name: statistics.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}
+        statistics |= self.compute_state_statistics(outputs.hidden_states)
+        statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
         patches = {"norms": norms, "ratios": divide_by_median(norms)}
-        values["outliers"] = compute_outlier_fractions(patches["ratios"])
+        statistics["outliers"] = compute_outlier_fractions(patches["ratios"])
         if outputs_without_registers is not None:
             ratios = divide_by_median(self.compute_patch_norms(outputs_without_registers.hidden_states))
             patches["ratios_without_registers"] = ratios
-            values["outliers_without_registers"] = compute_outlier_fractions(ratios)
-        for name, value in values.items():
+            statistics["outliers_without_registers"] = compute_outlier_fractions(ratios)
+        for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             self.sums[name] = self.sums[name] + total if name in self.sums else total
-        for name, per_patch in patches.items():
+        for name, patch_values in patches.items():
             batches = self.patch_values.setdefault(name, [])
-            num_stored = sum(part.shape[1] for part in batches)
-            batches.append(per_patch.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
+            num_stored = sum(batch.shape[1] for batch in batches)
+            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
         self.num_images += len(pixel_values)
         return outputs, outputs_without_registers
 
     def compute(self) -> Findings:
-        """Return the means over all images.
+        """Return the statistics, averaged over all images.
 
         Raises:
-            ValueError: if there are no images.
+            ValueError: if `update` has not been called.
         """
         if not self.num_images:
-            raise ValueError("Statistics require at least one image, but there are no images. Call update first.")
+            raise ValueError("Statistics require at least one image, but no images were added. Call update first.")
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()  # [L + 1, S, D]
@@ -168,47 +177,48 @@ class TokenStatistics:
             uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
             uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
             **{name: mean.float() for name, mean in means.items()},
-            **{f"patch_{name}": torch.cat(parts, dim=1) for name, parts in self.patch_values.items()},
+            **{f"patch_{name}": torch.cat(batches, dim=1) for name, batches in self.patch_values.items()},
         )
 
-    # Values of one batch, [B, ...] each ------------------------------------------------------------------------------
+    # Statistics of one batch, [B, ...] each --------------------------------------------------------------------------
 
     def compute_layer_statistics(self, layer: RecordedLayer, centers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
-        rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
-        from_patches = weights[:, :, layout.patches]  # [B, H, P, N]
-        visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
-        uniform = visible / visible.sum(dim=-1, keepdim=True)
+        special_rows = weights[:, :, : layout.num_prefix_tokens]  # [B, H, S, N]
+        patch_rows = weights[:, :, layout.patches]  # [B, H, P, N]
+        is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
+        uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
         return {
-            "token_entropy": visible.sum(dim=-1).log(),
-            "token_spread": compute_spread(visible[..., layout.patches], centers),
-            "map_distance": torch.cdist(rows, rows, p=1).mean(dim=1) / 2,
-            "map_selectivity": (rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
-            "entropy": torch.special.entr(rows).sum(dim=-1),
-            "spread": compute_spread(rows[..., layout.patches], centers),
-            "attention_fractions": torch.stack([rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1),
-            "received": from_patches[..., : layout.num_prefix_tokens].mean(dim=2),
-            "patch_distance": compute_attention_distance(from_patches[..., layout.patches], centers),
+            "token_entropy": is_visible.sum(dim=-1).log(),
+            "token_spread": compute_spread(is_visible[..., layout.patches], centers),
+            "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
+            "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
+            "entropy": torch.special.entr(special_rows).sum(dim=-1),
+            "spread": compute_spread(special_rows[..., layout.patches], centers),
+            "attention_fractions": torch.stack(
+                [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
+            ),
+            "received": patch_rows[..., : layout.num_prefix_tokens].mean(dim=2),
+            "patch_distance": compute_attention_distance(patch_rows[..., layout.patches], centers),
         }
 
     def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the norms of the patches [B, L + 1, P] of the hidden states [B, N, D]."""
+        """Return the norms [B, L + 1, P] of the patches in the L + 1 hidden states [B, N, D]."""
         return torch.stack([state[:, self.layout.patches].float().norm(dim=-1) for state in hidden_states], dim=1)
 
     def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the statistics of the special tokens in the hidden states [B, N, D]."""
-        num_special, patches = self.layout.num_prefix_tokens, self.layout.patches
-        special_states = torch.stack([state[:, :num_special] for state in hidden_states], dim=1)  # [B, L + 1, S, D]
-        special_states = special_states.float()
+        """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
+        num_special_tokens, patches = self.layout.num_prefix_tokens, self.layout.patches
+        special_states = torch.stack([state[:, :num_special_tokens] for state in hidden_states], dim=1).float()
         mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
         patch_direction = torch.nn.functional.normalize(mean_patches, dim=-1)  # [B, L + 1, D]
-        by_token = directions.transpose(1, 2)  # [B, S, L + 1, D]
+        token_directions = directions.transpose(1, 2)  # [B, S, L + 1, D]
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
-            "across_layers": by_token @ by_token.transpose(-1, -2),
+            "across_layers": token_directions @ token_directions.transpose(-1, -2),
             "to_patches": (directions @ patch_direction.unsqueeze(-1)).squeeze(-1),
             "squared_distances": compute_distances(special_states).square(),
             "states": special_states,
@@ -216,10 +226,10 @@ class TokenStatistics:
             "token_norms": special_states.norm(dim=-1),
         }
 
-    def compute_uniform_values(
+    def compute_uniform_statistics(
         self, grid_size: tuple[int, int], centers: torch.Tensor, num_images: int
     ) -> dict[str, torch.Tensor]:
-        """Return the values of uniform attention, [B] each."""
+        """Return the statistics of uniform attention, [B] each."""
         values = {
             "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
             "uniform_spread": compute_spread(torch.ones_like(centers[:, 0]), centers),
@@ -235,12 +245,12 @@ class TokenStatistics:
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for norm ratios [B, L + 1, P] (`divide_by_median`)."""
+    """Return the fraction of outlier patches [B, L + 1] for the ratios [B, L + 1, P] of `divide_by_median`."""
     return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 
 def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
-    """Return norms [..., P] divided by the median norm of the image."""
+    """Return patch norms [..., P] divided by the median patch norm of the image."""
     return norms / norms.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
 
 
@@ -257,7 +267,7 @@ def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
 
 
 def compute_spread(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Return the mean distance [...] in pixels from the center of mass, for weights [..., P] at `centers` [P, 2]."""
+    """Return the weighted mean distance [...] of `centers` [P, 2] from the center of mass, for weights [..., P]."""
     fractions = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     center_of_mass = fractions @ centers  # [..., 2]
     distances = (centers - center_of_mass.unsqueeze(-2)).norm(dim=-1)  # [..., P]
@@ -271,6 +281,8 @@ def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> 
 
 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products, whose rounding errors
-    are large with TF32."""
+    """Return the pairwise distances [..., P, P] of points [..., P, D].
+
+    Matrix products are not used, because TF32 causes large rounding errors.
+    """
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

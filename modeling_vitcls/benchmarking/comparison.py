@@ -1,10 +1,11 @@
 """Paired measurements of this package and a baseline, checks for equal outputs, and peak memory.
 
-The baseline is a model of another project, or a model of this package without a feature. Other programs share the
-machine and clock speeds vary, so this package and the baseline are measured alternately, and each measurement of this
-package is compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
+The baseline is a model of another project, or a model of this package without a feature. This package and the baseline
+are measured alternately, because the load of the machine and clock rates vary. Each measurement of this package is
+compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
-CPU memory is the growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's allocator.
+CPU memory is the peak memory growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's
+allocated memory.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SECONDS_PER_MEASUREMENT = 0.5
 # Environment variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that
 # the C library does not keep memory for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-# dtype -> maximum difference between the logits, divided by the largest logit.
+# dtype -> maximum difference between logits, divided by the largest absolute logit.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
@@ -36,23 +37,23 @@ Speeds = tuple[list[float], list[float]]  # images per second of this package an
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """The flags of `vitcls benchmark` that apply to all rows."""
+    """Values of the `vitcls benchmark` flags that apply to all rows."""
 
     against: tuple[str, ...]  # names of `peers.PEERS`, for comparisons with other projects
-    num_pairs: int  # number of pairs: one measurement of this package and one of the baseline
+    num_pairs: int  # number of pairs of measurements (this package and the baseline)
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
-    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows specify their own precision
+    precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows have a fixed precision
     device: str = "cpu"  # "cpu" or "cuda"
 
     @property
-    def toy_flag(self) -> tuple[str, ...]:
-        """Return the flag --toy for the measurement processes; empty unless toy models are used."""
+    def toy_flags(self) -> tuple[str, ...]:
+        """Return the flags that pass `is_toy` to measurement processes: `--toy`, or no flags."""
         return ("--toy",) if self.is_toy else ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of one row."""
+    """The result of one row of the report."""
 
     work: str  # kind of work, for the reports
     name: str  # name of the row
@@ -60,7 +61,7 @@ class Comparison:
     ours: list[float]  # images per second of this package in each pair
     theirs: list[float]  # images per second of the baseline in each pair
     difference: float  # largest absolute difference between the outputs
-    details: dict[str, Any]  # further keys and values of the JSON file
+    details: dict[str, Any]  # further keys and values for the JSON file
 
     @property
     def ratios(self) -> list[float]:
@@ -68,7 +69,7 @@ class Comparison:
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of the JSON file."""
+        """Return the comparison as an entry of the JSON file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {
             "work": self.work,
@@ -86,7 +87,7 @@ class Comparison:
 
 
 def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, median and upper quartile; three equal values for a single value."""
+    """Return the lower quartile, median and upper quartile. A single value is returned three times."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -97,7 +98,7 @@ def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
-    """Call both functions `num_pairs` times, in alternating order, and return their results."""
+    """Call both functions `num_pairs` times in alternating order, and return the results of each function."""
     speeds: Speeds = ([], [])
     for pair in range(num_pairs):
         for index in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -106,17 +107,18 @@ def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], 
 
 
 def measure_throughput(
-    function: Callable[[], object], num_images: int, seconds: float = SECONDS_PER_MEASUREMENT
+    function: Callable[[], object], num_images: int, min_seconds: float = SECONDS_PER_MEASUREMENT
 ) -> float:
-    """Return the images per second of repeated calls over at least `seconds`, after a warm-up call.
+    """Return the throughput of repeated calls in images per second, after a warm-up call.
 
     Args:
         num_images: number of images that one call processes.
+        min_seconds: minimum duration of the measurement.
     """
     function()
     synchronize_gpu()
     num_calls, start_time = 0, time.perf_counter()
-    while num_calls == 0 or time.perf_counter() - start_time < seconds:
+    while num_calls == 0 or time.perf_counter() - start_time < min_seconds:
         function()
         synchronize_gpu()
         num_calls += 1
@@ -124,7 +126,7 @@ def measure_throughput(
 
 
 def synchronize_gpu() -> None:
-    """Wait until the GPU has finished, if this process uses one."""
+    """Wait until the GPU has finished all work, if this process uses a GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -132,7 +134,7 @@ def synchronize_gpu() -> None:
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Speeds:
-    """Measure the images per second of two functions alternately."""
+    """Measure two functions alternately, and return the images per second of each function."""
     seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
     return measure_alternately(
         lambda: measure_throughput(ours, num_images, seconds),
@@ -145,7 +147,7 @@ def compare_throughput(
 
 
 class LoggedProcess:
-    """A process with its workers and its error output; a context manager that kills the process at the end."""
+    """A process whose error output is logged. The context manager kills the process and its workers at the end."""
 
     def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
         self.command = command
@@ -171,50 +173,52 @@ class LoggedProcess:
         self.process.communicate()
         self.log.close()
 
-    def send_signal(self, number: signal.Signals) -> None:
+    def send_signal(self, signal_number: signal.Signals) -> None:
         """Send a signal to the process and its workers."""
-        os.killpg(self.process.pid, number)
+        os.killpg(self.process.pid, signal_number)
 
     def build_error(self) -> ValueError:
-        """Return an error with the last line that the process has logged."""
+        """Return an error that contains the last line of the log."""
         self.log.seek(0)
         last_line = get_last_line(self.log.read().decode(errors="replace"))
         return ValueError(f"{' '.join(self.command[2:4])} failed: {last_line}")
 
 
 def get_last_line(output: str) -> str:
-    """Return the last line of a process's output."""
+    """Return the last line of a process's output, or a note if the output is empty."""
     lines = output.strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "the process printed nothing"
 
 
 # Equal outputs -------------------------------------------------------------------------------------------------------
 
 
 def check_difference(difference: float, limit: float, name: str, compared_values: str) -> float:
-    """Return the difference between two outputs. Raise ValueError if it exceeds the limit or is NaN."""
+    """Return `difference`. Raise ValueError if the difference exceeds `limit` or is NaN."""
     if not difference <= limit:
         raise ValueError(
             f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
-            "Speed is only compared for equal work."
+            "Speed is only compared for equal outputs."
         )
     return difference
 
 
 def check_tensors(
-    values: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
+    actual: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
 ) -> float:
-    """Return the largest absolute difference. Raise ValueError if it exceeds `limit` * largest expected value."""
+    """Return the largest absolute difference between two tensors. Raise ValueError if the difference exceeds `limit`
+    times the largest absolute value in `expected`."""
     largest_value = expected.abs().max().item()
-    return check_difference((values - expected).abs().max().item(), limit * largest_value, name, compared_values)
+    return check_difference((actual - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
 
 @torch.inference_mode()
 def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
-    """Return the largest absolute difference between the logits. Raise ValueError if it exceeds `LIMITS` or is NaN."""
+    """Return the largest absolute difference between the logits. Raise ValueError if the difference is NaN or exceeds
+    the limit in `LIMITS`, or if the shapes differ."""
     logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
     if logits.shape != expected.shape:
-        raise ValueError(f"{name}: the outputs have the shapes {list(logits.shape)} and {list(expected.shape)}")
+        raise ValueError(f"{name}: the outputs have different shapes, {list(logits.shape)} and {list(expected.shape)}")
     return check_tensors(logits, expected, LIMITS[pixel_values.dtype], name, "the outputs")
 
 
@@ -233,21 +237,21 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
     return parser.parse_args()
 
 
-def measure_peaks(module: str, *arguments: str) -> dict[str, int]:
+def measure_peaks(module_name: str, *arguments: str) -> dict[str, int]:
     """Return the peak memory of this package and of the baseline in bytes, as entries of `Comparison.details`.
 
-    Each is measured in a new process. For the baseline, the module receives the flag --theirs.
+    Each measurement runs the module in a new process. For the baseline, the process receives the flag --theirs.
     """
     return {
-        "ours_peak_bytes": measure_peak_in_process(module, *arguments),
-        "theirs_peak_bytes": measure_peak_in_process(module, *arguments, "--theirs"),
+        "ours_peak_bytes": measure_peak_in_process(module_name, *arguments),
+        "theirs_peak_bytes": measure_peak_in_process(module_name, *arguments, "--theirs"),
     }
 
 
-def measure_peak_in_process(module: str, *arguments: str) -> int:
-    """Run a module in a new process and return the number in its last line of output, its memory growth in bytes.
+def measure_peak_in_process(module_name: str, *arguments: str) -> int:
+    """Run a module in a new process and return the memory growth in bytes, which the process prints in the last line.
     Raise ValueError if the process fails."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
     if process.returncode:
         raise ValueError(f"cannot measure the memory of {' '.join(arguments)}: {get_last_line(process.stderr)}")
@@ -255,7 +259,7 @@ def measure_peak_in_process(module: str, *arguments: str) -> int:
 
 
 def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:
-    """Return the growth of the peak memory of this process during `function` in bytes, after calling `warm_up`."""
+    """Call `warm_up` and `function`, and return the peak growth of the process's memory in bytes during `function`."""
     warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     initial_bytes = read_memory_status("VmRSS")
@@ -264,7 +268,10 @@ def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], 
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of allocated GPU memory during `function` in bytes. Call `function` once before."""
+    """Return the peak growth of allocated GPU memory during `function` in bytes.
+
+    Call `function` once before the measurement, as a warm-up.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     initial_bytes = torch.cuda.memory_allocated()
@@ -274,7 +281,7 @@ def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
 
 
 def read_memory_status(name: str) -> int:
-    """Return a value of /proc/self/status in bytes."""
+    """Return the value of a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024

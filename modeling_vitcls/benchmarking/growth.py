@@ -1,9 +1,9 @@
-"""Time and memory of a forward pass by image size, patch size, number of tokens and batch size, with a figure.
+"""Time and memory of forward passes by image size, patch size, number of tokens and batch size, with a figure.
 
     python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
-    plot_growth(entries, "processor, versions")    each entry is a `Comparison.to_dict()`, or from the --output file
+    plot_growth(entries, "processor, versions")    entries are from `Comparison.to_dict` or from the --output file
 
-All axes share one base point, which is measured once; each axis varies one value of the base point. Tokens are added
+All axes share one base point, which is measured once. Each axis varies one value of the base point. Tokens are added
 as registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per
 layer), so the token axis is compared only with timm.
 """
@@ -45,46 +45,46 @@ class GrowthPoint:
 
     @property
     def num_tokens(self) -> int:
-        """Return the length of the sequence with one CLS token."""
+        """Return the sequence length, including one CLS token."""
         return (self.image_size // self.patch_size) ** 2 + 1 + self.num_registers
 
 
 @dataclass(frozen=True)
-class Axis:
-    """The rows that vary a field of `GrowthPoint`: their names, and their column in the figure."""
+class GrowthAxis:
+    """Rows that vary one field of `GrowthPoint`. Each axis is a column of the figure."""
 
-    row_name: str  # name of a row, with {} for the value of the field
+    row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value_key: str  # key of the values on the x axis
+    value_key: str  # key of the values on the x axis, in the JSON entries
     tick_key: str | None = None  # key of the numbers in parentheses below the ticks
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
 
 AXES = {
-    "image_size": Axis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
-    "patch_size": Axis(
+    "image_size": GrowthAxis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
+    "patch_size": GrowthAxis(
         "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True
     ),
-    "num_registers": Axis(
+    "num_registers": GrowthAxis(
         "{} registers", "Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False
     ),
-    "batch_size": Axis("batch {}", "Batch", "images", "batch_size"),
+    "batch_size": GrowthAxis("batch {}", "Batch", "images", "batch_size"),
 }
 
 
-def build_points(base: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
-    """Return the base point, and one point for each value of each axis, by name."""
-    name = f"image size {base.image_size}, patch size {base.patch_size}, batch {base.batch_size}"
-    return {name: base} | {
-        AXES[field].row_name.format(value): replace(base, **{field: value})
+def build_points(base_point: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
+    """Return row name -> point: the base point, and one point per value of each axis."""
+    name = f"image size {base_point.image_size}, patch size {base_point.patch_size}, batch {base_point.batch_size}"
+    return {name: base_point} | {
+        AXES[field].row_name.format(value): replace(base_point, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
 
 
-# ViT-S/16.
+# Points for ViT-S/16.
 BASE_POINT = GrowthPoint(image_size=224, patch_size=16, batch_size=4)
 POINTS = build_points(
     BASE_POINT,
@@ -100,22 +100,22 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with each peer that supports it. Raise ValueError if no row has such a peer."""
-    pairs = [
+    """Compare each row with each peer that supports the row. Raise ValueError if no peer supports any row."""
+    rows_and_peers = [
         (name, peer)
         for name, point in rows.items()
         for peer in settings.against
         if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
     ]
-    if not pairs:
+    if not rows_and_peers:
         peer_names = " ".join(PEERS_WITH_REGISTERS)
         raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {peer_names}.")
-    for name, peer in pairs:
+    for name, peer in rows_and_peers:
         yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
 
 
 def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
-    """Build the two models for a point."""
+    """Build the peer's model and the model of this package for a point."""
     size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
         return PEERS_WITH_REGISTERS[against](size, point.num_registers)
@@ -123,14 +123,14 @@ def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
 
 
 def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare time and memory of one row with one peer."""
+    """Compare the time and memory of one row with one peer."""
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     speeds, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flag)
-    else:  # after the warm-up by `compare_predictions`
+        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
+    else:  # `compare_predictions` was the warm-up
         with torch.inference_mode():
             peaks = {
                 "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
@@ -148,9 +148,9 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     return Comparison(f"growth in {precision}", name, peer.name, *speeds, difference, details)
 
 
-def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
+def get_axis(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
     """Return the field in which a point differs from the base point; None for the base point."""
-    return next((field for field in AXES if getattr(point, field) != getattr(base, field)), None)
+    return next((field for field in AXES if getattr(point, field) != getattr(base_point, field)), None)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -158,16 +158,16 @@ def get_axis(point: GrowthPoint, base: GrowthPoint) -> str | None:
 
 @torch.inference_mode()
 def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Predict, toy_images: torch.Tensor) -> int:
-    """Return the peak memory of a forward pass in bytes, without the parameters.
+    """Return the peak memory of a forward pass in bytes, excluding parameters.
 
-    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A pass of the
-    same model would leave free memory, and the measured pass would then not increase the memory of the process.
+    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A forward pass
+    of the same model would leave freed memory in the process, which the measured forward pass would reuse.
     """
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 def main() -> None:
-    """Print the peak memory of a forward pass of this package or of the peer in bytes."""
+    """Print the peak memory of a forward pass in bytes, for this package or (with --theirs) for the peer."""
     flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
     point = (TOY_POINTS if flags.toy else POINTS)[flags.row]
     dtype = PRECISIONS[flags.precision]
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
-Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> cost
+Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
 WIDTH, HEIGHT = 12.0, 6.6  # inches
 CHARACTERS_PER_INCH = 12.5  # characters per inch of the caption
@@ -193,48 +193,52 @@ DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
-    """Plot the time per image above the memory of a batch, with a column for each axis that was measured.
+    """Plot the time per image (upper row) and the peak memory of a batch (lower row), with one column per axis.
 
-    `comparisons` are entries of the JSON file; entries of other kinds of work are skipped. `machine` describes the
-    hardware and versions in the caption. Raise ValueError if no axis was measured.
+    Args:
+        comparisons: entries of the JSON file. Entries of other kinds of work are skipped.
+        machine: description of the hardware and the versions, for the caption.
+
+    Raises:
+        ValueError: if no axis was measured.
     """
     comparisons = [entry for entry in comparisons if "axis" in entry]
     columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
-        raise ValueError("--plot requires growth rows of at least one axis. Set --work growth and omit --rows.")
+        raise ValueError("--plot requires growth rows of at least one axis. Set --work growth, and omit --rows.")
     figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
-    grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
-    for (time_axes, memory_axes), axis in zip(grid.T, columns, strict=True):
-        panel = AXES[axis]
+    axes_grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
+    for (time_axes, memory_axes), axis in zip(axes_grid.T, columns, strict=True):
+        growth_axis = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
-        times, peaks = get_costs(entries, panel)
-        draw_lines(time_axes, panel, times)
-        draw_lines(memory_axes, panel, peaks)
-        time_axes.set_title(panel.title, fontsize=12, color=INK)
-        memory_axes.set_xlabel(panel.label, fontsize=11)
-        draw_ticks(memory_axes, panel, entries)
-    grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
-    grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
-    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    names = [name for name in LINE_STYLES if name in lines]
-    handles = [lines[name] for name in names]
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=12)
-    text = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
-    figure.supxlabel(text, fontsize=9, color=INK)
+        times, peaks = get_costs(entries, growth_axis)
+        draw_lines(time_axes, growth_axis, times)
+        draw_lines(memory_axes, growth_axis, peaks)
+        time_axes.set_title(growth_axis.title, fontsize=12, color=INK)
+        memory_axes.set_xlabel(growth_axis.label, fontsize=11)
+        draw_ticks(memory_axes, growth_axis, entries)
+    axes_grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
+    axes_grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
+    lines = {line.get_label(): line for axes in axes_grid.flat for line in axes.get_lines()}
+    projects = [name for name in LINE_STYLES if name in lines]
+    handles = [lines[name] for name in projects]
+    figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
+    caption = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
+    figure.supxlabel(caption, fontsize=9, color=INK)
     return figure
 
 
-def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Costs]:
-    """Return milliseconds per image, and the peak memory in MiB, of this package and of each peer.
+def get_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
+    """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
     The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
-    the median ratio of the pairs. The distance between the lines is therefore the ratio of paired measurements, even
-    if the load of the machine changed between rows.
+    the median ratio of the pairs. The distance between two lines therefore shows the ratio of paired measurements,
+    even if the load of the machine changed between rows.
     """
     times: Costs = {OURS: {}}
     peaks: Costs = {OURS: {}}
-    for value in sorted({entry[panel.value_key] for entry in comparisons}):
-        entries = [entry for entry in comparisons if entry[panel.value_key] == value]
+    for value in sorted({entry[growth_axis.value_key] for entry in comparisons}):
+        entries = [entry for entry in comparisons if entry[growth_axis.value_key] == value]
         times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
         peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
         for entry in entries:
@@ -244,19 +248,27 @@ def get_costs(comparisons: list[ComparisonDict], panel: Axis) -> tuple[Costs, Co
 
 
 def to_mebibytes(num_bytes: int) -> float:
-    """Return bytes in MiB, at least `MIN_BYTES`."""
+    """Convert bytes to MiB. Numbers below `MIN_BYTES` are increased to `MIN_BYTES`."""
     return max(num_bytes, MIN_BYTES) / 2**20
 
 
-def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
+def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
     """Draw one line per project."""
-    for name, by_value in costs.items():
+    for name, cost_by_value in costs.items():
         color, marker = LINE_STYLES[name]
         axes.plot(
-            list(by_value), list(by_value.values()), color=color, marker=marker, markersize=6, linewidth=2, label=name
+            list(cost_by_value),
+            list(cost_by_value.values()),
+            color=color,
+            marker=marker,
+            markersize=6,
+            linewidth=2,
+            label=name,
         )
-    axes.set_xscale("log" if panel.is_logarithmic else "linear", **({"base": 2} if panel.is_logarithmic else {}))
-    axes.xaxis.set_inverted(panel.is_decreasing)
+    axes.set_xscale(
+        "log" if growth_axis.is_logarithmic else "linear", **({"base": 2} if growth_axis.is_logarithmic else {})
+    )
+    axes.xaxis.set_inverted(growth_axis.is_decreasing)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, index: f"{value:g}"))
@@ -268,11 +280,11 @@ def draw_lines(axes: Axes, panel: Axis, costs: Costs) -> None:
     hide_frame(axes)
 
 
-def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> None:
-    """Draw a tick for each value, with the number of tokens or registers below."""
+def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[ComparisonDict]) -> None:
+    """Draw a tick for each value, with the number of tokens or registers in parentheses below the value."""
     labels = {
-        entry[panel.value_key]: f"{entry[panel.value_key]}"
-        + (f"\n({entry[panel.tick_key]})" if panel.tick_key else "")
+        entry[growth_axis.value_key]: f"{entry[growth_axis.value_key]}"
+        + (f"\n({entry[growth_axis.tick_key]})" if growth_axis.tick_key else "")
         for entry in comparisons
     }
     axes.set_xticks(list(labels), list(labels.values()))
@@ -280,23 +292,25 @@ def draw_ticks(axes: Axes, panel: Axis, comparisons: list[ComparisonDict]) -> No
 
 
 def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
-    """Describe the measured models, the method and the machine."""
-    first = comparisons[0]
-    size = first["size"]
+    """Return the caption of the figure: the measured models, the method and the machine."""
+    first_entry = comparisons[0]
+    size = first_entry["size"]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
-    base = next((entry for entry in comparisons if entry["axis"] is None), None)
+    base_entry = next((entry for entry in comparisons if entry["axis"] is None), None)
     fixed_values = (
-        f"; {base['image_size']} pixels, patch {base['patch_size']}, batch {base['batch_size']} except on their axes"
-        if base is not None
+        f"; {base_entry['image_size']} pixels, patch {base_entry['patch_size']}, batch {base_entry['batch_size']} "
+        "unless varied"
+        if base_entry is not None
         else ""
     )
-    lacks_registers = any(entry["against"] == "transformers" for entry in comparisons) and any(
+    has_peer_without_registers = any(entry["against"] == "transformers" for entry in comparisons) and any(
         entry["axis"] == "num_registers" for entry in comparisons
     )
     sentences = (
-        f"Inference in {first['precision']} on {DEVICES[first['device']]}: ViT, {model}{fixed_values}; equal outputs.",
+        f"Inference in {first_entry['precision']} on {DEVICES[first_entry['device']]}: ViT, {model}{fixed_values}; "
+        "equal outputs.",
         f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements.",
-        "The ViT of transformers has no registers." if lacks_registers else "",
+        "The ViT of transformers has no registers." if has_peer_without_registers else "",
         f"{machine}.",
     )
     return " ".join(sentence for sentence in sentences if sentence)

@@ -1,15 +1,15 @@
-"""Processing of JPEG files to pixel values, and to labels.
+"""Speed of processing JPEG files to pixel values, and to predicted labels.
 
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline
 
     python -m modeling_vitcls.benchmarking.image_files ours FOLDER [--toy]
 
-The files are crops of the two photographs of scikit-learn, in a common size and with several JPEG settings. Each
-measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
+The files are crops of scikit-learn's two photographs. The crops have the same size, but differ in the JPEG settings.
+Each measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
 because `vitcls predict` changes the memory allocation of its process (system.py). A process reads requests, such as
-`labels 16` or `speed 16` for batches of 16 images. For each request, it prints a line of JSON: the most probable label
-of each file and its probability, or the images per second.
+`labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the most
+probable label and the probability of each file, or the images per second.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from .comparison import (
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer, used in rotation.
+# Keyword arguments of PIL's JPEG writer, which the files use in turn.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -54,7 +54,7 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 
 
 def write_photographs(folder: Path, num_per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
-    """Write JPEG files with random crops to a subfolder per photograph; return the folder."""
+    """Write random crops of each photograph as JPEG files to a subfolder of `folder`, and return `folder`."""
     height, width = height_width
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
@@ -69,7 +69,7 @@ def write_photographs(folder: Path, num_per_class: int = 64, height_width: tuple
 
 
 def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
-    """Write the photographs of a benchmark; return the paths of the files."""
+    """Write the JPEG files of a benchmark, and return the sorted paths of the files."""
     write_photographs(folder / "photographs", num_per_class=2 if is_toy else 32)
     return sorted(map(str, folder.rglob("*.jpg")))
 
@@ -115,7 +115,7 @@ def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> It
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare one row. Raise ValueError if any pixel value differs."""
+    """Compare one row with AutoImageProcessor. Raise ValueError if any pixel value differs."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -126,9 +126,9 @@ def compare_processors(
             theirs([row.open_file(file) for file in batch], return_tensors="pt")["pixel_values"] for batch in batches
         ]
 
-    for _ in range(2):  # the first call also prepares the settings of the image processor
+    for _ in range(2):  # the first call also initializes the settings of the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
-            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal work.")
+            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal outputs.")
     speeds = compare_throughput(process_ours, process_theirs, len(files), settings)
     return Comparison("file to pixel_values", name, "AutoImageProcessor", *speeds, 0.0, {"num_files": len(files)})
 
@@ -140,7 +140,7 @@ MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
-PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> labels of all files, sorted by path
+PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> top labels of all files, sorted by path
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
@@ -165,26 +165,30 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
     """Return the largest difference between the probabilities of the most probable labels.
-    Raise ValueError if labels differ, or probabilities by more than `MAX_DIFFERENCE`."""
+    Raise ValueError if labels differ, or if probabilities differ by more than `MAX_DIFFERENCE`."""
     difference = 0.0
     for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
         if ours != theirs:
-            raise ValueError(f"{name}: image {index} is {ours} for vitcls predict, but {theirs} for the pipeline")
+            raise ValueError(
+                f"{name}: the label of image {index} is {ours} with vitcls predict, but {theirs} with the pipeline"
+            )
         difference = max(difference, abs(probability - their_probability))
     return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
 
 
 class PredictionProcess(LoggedProcess):
-    """A process that runs one of the two programs and responds to requests."""
+    """A process that runs `vitcls predict` or the pipeline, and replies to requests."""
 
     def __init__(self, program: str, folder: str, settings: BenchmarkSettings) -> None:
-        super().__init__([sys.executable, "-m", __name__, program, folder, *settings.toy_flag], stdout=subprocess.PIPE)
+        super().__init__(
+            [sys.executable, "-m", __name__, program, folder, *settings.toy_flags], stdout=subprocess.PIPE
+        )
 
-    def request(self, kind: str, batch_size: int) -> Any:
-        """Send a request and return the reply. Raise ValueError if the process ends instead."""
+    def request(self, request_kind: str, batch_size: int) -> Any:
+        """Send a request and return the reply. Raise ValueError if the process ends without a reply."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        print(kind, batch_size, file=stdin, flush=True)
+        print(request_kind, batch_size, file=stdin, flush=True)
         if reply := stdout.readline():
             return json.loads(reply)
         raise self.build_error()
@@ -199,8 +203,8 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
 
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
-        source = open_image_files([str(folder / "photographs")])
-        rows = predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images)
+        image_files = open_image_files([str(folder / "photographs")])
+        rows = predictor.iterate_rows(image_files, [range(image_files.num_images)], piece_size=image_files.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict
@@ -226,7 +230,7 @@ PREDICTORS = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor
 
 
 def main() -> None:
-    """Reply to the requests on standard input until it ends."""
+    """Reply to the requests from standard input until the end of the input."""
     parser = argparse.ArgumentParser()
     parser.add_argument("program", choices=PREDICTORS)
     parser.add_argument("folder", type=Path)
@@ -235,8 +239,8 @@ def main() -> None:
     predict = PREDICTORS[flags.program](get_model_size(flags.toy), flags.folder)
     num_files = len(list(flags.folder.rglob("*.jpg")))
     for line in sys.stdin:
-        kind, batch_size = line.split()
-        if kind == "labels":
+        request_kind, batch_size = line.split()
+        if request_kind == "labels":
             reply: Any = predict(int(batch_size))
         else:
             reply = measure_throughput(lambda size=int(batch_size): predict(size), num_files, 0.0)  # type: ignore[misc]

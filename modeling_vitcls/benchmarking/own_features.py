@@ -1,13 +1,13 @@
-"""Comparisons of models of this package with and without a feature, or of two implementations of a computation.
+"""Comparisons within this package: models with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
-    attention   reading attention, compared with a plain forward pass: time and memory
+    attention   time and memory of reading attention, compared with a plain forward pass
     probe       a linear probe with cached features, compared with a probe that encodes each batch again
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merged and dropped patches change the outputs, so outputs are only compared with the feature set to 0. The loss of
-accuracy depends on the data. Measure it with `vitcls finetune` and `vitcls evaluate`.
+Merging or dropping patches changes the outputs, so equality is only checked with the feature set to 0. The loss of
+accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy
@@ -56,7 +56,7 @@ def build_predict_function(model: nn.Module) -> Predict:
 # Merged and dropped patches ------------------------------------------------------------------------------------------
 
 
-INEXACT_BATCH_SIZE = 4  # images per forward pass
+INEXACT_BATCH_SIZE = 4  # number of images per forward pass
 INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
 
 Computation = Callable[[], object]
@@ -76,19 +76,19 @@ def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a field, its value (0 in the plain model), and the computation to measure."""
+    """A row of the report: a config field, a value (the plain model has 0), and the computation to measure."""
 
     field: str
     value: float
-    build: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
+    build_computation: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
 # ViT-S/16 at 224 pixels.
 INEXACT_ROWS = {
-    f"merged_patches_per_layer {number}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
-        "merged_patches_per_layer", number, build_forward_pass
+    f"merged_patches_per_layer {num_patches}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
+        "merged_patches_per_layer", num_patches, build_forward_pass
     )
-    for number in (4, 8, 16)
+    for num_patches in (4, 8, 16)
 } | {
     f"patch_drop_rate {rate}, step in {INEXACT_STEP}": InexactRow("patch_drop_rate", rate, build_training_step)
     for rate in (0.25, 0.5)
@@ -101,10 +101,10 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
     for name, row in rows.items():
         plain_model = build_model(size)
         nn.Module.to(plain_model, settings.device)
-        difference = check_feature_off(row, plain_model, size, name)
+        difference = check_disabled_feature(row, plain_model, size, name)
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
-        ours, num_images = row.build(inexact_model, size, settings.device)
-        theirs, _ = row.build(plain_model, size, settings.device)
+        ours, num_images = row.build_computation(inexact_model, size, settings.device)
+        theirs, _ = row.build_computation(plain_model, size, settings.device)
         speeds = compare_throughput(ours, theirs, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
@@ -113,15 +113,17 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
 def copy_model(
     plain_model: ViTCLSForImageClassification, size: ModelSize, **fields: Any
 ) -> ViTCLSForImageClassification:
-    """Build a model with the same weights and different config fields."""
+    """Build a model with the weights of `plain_model` and different config fields."""
     model = build_model(size, **fields)
     model.load_state_dict(plain_model.state_dict())
     nn.Module.to(model, plain_model.device)
     return model
 
 
-def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str) -> float:
-    """Return the largest difference in the logits between the plain model and a model with the feature set to 0."""
+def check_disabled_feature(
+    row: InexactRow, plain_model: ViTCLSForImageClassification, size: ModelSize, name: str
+) -> float:
+    """Return the largest logit difference between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
     return check_logits(
@@ -134,21 +136,21 @@ def check_feature_off(row: InexactRow, plain_model: ViTCLSForImageClassification
 
 ReadAttention = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
-]  # model, images [B, C, H, W] -> any tensor
+]  # model, images [B, C, H, W] -> tensor of any shape
 
 ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, |largest value|)
 NUM_REGISTERS = 4
 
 
 def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the statistics of the HTML report, and return the entropies."""
+    """Compute the statistics of the HTML report, and return the entropy of attention."""
     statistics = TokenStatistics(model)
     statistics.update(pixel_values)
     return statistics.compute().entropy
 
 
 def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the rows of the special tokens from the complete maps of eager attention."""
+    """Compute complete attention maps with eager attention, and return the rows of the special tokens."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = model(pixel_values, output_attentions=True).attentions
@@ -158,7 +160,7 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` computes the same values differently. Default: `read` with eager attention."""
+    """A row of the report. `reference` computes the expected values; None means `read` with eager attention."""
 
     read: ReadAttention
     batch_size: int
@@ -186,7 +188,7 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         speeds = compare_throughput(ours, theirs, row.batch_size, settings)
-        peaks = measure_peaks(__name__, name, *settings.toy_flag)
+        peaks = measure_peaks(__name__, name, *settings.toy_flags)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
 
@@ -202,15 +204,16 @@ def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
+    """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds
+    `ATTENTION_LIMIT`."""
     image = pixel_values[:1]
-    values = row.read(model, image)
+    actual = row.read(model, image)
     if row.reference is None:
         model.set_attn_implementation("eager")
     expected = (row.reference or row.read)(model, image)
     model.set_attn_implementation("sdpa")
     limit = ATTENTION_LIMIT * max(1.0, expected.abs().max().item())
-    return check_difference((values - expected).abs().max().item(), limit, name, "the values")
+    return check_difference((actual - expected).abs().max().item(), limit, name, "the values")
 
 
 # Linear probe --------------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A row of the report: the data and the duration of a training run."""
+    """A row of the report: number of epochs, number of images and batch size of a training run."""
 
     num_epochs: int
     num_images: int
@@ -227,7 +230,7 @@ class ProbeRow:
 
 # ViT-S/16 at 224 pixels, float32.
 PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
-PROBE_LIMIT = 1e-4  # maximum of (largest difference between trained weights / largest weight)
+PROBE_LIMIT = 1e-4  # maximum difference between trained weights, divided by the largest absolute weight
 
 
 def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
@@ -259,9 +262,9 @@ def train_probe(
     row: ProbeRow,
     use_cache: bool,
 ) -> torch.Tensor:
-    """Train a copy of the model's head on frozen features; return the weights of its classifier [labels, P].
+    """Train a copy of the model's head on frozen features; return the weights of the classifier [labels, P].
 
-    With `use_cache`, the images are encoded once, and otherwise in every epoch.
+    If `use_cache` is true, the images are encoded once; otherwise, the images are encoded in every epoch.
     """
     encode = torch.no_grad()(partial(compute_features, model))
     batches: Any = pixel_values.split(row.batch_size)
@@ -280,12 +283,12 @@ def train_probe(
 
 
 def main() -> None:
-    """Print the peak memory in bytes of computing attention, or of a plain forward pass."""
+    """Print the peak memory in bytes of reading attention, or (with --theirs) of a plain forward pass."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
     read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
-    with torch.no_grad():  # the warm-up is one image
+    with torch.no_grad():  # the warm-up uses one image
         print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
 
 

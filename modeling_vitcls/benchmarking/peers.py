@@ -37,7 +37,7 @@ from .comparison import (
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The fields of a plain ViT that determine its cost."""
+    """The config fields that determine the computational cost of a plain ViT."""
 
     image_size: int
     patch_size: int
@@ -77,18 +77,18 @@ class Peer:
         return logits
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Peer":
-        """Convert both models to a precision and move them to a device."""
+        """Convert both models to `dtype`, and move both models to `device`."""
         self.theirs.to(device, dtype)
         nn.Module.to(self.ours, device, dtype)
         return self
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with its initial weights. `labels` contains id2label and label2id."""
+    """Build the ViT of transformers with initial weights. `labels` is empty, or contains id2label and label2id."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    values = vars(size) if not labels else {name: value for name, value in vars(size).items() if name != "num_labels"}
-    return ViTForImageClassification(ViTConfig(**values, **labels, intermediate_size=size.intermediate_size))
+    fields = {name: value for name, value in vars(size).items() if not labels or name != "num_labels"}
+    return ViTForImageClassification(ViTConfig(**fields, **labels, intermediate_size=size.intermediate_size))
 
 
 def build_transformers_peer(size: ModelSize) -> Peer:
@@ -137,7 +137,7 @@ PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": bui
 
 
 def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
-    """Return random images [B, 3, H, W], the same in every call."""
+    """Return the same random images [B, 3, H, W] in every call."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -146,7 +146,7 @@ def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A row of the report. If `use_compile`, torch.compile compiles both models."""
+    """A row of the report. If `use_compile` is true, both models are compiled by torch.compile."""
 
     dtype: torch.dtype
     batch_size: int
@@ -164,17 +164,17 @@ FORWARD_PASSES = {
 
 
 def compare_inference(rows: dict[str, ForwardPass], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with each peer."""
+    """Compare the forward pass of each row with each peer."""
     for name, row in rows.items():
         for peer in settings.against:
             yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare one row with one peer."""
+    """Compare the forward pass of one row with one peer."""
     peer = peer.to(row.dtype, settings.device)
     if row.use_compile:
-        torch.compiler.reset()  # discard the graphs of earlier rows
+        torch.compiler.reset()  # discard the compiled graphs of earlier rows
         peer.ours.compile()
         peer.theirs.compile()
     pixel_values = build_random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
@@ -187,7 +187,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Speeds, float]:
-    """Compare the forward passes of both models for a batch; return their speeds and the largest logit difference."""
+    """Compare the forward passes of both models for a batch. Return the speeds and the largest logit difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
@@ -227,7 +227,7 @@ class StepRunner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def compute_gradients(self, num_images: int) -> None:
-        """Compute the gradients of the loss of the first `num_images` images; earlier gradients are discarded."""
+        """Compute the gradients of the loss of the first `num_images` images. Earlier gradients are discarded."""
         self.optimizer.zero_grad()
         with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
             logits = self.predict(self.pixel_values[:num_images])
@@ -249,7 +249,7 @@ class StepRunner:
     def measure_gpu_peak(self) -> int:
         """Return the peak GPU memory of a step in bytes, excluding parameters and optimizer state.
 
-        The optimizer must have taken a step, which allocates its state.
+        At least one step must have been taken before, because the first step allocates the optimizer state.
         """
         self.optimizer.zero_grad()
         peak = measure_gpu_memory_growth(self)
@@ -258,19 +258,19 @@ class StepRunner:
 
 
 def compare_steps(rows: dict[str, TrainingStep], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with each peer."""
+    """Compare the training step of each row with each peer."""
     for name, row in rows.items():
         for peer in settings.against:
             yield compare_step(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
 
 
 def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare time and memory of one row with one peer."""
+    """Compare the time and memory of one training step with one peer."""
     ours, theirs = build_step_runners(row, peer, settings.device)
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     speeds = compare_throughput(ours, theirs, row.batch_size, settings)
     if settings.device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flag)
+        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flags)
     else:
         peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
     details = {"device": settings.device, "size": vars(peer.size), **peaks}
@@ -285,7 +285,7 @@ def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tu
 
 
 def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
-    """Return the relative difference between the gradients of the patch projection for two images."""
+    """Return the relative difference between the patch projection gradients of both models, for two images."""
     gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
     return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")

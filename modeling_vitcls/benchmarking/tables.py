@@ -30,17 +30,17 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return the hardware and versions in one line, with the GPU if it was used."""
+    """Return one line with the hardware and the versions. The GPU is included if a comparison used the GPU."""
     machine = get_machine()
-    text = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
-    text = f"{text}, load {machine['load']:.1f}"
+    description = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
+    description = f"{description}, load {machine['load']:.1f}"
     if any(comparison.details.get("device") == "cuda" for comparison in comparisons):
-        text = f"{machine['accelerator']}; {text}"
-    return f"{text}; {', '.join(f'{name} {number}' for name, number in get_versions('timm').items())}"
+        description = f"{machine['accelerator']}; {description}"
+    return f"{description}; {', '.join(f'{name} {version}' for name, version in get_versions('timm').items())}"
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the faster peer by (work, name), for each row with several peers."""
+    """Return (work, name) -> median ratio to the faster peer, for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -52,7 +52,7 @@ def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str]
 
 
 def print_comparison(comparison: Comparison) -> Comparison:
-    """Print one line about a comparison and return it. The next comparison may take minutes."""
+    """Print one line about a comparison, and return the comparison."""
     lower, ratio, upper = compute_quartiles(comparison.ratios)
     name = f"{comparison.work}: {comparison.name}, against {comparison.against}"
     print(f"{name}: {ratio:.2f} times as fast ({lower:.2f} to {upper:.2f})", flush=True)
@@ -60,21 +60,25 @@ def print_comparison(comparison: Comparison) -> Comparison:
 
 
 def print_tables(comparisons: list[Comparison]) -> None:
-    """Print tables of speed, of the ratio to the faster peer and of memory, and the machine."""
-    speed = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
-    memory = Table("work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before")
-    lowest_ratios = Table("work", "ratio", title="ratio to the faster peer")
+    """Print tables of speed, ratio to the faster peer and memory, and a line about the machine."""
+    speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
+    memory_table = Table(
+        "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
+    )
+    ratio_table = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
         speeds = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
-        speed.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
+        speed_table.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in entry:
-            memory.add_row(*row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs")))
+            memory_table.add_row(
+                *row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
+            )
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
-        lowest_ratios.add_row(f"{work}: {name}", f"{ratio:.2f}")
+        ratio_table.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    for table in (speed, lowest_ratios, memory):
+    for table in (speed_table, ratio_table, memory_table):
         if table.row_count:
             console.print(table)
     console.print(describe_machine(comparisons))
@@ -84,21 +88,21 @@ def print_tables(comparisons: list[Comparison]) -> None:
 
 
 def format_markdown(comparisons: list[Comparison]) -> str:
-    """Return a Markdown table with one line per row of work, without empty columns, and a line about the machine."""
+    """Return a Markdown table with one line per row of work, and a caption. Empty columns are omitted."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
     table = [HEADER, *(format_cells(work, name, entries) for (work, name), entries in rows.items())]
     columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
-    num_pairs = sorted({len(comparison.ratios) for comparison in comparisons})
-    pairs = " to ".join(str(number) for number in sorted({num_pairs[0], num_pairs[-1]}))
-    caption = f"Medians of {pairs} pairs of measurements. {describe_machine(comparisons)}."
+    pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
+    pair_range = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
+    caption = f"Medians of {pair_range} pairs of measurements. {describe_machine(comparisons)}."
     return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
 
 
 def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the Markdown cells of a row of work, with the ratios to all its baselines."""
+    """Return the Markdown cells of a row of work, including the ratios to all baselines of the row."""
     speed = statistics.median(entry["ours_images_per_second"] for entry in entries)
     ratios = (
         "{} {:.2f} ({:.2f} to {:.2f})".format(entry["against"], entry["ratio"], *entry["quartiles"])
@@ -118,7 +122,7 @@ def write_reports(
     """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
 
     Raises:
-        ValueError: If the figure requires measurements of growth that are missing.
+        ValueError: If `plot_file` is given, but no axis of growth was measured.
     """
     for file in (output_file, markdown_file, plot_file):
         if file is not None:

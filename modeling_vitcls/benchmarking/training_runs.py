@@ -2,9 +2,9 @@
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
-Each program runs in a process, with the command line of a user, and appends a line to a file every `log_every` steps.
-One process is suspended while the other process is measured. This process measures the time between the lines.
-Suspending processes requires POSIX signals.
+Each program runs in its own process, is started from a command line, and appends a line to a file every `log_every`
+steps. While one program is measured, the other program is suspended. The speed is computed from the time between the
+lines. Suspending processes requires POSIX signals.
 """
 
 import json
@@ -44,7 +44,7 @@ class TrainingRun:
     log_every: int  # steps per line of metrics
     lines_per_turn: int  # lines of metrics per measurement
     learning_rate: float  # peak learning rate
-    augmentation: dict[str, Any]  # values of the flags of `AugmentationOptions`
+    augmentation: dict[str, Any]  # values of the fields of `AugmentationOptions`
 
 
 CROP_AUGMENTATION = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 0.0}
@@ -63,10 +63,10 @@ TRAINING_RUNS = {
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
 MAX_STEPS = 1_000_000  # more steps than any benchmark takes
-# No epoch may end during a measurement, because Trainer restarts its workers after each epoch.
+# No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
 PHOTOGRAPHS_PER_CLASS = 512
 WARMUP_LINES = 2  # lines of metrics before the first measurement
-MAX_SECONDS_PER_LINE = 600  # maximum time for the awaited lines of metrics
+MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics
 
 
 def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) -> Iterator[Comparison]:
@@ -77,7 +77,7 @@ def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) 
 
 
 def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> Comparison:
-    """Compare one row; data, models and logs are written to a folder."""
+    """Compare one row with transformers' Trainer. Data, models and logs are written to `folder`."""
     dataset, label_names = "digits", [str(digit) for digit in range(10)]
     if run.dataset == "photographs":
         dataset = str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS))
@@ -114,7 +114,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
 
 
 def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Return the command line of `vitcls finetune`, without evaluations and checkpoints."""
+    """Return the command line that runs `vitcls finetune` without evaluations and checkpoints."""
     flags = {
         "model": folder / "our_model",
         "dataset": dataset,
@@ -135,7 +135,7 @@ def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]
 
 
 def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Write the settings of transformers' Trainer to a file; return the command line that runs `main`."""
+    """Write the settings of transformers' Trainer to a file, and return the command line that runs `main`."""
     settings = {
         **{name: value for name, value in vars(run).items() if name != "size"},
         "model": str(folder / "their_model"),
@@ -150,15 +150,15 @@ def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[st
 
 
 class SuspendedRun(LoggedProcess):
-    """A training run that is suspended except while it is measured."""
+    """A training run that is suspended except during measurements."""
 
-    def __init__(self, command: list[str], metrics: Path, run: TrainingRun) -> None:
+    def __init__(self, command: list[str], metrics_file: Path, run: TrainingRun) -> None:
         super().__init__(command)
-        self.metrics = metrics
+        self.metrics_file = metrics_file
         self.run = run
 
     def __enter__(self) -> Self:
-        """Start the run, wait for the warmup, and suspend it."""
+        """Start the run, wait for the first lines of metrics, and suspend the run."""
         super().__enter__()
         try:
             self.wait_for_lines(WARMUP_LINES)
@@ -169,7 +169,7 @@ class SuspendedRun(LoggedProcess):
         return self
 
     def measure_speed(self) -> float:
-        """Return the images per second over `lines_per_turn` lines.
+        """Resume the run, and return the images per second over `lines_per_turn` lines of metrics.
 
         The first line is excluded, because the run was suspended during its steps.
         """
@@ -183,21 +183,21 @@ class SuspendedRun(LoggedProcess):
         return num_images / (end_time - start_time)
 
     def wait_for_lines(self, num_lines: int) -> float:
-        """Wait until the run has written `num_lines` lines; return the current time in seconds.
-        Raise ValueError if the run ends or writes nothing for too long."""
+        """Wait until the run has written `num_lines` lines, and return the current time in seconds.
+        Raise ValueError if the run ends, or if the wait exceeds `MAX_WAIT_SECONDS`."""
         start_time = time.perf_counter()
         while self.count_lines() < num_lines:
-            if self.process.poll() is not None or time.perf_counter() - start_time > MAX_SECONDS_PER_LINE:
+            if self.process.poll() is not None or time.perf_counter() - start_time > MAX_WAIT_SECONDS:
                 raise self.build_error()
             time.sleep(0.001)
         return time.perf_counter()
 
     def count_lines(self) -> int:
         """Return the number of lines that the run has written."""
-        return self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
+        return self.metrics_file.read_bytes().count(b"\n") if self.metrics_file.is_file() else 0
 
 
-# transformers' Trainer, as in its example for image classification ---------------------------------------------------
+# transformers' Trainer, used as in the image classification example of transformers ----------------------------------
 
 
 LabeledImage = tuple[Image.Image, int]
@@ -229,24 +229,24 @@ def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
         return ImageFolder(name)
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    arrays = (data.images * (255 / 16)).round().astype("uint8")  # [1797, 8, 8]
+    digits = load_digits()
+    arrays = (digits.images * (255 / 16)).round().astype("uint8")  # [1797, 8, 8]
     images = (
         Image.fromarray(array).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for array in arrays
     )
-    return list(zip(images, data.target.tolist(), strict=True))
+    return list(zip(images, digits.target.tolist(), strict=True))
 
 
 def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
-    """Build the transforms of data/augmentation.py for single images."""
-    steps: list[v2.Transform] = [v2.PILToTensor()]
+    """Build transforms for single images that correspond to data/augmentation.py."""
+    transforms: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
-        steps.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
+        transforms.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
     if augmentation["flip"]:
-        steps.append(v2.RandomHorizontalFlip())
+        transforms.append(v2.RandomHorizontalFlip())
     if augmentation["rotation"]:
         shift, zoom = augmentation["shift"], augmentation["zoom"]
-        steps.append(
+        transforms.append(
             v2.RandomAffine(
                 degrees=augmentation["rotation"],
                 translate=(shift, shift),
@@ -254,11 +254,11 @@ def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
                 interpolation=v2.InterpolationMode.BILINEAR,
             )
         )
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    return v2.Compose([*transforms, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Train until the process is stopped."""
+    """Train with transformers' Trainer until the process is stopped."""
     model = ViTForImageClassification.from_pretrained(settings["model"])
     size = settings["image_size"]
     arguments = TrainingArguments(

@@ -16,7 +16,7 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 @dataclass(frozen=True)
 class WorkKind:
-    """A table of rows, the function that compares selected rows, and the rows for toy models if they differ."""
+    """A kind of work: a table of rows, the function that compares rows, and another table for toy models, if any."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -24,7 +24,7 @@ class WorkKind:
     supports_gpu: bool = False
 
 
-WORK = {
+WORK_KINDS = {
     "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
     "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
     "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
@@ -37,29 +37,29 @@ WORK = {
 }
 
 
-def compare(names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare kinds of work: all their rows, or only the rows with the given names.
+def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare all rows of the given kinds of work, or only the given rows.
 
     Raises:
-        ValueError: If a row does not exist or the device is not available, before anything is measured; if outputs,
-            gradients or trained weights differ, a process fails, or memory cannot be measured on this machine.
+        ValueError: If a row does not exist or the device is not available (raised before any measurement); if outputs,
+            gradients or trained weights differ; if a process fails; or if this machine cannot measure memory.
     """
     if settings.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(
-                "--device cuda requires a GPU, but PyTorch finds no GPU. Omit the flag to measure on the CPU."
+                "--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU."
             )
-        if cpu_only := [name for name in names if not WORK[name].supports_gpu]:
-            supported_work = ", ".join(name for name, kind in WORK.items() if kind.supports_gpu)
+        if cpu_only_work := [name for name in work_names if not WORK_KINDS[name].supports_gpu]:
+            supported_work = ", ".join(name for name, kind in WORK_KINDS.items() if kind.supports_gpu)
             raise ValueError(
-                f"--work {' '.join(cpu_only)} is measured on the CPU. --device cuda supports only --work "
-                f"{supported_work}."
+                f"--work {' '.join(cpu_only_work)} does not support --device cuda. Only these kinds of work support "
+                f"--device cuda: {supported_work}."
             )
-    tables = {name: (settings.is_toy and WORK[name].toy_rows) or WORK[name].rows for name in names}
+    tables = {name: (settings.is_toy and WORK_KINDS[name].toy_rows) or WORK_KINDS[name].rows for name in work_names}
     known_rows = [row for table in tables.values() for row in table]
     for row in rows:
         if row not in known_rows:
             raise ValueError(f"--rows: there is no row {row!r}. Choose from {', '.join(map(repr, known_rows))}")
     for name, table in tables.items():
-        if selected := {row: table[row] for row in table if not rows or row in rows}:
-            yield from WORK[name].compare(selected, settings)
+        if selected_rows := {row: table[row] for row in table if not rows or row in rows}:
+            yield from WORK_KINDS[name].compare(selected_rows, settings)

@@ -4,8 +4,8 @@
     inspect_tokens.py  vitcls inspect
     NAME.py            vitcls NAME
 
-A program has OPTIONS (a dataclass whose fields are the flags), `run(options)`, and, if flags have to be checked before
-torch is imported, `check_options(options)`. cli.py prints the ValueErrors and OSErrors of a program in one line. At
-module level, a program imports only the standard library, tyro, parsing.py and options.py. Nothing here is copied to
-the Hub.
+A program defines OPTIONS (a dataclass whose fields are the flags) and `run(options)`. A program also defines
+`check_options(options)` if flags must be checked before torch is imported. cli.py prints ValueErrors and OSErrors of
+programs in one line. At module level, a program imports only the standard library, tyro, parsing.py and options.py.
+These files are not copied to the Hub.
 """

@@ -5,9 +5,9 @@
     vitcls benchmark --work growth --plot cost.png
     vitcls benchmark --work training
 
-Each round measures this package and the other project, one after the other. The result is the median of the speed
-ratios of all rounds, because other programs slow down both. Speed is only measured if the outputs are equal. The
-benchmarks are implemented in modeling_vitcls/benchmarking/.
+Each round measures this package and the other project, one after the other. The result is the median speed ratio of
+all rounds, because the load of the machine affects both measurements of a round. Speed is only measured if the outputs
+are equal. The benchmarks are implemented in modeling_vitcls/benchmarking/.
 """
 
 import os
@@ -30,12 +30,12 @@ class BenchmarkOptions:
         ...,
     ]
     """Kinds of work. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
-    tokens and batch size. step: training steps without data loading, and their memory. inexact: merged and dropped
+    tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and dropped
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
     label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
     transformers' Trainer. attention: time and memory of reading attention, compared with a plain forward pass."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
-    """Peers of inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
+    """Peers for --work inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""
@@ -46,11 +46,11 @@ class BenchmarkOptions:
     markdown: Path | None = None
     """Markdown file for a table of the results."""
     plot: Path | None = None
-    """PNG or SVG file for a figure of growth."""
+    """PNG or SVG file for the figure of --work growth."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of growth. Other rows have the precision in their name."""
+    """Precision of --work growth. Other kinds of work have a fixed precision in each row."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Device of inference, growth, step and inexact. Other work is measured on the CPU."""
+    """Device for --work inference, growth, step and inexact. Other kinds of work are measured on the CPU."""
     toy: bool = False
     """Use tiny models and one call per measurement, to test the program. The results are meaningless."""
 
@@ -59,20 +59,20 @@ OPTIONS = BenchmarkOptions
 
 
 def check_options(options: BenchmarkOptions) -> None:
-    """Exit with status 2 if flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.pairs < 1:
-        exit_with_message(f"error: --pairs is {options.pairs}: set it to 1 or more")
+        exit_with_message(f"error: --pairs is {options.pairs}: set --pairs to 1 or more")
     if not options.work or not options.against:
-        exit_with_message("error: --work and --against require a value. --help lists the values")
+        exit_with_message("error: --work and --against require a value. For a list of values, use --help")
     if options.plot is not None and "growth" not in options.work:
-        exit_with_message("error: --plot requires growth, but --work does not include it. Add growth to --work")
+        exit_with_message("error: --plot requires --work growth. Add growth to --work, or omit --plot")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
-        exit_with_message(f"error: --plot {options.plot}: set a name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no downloads; read when huggingface_hub is imported
+        exit_with_message(f"error: --plot {options.plot}: set a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prevents downloads; read when huggingface_hub is imported
 
 
 def run(options: BenchmarkOptions) -> None:
-    """Measure, print the tables and write the files."""
+    """Run the benchmarks, write the files and print the tables."""
     from ..benchmarking.comparison import BenchmarkSettings
     from ..benchmarking.tables import print_comparison, print_tables, write_reports
     from ..benchmarking.work import compare

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ConvertOptions:
-    """Convert a ViT and write it to a folder. Nothing is written if a difference exceeds the limit."""
+    """Convert a ViT and write it to a folder. Nothing is written if the outputs differ by more than the limit."""
 
     output: Path
     """Folder to write to. The folder must be empty or must not exist."""
@@ -35,11 +35,11 @@ class ConvertOptions:
     any_size: bool = False
     """With --to transformers: require the same outputs for images of any size, not only of the native size."""
     random_init: bool = False
-    """Fill the source with random values, to test the conversion without trained weights."""
+    """Fill the source with random weights, to test the conversion without trained weights."""
     classifier: Literal["keep", "new", "drop"] = "keep"
     """Keep the classifier of the source, replace it by a new classifier, or drop it."""
     num_labels: int | None = None
-    """Number of labels of a new classifier; the source may have no classifier."""
+    """Number of labels of a new classifier. The source does not need to have a classifier."""
     family: str | None = None
     """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter names."""
 
@@ -48,7 +48,7 @@ OPTIONS = ConvertOptions
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Exit with status 2 if a flag has a wrong value."""
+    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
             exit_with_message("--to transformers requires --model, and does not support --source")
@@ -57,14 +57,15 @@ def check_options(options: ConvertOptions) -> None:
         exit_with_message("a conversion to vitcls requires --source, and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
         exit_with_message(
-            f"{options.source} is a ViTCLS model already. Use it as --model, or set --to transformers --model"
+            f"{options.source} is already a ViTCLS model. To convert the model to transformers, set --to transformers "
+            f"--model {options.source}"
         )
     if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
         exit_with_message(
             f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
         )
     if options.num_labels is not None and options.num_labels < 1:
-        exit_with_message(f"--num-labels must be at least 1, but is {options.num_labels}")
+        exit_with_message(f"--num-labels must be at least 1, but it is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:
@@ -92,7 +93,7 @@ def run(options: ConvertOptions) -> None:
 
 
 def is_vitcls_folder(folder: Path) -> bool:
-    """Return whether config.json of a folder describes a vitcls model."""
+    """Return whether the config.json in a folder describes a vitcls model."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "vitcls"
     except (ValueError, KeyError, TypeError):
@@ -100,7 +101,7 @@ def is_vitcls_folder(folder: Path) -> bool:
 
 
 def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
-    """Print the parity report, and the code and command that load and publish the model."""
+    """Print the parity report, the code that loads the model, and the command that publishes the model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -129,15 +130,17 @@ def format_notes(report: "ParityReport") -> list[str]:
     """Return the parity report without the differences, as lines of text."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
-        processor = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check its settings"
+        processor_note = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check the settings"
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
-        processor = f"Image processor: from {preprocessing['origin']}, within {difference:.2g} of 255 gray levels"
+        processor_note = (
+            f"Image processor: from {preprocessing['origin']}, largest difference {difference:.2g} of 255 gray levels"
+        )
     return [
-        *([f"Not compared at a second size: {report.not_compared}"] if report.not_compared else []),
+        *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),
         *report.notes,
-        f"Classifier: {report.classifier}. Maximum difference: {report.limit:g}",
-        processor,
+        f"Classifier: {report.classifier}. Limit of the differences: {report.limit:g}",
+        processor_note,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),
         *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),

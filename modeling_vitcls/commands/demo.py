@@ -1,4 +1,4 @@
-"""`vitcls demo`: a page with the labels of images and the attention of every special token.
+"""`vitcls demo`: a web page with the predicted labels of images and the attention of every special token.
 
     vitcls demo --model runs/mine
     vitcls demo --model someone/their-model --revision COMMIT --port 8000
@@ -35,7 +35,7 @@ def run(options: DemoOptions) -> None:
 
     from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
-    disable_progress_bar()  # shown while weights are loaded
+    disable_progress_bar()  # hides the progress bar of weight loading
     folder = get_model_folder(options.model, revision=options.revision)
     from ..demo.page import serve_demo  # gradio takes seconds to import
 

@@ -9,7 +9,7 @@ from .. import cpu_kernels_vitcls as kernels
 from ..system import format_device_name, get_processor_name, get_versions
 
 
-# Optional libraries that enable features of the programs.
+# Optional libraries that some features require.
 OPTIONAL_LIBRARIES = (
     "huggingface_hub",
     "datasets",
@@ -34,21 +34,23 @@ ENVIRONMENT_VARIABLES = (
 
 def format_environment() -> str:
     """Return the lines of a bug report."""
-    facts = get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
-    facts["platform"] = platform.platform()
-    facts["processor"] = (
+    environment = (
+        get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
+    )
+    environment["platform"] = platform.platform()
+    environment["processor"] = (
         f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
     )
-    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
-    facts["devices"] = describe_devices()
-    facts["CPU kernels"] = describe_cpu_kernels()
-    facts |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    environment["instructions"] = torch.backends.cpu.get_cpu_capability()
+    environment["devices"] = describe_devices()
+    environment["CPU kernels"] = describe_cpu_kernels()
+    environment |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
+    width = max(map(len, environment))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in environment.items())
 
 
 def describe_devices() -> str:
-    """Return the names of all GPUs with the CUDA version, or the name of a different accelerator or of the CPU."""
+    """Return the names of all CUDA GPUs and the CUDA version, or the name of another accelerator or of the CPU."""
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"

@@ -3,8 +3,8 @@
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
-FILE.json contains the largest differences, the inputs that were compared and the signature of the graph. The export is
-implemented in modeling_vitcls/export/.
+The export also writes OUTPUT.json, with the largest differences, the compared inputs and the signature of the graph.
+The export is implemented in modeling_vitcls/export/.
 """
 
 import warnings
@@ -23,23 +23,23 @@ MIN_OPSET = 18  # lowest ONNX opset that torch.onnx exports
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model. Nothing is written if a difference exceeds the limit."""
+    """Export a model. Nothing is written if the outputs differ by more than the limit."""
 
     model: str
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """File to write, which must not exist; for transformers.js a folder."""
+    """File to write (with --format transformers.js: folder), which must not exist."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
-    Default: the size of the model."""
+    Default: the image size of the model."""
     dynamic: bool = True
     """Accept images of any size, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of weights and computations. Inputs and outputs are float32."""
     opset: int | None = None
-    """ONNX opset. Default: the default of torch."""
+    """ONNX opset. Default: the default of torch.onnx."""
     dataset: str | None = None
     """With --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy of each file."""
     split: str | None = None
@@ -50,12 +50,12 @@ OPTIONS = ExportOptions
 
 
 def check_options(options: ExportOptions) -> None:
-    """Exit with status 2 if a flag has a wrong value or flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
-        exit_with_message(f"--image-size must be at least 1, but is {' '.join(map(str, options.image_size))}")
-    values = (options.image_size, options.dynamic, options.dtype, options.opset)
-    if options.format == "transformers.js" and values != (None, True, "float32", None):
-        exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype and --opset")
+        exit_with_message(f"--image-size must be at least 1, but it is {' '.join(map(str, options.image_size))}")
+    graph_settings = (options.image_size, options.dynamic, options.dtype, options.opset)
+    if options.format == "transformers.js" and graph_settings != (None, True, "float32", None):
+        exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset")
     if options.dataset is not None and options.format != "transformers.js":
         exit_with_message(f"--dataset requires --format transformers.js, but --format is {options.format}")
     if options.split is not None and options.dataset is None:
@@ -63,7 +63,7 @@ def check_options(options: ExportOptions) -> None:
     if options.opset is not None and options.format == "torch":
         exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
-        exit_with_message(f"--opset must be at least {MIN_OPSET}, but is {options.opset}")
+        exit_with_message(f"--opset must be at least {MIN_OPSET}, but it is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:
@@ -95,7 +95,7 @@ def run(options: ExportOptions) -> None:
 
 
 def silence_exporters() -> None:
-    """Disable progress bars, and warnings of torch.export and torch.onnx."""
+    """Disable progress bars and the warnings of torch.export and torch.onnx."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -103,13 +103,13 @@ def silence_exporters() -> None:
 
 
 def print_report(report: "ExportReport", output: Path) -> None:
-    """Print the report, and code that runs the exported file."""
+    """Print the report, and the code that runs the exported file."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(soft_wrap=True, highlight=False)
-    absolute, relative = report.limit
-    limit = f"{absolute:g}" + (f" + {relative:g} of the largest value" if relative else "")
+    absolute_limit, relative_limit = report.limit
+    limit = f"{absolute_limit:g}" + (f" + {relative_limit:g} of the largest value" if relative_limit else "")
     table = Table(title=f"Largest differences between {report.format} and {report.model} (limit {limit})")
     table.add_column("images")
     for name in report.outputs:
@@ -120,7 +120,10 @@ def print_report(report: "ExportReport", output: Path) -> None:
     console.print(table)
     for line in format_notes(report):
         console.print(line, markup=False)
-    console.print(f"\nWrote {output}; {output}.json describes its inputs and outputs. Run it with", markup=False)
+    console.print(
+        f"\nWrote {output}, and a description of inputs and outputs to {output}.json. Run the exported model with",
+        markup=False,
+    )
     for line in USAGE[report.format]:
         console.print(f"  {line.format(file=output)}", markup=False)
 
@@ -128,13 +131,13 @@ def print_report(report: "ExportReport", output: Path) -> None:
 def format_notes(report: "ExportReport") -> list[str]:
     """Return the report without the differences, as lines of text."""
     height, width = report.input["image_size"]
-    smallest = " x ".join(map(str, report.input["smallest_image_size"]))
-    sizes = f"images of at least {smallest} pixels"
+    smallest_size = " x ".join(map(str, report.input["smallest_image_size"]))
+    accepted_sizes = f"images of at least {smallest_size} pixels"
     if "height" not in report.input["shape"]:
-        sizes = f"only images of {height} x {width} pixels"
+        accepted_sizes = f"only images of {height} x {width} pixels"
     opset = [] if report.opset is None else [f"opset {report.opset}"]
     return [
-        f"Accepts any batch size and {sizes}",
+        f"Accepts any batch size and {accepted_sizes}",
         *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
         *(["The weights are random, because a preset is untrained"] if report.weights == "random" else []),
         *(["The checkpoint has no image processor"] if report.preprocessing is None else []),

@@ -3,7 +3,7 @@
     vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
     vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-To continue an interrupted run, repeat its command with --resume. --dry-run tests every part of a run with a few steps.
+To continue an interrupted run, repeat the command with --resume. --dry-run tests every part of a run with a few steps.
 The training is implemented in modeling_vitcls/training/task.py and finetune.py.
 """
 
@@ -28,7 +28,7 @@ def run(options: FinetuneOptions) -> None:
 
 
 def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a task, or do a dry run if --dry-run is set. If the run stops early, exit with its exit status."""
+    """Run a task, or do a dry run if --dry-run is set. If the run stops early, exit with the status of the run."""
     from ..api import run_training
     from ..training.runner import RunStopped
 

@@ -14,21 +14,21 @@ from ..options import InspectOptions
 
 
 @dataclass(frozen=True)
-class Inspect(InspectOptions):
+class InspectFlags(InspectOptions):
     __doc__ = InspectOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files, folders (including subfolders), or URLs."""
 
 
-OPTIONS = Inspect
+OPTIONS = InspectFlags
 
 
-def run(options: Inspect) -> None:
-    """Inspect the model and write the report."""
+def run(options: InspectFlags) -> None:
+    """Inspect the model, and write the report."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..analysis.inspect_tokens import inspect_tokens
 
-    disable_progress_bar()  # shown while weights are loaded
+    disable_progress_bar()  # hides the progress bar of weight loading
     inspect_tokens(options)

@@ -2,8 +2,9 @@
 
     options = parse(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
 
-A recipe is a YAML file of flags. Its flags are inserted before the flags of the command line, so tyro checks both in
-the same way and later flags override the recipe. Wrong flags are reported before torch is imported.
+A recipe is a YAML file of flags. The flags of a recipe are inserted before the flags of the command line, so that tyro
+checks all flags in the same way and the command line overrides the recipe. Invalid flags are reported before torch is
+imported.
 """
 
 import difflib
@@ -24,10 +25,10 @@ from ..options import get_flag_names, to_arguments
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-# Folders with the recipes that --config accepts by name: in the installed package, and in a checkout.
+# Folders with the recipes that --config accepts by name: in the installed package, and in a source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-# Flags of other projects' programs -> equivalent flags.
+# Flags of other projects' programs -> equivalent flags of this package.
 EQUIVALENT_FLAGS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -57,34 +58,34 @@ SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 
 @dataclass
-class Recipe:
+class RecipeFlag:
     """The flag --config, which is parsed before all other flags."""
 
     config: Path | None = None
 
 
 def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
-    """Build the options from flags and the recipe of --config. Exits with status 2 if a flag is wrong.
+    """Build the options from flags and the recipe of --config. Exit with status 2 if a flag is invalid.
 
     Args:
         options_class: A dataclass of options.py.
-        arguments: Flags.
+        arguments: Flags of the command line.
         settings: Further arguments of `tyro.cli`, such as the name of the program.
     """
     flag_names = get_flag_names(options_class)
-    recipe, _ = tyro.cli(Recipe, args=arguments, return_unknown_args=True, add_help=False)
+    recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)
     check_foreign_flags(arguments, flag_names)
-    if recipe.config is not None:
-        arguments = [*read_recipe(find_recipe(recipe.config), flag_names), *arguments]
+    if recipe_flag.config is not None:
+        arguments = [*read_recipe(find_recipe(recipe_flag.config), flag_names), *arguments]
     return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def find_recipe(path: Path) -> Path:
-    """Return the path of a recipe: the path itself, or the recipe of that name in the package."""
+    """Return the path of a recipe: the path itself, or the recipe with that name in the package."""
     if path.exists() or path.suffix or path.name != str(path):
         return path
-    candidates = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
-    return next((file for file in candidates if file.is_file()), path)
+    recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
+    return next((file for file in recipe_files if file.is_file()), path)
 
 
 def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
@@ -99,7 +100,7 @@ def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
 
 
 def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
-    """Build the options from flags. Exits with status 2 if a flag is wrong."""
+    """Build the options from flags. Exit with status 2 if a flag is invalid."""
     flag_names = get_flag_names(options_class)
     arguments = [rename_synonym(argument, flag_names) for argument in arguments]
     return tyro.cli(options_class, args=arguments, **settings)
@@ -115,7 +116,7 @@ def rename_synonym(argument: str, flag_names: set[str]) -> str:
 
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
-    """Return the flags of a recipe. Exits with status 2 if the file cannot be read, or a key is not a flag."""
+    """Return the flags of a recipe. Exit with status 2 if the file cannot be read or a key is not a flag."""
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
@@ -126,8 +127,10 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in flag_names and name.removeprefix("no_") not in flag_names:
-            close = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
-            advice = f"use {close}" if close in flag_names else "`--help` lists the flags"
+            similar_flag = EQUIVALENT_FLAGS.get(name) or next(
+                iter(difflib.get_close_matches(name, flag_names, n=1)), None
+            )
+            advice = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
             exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
     return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
@@ -144,14 +147,15 @@ def exit_on_error() -> Iterator[None]:
 
 
 def exit_with_message(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
-    """Print the message on stderr and end the program. Status 2 means a wrong flag.
+    """Print the message to stderr and end the program. Status 2 means that a flag is invalid.
 
     Args:
-        on_all: whether all processes of the run end with this message; then only the first process prints it.
+        on_all: whether all processes of the run end with this message. If so, only the first process prints the
+            message.
     """
-    process = os.environ.get("RANK", "0")
-    if process == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(message, file=sys.stderr)
     elif not on_all:
-        print(f"process {process}: {message}", file=sys.stderr)
+        print(f"process {rank}: {message}", file=sys.stderr)
     raise SystemExit(status)

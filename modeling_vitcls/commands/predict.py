@@ -16,26 +16,26 @@ from .parsing import exit_with_message
 
 
 @dataclass(frozen=True)
-class Predict(PredictOptions):
+class PredictFlags(PredictOptions):
     __doc__ = PredictOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files, folders (including subfolders), or URLs."""
 
 
-OPTIONS = Predict
+OPTIONS = PredictFlags
 
 
-def run(options: Predict) -> None:
-    """Predict and print a summary.
+def run(options: PredictFlags) -> None:
+    """Run the prediction and print a summary.
 
-    The row of an unreadable image contains its error. The exit status is 1 only if no image has a prediction.
+    The row of an unreadable image contains the error. The exit status is 1 only if no image has a prediction.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from ..inference.predict import predict_images
 
-    disable_progress_bar()  # shown while weights are loaded
+    disable_progress_bar()  # hides the progress bar of weight loading
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")

@@ -3,7 +3,7 @@
     vitcls push --model runs/mine --hub-model-id me/my-model
     vitcls push --verify-only someone/their-model --revision COMMIT
 
-A push requires a token: `hf auth login`, or HF_TOKEN. The push is implemented in modeling_vitcls/hub/.
+A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in modeling_vitcls/hub/.
 """
 
 from dataclasses import dataclass, fields
@@ -17,13 +17,13 @@ class PushOptions:
     model: Path | None = None
     """Folder of the model."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of the folder, in your account."""
+    """Repository to push to. Default: a repository in your account with the name of the folder."""
     private: bool = False
-    """Make the repository private if it is created."""
+    """Make the repository private if the push creates the repository."""
     branch: str | None = None
-    """Branch to push to, created if it does not exist. Default: main."""
+    """Branch to push to. A missing branch is created. Default: main."""
     message: str = "Upload model"
-    """Message of the commit."""
+    """Commit message."""
     push_optimizer: bool = False
     """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
     `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
@@ -41,14 +41,15 @@ class PushOptions:
     def __post_init__(self) -> None:
         if self.verify_only is None:
             if self.model is None:
-                raise ValueError("Set --model FOLDER to push, or --verify-only ID to verify")
+                raise ValueError("Set --model FOLDER to push a model, or --verify-only ID to verify a repository")
             if self.revision is not None:
                 raise ValueError("--revision requires --verify-only. To push to a branch, set --branch")
             return
         for field in fields(self):
             if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one"
+                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one of "
+                    "these flags"
                 )
 
 
@@ -64,7 +65,7 @@ OPTIONS = PushOptions
 
 
 def run(options: PushOptions) -> None:
-    """Push and verify, or verify only."""
+    """Push a model and verify the pushed commit, or only verify a repository."""
     from ..hub.verify import verify
 
     if options.verify_only is None:
@@ -75,7 +76,7 @@ def run(options: PushOptions) -> None:
 
 
 def push(options: PushOptions) -> None:
-    """Check the permissions, push, and verify the commit."""
+    """Check the permissions, push the model, and verify the pushed commit."""
     from ..hub.adapters import check_adapter, is_adapter
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder

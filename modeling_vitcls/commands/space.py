@@ -1,7 +1,7 @@
-"""`vitcls space`: publish a Space with the labels of images and the attention of every special token.
+"""`vitcls space`: publish a Space with the predicted labels of images and the attention of every special token.
 
     vitcls space --model me/my-model --space-id me/my-model-demo
-    vitcls space --model me/my-model --output space      # only write its files
+    vitcls space --model me/my-model --output space      # only write the files
     vitcls space --model me/my-model --static            # the model runs in the browser
 
 `vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py, and a
@@ -31,15 +31,16 @@ class SpaceOptions:
     revision: str = "main"
     """Commit hash, branch or tag. A branch or tag is resolved to its current commit, which the Space keeps using."""
     space_id: str | None = None
-    """Space to push to. Default: the name of the model with -demo, in your account."""
+    """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
     private: bool = False
-    """Make the Space private if it is created."""
+    """Make the Space private if the push creates the Space."""
     title: str | None = None
     """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()
     """Image files to offer as examples."""
     static: bool = False
-    """Build a page that runs a copy of the model in the browser, with transformers.js. Requires a classifier."""
+    """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
+    classifier."""
     node_modules: Path | None = None
     """With --static: folder with the npm package @huggingface/transformers to copy. Default: the page loads
     transformers.js from a CDN."""
@@ -49,9 +50,9 @@ class SpaceOptions:
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of them")
+            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of these flags")
         if self.static and self.examples:
-            raise ValueError("--static does not support --examples. Omit one of them")
+            raise ValueError("--static does not support --examples. Omit one of these flags")
         if self.node_modules is not None and not self.static:
             raise ValueError("--node-modules requires --static")
 
@@ -75,28 +76,28 @@ def run(options: SpaceOptions) -> None:
             f"a static Space contains the weights, but {model.repo_id} is private or gated. Set --private"
         )
     silence_exporters()
-    with tempfile.TemporaryDirectory() as scratch:
-        export_for_transformers_js(f"{model.repo_id}@{model.commit}", Path(scratch))
-        files = build_static_space_files(model, Path(scratch), options.title, options.node_modules)
+    with tempfile.TemporaryDirectory() as export_folder:
+        export_for_transformers_js(f"{model.repo_id}@{model.commit}", Path(export_folder))
+        files = build_static_space_files(model, Path(export_folder), options.title, options.node_modules)
         publish(options, model, files)
 
 
-def publish(options: SpaceOptions, model: "PublishedModel", contents: "RepoFiles") -> None:
+def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFiles") -> None:
     """Push or write the files, and print their location."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import push_space, write_space
 
     if options.output is not None:
-        write_space(contents, options.output)
+        write_space(space_files, options.output)
         program = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
-        print(f"wrote {options.output}: run it with python {program}")
+        print(f"wrote {options.output}: show the page with python {program}")
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
     space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
-    values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
-    flags = [token for name, value in values.items() if value for token in to_arguments(name, value)]
+    flag_values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
+    flags = [token for name, value in flag_values.items() if value for token in to_arguments(name, value)]
     sdk: Literal["gradio", "static"] = "static" if options.static else "gradio"
-    pushed_space = push_space(contents, model, space_id, options.private, sdk, flags)
+    pushed_space = push_space(space_files, model, space_id, options.private, sdk, flags)
     print(f"pushed {model.repo_id} at {model.commit} as {pushed_space.url}")
     if model.needs_token and not options.static:
         print(

@@ -2,7 +2,7 @@
 
     vitcls study --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
-To continue an interrupted study, repeat its command. The study file is described in modeling_vitcls/study.py.
+To continue an interrupted study, repeat the command. The study file is described in modeling_vitcls/study.py.
 """
 
 import shlex
@@ -23,7 +23,7 @@ class StudyOptions:
     dataset: str | None = None
     """Dataset for all subsets, instead of the dataset in the study file."""
     jobs: int = 1
-    """Maximum number of runs at a time."""
+    """Maximum number of runs that are executed in parallel."""
     threads: int = 1
     """CPU threads per run."""
     memory_limit: float | None = None
@@ -32,14 +32,14 @@ class StudyOptions:
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: set it to 1 or more")
+                raise ValueError(f"--{name} is {getattr(self, name)}: set --{name} to 1 or more")
 
 
 OPTIONS = StudyOptions
 
 
 def run(options: StudyOptions) -> None:
-    """Execute the study. Exits with status 1 if runs failed."""
+    """Execute the study. Exit with status 1 if a run failed."""
     from ..study import load_study, run_study
 
     flags: dict[str, object] = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}

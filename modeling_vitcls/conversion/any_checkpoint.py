@@ -1,4 +1,4 @@
-"""Any checkpoint that this package supports -> the folder of a vitcls model, converted once and cached.
+"""Resolve any supported checkpoint to the folder of a vitcls model. Conversions are cached.
 
     resolve_checkpoint("runs/mine")                     a vitcls model: the folder itself
     resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: its download
@@ -6,9 +6,10 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
-A conversion is checked as by `vitcls convert`: it is cached only if its outputs equal the outputs of the source. Its
-parity report records the source, the commit and the versions. The cache is the folder `vitcls/converted` next to the
-cache of the Hub. If the source or the version of this package changes, the model is converted again.
+Conversions are checked in the same way as by `vitcls convert`: a converted model is cached only if the outputs equal
+the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
+`vitcls/converted` next to the cache of the Hub. If the source or the version of this package changes, the model is
+converted again.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ log = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
-    """Return the folder of a model: the source itself, its download, or its conversion.
+    """Return the folder of a vitcls model: the source itself, or the folder of the download or conversion.
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
             `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state dict.
-        files: Patterns of the required files of a vitcls model.
+        files: Patterns of the required files, if the source is a vitcls model.
 
     Raises:
-        ValueError: If the source is not supported, or its conversion is not exact.
+        ValueError: If the source is not supported, or the conversion is not exact.
         OSError: If the source cannot be found or read.
     """
     if source.startswith(PREFIXES) or Path(source).is_file():
@@ -54,11 +55,11 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
             return convert_once(f"transformers:{pinned_name}")
         case (None, str()):  # a model saved by timm
             return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
-    return folder  # a vitcls model; errors about other models are raised where they are loaded
+    return folder  # a vitcls model; unsupported models raise an error when the model is loaded
 
 
 def pin_revision(source: str) -> str:
-    """Return the name of a model on the Hub with the hash of its commit; other names are returned unchanged."""
+    """Return the name of a model on the Hub with the commit hash. Other names are returned unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:") or Path(name).exists():
@@ -68,7 +69,7 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether `pinned_source` is `source` with the hash of a commit, instead of none, a branch or a tag."""
+    """Return whether `pinned_source` is `source` with a commit hash instead of a branch, a tag or no revision."""
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
@@ -80,13 +81,13 @@ def read_model_types(folder: str) -> tuple[str | None, str | None]:
     try:
         config = read_json(Path(folder, CONFIG))
         return config.get("model_type"), config.get("architecture")
-    except (OSError, ValueError, AttributeError):  # reported where the model is loaded
+    except (OSError, ValueError, AttributeError):  # reported when the model is loaded
         return None, None
 
 
 def convert_once(source: str) -> str:
-    """Return the cached conversion of a source that `vitcls convert` accepts; convert it if there is none."""
-    from .convert import convert_checkpoint  # imports many models of transformers
+    """Return the folder of the cached conversion of a source. Convert the source if the cache has no conversion."""
+    from .convert import convert_checkpoint  # slow, because it imports many models of transformers
 
     folder = get_cache_folder() / compute_cache_name(source)
     if not (folder / CONFIG).is_file():
@@ -96,17 +97,20 @@ def convert_once(source: str) -> str:
 
 
 def get_cache_folder() -> Path:
-    """Return the folder of all conversions."""
+    """Return the folder that contains all cached conversions."""
     return Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted"
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion, which changes with the source's files and the version of this
-    package."""
+    """Return the folder name of a conversion. The name changes if the files of the source or the version of this
+    package change."""
     path = Path(source.partition(":")[2] if source.startswith(PREFIXES) else source)
-    facts: list[object] = [pin_revision(source), __version__]
+    cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        facts += [str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
-    readable_name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in path.name)
-    return f"{readable_name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+        cache_key += [
+            str(path.resolve()),
+            *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+        ]
+    readable_name = "".join(character if character.isalnum() or character in "-_." else "-" for character in path.name)
+    return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"

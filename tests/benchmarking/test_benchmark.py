@@ -38,7 +38,7 @@ from modeling_vitcls.benchmarking.own_features import (
     build_attention_inputs,
     build_model,
     check_attention,
-    check_feature_off,
+    check_disabled_feature,
 )
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
@@ -54,7 +54,7 @@ from modeling_vitcls.benchmarking.peers import (
 )
 from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
 from modeling_vitcls.benchmarking.training_runs import DIGITS, SuspendedRun, save_models
-from modeling_vitcls.benchmarking.work import WORK, compare
+from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
 
 
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
@@ -130,7 +130,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
-    assert [each.name for each in found] == list(WORK[name].rows)
+    assert [each.name for each in found] == list(WORK_KINDS[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
 
@@ -271,7 +271,7 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
     assert all(entry["device"] == "cpu" and entry["largest_difference_of_outputs"] == 0 for entry in entries)
     merging = build_model(TOY, merged_patches_per_layer=4)
     with raises_one_line(names[0], "set to 0", "the outputs differ"):
-        check_feature_off(INEXACT_ROWS[names[0]], merging, TOY, names[0])
+        check_disabled_feature(INEXACT_ROWS[names[0]], merging, TOY, names[0])
 
 
 @pytest.mark.parametrize("name", INEXACT_ROWS)

@@ -273,7 +273,7 @@ def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
     figure = plot_growth([each.to_dict() for each in (*some, other)], "Some machine")
     assert [axes.get_title() for axes in figure.axes] == ["Batch", ""]
     assert set(get_lines(figure, 0)) == {OURS, "timm"}
-    assert "except on their axes" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
+    assert "unless varied" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
     write_reports([*some, other], None, None, tmp_path / "folder" / "growth.svg")
     assert "<svg" in (tmp_path / "folder" / "growth.svg").read_text()
     with raises_one_line("--plot requires growth"):
@@ -309,7 +309,7 @@ def test_reports_name_the_accelerator_where_it_was_used(
     write_reports(found, None, None, file)
     print_tables(found)
     printed = capsys.readouterr().out
-    assert "peak memory in MiB, excluding memory in use before" in printed
+    assert "peak memory in MiB, excluding memory in use before the measurement" in printed
     reports = (format_markdown(found).splitlines()[-1], printed, file.read_text())
     assert [name in report for report in reports] == [device == "cuda"] * 3
     other = Comparison("pixels", "row", "transformers", [1.0], [1.0], 0.0, {})

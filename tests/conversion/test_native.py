@@ -122,7 +122,10 @@ def test_the_command(tmp_path: Path) -> None:
         ({"to": "transformers"}, "--to transformers requires --model"),
         ({"to": "transformers", "model": "x", "source": "timm:x"}, "does not support --source"),
         ({"model": "x"}, "requires --source"),
-        ({"source": "mine"}, "mine is a ViTCLS model already. Use it as --model, or set --to transformers --model"),
+        (
+            {"source": "mine"},
+            "mine is already a ViTCLS model. To convert the model to transformers, set --to transformers --model mine",
+        ),
     ],
 )
 def test_wrong_flags(

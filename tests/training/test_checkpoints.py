@@ -411,7 +411,7 @@ def no_room_message(store: CheckpointStore) -> str:
     message = str(raised.value)
     assert "\n" not in message
     assert f"cannot write the checkpoint of step 20 to {store.folder}" in message
-    assert "It requires 5 MB" in message and "--resume" in message
+    assert "The checkpoint requires 5 MB" in message and "--resume" in message
     return message
 
 
