@@ -44,7 +44,7 @@ def compute_token_attention(
 
 @contextmanager
 def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
-    """Call `record(layer, query, key, value, mask, scaling, attended)` in each of `layers` within the context.
+    """Call `record(layer, query, key, value, mask, scaling, attn_output)` in each of `layers` within the context.
 
     Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
     """

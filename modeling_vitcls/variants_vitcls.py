@@ -37,9 +37,9 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        attended, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
-        attended = self.layernorm_before(self.dropout(attended))
-        hidden_states = self.add_branch(hidden_states[:, :num_tokens], attended, self.layer_scale1)
+        attn_output, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        attn_output = self.layernorm_before(self.dropout(attn_output))
+        hidden_states = self.add_branch(hidden_states[:, :num_tokens], attn_output, self.layer_scale1)
         transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
         return self.add_branch(hidden_states, transformed, self.layer_scale2)
 
@@ -65,8 +65,8 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         normalized = self.layernorm_before(hidden_states)
-        attended, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
-        branch = self.dropout(attended) + self.dropout(self.mlp(normalized[:, :num_tokens]))
+        attn_output, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
+        branch = self.dropout(attn_output) + self.dropout(self.mlp(normalized[:, :num_tokens]))
         return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
 
 
@@ -106,8 +106,8 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalized difference between the outputs of both maps, [B, n, heads, head_dim]."""
-        attended, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
-        first_output, second_output = attended.unflatten(2, (-1, 2)).unbind(3)
+        attn_output, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
+        first_output, second_output = attn_output.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.second_share * second_output), weights
 
 
@@ -351,8 +351,8 @@ class MergingAttention(ViTCLSAttention):
             raise ValueError(
                 "merged_patches_per_layer does not support tensor parallelism. Set merged_patches_per_layer=0."
             )
-        attended, _ = super().attend(query, key, value, attention_mask, **kwargs)
-        return attended, key.mean(dim=1)
+        attn_output, _ = super().attend(query, key, value, attention_mask, **kwargs)
+        return attn_output, key.mean(dim=1)
 
 
 class MergingLayer(ViTCLSLayer):
@@ -390,8 +390,8 @@ class MergingLayer(ViTCLSLayer):
         tokens, bias = groups.collect(hidden_states), groups.get_attention_bias(hidden_states.dtype)
         if num_tokens is not None:  # only special tokens are computed, so no patches are merged
             return super().forward(tokens, bias, position_embeddings, num_tokens, **kwargs), groups
-        attended, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
-        tokens = self.add_branch(tokens, self.dropout(attended), self.layer_scale1)
+        attn_output, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
+        tokens = self.add_branch(tokens, self.dropout(attn_output), self.layer_scale1)
         tokens, groups = self.merge(tokens, keys, groups)  # [B, T - r, D]
         transformed = self.mlp(self.layernorm_after(tokens))
         tokens = self.add_branch(tokens, self.dropout(transformed), self.layer_scale2)
