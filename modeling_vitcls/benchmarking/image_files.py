@@ -200,7 +200,7 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
         source = open_image_files([str(folder / "photographs")])
-        rows = predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images)
+        rows = predictor.iterate_rows(source, [range(source.num_images)], chunk_size=source.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict

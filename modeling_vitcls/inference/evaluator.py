@@ -2,9 +2,9 @@
 
     images -> images of this process -> pixel_values and labels -> model -> metrics over all processes
 
-All processes run the same number of batches of the same size, as sharded models require. The images are distributed in
-rounds of one batch per process, and the last round is padded with blank images, which have no labels and are not
-counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
+All processes run the same number of batches of the same size, because sharded models require this. The images are
+distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
+are not counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
 
 Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """
@@ -31,22 +31,22 @@ from ..options import DataOptions
 from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
-MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
-NUM_DECIMALS = 6  # number of decimals of metrics
+MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of preprocessed images per process, in bytes
+NUM_DECIMALS = 6  # number of decimals in reported metrics
 
 
 @dataclass
 class HeldOutBatch:
-    """One batch of a process: the readable images, and the error messages of unreadable images."""
+    """One batch of a process: the readable images with labels, and the error messages for unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
-    labels: Any  # labels of the G readable images; the type depends on their kind
-    unreadable: dict[int, str]  # error messages by index of the unreadable image
+    labels: Any  # labels of the G readable images; the type depends on the kind of labels
+    unreadable: dict[int, str]  # index of each unreadable image -> error message
 
 
 @dataclass
 class HeldOutImages(Dataset):
-    """A dataset that contains the batches of one process."""
+    """A dataset whose items are the batches of one process."""
 
     source: LabeledImages
     processor: ViTCLSImageProcessor
@@ -99,16 +99,16 @@ class Evaluator:
     """Evaluates models on the same images.
 
     Args:
-        images: all images and labels, on every process.
+        images: all images and labels; the same on every process.
         processor: image processor that returns `pixel_values`.
-        label_space: label space of the images, in the order of the model's logits.
+        label_space: names of the labels, in the order of the model's logits.
         batch_size: number of images per process and forward pass.
-        num_workers: number of worker processes per process; 0 prepares the images in the process itself.
-        accelerator: device, precision and processes.
-        max_broken_images: maximum number of unreadable images, which are skipped; if there are more, the evaluation
-            stops.
-        warn: function that prints a warning, called once for each unreadable image, on the main process.
-        num_channels: number of channels of the model; images with a different number count as unreadable.
+        num_workers: number of data loading workers per process; with 0, images are loaded in the process itself.
+        accelerator: the accelerator, which defines the device, the precision and the processes.
+        max_broken_images: maximum number of unreadable images. Unreadable images are skipped, and more of them stop
+            the evaluation.
+        warn: function that prints a warning; called on the main process, once for each unreadable image.
+        num_channels: number of input channels of the model. Images with another number of channels are unreadable.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.messages: dict[int, str] = {}  # error messages by index of the unreadable image, on all processes
+        self.messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
         self.unreadable = UnreadableImages(
             self.messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
@@ -146,17 +146,18 @@ class Evaluator:
     def __call__(
         self, model: nn.Module, show_progress: Callable[["CachedBatches"], Iterable[HeldOutBatch]] = iter
     ) -> dict[str, Any]:
-        """Return the metrics of a model in evaluation mode, as defined in metrics.py for the kind of labels.
+        """Evaluate a model that is in evaluation mode, and return the metrics for the kind of labels (metrics.py).
 
-        Numbers come before lists and dicts. The first number is the metric for comparing models. `num_broken_images`
-        is added, and unreadable images are not included in `num_images`. Floats are rounded to six decimals.
+        In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
+        models. `num_broken_images` is the number of unreadable images, which `num_images` excludes. Floats are rounded
+        to six decimals.
 
         Args:
             model: the model, either prepared by `Accelerator.prepare` or on the device of the accelerator.
-            show_progress: function that yields the batches of this process and shows progress.
+            show_progress: function that receives the batches of this process, yields the batches and shows progress.
 
         Raises:
-            ValueError: if too many images, or all images, are unreadable.
+            ValueError: if all images are unreadable, or if more than `max_broken_images` images are unreadable.
             RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
@@ -189,21 +190,21 @@ class Evaluator:
             return model(self.pad_batch(model, batch.pixel_values))
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Return pixel values [G, C, H, W] padded with blank images to [B, C, H, W], on the device."""
+        """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
-        num_missing = self.batch_size - len(pixel_values)
-        if num_missing:
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])])
+        num_padding = self.batch_size - len(pixel_values)
+        if num_padding:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
 
 
 class ReconstructionEvaluator(Evaluator):
     """Evaluates a masked autoencoder.
 
-    The label of an image is its index, which determines its mask independently of the number of processes and the
-    batch size.
+    The label of an image is the index of the image. The mask depends only on this index and on `mask_seed`, and not on
+    the number of processes or the batch size.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class ReconstructionEvaluator(Evaluator):
         mask_seed: int,
         **options: Any,
     ) -> None:
-        """See `Evaluator` for `options`. `mask_generator` and `mask_seed` determine the masks."""
+        """Initialize the evaluator. `options` are the other arguments of `Evaluator`."""
         super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **options)
         self.mask_generator = mask_generator
         self.mask_seed = mask_seed
@@ -224,7 +225,7 @@ class ReconstructionEvaluator(Evaluator):
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Pad a batch with blank images, which have no masked patches and no loss, and return the model outputs."""
+        """Pad a batch with blank images and return the model outputs. Blank images have no masked patches."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
@@ -234,14 +235,13 @@ class ReconstructionEvaluator(Evaluator):
             return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device))
 
     def build_mask(self, index: int) -> torch.Tensor:
-        """Return the mask of one image, [rows * columns], True for masked patches."""
+        """Return the mask [rows * columns] of one image, which is True for masked patches."""
         generator = torch.Generator().manual_seed(derive_seed(self.mask_seed, index))
         return self.mask_generator(1, torch.device("cpu"), generator)[0]
 
 
 class CachedBatches:
-    """The batches of a process, in order. The batches are kept in memory after the first pass if they fit in the
-    cache."""
+    """An iterable over the batches of a process, which are cached during the first pass if they fit in the cache."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(
@@ -249,7 +249,7 @@ class CachedBatches:
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
+            generator=torch.Generator(),  # separate, so that evaluation does not affect training
         )
         self.cache: list[HeldOutBatch] | None = None
 
@@ -267,13 +267,13 @@ class CachedBatches:
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:
-                cache.append(copy.deepcopy(batch))  # copied out of shared memory, which keeps a file open per tensor
+                cache.append(copy.deepcopy(batch))  # shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats, including floats in lists and dicts, rounded to six decimals."""
+    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, NUM_DECIMALS)
     if isinstance(value, list):

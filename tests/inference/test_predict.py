@@ -507,14 +507,16 @@ def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path) -> Non
     rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
     for number in range(3):
         assert not folder.is_complete(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
     assert folder.is_complete(9) and not folder.is_complete(13)
     assert folder.count_rows(9) == (9, 1)
     for number, kept in ((1, rows[4:7]), (2, [])):
-        write_rows(kept, get_output_columns({}), folder.get_file(number))
-        with raises_one_line(f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete it and restart"):
+        write_rows(kept, get_output_columns({}), folder.get_shard_file(number))
+        with raises_one_line(
+            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and restart"
+        ):
             folder.count_rows(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
 
 
 def test_a_second_start_must_have_the_same_options(
@@ -547,7 +549,7 @@ def test_a_second_start_must_have_the_same_options(
     assert again() == PredictionCounts(9, 0)
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
     (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet is damaged", "Delete it and restart"):
+    with raises_one_line("shard-000002.parquet is damaged", "Delete the file and restart"):
         again()
     flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
     assert run(monkeypatch, *flags) == 1
@@ -574,7 +576,7 @@ def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
 
 def test_batches_do_not_cross_shards() -> None:
     images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
-    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece_size=5)]
+    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, chunk_size=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
 
 
@@ -695,7 +697,7 @@ def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest
         folder.get_heartbeat_file(1).unlink()  # as after an error
         with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
             folder.wait_for_shards(4, 2)
-        folder.get_file(0).touch()
+        folder.get_shard_file(0).touch()
         folder.wait_for_shards(4, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
 
@@ -720,7 +722,7 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
     weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     model.save_pretrained(lost, state_dict=weights)
     for source, words in {
-        models / "encoder": "contains ViTCLSModel. Fine-tune it first",
+        models / "encoder": "contains ViTCLSModel. Fine-tune the model first",
         models / "masked": "contains ViTCLSForMaskedImageModeling",
         lost: "does not contain classifier.bias",
         tmp_path: "no file named model.safetensors",
