@@ -559,9 +559,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         if not config.reshape_hidden_states and not config.num_cls_tokens:
-            raise ValueError(
-                "reshape_hidden_states=False requires a CLS token, not num_cls_tokens=0: set num_cls_tokens=1"
-            )
+            raise ValueError("reshape_hidden_states=False requires a CLS token. Set num_cls_tokens to 1 or more.")
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple
