@@ -204,7 +204,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B, C, H, W] float32.
     An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL
-    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists the file formats.
+    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists all file formats.
 
     Steps before resizing:
         - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame is used.
@@ -230,7 +230,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
             down as in transformers, or half to even as in torchvision and timm. A call cannot override this setting.
-        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`. `False` for floats in [0, 1].
+        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for floats in [0, 1]).
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
         image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled values per channel.
@@ -302,7 +302,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
         file, name = BytesIO(source), f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
         name = shorten(str(source))
-        file = BytesIO(download(str(source), name))
+        file = BytesIO(read_url(str(source), name))
     else:
         file, name = os.fspath(source), shorten(os.fspath(source))
     try:
@@ -324,7 +324,7 @@ def get_image_formats() -> tuple[str, ...]:
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
-def download(url: str, name: str) -> bytes:
+def read_url(url: str, name: str) -> bytes:
     """Return the content of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
@@ -342,7 +342,7 @@ def shorten(text: str) -> str:
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first 300 characters of the first line of an error message, or the error type if it is empty."""
+    """Return the first line of an error message (at most 300 characters), or the error type if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -462,7 +462,7 @@ def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
-        raise ValueError("cannot composite transparent floats outside 0 to 1: set do_convert_rgb=False")
+        raise ValueError("cannot composite transparent images with floats outside 0 to 1: set do_convert_rgb=False")
     color, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
     blended = color * alpha + white * (1 - alpha)
     return blended if pixels.is_floating_point() else blended.round().to(pixels.dtype)

@@ -115,8 +115,8 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
     Attributes:
         loss: sum of `losses`, if labels were given.
-        losses: dict of the losses of all tasks with labels.
-        logits: dict of the logits [B, num_labels] of all tasks.
+        losses: dict from task names to losses, for tasks with labels.
+        logits: dict from task names to logits [B, num_labels].
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -157,7 +157,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights (truncated normal), biases (zero; as in ViT, DeiT) and tokens (`config.token_init`)."""
+        """Initialize weights (truncated normal), biases (zero, like ViT and DeiT) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
@@ -223,8 +223,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
-        Only matrix products and convolutions are counted; a multiply-add is two operations. In the last layer, only
-        the computed tokens are counted. `image_size` is in pixels and defaults to `config.image_size`.
+        Only matrix products and convolutions are counted; a multiply-add counts as two. In the last layer, only the
+        computed tokens are counted. `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
@@ -281,7 +281,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         Args:
             pixel_values: [B, C, H, W]; images of any size with at least one patch.
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced by the mask token.
-            attention_mask: [B, N] for all tokens, special tokens first; 1 for tokens that can be attended to, or 0.
+            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for masked tokens.
             num_tokens_read: number of special tokens to compute in the last layer and to return. Default: all tokens.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
@@ -362,7 +362,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers with newly initialized ones, or remove them if `num_classes` is 0, as in timm."""
+        """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (same method as in timm)."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()
@@ -581,7 +581,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
             if stage in self.out_features
         ]
         return BackboneOutput(
-            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # transformers types it as a tuple of one
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # annotated as a tuple of length one
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -105,7 +105,7 @@ class ModelOptions:
     narrow models learn slowly with the usual value of 0.02."""
 
     def get_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that are set."""
+        """Return the fields of ViTCLSConfig that these options set."""
         return {name: value for name, value in vars(self).items() if name != "model" and value is not None}
 
 
@@ -170,7 +170,7 @@ class TrainingOptions:
     random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
-    layer to the layer before. Tokens and position embeddings precede the first layer. 1: the same learning rate for
+    layer to the previous layer. Tokens and position embeddings precede the first layer. 1: the same learning rate for
     all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
     warmup: float = 0.1
     """Fraction of the training steps used for learning rate warmup."""
@@ -286,7 +286,7 @@ class RunOptions:
     hub_private: bool = False
     """If the repository does not exist, create a private repository."""
     hub_verify: bool = True
-    """Load the pushed commit in a new process, and compare the model outputs with the saved model."""
+    """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
     hub_checkpoint_every: int | None = None
     """Number of steps between pushes of the model to --hub-checkpoint-branch, in the background. Default: off.
     Requires --push-to-hub."""
@@ -416,8 +416,8 @@ class ImageOptions:
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. The batch size is smaller if complete attention maps are
-    computed, to save memory."""
+    """Maximum number of images per process and forward pass. To save memory, the batch size is smaller if complete
+    attention maps are computed."""
 
 
 @dataclass(frozen=True)
@@ -466,8 +466,8 @@ class PredictOptions(ImageOptions):
         if self.features and (self.output is None or suffix == ".csv"):
             output = "a table" if self.output is None else "CSV"
             raise ValueError(
-                f"--features {self.features} requires an output for long vectors, not {output}. Set --output to "
-                "a .parquet, .json or .jsonl file, or to a folder."
+                f"--features {self.features} requires an output format for long vectors, not {output}. Set --output "
+                "to a .parquet, .json or .jsonl file, or to a folder."
             )
 
 
@@ -516,7 +516,7 @@ class InspectOptions(ImageOptions):
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
-    """Raise ValueError with the name and value of a flag unless `is_valid`."""
+    """Raise ValueError with the name and value of a flag unless `is_valid` is True."""
     if not is_valid:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
 

@@ -31,7 +31,7 @@ def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | Mixe
 
 
 class AxialRotaryPositions(nn.Module):
-    """Rotary positions with one half of the channels for rows, one for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
+    """Rotary positions, half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class MixedRotaryPositions(nn.Module):
 
 
 def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` is the axis order.
+    """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` sets the axis order.
 
     Mixed rotary positions use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """

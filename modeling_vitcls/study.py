@@ -5,7 +5,7 @@ A study file (scripts/recipes/study_*.yaml) contains
     answer             the conclusion in one sentence, added after the measurement (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
     subsets            name -> {dataset, num_images, seed}: random training subsets (optional)
-    stages             stage -> flags of that vitcls subcommand; stages run in the order of STAGES
+    stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
     metrics            names of numbers in results.json, for the tables
     baseline           factor -> level to which the other levels are compared
@@ -107,7 +107,7 @@ def load_study(file: Path) -> Study:
     if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
         raise ValueError(f"{file} has no value for {', '.join(missing_keys)}. Set all required keys")
     if unknown_keys := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
-        raise ValueError(f"{file} has unknown keys: {', '.join(unknown_keys)}. Remove or correct them")
+        raise ValueError(f"{file} has unknown keys: {', '.join(unknown_keys)}. Remove or correct these keys")
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
         for name, levels in content["factors"].items()
@@ -115,7 +115,7 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the level of the baseline {factor}: {level} is not defined in factors")
+            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of the factor in `factors`")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
@@ -170,7 +170,7 @@ class StudyRunner:
         runs = self.study.plan_runs()
         waiting_runs = [run for run in runs if not self.is_finished(run)]
         num_finished = len(runs) - len(waiting_runs)
-        print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
+        print(f"{len(runs)} runs ({num_finished} already finished)", flush=True)
         running_processes: list[RunProcess] = []
         try:
             while waiting_runs or running_processes:
@@ -180,19 +180,20 @@ class StudyRunner:
                     running_processes.append(self.start_run(waiting_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running_processes)
-                for item in [item for item in running_processes if item.process.poll() is not None]:
-                    if item.process.returncode == 0 and (stage := next(item.stages, None)) is not None:
-                        item.process = self.start_process(item.run, *stage)
+                ended_processes = [entry for entry in running_processes if entry.process.poll() is not None]
+                for run_process in ended_processes:
+                    if run_process.process.returncode == 0 and (stage := next(run_process.stages, None)) is not None:
+                        run_process.process = self.start_process(run_process.run, *stage)
                         continue
-                    running_processes.remove(item)
+                    running_processes.remove(run_process)
                     num_finished += 1
-                    self.durations.append(time.monotonic() - item.start_time)
-                    self.print_progress(item, num_finished, len(waiting_runs) + len(running_processes))
+                    self.durations.append(time.monotonic() - run_process.start_time)
+                    self.print_progress(run_process, num_finished, len(waiting_runs) + len(running_processes))
         finally:
-            for item in running_processes:
-                item.process.send_signal(signal.SIGTERM)  # makes the run save a checkpoint
-            for item in running_processes:
-                item.process.wait()
+            for run_process in running_processes:
+                run_process.process.send_signal(signal.SIGTERM)  # makes the run save a checkpoint
+            for run_process in running_processes:
+                run_process.process.wait()
 
     def get_run_folder(self, run: StudyRun) -> Path:
         """Return the folder of a run."""
@@ -259,29 +260,27 @@ class StudyRunner:
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
         """Update the memory of the largest run so far."""
-        for item in running_processes:
+        for run_process in running_processes:
             try:
-                process = psutil.Process(item.process.pid)
+                process = psutil.Process(run_process.process.pid)
                 process_tree = [process, *process.children(recursive=True)]
                 used_bytes = sum(member.memory_info().rss for member in process_tree)
             except psutil.Error:  # the process has just ended
                 continue
             self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
-    def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
-        """Print one line about a run that has ended."""
-        levels = ", ".join(f"{factor} {level}" for factor, level in item.run.levels.items())
-        log = (self.get_run_folder(item.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
+    def print_progress(self, run_process: RunProcess, num_finished: int, num_left: int) -> None:
+        """Print one line about a run that has run_process."""
+        levels = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
+        log = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log.strip().splitlines()[-1]}"  # the log contains at least the command
-        if item.process.returncode == 0:
-            row = build_row(self, item.run)
+        if run_process.process.returncode == 0:
+            row = build_row(self, run_process.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.durations) / len(self.durations) * num_left / self.jobs
         remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
-        print(
-            f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{remaining_time}",
-            flush=True,
-        )
+        run_name = f"{levels}, seed {run_process.run.seed}"
+        print(f"[{num_finished}/{num_finished + num_left}] {run_name}: {result}{remaining_time}", flush=True)
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -344,7 +343,7 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
 
 
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of the 95 % confidence interval (Student's t), or NaN for a single value."""
+    """Return the mean and the half width of the 95 % confidence interval (Student's t; NaN for a single value)."""
     import numpy as np
     from scipy import stats
 
@@ -360,18 +359,18 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
     seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
-    parts = [f"# {study.title}", study.question]
+    sections = [f"# {study.title}", study.question]
     if study.answer:
-        parts.append(f"**Answer:** {' '.join(study.answer.split())}")
+        sections.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
         groups = group_values(study, finished_rows, metric)
         if groups:
             image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
             draw_groups(groups, metric, runner.folder / image)
             table = format_table(study, groups, metric)
-            parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
+            sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
-    parts.append(
+    sections.append(
         f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
         f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
         f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
@@ -380,12 +379,12 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )
     page = runner.folder / "README.md"
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
 
 
 def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """Return the values of a metric, grouped by combination of levels, as dicts from seeds to values."""
+    """Return a dict from combinations of levels to the values of a metric by seed."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         if metric in row:

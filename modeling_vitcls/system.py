@@ -150,8 +150,8 @@ def get_peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: the memory of the GPU, or the memory of this process for other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
 def reset_peak_memory(device: torch.device) -> None:

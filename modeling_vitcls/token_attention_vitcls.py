@@ -70,7 +70,7 @@ def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
 
 
 def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
-    """Return non-negative layer indices. Raises ValueError if there are none, or if an index is out of range."""
+    """Return non-negative layer indices. Raises ValueError if `layers` is empty, or if an index is out of range."""
     if layers == "all":
         return list(range(num_layers))
     if isinstance(layers, str) or not layers:

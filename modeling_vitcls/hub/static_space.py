@@ -32,8 +32,8 @@ DESCRIPTION = """
 Select an image to see the predictions of the Vision Transformer [{model}]({address}) and the attention of its CLS
 token.
 
-The model runs in the browser, with transformers.js. Images are not uploaded. The folder `{folder}/` was exported from
-commit [`{commit}`]({address}/tree/{commit}).
+The model runs in the browser, with transformers.js. Images are not uploaded. The model in `{folder}/` was exported
+from commit [`{commit}`]({address}/tree/{commit}).
 """
 
 
@@ -46,8 +46,8 @@ def build_static_space_files(
         model: The model on the Hub.
         exported_folder: The folder written by `export_for_transformers_js`.
         title: Title of the page.
-        node_modules: The node_modules folder with the npm package `@huggingface/transformers`, to copy transformers.js
-            to the Space. By default, the page loads transformers.js from a CDN.
+        node_modules: The node_modules folder with the npm package `@huggingface/transformers`. The files that the page
+            loads are copied to the Space. By default, the page loads transformers.js from a CDN.
 
     Raises:
         ValueError: If `node_modules` does not contain a file that the page loads.

@@ -3,7 +3,7 @@
     reference, _ = collect_outputs(PackageLoader(folder))
 
 Auto classes, the pipeline function and `trust_remote_code` are not used. Only JSON and safetensors files are read from
-the folder, and none of its Python files is run, so the folder may come from an unknown author. The counterpart is
+the folder. Python files in the folder are not run, so the folder may come from an unknown author. The counterpart is
 `HubLoader` in verification_script.py.
 """
 
@@ -51,12 +51,12 @@ class PackageLoader:
         return ViTCLSConfig.from_pretrained(self.folder)
 
     def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
-        """Load the model in float32 with the class for an Auto class; return the model and the loading info."""
-        classes = MODEL_CLASSES[auto_class]
+        """Load the model in float32 with a class from `MODEL_CLASSES`; return the model and the loading info."""
+        model_classes = MODEL_CLASSES[auto_class]
         configured_classes = (
-            model_class for model_class in classes if model_class.__name__ in (config.architectures or ())
+            model_class for model_class in model_classes if model_class.__name__ in (config.architectures or ())
         )
-        return next(configured_classes, classes[0]).from_pretrained(
+        return next(configured_classes, model_classes[0]).from_pretrained(
             self.folder, use_safetensors=True, **FLOAT32_OPTIONS
         )
 

@@ -1,4 +1,4 @@
-"""Load a published model in a process without this package, and save its outputs.
+"""Load a published model in a process without this package, and save the outputs of the model.
 
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
@@ -76,9 +76,9 @@ def main(request_file: Path) -> None:
 
 
 def list_cached_commits(repo_id: str) -> list[str]:
-    """Return the hashes of the commits of a repository that have files in the cache."""
-    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
-    return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
+    """Return the hashes of the commits whose files are in the cache of a repository."""
+    cache_folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    return sorted(snapshot.name for snapshot in (cache_folder / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class HubLoader:
 
 
 def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
-    """Compute the outputs of a model, its image processors and the pipeline for fixed inputs.
+    """Compute the outputs of the model, the image processors and the pipeline for fixed inputs.
 
     Args:
         loader: `HubLoader`, or `PackageLoader` of verification_reference.py.

@@ -60,7 +60,7 @@ from .verification_script import HubLoader, Outputs, collect_outputs
 # Maximum absolute difference from a reference tensor in float32, relative to the largest absolute value of the
 # reference tensor if this value exceeds 1.
 TOLERANCE = 1e-6
-TIMEOUT = 60.0  # maximum time without a response of the Hub, in seconds
+TIMEOUT = 60.0  # maximum time without a response from the Hub, in seconds
 PIN_ADVICE = "load the model at a pinned commit, because loading runs the code in the repository:"
 
 # Environment variables that the new process inherits, in upper or lower case: locations of programs and libraries,
@@ -94,7 +94,7 @@ class VerificationReport:
     num_files: int  # number of files whose hashes were checked
     classes: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
     differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference of the outputs
-    versions: dict[str, str]  # versions of the libraries
+    versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # commit of the code if another repository contains the code
     is_native: bool = False  # whether the model classes are part of transformers, not of the repository
@@ -199,7 +199,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
 
 
 def download_files(model: HubCommit, target: Path) -> int:
-    """Download the files of a model and return their number. Raises NotVerified if a file has a wrong hash."""
+    """Download the files of a model and return the number of files. Raises NotVerified if a file has a wrong hash."""
     repo_id, commit = model.repo_id, model.commit
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
@@ -318,7 +318,7 @@ def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
 
 
 def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], module_prefix: str) -> None:
-    """Raise NotVerified unless the process loaded all weights, and only the expected commits and modules."""
+    """Raise NotVerified unless the process loaded all weights, and loaded only the expected commits and modules."""
     repo_id, commit = model.repo_id, model.commit
     if report["has_package"]:
         raise NotVerified("the new process imported modeling_vitcls, so it did not test the published code")

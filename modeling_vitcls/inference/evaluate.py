@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
     evaluator: Evaluator
     split: str
     rule: HeldOutRule | None  # rule that selected the held-out images; None if the dataset has an evaluation split
-    warning: str | None  # why the model may have been trained on the images; None if there is no such reason
+    warning: str | None  # warning that the model may have been trained on the images, or None
 
 
 def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
@@ -63,7 +63,7 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         record = read_record(folder)
         label_space, images, split, rule = load_evaluation_data(options.data, options.split, record)
-    warning = None if rule is None else describe_unknown_split(options.model, record, images)
+    warning = None if rule is None else describe_possible_overlap(options.model, record, images)
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
@@ -154,7 +154,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         console.print(f"saved {options.output}", markup=False)
 
 
-def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
+def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
     """Return a warning that the model may have been trained on held-out images.
 
     Return None if the same images were held out when the model was trained.

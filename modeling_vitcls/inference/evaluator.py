@@ -41,7 +41,7 @@ class HeldOutBatch:
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
     labels: Any  # labels of the G readable images; the type depends on the kind of labels
-    unreadable: dict[int, str]  # index of each unreadable image -> error message
+    error_messages: dict[int, str]  # index of each unreadable image -> error message
 
 
 @dataclass
@@ -65,7 +65,7 @@ class HeldOutImages(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
-        pixel_values, labels, unreadable = [], [], {}
+        pixel_values, labels, error_messages = [], [], {}
         for image_index in self.batches[index]:
             if image_index >= len(self.source):
                 break
@@ -76,11 +76,11 @@ class HeldOutImages(Dataset):
                 pixel_values.append(pixels)
                 labels.append(self.source.labels[image_index])
             except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
-                unreadable[image_index] = str(error)
+                error_messages[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
             COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
-            unreadable,
+            error_messages,
         )
 
 
@@ -105,8 +105,8 @@ class Evaluator:
         batch_size: number of images per process and forward pass.
         num_workers: number of data loading workers per process; with 0, images are loaded in the process itself.
         accelerator: the accelerator, which defines the device, the precision and the processes.
-        max_broken_images: maximum number of unreadable images. Unreadable images are skipped, and more of them stop
-            the evaluation.
+        max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
+            are unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
         num_channels: number of input channels of the model. Images with another number of channels are unreadable.
     """
@@ -127,9 +127,9 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
-        self.unreadable = UnreadableImages(
-            self.messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
+        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
+        self.unreadable_images = UnreadableImages(
+            self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
         own_images = HeldOutImages(
             images,
@@ -161,24 +161,25 @@ class Evaluator:
             RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
-        unreadable: dict[int, str] = {}
+        error_messages: dict[int, str] = {}
         for batch in show_progress(self.batches):
-            unreadable |= batch.unreadable
+            error_messages |= batch.error_messages
             labels = send_to_device(batch.labels, self.accelerator.device)
             metrics.update(self.compute_outputs(model, batch), labels)
 
-        unreadable = dict(gather_object(list(unreadable.items())))
-        self.messages |= unreadable
-        self.unreadable.add(sorted(unreadable))
-        if len(unreadable) == self.num_images:
+        error_messages = dict(gather_object(list(error_messages.items())))
+        self.error_messages |= error_messages
+        self.unreadable_images.add(sorted(error_messages))
+        num_unreadable = len(error_messages)
+        if num_unreadable == self.num_images:
             raise ValueError(f"evaluation requires images, but none of the {self.num_images} images can be read")
         values = round_floats(metrics.compute())
-        if values["num_images"] + len(unreadable) != self.num_images:
+        if values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {values['num_images']} images and {len(unreadable)} unreadable images of "
+                f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images of "
                 f"{self.num_images}. This is a bug"
             )
-        return select_scalars(values) | {"num_broken_images": len(unreadable)} | values
+        return select_scalars(values) | {"num_broken_images": num_unreadable} | values
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""
@@ -249,7 +250,7 @@ class CachedBatches:
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # separate, so that evaluation does not affect training
+            generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.cache: list[HeldOutBatch] | None = None
 

@@ -35,7 +35,7 @@ from .evaluate import (
     build_progress,
     build_table,
     describe_evaluation,
-    describe_unknown_split,
+    describe_possible_overlap,
     set_up_evaluation,
     write_results,
 )
@@ -118,7 +118,7 @@ def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build a k-NN classifier (fewer neighbors for small training sets) or a standardized logistic regression."""
+    """Build a k-NN classifier (fewer neighbors for few images) or a logistic regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -166,7 +166,7 @@ def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: 
     if counts.min() < num_per_class:
         raise ValueError(
             f"--frozen few-shot:{num_per_class} requires {num_per_class} training images of each class, but "
-            f"{str(names[counts.argmin()])!r} has only {counts.min()}. Set --frozen few-shot:{counts.min()}"
+            f"{str(names[counts.argmin()])!r} has {counts.min()}. Set --frozen few-shot:{counts.min()}"
         )
     selections = []
     for repeat in range(num_repeats):
@@ -212,7 +212,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
     check_labels(options, space)
     if rule is not None and record is not None:
-        warning = describe_unknown_split(options.model, record, held_out_images)
+        warning = describe_possible_overlap(options.model, record, held_out_images)
         if warning is not None:
             warn(warning)
     model = model.to(accelerator.device).eval()

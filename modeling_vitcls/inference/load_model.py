@@ -14,7 +14,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskCl
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
-CLASSES: dict[str, type[Classifier]] = {
+CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
     "single_label_classification": ViTCLSForImageClassification,
     "multi_label_classification": ViTCLSForImageClassification,
     "multi_task": ViTCLSForMultiTaskClassification,
@@ -54,7 +54,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     with silence_transformers(progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if missing := loading_info["missing_keys"]:
-        raise ValueError(f"the checkpoint {source} does not contain {min(missing)}. Train the model first")
+        raise ValueError(f"the checkpoint {source} does not contain the weight {min(missing)}. Train the model first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
@@ -66,7 +66,7 @@ def load_classifier(source: str, folder: str) -> Classifier:
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
-    classes = {model_class.__name__: model_class for model_class in CLASSES.values()}
+    classes = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
     class_name = (config.architectures or ["a model of unknown class"])[0]
     if class_name not in classes or not (config.tasks or config.num_labels):
         raise ValueError(

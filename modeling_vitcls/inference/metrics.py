@@ -134,7 +134,7 @@ class MultiLabelMetrics:
     """Metrics of multi-label classification. A class is predicted if its probability is above 0.5.
 
     mean_average_precision  mean over the classes that have images
-    micro_f1, macro_f1      F1 over all predictions; mean of the F1 of each class
+    micro_f1, macro_f1      F1 over all predictions; mean F1 of the classes
     exact_match             fraction of images for which all classes are predicted correctly
     loss                    binary cross-entropy, mean over images and classes
     num_images
@@ -233,7 +233,7 @@ class ReconstructionMetrics:
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
         """Update the metrics with the mean loss of a batch of G images, whose indices are `indices` [G]."""
-        self.loss.update(outputs.loss.expand(len(indices)))  # because nan_strategy="disable" ignores weights
+        self.loss.update(outputs.loss.expand(len(indices)))  # nan_strategy="disable" ignores the argument `weight`
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
@@ -330,5 +330,5 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if the value is not finite, because JSON has no such numbers."""
+    """Return the value of a one-element tensor; None if the value is not finite, because JSON does not support it."""
     return value.item() if value.isfinite() else None

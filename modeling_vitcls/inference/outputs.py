@@ -115,9 +115,9 @@ def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     rows = iter(rows)
     num_failed = 0
     with pq.ParquetWriter(file, schema) as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            num_failed += sum(row["error"] is not None for row in group)
-            writer.write_table(pa.Table.from_pylist(group, schema))
+        while row_group := list(islice(rows, ROWS_PER_GROUP)):
+            num_failed += sum(row["error"] is not None for row in row_group)
+            writer.write_table(pa.Table.from_pylist(row_group, schema))
         writer.add_key_value_metadata({"failed": str(num_failed)})
 
 
@@ -236,7 +236,7 @@ class ShardFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
-            unfinished_file.unlink()  # from a process that was killed
+            unfinished_file.unlink()  # left by a process that was killed
         manifest = {"format": MANIFEST_VERSION, "shard_size": self.size, **manifest}
         file = self.path / MANIFEST_FILE
         if not file.exists():
@@ -335,8 +335,8 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
 def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
     """Yield the image indices of each shard, endlessly if `num_images` is None."""
-    numbers = count() if num_images is None else range(math.ceil(num_images / size))
-    for number in numbers:
+    shard_numbers = count() if num_images is None else range(math.ceil(num_images / size))
+    for number in shard_numbers:
         end = (number + 1) * size
         yield range(number * size, end if num_images is None else min(end, num_images))
 

@@ -5,7 +5,7 @@
 
 The images are divided by index into chunks of equal size: batches for a file, shards for a folder. The chunks are
 assigned to the processes in turn, and a batch never spans two chunks. The output is therefore bit-identical for any
-number of processes, also after a restart.
+number of processes, even after a restart.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..distributed import build_accelerator, run_on_main
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_ahead
+from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_images
 from .load_model import load_model
 from .outputs import (
     WRITERS,
@@ -56,7 +56,7 @@ class Predictor:
     def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], chunk_size: int) -> Iterator[Row]:
         """Yield a row for each image in the index ranges, in order. A batch does not span two chunks."""
         records = source.read(ranges)
-        images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        images = prepare_images(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
         batches = iterate_batches(images, self.batch_size, chunk_size)
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
@@ -88,7 +88,7 @@ def predict(
             selects all images in the folder.
         top_k, threshold, features: see the flags of `vitcls predict`.
         batch_size: number of images per forward pass.
-        num_workers: number of threads that preprocess images. By default, one thread per CPU core, at most 8.
+        num_workers: number of threads that preprocess images. The default is one thread per CPU core, at most 8.
 
     Returns:
         A dict for each image: `index`, `image` (the path or index), the columns listed in prediction_rows.py, and
@@ -121,7 +121,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
 
 
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
-    """Return the rows of all images. Raise ValueError if the number of images in a stream is unknown."""
+    """Return the rows of all images. Raise ValueError if the number of images is unknown, as for a stream."""
     if source.num_images is None:
         raise ValueError("streaming requires an output, because the number of images is unknown. Disable streaming")
     return list(predictor.iterate_rows(source, [range(source.num_images)], chunk_size=source.num_images))
@@ -252,7 +252,7 @@ def predict_to_folder(
         send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
         Progress(num_own_images, is_shown=accelerator.is_main_process) as progress,
     ):
-        accelerator.wait_for_everyone()  # for the heartbeat files of all processes
+        accelerator.wait_for_everyone()  # until all processes have created a heartbeat file
         rows = progress.track_rows(predictor.iterate_rows(source, own_shards, folder.size))
         for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
             write_rows(shard, columns, folder.get_shard_file(number))

@@ -159,8 +159,8 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
-        available = ", ".join([*(name for name, count in counts.items() if count), "mean"])
-        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Use {available}")
+        options = ", ".join([*(name for name, count in counts.items() if count), "mean"])
+        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {options}")
     return counts[group]
 
 

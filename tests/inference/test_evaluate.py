@@ -349,7 +349,7 @@ def test_color_images_are_unreadable_for_a_gray_model() -> None:
     batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
     assert batch.labels.tolist() == [0, 3]
-    assert batch.unreadable == {
+    assert batch.error_messages == {
         1: "the image 'RGB.png' has 3 channels, but the model requires 1",
         2: "the image 'RGBA.png' has 4 channels, but the model requires 1",
     }
