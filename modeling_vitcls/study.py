@@ -270,7 +270,7 @@ class StudyRunner:
             self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
     def print_progress(self, run_process: RunProcess, num_finished: int, num_left: int) -> None:
-        """Print one line about a run that has run_process."""
+        """Print one line about a run that has ended."""
         levels = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
         log = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log.strip().splitlines()[-1]}"  # the log contains at least the command
