@@ -97,8 +97,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            known = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
-            settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known}
+            known_settings = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
+            settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known_settings}
             validate_typed_dict(ImagesKwargs, settings)  # type: ignore[type-var]
         if crop_rounding not in CROP_ROUNDINGS:
             raise ValueError(f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}.")
@@ -184,8 +184,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         check_sizes(settings)
         resample = settings.get("resample")
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL treats names as bilinear
-            known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
-            raise ValueError(f"unknown resample {resample!r}: use one of {known}")
+            filters = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
+            raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
         return settings
 
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
@@ -301,10 +301,10 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, bytes | bytearray):
         file, name = BytesIO(source), f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
-        name = shorten(str(source))
+        name = shorten_text(str(source))
         file = BytesIO(read_url(str(source), name))
     else:
-        file, name = os.fspath(source), shorten(os.fspath(source))
+        file, name = os.fspath(source), shorten_text(os.fspath(source))
     try:
         if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():  # opening a pipe would block
             raise OSError("it is not a regular file")
@@ -336,7 +336,7 @@ def read_url(url: str, name: str) -> bytes:
     return response.content
 
 
-def shorten(text: str) -> str:
+def shorten_text(text: str) -> str:
     """Return the text in quotes; if it has more than 200 characters, `...` replaces the middle."""
     return repr(text if len(text) <= 200 else f"{text[:40]}...{text[-120:]}")
 
@@ -379,7 +379,7 @@ def image_to_tensor(
 
 def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
     """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor."""
-    name = shorten(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
+    name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
         image = PIL.ImageOps.exif_transpose(image)  # also loads a lazily opened image
         values = pil_to_array(image)
@@ -424,7 +424,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
 
 
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
-    """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or floats without rescaling to `float32`.
+    """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
 
     The two backends resize `uint8` images in the same way, but images of other types differently.
     """
@@ -464,8 +464,8 @@ def composite_on_white(pixels: Tensor) -> Tensor:
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
         raise ValueError("cannot composite transparent images with floats outside 0 to 1: set do_convert_rgb=False")
     color, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
-    blended = color * alpha + white * (1 - alpha)
-    return blended if pixels.is_floating_point() else blended.round().to(pixels.dtype)
+    composite = color * alpha + white * (1 - alpha)
+    return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
 
 
 # Checks of settings --------------------------------------------------------------------------------------------------
@@ -489,9 +489,9 @@ def cast_setting(name: str, value: Any) -> Any:
 
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
-    known = ImagesKwargs.__annotations__
+    settings = ImagesKwargs.__annotations__
     for keyword in keywords:
-        if keyword not in known and (similar := difflib.get_close_matches(keyword, known, n=1, cutoff=0.85)):
+        if keyword not in settings and (similar := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {similar[0]!r}?")
 
 
@@ -500,16 +500,16 @@ def check_sizes(settings: dict[str, Any]) -> None:
     size, crop = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
     if settings.get("do_resize") and size:
         if not any(set(size) == set(keys) for keys in SIZE_KEYS):
-            options = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
-            raise ValueError(f"cannot resize to size {size}: use {options}")
+            supported_sizes = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
+            raise ValueError(f"cannot resize to size {size}: use {supported_sizes}")
         if "longest_edge" in size and size["longest_edge"] < size["shortest_edge"]:
             raise ValueError(f"the longest_edge of size {size} is less than its shortest_edge")
     if settings.get("do_center_crop"):
         if set(crop) != {"height", "width"}:
             raise ValueError(f"do_center_crop requires a crop_size with height and width, but crop_size is {crop}")
         for edge in ("height", "width") if settings.get("do_resize") else ():
-            available = size.get(edge) or size.get("shortest_edge")
-            if available and crop[edge] > available:  # transformers would pad with black
+            resized_edge = size.get(edge) or size.get("shortest_edge")
+            if resized_edge and crop[edge] > resized_edge:  # transformers would pad with black
                 raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: reduce crop_size")
 
 

@@ -201,8 +201,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     ) -> Tensor:
         """Return the attention weights of the special tokens, for any attention implementation.
 
-        The values equal the rows of eager attention maps without dropout, but the full maps are not computed: the cost
-        is a forward pass and a few rows per layer. To disable gradients of the output, use `torch.no_grad()`.
+        The values equal the rows of eager attention maps without dropout. Instead of full maps, one forward pass
+        computes only these rows. To disable gradients of the output, use `torch.no_grad()`.
 
         Args:
             pixel_values: [B, C, H, W].
@@ -442,7 +442,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: dict of the class indices [B] of each task. Tasks may be missing, and labels of -100 are ignored.
+            labels: dict from task names to class indices [B]. Tasks may be missing. Labels of -100 are ignored.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.

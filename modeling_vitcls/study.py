@@ -397,11 +397,13 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     header = [*study.factors, "runs", metric, "difference from the baseline"]
     rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
-        reference = tuple(study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True))
-        shared_seeds = sorted(values.keys() & groups.get(reference, {}).keys())
+        baseline_levels = tuple(
+            study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True)
+        )
+        shared_seeds = sorted(values.keys() & groups.get(baseline_levels, {}).keys())
         difference = "baseline"
-        if reference != levels:
-            differences = [values[seed] - groups[reference][seed] for seed in shared_seeds]
+        if baseline_levels != levels:
+            differences = [values[seed] - groups[baseline_levels][seed] for seed in shared_seeds]
             difference = format_interval(differences, "+") if shared_seeds else ""
         rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -437,10 +439,10 @@ def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     record_file = folder / "study.json"
-    plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(plan)):
+    study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
+    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(study_settings)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
-    write_json(record_file, plan)
+    write_json(record_file, study_settings)
     runner = StudyRunner(study, folder, **settings)
     try:
         runner.execute()

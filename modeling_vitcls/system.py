@@ -51,9 +51,9 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not is_configured:
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 WATTS_PER_CPU_THREAD = 10.0  # for servers with 16 to 64 cores: 100 to 300 W with memory and power supply
@@ -75,9 +75,9 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
     elif device.type == "cpu":
-        threads = torch.get_num_threads()
-        watts = threads * WATTS_PER_CPU_THREAD
-        assumption = f"{threads} thread(s) per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
+        num_threads = torch.get_num_threads()
+        watts = num_threads * WATTS_PER_CPU_THREAD
+        assumption = f"{num_threads} thread(s) per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
     else:
         return None
     if watts is None:

@@ -68,10 +68,10 @@ def build_static_space_files(
                     f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
                 )
             files[f"{LIBRARY_FOLDER}/{Path(name).name}"] = node_modules / name
-    page = (PACKAGE / "demo" / "static.html").read_text(encoding="utf-8")
-    page = page.replace('"LIBRARY"', json.dumps(library_url)).replace("TITLE", html.escape(title))
+    page_html = (PACKAGE / "demo" / "static.html").read_text(encoding="utf-8")
+    page_html = page_html.replace('"LIBRARY"', json.dumps(library_url)).replace("TITLE", html.escape(title))
     return files | {
-        "index.html": page.encode(),
+        "index.html": page_html.encode(),
         "app.js": PACKAGE / "demo" / "static.js",
         "README.md": build_space_card(model, title, DESCRIPTION, {"sdk": "static"}, folder=MODEL_FOLDER).encode(),
     }

@@ -196,16 +196,16 @@ def build_image(config: Any, processor: Any) -> Any:
 
 def compute_pipeline_scores(loader: Any, config: Any, processor: Any) -> torch.Tensor:
     """Return the scores [num_labels] of the image-classification pipeline in the order of the label indices."""
-    classifier = loader.load_pipeline(config)
+    pipeline = loader.load_pipeline(config)
     image = Image.fromarray(build_image(config, processor).squeeze())  # PIL expects [H, W] for a single channel
-    scores = {entry["label"]: entry["score"] for entry in classifier(image, top_k=config.num_labels)}
+    scores = {prediction["label"]: prediction["score"] for prediction in pipeline(image, top_k=config.num_labels)}
     return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])
 
 
 def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in nested dicts and tuples, with names such as `logits.species`."""
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    for name, value in items:
+    named_values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    for name, value in named_values:
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping | tuple | list):

@@ -162,7 +162,7 @@ def verify(
         reference: Any = PackageLoader(folder or files)
         if is_native:
             reference = HubLoader(str(folder or files), trust_remote_code=False)
-        expected, _ = collect_outputs(reference)
+        expected_outputs, _ = collect_outputs(reference)
         outputs, report = run_verification(model, code, scratch, trust_remote_code=not is_native)
     check_script_report(model, code, report, "transformers.models." if is_native else "transformers_modules.")
     return VerificationReport(
@@ -172,7 +172,7 @@ def verify(
         num_files=num_files,
         classes={name: model_info["class"] for name, model_info in report["models"].items()}
         | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
-        differences=compare_outputs(repo_id, outputs, expected),
+        differences=compare_outputs(repo_id, outputs, expected_outputs),
         versions=get_versions("huggingface_hub"),
         code_comparison=code_comparison,
         code_revision=code.commit if code else None,
@@ -223,8 +223,8 @@ def download_files(model: HubCommit, target: Path) -> int:
 def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
     """Raise NotVerified unless the published files equal the files of the model in `folder`."""
     expected_files = collect_model_files(folder, repo_id)
-    names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
-    checkpoint_files = {name for name in names if is_match(name, CHECKPOINT_PATTERNS)}
+    published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
+    checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}
     if with_optimizer or checkpoint_files:
         expected_files |= collect_checkpoint_files(folder)
     if unexpected_files := sorted(checkpoint_files - expected_files.keys()):
@@ -338,16 +338,16 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
             raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(model_info['missing'])}")
 
 
-def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[str, float]:
+def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Return the maximum absolute difference of the outputs for each Auto class and the pipeline.
 
     Raises NotVerified if a difference exceeds the tolerance.
     """
-    if outputs.keys() != expected.keys():
-        names = ", ".join(sorted(outputs.keys() ^ expected.keys()))
+    if outputs.keys() != expected_outputs.keys():
+        names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
         raise NotVerified(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
     differences: dict[str, float] = {}
-    for name, value in expected.items():
+    for name, value in expected_outputs.items():
         if outputs[name].shape != value.shape:
             raise NotVerified(
                 f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "

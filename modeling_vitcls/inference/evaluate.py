@@ -154,7 +154,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         console.print(f"saved {options.output}", markup=False)
 
 
-def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
+def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
     """Return a warning that the model may have been trained on held-out images.
 
     Return None if the same images were held out when the model was trained.
@@ -166,12 +166,12 @@ def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out
         return (
             f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
         )
-    if compute_keys_digest(held_out.images.compute_keys()) == record.sha256:
+    if compute_keys_digest(held_out_images.images.compute_keys()) == record.sha256:
         return None
     return (
-        f"the {len(held_out):,} held-out images are not the {record.num_images:,} images that were held out when "
-        f"{model} was trained, so the dataset has changed or is a different dataset. The model may have been trained "
-        "on images that were renamed or re-encoded since then"
+        f"the {len(held_out_images):,} held-out images are not the {record.num_images:,} images that were held out "
+        f"when {model} was trained, so the dataset has changed or is a different dataset. The model may have been "
+        "trained on images that were renamed or re-encoded since then"
     )
 
 
@@ -258,11 +258,11 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
 
 def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOutBatch]:
     """Yield the batches, and print a progress line every few seconds."""
-    last_time = time.monotonic()
-    for number, batch in enumerate(batches):
-        if time.monotonic() - last_time > SECONDS_BETWEEN_LINES:
-            last_time = time.monotonic()
-            console.print(f"evaluating: batch {number}/{len(batches)}")
+    last_print_time = time.monotonic()
+    for index, batch in enumerate(batches):
+        if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
+            last_print_time = time.monotonic()
+            console.print(f"evaluating: batch {index}/{len(batches)}")
         yield batch
 
 

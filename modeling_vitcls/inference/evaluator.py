@@ -58,8 +58,8 @@ class HeldOutImages(Dataset):
 
     def __post_init__(self) -> None:
         first_start = self.process_index * self.batch_size
-        starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
-        self.batches = [range(start, start + self.batch_size) for start in starts]
+        batch_starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
+        self.batches = [range(start, start + self.batch_size) for start in batch_starts]
 
     def __len__(self) -> int:
         return len(self.batches)

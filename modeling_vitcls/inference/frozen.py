@@ -92,7 +92,7 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered_batches = gather_object([self.batches])  # one list per process; batches were distributed in rounds
+        gathered_batches = gather_object([self.batches])  # one list per process; batches were assigned in turn
         ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
         features, labels = (np.concatenate(arrays) for arrays in zip(*ordered_batches, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
@@ -130,7 +130,7 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 
 
 def measure_accuracies(
-    kind: str, train: Features, held_out: Features, num_repeats: int, seed: int
+    kind: str, training_features: Features, held_out_features: Features, num_repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with a 95 % confidence interval.
 
@@ -138,16 +138,17 @@ def measure_accuracies(
     `num_repeats` random selections of images; the interval is the confidence interval of the mean over the repeats.
     """
     _, _, num_per_class = kind.partition(":")
-    selections = [np.arange(len(train.labels))]
+    selections = [np.arange(len(training_features.labels))]
     if num_per_class:
-        selections = select_few_shot_images(train.labels, int(num_per_class), num_repeats, seed)
-    num_images = len(held_out.labels)
+        selections = select_few_shot_images(training_features.labels, int(num_per_class), num_repeats, seed)
+    num_images = len(held_out_features.labels)
     rows = []
-    for (layer, token), vectors in train.vectors.items():
+    for (layer, token), vectors in training_features.vectors.items():
         correct_counts = []
         for indices in selections:
-            classifier = build_classifier(kind, len(indices)).fit(vectors[indices], train.labels[indices])
-            correct_counts.append(int((classifier.predict(held_out.vectors[layer, token]) == held_out.labels).sum()))
+            classifier = build_classifier(kind, len(indices)).fit(vectors[indices], training_features.labels[indices])
+            predictions = classifier.predict(held_out_features.vectors[layer, token])
+            correct_counts.append(int((predictions == held_out_features.labels).sum()))
         if num_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
@@ -208,9 +209,9 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     with accelerator.main_process_first():  # downloads once
         model, processor = load_model(options.model, with_head=False)
         record = read_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
-        train_space, train_images, _, _ = load_evaluation_data(options.data, "train", record)
-        space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
-    check_labels(options, space)
+        training_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
+        held_out_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
+    check_labels(options, held_out_space)
     if rule is not None and record is not None:
         warning = describe_possible_overlap(options.model, record, held_out_images)
         if warning is not None:
@@ -239,17 +240,21 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         return Features(vectors, labels, output["num_broken_images"])
 
     start_time = time.perf_counter()
-    train, held_out = extract_features(train_images, train_space), extract_features(held_out_images, space)
-    seconds, num_images = time.perf_counter() - start_time, len(train.labels) + len(held_out.labels)
+    training_features = extract_features(training_images, training_space)
+    held_out_features = extract_features(held_out_images, held_out_space)
+    seconds = time.perf_counter() - start_time
+    num_images = len(training_features.labels) + len(held_out_features.labels)
     results: dict[str, Any] = {
         **describe_evaluation(options, split, rule, num_images, seconds, accelerator),
         "frozen": options.frozen,
-        "num_training_images": len(train.labels),
-        "num_images": len(held_out.labels),
-        "num_broken_images": train.num_unreadable + held_out.num_unreadable,
+        "num_training_images": len(training_features.labels),
+        "num_images": len(held_out_features.labels),
+        "num_broken_images": training_features.num_unreadable + held_out_features.num_unreadable,
     }
     if accelerator.is_main_process:
-        rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
+        rows = measure_accuracies(
+            options.frozen, training_features, held_out_features, options.frozen_repeats, options.data.split_seed
+        )
         best_row = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
         print_rows(results, console)
@@ -275,11 +280,11 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )
-    cells = []
+    table_rows = []
     for row in results["rows"]:
         interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
-        cells.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
-    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
+        table_rows.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
+    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], table_rows))
     best_row = results["best"]
     console.print(
         f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "

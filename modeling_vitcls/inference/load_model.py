@@ -53,8 +53,9 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     # Missing weights raise an error below. The weights of an unused classifier are ignored.
     with silence_transformers(progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
-    if missing := loading_info["missing_keys"]:
-        raise ValueError(f"the checkpoint {source} does not contain the weight {min(missing)}. Train the model first")
+    if missing_weights := loading_info["missing_keys"]:
+        weight = min(missing_weights)
+        raise ValueError(f"the checkpoint {source} does not contain the weight {weight}. Train the model first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
@@ -80,9 +81,9 @@ def load_classifier(source: str, folder: str) -> Classifier:
 
 def check_is_classifier(source: str, settings: dict[str, Any]) -> None:
     """Raise ValueError if the config of a checkpoint lists an architecture without a classifier."""
-    names = settings.get("architectures") or []
-    if names and not any(name.endswith("Classification") for name in names):
+    architectures = settings.get("architectures") or []
+    if architectures and not any(name.endswith("Classification") for name in architectures):
         raise ValueError(
-            f"label prediction requires a classifier, but {source} contains {names[0]}. Fine-tune the model "
+            f"label prediction requires a classifier, but {source} contains {architectures[0]}. Fine-tune the model "
             "first, or set --features"
         )

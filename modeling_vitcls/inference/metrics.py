@@ -114,17 +114,17 @@ class SingleLabelMetrics:
         """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
-        classes = compute_class_metrics(self.names, counts)
+        class_metrics = compute_class_metrics(self.names, counts)
         values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
-        values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
+        values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
         values["calibration_error"] = to_number(self.calibration.compute())
         values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
         values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
-        values["per_class"] = classes
+        values["per_class"] = class_metrics
         if self.matrix is not None:
             values["confusion_matrix"] = self.matrix.compute().tolist()
         return values
@@ -168,20 +168,20 @@ class MultiLabelMetrics:
         """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
-        classes = compute_class_metrics(self.names, counts)
+        class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
             average_precisions = self.average_precision.compute().tolist()
-        for row, average_precision in zip(classes, average_precisions, strict=True):
+        for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {
-            "mean_average_precision": compute_mean([row["average_precision"] for row in classes]),
+            "mean_average_precision": compute_mean([row["average_precision"] for row in class_metrics]),
             "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
-            "macro_f1": compute_mean([row["f1"] for row in classes]),
+            "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
             "exact_match": to_number(self.exact_match.compute()),
             "loss": to_number(self.loss.compute()),
             "num_images": int(self.num_images.compute()),
-            "per_class": classes,
+            "per_class": class_metrics,
         }
 
 

@@ -75,8 +75,8 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write rows as comma-separated values with a header. All labels of a multi-label image are in one cell."""
-    with file.open("w", newline="", encoding="utf-8") as text:
-        writer = csv.writer(text)
+    with file.open("w", newline="", encoding="utf-8") as text_file:
+        writer = csv.writer(text_file)
         writer.writerow(map(format_cell, columns))
         writer.writerows([format_cell(row[name]) for name in columns] for row in rows)
 
@@ -90,18 +90,18 @@ def format_cell(value: Any) -> Any:
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write each row as a JSON object on one line."""
-    with file.open("w", encoding="utf-8") as text:
-        text.writelines(f"{format_json(row)}\n" for row in rows)
+    with file.open("w", encoding="utf-8") as text_file:
+        text_file.writelines(f"{format_json(row)}\n" for row in rows)
 
 
 def write_json_list(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write the rows as a JSON list, with one object per line."""
-    with file.open("w", encoding="utf-8") as text:
-        text.write("[")
+    with file.open("w", encoding="utf-8") as text_file:
+        text_file.write("[")
         for index, row in enumerate(rows):
-            text.write(",\n" if index else "\n")
-            text.write(format_json(row))
-        text.write("\n]\n")
+            text_file.write(",\n" if index else "\n")
+            text_file.write(format_json(row))
+        text_file.write("\n]\n")
 
 
 def format_json(row: Row) -> str:
@@ -202,10 +202,12 @@ class Progress:
     def print_line(self) -> None:
         """Print a progress line."""
         self.last_line_time = time.perf_counter()
-        speed = self.num_images / (self.last_line_time - self.start_time)
+        images_per_second = self.num_images / (self.last_line_time - self.start_time)
         total = "" if self.total is None else f" of {self.total:,}"
         failures = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
-        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failures}", markup=False)
+        self.console.print(
+            f"{self.num_images:,}{total} images, {images_per_second:,.0f} images/s{failures}", markup=False
+        )
 
 
 # Shards --------------------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ class ShardFolder:
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat.
 
-        Raises OSError if shards are missing, and if all other processes have ended or a heartbeat is too old.
+        Raises OSError if shards are missing after all other processes have ended, or while a heartbeat is too old.
         """
         own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
@@ -297,15 +299,15 @@ class ShardFolder:
         for number, indices in enumerate(iterate_shards(num_images, self.size)):
             file = self.get_shard_file(number)
             try:
-                footer = pq.read_metadata(file)
+                metadata = pq.read_metadata(file)
             except Exception as error:  # pyarrow raises several types of errors
                 raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file and restart") from error
-            if footer.num_rows != len(indices):
+            if metadata.num_rows != len(indices):
                 raise ValueError(
-                    f"{file} must have {len(indices)} rows, but has {footer.num_rows}. Delete the file and restart"
+                    f"{file} must have {len(indices)} rows, but has {metadata.num_rows}. Delete the file and restart"
                 )
-            num_rows += footer.num_rows
-            num_failed += int(footer.metadata[b"failed"])
+            num_rows += metadata.num_rows
+            num_failed += int(metadata.metadata[b"failed"])
         return num_rows, num_failed
 
 

@@ -205,13 +205,13 @@ def predict_to_file(
             for _ in rows:
                 pass  # the rows are gathered on the main process
         elif options.output is None:
-            table = list(rows)
+            table_rows = list(rows)
         else:
             write_rows(rows, columns, options.output)
     if not accelerator.is_main_process:
         return PredictionCounts(0, 0)
     if options.output is None:
-        print_table(table, columns)
+        print_table(table_rows, columns)
     return PredictionCounts(progress.num_images, progress.num_failed)
 
 
