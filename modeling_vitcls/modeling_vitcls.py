@@ -425,7 +425,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         self.classifiers = nn.ModuleDict(
             {
-                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # nn.Module reserves "type"
+                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # nn.Module has a method `type`
                 for name, labels in config.task_labels().items()
             }
         )

@@ -70,7 +70,7 @@ class ListInput:
             digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the images of these index ranges."""
         for indices in ranges:
             for index in indices:
@@ -153,7 +153,7 @@ class DatasetInput:
         """Return the options, the number of images and the fingerprint of the dataset."""
         return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the images of these index ranges."""
         for indices in ranges:
             for start in range(indices.start, indices.stop, NUM_ROWS_AT_ONCE):
@@ -175,7 +175,7 @@ class StreamInput:
         """Return the options of the dataset."""
         return self.settings
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
         """Yield the images of these index ranges. Set `num_images` if the stream ends before the end of a range."""
         examples = iter(self.dataset)
         index = 0

@@ -55,7 +55,7 @@ class Predictor:
 
     def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], chunk_size: int) -> Iterator[Row]:
         """Yield a row for each image in the index ranges, in order. A batch does not span two chunks."""
-        records = source.read(ranges)
+        records = source.read_records(ranges)
         images = prepare_images(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
         batches = iterate_batches(images, self.batch_size, chunk_size)
         return predict_rows(batches, self.columns, self.model.device, self.autocast)

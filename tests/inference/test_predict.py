@@ -306,7 +306,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file = tmp_path / "list.txt"
     file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
     source = open_input(PredictOptions("model", list=file))
-    names = [record.name for record in source.read([range(source.num_images)])]
+    names = [record.name for record in source.read_records([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
 
 
@@ -362,7 +362,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
 def test_digits_are_read(models: Path) -> None:
     source = open_input(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
-    (record,) = source.read([range(1796, 1797)])
+    (record,) = source.read_records([range(1796, 1797)])
     assert record.content.size == (8, 8) and record.name == "digits/1796"
 
 
@@ -385,10 +385,10 @@ def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path
     table.to_parquet(tmp_path / "images.parquet")
     source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
     assert isinstance(source, StreamInput) and source.num_images is None
-    assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
+    assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
     ranges = assign_ranges(iterate_shards(None, 4), process_index=1, num_processes=2)  # 4 to 7, then beyond the end
-    assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
+    assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 
 
