@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image processor, which converts images of any kind to `pixel_values`.
+"""The image processor, which converts paths, URLs, PIL images, arrays and tensors to `pixel_values`.
 
     source -> upright image -> [C, H, W] uint8 -> resize -> center crop -> rescale -> normalize -> pixel_values
     |______________ this file _______________|    |______________ transformers' backends ______________|
 
 This file reads sources (paths, bytes, URLs), applies EXIF orientation, converts channels and bit depths, and checks
-settings. The backends of transformers (torchvision or PIL) perform the remaining steps. A faster path to the same
-values is in fast_image_processing_vitcls.py. Augmentation for training is not in these files.
+settings. The backends of transformers (torchvision or PIL) perform the remaining steps. A faster implementation with
+the same results is in fast_image_processing_vitcls.py. Neither file contains augmentation for training.
 """
 
 import base64
@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# Classes of both backends. transformers' `save_pretrained` would write only the class of the saved object.
+# The classes for both backends. transformers' `save_pretrained` would write only the class of the saved object.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -71,7 +71,7 @@ SIZE_KEYS = (("height", "width"), ("shortest_edge",), ("shortest_edge", "longest
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczos, bilinear, bicubic
 
-# Rounding of the margins of a center crop: transformers rounds half pixels down, torchvision and timm to even.
+# Rounding of half pixels in the margins of a center crop: down in transformers, to even in torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -83,7 +83,7 @@ SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
 
 class ViTCLSBaseImageProcessor(BaseImageProcessor):
-    """Base class of both backends: default settings, reading of sources, channels and checks."""
+    """Base class of both backends, with the default settings, image loading, channel conversion and checks."""
 
     do_convert_rgb = True
     do_resize = True
@@ -97,8 +97,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            known = ImagesKwargs.__annotations__  # saved files and transformers also contain other keywords
-            settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known}
+            known_settings = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
+            settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known_settings}
             validate_typed_dict(ImagesKwargs, settings)  # type: ignore[type-var]
         if crop_rounding not in CROP_ROUNDINGS:
             raise ValueError(f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}.")
@@ -119,7 +119,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return settings
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Prepare an image, a batch or a list; keywords override the settings of this processor for this call."""
+        """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call."""
         check_setting_names(kwargs)
         with raise_one_line_errors():
             batch: BatchFeature = super().preprocess(images, *args, **kwargs)
@@ -129,7 +129,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Read every path, URL and encoded image of a (nested) list. Images in memory are returned unchanged.
 
         Raises:
-            ValueError: If a source cannot be read or decoded, or an object is not an image. The message says which.
+            ValueError: If a path, URL or encoded image cannot be read, or if an object is not an image.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
@@ -152,7 +152,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         image_std: float | tuple[float, ...] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Convert one image in memory to [C, H, W] in the type of the backend, before resizing."""
+        """Convert one image in memory to shape [C, H, W] and the type that the backend resizes."""
         pixels = image_to_tensor(image, bool(do_convert_rgb), bool(do_rescale), input_data_format)
         if do_normalize:
             check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
@@ -161,7 +161,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Crop `size` from the center of one or more images [..., H, W], with margins rounded by `crop_rounding`."""
         margins = [(old - new) / 2 for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)]
-        if min(margins) < 0:  # the crop is larger than the image: transformers pads
+        if min(margins) < 0:  # transformers pads an image that is smaller than the crop
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
         return image[..., top : top + size.height, left : left + size.width]
@@ -176,20 +176,20 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def _standardize_kwargs(  # type: ignore[override]
         self, size: Any = None, crop_size: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Return the settings in their canonical form. transformers calls this at construction and at every call."""
+        """Return the settings in canonical form. transformers calls this method at construction and at every call."""
         for name, value in (("size", size), ("crop_size", crop_size)):
-            if isinstance(value, list | tuple) and len(value) != 2:  # transformers drops further items without error
-                raise ValueError(f"{name} as a list is [height, width], not {list(value)}")
+            if isinstance(value, list | tuple) and len(value) != 2:  # transformers ignores further items
+                raise ValueError(f"{name} must be [height, width] if it is a list, but it is {list(value)}")
         settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
-        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # for names, PIL would use bilinear
-            known = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
-            raise ValueError(f"unknown resample {resample!r}: use one of {known}")
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL treats names as bilinear
+            filters = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
+            raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
         return settings
 
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
-        """Resize, crop, rescale and normalize, then stack."""
+        """Resize, crop, rescale, normalize and stack the images."""
         batch = super()._preprocess(images, return_tensors=None, **kwargs)
         if return_tensors is not None:
             check_same_shape(batch["pixel_values"])
@@ -197,60 +197,60 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models with torchvision, which processes batches, on a GPU if `device` is set.
+    r"""Image processor for the ViTCLS models, based on torchvision, for batches on the CPU or a GPU (`device="cuda"`).
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
-    Other checkpoints require other settings: transformers' ViT uses `resample=2`, and 0.5 as means and deviations.
+    Other checkpoints require other settings: transformers' ViT uses `resample=2`, mean 0.5 and standard deviation 0.5.
 
     The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B, C, H, W] float32.
     An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL
-    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. Files have a format in `IMAGE_FORMATS`.
+    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists all file formats.
 
     Steps before resizing:
         - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are divided by 257, not
-          clipped. Other arrays contain 0 to 255, or any floats with `do_rescale=False`. PIL's float mode `F`
-          has no defined range and raises an error.
-        - Channels, `do_convert_rgb=True`: All modes become RGB. Transparent images are composited on white.
-        - Channels, `do_convert_rgb=False`: Gray images have 1 channel (transparency is composited on white), color
-          images 3, transparent color images 4; arrays are unchanged. `image_mean` and `image_std` require one value
-          per channel. For a model with `num_channels=1`: `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+          clipped. Other arrays must contain values from 0 to 255, or any floats if `do_rescale=False`. PIL's float
+          mode `F` has no defined range and raises an error.
+        - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are composited on white.
+        - Channels, `do_convert_rgb=False`: Gray images have 1 channel (composited on white), color images have 3, and
+          transparent color images have 4; arrays are unchanged. `image_mean` and `image_std` require one value per
+          channel. For a model with `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
     bicubic resizing, values differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
-    (0.5 on average) on noise, because PIL rounds and clips between its two passes. Nearest and Lanczos differ more.
+    (0.5 on average) on noise, because PIL rounds and clips between its two passes. The other filters differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
         do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
-        size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels, exact or with the aspect
-            ratio of the image: `{"shortest_edge": 256}`, usually before a center crop. An `int` sets both sides.
+        size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact, or
+            `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and width.
         resample (`int`, defaults to 3): Filter with antialiasing: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
-        do_center_crop (`bool`, *optional*): Whether to crop `crop_size` from the center.
+        do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
-            down as in transformers, or half to even as in torchvision and timm. Cannot be set per call.
-        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`; `False` for floats in [0, 1].
+            down as in transformers, or half to even as in torchvision and timm. A call cannot override this setting.
+        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for floats in [0, 1]).
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
-        image_mean, image_std (`float` or `list[float]`): One value, or one value per channel, for the rescaled image.
+        image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled values per channel.
 
     Raises:
-        ValueError: If a file is missing, truncated or not an image, an object is not an image, sizes, channels or
-            values contradict each other, or a setting is misspelled. The message is one line and names the cause.
+        ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes, channels
+            or values contradict each other, or if a setting is misspelled. The message is one line.
     """
 
-    _checked_settings: tuple[Any, ...] | None = None  # settings of the last successful call, if the fast path applies
+    _checked_settings: tuple[Any, ...] | None = None  # checked settings that the fast path supports
 
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
-            raise ImportError("ViTCLSImageProcessor requires torchvision: install it, or load it with backend='pil'")
+            raise ImportError("ViTCLSImageProcessor requires torchvision. Install torchvision or set backend='pil'.")
         super().__init__(crop_rounding=crop_rounding, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Prepare an image, a batch or a list; keywords override the settings of this processor for this call.
+        """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
-        The first call checks the settings. Later calls without keywords use the fast path.
+        The first call checks the settings. Later calls without keyword arguments use the fast path.
         """
         if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
             return super().preprocess(images, *args, **kwargs)
@@ -270,7 +270,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Return an image, or the image at a path or URL, as `uint8` [C, h, w], resized and cropped."""
+        """Return an image, or the image at a path or URL, resized and cropped, as `uint8` [C, h, w]."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
@@ -282,7 +282,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
     """Image processor for the ViTCLS models with PIL and NumPy, without torchvision. Images are processed one by one.
 
-    Settings, inputs and errors are as in `ViTCLSImageProcessor`, whose docstring states how the results can differ.
+    Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states how outputs differ.
     """
 
 
@@ -301,16 +301,16 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, bytes | bytearray):
         file, name = BytesIO(source), f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
-        name = shorten(str(source))
-        file = BytesIO(download(str(source), name))
+        name = shorten_text(str(source))
+        file = BytesIO(read_url(str(source), name))
     else:
-        file, name = os.fspath(source), shorten(os.fspath(source))
+        file, name = os.fspath(source), shorten_text(os.fspath(source))
     try:
         if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():  # opening a pipe would block
             raise OSError("it is not a regular file")
         with PIL.Image.open(file, formats=get_image_formats()) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except PIL.UnidentifiedImageError as error:  # PIL's message names an object in memory
+    except PIL.UnidentifiedImageError as error:  # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
@@ -324,7 +324,7 @@ def get_image_formats() -> tuple[str, ...]:
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
-def download(url: str, name: str) -> bytes:
+def read_url(url: str, name: str) -> bytes:
     """Return the content of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
@@ -336,18 +336,18 @@ def download(url: str, name: str) -> bytes:
     return response.content
 
 
-def shorten(text: str) -> str:
-    """Return the text in quotes; without its middle if it is longer than 200 characters, such as a data URL."""
+def shorten_text(text: str) -> str:
+    """Return the text in quotes; if it has more than 200 characters, `...` replaces the middle."""
     return repr(text if len(text) <= 200 else f"{text[:40]}...{text[-120:]}")
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first line of an error message, at most 300 characters; if it is empty, the type of the error."""
+    """Return the first line of an error message (at most 300 characters), or the error type if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the images of a nested list and of 4-dimensional batches, in order."""
+    """Yield the single images of nested lists and 4-dimensional batches, in order."""
     if isinstance(images, list | tuple):
         for image in images:
             yield from flatten_images(image)
@@ -361,7 +361,7 @@ def flatten_images(images: Any) -> Iterator[Any]:
 def image_to_tensor(
     image: Any, to_rgb: bool, do_rescale: bool = True, input_data_format: str | ChannelDimension | None = None
 ) -> Tensor:
-    """Return one image in memory, upright, as [C, H, W] `uint8`, or `float32` for floats that are not rescaled.
+    """Convert one image in memory to an upright [C, H, W] tensor: `uint8`, or `float32` for floats without rescaling.
 
     Arrays and tensors have the shape [H, W], [C, H, W] or [H, W, C].
     """
@@ -369,7 +369,7 @@ def image_to_tensor(
         return pil_to_tensor(image, to_rgb)
     if isinstance(image, np.ndarray):
         try:
-            # Copies only arrays that PyTorch cannot share: arrays with negative strides, and read-only arrays.
+            # Copies arrays that are read-only or not C-contiguous, and shares the memory of other arrays.
             image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"cannot use an array of {image.dtype} as an image: pass integers or floats") from error
@@ -378,10 +378,10 @@ def image_to_tensor(
 
 
 def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
-    """Return one PIL image of any mode, upright, as [C, H, W] `uint8`."""
-    name = shorten(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
+    """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor."""
+    name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
-        image = PIL.ImageOps.exif_transpose(image)  # also decodes an image that is open, but not loaded
+        image = PIL.ImageOps.exif_transpose(image)  # also loads a lazily opened image
         values = pil_to_array(image)
     except Exception as error:
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
@@ -395,11 +395,11 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     """Return the values of a PIL image: [H, W] for gray, [H, W, 3] for color, [H, W, 4] with transparency."""
     if image.mode == "F":
-        raise ValueError("mode F (floats) has no defined range: convert it, or pass an array and do_rescale=False")
+        raise ValueError("mode F has no defined range: convert the image, or pass an array with do_rescale=False")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its values are between {values.min()} and {values.max()}, but 16 bits hold 0 to 65535")
+            raise ValueError(f"values must be between 0 and 65535, but they are {values.min()} to {values.max()}")
         return values.astype(np.uint16)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
@@ -418,15 +418,15 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
             data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(
-                f"cannot find the channel axis of an image of shape {shape}: set input_data_format"
+                f"cannot infer the channel axis of an image of shape {shape}: set input_data_format"
             ) from error
     return image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image
 
 
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
-    """Return pixels [C, H, W] of any type as `uint8` from 0 to 255, or as `float32` for floats that are not rescaled.
+    """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
 
-    Both backends resize `uint8` in the same way, but other types differently.
+    The two backends resize `uint8` images in the same way, but images of other types differently.
     """
     if pixels.dtype is torch.uint8:
         return pixels
@@ -441,16 +441,16 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     low, high = (bound.item() for bound in torch.aminmax(pixels.double()))
     if not (low >= 0 and high <= 255):
         raise ValueError(
-            f"the values of this image are between {low:g} and {high:g}: pass 0 to 255, 16-bit values as uint16, or "
-            "floats with do_rescale=False"
+            f"the values of this image are between {low:g} and {high:g}: pass values from 0 to 255, 16-bit values "
+            "as uint16, or floats with do_rescale=False"
         )
     if pixels.is_floating_point() and 0 < high <= 1:
-        raise ValueError(f"this image is already rescaled, to values up to {high:g}: set do_rescale=False")
+        raise ValueError(f"this image is already rescaled (the maximum value is {high:g}): set do_rescale=False")
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
 def convert_to_rgb(pixels: Tensor) -> Tensor:
-    """Return gray, RGB or RGBA [1 | 3 | 4, H, W] as RGB [3, H, W]."""
+    """Convert a gray, RGB or RGBA image [1, 3 or 4, H, W] to RGB [3, H, W]."""
     if len(pixels) == 4:
         return composite_on_white(pixels)
     if len(pixels) not in (1, 3):
@@ -462,10 +462,10 @@ def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
-        raise ValueError("cannot apply the transparency of floats outside 0 to 1: set do_convert_rgb=False")
+        raise ValueError("cannot composite transparent images with floats outside 0 to 1: set do_convert_rgb=False")
     color, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
-    blended = color * alpha + white * (1 - alpha)
-    return blended if pixels.is_floating_point() else blended.round().to(pixels.dtype)
+    composite = color * alpha + white * (1 - alpha)
+    return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
 
 
 # Checks of settings --------------------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 
 def cast_setting(name: str, value: Any) -> Any:
-    """Return a setting in its declared type: a size as a dict, an integer from JSON as a float."""
+    """Convert a setting to the type that transformers declares: a size to a dict, an integer from JSON to a float."""
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):
@@ -488,10 +488,10 @@ def cast_setting(name: str, value: Any) -> Any:
 
 
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
-    """Raise ValueError for misspelled settings. Other unknown keywords belong to transformers."""
-    known = ImagesKwargs.__annotations__
+    """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
+    settings = ImagesKwargs.__annotations__
     for keyword in keywords:
-        if keyword not in known and (similar := difflib.get_close_matches(keyword, known, n=1, cutoff=0.85)):
+        if keyword not in settings and (similar := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {similar[0]!r}?")
 
 
@@ -500,26 +500,26 @@ def check_sizes(settings: dict[str, Any]) -> None:
     size, crop = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
     if settings.get("do_resize") and size:
         if not any(set(size) == set(keys) for keys in SIZE_KEYS):
-            options = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
-            raise ValueError(f"cannot resize to size {size}: use {options}")
+            supported_sizes = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
+            raise ValueError(f"cannot resize to size {size}: use {supported_sizes}")
         if "longest_edge" in size and size["longest_edge"] < size["shortest_edge"]:
             raise ValueError(f"the longest_edge of size {size} is less than its shortest_edge")
     if settings.get("do_center_crop"):
         if set(crop) != {"height", "width"}:
-            raise ValueError(f"do_center_crop requires crop_size, a height and a width in pixels, but it is {crop}")
+            raise ValueError(f"do_center_crop requires a crop_size with height and width, but crop_size is {crop}")
         for edge in ("height", "width") if settings.get("do_resize") else ():
-            available = size.get(edge) or size.get("shortest_edge")
-            if available and crop[edge] > available:  # would pad with black
+            resized_edge = size.get(edge) or size.get("shortest_edge")
+            if resized_edge and crop[edge] > resized_edge:  # transformers would pad with black
                 raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: reduce crop_size")
 
 
 def size_to_dict(size: SizeDict | None, name: str) -> dict[str, int]:
-    """Return a size as a dict, empty for None. Raise ValueError unless all values are positive integers."""
+    """Return a size as a dict (empty for None). Raise ValueError unless all values are positive integers."""
     if size is None:
         return {}
     pixels = dict(size)
     if not pixels or any(type(value) is not int or value < 1 for value in pixels.values()):
-        raise ValueError(f"{name} must contain positive integers, in pixels, but it is {pixels}")
+        raise ValueError(f"{name} must contain positive integers (pixels), but {name} is {pixels}")
     return pixels
 
 
@@ -538,6 +538,6 @@ def check_channels(num_channels: int, **statistics: float | Sequence[float] | No
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(
-                f"{name} has {len(values)} values, but this image has {num_channels} channels: set one per channel "
-                "(do_convert_rgb=True converts every image to 3 channels, do_convert_rgb=False keeps its channels)"
+                f"{name} has {len(values)} values, but this image has {num_channels} channels: set one value per "
+                "channel (do_convert_rgb=True converts images to 3 channels, do_convert_rgb=False keeps the channels)"
             )

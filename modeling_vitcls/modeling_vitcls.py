@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models. Data flows in one direction:
+"""The models. Data flows through a model in one direction:
 
     pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
     ViTCLSModel                        the encoder, with tokens by name
-    ViTCLSForImageClassification       one set of labels; a second classifier for a distillation token
-    ViTCLSForMultiTaskClassification   one CLS token, classifier and loss per task
+    ViTCLSForImageClassification       one classifier, and a second classifier for distillation tokens
+    ViTCLSForMultiTaskClassification   one CLS token, one classifier and one loss per task
     ViTCLSForMaskedImageModeling       reconstructs masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
-Embeddings and layers are in blocks_vitcls.py, poolers, classifiers and losses in heads_vitcls.py. The default model
-uses no other file. Optional features have their own files: positions_vitcls.py (rotary), attention_masks_vitcls.py,
-variants_vitcls.py, adaptation_vitcls.py (other tokens and sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py.
+blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers, classifiers and losses.
+Other files contain optional features: positions_vitcls.py (rotary), attention_masks_vitcls.py, variants_vitcls.py,
+adaptation_vitcls.py (other tokens and sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
 """
 
 import copy
@@ -66,25 +66,25 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm; with `patch_drop_rate`, training returns fewer patches.
-        pooler_output: [B, P], the input of a classifier (`config.pooling`); None without a pooler.
-        hidden_states: if requested, the embeddings and each layer's output, [B, N, D] each, before the final norm.
-        attentions: if requested and with eager attention, the weights [B, heads, N, N] of each layer.
+        last_hidden_state: [B, N, D], after the final norm. In training, `patch_drop_rate` drops some patches.
+        pooler_output: [B, P], the input of a classifier (`config.pooling`); None if the model has no pooler.
+        hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D] each, if requested.
+        attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires eager attention.
     """
 
-    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field: outputs contain only tensors
+    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; no field, because fields are tensors
 
     @property
     def tokens(self) -> dict[str, Tensor]:
         """Return `last_hidden_state` split into "cls", "distillation", "registers" and "patches", [B, n, D] each.
 
         Raises:
-            ValueError: if the output was rebuilt from its tensors, for example after gathering from several processes.
+            ValueError: if the output was rebuilt from tensors, for example after gathering from several processes.
         """
         if self.token_layout is None or self.last_hidden_state is None:
             raise ValueError(
-                "tokens requires the output of the model itself, but this output was rebuilt from its tensors: slice "
-                "last_hidden_state by config.token_layout"
+                "tokens requires an output that the model returned, but this output was rebuilt from tensors: slice "
+                "last_hidden_state with config.token_layout"
             )
         return {name: self.last_hidden_state[:, group] for name, group in self.token_layout.items()}
 
@@ -94,10 +94,10 @@ class ViTCLSImageClassifierOutput(ModelOutput):
     """Output of `ViTCLSForImageClassification`.
 
     Attributes:
-        loss: the loss of `logits`, if labels were given.
-        logits: [B, labels], the prediction of the model (`config.distillation_inference`).
-        cls_logits: [B, labels], output of the classifier on the pooled tokens.
-        distillation_logits: [B, labels], output of the classifier on the distillation token, None if there is none.
+        loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
+        logits: [B, num_labels], the prediction of the model (`config.distillation_inference`).
+        cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
+        distillation_logits: [B, num_labels], the output of the distillation classifier; None if there is no such head.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -115,8 +115,8 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
     Attributes:
         loss: sum of `losses`, if labels were given.
-        losses: task -> loss, for tasks with labels.
-        logits: task -> [B, labels of the task].
+        losses: dict from task names to losses, for tasks with labels.
+        logits: dict from task names to logits [B, num_labels].
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -129,7 +129,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
 # Base class ----------------------------------------------------------------------------------------------------------
 class ViTCLSPreTrainedModel(AdaptableModel):
-    """Base class of all models: loading, saving and initialization."""
+    """Base class of all models, with methods for loading, saving and initialization."""
 
     base_model_prefix = "vitcls"
     main_input_name = "pixel_values"
@@ -151,13 +151,13 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         self.num_features = config.hidden_size  # as in timm
 
     def post_init(self) -> None:
-        """Initialize the weights, then install the CPU kernels (VITCLS_CPU_KERNELS=0: plain PyTorch)."""
+        """Initialize the weights, and install the CPU kernels unless VITCLS_CPU_KERNELS is 0."""
         super().post_init()
         install_cpu_kernels(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights (truncated normal), biases (zero; ViT, DeiT) and tokens (`config.token_init`)."""
+        """Initialize weights (truncated normal), biases (zero, like ViT and DeiT) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
@@ -188,7 +188,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             super()._init_weights(module)  # norms
 
     def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoded tokens [B, N, D] of images [B, C, H, W], as the timm method of this name does."""
+        """Return the encoded tokens [B, N, D] of images [B, C, H, W], like timm's method of the same name."""
         tokens: Tensor = self.base_model(pixel_values).last_hidden_state
         return tokens
 
@@ -199,23 +199,23 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         layers: Layers = "all",
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention of the special tokens, for any attention implementation, without full attention maps.
+        """Return the attention weights of the special tokens, for any attention implementation.
 
-        The values are equal to the rows of eager attention without dropout. The cost is a forward pass and a few rows
-        of the attention map per layer. The output has gradients: use `torch.no_grad()` if they are not needed.
+        The values equal the rows of eager attention maps without dropout. Instead of full maps, one forward pass
+        computes only these rows. To disable gradients of the output, use `torch.no_grad()`.
 
         Args:
             pixel_values: [B, C, H, W].
             tokens: one or more of "cls", "distillation" and "registers".
-            layers: "all", or indices from 0; negative indices count from the last layer.
+            layers: "all", or a list of indices, starting from 0; negative indices count from the last layer.
             attention_mask: as in `forward`.
 
         Returns:
-            [batch, layer, head, special token, key], tokens and keys in the order of `config.token_layout`; each row
-            sums to 1. Differential attention has two consecutive maps per head.
+            [batch, layer, head, special token, key], with tokens and keys in the order of `config.token_layout`. Each
+            row sums to 1. Differential attention has two consecutive maps per head.
 
         Raises:
-            ValueError: if a group or layer does not exist, or the images do not fit the model.
+            ValueError: if a token group or layer does not exist, or if the images have an unsupported shape.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
 
@@ -223,8 +223,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
-        Only matrix products and convolutions are counted, a multiply-add as two operations. The last layer is counted
-        only for the tokens that are computed. `image_size` is in pixels; default: `config.image_size`.
+        Only matrix products and convolutions are counted; a multiply-add counts as two. In the last layer, only the
+        computed tokens are counted. `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
@@ -279,15 +279,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: [B, C, H, W]; images of any size, at least one patch.
-            bool_masked_pos: [B, rows * columns], true for patches to replace by the mask token.
-            attention_mask: [B, N] over all tokens, special tokens first; 1 if a token may be attended to.
+            pixel_values: [B, C, H, W]; images of any size with at least one patch.
+            bool_masked_pos: [B, rows * columns]; True for patches that are replaced by the mask token.
+            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for masked tokens.
             num_tokens_read: number of special tokens to compute in the last layer and to return. Default: all tokens.
-            interpolate_pos_encoding: has no effect, because positions are always resampled to the image size.
-            output_hidden_states, output_attentions, return_dict: as in all models of transformers.
+            interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
+            output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
-            ValueError: if images or masks do not fit the model.
+            ValueError: if images or masks have an unsupported shape.
             TypeError: if an argument is unknown.
         """
         for name in kwargs:
@@ -298,7 +298,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
 
-        mask = position_embeddings = None  # if not None: one value for all layers, or a list with one value per layer
+        mask = position_embeddings = None  # None, a value for all layers, or a list with one value per layer
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         if attention_mask is not None or self.view is not None or self.gates is not None or self.config.cls_scopes:
             mask = build_attention_mask(self.config, hidden_states, attention_mask, grid_size, self.view, self.gates)
@@ -323,7 +323,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_tokens_read: int | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Run all layers on [B, N, D]; return [B, N, D], or [B, num_tokens_read, D] if `num_tokens_read` is set."""
+        """Run all layers, and return hidden states [B, N, D], or [B, num_tokens_read, D] if this number is set."""
         if self.config.merged_patches_per_layer:
             return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
         for index, layer in enumerate(self.layers):
@@ -343,7 +343,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
-    """A ViT with a classifier on the pooled tokens, and a second classifier on the distillation token, if any."""
+    """A ViT with a classifier on the pooled tokens. Models with a distillation head have a second classifier."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -362,7 +362,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers with newly initialized classifiers, as in timm. 0 classes: no classifier."""
+        """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (same method as in timm)."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()
@@ -380,8 +380,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
-        The loss is computed from `logits`. In training with two classifiers, the loss is the mean of both losses,
-        so that both are trained. Distillation from a teacher is part of the training loop (training/losses.py).
+        The loss is computed from `logits`. In training, a model with two classifiers uses the mean of both losses, so
+        that both classifiers are trained. The training loop adds distillation from a teacher (training/losses.py).
 
         Args:
             labels, num_items_in_batch: as in `classification_loss`.
@@ -389,21 +389,21 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         """
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
-        logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, labels]
+        logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
             tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         elif torch.onnx.is_in_onnx_export():
-            cls_logits = None  # the graph outputs the same tensor as logits
+            cls_logits = None  # would duplicate `logits` in the graph
         loss = None
         if labels is not None:
-            head_logits = [logits]
+            all_logits = [logits]
             if self.training and distillation_logits is not None:
-                head_logits = [cls_logits, distillation_logits]
+                all_logits = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
-            losses = [classification_loss(each, labels, self.config, num_items) for each in head_logits]
+            losses = [classification_loss(head_logits, labels, self.config, num_items) for head_logits in all_logits]
             loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
             loss=loss,
@@ -416,7 +416,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
 
 class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
-    """One CLS token, classifier and loss per task of `config.tasks`, on a shared encoder."""
+    """A ViT with one CLS token, one classifier and one loss for each task in `config.tasks`."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -425,7 +425,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
         self.classifiers = nn.ModuleDict(
             {
-                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # torch reserves names like "type"
+                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # nn.Module has a method `type`
                 for name, labels in config.task_labels().items()
             }
         )
@@ -442,10 +442,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: task -> class index of each image [B]. Tasks may be missing; labels of -100 are ignored.
+            labels: dict from task names to class indices [B]. Tasks may be missing. Labels of -100 are ignored.
 
         Raises:
-            ValueError: if a task is unknown, or a label is not a class index of its task.
+            ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
@@ -466,24 +466,24 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return task -> mean cross-entropy over labeled images, or 0. (training/losses.py divides by all images.)"""
-        if unknown := sorted(set(labels) - set(logits)):
-            raise ValueError(f"labels for unknown task {unknown[0]!r}: the tasks are {', '.join(logits)}")
+        """Return each task's mean cross-entropy over labeled images (training/losses.py divides by all images)."""
+        if unknown_tasks := sorted(set(labels) - set(logits)):
+            raise ValueError(f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}")
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters get gradients
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # gives all parameters a gradient
             losses[name] = cross_entropy(task_logits, task_labels.to(task_logits.device), task=f"task {name!r}")
         return losses
 
 
 def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that classifiers read, so the last layer can skip all other tokens; None for all.
+    """Return the number of tokens that the last layer must compute for the classifiers; None for all tokens.
 
-    Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers
-    read patches, the last layer writes to a register, hidden states or attentions are requested, a recorder or a hook
-    on the encoder, its last layer or its norm may read all tokens, or the attention is neither SDPA nor eager.
+    Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers read
+    patches, if the last layer writes to a register, if hidden states or attentions are requested, if the attention is
+    neither SDPA nor eager, or if a recorder or hook on the encoder, last layer or final norm may read all tokens.
     """
     config = encoder.config
     if config.pooling != "cls" or config._attn_implementation not in ("sdpa", "eager"):
@@ -504,13 +504,13 @@ def has_user_hooks(module: nn.Module | None) -> bool:
     """Return whether a module has hooks that neither transformers nor torch.distributed registered."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
-    modules = (str(getattr(hook, "__module__", "")) for hook in hooks)
-    return any(not module.startswith(("transformers.", "torch.distributed.")) for module in modules)
+    module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
+    return any(not name.startswith(("transformers.", "torch.distributed.")) for name in module_names)
 
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
-    """Pre-training: a linear decoder reconstructs the pixels of masked patches (SimMIM, arXiv 2111.09886)."""
+    """A ViT for pre-training, with a linear decoder that reconstructs masked patches (SimMIM, arXiv 2111.09886)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         config = copy.deepcopy(config)  # do not change the caller's configuration
@@ -531,11 +531,11 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         """Reconstruct images.
 
         Args:
-            bool_masked_pos: [B, rows * columns], true for masked patches. If None, no loss is computed.
+            bool_masked_pos: [B, rows * columns]; True for masked patches. If None, no loss is computed.
 
         Returns:
             The loss over the masked pixels, and `reconstruction` [B, C, rows * patch height, columns * patch width],
-            in the scale of `pixel_values` (normalized per patch with `config.norm_pixel_target`).
+            in the scale of `pixel_values` (normalized per patch if `config.norm_pixel_target`).
         """
         require_all_patches(self, self.config)
         outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
@@ -554,12 +554,12 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 # Backbone ------------------------------------------------------------------------------------------------------------
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
-    """Feature maps for dense prediction: the patches of selected layers, reshaped to their grid."""
+    """A ViT that returns feature maps for dense prediction: the patches of selected layers, reshaped to a grid."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         if not config.reshape_hidden_states and not config.num_cls_tokens:
-            raise ValueError("reshape_hidden_states=False requires a CLS token, but num_cls_tokens is 0. Set it to 1.")
+            raise ValueError("reshape_hidden_states=False requires a CLS token. Set num_cls_tokens to 1 or more.")
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple
@@ -569,8 +569,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
     ) -> BackboneOutput:
         """Return the feature maps of `config.out_features`.
 
-        Maps are [B, D, rows, columns], or with `config.reshape_hidden_states=False` [B, 1 + patches, D]: the first
-        CLS token and the patches. The last stage, and with `config.apply_layernorm` every stage, is normalized.
+        Maps are [B, D, rows, columns], or [B, 1 + patches, D] (first CLS token and patches) if
+        `config.reshape_hidden_states` is False. `config.apply_layernorm` normalizes all stages, not only the last.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
@@ -581,13 +581,13 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
             if stage in self.out_features
         ]
         return BackboneOutput(
-            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # transformers types it as a tuple of one
+            feature_maps=tuple(feature_maps),  # type: ignore[arg-type]  # annotated as a tuple of length one
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]) -> Tensor:
-        """Return the feature map of one stage's hidden states [B, N, D]."""
+        """Return the feature map of a stage with hidden states [B, N, D]."""
         is_last = stage == self.stage_names[-1]
         if self.layernorm is not None and (self.config.apply_layernorm or is_last):
             hidden_states = self.layernorm(hidden_states)

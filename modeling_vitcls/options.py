@@ -1,7 +1,7 @@
 """The flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict` and `inspect`.
 
-Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file; its docstring is the text of --help.
-This file imports only the standard library, so that `--help` and errors about flags appear at once.
+Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is shown
+by --help. This file imports only the standard library, so that `--help` and errors about flags appear immediately.
 """
 
 import dataclasses
@@ -14,38 +14,41 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images."""
+    """The dataset and the held-out split."""
 
     dataset: str
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
-    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder
+    written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
-    """Column with the images or their paths. Default: detected by its type or name."""
+    """Column with images or image paths. By default, the column is detected by type or name."""
     label_column: tuple[str, ...] | None = None
-    """Column with the labels; several columns are several tasks. Default: detected by its type or name."""
+    """Column with the labels; several columns define several tasks. By default, the column is detected by type or
+    name."""
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
-    """All labels, for a streamed dataset that does not declare them."""
+    """Names of all labels; required for a streamed dataset that does not declare the label names."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. The split of an image
     depends only on a checksum of the image and --split-seed. 0: train on all images, without evaluation."""
     split_seed: int = 0
-    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed of the model's
-    run."""
+    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed that was used in
+    training."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
-    """With --folds: hold out only this fold (from 1), and write to OUTPUT_DIR itself. Default: all folds in turn."""
+    """With --folds: number of the only fold to hold out, starting from 1. The output is written to OUTPUT_DIR itself.
+    Default: all folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
-    """Number of images from which a streamed dataset draws the next one. An image folder is streamed class by class:
-    set the number of its images."""
+    """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is streamed class by
+    class, set the number of images in the folder."""
     max_broken_images: int = 100
-    """Maximum number of unreadable images, which are reported and skipped. The run stops if there are more."""
+    """Maximum number of unreadable images, which are reported and skipped. The run stops if more images are
+    unreadable."""
     num_workers: int = 2
-    """Data loading processes per training process. 0: load in the training process."""
+    """Number of data loading processes per training process. 0: images are loaded in the training process."""
 
     def __post_init__(self) -> None:
         check_value(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
@@ -71,7 +74,7 @@ class ModelOptions:
     num_register_tokens: int | None = None
     """Number of register tokens."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
-    """Tokens that the classifier receives."""
+    """Pooling of the tokens for the classifier."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
@@ -98,15 +101,15 @@ class ModelOptions:
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
-    """Fraction of patches to drop from each training image at random: faster, less accurate."""
+    """Fraction of patches to drop at random from each training image, which is faster but less accurate."""
     merged_patches_per_layer: int | None = None
-    """Number of patches that each layer removes by merging similar patches: faster, less accurate."""
+    """Number of patches that each layer removes by merging similar patches, which is faster but less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
-    narrow models learn slowly with the usual 0.02."""
+    narrow models learn slowly with the usual value of 0.02."""
 
     def get_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that are set."""
+        """Return the fields of ViTCLSConfig that these options set."""
         values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
         if self.cls_scopes:
             values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
@@ -144,9 +147,9 @@ class AugmentationOptions:
     """Maximum rotation in degrees."""
     shift: float | None = None
     """Maximum translation along each axis, as a fraction of the image. Default: 0.04 for images of at most 64 pixels,
-    which are not cropped, otherwise 0."""
+    which are not cropped, and 0 for larger images."""
     zoom: float = 0.0
-    """Maximum change of scale: 0.1 is from 0.9 to 1.1."""
+    """Maximum change of scale. For example, 0.1 scales images by a factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
     """Automatic augmentation: RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
     rand_augment_operations: int = 2
@@ -154,9 +157,9 @@ class AugmentationOptions:
     rand_augment_magnitude: int = 9
     """Magnitude of RandAugment, 0 to 30. DeiT uses 9."""
     random_erasing: float = 0.0
-    """Probability of replacing a random rectangle by noise (Zhong et al. 2020)."""
+    """Probability of replacing a random rectangle with noise (Zhong et al. 2020)."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses one of the two."""
+    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses one of the two methods."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
     repeated_augmentation: int = 1
@@ -183,37 +186,37 @@ class TrainingOptions:
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
-    """Training images per process and forward pass. Default: 64, or 32 for fewer than 10,000 images."""
+    """Number of training images per process and forward pass. Default: 64, or 32 for fewer than 10,000 images."""
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. The learning rate rises linearly (--warmup), then falls to 0 along a cosine. Default:
-    depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a random ViT-Ti and 5e-5
-    for a pre-trained ViT-B."""
+    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 along a cosine.
+    Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a ViT-Ti with
+    random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
-    """Factor of the learning rate from each layer to the layer before it; tokens and positions count as the layer
-    before the first (BEiT, Bao et al. 2021). 1: the same rate for all. Default: 0.75 for pre-trained weights,
-    otherwise 1."""
+    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
+    layer to the previous layer. Tokens and position embeddings precede the first layer. 1: the same learning rate for
+    all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
     warmup: float = 0.1
     """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
-    """Weight decay of linear layers and the patch projection. Biases, norms, tokens and positions have none. 0.05 is
-    the value of DeiT."""
+    """Weight decay of linear layers and the patch projection. Weight decay is not applied to biases, norms,
+    tokens and position embeddings. DeiT uses 0.05."""
     label_smoothing: float = 0.1
-    """Label smoothing: probability that is spread evenly over all classes. 0.1 is the value of DeiT."""
+    """Label smoothing: probability that is spread evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
-    """Compensation for imbalanced classes: weight the loss by the inverse class size, or sample all classes
-    equally often."""
+    """Compensation for imbalanced classes: weight the loss by the inverse class size (`weights`), or sample all
+    classes equally often (`sampling`)."""
     max_gradient_norm: float = 1.0
-    """Maximum norm of the gradients; larger gradients are scaled down. 1 is the value of the ViT paper."""
+    """Maximum norm of the gradients; larger gradients are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
-    0.999 is suitable for a few thousand steps. Default: no average."""
+    0.999 is suitable for runs of a few thousand steps. Default: no average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
     feature_views: int = 0
-    """With `--trainable head`: number of augmented views of each image, which are encoded once. 0: the image without
-    augmentation."""
+    """With `--trainable head`: number of augmented views of each image. Each view is encoded once. 0: the image is
+    encoded without augmentation."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -221,20 +224,19 @@ class TrainingOptions:
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory but takes more time."""
     seed: int = 0
     """Random seed of initial weights, image order, augmentation and drop path."""
     log_every: int = 10
-    """Steps per line of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
     health_every: int = 100
-    """Steps between measurements of the entropy of the CLS attention per layer. 0: off."""
+    """Number of steps between measurements of the entropy of the CLS attention per layer. 0: off."""
     evaluate_every: int = 1
-    """Epochs between evaluations on held-out images. The last step is always evaluated."""
+    """Number of epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: the checkpoint of the last step, or the best of all evaluations. The best
-    checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
-    split,
-        otherwise additional held-out training images."""
+    """Checkpoint to save and report: the checkpoint of the last step, or the checkpoint with the best evaluation. The
+    best checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
+    split, otherwise additional held-out training images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
 
@@ -247,7 +249,7 @@ class TrainingOptions:
         for name in ("warmup", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.patience is not None and self.select != "best":
-            raise ValueError("--patience requires --select best, but it is last. Set --select best")
+            raise ValueError("--patience requires --select best, but --select is last. Set --select best")
         is_valid_decay = self.layer_decay is None or 0 < self.layer_decay <= 1
         check_value(self, "layer_decay", is_valid_decay, "above 0 and at most 1")
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
@@ -259,22 +261,22 @@ class TrainingOptions:
 class DistillationOptions:
     """Distillation from a teacher (DeiT, Touvron et al. 2021).
 
-    The distillation token learns the predictions of the teacher, the CLS token learns the labels. A model without a
-    distillation token gets one.
+    The distillation token learns the predictions of the teacher, and the CLS token learns the labels. If the model has
+    no distillation token, a distillation token is added.
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins it), `timm:NAME`, or a file with a
-    published state dict. Default: no distillation."""
+    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins the model), `timm:NAME`, or a file
+    with a published state dict. Default: no distillation."""
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
     distillation_alpha: float = 0.5
     """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT uses 0.5."""
     distillation_tau: float = 3.0
-    """Temperature of soft distillation. 3 is the value of the DeiT paper."""
+    """Temperature of soft distillation. The DeiT paper uses 3."""
     teacher_views: int = 0
-    """Number of augmented views per image, for each of which the teacher predicts once; later epochs repeat the views.
-    0: new views and predictions in every step."""
+    """Number of augmented views per image. The teacher predicts once for each view, and later epochs reuse the views
+    and predictions. 0: new views and predictions in every step."""
 
     def __post_init__(self) -> None:
         check_value(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
@@ -287,37 +289,38 @@ class RunOptions:
     """Output, checkpoints, experiment trackers and the Hub."""
 
     resume: bool = False
-    """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is none."""
+    """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is no checkpoint."""
     overwrite: bool = False
     """Replace an earlier run in --output-dir, and other files that have the name of an output file."""
     save_every: int | None = None
-    """Steps between checkpoints. Default: one at each evaluation; every 1,000 steps for a streamed dataset."""
+    """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000 steps for a
+    streamed dataset."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep, in addition to the best one."""
+    """Number of newest checkpoints to keep, in addition to the best checkpoint."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
     """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
     dry_run: bool = False
-    """Test the run and estimate its duration: train a few steps, evaluate, save a checkpoint and the model, and check
-    the permission to push. The output is removed."""
+    """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and the model, and check
+    the permission to push. The output of the test is removed."""
     push_to_hub: bool = False
     """Push the result to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
     """Repository to push to. Default: the name of --output-dir, in your account."""
     hub_private: bool = False
-    """Make the repository private if it is created."""
+    """If the repository does not exist, create a private repository."""
     hub_verify: bool = True
-    """Load the pushed commit in a new process and compare its outputs."""
+    """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
     hub_checkpoint_every: int | None = None
-    """Steps between pushes of the model to --hub-checkpoint-branch, in the background. Requires --push-to-hub.
-    Default: off."""
+    """Number of steps between pushes of the model to --hub-checkpoint-branch, in the background. Default: off.
+    Requires --push-to-hub."""
     hub_checkpoint_branch: str = "checkpoints"
     """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
     """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
-    machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then the same command with --output-dir FOLDER
-    --resume. Requires --push-to-hub."""
+    machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
+    --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
     """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. If the
     initial weights have a license, the card states that license instead. Default: no license in the card."""
@@ -325,21 +328,22 @@ class RunOptions:
     """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
     of `digits` and of datasets on the Hub are always shown."""
     eval_benchmark: str | None = None
-    """Benchmark on the Hub (`namespace/name`) whose test images are the held-out split: the result is written for its
-    leaderboard (.eval_results/). Requires --eval-task-id."""
+    """Benchmark on the Hub (`namespace/name`) whose test images are the held-out split. The result is added to the
+    repository (.eval_results/) for the leaderboard of the benchmark. Requires --eval-task-id."""
     eval_task_id: str | None = None
-    """Task of the benchmark, as named in its eval.yaml."""
+    """Name of the task in the eval.yaml file of the benchmark."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
         is_separate = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
         is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        check_value(self, "license", is_valid_license, "an identifier of the Hub, such as apache-2.0 or cc-by-4.0")
+        requirement = "a license identifier of the Hub, such as apache-2.0 or cc-by-4.0"
+        check_value(self, "license", is_valid_license, requirement)
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} requires --push-to-hub, but it is off. Set --push-to-hub.")
+                raise ValueError(f"{flag} requires --push-to-hub, which is not set. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
@@ -351,31 +355,31 @@ class TaskOptions:
     """The flags that fine-tuning and pre-training share."""
 
     output_dir: Path
-    """Folder to write to. --resume continues an earlier run in it, --overwrite replaces it."""
+    """Folder to write to. --resume continues an earlier run in this folder; --overwrite replaces the earlier run."""
     data: DataOptions
     model: ModelOptions
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     config: Path | None = None
-    """Recipe: a YAML file of flags. Flags on the command line override it."""
+    """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
 
 @dataclass(frozen=True)
 class FinetuneOptions(TaskOptions):
-    """Fine-tune a ViT on labeled images, evaluate it on held-out images, and write model, card and results."""
+    """Fine-tune a ViT on labeled images, evaluate the ViT on held-out images, and write the model and the results."""
 
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """Masks of masked image modeling."""
+    """Masks for masked image modeling."""
 
     mask_ratio: float = 0.6
-    """Fraction of the patches to mask. 0.6 is the value of SimMIM (Xie et al. 2021)."""
+    """Fraction of the patches to mask. SimMIM uses 0.6 (Xie et al. 2021)."""
     mask_block: int = 1
-    """Side of the square blocks that are masked together, in patches. SimMIM masks blocks of 32 x 32 pixels."""
+    """Side length, in patches, of the square blocks that are masked together. SimMIM uses 32 x 32 pixels."""
 
     def __post_init__(self) -> None:
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
@@ -384,37 +388,37 @@ class MaskingOptions:
 
 @dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
-    """Pre-train a ViT on images without labels by masked image modeling. Then fine-tune the output."""
+    """Pre-train a ViT on images without labels by masked image modeling. The output can be fine-tuned."""
 
     masking: MaskingOptions = field(default_factory=MaskingOptions)
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a vitcls model on labeled images, each image exactly once."""
+    """Evaluate a vitcls model on labeled images. Each image is counted exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT that is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Split of the dataset. In a dataset with one split that is not called `test`, `test` is the held-out split of
-    fine-tuning. Default: the held-out split of the model's run, or `test`."""
+    """Split of the dataset. If the dataset has a single split that is not named `test`, then `test` is the held-out
+    split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     frozen: str | None = None
-    """Evaluate the frozen encoder instead of the model's classifier: fit `knn`, `logreg` (logistic regression) or
+    """Evaluate the frozen encoder instead of the classifier of the model: fit `knn`, `logreg` (logistic regression) or
     `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
     frozen_layers: Literal["last", "all"] = "last"
     """With --frozen: layers whose features are evaluated."""
     frozen_repeats: int = 10
-    """With --frozen few-shot:N: number of random selections of the N images."""
+    """With --frozen few-shot:N: number of random selections of N images per class."""
     output: Path | None = None
-    """JSON file to write the metrics, the metrics of each class and the confusion matrix to."""
+    """JSON file for the metrics, the metrics of each class and the confusion matrix."""
     config: Path | None = None
-    """Recipe: a YAML file of flags. Flags on the command line override it."""
+    """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "frozen_repeats")
@@ -424,29 +428,29 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags that prediction and inspection share: a model and images, which may have no labels."""
+    """The flags that prediction and inspection share: a model and images. The images may have no labels."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins it), or another ViT that is converted once (`timm:NAME`,
-    `transformers:ID`, a folder, a Hub id, a file)."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT that is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
     dataset: str | None = None
-    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder of
-    `save_to_disk` or of MNIST's idx files, or a dataset id on the Hub."""
+    """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder
+    written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on the Hub."""
     image_column: str | None = None
-    """Column with the images or their paths. Default: detected by its type or name."""
+    """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. If complete attention maps are computed, the number is
-    reduced to save memory."""
+    """Maximum number of images per process and forward pass. To save memory, the batch size is smaller if complete
+    attention maps are computed."""
 
 
 @dataclass(frozen=True)
 class PredictOptions(ImageOptions):
-    """Predict the labels of images, or write their features.
+    """Predict the labels of images, or compute the features of images.
 
-    Images come from PATHS, --list or --dataset. The row of an unreadable image contains its error. The images are
-    distributed over all processes.
+    The images are read from PATHS, --list or --dataset. The row of an unreadable image contains an error message. The
+    images are distributed over all processes.
     """
 
     list: Path | None = None
@@ -456,19 +460,19 @@ class PredictOptions(ImageOptions):
     streaming: bool = False
     """Read the dataset without downloading or storing it."""
     output: Path | None = None
-    """A .csv, .json, .jsonl or .parquet file; or a folder for Parquet files of --shard-size images each. If the folder
-    exists, only missing files are written. Default: a table on the terminal."""
+    """A .csv, .json, .jsonl or .parquet file, or a folder for Parquet files with --shard-size images each. In an
+    existing folder, only missing files are written. Default: a table on the terminal."""
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Number of labels per image, the most probable first. Default: 1, or for a multi-label model, all labels with a
-    probability of --threshold or more."""
+    """Maximum number of labels per image, starting with the most probable label. Default: 1, or all labels with a
+    probability of at least --threshold for a multi-label model."""
     threshold: float = 0.5
-    """Minimum probability of a label of a multi-label model."""
+    """Minimum probability of a predicted label of a multi-label model."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
-    """Write these tokens of the last layer (`mean`: the mean of the patches) instead of labels."""
+    """Tokens of the last layer to write instead of labels (`mean`: the mean of the patch tokens)."""
     num_workers: int | None = None
-    """Threads per process that load images. Default: one per core, at most 8."""
+    """Number of threads per process that load images. Default: one per CPU core, at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
@@ -478,7 +482,7 @@ class PredictOptions(ImageOptions):
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset, to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
-            raise ValueError("--split, --image-column and --streaming require --dataset, but it is not set.")
+            raise ValueError("--split, --image-column and --streaming require --dataset, which is not set.")
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
@@ -487,8 +491,8 @@ class PredictOptions(ImageOptions):
         if self.features and (self.output is None or suffix == ".csv"):
             output = "a table" if self.output is None else "CSV"
             raise ValueError(
-                f"--features {self.features} requires an output for long vectors, but it is {output}. Set --output to "
-                "a .parquet, .json or .jsonl file, or to a folder."
+                f"--features {self.features} requires an output format for long vectors, not {output}. Set --output "
+                "to a .parquet, .json or .jsonl file, or to a folder."
             )
 
 
@@ -496,37 +500,39 @@ class PredictOptions(ImageOptions):
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    Images come from PATHS or --dataset. Subfolders of PATHS that have the names of the model's classes are labels.
+    The images are read from PATHS or --dataset. The names of subfolders of PATHS are used as labels if the model has
+    classes with these names.
     """
 
     split: str | None = None
-    """Split of the dataset. In a dataset with one split, `test` is the held-out split of fine-tuning. Default: the
-    held-out split of the model's run, or `test`."""
+    """Split of the dataset. If the dataset has a single split, then `test` is the held-out split of fine-tuning.
+    Default: the held-out split that was used in training, or `test`."""
     label_column: tuple[str, ...] | None = None
-    """Column with the labels; several columns are several tasks. Default: detected by its type or name."""
+    """Column with the labels; several columns define several tasks. By default, the column is detected by type or
+    name."""
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     revision: str | None = None
     """Commit hash, branch or tag of a model on the Hub. Default: the newest commit."""
     output: Path = Path("report.html")
-    """HTML file to write the report to."""
+    """HTML file for the report."""
     json: Path | None = None
-    """JSON file to write the values of the report to."""
+    """JSON file for the values in the report."""
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
-    """Maximum number of images for the statistics, spread evenly over all images and kept in memory."""
+    """Maximum number of images for the statistics. The images are selected at regular intervals and kept in memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels to compare, such as 8 16 32, by sequence length, cost and, with labels, accuracy."""
+    """Patch sizes in pixels, such as 8 16 32, to compare by sequence length, cost and accuracy (with labels)."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
-        check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "1 or more pixels each")
+        check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "sizes of 1 or more pixels")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set exactly one of PATHS and --dataset, to select the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
             raise ValueError(
-                "--image-column, --label-column and --label-separator require --dataset, but it is not set."
+                "--image-column, --label-column and --label-separator require --dataset, which is not set."
             )
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"--output {self.output}: set the name of a .html file")
@@ -535,7 +541,7 @@ class InspectOptions(ImageOptions):
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
-    """Raise ValueError with the name of the flag if its value is not valid."""
+    """Raise ValueError with the name and value of a flag unless `is_valid` is True."""
     if not is_valid:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
 
@@ -548,7 +554,7 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_names(options_class: Any) -> set[str]:
-    """Return the names of all flags of a dataclass, including its nested dataclasses, for example `batch_size`."""
+    """Return the names of all flags of a dataclass, including nested dataclasses, for example `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):
         names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
@@ -556,7 +562,7 @@ def get_flag_names(options_class: Any) -> set[str]:
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return name -> value of all flags of a run except `--config`, in types that YAML and JSON support."""
+    """Return a dict of all flags of a run except `--config`, with values in types that YAML and JSON support."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):
@@ -570,7 +576,7 @@ def to_flags(options: Any) -> dict[str, Any]:
 
 
 def to_arguments(name: str, value: Any) -> list[str]:
-    """Return a flag and its value as arguments of the command line."""
+    """Return a flag and the value of the flag as command line arguments."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

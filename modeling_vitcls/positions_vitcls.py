@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions, and the resampling of learned weights that depend on the patch grid.
+"""Rotary positions, and resampling of learned weights that depend on the patch grid or the patch size.
 
     rotary positions     (cos, sin) for queries and keys of the patches; special tokens are not rotated
     learned positions    resampled to another patch grid
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .configuration_vitcls import ViTCLSConfig
 
 
-# cos and sin, each [patches, head_dim] or [heads, patches, head_dim].
+# cos and sin, each with shape [patches, head_dim] or [heads, patches, head_dim].
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
 # Rotary positions ----------------------------------------------------------------------------------------------------
 def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | MixedRotaryPositions | None":
-    """Build the rotary positions of `config.position_embedding_type`; None if queries and keys are not rotated."""
+    """Build the rotary positions for `config.position_embedding_type`; None if queries and keys are not rotated."""
     if not config.has_rotary_positions:
         return None
     if config.position_embedding_type.endswith("rope_mixed"):
@@ -31,7 +31,7 @@ def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | Mixe
 
 
 class AxialRotaryPositions(nn.Module):
-    """Rotary positions: half of the channels encode the row, half the column (DINOv3, arXiv 2508.10104; EVA-02)."""
+    """Rotary positions, half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MixedRotaryPositions(nn.Module):
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
         coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
         first, second = coordinates.unbind(-1)  # [rows * columns] each
-        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, half]
+        first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, d / 2]
         angles = first[:, None] * first_frequencies + second[:, None] * second_frequencies
         angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
         cos, sin = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
@@ -74,25 +74,25 @@ class MixedRotaryPositions(nn.Module):
 
     def get_initial_frequencies(self) -> Tensor:
         """Return axial frequencies, rotated by a random angle per layer and head (initialization of RoPE-ViT)."""
-        _, layers, heads, half = self.frequencies.shape
-        magnitude = self.theta ** -(torch.arange(0, 2 * half, 4, dtype=torch.float32) / (2 * half))  # [head_dim / 4]
-        angle = torch.rand(layers, heads, 1) * 2 * math.pi
+        (num_layers, num_heads), head_dim = self.frequencies.shape[1:3], self.config.head_dim
+        magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)  # [head_dim / 4]
+        angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
         first = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
         second = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
         return torch.stack([first, second])
 
 
 def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the coordinates of all patches, row by row, [rows * columns, 2], in the order of `config.rope_axes`.
+    """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` sets the axis order.
 
-    Mixed frequencies always use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
+    Mixed rotary positions use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
     if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith("rope_mixed"):
-        # patch centers from -1 to 1 over the image, times 2 pi (DINOv3)
+        # Centers of the patches, from -1 to 1 over the image, times 2 pi (DINOv3).
         y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid_size, strict=True))
     else:
-        # patch indices, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1)
+        # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1).
         reference, offset = config.rope_reference_grid or grid_size, float(config.rope_grid_offset)
         y, x = ((axis + offset) / size * scale for axis, size, scale in zip((y, x), grid_size, reference, strict=True))
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
@@ -102,7 +102,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], devi
 def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
     """Rotate the patches of queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim].
 
-    Special tokens are first in the sequence and are not rotated. n is N, or at most the number of special tokens.
+    Special tokens come first in the sequence and are not rotated. n is N or at most the number of special tokens.
     """
     cos, sin = position_embeddings
     num_special = key.shape[-2] - cos.shape[-2]
@@ -118,7 +118,7 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
 
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Return whether two grids differ; True for dynamic sizes in an export, which a comparison would fix."""
+    """Return whether two grids differ; True for dynamic sizes, which a comparison would make static in an export."""
     if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid_size):
         return True
     return grid_size != new_grid_size
@@ -127,14 +127,14 @@ def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int])
 def resample_positions(
     positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] to another grid, in float32, as `config` specifies."""
+    """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # resample to a square as long as the longer side, then crop the top left (RADIO, arXiv 2312.06709)
-        side = max(new_grid_size)
-        square = nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+        # Resample to a square with the length of the longer side, and crop the top left (RADIO, arXiv 2312.06709).
+        longer_side = max(new_grid_size)
+        square = nn.functional.interpolate(maps, size=(longer_side,) * 2, mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
-        maps = square.index_select(2, rows).index_select(3, columns)  # slices would fix the shape of exported graphs
+        maps = square.index_select(2, rows).index_select(3, columns)  # slices would make exported shapes static
     else:
         factors: list[float] | None = None
         if config.position_offset:  # DINOv2: the scale factor is (new + offset) / old instead of new / old
@@ -153,8 +153,8 @@ def resample_positions(
 def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly if patches grow, in
-    the least-squares sense if they shrink. With the resizing matrix B, the new kernel is pinv(B^T) times the old one.
+    The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly for larger patches,
+    in the least-squares sense for smaller patches. The new kernel is pinv(B^T) @ kernel, with the resizing matrix B.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64
@@ -165,7 +165,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
 
 
 def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Resize the patches that a linear layer outputs, by resizing its weight or bias [C * height * width, ...]."""
+    """Resize the weight or bias [C * height * width, ...] of a linear layer whose outputs are patches."""
     patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
     patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
     return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

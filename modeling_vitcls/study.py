@@ -2,16 +2,17 @@
 
 A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
-    answer             the conclusion, in one sentence, written after the measurement (optional)
+    answer             the conclusion in one sentence, added after the measurement (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
     subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
                        new label columns: column -> {name of the group: [label, ...]}
-    stages             stage -> flags of that vitcls subcommand; stages run in the order of STAGES
+    stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
     metrics            names of numbers in results.json, for the tables
     baseline           factor -> level to which the other levels are compared
 
-`{run}` in a flag is the folder of the run, `{folder}` the folder of the study and `{subset:NAME}` a subset.
+In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of the study, and `{subset:NAME}` for the
+folder of a subset.
 
 The output folder contains
     README.md, images/*.png    the page: means with 95 % confidence intervals, and paired differences by seed
@@ -59,7 +60,7 @@ Flags = dict[str, Any]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: a level per factor, a seed, and the flags of each stage."""
+    """One run of a study: the level of each factor, the seed, and the flags of each stage."""
 
     name: str
     levels: dict[str, str]
@@ -69,7 +70,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file."""
+    """The content of a study file."""
 
     title: str
     question: str
@@ -82,18 +83,18 @@ class Study:
     subsets: dict[str, Flags] = field(default_factory=dict)
 
     def plan_runs(self) -> list[StudyRun]:
-        """Return the runs of the grid, ordered by combination of levels, then by seed."""
+        """Return all runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
         for levels in itertools.product(*self.factors.values()):
             combination = dict(zip(self.factors, levels, strict=True))
             for seed in self.seeds:
-                parts = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
-                name = "_".join([*parts, f"seed-{seed}"])
+                level_names = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
+                name = "_".join([*level_names, f"seed-{seed}"])
                 runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
         return runs
 
     def combine_flags(self, levels: Mapping[str, str], seed: int) -> dict[str, Flags]:
-        """Return the flags of each stage of a run."""
+        """Combine the flags of the stages, the levels and the seed. Return the flags of each stage of a run."""
         stages: dict[str, Flags | None] = {name: dict(flags or {}) for name, flags in self.stages.items()}
         for factor, level in levels.items():
             for name, flags in split_by_stage(self.factors[factor][level]).items():
@@ -103,7 +104,7 @@ class Study:
 
 
 def load_study(file: Path) -> Study:
-    """Load a study file. Raise ValueError if it is not YAML, or a key is missing or unknown."""
+    """Load a study file. Raise ValueError if the file is not valid YAML, or if a key is missing or unknown."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -111,9 +112,9 @@ def load_study(file: Path) -> Study:
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not contain `key: value` lines. A study requires {', '.join(REQUIRED_KEYS)}")
     if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
-        raise ValueError(f"{file} has no value for {', '.join(missing_keys)}")
-    if unknown := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
-        raise ValueError(f"{file} has unknown keys: {', '.join(unknown)}")
+        raise ValueError(f"{file} has no value for {', '.join(missing_keys)}. Set all required keys")
+    if unknown_keys := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
+        raise ValueError(f"{file} has unknown keys: {', '.join(unknown_keys)}. Remove or correct these keys")
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
         for name, levels in content["factors"].items()
@@ -121,25 +122,25 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline {factor}: {level} is not defined in factors")
+            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of the factor in `factors`")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
     }
-    if unknown := sorted(stages - set(STAGES)):
-        raise ValueError(f"{file}: {', '.join(unknown)} is not a stage. Choose from {', '.join(STAGES)}")
+    if unknown_stages := sorted(stages - set(STAGES)):
+        raise ValueError(f"{file}: {', '.join(unknown_stages)} is not a stage. Choose from {', '.join(STAGES)}")
     return Study(**content | {"factors": factors, "baseline": baseline})
 
 
 def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
-    """Return the flags of a level per stage. Flags without a stage are flags of `finetune`."""
+    """Group the flags of a level by stage. Flags without a stage are flags of `finetune`."""
     stages = {name: value for name, value in flags.items() if name in STAGES}
-    others = {name: value for name, value in flags.items() if name not in STAGES}
-    return stages | ({"finetune": (stages.get("finetune") or {}) | others} if others else {})
+    finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
+    return stages | ({"finetune": (stages.get("finetune") or {}) | finetune_flags} if finetune_flags else {})
 
 
 def to_file_name(text: str) -> str:
-    """Return text with all characters except letters, digits, dots and hyphens replaced by hyphens."""
+    """Replace all characters except letters, digits, dots and hyphens with hyphens."""
     return "".join(character if character.isalnum() or character in "-." else "-" for character in text)
 
 
@@ -148,7 +149,7 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A started run, its current process and its remaining stages."""
+    """A run that has started, with the process of the current stage and the remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
@@ -158,18 +159,17 @@ class RunProcess:
 
 @dataclass
 class StudyRunner:
-    """Executes the runs of a study in parallel processes. Finished runs are not repeated; killed runs are resumed."""
+    """Executes the runs of a study in parallel processes. Finished runs are skipped, and killed runs are resumed."""
 
     study: Study
     folder: Path
-    jobs: int = 1  # maximum number of runs at a time
-    threads: int = 1  # threads per run
-    memory_limit: float | None = (
-        None  # total memory of all runs in GiB; a run starts only if the largest run so far would fit
-    )
-    dataset: str | None = None  # dataset for all subsets, instead of the dataset in the study file
-    largest_run: float = 0.0  # largest memory of a run so far, in bytes
-    seconds: list[float] = field(default_factory=list)  # durations of the runs of this process
+    jobs: int = 1  # maximum number of runs at the same time
+    threads: int = 1  # number of threads per run
+    # Maximum memory of all runs, in GiB. A run starts only if the memory of the largest run so far is available.
+    memory_limit: float | None = None
+    dataset: str | None = None  # dataset for all subsets; overrides the datasets in the study file
+    max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
+    durations: list[float] = field(default_factory=list)  # durations of the runs in this execution, in seconds
 
     def execute(self) -> None:
         """Execute all runs that are not finished. A failed run does not stop the other runs."""
@@ -177,31 +177,32 @@ class StudyRunner:
         runs = self.study.plan_runs()
         waiting_runs = [run for run in runs if not self.is_finished(run)]
         num_finished = len(runs) - len(waiting_runs)
-        print(f"{len(runs)} runs, {num_finished} of them already finished", flush=True)
+        print(f"{len(runs)} runs ({num_finished} already finished)", flush=True)
         running_processes: list[RunProcess] = []
         try:
             while waiting_runs or running_processes:
                 while (
                     waiting_runs and len(running_processes) < self.jobs and self.fits_memory_limit(running_processes)
                 ):
-                    running_processes.append(self.start(waiting_runs.pop(0)))
+                    running_processes.append(self.start_run(waiting_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running_processes)
-                for item in [item for item in running_processes if item.process.poll() is not None]:
-                    if item.process.returncode == 0 and (stage := next(item.stages, None)) is not None:
-                        item.process = self.start_process(item.run, *stage)
+                ended_processes = [entry for entry in running_processes if entry.process.poll() is not None]
+                for run_process in ended_processes:
+                    if run_process.process.returncode == 0 and (stage := next(run_process.stages, None)) is not None:
+                        run_process.process = self.start_process(run_process.run, *stage)
                         continue
-                    running_processes.remove(item)
+                    running_processes.remove(run_process)
                     num_finished += 1
-                    self.seconds.append(time.monotonic() - item.start_time)
-                    self.print_progress(item, num_finished, len(waiting_runs) + len(running_processes))
+                    self.durations.append(time.monotonic() - run_process.start_time)
+                    self.print_progress(run_process, num_finished, len(waiting_runs) + len(running_processes))
         finally:
-            for item in running_processes:
-                item.process.send_signal(signal.SIGTERM)  # the run saves a checkpoint
-            for item in running_processes:
-                item.process.wait()
+            for run_process in running_processes:
+                run_process.process.send_signal(signal.SIGTERM)  # makes the run save a checkpoint
+            for run_process in running_processes:
+                run_process.process.wait()
 
-    def get_folder(self, run: StudyRun) -> Path:
+    def get_run_folder(self, run: StudyRun) -> Path:
         """Return the folder of a run."""
         return self.folder / "runs" / run.name
 
@@ -210,41 +211,43 @@ class StudyRunner:
         return all(self.get_result_file(run, stage).exists() for stage in run.stages)
 
     def get_result_file(self, run: StudyRun, stage: str) -> Path:
-        """Return the file with the numbers of a stage."""
-        folder = self.get_folder(run)
+        """Return the path of the JSON file with the results of a stage."""
+        folder = self.get_run_folder(run)
         return folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
 
-    def start(self, run: StudyRun) -> RunProcess:
+    def start_run(self, run: StudyRun) -> RunProcess:
         """Start the first unfinished stage of a run."""
-        self.get_folder(run).mkdir(parents=True, exist_ok=True)
-        stages = iter([item for item in self.build_commands(run) if not self.get_result_file(run, item[0]).exists()])
+        self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
+        commands = self.build_commands(run)
+        stages = iter([command for command in commands if not self.get_result_file(run, command[0]).exists()])
         return RunProcess(run, self.start_process(run, *next(stages)), stages, time.monotonic())
 
     def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process of a stage, and append its output to log.txt."""
+        """Start a process for a stage, and append the output of the process to log.txt."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        with (self.get_folder(run) / "log.txt").open("ab") as log:
+        with (self.get_run_folder(run) / "log.txt").open("ab") as log:
             log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
             log.flush()
             command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
-        """Return the command line of each stage of a run."""
-        folder = self.get_folder(run)
+        """Return the name and the command line arguments of each stage of a run."""
+        folder = self.get_run_folder(run)
         commands = []
-        for stage, flags in run.stages.items():
-            values = {name: self.fill_placeholders(value, run) for name, value in flags.items()}
+        for stage, stage_flags in run.stages.items():
+            flags = {name: self.fill_placeholders(value, run) for name, value in stage_flags.items()}
             if stage in SEEDED_STAGES:
-                values["output_dir"] = str(folder / stage)
+                flags["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
-                values["resume" if has_checkpoint else "overwrite"] = True
+                flags["resume" if has_checkpoint else "overwrite"] = True
             else:
-                values.setdefault("model", str(folder / "finetune"))
-                values["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
+                flags.setdefault("model", str(folder / "finetune"))
+                flags["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
                 if stage == "inspect":
-                    values["output"] = str(folder / "report.html")
-            commands.append((stage, [token for name, value in values.items() for token in to_arguments(name, value)]))
+                    flags["output"] = str(folder / "report.html")
+            arguments = [argument for name, value in flags.items() for argument in to_arguments(name, value)]
+            commands.append((stage, arguments))
         return commands
 
     def fill_placeholders(self, value: Any, run: StudyRun) -> Any:
@@ -253,39 +256,38 @@ class StudyRunner:
             return value
         for name in self.study.subsets:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
-        return value.replace("{run}", str(self.get_folder(run))).replace("{folder}", str(self.folder))
+        return value.replace("{run}", str(self.get_run_folder(run))).replace("{folder}", str(self.folder))
 
     def fits_memory_limit(self, running_processes: list[RunProcess]) -> bool:
-        """Return whether another run fits into the memory limit. The first run always starts."""
+        """Return whether another run is expected to fit in the memory limit. The first run always starts."""
         if self.memory_limit is None or not running_processes:
             return True
-        expected = (len(running_processes) + 1) * self.largest_run  # 0 if the memory of a run is not yet known
-        return 0 < expected <= self.memory_limit * BYTES_PER_GIB
+        expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before the first measurement
+        return 0 < expected_bytes <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
-        """Update the largest peak memory of the runs."""
-        for item in running_processes:
+        """Update the memory of the largest run so far."""
+        for run_process in running_processes:
             try:
-                process = psutil.Process(item.process.pid)
-                used_bytes = sum(each.memory_info().rss for each in [process, *process.children(recursive=True)])
+                process = psutil.Process(run_process.process.pid)
+                process_tree = [process, *process.children(recursive=True)]
+                used_bytes = sum(member.memory_info().rss for member in process_tree)
             except psutil.Error:  # the process has just ended
                 continue
-            self.largest_run = max(self.largest_run, used_bytes)
+            self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
-    def print_progress(self, item: RunProcess, num_finished: int, num_left: int) -> None:
+    def print_progress(self, run_process: RunProcess, num_finished: int, num_left: int) -> None:
         """Print one line about a run that has ended."""
-        levels = ", ".join(f"{factor} {level}" for factor, level in item.run.levels.items())
-        log = (self.get_folder(item.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
-        result = f"failed: {log.strip().splitlines()[-1]}"  # the log starts with the command
-        if item.process.returncode == 0:
-            row = build_row(self, item.run)
+        levels = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
+        log = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
+        result = f"failed: {log.strip().splitlines()[-1]}"  # the log contains at least the command
+        if run_process.process.returncode == 0:
+            row = build_row(self, run_process.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
-        seconds = sum(self.seconds) / len(self.seconds) * num_left / self.jobs
+        seconds = sum(self.durations) / len(self.durations) * num_left / self.jobs
         remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
-        print(
-            f"[{num_finished}/{num_finished + num_left}] {levels}, seed {item.run.seed}: {result}{remaining_time}",
-            flush=True,
-        )
+        run_name = f"{levels}, seed {run_process.run.seed}"
+        print(f"[{num_finished}/{num_finished + num_left}] {run_name}: {result}{remaining_time}", flush=True)
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -294,28 +296,30 @@ class StudyRunner:
         return self.folder / "subsets" / to_file_name(name)
 
     def write_subsets(self) -> None:
-        """Write the training subsets as Parquet files: `num_images` random images of the split `train`. The other
-        splits are copied completely."""
+        """Write the training subsets as Parquet files.
+
+        A subset contains `num_images` random images of the split `train`, and all images of the other splits.
+        """
         from datasets import disable_progress_bars, load_dataset
 
         for name, subset in self.study.subsets.items():
             folder = self.get_subset_folder(name)
             if folder.exists():
                 continue
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial_folder = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            partial_folder.mkdir(parents=True)
             source = os.path.expandvars(self.dataset or subset["dataset"])
             files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
-            data = load_dataset("parquet", data_files=files) if files else load_dataset(source)
-            disable_progress_bars()  # for local files; downloads are finished
-            for split, images in data.items():
+            splits = load_dataset("parquet", data_files=files) if files else load_dataset(source)
+            disable_progress_bars()  # after the download, because local files are processed quickly
+            for split, images in splits.items():
                 if split == "train":
                     images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
                 for column, groups in subset.get("groups", {}).items():
                     images = add_label_groups(images, column, groups)
-                images.to_parquet(partial / f"{split}.parquet")
-            partial.rename(folder)
+                images.to_parquet(partial_folder / f"{split}.parquet")
+            partial_folder.rename(folder)
 
 
 def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
@@ -338,10 +342,11 @@ def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequen
 
 
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
-    """Return the row of a run in runs.parquet: factor levels, seed, status and the numbers of its stages.
+    """Build the row of a run in runs.parquet: factor levels, seed, status and the numbers in the results.
 
-    Names of numbers start with the stage, except for `finetune`: `inspect.patches.outliers`. `first.` and `last.` are
-    the first and the last value in the training log: `first.loss`, `last.cls_attention_entropy.0`.
+    The names of the numbers start with the stage, such as `inspect.patches.outliers`, except for the stage `finetune`.
+    `first.` and `last.` are the first and the last value in the training log, such as `first.loss` and
+    `last.cls_attention_entropy.0`.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
@@ -349,7 +354,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         file = runner.get_result_file(run, stage)
         if file.exists():
             row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
-    log = runner.get_folder(run) / "finetune" / "metrics.jsonl"
+    log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     for record in records:
         row |= flatten_numbers(record, "last")
@@ -373,7 +378,7 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
 
 
 def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
-    """Write runs.parquet and return its rows."""
+    """Write runs.parquet, and return the rows of the table."""
     import pandas
 
     rows = [build_row(runner, run) for run in runner.study.plan_runs()]
@@ -382,7 +387,7 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
 
 
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean, and half the width of the 95 % confidence interval (Student's t); NaN for a single value."""
+    """Return the mean and the half width of the 95 % confidence interval (Student's t; NaN for a single value)."""
     import numpy as np
     from scipy import stats
 
@@ -391,25 +396,25 @@ def compute_interval(values: list[float]) -> tuple[float, float]:
 
 
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
-    """Write README.md and its plots, and return its path."""
+    """Write README.md and the plots, and return the path of README.md."""
     from .system import get_processor_name, get_versions
 
     study = runner.study
     finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
     seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
-    parts = [f"# {study.title}", study.question]
+    sections = [f"# {study.title}", study.question]
     if study.answer:
-        parts.append(f"**Answer:** {' '.join(study.answer.split())}")
+        sections.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
         groups = group_values(study, finished_rows, metric)
         if groups:
             image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
             draw_groups(groups, metric, runner.folder / image)
             table = format_table(study, groups, metric)
-            parts += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
+            sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
     seeds = ", ".join(map(str, study.seeds))
-    parts.append(
+    sections.append(
         f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
         f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
         f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
@@ -418,12 +423,12 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )
     page = runner.folder / "README.md"
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
 
 
 def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """Return the value of a metric per combination of levels and seed."""
+    """Return a dict from combinations of levels to the values of a metric by seed."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         if metric in row:
@@ -432,28 +437,30 @@ def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[
 
 
 def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
-    """Return a Markdown table: means with intervals, and paired differences from the baseline."""
+    """Return a Markdown table with means, confidence intervals, and paired differences from the baseline."""
     header = [*study.factors, "runs", metric, "difference from the baseline"]
     rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
-        reference = tuple(study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True))
-        shared_seeds = sorted(values.keys() & groups.get(reference, {}).keys())
+        baseline_levels = tuple(
+            study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True)
+        )
+        shared_seeds = sorted(values.keys() & groups.get(baseline_levels, {}).keys())
         difference = "baseline"
-        if reference != levels:
-            differences = [values[seed] - groups[reference][seed] for seed in shared_seeds]
+        if baseline_levels != levels:
+            differences = [values[seed] - groups[baseline_levels][seed] for seed in shared_seeds]
             difference = format_interval(differences, "+") if shared_seeds else ""
         rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def format_interval(values: list[float], sign_format: str = "") -> str:
-    """Return `0.978 ± 0.0041`, or only the mean for a single value."""
+    """Format the mean and the half width of the interval (`0.978 ± 0.0041`), or only the mean for a single value."""
     mean, half_width = compute_interval(values)
     return f"{mean:{sign_format}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Draw each run as a dot, and each combination of levels as mean and interval, and save a PNG file."""
+    """Save a plot as a PNG file, with a dot for each run and the mean and interval for each combination of levels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
@@ -470,14 +477,16 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 
 
 def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
-    """Execute a study and write its results; return the rows of runs.parquet. `command` is the command line on
-    the page. `settings` are further arguments of `StudyRunner`."""
+    """Execute a study, write the results, and return the rows of runs.parquet.
+
+    `command` is the command line that the page shows. `settings` are further arguments of `StudyRunner`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record_file = folder / "study.json"
-    plan = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(plan)):
+    study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
+    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(study_settings)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
-    write_json(record_file, plan)
+    write_json(record_file, study_settings)
     runner = StudyRunner(study, folder, **settings)
     try:
         runner.execute()

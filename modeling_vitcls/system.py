@@ -6,7 +6,8 @@ Energy is estimated as power times duration. The power is:
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
 
-Peak throughput is measured with large matrix products, with the current threads, clock rate and load of the machine:
+Peak throughput is measured with large matrix products. The result depends on the number of threads, the clock rate and
+the load of the machine:
 
     measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
 """
@@ -38,30 +39,30 @@ SHARDING_DESCRIPTIONS = {
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameters of mallopt in glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # free bytes at the end of the heap above which memory is returned; -1: never
-M_MMAP_MAX = -4  # maximum number of blocks allocated with mmap, which are returned when they are freed
+M_TRIM_THRESHOLD = -1  # number of free bytes at the end of the heap above which memory is returned; -1: never
+M_MMAP_MAX = -4  # maximum number of blocks that are allocated with mmap and returned when freed
 
 
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors in this process, and enable large pages in PyTorch if no tensor exists yet.
 
-    Environment variables of the user take precedence. C libraries other than glibc are not changed.
+    Environment variables of the user take precedence. With C libraries other than glibc, freed memory is not kept.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not is_configured:
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-WATTS_PER_CPU_THREAD = 10.0  # server processors: 100 to 300 W over 16 to 64 cores, with memory and power supply
+WATTS_PER_CPU_THREAD = 10.0  # for servers with 16 to 64 cores: 100 to 300 W with memory and power supply
 JOULES_PER_KILOWATT_HOUR = 3.6e6
-NVIDIA_SMI_SECONDS = 10.0  # timeout of nvidia-smi
+NVIDIA_SMI_SECONDS = 10.0  # timeout of nvidia-smi, in seconds
 
 
 def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
-    """Return the estimated energy of all processes, or None for devices of unknown power.
+    """Return the estimated energy of all processes, or None if the power of the device is unknown.
 
     Args:
         seconds: duration of the run.
@@ -69,14 +70,14 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
         device: device of this process.
 
     Returns:
-        "kilowatt_hours", "watts_per_process", and "assumption", a text that states how the power was estimated.
+        A dict with "kilowatt_hours", "watts_per_process" and "assumption", which states how the power was estimated.
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
     elif device.type == "cpu":
-        threads = torch.get_num_threads()
-        watts = threads * WATTS_PER_CPU_THREAD
-        assumption = f"{threads} thread(s) per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
+        num_threads = torch.get_num_threads()
+        watts = num_threads * WATTS_PER_CPU_THREAD
+        assumption = f"{num_threads} thread(s) per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
     else:
         return None
     if watts is None:
@@ -89,7 +90,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
 
 
 def get_power_limit(device: torch.device) -> float | None:
-    """Return the power limit of a GPU in watts, or None if `nvidia-smi` is missing or does not report it."""
+    """Return the power limit of a GPU in watts, or None if `nvidia-smi` is missing or fails."""
     gpu_id = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
@@ -99,10 +100,10 @@ def get_power_limit(device: torch.device) -> float | None:
         return None
 
 
-GEMM_SECONDS = 0.25  # duration of the measurement of each implementation
+GEMM_SECONDS = 0.25  # minimum duration of each measurement, in seconds
 MIN_GEMM_CALLS = 3
 
-# Size of the square matrices: large enough to keep the device busy, small enough for several calls.
+# Device type -> size of the square matrices: large enough to keep the device busy, small enough for several calls.
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
 DEFAULT_MATRIX_SIZE = 4096
 
@@ -112,11 +113,11 @@ def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the FLOP/s of large matrix products: the fastest of many calls, with the fastest implementation.
 
     The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
-    as fast. The result is a lower bound: other programs that run at the same time can only lower it.
+    as fast. The result is a lower bound, because other programs that run at the same time reduce the throughput.
     """
     device = torch.device(device)
     size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
-    generator = torch.Generator(device)  # the random state of training stays unchanged
+    generator = torch.Generator(device)  # does not change the random state of training
     first, second = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
@@ -146,22 +147,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def get_peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: of the GPU, or of this process on other devices."""
+    """Return the peak memory in bytes: the memory of the GPU, or the memory of this process for other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory of a GPU to the memory in use. The peak of a process cannot be reset."""
+    """Reset the peak memory of a GPU to the memory in use. The peak memory of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Return the name of the device and, if the model is sharded, how it is sharded over the processes."""
+    """Return the name of the device, and for a sharded model, how the model is sharded over the processes."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDING_DESCRIPTIONS.get(accelerator.distributed_type)]))
 
@@ -183,7 +184,7 @@ def get_versions(*libraries: str) -> dict[str, str]:
 
 
 def get_processor_name() -> str:
-    """Return the model of the processor from /proc/cpuinfo, or from Python if the system is not Linux."""
+    """Return the model name of the processor from /proc/cpuinfo, or from Python if the system is not Linux."""
     cpuinfo_file = Path("/proc/cpuinfo")
     if cpuinfo_file.is_file():
         for line in cpuinfo_file.read_text(encoding="utf-8").splitlines():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the special tokens: the rows of the attention maps that belong to special tokens.
+"""Attention of the special tokens: the rows of the attention maps in which special tokens are the queries.
 
     rows = model.token_attention(pixel_values)      # [batch, layer, head, special token, key]
 
-Fused attention does not return maps, and full maps have N x N values. The `recorder` of each layer's attention
-(blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are computed from them.
+Fused attention does not return attention maps, and full maps have N x N values. Therefore, a `recorder` in the
+attention module (blocks_vitcls.py) receives queries and keys, and only the rows of the special tokens are computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from .configuration_vitcls import TOKEN_COUNTS, TokenLayout
 
 
-SPECIAL_TOKENS = tuple(TOKEN_COUNTS)  # names of the groups, in the order of the sequence
+SPECIAL_TOKENS = tuple(TOKEN_COUNTS)  # names of the token groups, in the order of the sequence
 
 Layers = Sequence[int] | Literal["all"]
 
@@ -26,7 +26,7 @@ Layers = Sequence[int] | Literal["all"]
 def compute_token_attention(
     model: Any, pixel_values: Tensor, attention_mask: Tensor | None, tokens: Sequence[str], layers: Layers
 ) -> Tensor:
-    """Return the attention of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
+    """Return the attention weights of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
     encoder = model.base_model
     layout = encoder.config.token_layout
     token_indices = get_token_indices(tokens, layout)
@@ -46,7 +46,7 @@ def compute_token_attention(
 def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., None]) -> Iterator[None]:
     """Call `record(layer, query, key, value, mask, scaling, attn_output)` in each of `layers` within the context.
 
-    Compiled models run eagerly within the context. A recorder that was set before is restored afterwards.
+    Compiled models run eagerly within the context. The previous recorders are restored at the end of the context.
     """
     attentions = {index: encoder.layers[index].attention for index in layers}
     previous_recorders = {index: attention.recorder for index, attention in attentions.items()}
@@ -61,23 +61,23 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
-    """Return the sorted indices of the special tokens of these groups. Raises ValueError for an unknown group."""
+    """Return the sorted indices of the special tokens in these groups. Raises ValueError for an unknown group."""
     for name in tokens:
         if name not in SPECIAL_TOKENS:
-            raise ValueError(f"tokens: unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
+            raise ValueError(f"tokens contains the unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
     special_indices = range(layout.num_prefix_tokens)
     return [index for name, group in layout.items() if name in tokens for index in special_indices[group]]
 
 
 def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
-    """Return the indices of the layers, from 0. Raises ValueError for no layer, or an index out of range."""
+    """Return non-negative layer indices. Raises ValueError if `layers` is empty, or if an index is out of range."""
     if layers == "all":
         return list(range(num_layers))
     if isinstance(layers, str) or not layers:
         raise ValueError(f'layers is {layers!r}: pass "all" or a list of one or more indices')
     for index in layers:
         if not -num_layers <= index < num_layers:
-            raise ValueError(f"layers: there is no layer {index}: the model has {num_layers} layers, numbered from 0")
+            raise ValueError(f"layers contains {index}, but the model has {num_layers} layers, numbered from 0")
     return [index % num_layers for index in layers]
 
 

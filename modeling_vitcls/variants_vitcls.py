@@ -106,8 +106,8 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normalized difference between the outputs of both maps, [B, n, heads, head_dim]."""
-        attn_output, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
-        first_output, second_output = attn_output.unflatten(2, (-1, 2)).unbind(3)
+        outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
+        first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.second_share * second_output), weights
 
 

@@ -120,7 +120,7 @@ def test_a_subset_gets_label_groups() -> None:
 def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Path) -> None:
     runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
     run = runner.study.plan_runs()[0]
-    folder = runner.get_folder(run) / "finetune"
+    folder = runner.get_run_folder(run) / "finetune"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(
         json.dumps({"accuracy": 0.5, "dataset": "digits", "counts": [1, 2, 3], "pixels": [1] * 100})

@@ -204,7 +204,7 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
         image_files = open_image_files([str(folder / "photographs")])
-        rows = predictor.iterate_rows(image_files, [range(image_files.num_images)], piece_size=image_files.num_images)
+        rows = predictor.iterate_rows(image_files, [range(image_files.num_images)], chunk_size=image_files.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from ..errors import format_error
-from ..image_processing_vitcls import read_image, shorten
+from ..image_processing_vitcls import read_image, shorten_text
 from .held_out import compute_image_key, get_relative_path
 
 
@@ -210,7 +210,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
     `num_channels` is None. The image processor converts images to three channels only if `do_convert_rgb` is set."""
     if num_channels is not None and len(pixels) != num_channels:
         name = getattr(image, "filename", "")
-        image_name = f"the image {shorten(name)}" if name else f"an image of mode {image.mode}"
+        image_name = f"the image {shorten_text(name)}" if name else f"an image of mode {image.mode}"
         raise UnreadableImage(f"{image_name} has {len(pixels)} channels, but the model requires {num_channels}")
 
 
@@ -246,9 +246,9 @@ def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Im
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:
-            message = f"cannot read the image {shorten(path) if path else fallback_name}: {message}"
+            message = f"cannot read the image {shorten_text(path) if path else fallback_name}: {message}"
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
-            message = f"{shorten(path)}: {message}"
+            message = f"{shorten_text(path)}: {message}"
         raise UnreadableImage(message) from error
     image.filename = path or fallback_name  # type: ignore[union-attr]
     return image

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..heads_vitcls import IGNORED_LABEL
-from ..image_processing_vitcls import shorten
+from ..image_processing_vitcls import shorten_text
 from ..options import DataOptions
 from .augmentation import Augmentation
 from .batches import Batch, BatchBuilder, TrainingImages
@@ -255,7 +255,9 @@ class TrainingStream:
     def describe_unreadable(self, index: int) -> str:
         """Return the error message for an unreadable image."""
         name = self.names.get(index)
-        return f"cannot read the image {shorten(name)}" if name else f"cannot read the image with checksum {index:x}"
+        return (
+            f"cannot read the image {shorten_text(name)}" if name else f"cannot read the image with checksum {index:x}"
+        )
 
 
 def augment_images(

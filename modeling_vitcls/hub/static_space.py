@@ -21,7 +21,7 @@ MODEL_FOLDER = "model"
 LIBRARY_FOLDER = "transformers.js"
 TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
 LIBRARY_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
-# Files in the folder node_modules that the page requires.
+# Files in the node_modules folder that the page loads.
 LIBRARY_FILES = (
     "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -32,25 +32,25 @@ DESCRIPTION = """
 Select an image to see the predictions of the Vision Transformer [{model}]({address}) and the attention of its CLS
 token.
 
-The model runs in the browser, with transformers.js. Images are not uploaded. The folder `{folder}/` was exported from
-commit [`{commit}`]({address}/tree/{commit}).
+The model runs in the browser, with transformers.js. Images are not uploaded. The model in `{folder}/` was exported
+from commit [`{commit}`]({address}/tree/{commit}).
 """
 
 
 def build_static_space_files(
     model: PublishedModel, exported_folder: Path, title: str | None = None, node_modules: Path | None = None
 ) -> RepoFiles:
-    """Build the files of the Space.
+    """Build the files of a static Space.
 
     Args:
         model: The model on the Hub.
         exported_folder: The folder written by `export_for_transformers_js`.
         title: Title of the page.
-        node_modules: Folder with the npm package `@huggingface/transformers`, whose files are copied. Default: the
-            page loads transformers.js from a CDN.
+        node_modules: The node_modules folder with the npm package `@huggingface/transformers`. The files that the page
+            loads are copied to the Space. By default, the page loads transformers.js from a CDN.
 
     Raises:
-        ValueError: If `node_modules` lacks a file.
+        ValueError: If `node_modules` does not contain a file that the page loads.
     """
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
     files: RepoFiles = {
@@ -58,20 +58,20 @@ def build_static_space_files(
         for file in sorted(exported_folder.rglob("*"))
         if file.is_file()
     }
-    library = LIBRARY_URL
+    library_url = LIBRARY_URL
     if node_modules is not None:
-        library = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
+        library_url = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
         for name in LIBRARY_FILES:
             if not (node_modules / name).is_file():
                 raise ValueError(
-                    f"--node-modules requires {name}, but {node_modules} lacks it. Run `npm install "
+                    f"--node-modules requires {name}, but {node_modules} does not contain this file. Run `npm install "
                     f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
                 )
             files[f"{LIBRARY_FOLDER}/{Path(name).name}"] = node_modules / name
-    page = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
-    page = page.replace('"LIBRARY"', json.dumps(library)).replace("TITLE", html.escape(title))
+    page_html = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
+    page_html = page_html.replace('"LIBRARY"', json.dumps(library_url)).replace("TITLE", html.escape(title))
     return files | {
-        "index.html": page.encode(),
+        "index.html": page_html.encode(),
         "app.js": PACKAGE_FOLDER / "demo" / "static.js",
         "README.md": build_space_card(model, title, DESCRIPTION, {"sdk": "static"}, folder=MODEL_FOLDER).encode(),
     }

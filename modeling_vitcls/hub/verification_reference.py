@@ -1,9 +1,9 @@
-"""The reference for a published model: the same files, loaded with this package's classes.
+"""The reference for the verification of a published model: the same files, loaded with the classes of this package.
 
     reference, _ = collect_outputs(PackageLoader(folder))
 
 Auto classes, the pipeline function and `trust_remote_code` are not used. Only JSON and safetensors files are read from
-the folder, and none of its Python files is run, so the folder may come from an unknown author. The counterpart is
+the folder. Python files in the folder are not run, so the folder may come from an unknown author. The counterpart is
 `HubLoader` in verification_script.py.
 """
 
@@ -27,7 +27,7 @@ from ..modeling_vitcls import (
 from .verification_script import FLOAT32_OPTIONS, PROCESSOR_CONFIG
 
 
-# Auto class -> its model classes; the first class is used unless config.json names another class.
+# Auto class -> model classes; the first class is used unless config.json names another class.
 MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
     "AutoModel": (ViTCLSModel,),
     "AutoModelForImageClassification": (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification),
@@ -42,21 +42,21 @@ PROCESSOR_CLASSES: dict[str, type[ImageProcessingMixin]] = {
 
 @dataclass(frozen=True)
 class PackageLoader:
-    """Loads a model folder with the code of this package; see `verification_script.HubLoader`."""
+    """Loads a model folder with the code of this package; the counterpart of `verification_script.HubLoader`."""
 
     folder: Path
 
     def load_config(self) -> ViTCLSConfig:
-        """Load the configuration."""
+        """Load the model configuration."""
         return ViTCLSConfig.from_pretrained(self.folder)
 
     def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
-        """Load the model class of an Auto class in float32; return the model and transformers' loading info."""
-        classes = MODEL_CLASSES[auto_class]
+        """Load the model in float32 with a class from `MODEL_CLASSES`; return the model and the loading info."""
+        model_classes = MODEL_CLASSES[auto_class]
         configured_classes = (
-            model_class for model_class in classes if model_class.__name__ in (config.architectures or ())
+            model_class for model_class in model_classes if model_class.__name__ in (config.architectures or ())
         )
-        return next(configured_classes, classes[0]).from_pretrained(
+        return next(configured_classes, model_classes[0]).from_pretrained(
             self.folder, use_safetensors=True, **FLOAT32_OPTIONS
         )
 
@@ -65,7 +65,7 @@ class PackageLoader:
         return (self.folder / PROCESSOR_CONFIG).is_file()
 
     def load_processor(self, backend: str) -> Any:
-        """Load the image processor of a backend."""
+        """Load the image processor for a backend, `torchvision` or `pil`."""
         return PROCESSOR_CLASSES[backend].from_pretrained(self.folder)
 
     def load_pipeline(self, config: ViTCLSConfig) -> ImageClassificationPipeline:

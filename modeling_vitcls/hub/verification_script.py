@@ -1,10 +1,10 @@
-"""Load a published model in a process without this package, and save its outputs.
+"""Load a published model in a process without this package, and save the outputs of the model.
 
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
 REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`, the folder `target`, and
-`code_repo_id` and `code_revision`, which are null if the code is in the same repository. The script writes two files
-to `target`: report.json with the loaded classes or the error, and outputs.safetensors with the outputs for fixed
+`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. The script writes two
+files to `target`: report.json with the loaded classes or the error, and outputs.safetensors with the outputs for fixed
 inputs.
 
 The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
@@ -30,7 +30,7 @@ from transformers.utils import is_torchvision_available
 
 
 PACKAGE_NAME = "modeling_vitcls"
-# Class of a checkpoint -> the Auto class that loads it. AutoModel loads the encoder of any checkpoint.
+# Model class -> Auto class that loads the complete model. AutoModel loads the encoder of any checkpoint.
 AUTO_CLASSES = {
     "ViTCLSForImageClassification": "AutoModelForImageClassification",
     "ViTCLSForMultiTaskClassification": "AutoModelForImageClassification",
@@ -46,18 +46,18 @@ Outputs = dict[str, torch.Tensor]
 
 
 class PackageBlocker(MetaPathFinder):
-    """Makes `import modeling_vitcls` fail as if the package were not installed."""
+    """Import hook that makes `import modeling_vitcls` fail as if the package were not installed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Raise ModuleNotFoundError for the package; ignore other modules such as `transformers_modules.x`."""
+        """Raise ModuleNotFoundError for modeling_vitcls and its submodules; ignore all other modules."""
         if fullname.partition(".")[0] == PACKAGE_NAME:
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
 def main(request_file: Path) -> None:
-    """Load the model, and write its outputs and the report."""
+    """Load the model, and write report.json and outputs.safetensors."""
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    target = Path(request["target"])
+    output_folder = Path(request["target"])
     torch.set_num_threads(request["num_threads"])  # the number of threads affects rounding
     report: dict[str, Any]
     code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
@@ -66,43 +66,45 @@ def main(request_file: Path) -> None:
         outputs, report = collect_outputs(loader)
     except Exception as error:  # published code may raise any error
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        report = {"error": message, "can_retry": isinstance(error, OSError)}  # network errors are OSErrors
+        report = {"error": message, "can_retry": isinstance(error, OSError)}  # network errors are instances of OSError
     else:
-        save_file(outputs, target / "outputs.safetensors")
+        save_file(outputs, output_folder / "outputs.safetensors")
         report["commits"] = list_cached_commits(request["repo_id"])
         report["code_commits"] = list_cached_commits(code_repo_id) if code_repo_id else []
     report["has_package"] = any(name.partition(".")[0] == PACKAGE_NAME for name in sys.modules)
-    (target / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    (output_folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def list_cached_commits(repo_id: str) -> list[str]:
-    """Return the commits of a repository from which files were loaded."""
-    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
-    return sorted(snapshot.name for snapshot in (cache / "snapshots").glob("*") if any(snapshot.iterdir()))
+    """Return the hashes of the commits whose files are in the cache of a repository."""
+    cache_folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    return sorted(snapshot.name for snapshot in (cache_folder / "snapshots").glob("*") if any(snapshot.iterdir()))
 
 
 @dataclass(frozen=True)
 class HubLoader:
-    """Loads a model from the Hub, or from a folder, through the Auto classes and the pipeline."""
+    """Loads a model from the Hub, or from a folder, with the Auto classes and the `pipeline` function."""
 
     repo_id: str
     revision: str = "main"
     code_revision: str | None = None
-    # Whether the repository's own code is used; otherwise the classes are part of transformers
+    # Whether the code in the repository is run; if False, the classes of transformers are used.
     trust_remote_code: bool = True
 
-    def get_options(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` that pin the commits."""
-        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return options | ({"code_revision": self.code_revision} if self.code_revision else {})
+    def get_loading_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `from_pretrained`: the pinned commits and `trust_remote_code`."""
+        loading_options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return loading_options | ({"code_revision": self.code_revision} if self.code_revision else {})
 
     def load_config(self) -> Any:
-        """Load the configuration."""
-        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.get_options())
+        """Load the model configuration."""
+        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.get_loading_options())
 
     def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load a model through an Auto class in float32; return the model and transformers' loading info."""
-        return getattr(transformers, auto_class).from_pretrained(self.repo_id, **FLOAT32_OPTIONS, **self.get_options())
+        """Load the model in float32 with an Auto class; return the model and transformers' loading info."""
+        return getattr(transformers, auto_class).from_pretrained(
+            self.repo_id, **FLOAT32_OPTIONS, **self.get_loading_options()
+        )
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
@@ -112,38 +114,40 @@ class HubLoader:
         return file is not None
 
     def load_processor(self, backend: str) -> Any:
-        """Load the image processor of a backend, `torchvision` or `pil`."""
-        return transformers.AutoImageProcessor.from_pretrained(self.repo_id, backend=backend, **self.get_options())
+        """Load the image processor for a backend, `torchvision` or `pil`."""
+        return transformers.AutoImageProcessor.from_pretrained(
+            self.repo_id, backend=backend, **self.get_loading_options()
+        )
 
     def load_pipeline(self, config: Any) -> Any:
         """Load the image-classification pipeline on the CPU, in float32."""
         return transformers.pipeline(
-            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.get_options()
+            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.get_loading_options()
         )
 
 
 def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
-    """Return a model's outputs for fixed inputs from each loader, and a report on the loaded classes.
+    """Compute the outputs of the model, the image processors and the pipeline for fixed inputs.
 
     Args:
         loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
 
     Returns:
-        Tensors in float32 by name, `{"AutoModel/last_hidden_state": ...}`; and a dict with `models` (for each Auto
-        class: the class, its module, and weights that the checkpoint lacks) and `processors` (the class for each
-        backend).
+        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded
+        classes with the keys `models` (for each Auto class: the name of the loaded class, its module, and weights that
+        the checkpoint lacks) and `processors` (the name of the loaded class for each backend).
     """
     config = loader.load_config()
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # makes weights that the checkpoint lacks reproducible
+        torch.manual_seed(SEED)  # makes the initialization of missing weights reproducible
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
             "module": type(model).__module__,
-            # Classes other than the saved class have other heads, whose weights may be missing.
+            # Classes other than the saved class may have a head that the checkpoint lacks.
             "missing": sorted(loading_info["missing_keys"]) if type(model).__name__ == architecture else [],
         }
         with torch.inference_mode():
@@ -169,39 +173,39 @@ def get_auto_class(architecture: str) -> str:
 
 
 def get_image_size(config: Any) -> tuple[int, int]:
-    """Return the height and width of the model's images in pixels."""
+    """Return the height and width of the model's input images in pixels."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def build_pixel_values(config: Any) -> torch.Tensor:
-    """Return fixed random images [B, C, H, W] of the model's image size."""
+    """Return fixed random images [B, C, H, W] with the image size of the model."""
     height, width = get_image_size(config)
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(BATCH_SIZE, config.num_channels, height, width, generator=generator)
 
 
 def build_image(config: Any, processor: Any) -> Any:
-    """Return a fixed random image [H, W, C], uint8, larger than the model's images, with a different aspect ratio."""
+    """Return a fixed random `uint8` image [H, W, C], larger than the model's images and with another aspect ratio."""
     height, width = get_image_size(config)
-    channels = 3 if processor.do_convert_rgb else config.num_channels
+    num_channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)
-    shape = (height * 5 // 4 + 1, width * 3 // 2 + 1, channels)
+    shape = (height * 5 // 4 + 1, width * 3 // 2 + 1, num_channels)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
 
 
 def compute_pipeline_scores(loader: Any, config: Any, processor: Any) -> torch.Tensor:
-    """Return the scores of the image-classification pipeline in the order of the labels [num_labels]."""
-    classifier = loader.load_pipeline(config)
-    image = Image.fromarray(build_image(config, processor).squeeze())  # [H, W] if there is one channel
-    scores = {entry["label"]: entry["score"] for entry in classifier(image, top_k=config.num_labels)}
+    """Return the scores [num_labels] of the image-classification pipeline in the order of the label indices."""
+    pipeline = loader.load_pipeline(config)
+    image = Image.fromarray(build_image(config, processor).squeeze())  # PIL expects [H, W] for a single channel
+    scores = {prediction["label"]: prediction["score"] for prediction in pipeline(image, top_k=config.num_labels)}
     return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])
 
 
 def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in nested dicts and tuples, with names such as `logits.species`."""
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    for name, value in items:
+    named_values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    for name, value in named_values:
         if isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping | tuple | list):

@@ -3,11 +3,12 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. Their hashes must match the Hub's list, and their content must match `folder`.
-2. A new process with an empty cache and without this package loads the commit through the Auto classes and the
-   pipeline (verification_script.py). The process has a minimal environment, and a token only if the repository is
-   private or gated, because it may run code by an unknown author. This is not a sandbox: the process runs as the
-   current user and can read the user's files.
+1. All files are downloaded. The hash of each file must match the hash on the Hub, and the content of each file must
+   match the file in `folder`.
+2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
+   (verification_script.py). Because the process may run code by an unknown author, the process receives only a few
+   environment variables, and the user's token only if the repository is private or gated. The process is not
+   sandboxed: it runs as the current user and can read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
    package (verification_reference.py). No published code runs in the calling process.
 """
@@ -56,10 +57,11 @@ from .verification_reference import PackageLoader
 from .verification_script import HubLoader, Outputs, collect_outputs
 
 
-# Maximum difference in an output tensor in float32, divided by its largest absolute value if that exceeds 1.
+# Maximum absolute difference from a reference tensor in float32, relative to the largest absolute value of the
+# reference tensor if this value exceeds 1.
 TOLERANCE = 1e-6
-TIMEOUT = 60.0  # maximum time without a response in seconds
-PIN_ADVICE = "load it with a pinned commit, because loading runs the code in the repository:"
+TIMEOUT = 60.0  # maximum time without a response from the Hub, in seconds
+PIN_ADVICE = "load the model at a pinned commit, because loading runs the code in the repository:"
 
 # Environment variables that the new process inherits, in upper or lower case: locations of programs and libraries,
 # access to the Hub, and settings that affect numerical results.
@@ -75,11 +77,11 @@ INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPEN
 
 
 class NotVerified(ValueError):
-    """A published model does not load, or differs from its reference. The message is one line."""
+    """Raised if a published model does not load or differs from the reference. The message is one line."""
 
 
 class PushedButNotVerified(OSError):
-    """A push succeeded, but its verification failed. The message ends with the command to repeat the verification."""
+    """Raised if a push succeeded, but the verification failed. The message ends with the command to verify again."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,15 @@ class VerificationReport:
     """The result of a verification."""
 
     repo_id: str  # `namespace/name`
-    revision: str  # the hash of the commit, 40 hexadecimal digits
-    reference: str  # description of the model that the outputs were compared with
-    num_files: int  # number of files with checked hashes
-    classes: dict[str, str]  # loader, such as an Auto class -> name of the loaded class
-    differences: dict[str, float]  # loader or "pipeline" -> maximum absolute difference in its outputs
-    versions: dict[str, str]  # versions of the libraries
+    revision: str  # commit hash, 40 hexadecimal digits
+    reference: str  # description of the reference model
+    num_files: int  # number of files whose hashes were checked
+    classes: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
+    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference of the outputs
+    versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
-    code_revision: str | None = None  # the commit of the code; None if the code is next to the weights
-    is_native: bool = False  # whether the classes are part of transformers, and no code of the repository runs
+    code_revision: str | None = None  # commit of the code if another repository contains the code
+    is_native: bool = False  # whether the model classes are part of transformers, not of the repository
 
     def build_load_line(self) -> str:
         """Return the line of code that loads the verified commit."""
@@ -113,13 +115,13 @@ class VerificationReport:
         return [
             f"verified: {self.repo_id} at {self.revision}",
             f"  {self.num_files} files match their hashes; {self.code_comparison}",
-            f"  a new process with an empty cache, without modeling_vitcls, compared with {self.reference}:",
+            f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {self.reference}:",
             *(
                 f"    {loader:{width}}  {self.classes.get(loader, ''):30}  largest difference {difference:.1e}"
                 for loader, difference in self.differences.items()
             ),
             f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "load it:" if self.is_native else PIN_ADVICE,
+            "load the model:" if self.is_native else PIN_ADVICE,
             f"  {self.build_load_line()}",
         ]
 
@@ -127,18 +129,21 @@ class VerificationReport:
 def verify(
     repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
 ) -> VerificationReport:
-    """Download and load a published model, and compare its outputs. The code of the model runs in a separate process.
+    """Download and load a published model, and compare the outputs of the model with a reference.
+
+    The code of the model runs in a separate process.
 
     Args:
         repo_id: `namespace/name`.
         revision: Commit hash, branch or tag.
-        folder: The model that was pushed. Default: the files of the commit, loaded with this package's code.
-        with_optimizer: Whether the newest checkpoint in `folder` must be published. A published checkpoint is always
-            compared.
+        folder: Local folder of the pushed model, which is loaded as the reference. By default, the reference is loaded
+            from the downloaded files, with the code of this package.
+        with_optimizer: Whether the repository must contain the newest checkpoint in `folder`. If the repository
+            contains a checkpoint, this checkpoint is always compared with `folder`.
 
     Raises:
-        NotVerified: If files are damaged or differ from `folder`, or if the model does not load without this package
-            or its outputs differ. The message is one line.
+        NotVerified: If files are damaged or differ from `folder`, if the model does not load without this package, or
+            if the outputs of the model differ from the reference. The message is one line.
         ValueError: If the repository or the revision does not exist.
         OSError: If the Hub does not respond.
     """
@@ -149,7 +154,7 @@ def verify(
         files = scratch / "files"
         num_files = download_files(model, files)
         if folder is not None:
-            check_same_files(repo_id, files, folder, with_optimizer)
+            check_published_files(repo_id, files, folder, with_optimizer)
         code = resolve_code_commit(model, files)
         is_native = is_native_model(files)
         code_folder = files if code is None else download_commit(code, ["*.py"], scratch / "code")
@@ -157,7 +162,7 @@ def verify(
         reference: Any = PackageLoader(folder or files)
         if is_native:
             reference = HubLoader(str(folder or files), trust_remote_code=False)
-        expected, _ = collect_outputs(reference)
+        expected_outputs, _ = collect_outputs(reference)
         outputs, report = run_verification(model, code, scratch, trust_remote_code=not is_native)
     check_script_report(model, code, report, "transformers.models." if is_native else "transformers_modules.")
     return VerificationReport(
@@ -165,9 +170,9 @@ def verify(
         revision=model.commit,
         reference=f"{folder}" if folder else f"the same files with modeling_vitcls {__version__}",
         num_files=num_files,
-        classes={name: facts["class"] for name, facts in report["models"].items()}
+        classes={name: model_info["class"] for name, model_info in report["models"].items()}
         | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
-        differences=compare_outputs(repo_id, outputs, expected),
+        differences=compare_outputs(repo_id, outputs, expected_outputs),
         versions=get_versions("huggingface_hub"),
         code_comparison=code_comparison,
         code_revision=code.commit if code else None,
@@ -176,7 +181,7 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the push of `folder`. Raises PushedButNotVerified if the verification fails.
+    """Verify the model that was pushed from `folder`. Raises PushedButNotVerified if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
@@ -185,8 +190,8 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
         raise PushedButNotVerified(
-            f"the model was pushed, but not verified: {error}. It is saved in {folder}, and published at "
-            f"{push_result.url}; verify it again with: {command}"
+            f"the model was pushed, but not verified: {error}. The model is saved in {folder} and published at "
+            f"{push_result.url}. Repeat the verification with: {command}"
         ) from error
 
 
@@ -194,7 +199,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
 
 
 def download_files(model: HubCommit, target: Path) -> int:
-    """Download the files of a model and return their number. Raises NotVerified if a file has a wrong hash."""
+    """Download the files of a model and return the number of files. Raises NotVerified if a file has a wrong hash."""
     repo_id, commit = model.repo_id, model.commit
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
@@ -205,8 +210,8 @@ def download_files(model: HubCommit, target: Path) -> int:
     if checksum_report.mismatches:
         names = ", ".join(mismatch["path"] for mismatch in checksum_report.mismatches)
         raise NotVerified(
-            f"{repo_id} at {commit} is damaged on the Hub: {names} differs from the uploaded file. Delete it on "
-            "the Hub and push again"
+            f"{repo_id} at {commit} is damaged on the Hub: the hash of {names} does not match. Delete {names} "
+            "on the Hub and push the model again"
         )
     try:
         check_is_model(target)
@@ -215,19 +220,19 @@ def download_files(model: HubCommit, target: Path) -> int:
     return checksum_report.checked_count
 
 
-def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise NotVerified unless each published file equals the file in the folder."""
-    expected = collect_model_files(folder, repo_id)
-    names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
-    checkpoints = {name for name in names if is_match(name, CHECKPOINT_PATTERNS)}
-    if with_optimizer or checkpoints:
-        expected |= collect_checkpoint_files(folder)
-    if unexpected_files := sorted(checkpoints - expected.keys()):
+def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
+    """Raise NotVerified unless the published files equal the files of the model in `folder`."""
+    expected_files = collect_model_files(folder, repo_id)
+    published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
+    checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}
+    if with_optimizer or checkpoint_files:
+        expected_files |= collect_checkpoint_files(folder)
+    if unexpected_files := sorted(checkpoint_files - expected_files.keys()):
         raise NotVerified(
             f"{repo_id} contains {unexpected_files[0]}, which is not a file of the newest checkpoint in "
             f"{folder}. Push {folder} again"
         )
-    for name, content in expected.items():
+    for name, content in expected_files.items():
         file = published_folder / name
         if not file.is_file():
             raise NotVerified(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
@@ -235,9 +240,7 @@ def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_op
             file.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(file, content, shallow=False)
         )
         if not is_same:
-            raise NotVerified(
-                f"{name} of {repo_id} differs from the file in {folder}, which has changed. Push the model again"
-            )
+            raise NotVerified(f"{name} in {repo_id} differs from the file in {folder}. Push {folder} again")
 
 
 # Process -------------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def check_same_files(repo_id: str, published_folder: Path, folder: Path, with_op
 def run_verification(
     model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool = True
 ) -> tuple[Outputs, dict[str, Any]]:
-    """Return the outputs and the report of the script. Retry once if the network may have failed."""
+    """Run verification_script.py, and return the outputs and the report. Retry once after a possible network error."""
     try:
         return retry(
             lambda: run_script(model, code, scratch, trust_remote_code),
@@ -260,11 +263,11 @@ def run_verification(
 def run_script(
     model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
-    """Run the script once in a new process, and return its outputs and its report.
+    """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if it fails for another reason.
+    Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
     """
-    failure = f"a new process cannot load {model.repo_id} at {model.commit}"
+    error_prefix = f"a new process cannot load {model.repo_id} at {model.commit}"
     with tempfile.TemporaryDirectory(dir=scratch) as home:
         target = Path(home, "outputs")
         target.mkdir()
@@ -290,22 +293,22 @@ def run_script(
         )
         if not (target / "report.json").is_file():
             lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise RuntimeError(f"{failure}: {lines[-1]}")
+            raise RuntimeError(f"{error_prefix}: {lines[-1]}")
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
             error_class = RuntimeError if report["can_retry"] else NotVerified
-            raise error_class(f"{failure}: {report['error']}")
+            raise error_class(f"{error_prefix}: {report['error']}")
         return load_file(target / "outputs.safetensors"), report
 
 
 def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with an empty cache in `home`, and with the user's token if it is required."""
+    """Return a minimal environment with the cache in the folder `home`, and the user's token if `needs_token`."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name.upper() in INHERITED_VARIABLES or name.upper().startswith(INHERITED_PREFIXES)
     }
-    # PYTHONUSERBASE: packages installed with `pip install --user`.
+    # PYTHONUSERBASE is the location of packages that were installed with `pip install --user`.
     environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
     token = get_token() if needs_token else None
     return environment | ({"HF_TOKEN": token} if token else {})
@@ -315,7 +318,7 @@ def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
 
 
 def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], module_prefix: str) -> None:
-    """Raise NotVerified unless the process loaded all weights, and only these commits and modules with this prefix."""
+    """Raise NotVerified unless the process loaded all weights, and loaded only the expected commits and modules."""
     repo_id, commit = model.repo_id, model.commit
     if report["has_package"]:
         raise NotVerified("the new process imported modeling_vitcls, so it did not test the published code")
@@ -326,20 +329,25 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
             f"the new process loaded code from {', '.join(report['code_commits'])}, not only {code.repo_id} at "
             f"{code.commit}"
         )
-    for auto_class, facts in report["models"].items():
-        if not facts["module"].startswith(module_prefix):
-            raise NotVerified(f"{auto_class} loaded {facts['class']} from {facts['module']}, not from {repo_id}")
-        if facts["missing"]:
-            raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(facts['missing'])}")
+    for auto_class, model_info in report["models"].items():
+        if not model_info["module"].startswith(module_prefix):
+            raise NotVerified(
+                f"{auto_class} loaded {model_info['class']} from {model_info['module']}, not from {repo_id}"
+            )
+        if model_info["missing"]:
+            raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(model_info['missing'])}")
 
 
-def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference for each loader. Raises NotVerified if it exceeds the tolerance."""
-    if outputs.keys() != expected.keys():
-        names = ", ".join(sorted(outputs.keys() ^ expected.keys()))
+def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
+    """Return the maximum absolute difference of the outputs for each Auto class and the pipeline.
+
+    Raises NotVerified if a difference exceeds the tolerance.
+    """
+    if outputs.keys() != expected_outputs.keys():
+        names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
         raise NotVerified(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
     differences: dict[str, float] = {}
-    for name, value in expected.items():
+    for name, value in expected_outputs.items():
         if outputs[name].shape != value.shape:
             raise NotVerified(
                 f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "
@@ -347,7 +355,7 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[s
             )
         difference = compute_max_abs(outputs[name].double() - value.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(value.double()))
-        if not difference <= limit:  # also true for NaN
+        if not difference <= limit:  # NaN also raises the error
             raise NotVerified(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "
                 f"{limit:.2g}"
@@ -357,6 +365,6 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected: Outputs) -> dict[s
     return differences
 
 
-def compute_max_abs(values: torch.Tensor) -> float:
-    """Return the maximum absolute value; 0 for an empty tensor, NaN if any value is NaN."""
-    return values.abs().max().item() if values.numel() else 0.0
+def compute_max_abs(tensor: torch.Tensor) -> float:
+    """Return the maximum absolute value of a tensor: 0 if the tensor is empty, NaN if it contains NaN."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0

@@ -2,8 +2,8 @@
 
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
-If the dataset has no split for evaluation, the images that training held out are evaluated (data/held_out.py). A
-warning is printed if the model may have been trained on evaluated images.
+If the dataset has no split for evaluation, the model is evaluated on the images that were held out during training
+(data/held_out.py). A warning is printed if the model may have been trained on the evaluated images.
 """
 
 import time
@@ -46,26 +46,26 @@ SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is 
 
 
 class Evaluation(NamedTuple):
-    """A loaded model, and an evaluator of labeled images."""
+    """A loaded model, and an evaluator with the labeled images."""
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator
     split: str
-    rule: HeldOutRule | None  # rule that held out the images; None for a split of the dataset
-    problem: str | None  # reason why the model may have been trained on the images, or None
+    rule: HeldOutRule | None  # rule that selected the held-out images; None if the dataset has an evaluation split
+    warning: str | None  # warning that the model may have been trained on the images, or None
 
 
 def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
-    """Load the model and its labeled images. Raises the same errors as `evaluate_checkpoint`."""
+    """Load the model and the labeled images. Raises the same errors as `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # downloads once
         folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         record = read_held_out_record(folder)
         label_space, images, split, rule = load_evaluation_data(options.data, options.split, record)
-    problem = None if rule is None else describe_unknown_split(options.model, record, images)
-    if problem is not None:
-        warn(problem)
+    warning = None if rule is None else describe_possible_overlap(options.model, record, images)
+    if warning is not None:
+        warn(warning)
     model_space = get_label_space(model.config)
     evaluator = Evaluator(
         match_labels(images, label_space, model_space),
@@ -78,25 +78,26 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         warn,
         model.config.num_channels,
     )
-    return Evaluation(model, evaluator, split, rule, problem)
+    return Evaluation(model, evaluator, split, rule, warning)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model, print the results, write them to `--output` if it is set, and return them.
+    """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
 
     Raises:
-        ValueError: if the model type is not supported, the split does not exist, the options hold out different images
-            from the model's run, the model lacks a label of the dataset, or too many images are unreadable.
+        ValueError: if the model type is not supported, if the split does not exist, if the options select other
+            held-out images than during training, if the model lacks a label of the dataset, or if too many images are
+            unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)
-    model, evaluator, split, rule, problem = load_evaluation(options, accelerator, warn)
+    model, evaluator, split, rule, warning = load_evaluation(options, accelerator, warn)
     start_time = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, split, rule, metrics["num_images"], seconds, accelerator),
-        "is_recorded_part": None if rule is None else problem is None,
+        "is_recorded_part": None if rule is None else warning is None,
         **select_scalars(metrics),
         **metrics,
     }
@@ -108,8 +109,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
-    """Build the accelerator, the console of the main process and a function that prints a warning to the console.
-    Raise OSError if the folder of `--output` cannot be created."""
+    """Build the accelerator, the console of the main process, and a function that prints a warning to the console.
+
+    Raises OSError if the folder of `--output` cannot be created.
+    """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
     if options.output is not None:
@@ -151,21 +154,24 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         console.print(f"saved {options.output}", markup=False)
 
 
-def describe_unknown_split(model: str, record: HeldOutRecord | None, held_out: LabeledImages) -> str | None:
-    """Return why the model may have been trained on held-out images; None if its run held out the same images."""
+def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
+    """Return a warning that the model may have been trained on held-out images.
+
+    Return None if the same images were held out when the model was trained.
+    """
     risk = "The model may have been trained on the evaluated images"
     if record is None:
-        return f"{model} has no record of its held-out images ({RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
+        return f"{model} has no record of the held-out images ({RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
     if record.rule is None:
         return (
             f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
         )
-    if compute_keys_digest(held_out.images.compute_keys()) == record.sha256:
+    if compute_keys_digest(held_out_images.images.compute_keys()) == record.sha256:
         return None
     return (
-        f"the {len(held_out):,} held-out images are not the {record.num_images:,} images that were held out when "
-        f"{model} was trained, so the dataset has changed or is a different dataset. The model may have been trained "
-        "on images that were renamed or re-encoded since then"
+        f"the {len(held_out_images):,} held-out images are not the {record.num_images:,} images that were held out "
+        f"when {model} was trained, so the dataset has changed or is a different dataset. The model may have been "
+        "trained on images that were renamed or re-encoded since then"
     )
 
 
@@ -180,18 +186,18 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 
 
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
-    """Return the images with label indices of the model instead of the dataset, matched by name.
+    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name.
 
     The model may have more labels than the dataset. Missing labels of a task (-100) are unchanged.
 
     Raises:
-        ValueError: if the kinds of labels or the tasks differ, or an image has a label that the model does not have.
+        ValueError: if the kinds of labels or the tasks differ, or if an image has a label that the model lacks.
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
-            f"{LABEL_DESCRIPTIONS[data_space.kind]}. Set other columns with --label-column, and --label-separator for "
-            "a column with several labels"
+            f"{LABEL_DESCRIPTIONS[data_space.kind]}. Select other columns with --label-column, or set "
+            "--label-separator for a column with several labels"
         )
     if data_space.kind == "multi_task":
         return LabeledImages(images.images, match_task_labels(images.labels, data_space, model_space))
@@ -208,11 +214,11 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return the labels of each image, by task, as class indices of the model."""
+    """Return a dict for each image that maps each task to the class index of the model."""
     if data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Set the columns with --label-column"
+            f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
     tasks = {task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()}
     return [
@@ -222,7 +228,7 @@ def match_task_labels(
 
 
 class LabelIndices(dict[int, int]):
-    """Mapping from label indices in the dataset to label indices in the model, matched by name."""
+    """Mapping from label indices of the dataset to label indices of the model. Labels are matched by name."""
 
     def __init__(self, data_names: list[str], model_names: list[str]) -> None:
         indices = {name: index for index, name in enumerate(model_names)}
@@ -242,7 +248,7 @@ class LabelIndices(dict[int, int]):
 
 
 def build_progress(console: Console, accelerator: Accelerator) -> Callable[[CachedBatches], Iterable[HeldOutBatch]]:
-    """Build a function that shows progress on the main process: a bar on a terminal, otherwise lines."""
+    """Build a function that shows progress on the main process: a bar on a terminal, and lines otherwise."""
     if not accelerator.is_main_process:
         return iter
     if console.is_terminal:
@@ -252,11 +258,11 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
 
 def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOutBatch]:
     """Yield the batches, and print a progress line every few seconds."""
-    last_time = time.monotonic()
-    for number, batch in enumerate(batches):
-        if time.monotonic() - last_time > SECONDS_BETWEEN_LINES:
-            last_time = time.monotonic()
-            console.print(f"evaluating: batch {number}/{len(batches)}")
+    last_print_time = time.monotonic()
+    for index, batch in enumerate(batches):
+        if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
+            last_print_time = time.monotonic()
+            console.print(f"evaluating: batch {index}/{len(batches)}")
         yield batch
 
 
@@ -271,7 +277,7 @@ def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Consol
 
 
 def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Build a table with a left-aligned first column and right-aligned columns of numbers."""
+    """Build a table with a left-aligned first column. The other columns contain numbers and are right-aligned."""
     table = Table(title=title or None, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")

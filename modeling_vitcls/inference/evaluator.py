@@ -2,9 +2,9 @@
 
     images -> images of this process -> pixel_values and labels -> model -> metrics over all processes
 
-All processes run the same number of batches of the same size, as sharded models require. The images are distributed in
-rounds of one batch per process, and the last round is padded with blank images, which have no labels and are not
-counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
+All processes run the same number of batches of the same size, because sharded models require this. The images are
+distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
+are not counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
 
 Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """
@@ -31,22 +31,22 @@ from ..options import DataOptions
 from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
-MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per process, in bytes
-NUM_DECIMALS = 6  # number of decimals of metrics
+MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of preprocessed images per process, in bytes
+NUM_DECIMALS = 6  # number of decimals in reported metrics
 
 
 @dataclass
 class HeldOutBatch:
-    """One batch of a process: the readable images, and the error messages of unreadable images."""
+    """One batch of a process: the readable images with labels, and the error messages for unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
-    labels: Any  # labels of the G readable images; the type depends on their kind
-    unreadable: dict[int, str]  # error messages by index of the unreadable image
+    labels: Any  # labels of the G readable images; the type depends on the kind of labels
+    error_messages: dict[int, str]  # index of each unreadable image -> error message
 
 
 @dataclass
 class HeldOutImages(Dataset):
-    """A dataset that contains the batches of one process."""
+    """A dataset whose items are the batches of one process."""
 
     source: LabeledImages
     processor: ViTCLSImageProcessor
@@ -58,14 +58,14 @@ class HeldOutImages(Dataset):
 
     def __post_init__(self) -> None:
         first_start = self.process_index * self.batch_size
-        starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
-        self.batches = [range(start, start + self.batch_size) for start in starts]
+        batch_starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
+        self.batches = [range(start, start + self.batch_size) for start in batch_starts]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
-        pixel_values, labels, unreadable = [], [], {}
+        pixel_values, labels, error_messages = [], [], {}
         for image_index in self.batches[index]:
             if image_index >= len(self.source):
                 break
@@ -76,11 +76,11 @@ class HeldOutImages(Dataset):
                 pixel_values.append(pixels)
                 labels.append(self.source.labels[image_index])
             except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
-                unreadable[image_index] = str(error)
+                error_messages[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
             COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
-            unreadable,
+            error_messages,
         )
 
 
@@ -99,16 +99,16 @@ class Evaluator:
     """Evaluates models on the same images.
 
     Args:
-        images: all images and labels, on every process.
+        images: all images and labels; the same on every process.
         processor: image processor that returns `pixel_values`.
-        label_space: label space of the images, in the order of the model's logits.
+        label_space: names of the labels, in the order of the model's logits.
         batch_size: number of images per process and forward pass.
-        num_workers: number of worker processes per process; 0 prepares the images in the process itself.
-        accelerator: device, precision and processes.
-        max_broken_images: maximum number of unreadable images, which are skipped; if there are more, the evaluation
-            stops.
-        warn: function that prints a warning, called once for each unreadable image, on the main process.
-        num_channels: number of channels of the model; images with a different number count as unreadable.
+        num_workers: number of data loading workers per process; with 0, images are loaded in the process itself.
+        accelerator: the accelerator, which defines the device, the precision and the processes.
+        max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
+            are unreadable.
+        warn: function that prints a warning; called on the main process, once for each unreadable image.
+        num_channels: number of input channels of the model. Images with another number of channels are unreadable.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.messages: dict[int, str] = {}  # error messages by index of the unreadable image, on all processes
-        self.unreadable = UnreadableImageCounter(
-            self.messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
+        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
+        self.unreadable_images = UnreadableImageCounter(
+            self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
         own_images = HeldOutImages(
             images,
@@ -146,38 +146,40 @@ class Evaluator:
     def __call__(
         self, model: nn.Module, show_progress: Callable[["CachedBatches"], Iterable[HeldOutBatch]] = iter
     ) -> dict[str, Any]:
-        """Return the metrics of a model in evaluation mode, as defined in metrics.py for the kind of labels.
+        """Evaluate a model that is in evaluation mode, and return the metrics for the kind of labels (metrics.py).
 
-        Numbers come before lists and dicts. The first number is the metric for comparing models. `num_broken_images`
-        is added, and unreadable images are not included in `num_images`. Floats are rounded to six decimals.
+        In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
+        models. `num_broken_images` is the number of unreadable images, which `num_images` excludes. Floats are rounded
+        to six decimals.
 
         Args:
             model: the model, either prepared by `Accelerator.prepare` or on the device of the accelerator.
-            show_progress: function that yields the batches of this process and shows progress.
+            show_progress: function that receives the batches of this process, yields the batches and shows progress.
 
         Raises:
-            ValueError: if too many images, or all images, are unreadable.
+            ValueError: if all images are unreadable, or if more than `max_broken_images` images are unreadable.
             RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
-        unreadable: dict[int, str] = {}
+        error_messages: dict[int, str] = {}
         for batch in show_progress(self.batches):
-            unreadable |= batch.unreadable
+            error_messages |= batch.error_messages
             labels = send_to_device(batch.labels, self.accelerator.device)
             metrics.update(self.compute_outputs(model, batch), labels)
 
-        unreadable = dict(gather_object(list(unreadable.items())))
-        self.messages |= unreadable
-        self.unreadable.add(sorted(unreadable))
-        if len(unreadable) == self.num_images:
+        error_messages = dict(gather_object(list(error_messages.items())))
+        self.error_messages |= error_messages
+        self.unreadable_images.add(sorted(error_messages))
+        num_unreadable = len(error_messages)
+        if num_unreadable == self.num_images:
             raise ValueError(f"evaluation requires images, but none of the {self.num_images} images can be read")
         values = round_floats(metrics.compute())
-        if values["num_images"] + len(unreadable) != self.num_images:
+        if values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {values['num_images']} images and {len(unreadable)} unreadable images of "
+                f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images of "
                 f"{self.num_images}. This is a bug"
             )
-        return select_scalars(values) | {"num_broken_images": len(unreadable)} | values
+        return select_scalars(values) | {"num_broken_images": num_unreadable} | values
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""
@@ -189,21 +191,21 @@ class Evaluator:
             return model(self.pad_batch(model, batch.pixel_values))
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Return pixel values [G, C, H, W] padded with blank images to [B, C, H, W], on the device."""
+        """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
-        num_missing = self.batch_size - len(pixel_values)
-        if num_missing:
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_missing, *pixel_values.shape[1:])])
+        num_padding = self.batch_size - len(pixel_values)
+        if num_padding:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
 
 
 class ReconstructionEvaluator(Evaluator):
     """Evaluates a masked autoencoder.
 
-    The label of an image is its index, which determines its mask independently of the number of processes and the
-    batch size.
+    The label of an image is the index of the image. The mask depends only on this index and on `mask_seed`, and not on
+    the number of processes or the batch size.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class ReconstructionEvaluator(Evaluator):
         mask_seed: int,
         **options: Any,
     ) -> None:
-        """See `Evaluator` for `options`. `mask_generator` and `mask_seed` determine the masks."""
+        """Initialize the evaluator. `options` are the other arguments of `Evaluator`."""
         super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **options)
         self.mask_generator = mask_generator
         self.mask_seed = mask_seed
@@ -224,7 +226,7 @@ class ReconstructionEvaluator(Evaluator):
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Pad a batch with blank images, which have no masked patches and no loss, and return the model outputs."""
+        """Pad a batch with blank images and return the model outputs. Blank images have no masked patches."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
@@ -234,14 +236,13 @@ class ReconstructionEvaluator(Evaluator):
             return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device))
 
     def build_mask(self, index: int) -> torch.Tensor:
-        """Return the mask of one image, [rows * columns], True for masked patches."""
+        """Return the mask [rows * columns] of one image, which is True for masked patches."""
         generator = torch.Generator().manual_seed(derive_seed(self.mask_seed, index))
         return self.mask_generator(1, torch.device("cpu"), generator)[0]
 
 
 class CachedBatches:
-    """The batches of a process, in order. The batches are kept in memory after the first pass if they fit in the
-    cache."""
+    """An iterable over the batches of a process, which are cached during the first pass if they fit in the cache."""
 
     def __init__(self, images: HeldOutImages, num_workers: int) -> None:
         self.loader = DataLoader(
@@ -267,13 +268,13 @@ class CachedBatches:
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:
-                cache.append(copy.deepcopy(batch))  # copied out of shared memory, which keeps a file open per tensor
+                cache.append(copy.deepcopy(batch))  # shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats, including floats in lists and dicts, rounded to six decimals."""
+    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, NUM_DECIMALS)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Accuracy of a frozen encoder: a simple classifier on each token of each layer (`evaluate.py --frozen`).
+"""Accuracy of simple classifiers on frozen features, for each token of each layer (`vitcls evaluate --frozen`).
 
     training images -> encoder, once -> features -> fit scikit-learn's classifier  --+
     held-out images -> encoder, once -> features ------------------------------------+-> accuracy by layer and token
@@ -8,8 +8,8 @@ knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted 
 logreg        LogisticRegression on standardized features
 few-shot:N    logreg on N images per class, repeated with different images
 
-The features of a layer are its output after the final norm of the encoder, as in DINOv2's `get_intermediate_layers`:
-every special token, and the mean of the patch tokens.
+The features of a layer are the special tokens and the mean of the patch tokens in the layer output. The final norm of
+the encoder is applied to the output of every layer, as in DINOv2's `get_intermediate_layers`.
 """
 
 import time
@@ -35,7 +35,7 @@ from .evaluate import (
     build_progress,
     build_table,
     describe_evaluation,
-    describe_unknown_split,
+    describe_possible_overlap,
     set_up_evaluation,
     write_results,
 )
@@ -56,7 +56,7 @@ MEAN_OF_PATCHES = "mean of patches"
 class Features:
     """Features and labels of images."""
 
-    vectors: dict[tuple[int, str], np.ndarray]  # (layer from 1, token name) -> [images, D] float32
+    vectors: dict[tuple[int, str], np.ndarray]  # (layer number, starting from 1; token name) -> [images, D] float32
     labels: np.ndarray  # class name of each image, [images]
     num_unreadable: int  # number of unreadable images, which have no features
 
@@ -65,42 +65,42 @@ class FeatureEvaluator(Evaluator):
     """Computes the features of images on any number of processes."""
 
     def __init__(self, layers: list[int], *arguments: Any, **settings: Any) -> None:
-        """See `Evaluator` for the other arguments. `layers` are layer numbers, starting from 1."""
+        """Initialize the evaluator. `layers` are numbered from 1; see `Evaluator` for the other arguments."""
         super().__init__(*arguments, **settings)
         self.layers = layers
 
     def build_metrics(self) -> "FeatureStore":
-        """Build the store of the features."""
+        """Build an empty `FeatureStore`."""
         return FeatureStore()
 
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the features [G, vectors, D] of the G readable images of a batch."""
+        """Return the features [G, num_vectors, D] of the G readable images of a batch."""
         with self.accelerator.autocast():
             features = compute_features(model, self.pad_batch(model, batch.pixel_values), self.layers)
         return features[: len(batch.labels)]
 
 
 class FeatureStore:
-    """Features of all batches, with the interface of the metrics in metrics.py."""
+    """The features of all batches. The class has the same interface as the metrics in metrics.py."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add the features [G, vectors, D] and the class indices [G] of a batch."""
+        """Add the features [G, num_vectors, D] and the class indices [G] of a batch."""
         self.batches.append((features.float().cpu().numpy(), labels.cpu().numpy()))
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered_batches = gather_object([self.batches])  # one list per process; batches were distributed in rounds
+        gathered_batches = gather_object([self.batches])  # one list per process; batches were assigned in turn
         ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
-        features, labels = (np.concatenate(parts) for parts in zip(*ordered_batches, strict=True))
+        features, labels = (np.concatenate(arrays) for arrays in zip(*ordered_batches, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
 
 
 def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Return the features [B, layers * (special tokens + 1), D] of images [B, C, H, W] from a `ViTCLSModel`."""
-    hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings, then each layer
+    """Return the features [B, num_layers * (num_special + 1), D] of images [B, C, H, W] from a `ViTCLSModel`."""
+    hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings and layer outputs
     num_special = encoder.config.token_layout.num_prefix_tokens
     vectors = []
     for layer in layers:
@@ -110,7 +110,7 @@ def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]
 
 
 def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
-    """Return the layer and the token name of each vector that `compute_features` returns."""
+    """Return the layer number and the token name for each feature vector of `compute_features`."""
     return [(layer, token) for layer in layers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
 
 
@@ -118,8 +118,7 @@ def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build a k-NN classifier, with fewer neighbors for small training sets, or a logistic regression on standardized
-    features."""
+    """Build a k-NN classifier (fewer neighbors for few images) or a logistic regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -131,24 +130,25 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 
 
 def measure_accuracies(
-    kind: str, train: Features, held_out: Features, num_repeats: int, seed: int
+    kind: str, training_features: Features, held_out_features: Features, num_repeats: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the accuracy of a classifier on each token of each layer, with its 95 % interval.
+    """Return the accuracy of a classifier on each token of each layer, with a 95 % confidence interval.
 
     The interval is the Wilson interval for the number of held-out images. Few-shot classifiers are fitted to
-    `num_repeats` random selections of images, and their interval is the interval of the mean over the repeats.
+    `num_repeats` random selections of images; the interval is the confidence interval of the mean over the repeats.
     """
     _, _, num_per_class = kind.partition(":")
-    selections = [np.arange(len(train.labels))]
+    selections = [np.arange(len(training_features.labels))]
     if num_per_class:
-        selections = select_few_shot_images(train.labels, int(num_per_class), num_repeats, seed)
-    num_images = len(held_out.labels)
+        selections = select_few_shot_images(training_features.labels, int(num_per_class), num_repeats, seed)
+    num_images = len(held_out_features.labels)
     rows = []
-    for (layer, token), vectors in train.vectors.items():
+    for (layer, token), vectors in training_features.vectors.items():
         correct_counts = []
         for indices in selections:
-            classifier = build_classifier(kind, len(indices)).fit(vectors[indices], train.labels[indices])
-            correct_counts.append(int((classifier.predict(held_out.vectors[layer, token]) == held_out.labels).sum()))
+            classifier = build_classifier(kind, len(indices)).fit(vectors[indices], training_features.labels[indices])
+            predictions = classifier.predict(held_out_features.vectors[layer, token])
+            correct_counts.append(int((predictions == held_out_features.labels).sum()))
         if num_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
@@ -159,8 +159,10 @@ def measure_accuracies(
 
 
 def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
-    """Return, for each repeat, the sorted indices of `num_per_class` random images of each class.
-    Raise ValueError if a class has fewer images."""
+    """Return an array for each repeat with the sorted indices of `num_per_class` random images of each class.
+
+    Raises ValueError if a class has fewer than `num_per_class` images.
+    """
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_per_class:
         raise ValueError(
@@ -178,7 +180,7 @@ def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: 
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean accuracy over repeats, and its normal 95 % interval, which is None for a single repeat."""
+    """Return the mean accuracy over repeats, with a 95 % interval from a normal distribution (None for one repeat)."""
     mean, interval = fmean(accuracies), None
     if len(accuracies) > 1:
         half_width = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
@@ -192,32 +194,33 @@ def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
 def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     """Measure the accuracy of simple classifiers on the frozen features of a checkpoint.
 
-    The table is printed, written to `--output` if it is set, and returned. The classifiers are fitted to the training
-    images and evaluated on the images that `--split` selects, as in `evaluate_checkpoint`.
+    The results are printed, written to `--output` if it is set, and returned. The classifiers are fitted to the
+    training images and evaluated on the images that `--split` selects, as in `evaluate_checkpoint`.
 
     Raises:
-        ValueError: if the checkpoint, the dataset or its labels are not suitable, or too many images are unreadable.
+        ValueError: if the checkpoint, the dataset or the labels are not supported, or if too many images are
+            unreadable.
         OSError: if the checkpoint cannot be found or read, or the output cannot be written.
     """
     assert options.frozen is not None
     if options.data.streaming:
-        raise ValueError("--frozen requires a stored dataset, but --streaming reads a stream. Remove --streaming")
+        raise ValueError("--frozen requires a dataset on disk, but --streaming is set. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         model, processor = load_model(options.model, with_head=False)
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
-        train_space, train_images, _, _ = load_evaluation_data(options.data, "train", record)
-        space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
-    check_labels(options, space)
+        training_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
+        held_out_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
+    check_labels(options, held_out_space)
     if rule is not None and record is not None:
-        problem = describe_unknown_split(options.model, record, held_out_images)
-        if problem is not None:
-            warn(problem)
+        warning = describe_possible_overlap(options.model, record, held_out_images)
+        if warning is not None:
+            warn(warning)
     model = model.to(accelerator.device).eval()
     num_layers = model.config.num_hidden_layers
     layers = [num_layers] if options.frozen_layers == "last" else list(range(1, num_layers + 1))
 
-    def encode(images: LabeledImages, label_space: LabelSpace) -> Features:
+    def extract_features(images: LabeledImages, label_space: LabelSpace) -> Features:
         evaluator = FeatureEvaluator(
             layers,
             images,
@@ -237,17 +240,21 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         return Features(vectors, labels, output["num_broken_images"])
 
     start_time = time.perf_counter()
-    train, held_out = encode(train_images, train_space), encode(held_out_images, space)
-    seconds, num_images = time.perf_counter() - start_time, len(train.labels) + len(held_out.labels)
+    training_features = extract_features(training_images, training_space)
+    held_out_features = extract_features(held_out_images, held_out_space)
+    seconds = time.perf_counter() - start_time
+    num_images = len(training_features.labels) + len(held_out_features.labels)
     results: dict[str, Any] = {
         **describe_evaluation(options, split, rule, num_images, seconds, accelerator),
         "frozen": options.frozen,
-        "num_training_images": len(train.labels),
-        "num_images": len(held_out.labels),
-        "num_broken_images": train.num_unreadable + held_out.num_unreadable,
+        "num_training_images": len(training_features.labels),
+        "num_images": len(held_out_features.labels),
+        "num_broken_images": training_features.num_unreadable + held_out_features.num_unreadable,
     }
     if accelerator.is_main_process:
-        rows = measure_accuracies(options.frozen, train, held_out, options.frozen_repeats, options.data.split_seed)
+        rows = measure_accuracies(
+            options.frozen, training_features, held_out_features, options.frozen_repeats, options.data.split_seed
+        )
         best_row = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
         print_rows(results, console)
@@ -257,11 +264,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
-    """Raise ValueError unless each image has one label."""
+    """Raise ValueError unless the dataset has one label per image."""
     if space.kind != "single_label_classification":
         raise ValueError(
             f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} is "
-            f"{space.kind.replace('_', ' ')}. Set one --label-column"
+            f"a {space.kind.replace('_', ' ')} dataset. Set a single --label-column"
         )
 
 
@@ -273,11 +280,11 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )
-    cells = []
+    table_rows = []
     for row in results["rows"]:
         interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
-        cells.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
-    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], cells))
+        table_rows.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
+    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], table_rows))
     best_row = results["best"]
     console.print(
         f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "

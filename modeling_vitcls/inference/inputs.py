@@ -1,14 +1,14 @@
-"""Inputs of a prediction: image records with an index, a name and undecoded content, and their preprocessing.
+"""Inputs of a prediction (image records with an index, a name and undecoded content), and image preprocessing.
 
     PATHS, --list, digits, MNIST files    ListInput      known at the start
     other datasets                        DatasetInput   read by the `datasets` library, in any order
-    --streaming                           StreamInput    read once from the beginning; other ranges are skipped
+    --streaming                           StreamInput    read once from the beginning; other images are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
 of the input. Several threads decode and preprocess the images ahead of the model.
 
 Threads are faster than processes here, because decoding and resizing release the GIL and no data is copied between
-processes. On two cores, two threads prepared JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
+processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ from ..options import DataOptions, PredictOptions
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: its index in the input, its name and its content.
+    """An image with an index in the input, a name and content.
 
-    The content is a path, a URL, encoded bytes, any other input of the image processor, or None if it is missing.
+    The content is a path, a URL, encoded bytes, any other input of the image processor, or None for a missing image.
     """
 
     index: int
@@ -51,7 +51,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ListInput:
-    """Images that are known at the start."""
+    """A list of images, all of which are known before the prediction starts."""
 
     names: Sequence[str]
     contents: Sequence[Any]
@@ -62,7 +62,7 @@ class ListInput:
         return len(self.names)
 
     def compute_identity(self) -> dict[str, Any]:
-        """Return the number of images and a digest of their names and of file sizes and times, or of array values."""
+        """Return the number of images, and a digest of the names and of the file sizes and times or pixel values."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())
@@ -70,8 +70,8 @@ class ListInput:
             digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these ranges."""
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+        """Yield the images of these index ranges."""
         for indices in ranges:
             for index in indices:
                 yield ImageRecord(index, self.names[index], self.contents[index])
@@ -79,11 +79,13 @@ class ListInput:
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return an input with the files, the URLs, and the images in the folders, which are sorted by name.
-    Raise ValueError if there are no images."""
+
+    Raises ValueError if there are no images.
+    """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"there are no images in {', '.join(paths)}. Folders are searched for files with {suffixes}")
+        raise ValueError(f"there are no images in {', '.join(paths)}. Folders must contain files with {suffixes}")
     return ListInput([make_printable(file) for file in files], files)
 
 
@@ -96,8 +98,8 @@ def list_image_files(folder: str) -> Iterator[str]:
                 yield str(Path(parent, name))
 
 
-def read_list(file: Path) -> list[str]:
-    """Return the non-empty lines of a text file."""
+def read_path_list(file: Path) -> list[str]:
+    """Return the non-empty lines of a text file. Raise ValueError if there are no such lines."""
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
@@ -125,7 +127,7 @@ class ImageColumn:
     folder: Path
 
     def build_record(self, index: int, value: Any) -> ImageRecord:
-        """Return the record of one value, named by its path, or by its index if there is no path."""
+        """Build the record of a column value. The name is the path of the image, or the index if there is no path."""
         if isinstance(value, str):
             return ImageRecord(index, make_printable(value), resolve_path(self.folder, value))
         if isinstance(value, dict):
@@ -148,11 +150,11 @@ class DatasetInput:
         return len(self.dataset)
 
     def compute_identity(self) -> dict[str, Any]:
-        """Return the options, the number of rows and the fingerprint of the `datasets` library."""
+        """Return the options, the number of images and the fingerprint of the dataset."""
         return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these ranges."""
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+        """Yield the images of these index ranges."""
         for indices in ranges:
             for start in range(indices.start, indices.stop, NUM_ROWS_AT_ONCE):
                 values = self.dataset[start : min(start + NUM_ROWS_AT_ONCE, indices.stop)][self.column.name]
@@ -162,7 +164,7 @@ class DatasetInput:
 
 @dataclass
 class StreamInput:
-    """A dataset that is read during prediction, from its beginning to the end of the last range or of the stream."""
+    """A dataset that is streamed during prediction, from the first row to the end of the last range."""
 
     dataset: Any  # datasets.IterableDataset
     column: ImageColumn
@@ -170,15 +172,15 @@ class StreamInput:
     num_images: int | None = None
 
     def compute_identity(self) -> dict[str, Any]:
-        """Return the options."""
+        """Return the options of the dataset."""
         return self.settings
 
-    def read(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these ranges. Set `num_images` if the stream ends before the last range."""
+    def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
+        """Yield the images of these index ranges. Set `num_images` if the stream ends before the end of a range."""
         examples = iter(self.dataset)
         index = 0
         for indices in ranges:
-            index += sum(1 for _ in islice(examples, indices.start - index))  # skipped, not decoded
+            index += sum(1 for _ in islice(examples, indices.start - index))  # skip without decoding
             for example in islice(examples, indices.stop - index):
                 yield self.column.build_record(index, example[self.column.name])
                 index += 1
@@ -191,35 +193,35 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input from PATHS, `--list` or `--dataset`.
+    """Open the input that PATHS, `--list` or `--dataset` specifies.
 
     Raises:
-        ValueError: if the input has no images, or a dataset cannot be read.
+        ValueError: if the input has no images, or if the dataset cannot be read.
         OSError: if the list cannot be read.
     """
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
-    return open_image_files(list(options.paths) if options.list is None else read_list(options.list))
+    return open_image_files(list(options.paths) if options.list is None else read_path_list(options.list))
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
     """Open a dataset in any format that `vitcls finetune` reads. Labels are not required."""
     import datasets
 
-    data = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
+    data_options = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
     if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
-        images = select_split(load_splits(data, use_labels=False).images_by_split, options).images
+        images = select_split(load_splits(data_options, use_labels=False).images_by_split, options).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
-    split = select_split(open_with_datasets(data, use_labels=False), options)
-    features = read_features(split, data)
-    column = ImageColumn(find_image_column(data, features), get_dataset_folder(data))
+    split = select_split(open_with_datasets(data_options, use_labels=False), options)
+    features = read_features(split, data_options)
+    column = ImageColumn(find_image_column(data_options, features), get_dataset_folder(data_options))
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
     if path.is_file():
         settings["bytes and time"] = get_file_state(dataset)
     split = split.select_columns([column.name])
-    if isinstance(features[column.name], datasets.Image):  # the threads decode the images
+    if isinstance(features[column.name], datasets.Image):  # decoded later, by the threads
         split = split.cast_column(column.name, datasets.Image(decode=False))
     if options.streaming:
         return StreamInput(split, column, settings)
@@ -229,7 +231,10 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the requested split, or the only split."""
+    """Return the split with the name `--split`, or the only split if `--split` is not set.
+
+    Raises ValueError if there is no such split.
+    """
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if options.split is None or options.split not in splits:
@@ -243,7 +248,7 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """The preprocessed pixels of an image, [C, H, W], or an error message."""
+    """An image with preprocessed pixels [C, H, W], or with an error message if the image is unreadable."""
 
     record: ImageRecord
     pixels: torch.Tensor | None = None
@@ -251,13 +256,13 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """A network error, which stops the run, because an error row would look like an unreadable image."""
+    """Raised for network errors, which stop the prediction. An error row would suggest an unreadable image."""
 
 
-def prepare_ahead(
+def prepare_images(
     records: Iterator[ImageRecord], processor: ViTCLSImageProcessor, num_workers: int, num_ahead: int
 ) -> Iterator[PreparedImage]:
-    """Yield the prepared images in order. `num_workers` threads prepare up to `num_ahead` images in advance."""
+    """Yield the preprocessed images in order. `num_workers` threads process up to `num_ahead` images in advance."""
     pool = ThreadPoolExecutor(num_workers)
     futures: deque[Future[PreparedImage]] = deque()
     try:
@@ -272,7 +277,7 @@ def prepare_ahead(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and process one image. Raise FetchError if a file cannot be read over the network."""
+    """Read, decode and preprocess one image. Raise FetchError if a file cannot be read over the network."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")
@@ -285,13 +290,13 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
     return PreparedImage(record, pixels)
 
 
-def fetch_file(address: str) -> bytes:
-    """Return the content of a file of a streamed dataset (`hf://`, `s3://`, a member of an archive)."""
+def fetch_file(url: str) -> bytes:
+    """Return the content of a file in a streamed dataset, such as an `hf://` or `s3://` URL or an archive member."""
     import fsspec
 
     try:
-        with fsspec.open(address, "rb") as file:
+        with fsspec.open(url, "rb") as file:
             return file.read()
-    except Exception as error:  # each file system raises its own types of errors
+    except Exception as error:  # different file systems raise different types of errors
         reason = f"{type(error).__name__}: {format_error(error)}"
-        raise FetchError(f"cannot fetch {address} ({reason}). Repeat the command to continue") from error
+        raise FetchError(f"cannot fetch {url} ({reason}). Repeat the command to continue") from error

@@ -14,7 +14,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskCl
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
-CLASSES: dict[str, type[Classifier]] = {
+CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
     "single_label_classification": ViTCLSForImageClassification,
     "multi_label_classification": ViTCLSForImageClassification,
     "multi_task": ViTCLSForMultiTaskClassification,
@@ -22,20 +22,20 @@ CLASSES: dict[str, type[Classifier]] = {
 
 
 def is_preset(name: str) -> bool:
-    """Return whether `--model` is the name of a preset, which has random weights."""
+    """Return whether `name` is the name of a preset, which has random weights."""
     return name.removeprefix("vitcls-") in PRESETS
 
 
 def list_presets() -> str:
-    """Return the values of `--model` for all presets, separated by commas."""
+    """Return the names of all presets, separated by commas, as they are set with `--model`."""
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 
 def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
-    """Load a vitcls checkpoint, with or without its classifier, and its image processor.
+    """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor.
 
     Raises:
-        ValueError: if the checkpoint is not a vitcls model, or lacks trained weights.
+        ValueError: if the checkpoint is not a vitcls model, or if the checkpoint lacks trained weights.
         OSError: if the checkpoint cannot be found or read.
     """
     if is_preset(source):
@@ -50,28 +50,29 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
         check_is_classifier(source, settings)
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
-    # Missing weights raise an error below; an unused classifier is not an error.
+    # Missing weights raise an error below. The weights of an unused classifier are ignored.
     with silence_transformers(progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
-    if missing := loading_info["missing_keys"]:
-        raise ValueError(f"the checkpoint {source} does not contain {min(missing)}. Train the model first")
+    if missing_weights := loading_info["missing_keys"]:
+        weight = min(missing_weights)
+        raise ValueError(f"the checkpoint {source} does not contain the weight {weight}. Train the model first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
 def load_classifier(source: str, folder: str) -> Classifier:
-    """Load a saved classifier of any kind from its folder. `source` is the name of the model in error messages.
+    """Load a saved classifier of any kind from a folder. `source` is the name of the model in error messages.
 
     Raises:
-        ValueError: if the model is not a vitcls model, has no classifier, or was trained for regression.
+        ValueError: if the model is not a vitcls model, if it has no classifier, or if it was trained for regression.
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
-    classes = {model_class.__name__: model_class for model_class in CLASSES.values()}
+    classes = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
     class_name = (config.architectures or ["a model of unknown class"])[0]
     if class_name not in classes or not (config.tasks or config.num_labels):
         raise ValueError(
-            f"evaluation requires a classifier, but {source} contains {class_name}. Fine-tune it with "
-            "`vitcls finetune`"
+            f"evaluation requires a classifier, but {source} contains {class_name}. Fine-tune the model "
+            "with `vitcls finetune`"
         )
     if config.problem_type == "regression":
         raise ValueError(f"evaluation requires a classifier, but {source} was trained for regression")
@@ -80,9 +81,9 @@ def load_classifier(source: str, folder: str) -> Classifier:
 
 def check_is_classifier(source: str, settings: dict[str, Any]) -> None:
     """Raise ValueError if the config of a checkpoint lists an architecture without a classifier."""
-    names = settings.get("architectures") or []
-    if names and not any(name.endswith("Classification") for name in names):
+    architectures = settings.get("architectures") or []
+    if architectures and not any(name.endswith("Classification") for name in architectures):
         raise ValueError(
-            f"label prediction requires a classifier, but {source} contains {names[0]}. Fine-tune it first, or set "
-            "--features"
+            f"label prediction requires a classifier, but {source} contains {architectures[0]}. Fine-tune the model "
+            "first, or set --features"
         )

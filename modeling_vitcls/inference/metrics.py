@@ -1,13 +1,12 @@
-"""Metrics over labeled images, by kind of labels, and metrics of masked autoencoders.
+"""Metrics on labeled images for each kind of labels, and metrics of masked autoencoders.
 
     METRICS[label_space.kind](label_space, device)   .update(outputs, labels) per batch, then .compute() once
 
-`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G
-images; only the first G outputs are used. `compute` returns numbers first, then lists. Undefined values (0 / 0)
-are None.
+`update` expects the labels of G images in the format of data/labels.py, and the outputs of B >= G images; only the
+first G outputs are used. `compute` returns a dict with numbers first, then lists. Undefined values (0 / 0) are None.
 
-torchmetrics accumulates over batches and processes. All processes must call `compute`, and a process without images
-must call `update` with 0 labels. evaluator.py selects the images.
+torchmetrics accumulates the values over batches and processes. All processes must call `compute`, and a process
+without images must call `update` with 0 labels. evaluator.py selects the images.
 """
 
 import math
@@ -29,10 +28,10 @@ from ..data.labels import LabelKind, LabelSpace
 from ..heads_vitcls import IGNORED_LABEL
 
 
-MAX_MATRIX_CLASSES = 1000  # maximum number of classes of a confusion matrix, whose size is quadratic
-MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes of a confusion matrix in the results of a run
+MAX_MATRIX_CLASSES = 1000  # maximum number of classes for which a confusion matrix is computed
+MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes for which a run saves the confusion matrix
 NUM_CALIBRATION_BINS = 15
-# Metric -> model output with the logits of the head.
+# Metric -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
 MetricValues = dict[str, Any]
@@ -56,14 +55,14 @@ class SingleLabelMetrics:
     """Metrics of single-label classification.
 
     accuracy                top-1 accuracy
-    top_5_accuracy          top-5 accuracy, with more than five classes
+    top_5_accuracy          top-5 accuracy, if there are more than five classes
     balanced_accuracy       mean recall of the classes that have images
     calibration_error       expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)
-    cls_accuracy, distillation_accuracy     accuracy of each head, if there are two
+    cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
     num_images
-    accuracy_interval       [low, high], 95 % confidence
-    per_class               name, images, recall (the accuracy on the class), precision and F1 of each class
+    accuracy_interval       95 % confidence interval [low, high]
+    per_class               name, number of images, recall, precision and F1 of each class
     confusion_matrix        rows are true classes, columns are predictions; omitted above 1,000 classes
     """
 
@@ -82,8 +81,10 @@ class SingleLabelMetrics:
             self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L], labels [G] and, for a model with two heads, the logits of each head. B - G images are
-        padding."""
+        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each head.
+
+        The last B - G images are padding.
+        """
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -91,7 +92,7 @@ class SingleLabelMetrics:
                 self.heads[name].update((predictions == labels).float())
 
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add logits [B, L] and labels [G]. Images with the label -100 are ignored."""
+        """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
         is_known = labels != IGNORED_LABEL
         logits, labels = logits[: len(labels)][is_known].float(), labels[is_known]
         predictions = logits.argmax(dim=1)  # [G]
@@ -102,27 +103,28 @@ class SingleLabelMetrics:
             num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        self.calibration.update(logits.softmax(dim=1), labels)  # torchmetrics detects logits by their range
+        # Probabilities, because torchmetrics does not apply softmax to logits that are all in [0, 1].
+        self.calibration.update(logits.softmax(dim=1), labels)
         if self.top_5 is not None:
             self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
         if self.matrix is not None:
             self.matrix.update(predictions, labels)
 
     def compute(self) -> MetricValues:
-        """Return the metrics in the class docstring."""
+        """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
-        classes = compute_class_metrics(self.names, counts)
+        class_metrics = compute_class_metrics(self.names, counts)
         values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
         if self.top_5 is not None:
             values["top_5_accuracy"] = to_number(self.top_5.compute())
-        values["balanced_accuracy"] = compute_mean([row["recall"] for row in classes])
+        values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
         values["calibration_error"] = to_number(self.calibration.compute())
         values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
         values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
-        values["per_class"] = classes
+        values["per_class"] = class_metrics
         if self.matrix is not None:
             values["confusion_matrix"] = self.matrix.compute().tolist()
         return values
@@ -132,58 +134,59 @@ class MultiLabelMetrics:
     """Metrics of multi-label classification. A class is predicted if its probability is above 0.5.
 
     mean_average_precision  mean over the classes that have images
-    micro_f1, macro_f1      F1 over all predictions; mean of the F1 of each class
-    exact_match             fraction of the images with all classes correct
+    micro_f1, macro_f1      F1 over all predictions; mean F1 of the classes
+    exact_match             fraction of images for which all classes are predicted correctly
     loss                    binary cross-entropy, mean over images and classes
     num_images
-    per_class               name, images, average precision, recall, precision and F1 of each class
+    per_class               name, number of images, average precision, recall, precision and F1 of each class
 
-    Average precision stores all probabilities: 4 MB per thousand images and thousand classes.
+    To compute the average precision, all probabilities are stored: 4 MB for 1,000 images and 1,000 classes.
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
         self.names = label_space.names
         self.counts = ClassCounts(len(self.names)).to(device)
-        self.precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False).to(device)
+        average_precision = MultilabelAveragePrecision(len(self.names), average=None, validate_args=False)
+        self.average_precision = average_precision.to(device)
         self.exact_match = build_aggregator(MeanMetric, device)
         self.loss = build_aggregator(MeanMetric, device)
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Add logits [B, L] and labels [G, L], 0 or 1."""
+        """Update the metrics with logits [B, L] and labels [G, L], which are 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
-        probabilities = logits.sigmoid()  # torchmetrics detects logits by their range
+        probabilities = logits.sigmoid()  # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
         predictions, truth = probabilities > 0.5, labels > 0.5  # [G, L]
         self.counts.update((predictions & truth).sum(0), predictions.sum(0), truth.sum(0))
-        self.precision.update(probabilities, truth.long())
+        self.average_precision.update(probabilities, truth.long())
         self.exact_match.update((predictions == truth).all(dim=1).float())
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
 
     def compute(self) -> MetricValues:
-        """Return the metrics in the class docstring."""
+        """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
-        classes = compute_class_metrics(self.names, counts)
+        class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchmetrics warns about classes without images, which become None
-            precisions = self.precision.compute().tolist()
-        for row, precision in zip(classes, precisions, strict=True):
-            row["average_precision"] = precision if row["images"] else None
+            warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
+            average_precisions = self.average_precision.compute().tolist()
+        for row, average_precision in zip(class_metrics, average_precisions, strict=True):
+            row["average_precision"] = average_precision if row["images"] else None
         return {
-            "mean_average_precision": compute_mean([row["average_precision"] for row in classes]),
+            "mean_average_precision": compute_mean([row["average_precision"] for row in class_metrics]),
             "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
-            "macro_f1": compute_mean([row["f1"] for row in classes]),
+            "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
             "exact_match": to_number(self.exact_match.compute()),
             "loss": to_number(self.loss.compute()),
             "num_images": int(self.num_images.compute()),
-            "per_class": classes,
+            "per_class": class_metrics,
         }
 
 
 class MultiTaskMetrics:
-    """Metrics of multi-task classification: `SingleLabelMetrics` of each task, as `TASK_accuracy` and so on.
+    """Metrics of multi-task classification, including the `SingleLabelMetrics` of each task with the prefix `TASK_`.
 
     accuracy                mean over the tasks that have labeled images
     loss                    sum over the tasks, as in training
@@ -198,27 +201,29 @@ class MultiTaskMetrics:
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
-        """Add logits {task: [B, L]} and labels {task: [G]}, -100 if missing."""
+        """Update the metrics with logits {task: [B, L]} and labels {task: [G]}. Missing labels are -100."""
         for task, metrics in self.tasks.items():
             metrics.update_logits(outputs.logits[task], labels[task])
         self.num_images.update(len(next(iter(labels.values()))))
 
     def compute(self) -> MetricValues:
-        """Return the metrics in the class docstring."""
-        by_task = {task: metrics.compute() for task, metrics in self.tasks.items()}
+        """Return the metrics listed in the class docstring."""
+        task_metrics = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
-            "accuracy": compute_mean([metrics["accuracy"] for metrics in by_task.values()]),
-            "loss": sum(metrics["loss"] or 0.0 for metrics in by_task.values()),
+            "accuracy": compute_mean([metrics["accuracy"] for metrics in task_metrics.values()]),
+            "loss": sum(metrics["loss"] or 0.0 for metrics in task_metrics.values()),
             "num_images": int(self.num_images.compute()),
         }
-        task_values = {f"{task}_{name}": value for task, metrics in by_task.items() for name, value in metrics.items()}
+        task_values = {
+            f"{task}_{name}": value for task, metrics in task_metrics.items() for name, value in metrics.items()
+        }
         return values | select_scalars(task_values) | task_values
 
 
 class ReconstructionMetrics:
     """Metrics of a masked autoencoder.
 
-    reconstruction_loss     the training loss, mean over the images
+    reconstruction_loss     mean training loss over the images
     num_images
     """
 
@@ -227,12 +232,12 @@ class ReconstructionMetrics:
         self.num_images = build_aggregator(SumMetric, device)
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
-        """Add the mean loss of a batch of G images, whose indices are `indices` [G]."""
-        self.loss.update(outputs.loss.expand(len(indices)))  # torchmetrics ignores weights if NaN is allowed
+        """Update the metrics with the mean loss of a batch of G images, whose indices are `indices` [G]."""
+        self.loss.update(outputs.loss.expand(len(indices)))  # nan_strategy="disable" ignores the argument `weight`
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
-        """Return the metrics in the class docstring."""
+        """Return the metrics listed in the class docstring."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
 
@@ -242,7 +247,7 @@ METRICS: dict[LabelKind, type[Any]] = {
     "multi_task": MultiTaskMetrics,
 }
 
-# Metric that selects the best checkpoint of a run, by kind of labels.
+# Kind of labels -> metric that selects the best checkpoint of a run.
 SELECTION_METRICS: dict[LabelKind, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "mean_average_precision",
@@ -254,7 +259,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Number of correct predictions, predictions and images of each class, [L] int64 each.
+    """Counts the correct predictions, all predictions and the images of each class, as int64 tensors [L].
 
     The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
     """
@@ -271,12 +276,12 @@ class ClassCounts(Metric):
         self.counts += torch.stack([num_correct, num_predicted, num_images])
 
     def compute(self) -> torch.Tensor:
-        """Return the three counts, [3, L]."""
+        """Return the three counts of each class as one tensor [3, L]."""
         return self.counts
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum metric, which is NaN if any value is NaN.
+    """Build a mean or sum metric whose result is NaN if any value is NaN.
 
     The metric is float64 if the device supports float64, so that the order of batches hardly affects the result.
     """
@@ -285,7 +290,7 @@ def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.d
 
 
 def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[MetricValues]:
-    """Return images, recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
+    """Compute the recall, precision and F1 of each class from the three counts [3, L] of `ClassCounts`."""
     return [
         {
             "name": name,
@@ -299,10 +304,10 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
 
 
 def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
-    """Return the confidence interval [low, high] of the accuracy `num_correct` / `num_images`; None without images.
+    """Return the confidence interval [low, high] of `num_correct / num_images`; None if `num_images` is 0.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
-    inference"). The interval lies within 0 and 1, and has a positive width even if all predictions are correct.
+    inference"). The interval lies between 0 and 1, and has a positive width even if all predictions are correct.
     """
     if num_images == 0:
         return None
@@ -314,7 +319,7 @@ def compute_wilson_interval(num_correct: int, num_images: int, confidence: float
 
 
 def safe_divide(numerator: int, denominator: int) -> float | None:
-    """Return the quotient; None if the denominator is 0."""
+    """Return the quotient, or None if the denominator is 0."""
     return numerator / denominator if denominator else None
 
 
@@ -325,5 +330,5 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if it is not finite, which JSON does not support."""
+    """Return the value of a one-element tensor; None if the value is not finite, because JSON does not support it."""
     return value.item() if value.isfinite() else None

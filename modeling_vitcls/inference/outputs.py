@@ -1,19 +1,18 @@
 """Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
 
-Writers write each row as soon as it is computed. An output file is renamed to its final name when it is
-complete.
+Rows are written while the prediction runs. An output file has a temporary name until all rows are written.
 
 A folder of Parquet shards can be completed in several runs of the program:
 
-    folder/.manifest.json          the input, the model, and the flags that change a prediction
+    folder/.manifest.json          the input, the model, and the flags that affect predictions
     folder/shard-000000.parquet    images 0 .. size - 1
     folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
     folder/.process-1.unfinished   heartbeat of a process that is still writing shards
 
-The images of a shard depend only on the input, so the number of processes may change between runs. A shard is either
-complete or missing. Programs that read the folder as one dataset ignore names with a leading dot.
+The images of a shard do not depend on the number of processes, so each run may use a different number of processes.
+A shard is either complete or missing. Programs that read the folder as one dataset ignore names with a leading dot.
 
-Progress is written to stderr: a bar on a terminal, otherwise lines.
+Progress is written to stderr: a bar on a terminal, and lines otherwise.
 """
 
 import csv
@@ -44,10 +43,10 @@ from .prediction_rows import Row
 LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
-ROWS_PER_GROUP = 1024  # rows per row group of a Parquet file; one group is kept in memory while writing
+ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one group at a time is kept in memory
 SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other processes
 SECONDS_BETWEEN_HEARTBEATS = 5.0
-MAX_SILENT_SECONDS = 120.0  # maximum time without a heartbeat; network file systems may delay it by a minute
+MAX_SILENT_SECONDS = 120.0  # maximum age of a heartbeat; network file systems may delay heartbeats by a minute
 SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
 MANIFEST_FILE = ".manifest.json"
 MANIFEST_VERSION = 1  # version of the manifest format
@@ -56,15 +55,15 @@ Columns = dict[str, pa.DataType]
 
 
 def get_output_columns(columns: Columns) -> Columns:
-    """Return the columns of the output: the image, its predictions, and its error."""
+    """Return the columns of the output: the index and name of the image, the prediction, and the error."""
     return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write a file in the format of its suffix. An existing file is replaced.
+    """Write rows to a file in the format given by the suffix of the file name. An existing file is replaced.
 
     Raises:
-        OSError: if the file cannot be written; no partial file is left.
+        OSError: if the file cannot be written. In this case, no partial file remains.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(file) as temporary_file:
@@ -75,34 +74,34 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write comma-separated values with a header. All labels of a multi-label image are in one cell."""
-    with file.open("w", newline="", encoding="utf-8") as text:
-        writer = csv.writer(text)
+    """Write rows as comma-separated values with a header. All labels of a multi-label image are in one cell."""
+    with file.open("w", newline="", encoding="utf-8") as text_file:
+        writer = csv.writer(text_file)
         writer.writerow(map(format_cell, columns))
         writer.writerows([format_cell(row[name]) for name in columns] for row in rows)
 
 
 def format_cell(value: Any) -> Any:
-    """Join a list to text, and put an apostrophe before text that a spreadsheet would run as a formula."""
+    """Join lists, and prefix text that a spreadsheet would run as a formula with an apostrophe."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write one JSON object per line."""
-    with file.open("w", encoding="utf-8") as text:
-        text.writelines(f"{format_json(row)}\n" for row in rows)
+    """Write each row as a JSON object on one line."""
+    with file.open("w", encoding="utf-8") as text_file:
+        text_file.writelines(f"{format_json(row)}\n" for row in rows)
 
 
 def write_json_list(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write a JSON list of objects, one per line."""
-    with file.open("w", encoding="utf-8") as text:
-        text.write("[")
+    """Write the rows as a JSON list, with one object per line."""
+    with file.open("w", encoding="utf-8") as text_file:
+        text_file.write("[")
         for index, row in enumerate(rows):
-            text.write(",\n" if index else "\n")
-            text.write(format_json(row))
-        text.write("\n]\n")
+            text_file.write(",\n" if index else "\n")
+            text_file.write(format_json(row))
+        text_file.write("\n]\n")
 
 
 def format_json(row: Row) -> str:
@@ -111,14 +110,14 @@ def format_json(row: Row) -> str:
 
 
 def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write Apache Parquet. The metadata key `failed` is the number of images with an error."""
+    """Write rows to an Apache Parquet file. The metadata key `failed` is the number of images with an error."""
     schema = pa.schema(list(columns.items()))
     rows = iter(rows)
     num_failed = 0
     with pq.ParquetWriter(file, schema) as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
-            num_failed += sum(row["error"] is not None for row in group)
-            writer.write_table(pa.Table.from_pylist(group, schema))
+        while row_group := list(islice(rows, ROWS_PER_GROUP)):
+            num_failed += sum(row["error"] is not None for row in row_group)
+            writer.write_table(pa.Table.from_pylist(row_group, schema))
         writer.add_key_value_metadata({"failed": str(num_failed)})
 
 
@@ -134,7 +133,7 @@ WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
 
 
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print a table of all columns except `index`, and except `error` if there are no errors."""
+    """Print a table of the rows without the column `index`, and without the column `error` if there are no errors."""
     rows = list(rows)
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
@@ -163,7 +162,7 @@ def format_value(value: Any) -> str:
 
 
 class Progress:
-    """Counts rows and shows progress; a context manager for the code that consumes the rows."""
+    """Context manager that counts rows and shows progress while the rows are consumed."""
 
     def __init__(self, total: int | None, is_shown: bool) -> None:
         self.num_images = 0
@@ -190,8 +189,8 @@ class Progress:
         if exc_value is None:
             self.print_line()
 
-    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the same rows and count them."""
+    def track_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield the rows unchanged, count the rows and show progress."""
         for row in rows:
             self.num_images += 1
             self.num_failed += row["error"] is not None
@@ -203,10 +202,12 @@ class Progress:
     def print_line(self) -> None:
         """Print a progress line."""
         self.last_line_time = time.perf_counter()
-        speed = self.num_images / (self.last_line_time - self.start_time)
+        images_per_second = self.num_images / (self.last_line_time - self.start_time)
         total = "" if self.total is None else f" of {self.total:,}"
         failures = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
-        self.console.print(f"{self.num_images:,}{total} images, {speed:,.0f} images/s{failures}", markup=False)
+        self.console.print(
+            f"{self.num_images:,}{total} images, {images_per_second:,.0f} images/s{failures}", markup=False
+        )
 
 
 # Shards --------------------------------------------------------------------------------------------------------------
@@ -219,33 +220,35 @@ class ShardFolder:
     path: Path
     size: int
 
-    def get_file(self, number: int) -> Path:
-        """Return the path of a shard."""
+    def get_shard_file(self, number: int) -> Path:
+        """Return the path of the shard with this number."""
         return self.path / f"shard-{number:06}.parquet"
 
     def list_shards(self) -> set[int]:
         """Return the numbers of the existing shards."""
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
-    def open(self, contents: dict[str, Any]) -> int | None:
-        """Create the folder, or raise ValueError if its manifest differs. Call this only on the main process.
+    def open(self, manifest: dict[str, Any]) -> int | None:
+        """Create the folder with a manifest, or raise ValueError if the folder has a different manifest.
+
+        Call this method only on the main process.
 
         Returns:
-            Number of images of the input; None if no earlier run recorded it.
+            The number of images of the input; None if no earlier run has recorded the number.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
-            unfinished_file.unlink()  # left behind by a killed process
-        contents = {"format": MANIFEST_VERSION, "shard_size": self.size, **contents}
+            unfinished_file.unlink()  # left by a process that was killed
+        manifest = {"format": MANIFEST_VERSION, "shard_size": self.size, **manifest}
         file = self.path / MANIFEST_FILE
         if not file.exists():
             if any(self.path.iterdir()):
                 raise ValueError(f"--output {self.path} contains other files. Set a new or empty folder")
-            write_json(file, {"num_images": None, **contents})
+            write_json(file, {"num_images": None, **manifest})
             return None
-        manifest = read_json(file)
-        num_images = manifest.pop("num_images", None)
-        if difference := describe_difference(manifest, contents):
+        stored_manifest = read_json(file)
+        num_images = stored_manifest.pop("num_images", None)
+        if difference := describe_difference(stored_manifest, manifest):
             raise ValueError(
                 f"--output {self.path} was written with {difference}. Use the same flags, or a new folder"
             )
@@ -261,23 +264,23 @@ class ShardFolder:
         return self.list_shards().issuperset(range(math.ceil(num_images / self.size)))
 
     def get_heartbeat_file(self, process_index: int) -> Path:
-        """Return the path of the heartbeat of a process. `open` removes files with this suffix."""
+        """Return the path of the heartbeat file of a process. `open` removes the heartbeat files of earlier runs."""
         return self.path / f".process-{process_index}.unfinished"
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
-        """On process 0, wait until all shards exist. All processes must have started their heartbeats.
+        """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat.
 
-        Raise OSError if shards are missing, and there is no other heartbeat file or the oldest heartbeat is too old.
+        Raises OSError if shards are missing after all other processes have ended, or while a heartbeat is too old.
         """
         own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
             own_file.touch()
-            now = own_file.stat().st_mtime  # the file system's clock
-            times = []
+            now = own_file.stat().st_mtime  # time on the clock of the file system
+            heartbeat_times = []
             for file in other_files:
-                with suppress(FileNotFoundError):  # the process has written its shards
-                    times.append(file.stat().st_mtime)
-            has_lost_process = not times or now - min(times) > MAX_SILENT_SECONDS
+                with suppress(FileNotFoundError):  # a process removes the heartbeat file when it ends
+                    heartbeat_times.append(file.stat().st_mtime)
+            has_lost_process = not heartbeat_times or now - min(heartbeat_times) > MAX_SILENT_SECONDS
             if self.is_complete(num_images):
                 return
             if has_lost_process:
@@ -288,39 +291,41 @@ class ShardFolder:
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
-        """Return the number of rows and the number of rows with an error in all shards.
-        Raise ValueError if a file is damaged or has a different number of rows."""
+        """Return the number of rows in all shards, and the number of rows with an error.
+
+        Raises ValueError if a file is damaged, or if the number of rows in a file is wrong.
+        """
         num_rows = num_failed = 0
         for number, indices in enumerate(iterate_shards(num_images, self.size)):
-            file = self.get_file(number)
+            file = self.get_shard_file(number)
             try:
-                footer = pq.read_metadata(file)
+                metadata = pq.read_metadata(file)
             except Exception as error:  # pyarrow raises several types of errors
-                raise ValueError(f"{file} is damaged ({format_error(error)}). Delete it and restart") from error
-            if footer.num_rows != len(indices):
+                raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file and restart") from error
+            if metadata.num_rows != len(indices):
                 raise ValueError(
-                    f"{file} must have {len(indices)} rows, but has {footer.num_rows}. Delete it and restart"
+                    f"{file} must have {len(indices)} rows, but has {metadata.num_rows}. Delete the file and restart"
                 )
-            num_rows += footer.num_rows
-            num_failed += int(footer.metadata[b"failed"])
+            num_rows += metadata.num_rows
+            num_failed += int(metadata.metadata[b"failed"])
         return num_rows, num_failed
 
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Update the modification time of a file in a thread, and remove the file at the end of the block.
+    """Update the modification time of a file in a thread, and remove the file at the end of the `with` block.
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """
     has_ended = threading.Event()
 
-    def update() -> None:
+    def update_file() -> None:
         while not has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
-            with suppress(OSError):  # for example, the disk is full
+            with suppress(OSError):  # for example, if the disk is full
                 file.touch()
 
     file.touch()
-    thread = threading.Thread(target=update, daemon=True)
+    thread = threading.Thread(target=update_file, daemon=True)
     thread.start()
     try:
         yield
@@ -332,8 +337,8 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
 def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
     """Yield the image indices of each shard, endlessly if `num_images` is None."""
-    numbers = count() if num_images is None else range(math.ceil(num_images / size))
-    for number in numbers:
+    shard_numbers = count() if num_images is None else range(math.ceil(num_images / size))
+    for number in shard_numbers:
         end = (number + 1) * size
         yield range(number * size, end if num_images is None else min(end, num_images))
 
@@ -344,7 +349,7 @@ def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: in
 
 
 def describe_difference(stored_manifest: dict[str, Any], current_manifest: dict[str, Any]) -> str | None:
-    """Return the first difference between two manifests, whose keys are mostly flags; None if they are equal."""
+    """Return a description of the first difference between two manifests, or None if the manifests are equal."""
     for name in {**stored_manifest, **current_manifest}:
         if stored_manifest.get(name) != current_manifest.get(name):
             if name in ("format", "input", "model"):

@@ -1,11 +1,11 @@
-"""Prediction from options to rows: labels, or features, of any number of images.
+"""Prediction of labels or features for any number of images, from options to rows.
 
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
     inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
-The images are divided by index into pieces of equal size: batches for a file, shards for a folder. The pieces are
-assigned to the processes in turn, and a batch never spans two pieces. The output is therefore bit-identical for any
-number of processes, and after restarts.
+The images are divided by index into chunks of equal size: batches for a file, shards for a folder. The chunks are
+assigned to the processes in turn, and a batch never spans two chunks. The output is therefore bit-identical for any
+number of processes, even after a restart.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..distributed import build_accelerator, run_on_main
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_ahead
+from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_images
 from .load_model import load_model
 from .outputs import (
     WRITERS,
@@ -44,7 +44,7 @@ from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_pred
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with its image processor and the settings of a prediction."""
+    """A model, the image processor of the model, and the settings of a prediction."""
 
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
@@ -53,17 +53,17 @@ class Predictor:
     batch_size: int
     num_workers: int
 
-    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], piece_size: int) -> Iterator[Row]:
-        """Yield a row for each image of the ranges, in order. A batch does not span two pieces."""
-        records = source.read(ranges)
-        images = prepare_ahead(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
-        batches = iterate_batches(images, self.batch_size, piece_size)
+    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], chunk_size: int) -> Iterator[Row]:
+        """Yield a row for each image in the index ranges, in order. A batch does not span two chunks."""
+        records = source.read_records(ranges)
+        images = prepare_images(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
+        batches = iterate_batches(images, self.batch_size, chunk_size)
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
 @dataclass(frozen=True)
 class PredictionCounts:
-    """Number of images, and number of images without a prediction; both are 0 except on the main process."""
+    """Number of images, and number of images without a prediction. Both numbers are 0 except on the main process."""
 
     num_images: int
     num_failed: int
@@ -79,23 +79,23 @@ def predict(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> list[Row]:
-    """Return labels or features of images, computed on the model's device, for notebooks and other programs.
+    """Predict labels or compute features of images on the device of the model, for notebooks and other programs.
 
     Args:
         model: the model.
         processor: the image processor of the model.
-        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder is replaced
-            by all images in it.
+        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. The path of a folder
+            selects all images in the folder.
         top_k, threshold, features: see the flags of `vitcls predict`.
         batch_size: number of images per forward pass.
-        num_workers: number of threads that prepare images; None for one per core, at most 8.
+        num_workers: number of threads that preprocess images. The default is one thread per CPU core, at most 8.
 
     Returns:
-        A dict for each image: `index`, `image` (its path or index), the columns listed in prediction_rows.py, and
-        `error`, an error message or None.
+        A dict for each image: `index`, `image` (the path or index), the columns listed in prediction_rows.py, and
+        `error`, which is an error message or None.
 
     Raises:
-        ValueError: if there are no images, or the model does not support the requested labels or features.
+        ValueError: if there are no images, or if the model does not support the requested labels or features.
     """
     source = wrap_images([images] if isinstance(images, str | Path) else images)
     columns = build_prediction_columns(model, top_k, threshold, features)
@@ -109,9 +109,10 @@ def predict(
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows of `vitcls predict` in this process, instead of writing them.
+    """Return the rows that `vitcls predict` would write, computed in this process.
 
-    `images` replaces PATHS, and contains images as in `predict`. It is empty for `--list` and `--dataset`.
+    `images` replaces PATHS, and contains images in the same formats as in `predict`. If `images` is empty, the options
+    specify the input.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
@@ -120,14 +121,14 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
 
 
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
-    """Return the rows of all images. Raise ValueError if the images are a stream, whose length is unknown."""
+    """Return the rows of all images. Raise ValueError if the number of images is unknown, as for a stream."""
     if source.num_images is None:
-        raise ValueError("streaming requires an output, because the number of images is unknown. Remove streaming")
-    return list(predictor.iterate_rows(source, [range(source.num_images)], piece_size=source.num_images))
+        raise ValueError("streaming requires an output, because the number of images is unknown. Disable streaming")
+    return list(predictor.iterate_rows(source, [range(source.num_images)], chunk_size=source.num_images))
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
-    """Load the model and its image processor, and build the predictor on the accelerator's device."""
+    """Load the model and the image processor, and build a predictor on the device of the accelerator."""
     model, processor = load_model(options.model, with_head=options.features is None)
     return Predictor(
         model=model.to(accelerator.device),
@@ -140,7 +141,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
-    """Return an input with the paths, the images in folders, and the images in memory, which are named by index."""
+    """Return an input with images from paths, folders and memory. Images in memory are named by index."""
     if not images:
         raise ValueError("prediction requires images, but the list is empty")
     names: list[str] = []
@@ -154,11 +155,11 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 
 def predict_images(options: PredictOptions) -> PredictionCounts:
-    """Predict the images of the options, and print or write the rows.
+    """Run the prediction that the options specify, and print or write the rows.
 
     Raises:
-        ValueError, OSError: if images or models cannot be read, or outputs cannot be written. The message is one
-            line.
+        ValueError, OSError: if the images or the model cannot be read, or if the output cannot be written. The message
+            is one line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # downloads once
@@ -171,16 +172,16 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
 
 
 def get_num_workers() -> int:
-    """Return the number of threads per process: the cores divided by the local processes, from 1 to 8."""
+    """Return the number of threads per process: the number of CPU cores per local process, between 1 and 8."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
 
 def iterate_batches(
-    images: Iterator[PreparedImage], batch_size: int, piece_size: int
+    images: Iterator[PreparedImage], batch_size: int, chunk_size: int
 ) -> Iterator[list[PreparedImage]]:
-    """Yield batches of `batch_size` images, with smaller batches at the end of each piece."""
-    for _, group in groupby(images, key=lambda image: image.record.index // piece_size):
+    """Yield batches of `batch_size` images. The last batch of each chunk may be smaller."""
+    for _, group in groupby(images, key=lambda image: image.record.index // chunk_size):
         while batch := list(islice(group, batch_size)):
             yield batch
 
@@ -192,37 +193,37 @@ def predict_to_file(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
-    piece_size = options.batch_size
+    chunk_size = options.batch_size
     ranges = assign_ranges(
-        iterate_shards(source.num_images, piece_size), accelerator.process_index, accelerator.num_processes
+        iterate_shards(source.num_images, chunk_size), accelerator.process_index, accelerator.num_processes
     )
-    rows = gather_rows(predictor.iterate_rows(source, ranges, piece_size), piece_size, accelerator)
+    rows = gather_rows(predictor.iterate_rows(source, ranges, chunk_size), chunk_size, accelerator)
     columns = get_output_columns(predictor.columns.columns)
     with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
-        rows = progress.count(rows)
+        rows = progress.track_rows(rows)
         if not accelerator.is_main_process:
             for _ in rows:
-                pass  # the other processes only contribute their rows
+                pass  # the rows are gathered on the main process
         elif options.output is None:
-            table = list(rows)
+            table_rows = list(rows)
         else:
             write_rows(rows, columns, options.output)
     if not accelerator.is_main_process:
         return PredictionCounts(0, 0)
     if options.output is None:
-        print_table(table, columns)
+        print_table(table_rows, columns)
     return PredictionCounts(progress.num_images, progress.num_failed)
 
 
-def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) -> Iterator[Row]:
-    """Yield the rows of all processes in order. In each round, every process contributes its next piece."""
+def gather_rows(rows: Iterator[Row], chunk_size: int, accelerator: Accelerator) -> Iterator[Row]:
+    """Yield the rows of all processes in order. In each round, one chunk per process is gathered."""
     if accelerator.num_processes == 1:
         yield from rows
         return
-    pieces = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // piece_size))
-    while any(gathered_pieces := gather_object([next(pieces, [])])):
-        for piece in gathered_pieces:
-            yield from piece
+    chunks = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // chunk_size))
+    while any(gathered_chunks := gather_object([next(chunks, [])])):
+        for chunk in gathered_chunks:
+            yield from chunk
 
 
 # A folder of Parquet files -------------------------------------------------------------------------------------------
@@ -231,10 +232,10 @@ def gather_rows(rows: Iterator[Row], piece_size: int, accelerator: Accelerator) 
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards, divided among the processes. The main process waits for all shards.
+    """Write the missing shards, which are divided among the processes. The main process waits for all shards.
 
-    The main process polls for the files, because a collective operation would time out if a process is slow. Raise
-    OSError if a process has ended without writing its shards.
+    The main process polls for the files, because a collective operation would time out if a process is slow.
+    Raises OSError if a process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
@@ -242,19 +243,19 @@ def predict_to_folder(
     shards = iterate_shards(num_images, folder.size)
     missing_shards = (indices for indices in shards if indices.start // folder.size not in finished_shards)
     own_shards: Iterable[range] = assign_ranges(missing_shards, accelerator.process_index, accelerator.num_processes)
-    total = None
+    num_own_images = None
     if num_images is not None:
         own_shards = list(own_shards)
-        total = sum(map(len, own_shards))
+        num_own_images = sum(map(len, own_shards))
     columns = get_output_columns(predictor.columns.columns)
     with (
         send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
-        Progress(total, is_shown=accelerator.is_main_process) as progress,
+        Progress(num_own_images, is_shown=accelerator.is_main_process) as progress,
     ):
-        accelerator.wait_for_everyone()  # all processes have a heartbeat
-        rows = progress.count(predictor.iterate_rows(source, own_shards, folder.size))
+        accelerator.wait_for_everyone()  # until all processes have created a heartbeat file
+        rows = progress.track_rows(predictor.iterate_rows(source, own_shards, folder.size))
         for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
-            write_rows(shard, columns, folder.get_file(number))
+            write_rows(shard, columns, folder.get_shard_file(number))
         if not accelerator.is_main_process:
             return PredictionCounts(0, 0)
         if num_images is None:  # the end of the stream has been reached
@@ -271,7 +272,10 @@ def open_shard_folder(
     source: PredictionInput,
     predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create or check the output folder. Return the number of images, None if unknown, and the finished shards."""
+    """Create or check the output folder.
+
+    Return the number of images, which is None if unknown, and the numbers of the finished shards.
+    """
     identity = source.compute_identity()
 
     def open_folder() -> tuple[int | None, set[int]]:
@@ -289,12 +293,15 @@ def open_shard_folder(
 
     num_images, finished_shards = run_on_main(accelerator, open_folder)
     if any(other != identity for other in gather_object([identity])):
-        raise ValueError("prediction requires the same images on all processes, but the files differ between machines")
+        raise ValueError(
+            "prediction requires the same images on all machines, but the images differ. Copy the images to all "
+            "machines again"
+        )
     return num_images, finished_shards
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:
-    """Return a digest of weights, labels and preprocessing. Predictions may differ if the digest differs."""
+    """Return a digest of all weights, labels and preprocessing settings, which determine the predictions."""
     settings = [model.config.id2label, model.config.tasks, processor.to_dict()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weights in sorted(model.state_dict().items()):

@@ -6,9 +6,9 @@ several labels per image    labels, probabilities: lists
 several tasks               <task>_label, <task>_probability, <task>_label_2, ...
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens
 
-The columns `index` (index in the input) and `image` precede these columns, and `error` follows them. outputs.py writes
-the rows. Each kind of model has a class with `columns` (types by name), `predict` (images [B, C, H, W] -> outputs by
-name, [B, ...] `float32` each) and `build_rows` (outputs -> columns of each image).
+The first columns are `index` (index in the input) and `image`, and the last column is `error`. outputs.py writes the
+rows. Each kind of model has a class with the attribute `columns`, a dict of column types, and two methods: `predict`
+returns a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,27 +35,29 @@ Label = tuple[str, float]  # name and probability
 DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
 
 
-def select_top_labels(logits: torch.Tensor, names: list[str], count: int) -> list[list[Label]]:
-    """Return the `count` most probable labels of each image from single-label logits [B, labels]."""
-    top = logits.float().softmax(dim=1).topk(min(count, len(names)), dim=1)  # values and indices, [B, count]
-    return add_names(top.indices, top.values, names)
+def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
+    """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
+    top = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)  # values and indices, [B, top_k]
+    return build_labels(top.indices, top.values, names)
 
 
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
 ) -> list[list[Label]]:
-    """Return the labels of each image with a probability of at least `threshold`, the most probable first, from
-    multi-label logits [B, labels]."""
-    # Values and indices, [B, labels].
+    """Return the labels of each image with a probability of at least `threshold`, given logits [B, num_labels].
+
+    The most probable label comes first. The probabilities are the sigmoid of the multi-label logits.
+    """
+    # Values and indices, [B, num_labels].
     sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
         [(name, probability) for name, probability in image if probability >= threshold]
-        for image in add_names(sorted_labels.indices, sorted_labels.values, names)
+        for image in build_labels(sorted_labels.indices, sorted_labels.values, names)
     ]
 
 
-def add_names(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
-    """Return the labels of each image from indices and probabilities, [B, count] each."""
+def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
+    """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
     return [
         [(names[index], probability) for index, probability in zip(*image, strict=True)]
         for image in zip(indices.tolist(), probabilities.tolist(), strict=True)
@@ -63,34 +65,36 @@ def add_names(indices: torch.Tensor, probabilities: torch.Tensor, names: list[st
 
 
 class TopLabelColumns:
-    """Output columns of a classifier with one label per image, or one per task: the `top_k` most probable labels.
+    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task.
 
-    `names` are the label names by task. The name of the only task of a single-label classifier is empty.
+    `names` contains the label names of each task. A single-label classifier has one task with an empty name.
     """
 
     def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
         self.model = model
         self.names = names
-        self.pairs: dict[str, list[tuple[str, str]]] = {}  # column names of label and probability, by task
+        self.column_pairs: dict[str, list[tuple[str, str]]] = {}  # task -> names of label and probability columns
         self.columns: dict[str, pa.DataType] = {}
-        for task, labels in names.items():
+        for task, task_names in names.items():
             prefix = f"{task}_" if task else ""
-            suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(labels)) + 1))]
-            self.pairs[task] = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
-            for label, probability in self.pairs[task]:
-                self.columns |= {label: pa.string(), probability: pa.float32()}
+            suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(task_names)) + 1))]
+            pairs = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
+            self.column_pairs[task] = pairs
+            for label_column, probability_column in pairs:
+                self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, labels] of each task."""
+        """Return the logits [B, num_labels] of each task."""
         logits = self.model(pixel_values).logits
-        by_task = logits if isinstance(logits, dict) else {"": logits}
-        return {task: task_logits.float() for task, task_logits in by_task.items()}
+        logits_by_task = logits if isinstance(logits, dict) else {"": logits}
+        return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
 
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the most probable labels of each image."""
-        rows: list[Row] = [{} for _ in next(iter(values.values()))]
-        for task, pairs in self.pairs.items():
-            for row, labels in zip(rows, select_top_labels(values[task], self.names[task], len(pairs)), strict=True):
+    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
+        """Return a row with the most probable labels for each image."""
+        rows: list[Row] = [{} for _ in next(iter(outputs.values()))]
+        for task, pairs in self.column_pairs.items():
+            top_labels = select_top_labels(outputs[task], self.names[task], len(pairs))
+            for row, labels in zip(rows, top_labels, strict=True):
                 for (label_column, probability_column), (label, probability) in zip(pairs, labels, strict=True):
                     row |= {label_column: label, probability_column: probability}
         return rows
@@ -107,15 +111,16 @@ class MultiLabelColumns:
     columns: ClassVar = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, labels]."""
+        """Return the logits [B, num_labels]."""
         return {"logits": self.model(pixel_values).logits.float()}
 
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return the predicted labels, the most probable first."""
+    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
+        """Return a row with the predicted labels for each image. The most probable label comes first."""
         rows = []
-        for labels in select_probable_labels(values["logits"], self.names, self.threshold):
-            top = labels[: self.top_k]
-            rows.append({"labels": [name for name, _ in top], "probabilities": [value for _, value in top]})
+        for labels in select_probable_labels(outputs["logits"], self.names, self.threshold):
+            top_labels = labels[: self.top_k]
+            names, probabilities = [name for name, _ in top_labels], [probability for _, probability in top_labels]
+            rows.append({"labels": names, "probabilities": probabilities})
         return rows
 
 
@@ -123,7 +128,10 @@ class MultiLabelColumns:
 
 
 class FeatureColumns:
-    """Tokens of the last hidden state: `cls`, `registers`, `distillation`, or the `mean` of the patches."""
+    """Output column with features: `cls`, `registers` or `distillation` tokens, or the `mean` of the patch tokens.
+
+    The tokens are taken from the last hidden state.
+    """
 
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
         config: Any = model.config
@@ -134,16 +142,16 @@ class FeatureColumns:
         self.columns = {"features": feature_type if self.num_tokens == 1 else pa.list_(feature_type)}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return features [B, D], or [B, n, D] if there are several tokens."""
+        """Return the features [B, D], or [B, n, D] if there are n > 1 tokens."""
         tokens = self.encoder(pixel_values).tokens
         if self.kind == "mean":
             return {"features": tokens["patches"].mean(dim=1).float()}
         features = tokens[self.kind].float()  # [B, n, D]
         return {"features": features[:, 0] if self.num_tokens == 1 else features}
 
-    def build_rows(self, values: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one array per image, or a list with one array per token."""
-        features = values["features"].cpu().numpy()
+    def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
+        """Return a row with the features of each image: one array, or a list with one array per token."""
+        features = outputs["features"].cpu().numpy()
         return [{"features": image if self.num_tokens == 1 else list(image)} for image in features]
 
 
@@ -151,8 +159,8 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
-        available = ", ".join([*(name for name, count in counts.items() if count), "mean"])
-        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {available}")
+        options = ", ".join([*(name for name, count in counts.items() if count), "mean"])
+        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {options}")
     return counts[group]
 
 
@@ -160,14 +168,16 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
 
 
 PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
-AutocastFactory = Callable[[], AbstractContextManager]  # builds the context manager of each forward pass
+AutocastFactory = Callable[[], AbstractContextManager]  # returns a context manager for each forward pass
 
 
 def build_prediction_columns(
     model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
 ) -> PredictionColumns:
-    """Build the output columns of a model. Raise ValueError if the model has no labels, or does not
-    support the arguments."""
+    """Build the output columns of a model.
+
+    Raises ValueError if the model has no labels, or if the model does not support the arguments.
+    """
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features)
@@ -175,7 +185,7 @@ def build_prediction_columns(
         return TopLabelColumns(model, config.task_labels(), top_k)
     if not config.num_labels or config.problem_type == "regression":
         raise ValueError(
-            "prediction requires labels, but the model has no labels. Fine-tune it first, or set --features"
+            "prediction requires labels, but the model has no labels. Fine-tune the model, or set --features"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
@@ -208,15 +218,18 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W], with an error if the model rejects the images or overflows."""
+    """Return a row for each image [B, C, H, W].
+
+    If the model does not support the images, or if the outputs are not finite, the rows contain an error.
+    """
     try:
         with torch.inference_mode(), autocast():
-            values = columns.predict(pixel_values)
+            outputs = columns.predict(pixel_values)
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
-    is_finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in values.values()]).all(dim=0)  # [B]
+    is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)  # [B]
     overflow_row = {"error": "the model output is not finite. Set another --mixed-precision"}
-    rows = columns.build_rows(values)
+    rows = columns.build_rows(outputs)
     return [
         row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)
     ]

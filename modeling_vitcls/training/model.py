@@ -30,7 +30,7 @@ from ..data.labels import LabelSpace
 from ..hub.adapters import LORA_TARGETS
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSES, Classifier, is_preset, list_presets
+from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 from .costs import get_first_trained_layer
@@ -63,7 +63,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
     if is_preset(options.model):
         config = ViTCLSConfig.from_preset(options.model, **config_values, **label_space.to_config_values())
-        model = CLASSES[label_space.kind](config)
+        model = CLASSIFIER_CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
         newly_initialized = {name for name, _ in model.named_parameters()}
     else:
@@ -84,7 +84,7 @@ def load_for_labels(
     classifier with the same labels. Return the model, and the names of the newly initialized
     parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
-    model_class = CLASSES[label_space.kind]
+    model_class = CLASSIFIER_CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
         model, loading_info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **config_values

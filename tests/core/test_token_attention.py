@@ -149,7 +149,7 @@ def test_unknown_groups_and_layers_are_errors() -> None:
     with raises_one_line("tokens", "'patches'", "cls, distillation, registers"):
         model.token_attention(build_images(), tokens=("cls", "patches"))
     for index in (2, -3):
-        with raises_one_line("layers", f"no layer {index}", "has 2"):
+        with raises_one_line(f"layers contains {index}", "has 2 layers"):
             model.token_attention(build_images(), layers=[0, index])
     for layers in ([], "last"):
         with raises_one_line("layers", repr(layers), '"all"'):

@@ -187,7 +187,7 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     assert "with the held-out split 'validation', but the dataset has no such split" in line
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
-    assert "has no record of its held-out images" in line
+    assert "has no record of the held-out images" in line
 
 
 def test_training_on_other_images_of_the_same_dataset_prints_a_warning(

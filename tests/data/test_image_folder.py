@@ -269,7 +269,7 @@ def test_streams(tmp_path: Path) -> None:
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    names = [record.name for record in source.read([range(3)])]
+    names = [record.name for record in source.read_records([range(3)])]
     assert names == [str(tmp_path / name) for name in ("1.png", "deep/3.png", "test_2.png")]
     before = source.compute_identity()
     assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_identity() == before

@@ -187,7 +187,7 @@ def test_the_license_of_new_weights_is_set_by_flag() -> None:
             "did not specify a license for the weights" in said
             and "Python files are licensed under Apache-2.0" in said
         )
-    with pytest.raises(ValueError, match="it must be an identifier of the Hub, such as apache-2"):
+    with pytest.raises(ValueError, match="it must be a license identifier of the Hub, such as apache-2"):
         RunOptions(license="Apache 2")
 
 

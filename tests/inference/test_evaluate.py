@@ -349,7 +349,7 @@ def test_color_images_are_unreadable_for_a_gray_model() -> None:
     batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
     assert batch.labels.tolist() == [0, 3]
-    assert batch.unreadable == {
+    assert batch.error_messages == {
         1: "the image 'RGB.png' has 3 channels, but the model requires 1",
         2: "the image 'RGBA.png' has 4 channels, but the model requires 1",
     }
@@ -589,7 +589,7 @@ def test_tasks_are_matched_by_name() -> None:
     known = LabelSpace("multi_task", {"a": ["p", "q"], "b": ["x", "y"]})
     matched = match_labels(LabeledImages([], [{"b": 0, "a": 0}, {"b": -100, "a": 1}]), given, known)
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
-    with pytest.raises(ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Set"):
+    with pytest.raises(ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"):
         match_labels(LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
     with pytest.raises(
         ValueError, match="with one label per image, but the dataset has several tasks with one label each"

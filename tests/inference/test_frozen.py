@@ -160,5 +160,5 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
-    with pytest.raises(ValueError, match=r"knn requires one label per image, but .* is multi task"):
+    with pytest.raises(ValueError, match=r"knn requires one label per image, but .* is a multi task dataset"):
         run(model, "knn", data=data)

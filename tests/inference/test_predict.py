@@ -306,7 +306,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file = tmp_path / "list.txt"
     file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
     source = open_input(PredictOptions("model", list=file))
-    names = [record.name for record in source.read([range(source.num_images)])]
+    names = [record.name for record in source.read_records([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
 
 
@@ -362,7 +362,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
 def test_digits_are_read(models: Path) -> None:
     source = open_input(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
-    (record,) = source.read([range(1796, 1797)])
+    (record,) = source.read_records([range(1796, 1797)])
     assert record.content.size == (8, 8) and record.name == "digits/1796"
 
 
@@ -385,10 +385,10 @@ def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path
     table.to_parquet(tmp_path / "images.parquet")
     source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
     assert isinstance(source, StreamInput) and source.num_images is None
-    assert [(record.index, record.content) for record in source.read([range(6, 8)])] == [(6, good), (7, good)]
+    assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
     ranges = assign_ranges(iterate_shards(None, 4), process_index=1, num_processes=2)  # 4 to 7, then beyond the end
-    assert [record.index for record in source.read(ranges)] == [4, 5, 6, 7]
+    assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 
 
@@ -507,14 +507,16 @@ def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path) -> Non
     rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
     for number in range(3):
         assert not folder.is_complete(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
     assert folder.is_complete(9) and not folder.is_complete(13)
     assert folder.count_rows(9) == (9, 1)
     for number, kept in ((1, rows[4:7]), (2, [])):
-        write_rows(kept, get_output_columns({}), folder.get_file(number))
-        with raises_one_line(f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete it and restart"):
+        write_rows(kept, get_output_columns({}), folder.get_shard_file(number))
+        with raises_one_line(
+            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and restart"
+        ):
             folder.count_rows(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_file(number))
+        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
 
 
 def test_a_second_start_must_have_the_same_options(
@@ -547,7 +549,7 @@ def test_a_second_start_must_have_the_same_options(
     assert again() == PredictionCounts(9, 0)
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
     (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet is damaged", "Delete it and restart"):
+    with raises_one_line("shard-000002.parquet is damaged", "Delete the file and restart"):
         again()
     flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
     assert run(monkeypatch, *flags) == 1
@@ -574,7 +576,7 @@ def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
 
 def test_batches_do_not_cross_shards() -> None:
     images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
-    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, piece_size=5)]
+    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, chunk_size=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
 
 
@@ -695,7 +697,7 @@ def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest
         folder.get_heartbeat_file(1).unlink()  # as after an error
         with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
             folder.wait_for_shards(4, 2)
-        folder.get_file(0).touch()
+        folder.get_shard_file(0).touch()
         folder.wait_for_shards(4, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
 
@@ -720,7 +722,7 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
     weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     model.save_pretrained(lost, state_dict=weights)
     for source, words in {
-        models / "encoder": "contains ViTCLSModel. Fine-tune it first",
+        models / "encoder": "contains ViTCLSModel. Fine-tune the model first",
         models / "masked": "contains ViTCLSForMaskedImageModeling",
         lost: "does not contain classifier.bias",
         tmp_path: "no file named model.safetensors",

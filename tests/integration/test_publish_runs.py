@@ -131,14 +131,14 @@ def test_damage_on_the_hub_is_a_one_line_error(hub: LocalHub, tmp_path: Path, sc
     assert ended.status == 1
     assert ended.err.splitlines() == [ended.err.strip()] and ended.err.startswith("the model was pushed, but not ver")
     for words in (
-        "is damaged on the Hub: model.safetensors",
+        "is damaged on the Hub: the hash of model.safetensors",
         f"saved in {folder}",
         f"vitcls push --verify-only ann/my-run --revision {commit}",
     ):
         assert words in ended.err
     ViTCLSForImageClassification.from_pretrained(folder)
     ended = script("push_to_hub.py", f"--verify-only ann/my-run --revision {commit}")
-    assert ended.status == 1 and "is damaged on the Hub: model.safetensors" in ended.err
+    assert ended.status == 1 and "is damaged on the Hub: the hash of model.safetensors" in ended.err
     ended = script("push_to_hub.py", f"--model {folder}")
     assert ended.status == 1 and ended.err.startswith("error: the model was pushed, but not verified: ")
     assert f"--verify-only ann/my-run --revision {commit}" in ended.err
