@@ -5,7 +5,7 @@
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
 multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
-are in memory. The methods support every attention implementation.
+are in memory. Both functions support every attention implementation.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive = (first - attention.second_share.float() * second).clamp(min=0)
     total = positive.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)  # for heads without positive weights
+    identity = torch.eye(weights.shape[-1], device=weights.device)  # for rows without positive weights
     return torch.where(total > 0, positive / total, identity).mean(dim=1)
 
 
@@ -59,8 +59,8 @@ def compute_attribution(
     Args:
         model: a classifier.
         pixel_values: [B, C, H, W].
-        target: class index for all images, or [B], one class index per image. Default: the predicted class.
-        task: the task, required for a multi-task model.
+        target: one class index for all images, or class indices [B]. Default: the predicted class of each image.
+        task: name of the task; required for a multi-task model.
 
     Returns:
         [B, key], nonnegative. Values have no unit and are comparable only within an image.
@@ -74,7 +74,7 @@ def compute_attribution(
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """A forward pass with the attention of all layers, from which several maps are computed."""
+    """Outputs and recorded attention of a forward pass, from which rollout and attribution are computed."""
 
     config: ViTCLSConfig
     outputs: Any  # outputs of the model, with hidden states
@@ -99,7 +99,7 @@ class AttentionTrace:
         return flow
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace needs gradients."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). Requires a trace with gradients."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
@@ -118,11 +118,11 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     encoder_outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
-        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # weights may be frozen
+        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # even if weights are frozen
         with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]
-    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # a backbone has none
+    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # None for a backbone
     return AttentionTrace(model.config, outputs, layers, attention_modules, last_hidden_state)
 
 
@@ -136,7 +136,7 @@ def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
             raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument.")
         return logits
     if task not in logits:
-        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these.")
+        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these names.")
     return logits[task]
 
 
@@ -151,7 +151,7 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
         raise ValueError(f"target has {classes.numel()} classes, but {expected}")
     classes = classes.reshape(-1).expand(num_images)
     if not bool(((classes >= 0) & (classes < num_classes)).all()):
-        expected = f"class indices are 0 to {num_classes - 1}. Pass valid indices."
+        expected = f"the model has class indices from 0 to {num_classes - 1}. Pass valid class indices."
         raise ValueError(f"target is {classes.tolist()}, but {expected}")
     return logits.gather(1, classes[:, None]).squeeze(1)
 

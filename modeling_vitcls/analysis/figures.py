@@ -1,8 +1,8 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
-Each plot function returns a matplotlib `Figure` on white. Figures are created without pyplot, so they do not remain
-in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over many images are
-in figures_over_depth.py and figures_of_states.py.
+Each plot function returns a matplotlib `Figure` with a white background. Figures are created without pyplot, so they
+do not remain in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over
+many images are in figures_over_depth.py and figures_of_states.py.
 """
 
 import math
@@ -27,8 +27,8 @@ from .image_report import ImageReport
 from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize_with_region, to_upright_rgb
 
 
-# Color of each group of `config.token_layout` in all figures and pages (palette of Okabe and Ito, distinguishable for
-# the color-blind).
+# Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can distinguish the colors
+# (palette of Okabe and Ito).
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 INK = "#222222"
@@ -38,18 +38,18 @@ ELLIPSIS = "…"
 
 # Token layout --------------------------------------------------------------------------------------------------------
 
-# Lengths in inches; at 100 dots per inch the figure is 800 pixels wide.
+# Lengths in inches. At 100 dots per inch, the figure is 800 pixels wide.
 WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
-GROUP_GAP = 0.2  # gap between groups
+GROUP_GAP = 0.2  # horizontal gap between groups
 CHARACTER_WIDTH = 0.078
 
 MAX_BOXES = 12  # maximum number of boxes per group
 MAX_CELLS = 64  # maximum number of cells per side of the patch grid
 
-TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
+GROUP_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Box:
 
     @property
     def center(self) -> float:
-        """Return the horizontal center."""
+        """Return the x coordinate of the center."""
         return self.left + self.width / 2
 
 
@@ -96,7 +96,7 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
-    min_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
+    min_widths = {group: len(GROUP_NAMES[group]) * CHARACTER_WIDTH for group in groups}
     available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
         widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
@@ -114,7 +114,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
 
 
 def select_drawn_tokens(names: list[str]) -> dict[int, str]:
-    """Return index -> name of the drawn tokens: all, or the first tokens, `ELLIPSIS` and the last token."""
+    """Return index -> name of the drawn tokens: all tokens, or the first tokens, `ELLIPSIS` and the last token."""
     if len(names) <= MAX_BOXES:
         return dict(enumerate(names))
     return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
@@ -125,11 +125,11 @@ def build_group_header(config: ViTCLSConfig, group: str) -> str:
     if group == "patches":
         (rows, columns), (height, width) = config.grid_size, config.patch_height_width
         return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
-    return f"{TERMS[group]}\n{len(get_token_names_by_group(config)[group])}"
+    return f"{GROUP_NAMES[group]}\n{len(get_token_names_by_group(config)[group])}"
 
 
 def draw_box(axes: Axes, box: Box, rotation: int) -> None:
-    """Draw a token with its name."""
+    """Draw the box of a token, with the name of the token."""
     corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
     color, size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
     rotation = 0 if box.name == ELLIPSIS else rotation
@@ -144,7 +144,7 @@ def draw_arrow(axes: Axes, center: float) -> None:
 
 
 def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
-    """Draw the patch grid with the proportions of the image, centered."""
+    """Draw the centered patch grid with the aspect ratio of the image."""
     (rows, columns), (image_height, image_width) = config.grid_size, config.image_height_width
     scale = min(GRID_WIDTH / image_width, BOXES_HEIGHT / image_height)
     height, width = image_height * scale, image_width * scale
@@ -157,11 +157,11 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
 
 
 def describe_head(config: ViTCLSConfig) -> str:
-    """Return a text about the heads that read the tokens."""
+    """Return a description of the heads that read the tokens."""
     if is_masked_image_model(config):
         return "read by the decoder of masked patches"
     if config.tasks:
-        return f"read by one head per task: {shorten(', '.join(config.task_labels()), 60)}"
+        return f"read by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
     if config.has_distillation_head:
         return f'read by two heads: pooling "{config.pooling}", and distillation'
     return f'read by the head, pooling "{config.pooling}"'
@@ -175,17 +175,17 @@ MAX_NAME_LENGTH = 18  # maximum length of a class name
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by the fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
-    for up to 50.
+    for up to 50 classes.
 
     Args:
         matrix: [L, L], rows are true classes, columns are predicted classes.
-        class_names: L names.
+        class_names: names of the L classes.
 
     Raises:
-        ValueError: if the matrix is not square, or the number of names differs.
+        ValueError: if the matrix is not square, or the number of names does not match the matrix.
     """
     counts = np.asarray(matrix)
     num_classes = len(class_names)
@@ -210,11 +210,11 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
-    """Draw class names along both axes, horizontal if they are short; no names if there are many classes."""
+    """Draw class names along both axes, horizontally if the names are short. Omit the names of many classes."""
     if len(names) > MAX_NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
         return
-    short_names = [shorten(name, MAX_NAME_LENGTH) for name in names]
+    short_names = [shorten_text(name, MAX_NAME_LENGTH) for name in names]
     font_size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
     axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
     rotation = 0 if max(map(len, short_names)) <= 3 else 90
@@ -222,7 +222,7 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
 
 
 def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
-    """Draw the counts in their cells; zeros are light gray."""
+    """Draw the count in each cell; zeros are light gray."""
     font_size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
@@ -231,8 +231,8 @@ def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # maximum number of tiles in a row: an image and overlays
-TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile, and height of its title, in inches
+MAX_COLUMNS = 7  # maximum number of tiles in a row: an image, and overlays on this image
+TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
 TILE_SIDE = 320  # longer side of an image in pixels
 
 
@@ -249,18 +249,18 @@ def plot_attention(
 
     Args:
         images: S images of any sizes.
-        maps: S tensors [T, gh, gw], or one [S, T, gh, gw], of attention to patches (`extract_patch_maps`).
-        names: T names of tokens (`get_token_names`).
-        titles: S texts, such as "7, predicted 7".
-        visible_regions: the region of each image that its maps cover (`get_visible_region`). Default: the whole image.
+        maps: attention to patches (`extract_patch_maps`), as S tensors [T, gh, gw] or one tensor [S, T, gh, gw].
+        names: names of the T tokens (`get_token_names`).
+        titles: titles of the S images, such as "7, predicted 7".
+        visible_regions: the region of each image that the maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
-        ValueError: if the numbers of images, maps, names or titles differ, or there are no images.
+        ValueError: if the numbers of images, maps, names and titles do not match, or there are no images.
     """
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
     if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:
         raise ValueError(
-            "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
+            "The numbers of images, maps, titles and visible regions must be equal and at least one, but there are "
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
     if any(len(tokens) != len(names) for tokens in maps):
@@ -333,7 +333,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
             draw_text(tile, 0.5, -0.03, percentage, 7, INK, va="top", transform=tile.transAxes)
         draw_image(tiles[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
         tiles[0].text(
-            -0.08, 0.5, shorten(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
+            -0.08, 0.5, shorten_text(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
         )
     return figure
 
@@ -344,9 +344,9 @@ def draw_text(axes: Axes, x: float, y: float, text: str, size: float, color: str
 
 
 def draw_image(axes: Axes, image: Image.Image, title: str) -> None:
-    """Draw an image with a title wrapped to its width."""
+    """Draw an image with a title, which is wrapped to the width of the image."""
     axes.imshow(image, interpolation="nearest")
-    axes.set_title(textwrap.fill(shorten(title, 60), 22), fontsize=8, color=INK)
+    axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8, color=INK)
 
 
 def create_figure(width: float, height: float) -> Figure:
@@ -366,7 +366,7 @@ def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def shorten(text: str, max_length: int) -> str:
+def shorten_text(text: str, max_length: int) -> str:
     """Shorten a text by removing its middle, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text

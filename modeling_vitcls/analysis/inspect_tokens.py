@@ -22,7 +22,7 @@ from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, ignore, inspect_model
 from .inspection_inputs import open_images
-from .report import SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
+from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
 
 
@@ -117,7 +117,7 @@ def build_verdict_table(inspection: Inspection) -> Table:
     """Build a table of tokens, groups of several tokens, verdicts and reasons."""
     verdicts = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
-        sign = SIGNS[verdict.word, verdict.rating]
+        sign = VERDICT_SIGNS[verdict.word, verdict.rating]
         word = f"[{STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
         verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))
     return verdicts

@@ -18,7 +18,7 @@ from ..data.labels import get_label_space, is_multi_label
 from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import group_by_shape
-from .ablation import Ablations, compute_ablations, count_null_passes, get_ablated_parts, get_token_keys
+from .ablation import Ablations, compute_ablations, count_null_passes, get_ablation_targets, get_token_keys
 from .artifacts import PatchDiagnosis, diagnose_patches
 from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens, summarize_diagnosis
 from .effects import AblationEffect
@@ -154,7 +154,7 @@ def inspect_model(
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
     # the outputs without registers are reused
-    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout)) + 1 - num_statistics_passes
+    num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,

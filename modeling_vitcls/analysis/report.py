@@ -46,7 +46,7 @@ MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
 # (verdict, rating) -> sign, so that verdicts can be distinguished without color.
-SIGNS = {
+VERDICT_SIGNS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
     ("no measurable effect", "neutral"): "○",
@@ -148,7 +148,7 @@ def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
         image_kinds=IMAGE_KINDS,
         layout=build_layout(inspection.config, inspection.has_head),
-        signs=SIGNS,
+        signs=VERDICT_SIGNS,
         outlier_ratio=OUTLIER_RATIO,
         data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
@@ -182,7 +182,8 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
             columns["same nearest images"] = f"{effect.knn_agreement:.0%}"
     low, high = effect.interval
     columns["95% interval"] = f"{low:.2g} to {high:.2g}"
-    for name, sizes in {"random patches": ablation.patches, "random tokens": ablation.redrawn}.items():
+    null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
+    for name, sizes in null_effects.items():
         columns[f"null: {name}"] = f"{min(sizes):.2g} to {max(sizes):.2g}" if sizes else ""
     if isinstance(effect, AblationEffect) and effect.accuracy_change is not None:
         columns["accuracy change, points"] = f"{effect.accuracy_change * 100:+.1f}"

@@ -19,7 +19,7 @@ from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
-    NUM_NULL,
+    NUM_NULL_DRAWS,
     collect_mean_states,
     compute_ablation_effects,
     compute_ablations,
@@ -372,11 +372,11 @@ def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) ->
     for kind in ("information", "presence"):
         assert list(found[kind]) == [*get_token_keys(model.config.token_layout), group]
         for key, ablation in found[kind].items():
-            assert len(ablation.patches) == NUM_NULL and ablation.redraw_effect > 0
-            assert bool(ablation.redrawn) == (key not in ("cls[0]", "cls"))
-            assert ablation.null[1] >= max(*ablation.patches, *ablation.redrawn)
+            assert len(ablation.patch_effects) == NUM_NULL_DRAWS and ablation.redraw_effect > 0
+            assert bool(ablation.redrawn_effects) == (key not in ("cls[0]", "cls"))
+            assert ablation.null[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
             assert ablation.is_beyond_null == (
-                ablation.compared > ablation.null[1] and ablation.effect.changed_answers > 0
+                ablation.effect_on_null_images > ablation.null[1] and ablation.effect.changed_answers > 0
             )
     for key, effect in single.items():
         held = found["information"][key].effect  # one image is sufficient if the head reads no other token
@@ -396,7 +396,7 @@ def test_null_effects_use_the_same_images() -> None:
     ablation = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))["information"]["registers[0]"]
     with replace_by_means(model, [1], means[:, [1]]):
         after = collect_predictions(model, sample)
-    assert ablation.compared == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
+    assert ablation.effect_on_null_images == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
     assert ablation.effect.num_images == 6
 
 
