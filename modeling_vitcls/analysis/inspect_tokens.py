@@ -1,5 +1,5 @@
-"""The program `vitcls inspect`: inspects a model with images, and writes the report, JSON values and a summary on the
-terminal."""
+"""The program `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
+summary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .report_data import count_images_with_heads
 
 
 SPEED_PERIOD = 600  # seconds over which the progress bar estimates the speed
-STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
+RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
 def inspect_tokens(options: InspectOptions) -> Inspection:
@@ -105,7 +105,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     size = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
-        "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
+        "" if num_with_heads == num_shown else f"; single heads are shown for the first {num_with_heads} images"
     )
     counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
     console.print(f"saved {options.output} ({size:.1f} MB{omission_note}; {counts})", markup=False)
@@ -114,10 +114,10 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
 
 
 def build_verdict_table(inspection: Inspection) -> Table:
-    """Build a table of tokens, groups of several tokens, verdicts and reasons."""
+    """Build a table with the verdict and reason of each token and each group of several tokens."""
     verdicts = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
         sign = VERDICT_SIGNS[verdict.word, verdict.rating]
-        word = f"[{STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
+        word = f"[{RATING_STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
         verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))
     return verdicts

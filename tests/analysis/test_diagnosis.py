@@ -22,7 +22,7 @@ from modeling_vitcls.analysis.diagnosis import (
     summarize_diagnosis,
 )
 from modeling_vitcls.analysis.effects import compute_binomial_interval
-from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, spread_evenly
+from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import VERDICT_SIGNS
@@ -62,7 +62,7 @@ def judge_tokens(
         yield pixels, torch.zeros(len(pixels), dtype=torch.long) if labels is None and has_head else labels
 
     findings, before = findings_of(model, pixels), collect_outputs(model, batches)
-    sampled = spread_evenly(range(len(pixels)), num_null_images or len(pixels))
+    sampled = select_evenly_spaced(range(len(pixels)), num_null_images or len(pixels))
     sample = (lambda: [(pixels[sampled], None)], sampled)
     ablations = compute_ablations(model, batches, findings.mean_states, before, sample)
     predictions = None if labels is None else before
@@ -329,7 +329,8 @@ def test_states_that_are_not_read_are_not_judged() -> None:
         planted.state_distance[layer, 1, 2] = planted.state_distance[layer, 2, 1] = 0
         planted.variation[layer, 3] = planted.channel_variation[layer, 3] = 0
         found = diagnose_tokens(model.config, planted, has_head=has_head)
-        assert ("after layer 2, the last that is read," in found[1].reason) == (found[1].word == "collapsed")
+        where = "after layer 2, the last layer whose output is read,"
+        assert (where in found[1].reason) == (found[1].word == "collapsed")
         return [verdict.word for verdict in found]
 
     assert judge(3) == ["not judged"] * 4
