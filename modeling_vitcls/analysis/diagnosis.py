@@ -266,7 +266,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:
-        return "not judged", "neutral", "the effects of ablating the token were not measured."
+        return "not judged", "neutral", "the effects of the 2 ablations of the token were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
     reason = f"{describe_comparison(token.ablations)}; {token.describe_movement()}{token.caveat}."
@@ -277,14 +277,15 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
     """Return the rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if token.findings.num_images < MIN_IMAGES:
         explanation = describe_missing_images(token.findings.num_images)
-        return "neutral", f"the token did not move in this run, and its effect is unknown: {explanation}."
+        return "neutral", f"the token did not move in this run (movement 0), and its effect is unknown: {explanation}."
     if not token.ablations:
-        return "neutral", "the token did not move in this run: it is frozen or receives no gradient."
+        return "neutral", "the token did not move in this run (movement 0): it is frozen or receives no gradient."
     comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
     if any(ablation.is_beyond_null for ablation in token.ablations.values()):
-        return "neutral", f"the token did not move in this run: it is frozen or already trained; {comparison}"
+        explanation = "the token did not move in this run (movement 0): it is frozen or already trained"
+        return "neutral", f"{explanation}; {comparison}"
     if token.has_moved_tokens:
-        return "bad", f"the token did not move in this run, but training moved other tokens; {comparison}"
+        return "bad", f"the token did not move in this run (movement 0), but training moved other tokens; {comparison}"
     return "neutral", f"the token is frozen, like all tokens in this run (movement 0); {comparison}"
 
 
@@ -416,9 +417,10 @@ def describe_chance_accuracy(predictions: Any) -> str:
     """Return a clause if the accuracy is not better than chance; empty if the accuracy is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
+    accuracy, chance_accuracy = predictions.compute_accuracy(), predictions.compute_chance_accuracy()
     return (
-        f"; but the accuracy is not better than chance ({predictions.accuracy():.1%} on "
-        f"{len(predictions.predicted):,} images; most frequent label: {predictions.chance():.1%} of the images)"
+        f"; but the accuracy is not better than chance ({accuracy:.1%} on {len(predictions.predicted):,} images; "
+        f"most frequent label: {chance_accuracy:.1%} of the images)"
     )
 
 

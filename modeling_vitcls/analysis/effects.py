@@ -108,7 +108,7 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     scale = deviations.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
     changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
-    accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
+    accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
     accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
         accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement_p_value(before, after)

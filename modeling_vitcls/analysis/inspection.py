@@ -196,7 +196,7 @@ def inspect_model(
         has_head=has_head,
         findings=findings,
         ablations=ablations,
-        accuracy=None if predictions is None else predictions.accuracy(),
+        accuracy=None if predictions is None else predictions.compute_accuracy(),
         verdicts=diagnose_tokens(config, findings, ablations, token_movement, predictions, has_head),
         group_verdicts=diagnose_groups(config, ablations, predictions),
         patches=diagnose_patches(config, findings, has_head),

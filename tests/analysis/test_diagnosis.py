@@ -293,7 +293,8 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
         model.vitcls.gates.gates.zero_()
     movement = build_movement(1) | {"registers[2]": 0.0}
     found = judge_tokens(model, movement)["register 3"]
-    assert (found.word, found.rating) == ("not moved", "bad") and "did not move in this run, but" in found.reason
+    assert (found.word, found.rating) == ("not moved", "bad")
+    assert "did not move in this run (movement 0), but" in found.reason
     few = judge_tokens(model, movement, PIXELS[:3])["register 3"]
     assert (few.word, few.rating) == ("not moved", "neutral") and "there are 3" in few.reason
 
