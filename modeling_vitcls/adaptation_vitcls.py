@@ -54,10 +54,10 @@ class AdaptableModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint, and adapt the model if `ADAPTABLE_FIELDS` differ from the stored configuration.
 
-        Other arguments are as in `PreTrainedModel.from_pretrained`.
+        Other arguments are arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, RuntimeError: if the checkpoint is missing, is damaged or does not match the model (one line).
+            OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.
             ValueError: if values of fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
@@ -312,7 +312,7 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load`, a `from_pretrained` method, and raise one-line errors that name the file or weight.
 
-    By itself, transformers reports mismatched weights in a table, and builds a default model without config.json.
+    By itself, transformers reports mismatched weights in a table, and uses default values if there is no config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
@@ -331,7 +331,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         config = kwargs.get("config")
         attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
         if isinstance(error, ImportError | ValueError) and "/" in str(attention):  # a kernel on the Hub
-            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}). Set "sdpa"'
+            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}). Use "sdpa"'
             raise type(error)(message) from error
         if isinstance(error, OSError) and "\n" in str(error):
             raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
@@ -359,6 +359,6 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     name, saved, expected = mismatched_keys[0]
     others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
     return (
-        f"the weights in {source} do not fit the model: {name} has shape {list(saved)}, but requires {list(expected)}"
+        f"the weights in {source} do not fit: {name} has shape {list(saved)}, but the model requires {list(expected)}"
         f"{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to reinitialize these weights"
     )

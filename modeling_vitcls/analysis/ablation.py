@@ -49,7 +49,7 @@ class Ablation:
         effect_on_null_images: size of the effect on the images of the null distributions, which may be a subset of all
             images.
         patch_effects: sizes of the effect of ablating the same number of random patches.
-        redrawn_effects: sizes of the effect of ablating redrawn tokens (see above). Empty for tokens that the head
+        redrawn_effects: sizes of the effect of ablating redrawn tokens. The list is empty for tokens that the head
             reads, because each of these tokens has an effect.
         redraw_effect: mean size of the effect of redrawing the tokens; None if the effect was not measured.
     """
@@ -81,8 +81,8 @@ Ablations = dict[str, dict[str, Ablation]]  # kind -> key of a token or name of 
 
 def compute_null_limit(sizes: Sequence[float]) -> float:
     """Return the limit of a null distribution: the maximum of the effect sizes, or the upper end of their 95 %
-    prediction interval if this end is larger (normal distribution with unknown variance). A few random draws would
-    otherwise miss rare large effects."""
+    prediction interval if this end is larger (normal distribution with unknown variance). The interval accounts for
+    rare large effects that a few random draws miss."""
     num_sizes = len(sizes)
     limit = max(*sizes, MIN_NULL_LIMIT)
     if num_sizes < 2:
@@ -120,7 +120,7 @@ def compute_ablations(
     if not targets:
         return ablations
     generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
-    # Effect on all images, and size of the effect on the sample. Only the outputs after one ablation are in memory.
+    # Effect on all images, and size of the effect on the sample. Only the outputs of one ablation are kept in memory.
     effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in KINDS}
     hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
@@ -150,8 +150,8 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return the effect of replacing each special token by its mean, by token key such as `cls[0]`. Null distributions
-    are not measured (use `compute_ablations`).
+    """Return a dictionary from token keys such as `cls[0]` to the effect of replacing the token by its mean. Null
+    distributions are not measured (use `compute_ablations`).
 
     Args:
         model: a classifier.
@@ -213,7 +213,8 @@ def measure_patch_effects(
 
 
 def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL_DRAWS random sets of `size` patches. Sets of one patch are distinct, so there may be fewer."""
+    """Return NUM_NULL_DRAWS random sets of `size` patches. If `size` is 1, the sets are distinct, so there may be
+    fewer sets."""
     if size == 1:
         return patches[torch.randperm(len(patches), generator=generator)[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
     orders = [torch.randperm(len(patches), generator=generator) for _ in range(NUM_NULL_DRAWS)]
@@ -237,16 +238,16 @@ def measure_redraw_effects(
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
         sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        changes = []
+        redraw_sizes = []
         for indices in sets:
             with redraw_tokens(model, indices, generator):
                 means, redrawn_outputs = collect_mean_states(model, batches, indices)
-                changes.append(compute_effect(before, redrawn_outputs).size)
+                redraw_sizes.append(compute_effect(before, redrawn_outputs).size)
                 if has_null:
                     ablated_outputs = ablate("information", model, batches, indices, means)
                     sizes["information"].append(compute_effect(redrawn_outputs, ablated_outputs).size)
                     sizes["presence"].append(compute_effect(redrawn_outputs, hidden_outputs[tuple(indices)]).size)
-        effects |= dict.fromkeys(keys, (sum(changes) / len(changes), sizes))
+        effects |= dict.fromkeys(keys, (sum(redraw_sizes) / len(redraw_sizes), sizes))
     return effects
 
 
@@ -257,15 +258,18 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     Redrawn tokens that the head reads are not ablated, because all of these tokens have an effect.
     """
     layout = model.config.token_layout
-    keys, reads = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
+    keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
-        by_read = {is_read: [index for index in members if reads[index] == is_read] for is_read in (False, True)}
-        ablations = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
+        indices_by_flag = {flag: [index for index in members if read_flags[index] == flag] for flag in (False, True)}
+        ablations = [
+            ([keys[index] for index in indices], [[index] for index in indices])
+            for indices in indices_by_flag.values()
+        ]
         if len(members) > 1:
             ablations.append(([group], [members]))
         for names, choices in ablations:
             if choices:
-                has_null = not any(reads[index] for index in choices[0])
+                has_null = not any(read_flags[index] for index in choices[0])
                 num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
                 yield names, [choices[draw % len(choices)] for draw in range(num_draws)], has_null
 
@@ -302,15 +306,15 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
     """Return the mean states [L + 1, n, D] of the tokens at these sequence indices, in double precision, and the
     outputs of the same forward passes."""
-    batch_outputs, sums, runner = [], [], get_runner(model)
+    batch_outputs, state_sums, runner = [], [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             outputs = runner(pixel_values, output_hidden_states=True)
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
-            sums.append(states.cpu().double().sum(dim=0))
+            state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(read_outputs(model, outputs, labels))
     joined_outputs = join_outputs(batch_outputs)
-    return torch.stack(sums).sum(dim=0) / len(joined_outputs), joined_outputs
+    return torch.stack(state_sums).sum(dim=0) / len(joined_outputs), joined_outputs
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
@@ -326,10 +330,10 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
     and after each layer. The last layer is included only if the head reads one of the tokens."""
-    encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))
+    encoder, read_flags = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
-    if not any(reads[min(index, len(reads) - 1)] for index in indices):
-        modules.pop()  # a hook on the last layer would make it compute all tokens
+    if not any(read_flags[min(index, len(read_flags) - 1)] for index in indices):
+        modules.pop()  # a hook on the last layer would make this layer compute all tokens
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
         for module, means in zip(modules, mean_states, strict=False):

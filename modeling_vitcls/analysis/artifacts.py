@@ -30,7 +30,7 @@ class SecondMode:
 
     Attributes:
         threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
-        ratio: median norm of the patches in the mode, each divided by the median norm of the image.
+        ratio: median over the patches in the mode of the norm divided by the median norm of the image.
         fraction: fraction of the patches in the mode.
         score: difference between mode and valley, in standard deviations of a Poisson distribution.
     """
@@ -171,6 +171,6 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
         < MIN_RISE_SCORE * (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
     ):
         return mode, []
-    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%} of the patches"
-    rise = f"with the registers hidden from attention, the outliers increase {fractions}"
+    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%}"
+    rise = f"with the registers hidden from attention, the fraction of outliers increases {fractions}"
     return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

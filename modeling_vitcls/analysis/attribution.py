@@ -31,7 +31,7 @@ def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.T
         pixel_values: [B, C, H, W].
 
     Returns:
-        [B, special token, key]; each row sums to 1. The second dimension is 0 if the model has no special tokens.
+        Tensor [B, special token, key]; each row sums to 1. A model without special tokens has no rows.
     """
     return trace_attention(model, pixel_values).compute_rollout()
 
@@ -41,10 +41,10 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     if attention.config.attention_type != "differential":
         return weights.mean(dim=1)
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
-    positive = (first - attention.second_share.float() * second).clamp(min=0)
-    total = positive.sum(dim=-1, keepdim=True)
+    positive_weights = (first - attention.second_share.float() * second).clamp(min=0)
+    row_sums = positive_weights.sum(dim=-1, keepdim=True)
     identity = torch.eye(weights.shape[-1], device=weights.device)  # for rows without positive weights
-    return torch.where(total > 0, positive / total, identity).mean(dim=1)
+    return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
 def compute_attribution(
@@ -63,7 +63,7 @@ def compute_attribution(
         task: name of the task; required for a multi-task model.
 
     Returns:
-        [B, key], nonnegative. Values have no unit and are comparable only within an image.
+        Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
 
     Raises:
         ValueError: if the model has no classifier, or the task or class does not exist.
@@ -85,8 +85,8 @@ class AttentionTrace:
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
-        num_special = self.config.token_layout.num_prefix_tokens
-        return torch.stack([layer.compute_weights(num_special) for layer in self.layers], dim=1)
+        num_special_tokens = self.config.token_layout.num_prefix_tokens
+        return torch.stack([layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1)
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
@@ -105,11 +105,11 @@ class AttentionTrace:
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
-            start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
+            start_weights = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
                 map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
                 flow = flow + flow @ (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
-            return (flow - start).squeeze(1)  # the start weights do not depend on attention
+            return (flow - start_weights).squeeze(1)  # the start weights do not depend on attention
 
 
 def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
@@ -133,7 +133,7 @@ def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
         raise ValueError("Attribution requires predictions, but this model has no classifier. Use a classifier.")
     if not isinstance(logits, dict):
         if task is not None:
-            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument.")
+            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")
         return logits
     if task not in logits:
         raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these names.")

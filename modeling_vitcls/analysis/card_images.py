@@ -84,8 +84,8 @@ def build_figures(
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
     num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
-    if selected := list(islice(build_attention_samples(model, processor, samples), num_samples)):
-        images, maps, titles, visible_regions = zip(*selected, strict=True)
+    if attention_samples := list(islice(build_attention_samples(model, processor, samples), num_samples)):
+        images, maps, titles, visible_regions = zip(*attention_samples, strict=True)
         yield ATTENTION_NAME, plot_attention(images, maps, names, titles, visible_regions)
 
 
@@ -120,11 +120,11 @@ class AttentionSample(NamedTuple):
 def build_attention_samples(
     model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
 ) -> Iterator[AttentionSample]:
-    """Yield the attention of each special token in the last layer whose output is read, averaged over heads, for each
-    sample that the model accepts."""
+    """Yield an AttentionSample for each sample that the model accepts. The maps show the attention of each special
+    token in the last layer whose output is read, averaged over heads."""
     model = unwrap_model(model)
-    num_read = count_read_layers(model.config, is_classifier(model))[:-1]
-    layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
+    num_read_layers = count_read_layers(model.config, is_classifier(model))[:-1]
+    layers = torch.tensor(num_read_layers).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
         predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)

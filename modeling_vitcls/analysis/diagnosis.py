@@ -44,7 +44,9 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
 MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between tokens considered identical / their variation over images
 MAX_MAP_DISTANCE = 0.1  # maximum distance between maps considered equal / their distance from uniform maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
+MIN_PATCH_MASS = (
+    0.01  # minimum fraction of attention to patches, in any attention head, if the classifier reads a token
+)
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state if layers change a token
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
@@ -96,8 +98,8 @@ def diagnose_tokens(
         ablations: output of `compute_ablations`; if None, effects are not judged.
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
-        predictions: predictions with known labels (`collect_predictions`). If their accuracy is not better than
-            chance, the verdicts state this, because effects on such predictions are not meaningful.
+        predictions: predictions with known labels (`collect_predictions`). The verdicts state whether the accuracy is
+            not better than chance, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
     names, movement = get_token_names(config), token_movement or {}
@@ -130,7 +132,7 @@ class TokenEvidence:
     num_tests: int  # number of ablations of all tokens and groups
     movement: float | None  # distance that training moved the token; None if unknown
     has_moved_tokens: bool  # whether training moved any token
-    caveat: str  # clause which states that the accuracy is not better than chance; may be empty
+    caveat: str  # clause that is added if the accuracy is not better than chance; empty otherwise
 
     @property
     def last_state(self) -> int:
@@ -201,7 +203,7 @@ class TokenEvidence:
 
     @property
     def embedding_similarity(self) -> float:
-        """Return the cosine similarity between the token's embedding and its last state that is read."""
+        """Return the cosine similarity between the token's embedding and the last state that is read."""
         return self.findings.across_layers[self.index, 0, self.last_state].item()
 
     def describe_movement(self) -> str:
@@ -386,7 +388,7 @@ def describe_effect(ablation: Ablation) -> str:
     effect = ablation.effect
     low, high = effect.interval
     if isinstance(effect, AblationEffect):
-        text = f"{describe_changed_answers(effect)} predictions change, and logits change by {effect.size:.2g}"
+        text = f"{describe_changed_predictions(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
         text = f"the cosine change of the features is {changes}"
@@ -398,8 +400,8 @@ def describe_effect(ablation: Ablation) -> str:
     return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
 
 
-def describe_changed_answers(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of its 95 % interval, such as
+def describe_changed_predictions(effect: AblationEffect) -> str:
+    """Return the number of changed predictions and the upper end of the 95 % interval of this number, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
@@ -434,8 +436,8 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
-    widths = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
-    fractions = widths / findings.uniform_by_token["entropy"].exp()  # [L, S]
+    num_attended = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
+    fractions = num_attended / findings.uniform_by_token["entropy"].exp()  # [L, S]
     num_read_layers = count_read_layers(config, has_head)
     texts = []
     for index, name in enumerate(get_token_names(config)):
@@ -446,13 +448,14 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         read_fractions = fractions[:num_layers, index]
         thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
         where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
-        narrowest_layer = int(widths[:num_layers, index].argmin())
-        width = round(widths[narrowest_layer, index].item())
+        selective_layer = int(num_attended[:num_layers, index].argmin())
+        num_tokens = round(num_attended[selective_layer, index].item())
         is_register = index >= config.token_layout.registers.start
+        pattern = "" if is_register else describe_depth_pattern(read_fractions, thirds)
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
-            f"tokens {where} (100% is uniform), and is most selective in layer {narrowest_layer + 1}: {width} "
-            f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read_fractions, thirds)}"
+            f"tokens {where} (100% is uniform), and is most selective in layer {selective_layer + 1}: {num_tokens} "
+            f"token{'s' if num_tokens != 1 else ''}.{pattern}"
         )
     return texts
 
@@ -475,5 +478,5 @@ def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], 
     by_word: dict[str, list[str]] = {}
     for verdict in [*verdicts, *groups]:
         by_word.setdefault(verdict.word, []).append(verdict.token)
-    parts = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
-    return "; ".join([*parts, f"patches: {patches.word}"])
+    clauses = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
+    return "; ".join([*clauses, f"patches: {patches.word}"])

@@ -104,15 +104,15 @@ def compute_effect(before: Any, after: Any) -> Any:
 def compare_predictions(before: Predictions, after: Predictions) -> AblationEffect:
     """Return the effect of an ablation on predictions."""
     size = before.logits.square().mean().sqrt()
-    deviations = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
-    scale = deviations.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
+    variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
+    scale = variances.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
     changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
     accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
         accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement_p_value(before, after)
-    low, high = bootstrap_mean(changes)
+    low, high = compute_bootstrap_interval(changes)
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
         logit_change=changes.mean().sqrt().item(),
@@ -139,7 +139,7 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
         agreement = num_same / (NUM_NEIGHBORS * len(before))
     largest_changes = max(changes.values(), key=lambda values: values.mean().item())
     means = {name: values.mean().item() for name, values in changes.items()}
-    return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest_changes))
+    return FeatureEffect(means, agreement, len(before), compute_bootstrap_interval(largest_changes))
 
 
 def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
@@ -150,12 +150,12 @@ def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(values: torch.Tensor) -> Interval:
+def compute_bootstrap_interval(values: torch.Tensor) -> Interval:
     """Return the 95 % interval of the mean of values [images], from bootstrap samples of the images."""
     generator = torch.Generator().manual_seed(0)
     resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
-    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    low, high = values.float()[resamples].mean(dim=1).quantile(tails).tolist()
+    probabilities = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = values.float()[resamples].mean(dim=1).quantile(probabilities).tolist()
     return low, high
 
 

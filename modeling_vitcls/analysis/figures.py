@@ -210,7 +210,8 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
-    """Draw class names along both axes, horizontally if the names are short. Omit the names of many classes."""
+    """Draw class names along both axes, horizontally if the names are short. Names are omitted if there are more than
+    MAX_NAMED_CLASSES classes."""
     if len(names) > MAX_NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
         return
@@ -269,15 +270,15 @@ def plot_attention(
             "Pass one name per token."
         )
     num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
-    columns = 1 + math.ceil(len(names) / num_rows)
+    num_columns = 1 + math.ceil(len(names) / num_rows)
     resized_images = [
         resize_with_region(to_upright_rgb(image), region, TILE_SIDE, TILE_SIDE)
         for image, region in zip(images, visible_regions, strict=True)
     ]
     row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized_images]
     heights = [height for height in row_heights for _ in range(num_rows)]
-    figure = Figure(figsize=(TILE_WIDTH * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
-    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    figure = Figure(figsize=(TILE_WIDTH * num_columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
+    grid = figure.subplots(len(heights), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
     for index, ((image, region), tokens, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
@@ -293,7 +294,7 @@ DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:
-    """Plot the attention of each special token (rows) in each layer (columns), and its rollout.
+    """Plot the attention of each special token (rows) in each layer (columns), and the rollout of each token.
 
     The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
     an overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
@@ -313,12 +314,12 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     names = get_token_names(config)
     titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
     first_column = list(zip(report.attributions, titles, strict=True))
-    num_lines = max(len(names), 1 + len(first_column))
+    num_rows = max(len(names), 1 + len(first_column))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
     height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
-    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_lines + 0.2)
-    grid = figure.subplots(num_lines, num_columns, squeeze=False)
+    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_rows + 0.2)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for tile in grid.flat:
         tile.axis("off")
     draw_image(grid[0, 0], image, report.name)

@@ -29,10 +29,10 @@ from .token_statistics import Findings
 
 NUM_BINS = 48  # number of bins of a histogram
 MIN_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
-OUTLIER_COLOR = "#B3261E"  # color of bars of outlier patches
-OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of cosines -1 and 1; 0 is white
+OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
+OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
 COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
-MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which the figure contains cosines as numbers
+MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which the cosine is written in each cell
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
     are known, the change in accuracy.
 
     Raises:
-        ValueError: if the model has no special tokens, or the effects are not the effects of these tokens.
+        ValueError: if the model has no special tokens, or the keys of `effects` are not the keys of these tokens.
     """
     keys = get_token_keys(config.token_layout)
     if not keys or list(effects) != keys:

@@ -235,7 +235,7 @@ def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of the
-    axes in inches, and `extra_width` and `extra_height` the space for legends and labels."""
+    axes in inches, and `extra_width` and `extra_height` are the space for legends and labels."""
     num_columns = min(len(names), MAX_COLUMNS)
     num_rows = math.ceil(len(names) / num_columns)
     figure = create_figure(max(width * num_columns + extra_width, MIN_WIDTH), height * num_rows + extra_height)

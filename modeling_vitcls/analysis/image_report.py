@@ -45,7 +45,7 @@ class ImageReport:
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
         features: [L, gh, gw, D], hidden states of the patches after each layer (`compute_patch_features`).
-        kind: reason why the image is shown, one of IMAGE_KINDS; None if it was not selected by its prediction.
+        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by prediction.
     """
 
     name: str
@@ -68,7 +68,7 @@ def build_image_report(
     truth: str | None = None,
     kind: str | None = None,
 ) -> ImageReport:
-    """Run the model once on an image, and return its predictions, maps and patch features.
+    """Run the model once on an image, and return the predictions, maps and patch features of the image.
 
     Args:
         name: name of the image in the report.

@@ -20,7 +20,7 @@ from ..hub.loading import MODEL_FILES
 from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
-from .inspection import Inspection, ProgressCallback, ignore, inspect_model
+from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
 from .inspection_inputs import open_images
 from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
@@ -79,7 +79,7 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show a progress bar with the remaining time, if the output is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     if not console.is_terminal:
-        yield ignore
+        yield do_nothing
         return
     with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
         task = bar.add_task("", total=None)

@@ -84,7 +84,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect of replacing each token by its mean on predictions; None if there is no classifier."""
+        """Return the effect on predictions of replacing each token by its mean, or None if there is no classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
@@ -100,7 +100,7 @@ class Inspection:
         return summarize_diagnosis(self.verdicts, self.group_verdicts, self.patches)
 
 
-def ignore(*args: Any) -> None:
+def do_nothing(*args: Any) -> None:
     """Do nothing (the default callback)."""
 
 
@@ -117,13 +117,14 @@ def inspect_model(
     token_movement: Mapping[str, float] | None = None,
     patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
-    on_warning: WarningCallback = ignore,
-    on_progress: ProgressCallback = ignore,
+    on_warning: WarningCallback = do_nothing,
+    on_progress: ProgressCallback = do_nothing,
 ) -> Inspection:
     """Measure what the special tokens of a model do. The model is not changed and stays on its device.
 
     Args:
-        model: any ViTCLS classifier or encoder, with or without special tokens; also compiled or with PEFT adapters.
+        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
+            adapters.
         processor: the image processor of the model.
         images: images to show. Unreadable images cause a warning and are skipped.
         names: names of the images.
@@ -184,11 +185,11 @@ def inspect_model(
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
             image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
-    rows = []
+    patch_size_rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
         readable_images = ImageSubset(statistics_images, list(pixels))
-        rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
+        patch_size_rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -204,7 +205,7 @@ def inspect_model(
         image_reports=image_reports,
         num_null_images=len(sampled_indices),
         map_checks=check_sampled_maps(model, batches, on_progress),
-        patch_sizes=rows,
+        patch_sizes=patch_size_rows,
         num_unreadable=len(preparer.error_messages),
     )
 

@@ -128,13 +128,14 @@ def compute_maps(
     """Return the maps [gh, gw] of one image by name, and the probabilities [labels] of the classes."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
-    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     class_index = logits[0].argmax() if target is None else target
-    maps = {"attribution": extract_patch_maps(trace.compute_attribution(class_index)[0].float().cpu(), config, size)}
+    attribution = trace.compute_attribution(class_index)[0]
+    maps = {"attribution": extract_patch_maps(attribution.float().cpu(), config, image_size)}
     *read_tokens, _ = get_read_tokens(config)
     if any(read_tokens):
         rollout = trace.compute_rollout()[0, read_tokens.index(True)]
-        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, size)
+        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, image_size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
 
@@ -152,7 +153,7 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
     mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
     changed_pixels[..., :height, :width] = torch.where(is_replaced, mean, changed_pixels[..., :height, :width])
     with evaluation_mode(model):
-        logits = torch.cat([model(part).logits for part in changed_pixels.split(len(FRACTIONS))])
+        logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))
 
 

@@ -101,7 +101,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
         image_size: height and width of `pixel_values`.
 
     Returns:
-        [..., gh, gw]: rows and columns of patches.
+        Maps [..., gh, gw] of rows and columns of patches.
 
     Raises:
         ValueError: if the number of keys does not match the image size.
@@ -279,7 +279,7 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
 
 def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:
-    """Return a map [h, w] in colors, blended over a gray image [h, w, 3] with values from 0 to 1."""
+    """Return a gray image [h, w, 3] with values from 0 to 1, over which a map [h, w] is blended in color."""
     finite_values = np.nan_to_num(values)
     if max_value is None:
         max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max(np.isfinite(values).sum(), 1))
@@ -290,7 +290,7 @@ def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) 
 
 
 def draw_hatching(gray: np.ndarray) -> np.ndarray:
-    """Return a darkened copy with diagonal lines of a gray image [h, w, 3] with values from 0 to 1."""
+    """Return a gray image [h, w, 3] with values from 0 to 1, darkened and hatched with diagonal lines."""
     height, width, _ = gray.shape
     period = max(round(max(height, width) / 40), 2)
     is_line = (np.arange(height)[:, None] + np.arange(width)[None, :]) % period < max(period / 8, 1)  # [h, w]

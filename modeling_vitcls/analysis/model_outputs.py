@@ -70,8 +70,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of an encoder, one tensor [vectors, D] per image. Their names are "cls" (if there are CLS tokens),
-    "pooled" (the pooler's output, or the mean of the patches) and "patches"."""
+    """Features of an encoder: name -> one tensor [vectors, D] per image. The names are "cls" (if there are CLS
+    tokens), "pooled" (the pooler's output, or the mean of the patches) and "patches"."""
 
     vectors: dict[str, list[torch.Tensor]]
 

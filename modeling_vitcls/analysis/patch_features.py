@@ -27,7 +27,7 @@ from .maps import (
 
 NUM_COLORS = 3  # red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
-# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these are clipped.
+# Quantiles of a component that have the darkest and the brightest color; values beyond these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
@@ -97,8 +97,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = Fa
 def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
     """Return a boolean mask [patches] of the foreground.
 
-    The sign of the first principal component separates foreground and background. Patches with the sign that is less
-    frequent at the borders of the images than inside the images are the foreground.
+    The sign of the first principal component separates foreground and background. The foreground has the sign that is
+    less frequent at the borders of the images than inside the images.
     """
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
@@ -164,7 +164,7 @@ class PatchComponents:
 
     values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
     scale: torch.Tensor  # [n], factor of the values of each component
-    offset: float  # squared norm of the mean feature after projection onto the complement of the components
+    offset: float  # squared norm of the component of the mean feature that is orthogonal to all principal components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:

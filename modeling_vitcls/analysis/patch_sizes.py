@@ -25,7 +25,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
 MIN_GRID_SIDE = 7  # minimum number of patches per side without a note, as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
 HIGH_ATTENTION_FRACTION = 0.5  # maximum fraction of compute in attention maps without a note
-ACCURACY_TOLERANCE = 0.01  # maximum difference from the best accuracy that is considered equally accurate
+ACCURACY_TOLERANCE = 0.01  # accuracies within this difference from the best accuracy are considered equally good
 
 PatchSize = int | tuple[int, int]  # in pixels; (height, width) if height and width differ
 
@@ -73,7 +73,7 @@ class Candidate:
     patch_size: PatchSize
     is_native: bool
     milliseconds: list[float] = field(default_factory=list)  # time per image, one value per batch
-    predictions: list[Predictions] = field(default_factory=list)  # one per batch; empty if the model is no classifier
+    predictions: list[Predictions] = field(default_factory=list)  # one per batch; empty for an encoder
 
 
 def compare_patch_sizes(
@@ -111,23 +111,23 @@ def compare_patch_sizes(
         candidates = [build_candidate(model, size, image_size) for size in sizes]
         measure_candidates(candidates, pixels.split(batch_size))
     encoded_labels = encode_labels(labels, model)
-    native = next(candidate for candidate in candidates if candidate.is_native)
-    return [build_row(candidate, native, encoded_labels, pixels) for candidate in candidates]
+    native_candidate = next(candidate for candidate in candidates if candidate.is_native)
+    return [build_row(candidate, native_candidate, encoded_labels, pixels) for candidate in candidates]
 
 
 def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Return sentences about the model's own patch size and each other size, a recommendation, and its limitations."""
-    native = next(row for row in rows if row.is_native)
-    others = [row for row in rows if not row.is_native]
-    described_rows = [
-        (native, describe_native_size(native)),
-        *((row, describe_other_size(row, native)) for row in others),
+    native_row = next(row for row in rows if row.is_native)
+    other_rows = [row for row in rows if not row.is_native]
+    descriptions = [
+        (native_row, describe_native_size(native_row)),
+        *((row, describe_other_size(row, native_row)) for row in other_rows),
     ]
-    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in described_rows]
+    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in descriptions]
     sentences += recommend_patch_size(rows)
-    if others and native.agreement is not None:
+    if other_rows and native_row.agreement is not None:
         sentences.append(
-            f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. These "
+            f"Predictions for {native_row.num_images} images use resampled weights, before any fine-tuning. These "
             "predictions show the difference from the model's own size, not the accuracy after fine-tuning. To "
             "measure the accuracy after fine-tuning, fine-tune with --patch-size."
         )
@@ -137,18 +137,20 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
+def sort_patch_sizes(
+    patch_sizes: Sequence[int], image_size: tuple[int, int], native_size: PatchSize
+) -> list[PatchSize]:
     """Return the requested patch sizes and the model's own patch size, the smallest first. Raise ValueError if a size
     does not divide the height and width of the images."""
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
-        if size != native and (size < 1 or common_divisor % size):
+        if size != native_size and (size < 1 or common_divisor % size):
             valid_sizes = ", ".join(
                 str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0
             )
             images = f"images of {image_size[0]} x {image_size[1]} pixels"
             raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")
-    return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
+    return sorted({*patch_sizes, native_size}, key=lambda size: math.prod(to_height_width(size)))
 
 
 def to_height_width(size: PatchSize) -> tuple[int, int]:
@@ -160,7 +162,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
     """Return a candidate with the model itself, or with the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # one line per weight
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # no line per weight
     try:
         adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
@@ -232,7 +234,7 @@ def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
 
 
 def build_row(
-    candidate: Candidate, native: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
+    candidate: Candidate, native_candidate: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
 ) -> PatchSizeRow:
     """Return the row of one patch size, which summarizes the measurements."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
@@ -241,7 +243,8 @@ def build_row(
     attention_share = attention_flops / total_flops
     accuracy, agreement = None, None
     if candidate.predictions:
-        predictions, native_predictions = join_outputs(candidate.predictions), join_outputs(native.predictions)
+        predictions = join_outputs(candidate.predictions)
+        native_predictions = join_outputs(native_candidate.predictions)
         accuracy = replace(predictions, labels=labels).compute_accuracy()
         agreement = (predictions.predicted == native_predictions.predicted).all(dim=-1).float().mean().item()
     return PatchSizeRow(
@@ -300,11 +303,11 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     if len(candidates) < 2:
         return []
     best_accuracy, best_row = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
-    good_rows = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
-    cheapest_row = min(good_rows, key=lambda row: row.gflops)
-    native = " (the model's own)" if cheapest_row.is_native else ""
+    accurate_rows = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    cheapest_row = min(accurate_rows, key=lambda row: row.gflops)
+    suffix = " (the model's own)" if cheapest_row.is_native else ""
     text = (
-        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{native}, the cheapest within 1 point of the best "
+        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest within 1 point of the best "
         f"accuracy on {cheapest_row.num_images:,} images"
     )
     if cheapest_row is best_row:
@@ -316,15 +319,15 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     ]
 
 
-def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
+def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
     """Compare a different patch size with the model's own patch size."""
     text = (
-        f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native.sequence_length)} the "
-        f"tokens, {format_ratio(row.gflops, native.gflops)} the compute, "
-        f"{format_ratio(row.milliseconds, native.milliseconds)} the time"
+        f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native_row.sequence_length)} the "
+        f"tokens, {format_ratio(row.gflops, native_row.gflops)} the compute, "
+        f"{format_ratio(row.milliseconds, native_row.milliseconds)} the time"
     )
-    if row.accuracy is not None and native.accuracy is not None:
-        text += f", accuracy {native.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
+    if row.accuracy is not None and native_row.accuracy is not None:
+        text += f", accuracy {native_row.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
     elif row.agreement is not None:
         text += f", the same predictions for {row.agreement * 100:.1f} % of the images before any fine-tuning"
     return text

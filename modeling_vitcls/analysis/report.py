@@ -1,7 +1,9 @@
 """The HTML report: one self-contained page about the special tokens of a model.
 
-    write_report("report.html", model, processor, images)               # inspects the model and writes the report
-    write_page("report.html", inspect_model(model, processor, images))  # the same, if the measurements are reused
+    write_report("report.html", model, processor, images)   # inspects the model and writes the report
+
+    inspection = inspect_model(model, processor, images)    # the same in two steps
+    write_page("report.html", inspection)
 
     inspection.py      measurements
     report_data.py     values and maps for the scripts
@@ -30,7 +32,7 @@ from ..hub.loading import get_cached_commit
 from ..token_names import get_token_names_by_group
 from ..version import __version__
 from .ablation import Ablation
-from .diagnosis import ABLATION_TERMS, describe_changed_answers
+from .diagnosis import ABLATION_TERMS, describe_changed_predictions
 from .effects import AblationEffect
 from .figures import describe_head
 from .image_report import IMAGE_KINDS
@@ -174,7 +176,7 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
     effect = ablation.effect
     columns: dict[str, str] = {}
     if isinstance(effect, AblationEffect):
-        columns["changed predictions"] = describe_changed_answers(effect)
+        columns["changed predictions"] = describe_changed_predictions(effect)
         columns["logit change / standard deviation over images"] = f"{effect.logit_change:.2g}"
     else:
         columns |= {f"cosine change, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
