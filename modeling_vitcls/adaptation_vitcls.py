@@ -84,8 +84,8 @@ class AdaptableModel(PreTrainedModel):
         Raises:
             ValueError: if a field cannot be adapted, or a value contradicts other values.
         """
-        if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
-            raise ValueError(f"{unknown[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
+        if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
+            raise ValueError(f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
         changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
         if not changes:
             return self
@@ -329,9 +329,9 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
         config = kwargs.get("config")
-        attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
-        if isinstance(error, ImportError | ValueError) and "/" in str(attention):  # a kernel on the Hub
-            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}). Use "sdpa"'
+        kernel = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if isinstance(error, ImportError | ValueError) and "/" in str(kernel):  # a kernel on the Hub
+            message = f'cannot load attn_implementation="{kernel}" ({" ".join(str(error).split())}). Use "sdpa"'
             raise type(error)(message) from error
         if isinstance(error, OSError) and "\n" in str(error):
             raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
@@ -354,8 +354,8 @@ def check_checkpoint_folder(source: Any, has_other_config: bool) -> None:
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
     """Load the weights with matching shapes, and return an error message about the weights with other shapes."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    _, info = load(source, *args, **kwargs)
-    mismatched_keys = sorted(info["mismatched_keys"])
+    _, loading_info = load(source, *args, **kwargs)
+    mismatched_keys = sorted(loading_info["mismatched_keys"])
     name, saved, expected = mismatched_keys[0]
     others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
     return (

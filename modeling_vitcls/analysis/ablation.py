@@ -33,7 +33,7 @@ from .model_outputs import Batches, Predictions, collect_outputs, collect_predic
 from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_model
 
 
-KINDS = ("information", "presence")
+ABLATION_KINDS = ("information", "presence")
 MIN_NULL_LIMIT = (
     1e-3  # lower bound on the limit of a null distribution; smaller effects are treated as rounding errors
 )
@@ -116,12 +116,12 @@ def compute_ablations(
     before = collect_outputs(model, batches) if before is None else before
     sample_batches, sampled_indices = sample or (batches, range(len(before)))
     targets = get_ablation_targets(model.config.token_layout)
-    ablations: Ablations = {kind: {} for kind in KINDS}
+    ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
     generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     # Effect on all images, and size of the effect on the sample. Only the outputs of one ablation are kept in memory.
-    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in KINDS}
+    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
     hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
@@ -208,7 +208,7 @@ def measure_patch_effects(
             for positions in [[used_indices.index(index) for index in indices]]
         ]
         for size, sets in sets_by_size.items()
-        for kind in KINDS
+        for kind in ABLATION_KINDS
     }
 
 
@@ -237,7 +237,7 @@ def measure_redraw_effects(
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
-        sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        sizes: dict[str, list[float]] = {kind: [] for kind in ABLATION_KINDS}
         redraw_sizes = []
         for indices in sets:
             with redraw_tokens(model, indices, generator):
@@ -361,8 +361,8 @@ def replace_tokens(
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
-        new = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
-        new_states[:, list(indices)] = new.to(hidden_states)
+        replacements = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        new_states[:, list(indices)] = replacements.to(hidden_states)
         return new_states
 
     return module.register_forward_hook(hook)

@@ -93,10 +93,10 @@ class AttentionTrace:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)
-        flow = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
+        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
         for layer, attention in zip(reversed(self.layers), reversed(self.attention_modules), strict=True):
-            flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.compute_weights(), attention)
-        return flow
+            rollout = 0.5 * rollout + 0.5 * rollout @ average_heads(layer.compute_weights(), attention)
+        return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
         """Return the attribution [B, N] of a class (`compute_attribution`). Requires a trace with gradients."""
@@ -105,11 +105,12 @@ class AttentionTrace:
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
-            start_weights = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
+            start_weights = relevance = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
                 map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-                flow = flow + flow @ (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
-            return (flow - start_weights).squeeze(1)  # the start weights do not depend on attention
+                weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
+                relevance = relevance + relevance @ weighted_map
+            return (relevance - start_weights).squeeze(1)  # the start weights do not depend on attention
 
 
 def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:

@@ -18,7 +18,7 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import TOKEN_TERMS, get_token_names
-from .ablation import KINDS, Ablation, Ablations, get_groups, get_token_keys
+from .ablation import ABLATION_KINDS, Ablation, Ablations, get_groups, get_token_keys
 from .artifacts import PatchDiagnosis
 from .effects import AblationEffect
 from .maps import count_read_layers
@@ -44,9 +44,7 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
 MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between tokens considered identical / their variation over images
 MAX_MAP_DISTANCE = 0.1  # maximum distance between maps considered equal / their distance from uniform maps
-MIN_PATCH_MASS = (
-    0.01  # minimum fraction of attention to patches, in any attention head, if the classifier reads a token
-)
+MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any attention head, of a token that is read
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state if layers change a token
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
@@ -110,7 +108,7 @@ def diagnose_tokens(
             index=index,
             names=names,
             num_read_layers=count_read_layers(config, has_head),
-            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in KINDS},
+            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in ABLATION_KINDS},
             num_tests=1 if ablations is None else sum(map(len, ablations.values())),
             movement=movement.get(key),
             has_moved_tokens=any(movement.values()),
@@ -303,7 +301,7 @@ def diagnose_groups(
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
-        by_kind = {kind: ablations[kind][group] for kind in KINDS}
+        by_kind = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
         word = "CLS token" if group == "cls" else TOKEN_TERMS[group]
         judgment = judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions))
         verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=summarize_ablations(by_kind)))
@@ -312,7 +310,7 @@ def diagnose_groups(
 
 def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Rating, str]:
     """Return the word, rating and reason of the verdict on a group."""
-    num_images = ablations[KINDS[0]].effect.num_images
+    num_images = ablations[ABLATION_KINDS[0]].effect.num_images
     if num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(num_images)}."
     if (harm := find_harm(ablations, num_tests)) is not None:
@@ -377,8 +375,8 @@ def describe_missing_images(num_images: int) -> str:
 
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
     """Describe the effects of ablations, compared with the null distributions."""
-    beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
-    clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
+    kinds = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
+    clause = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
     terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
     return f"{clause}: {'; '.join(f'{terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
 

@@ -103,19 +103,19 @@ def compute_effect(before: Any, after: Any) -> Any:
 
 def compare_predictions(before: Predictions, after: Predictions) -> AblationEffect:
     """Return the effect of an ablation on predictions."""
-    size = before.logits.square().mean().sqrt()
+    root_mean_square = before.logits.square().mean().sqrt()
     variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
-    scale = variances.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
-    changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
+    scale = variances.mean().sqrt().clamp(min=MIN_VARIATION * root_mean_square).clamp(min=1e-12)
+    squared_changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
     accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
         accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement_p_value(before, after)
-    low, high = compute_bootstrap_interval(changes)
+    low, high = compute_bootstrap_interval(squared_changes)
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
-        logit_change=changes.mean().sqrt().item(),
+        logit_change=squared_changes.mean().sqrt().item(),
         accuracy_change=accuracy_change,
         num_images=len(before),
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),

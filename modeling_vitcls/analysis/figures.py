@@ -39,7 +39,7 @@ ELLIPSIS = "…"
 # Token layout --------------------------------------------------------------------------------------------------------
 
 # Lengths in inches. At 100 dots per inch, the figure is 800 pixels wide.
-WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
+LAYOUT_WIDTH, LAYOUT_HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
@@ -73,8 +73,8 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 
     Arrows mark the tokens that the head reads. The figure is 8 inches wide.
     """
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
+    figure = Figure(figsize=(LAYOUT_WIDTH, LAYOUT_HEIGHT), dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, LAYOUT_WIDTH), ylim=(0, LAYOUT_HEIGHT))
     axes.axis("off")
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
@@ -87,9 +87,9 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     draw_grid(axes, grid_left, config)
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
-    corner, width = (MARGIN, 0.18), WIDTH - 2 * MARGIN
+    corner, width = (MARGIN, 0.18), LAYOUT_WIDTH - 2 * MARGIN
     axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=INK, linewidth=0.8))
-    draw_text(axes, WIDTH / 2, 0.36, describe_head(config), 10, INK)
+    draw_text(axes, LAYOUT_WIDTH / 2, 0.36, describe_head(config), 10, INK)
     return figure
 
 
@@ -97,7 +97,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
     min_widths = {group: len(GROUP_NAMES[group]) * CHARACTER_WIDTH for group in groups}
-    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
+    available_width = LAYOUT_WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
         widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:

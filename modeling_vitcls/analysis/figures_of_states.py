@@ -28,7 +28,7 @@ from .token_statistics import Findings
 
 
 NUM_BINS = 48  # number of bins of a histogram
-MIN_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
+MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
 OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
 OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
 COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
@@ -51,9 +51,10 @@ class NormHistogram:
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:
     """Return the histogram of the patch norms after a layer; layer 0 means the embeddings."""
-    ratios = findings.patch_ratios[layer].float().clamp(min=MIN_RATIO)
+    ratios = findings.patch_ratios[layer].float().clamp(min=MIN_NORM_RATIO)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
-    registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=MIN_RATIO).tolist()
+    register_norms = findings.token_norms[layer, config.token_layout.registers]
+    registers = (register_norms / median).clamp(min=MIN_NORM_RATIO).tolist()
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
     counts = ratios.log().histc(NUM_BINS, min=math.log(low), max=math.log(high)).int().tolist()
     return NormHistogram(counts, low, high, find_second_mode(findings.patch_ratios[layer]), registers)

@@ -26,7 +26,7 @@ from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
-WIDTH, HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
+AXES_WIDTH, AXES_HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
 LEGEND_LINE_HEIGHT = 0.2  # height of a legend line in inches
 MIN_WIDTH = 3.2  # minimum width of a figure in inches
 MAX_COLUMNS = 4  # maximum number of columns in a grid of axes
@@ -165,12 +165,12 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
-    order = [name for name, _ in config.token_layout.items()]
+    group_order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         bottom = np.zeros(len(fractions))
         for group in groups:
-            values = fractions[:, index, order.index(group)].numpy()
+            values = fractions[:, index, group_order.index(group)].numpy()
             axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
             bottom += values
         axes.set_ylim(0, 1)
@@ -225,8 +225,8 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
     """Create a figure with `num_axes` axes side by side, and space for a legend of `num_names` names below."""
-    width = WIDTH if num_axes == 1 else 1.5 * WIDTH
-    height = HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_num_legend_columns(width))
+    width = AXES_WIDTH if num_axes == 1 else 1.5 * AXES_WIDTH
+    height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_num_legend_columns(width))
     figure = create_figure(width, height)
     return figure, figure.subplots(1, num_axes, squeeze=False)[0]
 

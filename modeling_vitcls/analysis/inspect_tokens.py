@@ -77,11 +77,11 @@ def read_token_movement(folder: str) -> dict[str, float] | None:
 @contextmanager
 def show_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show a progress bar with the remaining time, if the output is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar_columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     if not console.is_terminal:
         yield do_nothing
         return
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
+    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, finished, total: bar.update(
             task, description=description, completed=finished, total=total
@@ -102,13 +102,13 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
         for sentence in patch_sizes["sentences"]:
             console.print(sentence, markup=False)
-    size = options.output.stat().st_size / 2**20
+    num_megabytes = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
         "" if num_with_heads == num_shown else f"; single heads are shown for the first {num_with_heads} images"
     )
-    counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({size:.1f} MB{omission_note}; {counts})", markup=False)
+    image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
+    console.print(f"saved {options.output} ({num_megabytes:.1f} MB{omission_note}; {image_counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 

@@ -148,14 +148,15 @@ def inspect_model(
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
-    pixels = preparer.prepare_all(statistics_images, on_progress)
-    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), encode_labels(readable_labels, model), batch_size)
+    pixels_by_index = preparer.prepare_all(statistics_images, on_progress)
+    readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
+    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in readable_indices]
+    batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     sample_batches, sampled_indices = batches.sample(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # the outputs without registers are reused
+    # The outputs without registers are reused.
     num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
@@ -174,9 +175,10 @@ def inspect_model(
     )
     selected_kinds = dict.fromkeys(range(len(images)))
     if num_shown is not None:
-        indices = list(pixels)
-        selected = select_images(before, config, num_shown)
-        selected_kinds = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+        kinds_by_position = select_images(before, config, num_shown)
+        selected_kinds = {
+            readable_indices[batches.order[position]]: kind for position, kind in kinds_by_position.items()
+        }
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     label_space, image_reports = get_label_space(config), []
     for number, (index, kind) in enumerate(selected_kinds.items()):
@@ -188,7 +190,7 @@ def inspect_model(
     patch_size_rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
-        readable_images = ImageSubset(statistics_images, list(pixels))
+        readable_images = ImageSubset(statistics_images, readable_indices)
         patch_size_rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
@@ -255,8 +257,8 @@ def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
-    sizes = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
-    task_confidences = [task_logits.softmax(dim=1).amax(dim=1) for task_logits in logits.split(sizes, dim=1)]
+    num_labels = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
+    task_confidences = [task_logits.softmax(dim=1).amax(dim=1) for task_logits in logits.split(num_labels, dim=1)]
     return torch.stack(task_confidences).amin(dim=0)
 
 

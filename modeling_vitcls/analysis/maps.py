@@ -42,10 +42,10 @@ class VisibleRegion(NamedTuple):
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
     """Return the names of a layer's attention maps; differential attention has two maps per head."""
-    heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
+    names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
-        return [f"{head}, {ordinal} map" for head in heads for ordinal in ("first", "second")]
-    return heads
+        return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
+    return names
 
 
 # Tokens that are read ------------------------------------------------------------------------------------------------
@@ -136,9 +136,9 @@ def upsample_maps(
     centers = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     mode = "bilinear" if interpolate else "nearest"
-    upsampled = nn.functional.grid_sample(flat_maps, centers[None], mode, padding_mode="border", align_corners=False)
+    pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], mode, padding_mode="border", align_corners=False)
     is_outside = (centers.abs() > 1).any(dim=-1)  # [h, w]
-    return upsampled.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
+    return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
 
 
 def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Tensor:
@@ -243,13 +243,13 @@ def overlay(
     """
     resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
     size = (resized_image.height, resized_image.width)
-    pixel_values = torch.as_tensor(values).detach().float().cpu()
-    if visible_region is not None or pixel_values.shape != size:
-        pixel_values = upsample_maps(pixel_values, size, region)  # [h, w]
+    map_values = torch.as_tensor(values).detach().float().cpu()
+    if visible_region is not None or map_values.shape != size:
+        map_values = upsample_maps(map_values, size, region)  # [h, w]
     gray = to_gray(resized_image)
-    is_hidden = pixel_values.isnan()[:, :, None]
-    blended = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, pixel_values.numpy(), max_value))
-    return Image.fromarray((blended * 255).round().astype(np.uint8))
+    is_hidden = map_values.isnan()[:, :, None]
+    colors = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, map_values.numpy(), max_value))
+    return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:

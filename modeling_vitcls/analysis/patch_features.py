@@ -171,8 +171,8 @@ def compress_patch_features(features: Sequence[torch.Tensor], num_components: in
     """Compress the features [gh, gw, D] of several images after one layer to `num_components` bytes per patch."""
     rows = torch.cat([torch.nn.functional.normalize(image.flatten(0, 1), dim=-1) for image in features]).numpy()
     pca = PCA(min(num_components, *rows.shape), random_state=0).fit(rows)
-    projected = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
-    scale = (projected.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
-    values = (projected / scale).round().to(torch.int8)
+    projections = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
+    scale = (projections.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
+    values = (projections / scale).round().to(torch.int8)
     offset = float((pca.mean_**2).sum() - ((pca.components_ @ pca.mean_) ** 2).sum())
     return PatchComponents(split_by_image(values, features), scale, max(offset, 0.0))

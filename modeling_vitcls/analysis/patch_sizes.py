@@ -201,9 +201,9 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
     for step in range(-1, max(len(batches), MIN_ROUNDS)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)
         for candidate in candidates:
-            start = get_synchronized_time(device)
+            start_time = get_synchronized_time(device)
             outputs = candidate.model(batch)
-            seconds = get_synchronized_time(device) - start
+            seconds = get_synchronized_time(device) - start_time
             if step >= 0:
                 candidate.milliseconds.append(1000 * seconds / len(batch))
             if 0 <= step < len(batches) and is_classifier(candidate.model):

@@ -84,12 +84,14 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
     compressed features of all layers (`PatchComponents`); None for images whose features do not fit into the page.
     """
-    by_layer = list(zip(*(report.features for report in image_reports), strict=True))
+    features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
-    colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
+    colors = [
+        [compute_patch_colors(layer, is_foreground) for layer in features_by_layer] for is_foreground in (False, True)
+    ]
     compressed_features = [
-        compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features
+        compress_patch_features(layer[:num_with_features]) for layer in features_by_layer if num_with_features
     ]
     images = [
         {
@@ -132,11 +134,11 @@ def build_image_data(report: ImageReport, has_head_maps: bool) -> dict[str, Any]
 
 def encode_data_url(image: Image.Image) -> str:
     """Return an image as a data URL. Larger images are scaled down to MAX_IMAGE_SIDE."""
-    thumbnail, file = image.copy(), io.BytesIO()
+    thumbnail, buffer = image.copy(), io.BytesIO()
     thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
-    thumbnail.save(file, file_type, quality=85)
-    return f"data:image/{file_type};base64,{base64.b64encode(file.getvalue()).decode()}"
+    thumbnail.save(buffer, file_type, quality=85)
+    return f"data:image/{file_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def pack_maps(maps: torch.Tensor) -> dict[str, str]:
