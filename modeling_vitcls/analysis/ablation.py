@@ -46,12 +46,12 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        effect_on_null_images: size of the effect on the images of the null distributions, which may be a subset of all
+        effect_on_null_images: effect size on the images of the null distributions, which may be a subset of all
             images.
-        patch_effects: sizes of the effect of ablating the same number of random patches.
-        redrawn_effects: sizes of the effect of ablating redrawn tokens. The list is empty for tokens that the head
-            reads, because each of these tokens has an effect.
-        redraw_effect: mean size of the effect of redrawing the tokens; None if the effect was not measured.
+        patch_effects: effect sizes of ablating the same number of random patches.
+        redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
+            because each of these tokens has an effect.
+        redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
     """
 
     effect: Any
@@ -120,7 +120,7 @@ def compute_ablations(
     if not targets:
         return ablations
     generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
-    # Effect on all images, and size of the effect on the sample. Only the outputs of one ablation are kept in memory.
+    # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
     effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
     hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
@@ -193,7 +193,7 @@ def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices:
 def measure_patch_effects(
     model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[float]]:
-    """Return the sizes of the effects of ablating random patches, by kind of ablation and number of patches."""
+    """Return the effect sizes of ablating random patches, by kind of ablation and number of patches."""
     layout: TokenLayout = model.config.token_layout
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
@@ -228,8 +228,8 @@ def measure_redraw_effects(
     hidden_outputs: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return two values for each token key and group name: the mean size of the effect of redrawing the tokens, and
-    the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
+    """Return two values for each token key and group name: the mean effect size of redrawing the tokens, and the
+    effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
     `hidden_outputs` maps the sequence indices of tokens to the outputs with these tokens hidden from attention.
     Redrawing the hidden tokens does not change the outputs, because neither other tokens nor the head read hidden

@@ -148,12 +148,12 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
     num_images, num_classes = logits.shape
     classes = torch.as_tensor(target, device=logits.device).long()
     if classes.numel() not in (1, num_images):
-        expected = f"there are {num_images} images. Pass one class, or one class per image."
-        raise ValueError(f"target has {classes.numel()} classes, but {expected}")
+        requirement = f"there are {num_images} images. Pass one class, or one class per image."
+        raise ValueError(f"target has {classes.numel()} classes, but {requirement}")
     classes = classes.reshape(-1).expand(num_images)
     if not bool(((classes >= 0) & (classes < num_classes)).all()):
-        expected = f"the model has class indices from 0 to {num_classes - 1}. Pass valid class indices."
-        raise ValueError(f"target is {classes.tolist()}, but {expected}")
+        requirement = f"the model has class indices from 0 to {num_classes - 1}. Pass valid class indices."
+        raise ValueError(f"target is {classes.tolist()}, but {requirement}")
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 

@@ -44,7 +44,7 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
 MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between tokens considered identical / their variation over images
 MAX_MAP_DISTANCE = 0.1  # maximum distance between maps considered equal / their distance from uniform maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any attention head, of a token that is read
+MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any attention head, if the head reads a token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state if layers change a token
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
@@ -429,8 +429,8 @@ def describe_chance_accuracy(predictions: Any) -> str:
 
 def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> list[str]:
     """Describe the selectivity of each special token in the first, middle and last third of the layers whose output is
-    read. For CLS and distillation tokens, compare the selectivity with the expected pattern: near uniform early,
-    selective in the middle.
+    read. For CLS and distillation tokens, compare the selectivity with the expected pattern: attention is nearly
+    uniform in early layers and selective in middle layers.
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
@@ -467,8 +467,8 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
         return " There are too few layers to compare early and middle layers."
     early, middle, _ = thirds.tolist()
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
-        return " As expected: near uniform early, selective in the middle."
-    return " Not as expected (near uniform early, selective in the middle)."
+        return " This is the expected pattern: nearly uniform in early layers, selective in middle layers."
+    return " This is not the expected pattern: nearly uniform in early layers, selective in middle layers."
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:

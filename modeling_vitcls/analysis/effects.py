@@ -18,7 +18,9 @@ from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 Interval = tuple[float, float]  # lower and upper end of a 95 % confidence interval
 
 CONFIDENCE = 0.95
-MIN_VARIATION = 1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
+MIN_RELATIVE_DEVIATION = (
+    1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
+)
 MIN_FEATURE_CHANGE = 1e-3  # minimum cosine change of features; smaller changes are treated as rounding errors
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
@@ -105,7 +107,7 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     """Return the effect of an ablation on predictions."""
     root_mean_square = before.logits.square().mean().sqrt()
     variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
-    scale = variances.mean().sqrt().clamp(min=MIN_VARIATION * root_mean_square).clamp(min=1e-12)
+    scale = variances.mean().sqrt().clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square).clamp(min=1e-12)
     squared_changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
     accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
@@ -127,19 +129,19 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
 
 def compare_features(before: Features, after: Features) -> FeatureEffect:
     """Return the effect of an ablation on features."""
-    changes = {}  # name -> [images], 1 minus the cosine similarity, mean over vectors
-    for name, rows in before.vectors.items():
-        pairs = zip(rows, after.vectors[name], strict=True)
+    cosine_changes = {}  # name -> [images], 1 minus the cosine similarity, mean over vectors
+    for name, vectors_before in before.vectors.items():
+        pairs = zip(vectors_before, after.vectors[name], strict=True)
         similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
-        changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
+        cosine_changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
     neighbors, neighbors_after = before.find_neighbors(), after.find_neighbors()
     agreement = None
     if neighbors is not None and neighbors_after is not None:
         num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
         agreement = num_same / (NUM_NEIGHBORS * len(before))
-    largest_changes = max(changes.values(), key=lambda values: values.mean().item())
-    means = {name: values.mean().item() for name, values in changes.items()}
-    return FeatureEffect(means, agreement, len(before), compute_bootstrap_interval(largest_changes))
+    largest_changes = max(cosine_changes.values(), key=lambda changes: changes.mean().item())
+    mean_changes = {name: changes.mean().item() for name, changes in cosine_changes.items()}
+    return FeatureEffect(mean_changes, agreement, len(before), compute_bootstrap_interval(largest_changes))
 
 
 def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:

@@ -139,8 +139,8 @@ def draw_box(axes: Axes, box: Box, rotation: int) -> None:
 
 def draw_arrow(axes: Axes, center: float) -> None:
     """Draw an arrow from a token to the head."""
-    style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=style)
+    arrow_style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=arrow_style)
 
 
 def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
@@ -264,10 +264,10 @@ def plot_attention(
             "The numbers of images, maps, titles and visible regions must be equal and at least one, but there are "
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
-    if any(len(tokens) != len(names) for tokens in maps):
+    num_tokens = [len(image_maps) for image_maps in maps]
+    if any(number != len(names) for number in num_tokens):
         raise ValueError(
-            f"The maps have {[len(tokens) for tokens in maps]} tokens, but the number of names is {len(names)}. "
-            "Pass one name per token."
+            f"The maps have {num_tokens} tokens, but the number of names is {len(names)}. Pass one name per token."
         )
     num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     num_columns = 1 + math.ceil(len(names) / num_rows)
@@ -281,10 +281,10 @@ def plot_attention(
     grid = figure.subplots(len(heights), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
-    for index, ((image, region), tokens, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
+    for index, ((image, region), image_maps, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
         tiles = grid[index * num_rows : (index + 1) * num_rows]
         draw_image(tiles[0, 0], image, title)
-        for tile, values, name in zip(tiles[:, 1:].flat, tokens, names, strict=False):
+        for tile, values, name in zip(tiles[:, 1:].flat, image_maps, names, strict=False):
             draw_image(tile, overlay(image, values, region), name)
     return figure
 
@@ -309,12 +309,12 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """
     num_layers, num_heads, *_ = report.attention.shape
     if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Use 0 to {num_heads - 1}.")
+        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Choose from 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
     titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
-    first_column = list(zip(report.attributions, titles, strict=True))
-    num_rows = max(len(names), 1 + len(first_column))
+    titled_attributions = list(zip(report.attributions, titles, strict=True))
+    num_rows = max(len(names), 1 + len(titled_attributions))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
     height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
@@ -323,7 +323,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     for tile in grid.flat:
         tile.axis("off")
     draw_image(grid[0, 0], image, report.name)
-    for tile, (values, title) in zip(grid[1:, 0], first_column, strict=False):
+    for tile, (values, title) in zip(grid[1:, 0], titled_attributions, strict=False):
         draw_image(tile, overlay(image, values, visible_region), title)
     for index, name in enumerate(names):
         tiles = grid[index, 1:]
@@ -339,9 +339,9 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     return figure
 
 
-def draw_text(axes: Axes, x: float, y: float, text: str, size: float, color: str, **options: Any) -> None:
+def draw_text(axes: Axes, x: float, y: float, text: str, font_size: float, color: str, **options: Any) -> None:
     """Draw centered text."""
-    axes.text(x, y, text, fontsize=size, color=color, **({"ha": "center", "va": "center"} | options))
+    axes.text(x, y, text, fontsize=font_size, color=color, **({"ha": "center", "va": "center"} | options))
 
 
 def draw_image(axes: Axes, image: Image.Image, title: str) -> None:

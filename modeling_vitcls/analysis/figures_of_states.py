@@ -212,8 +212,9 @@ def normalize_layer(layer: int, findings: Findings) -> int:
     """Return a nonnegative layer index; 0 means the embeddings. Raise ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
+        last_layer = num_states - 1
         raise ValueError(
-            f"layer is {layer}, but the model has {num_states - 1} layers. Use 0 (the embeddings) to {num_states - 1}."
+            f"layer is {layer}, but the model has {last_layer} layers. Choose from 0 (the embeddings) to {last_layer}."
         )
     return layer % num_states
 

@@ -196,27 +196,27 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     fractions = {"patches": findings.outliers}
     if findings.outliers_without_registers is not None:
         fractions["patches, registers hidden"] = findings.outliers_without_registers
-    figure, (norms, outliers) = create_axes(2, len(styles) + len(fractions))
-    norms.set_title("Norms of tokens and patches", fontsize=11, color=INK)
+    figure, (norm_axes, outlier_axes) = create_axes(2, len(styles) + len(fractions))
+    norm_axes.set_title("Norms of tokens and patches", fontsize=11, color=INK)
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
-    draw_line(norms, PATCH_STYLE, median, low, high, 0)
+    draw_line(norm_axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(norms, style, line, line, line, 0)
+        draw_line(norm_axes, style, line, line, line, 0)
     plotted_values = torch.cat([low, high, findings.token_norms.flatten()])
     if plotted_values.min() > 0 and plotted_values.max() > MIN_RATIO_FOR_LOG_SCALE * plotted_values.min():
-        norms.set_yscale("log")
-        norms.set_ylabel("norm, logarithmic")
+        norm_axes.set_yscale("log")
+        norm_axes.set_ylabel("norm, logarithmic")
     else:
-        norms.set_ylim(bottom=0)
-        norms.set_ylabel("norm")
-    outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
+        norm_axes.set_ylim(bottom=0)
+        norm_axes.set_ylabel("norm")
+    outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
     for index, (name, fraction) in enumerate(fractions.items()):
-        draw_line(outliers, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
-    outliers.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
-    outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes in (norms, outliers):
+        draw_line(outlier_axes, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+    outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
+    outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    for axes in (norm_axes, outlier_axes):
         format_layer_axis(axes, len(median), 0)
-    draw_legend(figure, norms, outliers)
+    draw_legend(figure, norm_axes, outlier_axes)
     return figure
 
 

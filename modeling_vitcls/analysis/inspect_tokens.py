@@ -115,9 +115,9 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
 
 def build_verdict_table(inspection: Inspection) -> Table:
     """Build a table with the verdict and reason of each token and each group of several tokens."""
-    verdicts = Table("token", "verdict", "reason")
+    table = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
         sign = VERDICT_SIGNS[verdict.word, verdict.rating]
         word = f"[{RATING_STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
-        verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))
-    return verdicts
+        table.add_row(escape(verdict.token), word, escape(verdict.reason))
+    return table

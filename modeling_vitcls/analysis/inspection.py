@@ -181,8 +181,8 @@ def inspect_model(
         }
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     label_space, image_reports = get_label_space(config), []
-    for number, (index, kind) in enumerate(selected_kinds.items()):
-        on_progress("computing maps", number, len(selected_kinds))
+    for num_finished, (index, kind) in enumerate(selected_kinds.items()):
+        on_progress("computing maps", num_finished, len(selected_kinds))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
@@ -236,13 +236,13 @@ def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str 
     if not isinstance(before, Predictions):
         return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
     confidences = compute_confidences(before.logits, config).tolist()
-    by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
+    sorted_indices = sorted(range(len(before)), key=lambda index: confidences[index])
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
-    other_indices = [index for index in by_confidence if not is_wrong[index]]
+    other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
-    wrong_indices = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
+    wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
     uncertain_indices = other_indices[: (num_selected + 3) // 4]
     typical_indices = select_evenly_spaced(
         sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)

@@ -88,27 +88,27 @@ def load_from_dataset(
     options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
 ) -> InspectionImages:
     """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
-    columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
-    data = DataOptions(dataset, **columns)
+    column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    data_options = DataOptions(dataset, **column_options)
     if is_classifier(model):
-        label_space, examples, split, _ = load_evaluation_data(data, options.split, record)
+        label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record)
         examples = match_labels(examples, label_space, get_label_space(model.config))
         images, labels = examples.images, examples.labels
     else:
         split = options.split or "test"
-        images, labels = load_unlabeled_images(data, split), None
+        images, labels = load_unlabeled_images(data_options, split), None
     dataset_name = get_short_name(dataset)
     names = [f"{dataset_name} {index}" for index in range(len(images))]
     return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
 
 
-def load_unlabeled_images(data: DataOptions, split: str) -> Sequence[Image.Image]:
+def load_unlabeled_images(data_options: DataOptions, split: str) -> Sequence[Image.Image]:
     """Load the images of a split. If the dataset has a single split with another name, load this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:
-            raise ValueError(f"{data.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
+            raise ValueError(f"{data_options.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (examples,) = load_splits(data, use_labels=False, select=select_split).parts.values()
+    (examples,) = load_splits(data_options, use_labels=False, select=select_split).parts.values()
     return examples.images

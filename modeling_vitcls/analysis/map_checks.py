@@ -150,8 +150,8 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
     is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
     height, width = is_replaced.shape[-2:]
     changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
-    mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
-    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean, changed_pixels[..., :height, :width])
+    mean_color = pixel_values.mean(dim=(-2, -1), keepdim=True)
+    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean_color, changed_pixels[..., :height, :width])
     with evaluation_mode(model):
         logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))

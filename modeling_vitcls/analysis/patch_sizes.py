@@ -23,8 +23,8 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
-MIN_GRID_SIDE = 7  # minimum number of patches per side without a note, as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
-HIGH_ATTENTION_FRACTION = 0.5  # maximum fraction of compute in attention maps without a note
+MIN_GRID_SIDE = 7  # number of patches per side below which a note is added: ViT-B/32 at 224 pixels (arXiv 2010.11929)
+HIGH_ATTENTION_FRACTION = 0.5  # fraction of the compute in attention maps above which a note is added
 ACCURACY_TOLERANCE = 0.01  # accuracies within this difference from the best accuracy are considered equally good
 
 PatchSize = int | tuple[int, int]  # in pixels; (height, width) if height and width differ

@@ -197,7 +197,8 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
     config = inspection.config
     shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
     grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
-    counts = sorted(rows * columns for rows, columns in grids)
+    num_patches = [rows * columns for rows, columns in grids]
+    fewest, most = min(num_patches), max(num_patches)
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
         "commit": get_commit(config),
@@ -205,7 +206,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
         "read_by": describe_head(config),
-        "num_patches": f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}",
+        "num_patches": f"{fewest} to {most}" if fewest < most else f"{fewest}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
     }
 

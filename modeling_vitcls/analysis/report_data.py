@@ -189,8 +189,8 @@ def build_curves(findings: Findings) -> dict[str, Any]:
 
 def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Return the mean, minimum and maximum over heads, [L] for each token, of values [L, H, S]."""
-    tokens = values.unbind(dim=-1)  # [L, H] each
-    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in tokens]
+    token_values = values.unbind(dim=-1)  # [L, H] each
+    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in token_values]
 
 
 def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:

@@ -444,11 +444,14 @@ def test_the_description_over_depth() -> None:
 @pytest.mark.parametrize(
     ("selective", "end"),
     [
-        ([1], "As expected: near uniform early, selective in the middle."),
-        ([1, 2], "As expected: near uniform early, selective in the middle."),
-        ([0], "Not as expected (near uniform early, selective in the middle)."),
-        ([0, 1, 2], "Not as expected (near uniform early, selective in the middle)."),
-        ([2], "Not as expected (near uniform early, selective in the middle)."),
+        ([1], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([1, 2], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([0], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        (
+            [0, 1, 2],
+            "This is not the expected pattern: nearly uniform in early layers, selective in middle layers.",
+        ),
+        ([2], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
         ([], "Attention is uniform in every layer, so the token selects no patches."),
     ],
 )
