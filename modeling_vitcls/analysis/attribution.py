@@ -22,9 +22,9 @@ from .model_utils import evaluation_mode, unwrap_model
 def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the attention rollout of each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    The map of a layer is the mean of the identity and the attention averaged over heads. With differential attention,
-    the map of a head is its first map minus the weighted second map, clamped to positive values and normalized.
-    Negative attention is therefore ignored.
+    The map of a layer is the mean of the identity matrix and the attention averaged over heads. With differential
+    attention, the map of a head is the first map minus the weighted second map, clamped to nonnegative values and
+    normalized. Negative attention is therefore ignored.
 
     Args:
         model: any ViTCLS model, in evaluation or training mode (dropout is disabled).
@@ -119,7 +119,8 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     encoder_outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
-        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # even if weights are frozen
+        # Gradients of the pixels make attention part of the autograd graph even if all weights are frozen.
+        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]

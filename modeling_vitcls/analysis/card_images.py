@@ -31,7 +31,7 @@ LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "
 
 MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
-# (dots per inch, palette size or None for all colors), tried in this order.
+# Pairs of dots per inch and palette size (None for all colors), which are tried in this order.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
 
 Sample = tuple[Image.Image, str | None]

@@ -125,7 +125,7 @@ class TokenEvidence:
     findings: Findings
     index: int
     names: list[str]  # names of all special tokens
-    num_read_layers: list[int]  # for each special token, then for the patches (`count_read_layers`)
+    num_read_layers: list[int]  # number of layers whose output is read, for each special token and the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
     num_tests: int  # number of ablations of all tokens and groups
     movement: float | None  # distance that training moved the token; None if unknown

@@ -75,7 +75,7 @@ def get_uniform_values(findings: Findings, name: str) -> list[float]:
 
 @dataclass(frozen=True)
 class LineStyle:
-    """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
+    """Line style of one token. Groups differ in color; tokens of a group differ in lightness, dashes and markers."""
 
     name: str
     color: tuple[float, float, float]
@@ -142,7 +142,7 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
 def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
-    """Draw a line over the layers [L], and a band if `high` exceeds `low`."""
+    """Draw a line of the `mean` [L] over the layers, and a band from `low` to `high` if these values differ."""
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
         axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)

@@ -31,7 +31,7 @@ from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
+MAX_BATCH_BYTES = 2**29  # maximum bytes of a batch: all hidden states, and the attention and MLP of one layer
 # Minimum and maximum number of images for the null distributions, and maximum number of floating-point operations in a
 # pass over these images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
@@ -137,7 +137,7 @@ def inspect_model(
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
-        on_progress: called with a description, the number of finished steps and the total.
+        on_progress: called with a description, the number of finished steps and the total number of steps.
 
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
@@ -360,8 +360,8 @@ class InspectionBatches:
 
 
 class PassProgress:
-    """Reports the forward passes of all measurements together, as a number of images, so that the remaining time can
-    be estimated from the start."""
+    """Reports the progress of all measurements together, as the number of images in all forward passes, so that the
+    remaining time can be estimated from the start."""
 
     def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:
         self.on_progress, self.num_images, self.num_finished = on_progress, num_images, 0

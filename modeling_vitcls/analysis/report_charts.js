@@ -1,4 +1,5 @@
-// Curves over depth, bars, histograms and similarities, as SVG of the available width with values at the pointer.
+// Curves over depth, bars, histograms and similarities. Each chart is an SVG that fills the available width and shows
+// values at the pointer.
 "use strict";
 
 const MARGIN = { left: 46, right: 12, top: 22, bottom: 30 };

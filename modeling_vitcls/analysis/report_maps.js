@@ -124,13 +124,13 @@ function getTitle(mapId) {
 
 // Painting -------------------------------------------------------------------------------------------------------
 
-function getSize(image, longer) {
-  const scale = longer / Math.max(image.width, image.height);
+function getSize(image, longerSide) {
+  const scale = longerSide / Math.max(image.width, image.height);
   return [Math.max(Math.round(image.width * scale), 1), Math.max(Math.round(image.height * scale), 1)];
 }
 
-function drawBitmap(canvas, image, bitmap, longer) {
-  [canvas.width, canvas.height] = getSize(image, longer);
+function drawBitmap(canvas, image, bitmap, longerSide) {
+  [canvas.width, canvas.height] = getSize(image, longerSide);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingEnabled = canvas.width < 4 * bitmap.naturalWidth; // pixels of tiny images stay visible
   context.imageSmoothingQuality = "high";
@@ -138,19 +138,19 @@ function drawBitmap(canvas, image, bitmap, longer) {
   return context;
 }
 
-// Return the gray values (0 to 255) of an image, scaled so that its longer side has `longer` pixels.
-function getGray(image, bitmap, longer) {
-  if (!image.grays.has(longer)) {
-    const context = drawBitmap(document.createElement("canvas"), image, bitmap, longer);
+// Scale an image so that the longer side has `longerSide` pixels, and return the gray values (0 to 255) of the image.
+function getGray(image, bitmap, longerSide) {
+  if (!image.grays.has(longerSide)) {
+    const context = drawBitmap(document.createElement("canvas"), image, bitmap, longerSide);
     const { width, height } = context.canvas;
     const colors = context.getImageData(0, 0, width, height).data;
     const gray = Float32Array.from({ length: width * height }, (_, pixel) => {
       const first = 4 * pixel;
       return 0.299 * colors[first] + 0.587 * colors[first + 1] + 0.114 * colors[first + 2];
     });
-    image.grays.set(longer, { gray, width, height });
+    image.grays.set(longerSide, { gray, width, height });
   }
-  return image.grays.get(longer);
+  return image.grays.get(longerSide);
 }
 
 // Return the indices of the two nearest patches of each pixel along a side, and the weight of the second patch. Outside
@@ -170,14 +170,14 @@ function getNeighbors(length, start, stop, patches, blocks) {
   return { first, second, weight };
 }
 
-async function paint(canvas, mapId, longer) {
+async function paint(canvas, mapId, longerSide) {
   const image = images[mapId.image];
   const bitmap = await image.loaded;
   if (mapId.kind === "image") {
-    drawBitmap(canvas, image, bitmap, longer);
+    drawBitmap(canvas, image, bitmap, longerSide);
     return;
   }
-  const { gray, width, height } = getGray(image, bitmap, longer);
+  const { gray, width, height } = getGray(image, bitmap, longerSide);
   const [left, top, right, bottom] = image.visible_region;
   const [rows, columns] = image.grid;
   const blocks = drawsBlocks() || mapId.kind === "colors";
