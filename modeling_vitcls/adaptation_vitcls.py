@@ -239,7 +239,7 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Call `resample(weight, grid, new grid, configuration)` for a weight with a row per patch or relative position."""
+    """Call `resample(weight, grid, new grid, config)` for a weight with a row per patch or relative position."""
     old_grid, new_grid = weight.old_config.grid_size, weight.new_config.grid_size
     if old_grid == new_grid:
         return weight.old_weights[weight.name], ""
