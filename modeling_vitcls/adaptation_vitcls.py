@@ -66,12 +66,12 @@ class AdaptableModel(PreTrainedModel):
         changes = {name: getattr(config, name) for name, value in old.items() if getattr(config, name) != value}
         if changes:
             kwargs["config"] = replace_fields(config, old, validate=False)
-        loaded = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
+        loaded_model = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         if not changes:
-            return loaded
-        if isinstance(loaded, tuple):  # output_loading_info=True
-            return loaded[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded[1:]
-        return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
+            return loaded_model
+        if isinstance(loaded_model, tuple):  # output_loading_info=True
+            return loaded_model[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded_model[1:]
+        return loaded_model.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.

@@ -104,7 +104,7 @@ def compute_ablations(
     Args:
         model: any ViTCLS model.
         batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
+        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
         before: outputs without ablation (`collect_outputs(model, batches)`), if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
         known_outputs: outputs with hidden tokens, if already computed, by token key or group name.
@@ -156,7 +156,7 @@ def compute_ablation_effects(
     Args:
         model: a classifier.
         batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
+        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
         before: predictions without ablation (`collect_predictions(model, batches)`), if already computed.
 
     Raises:

@@ -214,7 +214,7 @@ class TokenEvidence:
 
     def collect_numbers(self) -> dict[str, Any]:
         """Return the measured values by name."""
-        findings, identical, equal = self.findings, self.identical_token, self.equal_attention_token
+        findings, identical, equal_attention = self.findings, self.identical_token, self.equal_attention_token
         return summarize_ablations(self.ablations) | {
             "movement": self.movement,
             "read_layers": self.last_state,
@@ -223,8 +223,8 @@ class TokenEvidence:
             "norm_ratio": self.norm_ratio,
             "embedding_similarity": self.embedding_similarity,
             "identical_token": None if identical is None else self.names[identical[0]],
-            "equal_attention_token": None if equal is None else self.names[equal[0]],
-            "equal_attention_distance": None if equal is None else equal[1],
+            "equal_attention_token": None if equal_attention is None else self.names[equal_attention[0]],
+            "equal_attention_distance": None if equal_attention is None else equal_attention[1],
         }
 
 
@@ -261,7 +261,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
         equality = (
             f"the attention maps are nearly equal to the maps of {token.names[other]} in all layers that are read"
         )
-        distance = f"the distance is {map_distance:.2g} times the distance from uniform attention"
+        distance = f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
         return "equal attention", "doubtful", f"{equality} ({distance})."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)

@@ -118,7 +118,10 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     layer = normalize_layer(layer, findings)
     names = [shorten_text(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     if len(names) < 2:
-        raise ValueError(f"The figure requires two or more special tokens, but the model has {len(names)}.")
+        raise ValueError(
+            f"The figure requires two or more special tokens, but the model has {len(names)}. Use a model with "
+            "more special tokens."
+        )
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
     figure = create_figure(side + 0.5, side)
     axes = figure.subplots()
@@ -144,7 +147,9 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     names = get_token_names(config)
     if not names:
-        raise ValueError("The figure requires special tokens, but the model has no special tokens.")
+        raise ValueError(
+            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
+        )
     figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
         axes_image = draw_cosines(axes, matrix)

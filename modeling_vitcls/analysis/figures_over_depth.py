@@ -161,7 +161,9 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     names = get_token_names(config)
     if not names:
-        raise ValueError("The figure requires special tokens, but the model has no special tokens.")
+        raise ValueError(
+            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
+        )
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]

@@ -159,8 +159,8 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
 
     Args:
         image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
-            bottom that do not fill a patch are excluded, as in the model.
+        patch_size: height and width of patches (`config.patch_height_width`). If the size is given, pixels on the
+            right and at the bottom that do not fill a patch are excluded, as in the model.
     """
     resized_size = image_size
     if processor.do_resize:

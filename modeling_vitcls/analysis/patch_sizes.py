@@ -92,7 +92,7 @@ def compare_patch_sizes(
         model: any ViTCLS model; it is not changed and stays on its device.
         processor: the image processor of the model.
         labels: the label of each image: a class index, a list of 0.0 and 1.0 per class, or {task: class index}; None
-            if unknown. None instead of a sequence means that all labels are unknown.
+            if unknown. `labels` may be None if all labels are unknown.
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
 
