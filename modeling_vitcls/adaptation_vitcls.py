@@ -54,7 +54,7 @@ class AdaptableModel(PreTrainedModel):
     ) -> Any:
         """Load a checkpoint, and adapt the model if `ADAPTABLE_FIELDS` differ from the stored configuration.
 
-        Other arguments are arguments of `PreTrainedModel.from_pretrained`.
+        Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.

@@ -154,8 +154,8 @@ def describe_layer(layer: int) -> str:
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden, or None, and a list of sentences, which is empty
-    if the registers do not absorb outliers."""
+    """Return the second mode of the norms with the registers hidden (None if there is no such mode) and a list of
+    sentences. The list is empty if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
