@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. All other modules are imported when they are first used. Only the `*_vitcls.py` files are shipped
-to the Hub, not this file.
+`trust_remote_code`. Modules that this registration does not require are imported when they are first used. Only the
+`*_vitcls.py` files are uploaded to the Hub with a model, not this file.
 """
 
 import importlib
@@ -75,7 +75,7 @@ MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in na
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported from its module on first use (PEP 562)."""
+    """Return the object with a public name. The module that defines the object is imported on first use (PEP 562)."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
@@ -89,9 +89,9 @@ def __dir__() -> list[str]:
 
 
 def is_command_line() -> bool:
-    """Return whether this process runs the `vitcls` command: as a program, a script or `-m modeling_vitcls.cli`.
+    """Return whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
 
-    The command parses its flags before it imports torch, and registers the Auto classes itself (cli.py).
+    The command parses flags before importing torch, and registers the Auto classes itself (cli.py).
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     return PurePath(program).stem == "vitcls" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)

@@ -13,7 +13,7 @@ is adapted, and every change is logged in one line:
     patch projection       resized by FlexiViT's pseudo-inverse
     decoded patches        resized bilinearly
     distillation head      a new head is initialized as a copy of the classifier
-    gates                  kept with their tokens
+    gates                  a gate is kept if the gated token is kept
     other weights          newly initialized if their shape changes
 
 With `gate_new_tokens=True`, added tokens initially do not affect the other tokens (`TokenGates`).
@@ -44,7 +44,7 @@ MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
-    """A `PreTrainedModel` whose `from_pretrained` adapts checkpoints, with `adapt` for loaded models."""
+    """A `PreTrainedModel` whose `from_pretrained` adapts checkpoints and whose `adapt` adapts loaded models."""
 
     config: ViTCLSConfig
 
@@ -52,40 +52,40 @@ class AdaptableModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint, and adapt it to values of `ADAPTABLE_FIELDS` that differ from its configuration.
+        """Load a checkpoint, and adapt the model if `ADAPTABLE_FIELDS` differ from the stored configuration.
 
-        Other arguments are as in `PreTrainedModel.from_pretrained`.
+        Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, RuntimeError: if the checkpoint is missing or damaged, or does not fit; the message is one line.
-            ValueError: if values contradict each other.
+            OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.
+            ValueError: if values of fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
-        stored = {} if config is None else read_stored_values(config_class, source, kwargs)
-        changes = {name: getattr(config, name) for name, value in stored.items() if getattr(config, name) != value}
+        old = {} if config is None else read_stored_values(config_class, source, kwargs)
+        changes = {name: getattr(config, name) for name, value in old.items() if getattr(config, name) != value}
         if changes:
-            kwargs["config"] = replace_fields(config, stored, validate=False)
-        loaded = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
+            kwargs["config"] = replace_fields(config, old, validate=False)
+        loaded_model = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         if not changes:
-            return loaded
-        if isinstance(loaded, tuple):  # output_loading_info=True
-            return loaded[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded[1:]
-        return loaded.adapt(gate_new_tokens=gate_new_tokens, **changes)
+            return loaded_model
+        if isinstance(loaded_model, tuple):  # output_loading_info=True
+            return loaded_model[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded_model[1:]
+        return loaded_model.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
-        """Return a new model with new values of `ADAPTABLE_FIELDS` and adapted weights; self if nothing changes.
+        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
             gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are
-                computed directly from the added tokens: pooling over all CLS tokens, a distillation head.
+                computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
             ValueError: if a field cannot be adapted, or a value contradicts other values.
         """
-        if unknown := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
-            raise ValueError(f"{unknown[0]} cannot be adapted: {', '.join(ADAPTABLE_FIELDS)} can")
+        if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
+            raise ValueError(f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
         changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
         if not changes:
             return self
@@ -106,7 +106,7 @@ def resolve_config(
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
     """Return the configuration that the arguments of `from_pretrained` describe, and the remaining arguments.
 
-    The configuration is None if no argument can require an adaptation.
+    The returned configuration is None if the arguments cannot require an adaptation.
     """
     config = kwargs.get("config")
     overrides = [name for name in ADAPTABLE_FIELDS if name in kwargs]
@@ -125,19 +125,19 @@ def resolve_config(
 
 
 def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint; empty if the checkpoint has no configuration."""
+    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint, or {} if the checkpoint has no configuration."""
     if source is None:  # the caller passes a state dict instead
         return {}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
-        stored, _ = config_class.get_config_dict(source, **hub_kwargs)
+        fields, _ = config_class.get_config_dict(source, **hub_kwargs)
     except OSError:
         return {}
-    return {name: stored.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if stored else {}
+    return {name: fields.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if fields else {}
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
-    """Return a copy of a configuration with changed fields."""
+    """Return a copy of a configuration in which the fields in `values` are replaced."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
@@ -173,12 +173,12 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     new_weights = target.state_dict()
     frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
-    for name, initial in new_weights.items():
-        stored = old_weights.get(name)
-        weight, note = adapt_weight(Weight(name, initial, stored, old_weights, source.config, target.config))
-        if name in frozen_names and weight is not initial:
+    for name, initial_value in new_weights.items():
+        entry = Weight(name, initial_value, old_weights.get(name), old_weights, source.config, target.config)
+        weight, note = adapt_weight(entry)
+        if name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
-        initial.copy_(weight)
+        initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
     for name in sorted(old_weights.keys() - new_weights.keys()):
@@ -186,47 +186,48 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 class Weight(NamedTuple):
-    """A weight of the new model, and the old weights and configurations from which it is adapted."""
+    """A weight of the new model, with the weights of the old model and both configurations."""
 
     name: str
-    initial: Tensor  # initial value in the new model
-    stored: Tensor | None  # the weight of this name in the old model
+    initial_value: Tensor  # the newly initialized weight
+    old_value: Tensor | None  # the weight with this name in the old model; None if there is no such weight
     old_weights: Mapping[str, Tensor]
-    old: ViTCLSConfig
-    new: ViTCLSConfig
+    old_config: ViTCLSConfig
+    new_config: ViTCLSConfig
 
 
-AdaptedWeight = tuple[Tensor, str]  # the weight, and a description of the change, empty if nothing changes
+AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of the change (empty if unchanged)
 
 
 def adapt_weight(weight: Weight) -> AdaptedWeight:
-    """Adapt a weight with the function of the first key of `ADAPTERS` that the name of the weight contains."""
-    for part, adapt in ADAPTERS.items():
-        if part in weight.name:
+    """Adapt a weight with the first function in `ADAPTERS` whose key is part of the weight's name."""
+    for name_part, adapt in ADAPTERS.items():
+        if name_part in weight.name:
             return adapt(weight)
-    if weight.stored is None:
-        return weight.initial, "newly initialized"
-    if weight.stored.shape != weight.initial.shape:
-        return weight.initial, "newly initialized, because its shape changed"
-    return weight.stored, ""
+    if weight.old_value is None:
+        return weight.initial_value, "newly initialized"
+    if weight.old_value.shape != weight.initial_value.shape:
+        return weight.initial_value, "newly initialized, because the shape changed"
+    return weight.old_value, ""
 
 
 def adapt_tokens(weight: Weight) -> AdaptedWeight:
     """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
-    return copy_prefix_tokens(weight, weight.initial.clone(), f"initialized by token_init={weight.new.token_init!r}")
+    initialization = f"initialized by token_init={weight.new_config.token_init!r}"
+    return copy_prefix_tokens(weight, weight.initial_value.clone(), initialization)
 
 
 def adapt_token_positions(weight: Weight) -> AdaptedWeight:
-    """Keep the first positions [1, n, D] of special tokens; new positions start at zero."""
-    return copy_prefix_tokens(weight, torch.zeros_like(weight.initial), "initialized to zero")
+    """Keep the first position embeddings [1, n, D] of special tokens; new position embeddings are zero."""
+    return copy_prefix_tokens(weight, torch.zeros_like(weight.initial_value), "initialized to zero")
 
 
 def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> AdaptedWeight:
-    """Copy the first min(m, n) stored rows [1, m, D] to the start of `rows` [1, n, D]."""
-    num_stored = 0 if weight.stored is None else weight.stored.shape[1]
+    """Copy the first min(m, n) rows of the old weight [1, m, D] to the first rows of the new weight [1, n, D]."""
+    num_stored = 0 if weight.old_value is None else weight.old_value.shape[1]
     num_kept = min(num_stored, rows.shape[1])
-    if weight.stored is not None:
-        rows[:, :num_kept] = weight.stored[:, :num_kept]
+    if weight.old_value is not None:
+        rows[:, :num_kept] = weight.old_value[:, :num_kept]
     if num_stored == num_kept == rows.shape[1]:
         return rows, ""
     notes = [f"{num_kept} kept"]
@@ -238,41 +239,40 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Resample a weight with one row per patch or distance with `resample(weight, grid, new grid, configuration)`."""
-    grid_size, new_grid_size, stored = weight.old.grid_size, weight.new.grid_size, weight.old_weights[weight.name]
-    if grid_size == new_grid_size:
-        return stored, ""
-    note = f"resampled from {grid_size[0]} x {grid_size[1]} to {new_grid_size[0]} x {new_grid_size[1]} patches"
-    return resample(stored, grid_size, new_grid_size, weight.new), note
+    """Call `resample(weight, grid, new grid, config)` for a weight with a row per patch or relative position."""
+    old_grid, new_grid = weight.old_config.grid_size, weight.new_config.grid_size
+    if old_grid == new_grid:
+        return weight.old_weights[weight.name], ""
+    note = f"resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
+    return resample(weight.old_weights[weight.name], old_grid, new_grid, weight.new_config), note
 
 
 def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Resize a weight with one entry per pixel of a patch with `resize(weight, patch size, new patch size)`."""
-    size, new_size = weight.old.patch_height_width, weight.new.patch_height_width
-    stored = weight.old_weights[weight.name]
-    if size == new_size:
-        return stored, ""
-    note = f"resized from patches of {size[0]} x {size[1]} to {new_size[0]} x {new_size[1]} pixels"
-    return resize(stored, size, new_size), note
+    """Call `resize(weight, patch size, new patch size)` for a weight with one entry per pixel of a patch."""
+    old_size, new_size = weight.old_config.patch_height_width, weight.new_config.patch_height_width
+    if old_size == new_size:
+        return weight.old_weights[weight.name], ""
+    note = f"resized from patches of {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels"
+    return resize(weight.old_weights[weight.name], old_size, new_size), note
 
 
 def adapt_distillation_head(weight: Weight) -> AdaptedWeight:
-    """Keep the distillation head, or copy the classifier if it has the same shape."""
-    if weight.stored is not None:
-        return weight.stored, ""
+    """Keep the distillation head. Initialize a new head as a copy of the classifier if the shapes are equal."""
+    if weight.old_value is not None:
+        return weight.old_value, ""
     classifier = weight.old_weights.get(weight.name.replace("distillation_classifier", "classifier"))
-    if classifier is None or classifier.shape != weight.initial.shape:
-        return weight.initial, "newly initialized"
+    if classifier is None or classifier.shape != weight.initial_value.shape:
+        return weight.initial_value, "newly initialized"
     return classifier, "initialized as a copy of the classifier"
 
 
 def adapt_gates(weight: Weight) -> AdaptedWeight:
-    """Keep gates [n] with their tokens; new gates start closed for new tokens, open for existing tokens."""
-    gates = weight.initial.clone()
-    stored = () if weight.stored is None else weight.stored
-    old_gates = dict(zip(list_gated_tokens(weight.old), stored, strict=True))
-    new_gates = list_gated_tokens(weight.new)
-    counts = {group: getattr(weight.old, field) for group, field in TOKEN_COUNTS.items()}
+    """Keep the gates [n] of kept tokens. New gates are closed for new tokens and open for existing tokens."""
+    gates = weight.initial_value.clone()
+    old_values = () if weight.old_value is None else weight.old_value
+    old_gates = dict(zip(list_gated_tokens(weight.old_config), old_values, strict=True))
+    new_gates = list_gated_tokens(weight.new_config)
+    counts = {group: getattr(weight.old_config, field) for group, field in TOKEN_COUNTS.items()}
     for gate, (group, index) in enumerate(new_gates):
         if index < counts[group]:
             gates[gate] = old_gates.get((group, index), TokenGates.OPEN)
@@ -293,7 +293,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     ]
 
 
-# Part of a parameter's name -> function that adapts it.
+# Part of a parameter's name -> function that adapts the parameter.
 ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
@@ -312,53 +312,53 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load`, a `from_pretrained` method, and raise one-line errors that name the file or weight.
 
-    Otherwise, transformers would report mismatched weights in a table, and build a default model without config.json.
+    By itself, transformers reports mismatched weights in a table, and uses default values if there is no config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
         RuntimeError: if the weights do not fit the configuration.
         ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
-    config_is_elsewhere = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
-    check_checkpoint_folder(source, config_is_elsewhere)
+    has_other_config = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
+    check_checkpoint_folder(source, has_other_config)
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
         if type(error).__name__ == "SafetensorError":  # compare names: the shipped files do not import safetensors
-            raise OSError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
+            raise OSError(f"the weights in {source} are damaged ({error}). Copy or download the file again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
         config = kwargs.get("config")
-        attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
-        if isinstance(error, ImportError | ValueError) and "/" in str(attention):  # a kernel on the Hub
-            message = f'cannot load attn_implementation="{attention}" ({" ".join(str(error).split())}): use "sdpa"'
+        kernel = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if isinstance(error, ImportError | ValueError) and "/" in str(kernel):  # a kernel on the Hub
+            message = f'cannot load attn_implementation="{kernel}" ({" ".join(str(error).split())}). Use "sdpa"'
             raise type(error)(message) from error
         if isinstance(error, OSError) and "\n" in str(error):
             raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
         raise
 
 
-def check_checkpoint_folder(source: Any, config_is_elsewhere: bool) -> None:
+def check_checkpoint_folder(source: Any, has_other_config: bool) -> None:
     """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
     if source is None:  # the caller passes a state dict instead
         return
     folder = Path(source)
     if not folder.exists():
         if folder.is_absolute() or len(folder.parts) > 2 or os.fspath(source).startswith((".", "~")):
-            raise OSError(f"there is no folder {source}: check the path")
+            raise OSError(f"there is no folder {source}. Check the path")
         return
-    if folder.is_dir() and not config_is_elsewhere and not (folder / "config.json").is_file():
-        raise OSError(f"there is no config.json in {source}: save_pretrained writes it next to the weights")
+    if folder.is_dir() and not has_other_config and not (folder / "config.json").is_file():
+        raise OSError(f"there is no config.json in {source}. Save the model with save_pretrained to write this file")
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Load the weights with matching shapes, and return an error message about the other weights."""
+    """Load the weights with matching shapes, and return an error message about the weights with other shapes."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    _, info = load(source, *args, **kwargs)
-    mismatched_keys = sorted(info["mismatched_keys"])
+    _, loading_info = load(source, *args, **kwargs)
+    mismatched_keys = sorted(loading_info["mismatched_keys"])
     name, saved, expected = mismatched_keys[0]
     others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
     return (
-        f"the weights in {source} do not fit: {name} is {list(saved)}, but the model has {list(expected)}{others}: "
-        "use the configuration they were saved with, or ignore_mismatched_sizes=True to initialize these weights newly"
+        f"the weights in {source} do not fit: {name} has shape {list(saved)}, but the model requires {list(expected)}"
+        f"{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to reinitialize these weights"
     )

@@ -7,18 +7,18 @@
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
     model_outputs.py        predictions or features of a model for many images
-    effects.py              differences of outputs, with intervals
+    effects.py              differences between outputs, with confidence intervals
     ablation.py             effects of tokens on outputs, with null distributions
     artifacts.py            patches with large norms
     diagnosis.py            verdicts in words, with the measured values
     map_checks.py           whether rollout and attribution show what predictions depend on
-    patch_features.py       patches as colors (PCA), and similarity between all patches and one patch
+    patch_features.py       patch features as colors (PCA), and similarity between all patches and one patch
     attention_recorder.py   attention of every layer of a forward pass
-    model_utils.py          unwrapping of models, evaluation mode
+    model_utils.py          helpers that unwrap models and set evaluation mode
     image_report.py         predictions and maps of one image
     figures.py              figures of tokens and predictions, for cards, notebooks and trackers
     figures_over_depth.py   curves over layers
-    figures_of_states.py    similarities, norms, effects
+    figures_of_states.py    figures of similarities, norms and ablation effects
     card_images.py          images of a model card
     patch_sizes.py          cost and accuracy with other patch sizes
     test_time_registers.py  neuron activations moved from patches to a register, without training
@@ -28,8 +28,8 @@
     report.py               the HTML report
     inspect_tokens.py       the program `vitcls inspect`
 
-PUBLIC lists the public names. A file is imported when one of its names is used. No file of this folder is copied to
-the Hub, except the files that the demo imports (listed in hub/space.py).
+PUBLIC_NAMES lists the public names. A file is imported when a name in the file is first used. Of this folder, only the
+files that the demo imports are copied to the Hub (listed in hub/space.py).
 """
 
 import importlib
@@ -37,7 +37,7 @@ from typing import Any
 
 
 # File name without suffix -> public names in the file.
-PUBLIC = {
+PUBLIC_NAMES = {
     "ablation": ("Ablation", "compute_ablation_effects", "compute_ablations"),
     "artifacts": ("PatchDiagnosis", "SecondMode", "describe_artifacts", "find_second_mode"),
     "attribution": ("compute_attention_rollout", "compute_attribution"),
@@ -72,7 +72,7 @@ PUBLIC = {
     "report": ("write_json_values", "write_page", "write_report"),
     "token_statistics": ("Findings", "TokenStatistics"),
 }
-FILES = {name: file for file, names in PUBLIC.items() for name in names}
+FILES = {name: file for file, names in PUBLIC_NAMES.items() for name in names}
 
 __all__ = sorted(FILES)  # noqa: PLE0605
 

@@ -7,11 +7,12 @@
 
     ablations = compute_ablations(model, batches, findings.mean_states)
     ablations["information"]["registers[0]"].effect        the effect, with a 95 % interval (effects.py)
-    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds the null
+    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds both null
+                                                           distributions
 
 An effect alone is not meaningful, because ablating any patch also changes predictions. Each effect is therefore
-compared with two null distributions on the same images: the effect of random patches, and the effect of the same token
-after it was redrawn at random with the same norm.
+compared with two null distributions on the same images: effects of ablating random patches, and effects of ablating
+the same token after its embedding was replaced by a random vector with the same norm (a redrawn token).
 """
 
 import math
@@ -32,9 +33,11 @@ from .model_outputs import Batches, Predictions, collect_outputs, collect_predic
 from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_model
 
 
-KINDS = ("information", "presence")
-MIN_NULL_LIMIT = 1e-3  # lower bound on the limit of a null distribution; smaller effects are rounding errors
-NUM_NULL = 8  # number of random draws of patches, and of tokens, in a null distribution
+ABLATION_KINDS = ("information", "presence")
+MIN_NULL_LIMIT = (
+    1e-3  # lower bound on the limit of a null distribution; smaller effects are treated as rounding errors
+)
+NUM_NULL_DRAWS = 8  # number of random draws of patches or tokens per null distribution
 
 
 @dataclass(frozen=True)
@@ -43,47 +46,49 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        compared: size of the effect on the images of the null distributions, which may be a subset of all images.
-        patches: sizes of the effect of ablating the same number of random patches.
-        redrawn: sizes of the effect of ablating the tokens after they were redrawn at random with the same norm. Empty
-            for tokens that the head reads, because each of these tokens has an effect.
-        redraw_effect: mean size of the effect of redrawing the tokens; None if not measured.
+        effect_on_null_images: effect size on the images of the null distributions, which may be a subset of all
+            images.
+        patch_effects: effect sizes of ablating the same number of random patches.
+        redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
+            because each of these tokens has an effect.
+        redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
     """
 
     effect: Any
-    compared: float
-    patches: list[float] = field(default_factory=list)
-    redrawn: list[float] = field(default_factory=list)
+    effect_on_null_images: float
+    patch_effects: list[float] = field(default_factory=list)
+    redrawn_effects: list[float] = field(default_factory=list)
     redraw_effect: float | None = None
 
     @property
     def null(self) -> Interval | None:
-        """Return the smallest null effect, and the limit that an effect beyond the null exceeds; None if the null
-        distributions are not measured."""
-        if not self.patches:
+        """Return the smallest effect and the largest limit of the null distributions, or None if the null
+        distributions were not measured. An effect above this limit is beyond the null."""
+        if not self.patch_effects:
             return None
-        limits = [compute_null_limit(values) for values in (self.patches, self.redrawn) if values]
-        return min(self.patches + self.redrawn), max(limits)
+        limits = [compute_null_limit(sizes) for sizes in (self.patch_effects, self.redrawn_effects) if sizes]
+        return min(self.patch_effects + self.redrawn_effects), max(limits)
 
     @property
     def is_beyond_null(self) -> bool:
-        """Return whether outputs change, and by more than the limits of both null distributions."""
+        """Return whether outputs change, and the effect exceeds the limits of both null distributions."""
         null = self.null
-        return null is not None and self.effect.changes_outputs and self.compared > null[1]
+        return null is not None and self.effect.has_changed_outputs and self.effect_on_null_images > null[1]
 
 
 Ablations = dict[str, dict[str, Ablation]]  # kind -> key of a token or name of a group -> ablation
 
 
-def compute_null_limit(values: Sequence[float]) -> float:
-    """Return the limit of a null distribution: its maximum, or the upper end of its 95 % prediction interval if this
-    is larger (normal distribution, unknown variance), since few random draws miss rare large values."""
-    num_values = len(values)
-    limit = max(*values, MIN_NULL_LIMIT)
-    if num_values < 2:
+def compute_null_limit(sizes: Sequence[float]) -> float:
+    """Return the limit of a null distribution: the maximum of the effect sizes, or the upper end of their 95 %
+    prediction interval if this end is larger (normal distribution with unknown variance). The interval accounts for
+    rare large effects that a few random draws miss."""
+    num_sizes = len(sizes)
+    limit = max(*sizes, MIN_NULL_LIMIT)
+    if num_sizes < 2:
         return limit
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_values - 1))
-    return max(limit, statistics.fmean(values) + quantile * statistics.stdev(values) * math.sqrt(1 + 1 / num_values))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_sizes - 1))
+    return max(limit, statistics.fmean(sizes) + quantile * statistics.stdev(sizes) * math.sqrt(1 + 1 / num_sizes))
 
 
 def compute_ablations(
@@ -99,10 +104,10 @@ def compute_ablations(
     Args:
         model: any ViTCLS model.
         batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
-        before: `collect_outputs(model, batches)`, if already computed.
+        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
+        before: outputs without ablation (`collect_outputs(model, batches)`), if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known_outputs: already computed outputs with hidden tokens, by key of the token or name of the group.
+        known_outputs: outputs with hidden tokens, if already computed, by token key or group name.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -110,15 +115,15 @@ def compute_ablations(
     model = unwrap_model(model)
     before = collect_outputs(model, batches) if before is None else before
     sample_batches, sampled_indices = sample or (batches, range(len(before)))
-    parts = get_ablated_parts(model.config.token_layout)
-    ablations: Ablations = {kind: {} for kind in KINDS}
-    if not parts:
+    targets = get_ablation_targets(model.config.token_layout)
+    ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
+    if not targets:
         return ablations
     generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
-    # Effect, and size of the effect on the sample. Outputs for all images are in memory for one part at a time.
-    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in KINDS}
+    # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
+    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
     hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
-    for key, indices in parts.items():
+    for key, indices in targets.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
             after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
         sampled_after = after.select(sampled_indices)
@@ -126,17 +131,17 @@ def compute_ablations(
         after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
         hidden_outputs[tuple(indices)] = sampled_after = after.select(sampled_indices)
         effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
-    sizes = {len(indices) for indices in parts.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, sizes, generator)
+    set_sizes = {len(indices) for indices in targets.values()}
+    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
     redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
     for kind, by_key in effects.items():
-        for key, (effect, sampled_size) in by_key.items():
-            redraw_effect, redrawn = redraw_effects[key]
+        for key, (effect, effect_on_null_images) in by_key.items():
+            redraw_effect, redrawn_effects = redraw_effects[key]
             ablations[kind][key] = Ablation(
                 effect=effect,
-                compared=sampled_size,
-                patches=patch_effects[kind, len(parts[key])],
-                redrawn=redrawn[kind],
+                effect_on_null_images=effect_on_null_images,
+                patch_effects=patch_effects[kind, len(targets[key])],
+                redrawn_effects=redrawn_effects[kind],
                 redraw_effect=redraw_effect,
             )
     return ablations
@@ -145,14 +150,14 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return the effect of replacing each special token by its mean, with keys such as `cls[0]`, without null
-    distributions (`compute_ablations`).
+    """Return a dictionary from token keys such as `cls[0]` to the effect of replacing the token by its mean. Null
+    distributions are not measured (use `compute_ablations`).
 
     Args:
         model: a classifier.
         batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states of the embeddings and after each layer (`Findings.mean_states`).
-        before: `collect_predictions(model, batches)`, if already computed.
+        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
+        before: predictions without ablation (`collect_predictions(model, batches)`), if already computed.
 
     Raises:
         ValueError: if the model has no classifier, there are no images, or labels have the wrong shape.
@@ -167,9 +172,9 @@ def compute_ablation_effects(
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images, or None if the classifier also reads other tokens than those at these
-    sequence indices, which are replaced by their means. The output is then the same for every image, so one forward
-    pass is sufficient."""
+    """Return the predictions for all images if the classifier reads only the tokens at these sequence indices, and
+    None otherwise. Because these tokens are replaced by their means, the predictions are the same for every image,
+    and one forward pass is sufficient."""
     read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
     if not isinstance(before, Predictions) or not read_indices <= set(indices):
         return None
@@ -186,14 +191,14 @@ def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices:
 
 
 def measure_patch_effects(
-    model: Any, batches: Batches, before: Any, sizes: set[int], generator: torch.Generator
+    model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[float]]:
-    """Return the sizes of the effects of ablating random patches, by kind and number of patches."""
+    """Return the effect sizes of ablating random patches, by kind of ablation and number of patches."""
     layout: TokenLayout = model.config.token_layout
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
     patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
-    sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(sizes)}
+    sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(set_sizes)}
     used_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
     means, _ = collect_mean_states(model, batches, used_indices)
     return {
@@ -203,15 +208,16 @@ def measure_patch_effects(
             for positions in [[used_indices.index(index) for index in indices]]
         ]
         for size, sets in sets_by_size.items()
-        for kind in KINDS
+        for kind in ABLATION_KINDS
     }
 
 
 def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL random sets of `size` of the n patches; single patches are not repeated (at most n sets)."""
+    """Return NUM_NULL_DRAWS random sets of `size` patches. If `size` is 1, the sets are distinct, so there may be
+    fewer sets."""
     if size == 1:
-        return patches[torch.randperm(len(patches), generator=generator)[:NUM_NULL]].unsqueeze(1).tolist()
-    orders = [torch.randperm(len(patches), generator=generator) for _ in range(NUM_NULL)]
+        return patches[torch.randperm(len(patches), generator=generator)[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
+    orders = [torch.randperm(len(patches), generator=generator) for _ in range(NUM_NULL_DRAWS)]
     return [sorted(patches[order[:size]].tolist()) for order in orders]
 
 
@@ -222,54 +228,58 @@ def measure_redraw_effects(
     hidden_outputs: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return two values by key of a token or name of a group: the mean size of the effect of redrawing the tokens, and
-    the sizes of the effects of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
+    """Return two values for each token key and group name: the mean effect size of redrawing the tokens, and the
+    effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
-    `hidden_outputs` are the outputs with the tokens at these sequence indices hidden from attention. The outputs are
-    the same for redrawn tokens, because neither other tokens nor the head read the hidden tokens.
+    `hidden_outputs` maps the sequence indices of tokens to the outputs with these tokens hidden from attention.
+    Redrawing the hidden tokens does not change the outputs, because neither other tokens nor the head read hidden
+    tokens.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
-        sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        changes = []
+        sizes: dict[str, list[float]] = {kind: [] for kind in ABLATION_KINDS}
+        redraw_sizes = []
         for indices in sets:
             with redraw_tokens(model, indices, generator):
-                means, redrawn = collect_mean_states(model, batches, indices)
-                changes.append(compute_effect(before, redrawn).size)
+                means, redrawn_outputs = collect_mean_states(model, batches, indices)
+                redraw_sizes.append(compute_effect(before, redrawn_outputs).size)
                 if has_null:
                     ablated_outputs = ablate("information", model, batches, indices, means)
-                    sizes["information"].append(compute_effect(redrawn, ablated_outputs).size)
-                    sizes["presence"].append(compute_effect(redrawn, hidden_outputs[tuple(indices)]).size)
-        effects |= dict.fromkeys(keys, (sum(changes) / len(changes), sizes))
+                    sizes["information"].append(compute_effect(redrawn_outputs, ablated_outputs).size)
+                    sizes["presence"].append(compute_effect(redrawn_outputs, hidden_outputs[tuple(indices)]).size)
+        effects |= dict.fromkeys(keys, (sum(redraw_sizes) / len(redraw_sizes), sizes))
     return effects
 
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
-    """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to measure the
-    effects of redrawn tokens. Each draw replaces one token of a group, in turn, or all tokens of the group.
+    """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
+    redrawn tokens. Each draw replaces one token of a group, in turn, or all tokens of the group.
 
-    These effects are not measured for tokens that the head reads, because all of these tokens have an effect.
+    Redrawn tokens that the head reads are not ablated, because all of these tokens have an effect.
     """
     layout = model.config.token_layout
-    keys, reads = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
+    keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
-        by_read = {is_read: [index for index in members if reads[index] == is_read] for is_read in (False, True)}
-        ablations = [([keys[index] for index in tokens], [[index] for index in tokens]) for tokens in by_read.values()]
+        indices_by_flag = {flag: [index for index in members if read_flags[index] == flag] for flag in (False, True)}
+        ablations = [
+            ([keys[index] for index in indices], [[index] for index in indices])
+            for indices in indices_by_flag.values()
+        ]
         if len(members) > 1:
             ablations.append(([group], [members]))
         for names, choices in ablations:
             if choices:
-                has_null = not any(reads[index] for index in choices[0])
-                num_draws = NUM_NULL if has_null else NUM_NULL // 2
+                has_null = not any(read_flags[index] for index in choices[0])
+                num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
                 yield names, [choices[draw % len(choices)] for draw in range(num_draws)], has_null
 
 
 def count_null_passes(model: Any) -> int:
     """Return the maximum number of passes over the images of the null distributions. The first pass only determines
     the number of tokens."""
-    sizes = {len(indices) for indices in get_ablated_parts(model.config.token_layout).values()}
+    set_sizes = {len(indices) for indices in get_ablation_targets(model.config.token_layout).values()}
     num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))
-    return 2 + 2 * NUM_NULL * len(sizes) + num_redraws if sizes else 0
+    return 2 + 2 * NUM_NULL_DRAWS * len(set_sizes) + num_redraws if set_sizes else 0
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -286,25 +296,25 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
     return [f"{group}[{index}]" for group, members in get_groups(layout).items() for index in range(len(members))]
 
 
-def get_ablated_parts(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return the sequence indices of each token by key, and of each group of several tokens by name."""
-    parts = {key: [index] for index, key in enumerate(get_token_keys(layout))}
-    return parts | {name: members for name, members in get_groups(layout).items() if len(members) > 1}
+def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
+    """Return the sequence indices of each token by token key, and of each group of several tokens by group name."""
+    targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
+    return targets | {name: members for name, members in get_groups(layout).items() if len(members) > 1}
 
 
 @torch.no_grad()
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
     """Return the mean states [L + 1, n, D] of the tokens at these sequence indices, in double precision, and the
     outputs of the same forward passes."""
-    batch_outputs, sums, runner = [], [], get_runner(model)
+    batch_outputs, state_sums, runner = [], [], get_runner(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             outputs = runner(pixel_values, output_hidden_states=True)
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
-            sums.append(states.cpu().double().sum(dim=0))
+            state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(read_outputs(model, outputs, labels))
     joined_outputs = join_outputs(batch_outputs)
-    return torch.stack(sums).sum(dim=0) / len(joined_outputs), joined_outputs
+    return torch.stack(state_sums).sum(dim=0) / len(joined_outputs), joined_outputs
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
@@ -320,10 +330,10 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
     and after each layer. The last layer is included only if the head reads one of the tokens."""
-    encoder, reads = model.base_model, get_read_tokens(model.config, is_classifier(model))
+    encoder, read_flags = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
-    if not any(reads[min(index, len(reads) - 1)] for index in indices):
-        modules.pop()  # a hook on the last layer would make it compute all tokens
+    if not any(read_flags[min(index, len(read_flags) - 1)] for index in indices):
+        modules.pop()  # a hook on the last layer would make this layer compute all tokens
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
         for module, means in zip(modules, mean_states, strict=False):
@@ -333,7 +343,7 @@ def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tens
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens at these sequence indices by random directions with the same norms."""
+    """Replace the embeddings of the tokens at these sequence indices by random vectors with the same norms."""
     directions = nn.functional.normalize(torch.randn(len(indices), model.config.hidden_size, generator=generator))
 
     def redraw(tokens: torch.Tensor) -> torch.Tensor:
@@ -347,12 +357,12 @@ def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
     """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the handle is removed.
-    The new tokens are [n, D] or [B, n, D], or computed from the old tokens."""
+    The new tokens are a tensor [n, D] or [B, n, D], or a function computes the new tokens from the old tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]
-        new = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
-        new_states[:, list(indices)] = new.to(hidden_states)
+        replacements = new_tokens(new_states[:, list(indices)]) if callable(new_tokens) else new_tokens
+        new_states[:, list(indices)] = replacements.to(hidden_states)
         return new_states
 
     return module.register_forward_hook(hook)

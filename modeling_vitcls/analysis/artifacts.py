@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; t
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
 MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum rise of outliers with hidden registers, in binomial standard deviations
+MIN_RISE_SCORE = 4.0  # minimum rise of the outlier fraction if registers are hidden, in binomial standard deviations
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SecondMode:
 
     Attributes:
         threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
-        ratio: median norm of the patches in the mode, each divided by the median norm of the image.
+        ratio: median over the patches in the mode of the norm divided by the median norm of the image.
         fraction: fraction of the patches in the mode.
         score: difference between mode and valley, in standard deviations of a Poisson distribution.
     """
@@ -49,9 +49,10 @@ class PatchDiagnosis:
         word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
         rating: "bad" or "good".
         reason: sentences with the measured values.
-        layer: the layer that the values belong to; 0 means the embeddings.
+        layer: the layer after which the values were measured; 0 means the embeddings.
         mode: the second mode after this layer; None if there is no second mode.
-        mode_without_registers: the second mode with the registers hidden from attention; None if there is none.
+        mode_without_registers: the second mode with the registers hidden from attention; None if there is no such
+            mode.
         num_patches: number of patches.
     """
 
@@ -65,12 +66,12 @@ class PatchDiagnosis:
 
 
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
-    """Return the second mode of the patch norms, or None if their distribution has one mode.
+    """Return the second mode of the patch norms, or None if the norm distribution has one mode.
 
     Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
-    detect them, because a wide distribution with one mode also has patches above the limit. A second mode is a window
-    of the histogram of logarithms that contains significantly more patches than a window (the valley) between the
-    second mode and the median.
+    detect artifacts, because a wide distribution with one mode also has patches above the limit. A second mode is a
+    window of the histogram of logarithms that contains significantly more patches than a window (the valley) between
+    the second mode and the median.
 
     Args:
         ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
@@ -98,33 +99,37 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Diagnose whether the norms of patches have a second mode in the last quarter of the layers whose output is read
-    (Darcet et al. 2023, arXiv 2309.16588, measure the last layer) or in earlier layers, and whether registers absorb
-    outliers."""
-    last = count_read_layers(config, has_head)[-1]
-    first = max(last - max(last // 4, 1) + 1, min(last, 1))
-    modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last + 1)]
+    """Diagnose whether the norms of patches have a second mode, and whether registers absorb outliers.
+
+    The verdict is for the last quarter of the layers whose output is read (Darcet et al. 2023, arXiv 2309.16588,
+    measure the last layer). The reason also describes earlier layers.
+    """
+    last_layer = count_read_layers(config, has_head)[-1]
+    first_layer = max(last_layer - max(last_layer // 4, 1) + 1, min(last_layer, 1))
+    modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last_layer + 1)]
     fractions = [mode.fraction if mode else 0.0 for mode in modes]
-    layer = max(range(first, last + 1), key=lambda each: fractions[each])
+    layer = max(range(first_layer, last_layer + 1), key=lambda each: fractions[each])
     mode, ratios = modes[layer], findings.patch_ratios[layer]
     if mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
-        advice = f"{registers} may absorb them (train with --num-register-tokens, or see analysis.test_time_registers)"
-        fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norms"
-        after = describe_layer(layer)
+        advice = (
+            f"{registers} may absorb artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
+        )
+        fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norm distribution"
+        where = describe_layer(layer)
         statements = [
-            f"Artifacts: {after}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"
+            f"Artifacts: {where}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"
         ]
     else:
-        largest = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
+        largest_norm = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
-        statements = [f"No artifacts: {norms}; {largest}"]
-    earlier_layer = max(range(first), key=lambda each: fractions[each], default=0)
-    if earlier_layer < first and fractions[earlier_layer] > 1.01 * fractions[layer]:
+        statements = [f"No artifacts: {norms}; {largest_norm}"]
+    earlier_layer = max(range(first_layer), key=lambda each: fractions[each], default=0)
+    if earlier_layer < first_layer and fractions[earlier_layer] > 1.01 * fractions[layer]:
         suffix = "" if mode is not None else ", but not in the last layers that are read"
-        fraction = f"{fractions[earlier_layer]:.2%}"
+        fraction = f"{fractions[earlier_layer]:.2%} of the patches"
         statements.append(
-            f"Largest second mode in earlier layers: {fraction}, {describe_layer(earlier_layer)}{suffix}"
+            f"The largest second mode in earlier layers contains {fraction}, {describe_layer(earlier_layer)}{suffix}"
         )
     mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
@@ -139,7 +144,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
 
 
 def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> str:
-    """Return the sentences of `diagnose_patches`."""
+    """Return the reason of the patch diagnosis (`diagnose_patches`) as text."""
     return diagnose_patches(config, findings, has_head).reason
 
 
@@ -149,8 +154,8 @@ def describe_layer(layer: int) -> str:
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden, and one sentence, or none if registers do not
-    absorb outliers."""
+    """Return the second mode of the norms with the registers hidden (None if there is no such mode) and a list of
+    sentences. The list is empty if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
@@ -166,6 +171,6 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
         < MIN_RISE_SCORE * (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
     ):
         return mode, []
-    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%} of the patches"
-    rise = f"with the registers hidden from attention, outliers rise {fractions}"
+    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%}"
+    rise = f"with the registers hidden from attention, the fraction of outliers increases {fractions}"
     return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]

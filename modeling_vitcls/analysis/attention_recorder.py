@@ -20,7 +20,7 @@ from .model_utils import unwrap_model
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """Inputs and output of one layer's attention. A head has one map, or two with differential attention."""
+    """Inputs and output of one layer's attention. A head has one map, or two maps with differential attention."""
 
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
@@ -47,10 +47,10 @@ def record_attention_layers(model: Any) -> Iterator[list[RecordedLayer]]:
 
 
 @contextmanager
-def process_attention_layers(model: Any, process: Callable[[RecordedLayer], None]) -> Iterator[None]:
-    """Call `process` with the attention of each layer during forward passes inside the block, so that the attention of
-    only one layer is in memory."""
+def process_attention_layers(model: Any, process_layer: Callable[[RecordedLayer], None]) -> Iterator[None]:
+    """Call `process_layer` with the attention of each layer during forward passes inside the block, so that the
+    attention of only one layer is in memory."""
     encoder = unwrap_model(model).base_model
-    record = lambda index, *recorded: process(RecordedLayer(*recorded))  # noqa: E731
+    record = lambda index, *recorded: process_layer(RecordedLayer(*recorded))  # noqa: E731
     with record_attention(encoder, range(len(encoder.layers)), record):
         yield

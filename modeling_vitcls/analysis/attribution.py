@@ -5,7 +5,7 @@
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
 multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
-are in memory. The methods support every attention implementation.
+are in memory. Both functions support every attention implementation.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from .model_utils import evaluation_mode, unwrap_model
 def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the attention rollout of each special token (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-    The map of a layer is the mean of the identity and the attention averaged over heads. With differential attention,
-    the map of a head is its first map minus the weighted second map, clamped to positive values and normalized.
-    Negative attention is therefore ignored.
+    The map of a layer is the mean of the identity matrix and the attention averaged over heads. With differential
+    attention, the map of a head is the first map minus the weighted second map, clamped to nonnegative values and
+    normalized. Negative attention is therefore ignored.
 
     Args:
         model: any ViTCLS model, in evaluation or training mode (dropout is disabled).
         pixel_values: [B, C, H, W].
 
     Returns:
-        [B, special token, key]; each row sums to 1. The second dimension is 0 if the model has no special tokens.
+        Tensor [B, special token, key]; each row sums to 1. A model without special tokens has no rows.
     """
     return trace_attention(model, pixel_values).compute_rollout()
 
@@ -41,10 +41,10 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     if attention.config.attention_type != "differential":
         return weights.mean(dim=1)
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
-    positive = (first - attention.second_share.float() * second).clamp(min=0)
-    total = positive.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)  # for heads without positive weights
-    return torch.where(total > 0, positive / total, identity).mean(dim=1)
+    positive_weights = (first - attention.second_share.float() * second).clamp(min=0)
+    row_sums = positive_weights.sum(dim=-1, keepdim=True)
+    identity = torch.eye(weights.shape[-1], device=weights.device)  # for rows without positive weights
+    return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
 def compute_attribution(
@@ -59,11 +59,11 @@ def compute_attribution(
     Args:
         model: a classifier.
         pixel_values: [B, C, H, W].
-        target: class index for all images, or [B], one class index per image. Default: the predicted class.
-        task: the task, required for a multi-task model.
+        target: one class index for all images, or class indices [B]. Default: the predicted class of each image.
+        task: name of the task; required for a multi-task model.
 
     Returns:
-        [B, key], nonnegative. Values have no unit and are comparable only within an image.
+        Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
 
     Raises:
         ValueError: if the model has no classifier, or the task or class does not exist.
@@ -74,7 +74,7 @@ def compute_attribution(
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """A forward pass with the attention of all layers, from which several maps are computed."""
+    """Outputs and recorded attention of a forward pass, from which rollout and attribution are computed."""
 
     config: ViTCLSConfig
     outputs: Any  # outputs of the model, with hidden states
@@ -85,31 +85,32 @@ class AttentionTrace:
     @torch.no_grad()
     def compute_rows(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
-        num_special = self.config.token_layout.num_prefix_tokens
-        return torch.stack([layer.compute_weights(num_special) for layer in self.layers], dim=1)
+        num_special_tokens = self.config.token_layout.num_prefix_tokens
+        return torch.stack([layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1)
 
     @torch.no_grad()
     def compute_rollout(self) -> torch.Tensor:
         """Return the attention rollout [B, S, N] (`compute_attention_rollout`)."""
         query = self.layers[-1].query
         identity = torch.eye(query.shape[2], device=query.device)
-        flow = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
+        rollout = identity[: self.config.token_layout.num_prefix_tokens].expand(len(query), -1, -1)  # [B, S, N]
         for layer, attention in zip(reversed(self.layers), reversed(self.attention_modules), strict=True):
-            flow = 0.5 * flow + 0.5 * flow @ average_heads(layer.compute_weights(), attention)
-        return flow
+            rollout = 0.5 * rollout + 0.5 * rollout @ average_heads(layer.compute_weights(), attention)
+        return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace needs gradients."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). Requires a trace with gradients."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
-            start = flow = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
+            start_weights = relevance = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
                 map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-                flow = flow + flow @ (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
-            return (flow - start).squeeze(1)  # the start weights do not depend on attention
+                weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
+                relevance = relevance + relevance @ weighted_map
+            return (relevance - start_weights).squeeze(1)  # the start weights do not depend on attention
 
 
 def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False) -> AttentionTrace:
@@ -118,11 +119,12 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     encoder_outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
-        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)  # weights may be frozen
+        # Gradients of the pixels make attention part of the autograd graph even if all weights are frozen.
+        inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]
-    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # a backbone has none
+    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # None for a backbone
     return AttentionTrace(model.config, outputs, layers, attention_modules, last_hidden_state)
 
 
@@ -133,10 +135,10 @@ def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
         raise ValueError("Attribution requires predictions, but this model has no classifier. Use a classifier.")
     if not isinstance(logits, dict):
         if task is not None:
-            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument.")
+            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")
         return logits
     if task not in logits:
-        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these.")
+        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these names.")
     return logits[task]
 
 
@@ -147,12 +149,12 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
     num_images, num_classes = logits.shape
     classes = torch.as_tensor(target, device=logits.device).long()
     if classes.numel() not in (1, num_images):
-        expected = f"there are {num_images} images. Pass one class, or one class per image."
-        raise ValueError(f"target has {classes.numel()} classes, but {expected}")
+        requirement = f"there are {num_images} images. Pass one class, or one class per image."
+        raise ValueError(f"target has {classes.numel()} classes, but {requirement}")
     classes = classes.reshape(-1).expand(num_images)
     if not bool(((classes >= 0) & (classes < num_classes)).all()):
-        expected = f"class indices are 0 to {num_classes - 1}. Pass valid indices."
-        raise ValueError(f"target is {classes.tolist()}, but {expected}")
+        requirement = f"the model has class indices from 0 to {num_classes - 1}. Pass valid class indices."
+        raise ValueError(f"target is {classes.tolist()}, but {requirement}")
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 

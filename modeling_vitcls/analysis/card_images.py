@@ -31,7 +31,7 @@ LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "
 
 MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
-# (dots per inch, palette size or None for all colors), tried in this order.
+# Pairs of dots per inch and palette size (None for all colors), which are tried in this order.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
 
 Sample = tuple[Image.Image, str | None]
@@ -46,19 +46,19 @@ def write_card_images(
 ) -> dict[str, str]:
     """Draw the images of a card into `folder`/pictures, as PNG files of less than 300 kB each.
 
-    The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this only on
-    the main process, with a model whose weights are not sharded.
+    The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
+    only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention
+    figures that are not drawn again are removed.
 
     Args:
         model: any ViTCLS model.
         results: measured values as in results.json; every confusion matrix is drawn.
-        samples: images with their labels in words, or None. The first four that the model accepts are shown; fewer if
-            the model has more than eight special tokens.
+        samples: pairs of an image and the name of the label (or None). The first four images that the model accepts
+            are shown, or fewer images if the model has more than eight special tokens.
 
     Returns:
-        Name -> path relative to `folder` for each image: "token_layout"; "confusion_matrix", or
-        "confusion_matrix_TASK" per task; "attention". Older confusion matrices and attention figures that
-        are not drawn again are removed.
+        Dictionary from the name of each image to the path relative to `folder`. Names are "token_layout",
+        "confusion_matrix" (or "confusion_matrix_TASK" for each task) and "attention".
 
     Raises:
         OSError: if a file cannot be written.
@@ -84,8 +84,8 @@ def build_figures(
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
     num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
-    if selected := list(islice(build_attention_samples(model, processor, samples), num_samples)):
-        images, maps, titles, visible_regions = zip(*selected, strict=True)
+    if attention_samples := list(islice(build_attention_samples(model, processor, samples), num_samples)):
+        images, maps, titles, visible_regions = zip(*attention_samples, strict=True)
         yield ATTENTION_NAME, plot_attention(images, maps, names, titles, visible_regions)
 
 
@@ -120,11 +120,11 @@ class AttentionSample(NamedTuple):
 def build_attention_samples(
     model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
 ) -> Iterator[AttentionSample]:
-    """Yield the attention of each special token in the last layer whose output is read, averaged over heads, for each
-    sample that the model accepts."""
+    """Yield an AttentionSample for each sample that the model accepts. The maps show the attention of each special
+    token in the last layer whose output is read, averaged over heads."""
     model = unwrap_model(model)
-    num_read = count_read_layers(model.config, is_classifier(model))[:-1]
-    layers = torch.tensor(num_read).sub(1).clamp(min=0)  # [T]
+    num_read_layers = count_read_layers(model.config, is_classifier(model))[:-1]
+    layers = torch.tensor(num_read_layers).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
         predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)
@@ -135,7 +135,7 @@ def build_attention_samples(
                 rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
                 rows = rows[layers, torch.arange(len(layers))]  # [T, key]
                 prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
-        except ValueError:  # evaluation also skips such images
+        except ValueError:  # evaluation also skips images that the model does not accept
             continue
         maps = extract_patch_maps(rows, model.config, (pixel_values.shape[-2], pixel_values.shape[-1]))
         image = to_upright_rgb(image)
@@ -160,7 +160,10 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG, with the first of `QUALITIES` that is smaller than MAX_BYTES, or the last."""
+    """Return the figure as a PNG file, with the best of `QUALITIES` that results in less than MAX_BYTES.
+
+    If all files are larger, return the file of the lowest quality.
+    """
     for resolution, num_colors in QUALITIES:
         image, png = render_figure(figure, resolution), BytesIO()
         if num_colors is not None:

@@ -18,7 +18,7 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
-from .ablation import KINDS, Ablation, Ablations, get_groups, get_token_keys
+from .ablation import ABLATION_KINDS, Ablation, Ablations, get_groups, get_token_keys
 from .artifacts import PatchDiagnosis
 from .effects import AblationEffect
 from .maps import count_read_layers
@@ -41,18 +41,18 @@ Word = Literal[
 Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-MIN_TWIN_SIMILARITY = 0.999  # minimum cosine similarity between identical tokens
-MAX_TWIN_DISTANCE = 0.01  # maximum distance between identical tokens / their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance between equal attention maps / their distance from uniform maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any layer and head, if the head reads the token
+MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
+MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between tokens considered identical / their variation over images
+MAX_MAP_DISTANCE = 0.1  # maximum distance between maps considered equal / their distance from uniform maps
+MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any attention head, if the head reads a token
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state of a changed token
+MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state if layers change a token
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_PROBABILITY = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
+MAX_HARM_P_VALUE = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
-MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in every layer by uniform attention
+MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to, in every layer, if attention is called uniform
 
 ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
 
@@ -63,10 +63,11 @@ class Verdict:
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
-        word: "effect beyond the null" (predictions or features depend on it more than on random tokens and patches),
-            "no measurable effect", "harmful" (the accuracy rises without it), "norm too large" (its embedding
-            dominates its state), "not moved" (by training), "same for all images", "cut off from the patches",
-            "collapsed" (identical to another token), "equal attention" (equal to another token's), or "not judged".
+        word: "effect beyond the null" (predictions or features depend on the token more than on random tokens and
+            patches), "no measurable effect", "harmful" (the accuracy rises without the token), "norm too large" (the
+            embedding dominates the state), "not moved" (by training), "same for all images", "cut off from the
+            patches", "collapsed" (identical to another token), "equal attention" (nearly the same attention maps as
+            another token), or "not judged".
         rating: "good", "neutral", "doubtful" or "bad".
         reason: one sentence with the measured values.
         numbers: the measured values by name.
@@ -92,11 +93,11 @@ def diagnose_tokens(
     Args:
         config: configuration of the model.
         findings: statistics over a few dozen images or more; with fewer than MIN_IMAGES, effects are not judged.
-        ablations: `compute_ablations`; without it, effects are not judged.
+        ablations: output of `compute_ablations`; if None, effects are not judged.
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
-        predictions: predictions with known labels (`collect_predictions`). If their accuracy is not better than
-            chance, the verdicts state this, because effects on such predictions are not meaningful.
+        predictions: predictions with known labels (`collect_predictions`). The verdicts state whether the accuracy is
+            not better than chance, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
     names, movement = get_token_names(config), token_movement or {}
@@ -107,10 +108,10 @@ def diagnose_tokens(
             index=index,
             names=names,
             num_read_layers=count_read_layers(config, has_head),
-            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in KINDS},
+            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in ABLATION_KINDS},
             num_tests=1 if ablations is None else sum(map(len, ablations.values())),
             movement=movement.get(key),
-            other_tokens_moved=any(movement.values()),
+            has_moved_tokens=any(movement.values()),
             caveat=describe_chance_accuracy(predictions),
         )
         verdicts.append(Verdict(names[index], *judge_token(evidence), numbers=evidence.collect_numbers()))
@@ -124,56 +125,58 @@ class TokenEvidence:
     findings: Findings
     index: int
     names: list[str]  # names of all special tokens
-    num_read_layers: list[int]  # for each special token, then for the patches (`count_read_layers`)
+    num_read_layers: list[int]  # number of layers whose output is read, for each special token and the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
-    num_tests: int  # number of ablations of the model
-    movement: float | None
-    other_tokens_moved: bool  # whether training moved any token
-    caveat: str  # clause about accuracy not better than chance; may be empty
+    num_tests: int  # number of ablations of all tokens and groups
+    movement: float | None  # distance that training moved the token; None if unknown
+    has_moved_tokens: bool  # whether training moved any token
+    caveat: str  # clause that is added if the accuracy is not better than chance; empty otherwise
 
     @property
-    def last(self) -> int:
+    def last_state(self) -> int:
         """Return the index of the last state that is read; 0 means the embedding."""
         return self.num_read_layers[self.index]
 
     @property
     def is_read_by_head(self) -> bool:
         """Return whether the head reads the token."""
-        return self.last == len(self.findings.entropy)
+        return self.last_state == len(self.findings.entropy)
 
     @property
     def is_same_for_all_images(self) -> bool:
         """Return whether the last state that is read is the same for all images. Both the variation of the whole state
         and the median over channels must be small, so that one channel of large magnitude cannot hide variation."""
         findings, index = self.findings, self.index
-        variation = torch.stack([each[self.last, index] for each in (findings.variation, findings.channel_variation)])
-        return self.last > 0 and findings.num_images > 1 and variation.max().item() < MIN_IMAGE_VARIATION
+        last_variations = [each[self.last_state, index] for each in (findings.variation, findings.channel_variation)]
+        is_constant = torch.stack(last_variations).max().item() < MIN_IMAGE_VARIATION
+        return self.last_state > 0 and findings.num_images > 1 and is_constant
 
     @property
-    def twin(self) -> tuple[int, int] | None:
-        """Return the index of an identical token, and the last state index at which both are read, or None."""
+    def identical_token(self) -> tuple[int, int] | None:
+        """Return the index of an identical token and the index of the last state at which both tokens are read, or
+        None if there is no identical token."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
-            last = min(self.last, self.num_read_layers[other])
-            norms = findings.mean_states[last].norm(dim=-1)  # [S]
-            variation = findings.variation[last] * norms  # [S], in the unit of `state_distance`
-            limit = MAX_TWIN_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
-            distance = findings.state_distance[last, index, other]
-            is_similar = bool(findings.between_tokens[last, index, other] >= MIN_TWIN_SIMILARITY)
+            state = min(self.last_state, self.num_read_layers[other])
+            norms = findings.mean_states[state].norm(dim=-1)  # [S]
+            variation = findings.variation[state] * norms  # [S], in the unit of `state_distance`
+            limit = MAX_IDENTICAL_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
+            distance = findings.state_distance[state, index, other]
+            is_similar = bool(findings.between_tokens[state, index, other] >= MIN_IDENTICAL_SIMILARITY)
             if other != index and is_similar and bool(distance <= limit):
-                candidates.append((distance.item(), other, last))
+                candidates.append((distance.item(), other, state))
         return min(candidates)[1:] if candidates else None
 
     @property
-    def map_twin(self) -> tuple[int, float] | None:
-        """Return the index of the token whose attention maps are nearly equal to the maps of this token, and the
-        distance between the maps of both tokens, divided by the mean distance of these maps from uniform maps; None if
-        there is no such token."""
+    def equal_attention_token(self) -> tuple[int, float] | None:
+        """Return the index of the token with nearly the same attention maps and the distance between the maps of both
+        tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps from
+        uniform maps."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
-            layers = slice(0, min(self.last, self.num_read_layers[other]))
+            layers = slice(0, min(self.last_state, self.num_read_layers[other]))
             distance = findings.map_distance[layers, index, other].sum().item()
             selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
             if other != index and selectivity > 0:
@@ -187,7 +190,7 @@ class TokenEvidence:
     def patch_mass(self) -> float:
         """Return the largest fraction of attention to patches in any layer and head whose output is read; 1 if there
         is no such layer."""
-        fractions = self.findings.attention_fractions[: self.last, :, self.index, -1]  # [layers, H]
+        fractions = self.findings.attention_fractions[: self.last_state, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
     @property
@@ -198,66 +201,72 @@ class TokenEvidence:
 
     @property
     def embedding_similarity(self) -> float:
-        """Return the cosine similarity between the token's embedding and its last state that is read."""
-        return self.findings.across_layers[self.index, 0, self.last].item()
+        """Return the cosine similarity between the token's embedding and the last state that is read."""
+        return self.findings.across_layers[self.index, 0, self.last_state].item()
 
     def describe_movement(self) -> str:
         """Describe how far training moved the token."""
         if self.movement is None:
-            return "its movement in training is unknown"
+            return "the movement of the token in training is unknown"
         norm = self.findings.token_norms[0, self.index].item()
-        return f"training moved it by {self.movement:.3g} ({self.movement / max(norm, 1e-12):.2g} times its norm)"
+        ratio = self.movement / max(norm, 1e-12)
+        return f"training moved the token by {self.movement:.3g} ({ratio:.2g} times the norm of its embedding)"
 
     def collect_numbers(self) -> dict[str, Any]:
         """Return the measured values by name."""
-        findings, map_twin = self.findings, self.map_twin
+        findings, identical, equal_attention = self.findings, self.identical_token, self.equal_attention_token
         return summarize_ablations(self.ablations) | {
             "movement": self.movement,
-            "read_layers": self.last,
-            "variation": findings.variation[self.last, self.index].item(),
+            "read_layers": self.last_state,
+            "variation": findings.variation[self.last_state, self.index].item(),
             "patch_mass": self.patch_mass,
             "norm_ratio": self.norm_ratio,
             "embedding_similarity": self.embedding_similarity,
-            "identical_token": None if self.twin is None else self.names[self.twin[0]],
-            "equal_attention_token": None if map_twin is None else self.names[map_twin[0]],
-            "equal_attention_distance": None if map_twin is None else map_twin[1],
+            "identical_token": None if identical is None else self.names[identical[0]],
+            "equal_attention_token": None if equal_attention is None else self.names[equal_attention[0]],
+            "equal_attention_distance": None if equal_attention is None else equal_attention[1],
         }
 
 
 def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
-    """Return word, rating and reason of a verdict. The first condition that is true determines the verdict."""
+    """Return the word, rating and reason of the verdict on a token. The first true condition determines the
+    verdict."""
     findings = token.findings
-    where = "after the last layer" if token.is_read_by_head else f"after layer {token.last}, the last that is read,"
-    if token.twin is not None:
-        other, last = token.twin
-        similarity = f"cosine {findings.between_tokens[last, token.index, other]:.4f}"
-        distance = f"distance {findings.state_distance[last, token.index, other]:.2g}"
-        return "collapsed", "bad", f"{where} it is identical to {token.names[other]} ({similarity}, {distance})."
+    where = "after the last layer"
+    if not token.is_read_by_head:
+        where = f"after layer {token.last_state}, the last layer whose output is read,"
+    if token.identical_token is not None:
+        other, state = token.identical_token
+        similarity = f"cosine {findings.between_tokens[state, token.index, other]:.4f}"
+        distance = f"distance {findings.state_distance[state, token.index, other]:.2g}"
+        reason = f"{where} the token is identical to {token.names[other]} ({similarity}, {distance})."
+        return "collapsed", "bad", reason
     if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
-        limit = f"in each layer and attention head, at most {token.patch_mass:.2%} of its attention goes to patches"
-        return "cut off from the patches", "bad", f"{limit}, although the head reads it."
+        limit = f"at most {token.patch_mass:.2%} of the token's attention goes to patches"
+        reason = f"in each layer and attention head, {limit}, although the head reads the token."
+        return "cut off from the patches", "bad", reason
     if token.is_same_for_all_images:
-        variation = findings.variation[token.last, token.index].item()
-        same = f"it is the same for every image (it varies by {variation:.1g} times the norm of its mean state)"
+        variation = findings.variation[token.last_state, token.index].item()
+        same = f"the state is the same for every image (it varies by {variation:.1g} times the norm of the mean state)"
         word: Word = "not moved" if token.movement == 0 else "same for all images"
         return word, "bad", f"{where} {same}; {token.describe_movement()}."
     if (harm := find_harm(token.ablations, token.num_tests)) is not None:
         return "harmful", "bad", f"{describe_harm(*harm)}; {token.describe_movement()}."
     if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
-        ratio = f"its embedding has {token.norm_ratio:.3g} times the median norm of the patches"
-        similarity = f"layers hardly change it (cosine {token.embedding_similarity:.3f} with its last state)"
-        return "norm too large", "bad", f"{ratio}, so {similarity}{token.caveat}."
-    if token.map_twin is not None:
-        twin_index, map_distance = token.map_twin
+        ratio = f"the norm of the embedding is {token.norm_ratio:.3g} times the median norm of the patches"
+        cosine = f"cosine {token.embedding_similarity:.3f} between embedding and last state"
+        return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){token.caveat}."
+    if token.equal_attention_token is not None:
+        other, map_distance = token.equal_attention_token
         equality = (
-            f"its attention maps are nearly equal to the maps of {token.names[twin_index]} in all layers that are read"
+            f"the attention maps are nearly equal to the maps of {token.names[other]} in all layers that are read"
         )
-        distance = f"their distance is {map_distance:.2g} times the distance from uniform attention"
+        distance = f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
         return "equal attention", "doubtful", f"{equality} ({distance})."
     if token.movement == 0:
         return "not moved", *judge_unmoved_token(token)
     if not token.ablations:
-        return "not judged", "neutral", "the effects of 2 ablations were not measured."
+        return "not judged", "neutral", "the effects of the 2 ablations of the token were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
     reason = f"{describe_comparison(token.ablations)}; {token.describe_movement()}{token.caveat}."
@@ -265,18 +274,19 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
 
 
 def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
-    """Return rating and reason for a token with a movement of 0, which may be frozen or already trained."""
+    """Return the rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if token.findings.num_images < MIN_IMAGES:
         explanation = describe_missing_images(token.findings.num_images)
-        return "neutral", f"its movement in this run is 0, and its effect is unknown: {explanation}."
+        return "neutral", f"the token did not move in this run (movement 0), and its effect is unknown: {explanation}."
     if not token.ablations:
-        return "neutral", "its movement in this run is 0: it is frozen or receives no gradient."
+        return "neutral", "the token did not move in this run (movement 0): it is frozen or receives no gradient."
     comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
     if any(ablation.is_beyond_null for ablation in token.ablations.values()):
-        return "neutral", f"frozen or already trained: its movement in this run is 0; {comparison}"
-    if token.other_tokens_moved:
-        return "bad", f"training moved other tokens, but its movement in this run is 0; {comparison}"
-    return "neutral", f"frozen, like all tokens of this run (movement 0); {comparison}"
+        explanation = "the token did not move in this run (movement 0): it is frozen or already trained"
+        return "neutral", f"{explanation}; {comparison}"
+    if token.has_moved_tokens:
+        return "bad", f"the token did not move in this run (movement 0), but training moved other tokens; {comparison}"
+    return "neutral", f"the token is frozen, like all tokens in this run (movement 0); {comparison}"
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -285,13 +295,13 @@ def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
 def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
-    """Return one verdict per group of several special tokens: single registers can be redundant, although all
+    """Return one verdict for each group of several special tokens. Single registers can be redundant although all
     registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
     verdicts = []
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
-        by_kind = {kind: ablations[kind][group] for kind in KINDS}
+        by_kind = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
         word = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
         judgment = judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions))
         verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=summarize_ablations(by_kind)))
@@ -299,8 +309,8 @@ def diagnose_groups(
 
 
 def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Rating, str]:
-    """Return word, rating and reason of the verdict on a group."""
-    num_images = ablations[KINDS[0]].effect.num_images
+    """Return the word, rating and reason of the verdict on a group."""
+    num_images = ablations[ABLATION_KINDS[0]].effect.num_images
     if num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(num_images)}."
     if (harm := find_harm(ablations, num_tests)) is not None:
@@ -309,7 +319,7 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
 
 
 def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[Word, Rating, str]:
-    """Return word, rating and the reason of a verdict on measured effects."""
+    """Return the word, rating and reason of a verdict on measured effects."""
     if not any(ablation.is_beyond_null for ablation in ablations.values()):
         return "no measurable effect", "neutral", reason
     return "effect beyond the null", "neutral" if caveat else "good", reason
@@ -320,14 +330,14 @@ def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, Abla
     than a constant prediction; None if there is no such ablation."""
     for kind, effect in ((kind, ablation.effect) for kind, ablation in ablations.items()):
         is_measured = isinstance(effect, AblationEffect) and effect.improvement is not None
-        if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_PROBABILITY / num_tests:
+        if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_P_VALUE / num_tests:
             return kind, effect
     return None
 
 
 def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
-    """Return the values of the ablations of a token or group by name: the values of the information ablation as
-    `effect`, `interval` and `null` (smallest effect and limit), and all values by kind."""
+    """Return the values of the ablations of a token or group by name: `effect`, `interval` and `null` (smallest effect
+    and limit) of the information ablation, and all values of each ablation under the name of its kind."""
     by_kind = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
     information = by_kind.get("information", {})
     return {name: information.get(name) for name in ("effect", "interval", "null")} | by_kind
@@ -340,9 +350,9 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
         "effect": effect.size,
         "interval": list(effect.interval),
         "null": None if null is None else list(null),
-        "null_patches": ablation.patches,
-        "null_redrawn": ablation.redrawn,
-        "effect_on_null_images": ablation.compared,
+        "null_patches": ablation.patch_effects,
+        "null_redrawn": ablation.redrawn_effects,
+        "effect_on_null_images": ablation.effect_on_null_images,
         "is_beyond_null": ablation.is_beyond_null,
         "redraw_effect": ablation.redraw_effect,
         "num_images": effect.num_images,
@@ -358,15 +368,15 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
 
 
 def describe_missing_images(num_images: int) -> str:
-    """Describe that more images are required to judge effects."""
+    """Return a clause that states how many images are required to judge effects."""
     verb = "are" if num_images > 1 else "is"
-    return f"the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
+    return f"measuring the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
 
 
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
     """Describe the effects of ablations, compared with the null distributions."""
-    beyond = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
-    clause = f"effect beyond the null ({' and '.join(beyond)})" if beyond else "no effect beyond the null"
+    kinds = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
+    clause = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
     terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
     return f"{clause}: {'; '.join(f'{terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
 
@@ -376,20 +386,20 @@ def describe_effect(ablation: Ablation) -> str:
     effect = ablation.effect
     low, high = effect.interval
     if isinstance(effect, AblationEffect):
-        text = f"{describe_changed_answers(effect)} predictions change, and logits change by {effect.size:.2g}"
+        text = f"{describe_changed_predictions(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
         text = f"the cosine change of the features is {changes}"
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
-    nulls = {"patches": ablation.patches, "random tokens": ablation.redrawn}
-    ranges = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in nulls.items() if sizes]
+    null_effects = {"patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
+    ranges = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in null_effects.items() if sizes]
     null = f"; null: {', '.join(ranges)}" if ranges else ""
     return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
 
 
-def describe_changed_answers(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of its 95 % interval, such as
+def describe_changed_predictions(effect: AblationEffect) -> str:
+    """Return the number of changed predictions and the upper end of the 95 % interval of this number, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
@@ -404,12 +414,13 @@ def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") ->
 
 
 def describe_chance_accuracy(predictions: Any) -> str:
-    """Return a clause about accuracy that is not better than chance; empty if it is better or unknown."""
+    """Return a clause if the accuracy is not better than chance; empty if the accuracy is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
+    accuracy, chance_accuracy = predictions.compute_accuracy(), predictions.compute_chance_accuracy()
     return (
-        f"; but the accuracy is not better than chance ({predictions.accuracy():.1%} on "
-        f"{len(predictions.predicted):,} images; most frequent label: {predictions.chance():.1%} of the images)"
+        f"; but the accuracy is not better than chance ({accuracy:.1%} on {len(predictions.predicted):,} images; "
+        f"most frequent label: {chance_accuracy:.1%} of the images)"
     )
 
 
@@ -418,13 +429,13 @@ def describe_chance_accuracy(predictions: Any) -> str:
 
 def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> list[str]:
     """Describe the selectivity of each special token in the first, middle and last third of the layers whose output is
-    read. For CLS and distillation tokens, compare it with the expected pattern: near uniform early, selective in the
-    middle.
+    read. For CLS and distillation tokens, compare the selectivity with the expected pattern: attention is nearly
+    uniform in early layers and selective in middle layers.
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
-    widths = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
-    fractions = widths / findings.uniform_by_token["entropy"].exp()  # [L, S]
+    num_attended = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
+    fractions = num_attended / findings.uniform_by_token["entropy"].exp()  # [L, S]
     num_read_layers = count_read_layers(config, has_head)
     texts = []
     for index, name in enumerate(get_token_names(config)):
@@ -432,37 +443,38 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
         if num_layers == 0:
             texts.append(f"{name} attends to other tokens only in layer 1, and nothing reads its output.")
             continue
-        read = fractions[:num_layers, index]
-        thirds = torch.stack([part.mean() for part in read.tensor_split(3) if len(part)])  # [3 or fewer]
+        read_fractions = fractions[:num_layers, index]
+        thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
         where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
-        narrowest_layer = int(widths[:num_layers, index].argmin())
-        width = round(widths[narrowest_layer, index].item())
+        selective_layer = int(num_attended[:num_layers, index].argmin())
+        num_tokens = round(num_attended[selective_layer, index].item())
         is_register = index >= config.token_layout.registers.start
+        pattern = "" if is_register else describe_depth_pattern(read_fractions, thirds)
         texts.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
-            f"tokens {where} (100% is uniform), most selective in layer {narrowest_layer + 1}: {width} "
-            f"token{'s' if width != 1 else ''}.{'' if is_register else describe_depth_pattern(read, thirds)}"
+            f"tokens {where} (100% is uniform), and is most selective in layer {selective_layer + 1}: {num_tokens} "
+            f"token{'s' if num_tokens != 1 else ''}.{pattern}"
         )
     return texts
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
     """Compare the fractions of tokens attended to, per layer [L] and averaged over thirds [3], with the expected
-    pattern. The sentence begins with a space."""
+    pattern. The returned sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
-        return " Uniform in every layer: it selects no patches."
+        return " Attention is uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:
         return " There are too few layers to compare early and middle layers."
     early, middle, _ = thirds.tolist()
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
-        return " As expected: near uniform early, selective in the middle."
-    return " Not as expected (near uniform early, selective in the middle)."
+        return " This is the expected pattern: nearly uniform in early layers, selective in middle layers."
+    return " This is not the expected pattern: nearly uniform in early layers, selective in middle layers."
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:
-    """Return one line: the tokens and groups by verdict, and whether there are artifacts."""
+    """Return one line with the tokens and groups of each verdict, and whether there are artifacts."""
     by_word: dict[str, list[str]] = {}
     for verdict in [*verdicts, *groups]:
         by_word.setdefault(verdict.word, []).append(verdict.token)
-    parts = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
-    return "; ".join([*parts, f"patches: {patches.word}"])
+    clauses = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
+    return "; ".join([*clauses, f"patches: {patches.word}"])

@@ -1,6 +1,6 @@
-"""Effects of an ablation: differences between the outputs of a model before and after it, with 95 % intervals.
+"""Effects of an ablation: differences between the outputs before and after the ablation, with 95 % intervals.
 
-compute_effect(before, after)    AblationEffect of `Predictions`, FeatureEffect of `Features` (model_outputs.py)
+compute_effect(before, after)    AblationEffect for `Predictions`, FeatureEffect for `Features` (model_outputs.py)
 """
 
 import math
@@ -15,11 +15,13 @@ from ..heads_vitcls import IGNORED_LABEL
 from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 
 
-Interval = tuple[float, float]  # 95 % confidence
+Interval = tuple[float, float]  # lower and upper end of a 95 % confidence interval
 
 CONFIDENCE = 0.95
-MIN_VARIATION = 1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
-MIN_FEATURE_CHANGE = 1e-3  # minimum cosine change of features; smaller changes are rounding errors
+MIN_RELATIVE_DEVIATION = (
+    1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
+)
+MIN_FEATURE_CHANGE = 1e-3  # minimum cosine change of features; smaller changes are treated as rounding errors
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
 
@@ -29,10 +31,11 @@ class AblationEffect:
 
     Attributes:
         changed_answers: fraction of images whose prediction changes.
-        logit_change: root mean square change of the logits, divided by their standard deviation over images (at least
-            a thousandth of their root mean square, because smaller deviations are rounding errors). With a single
-            image, the mean is the token's own state, so the effect is 0 and has no meaning.
-        accuracy_change: accuracy after minus accuracy before; None if no label is known.
+        logit_change: root mean square change of the logits, divided by the standard deviation of the logits over
+            images. The divisor is at least a thousandth of the root mean square of the logits, because smaller
+            deviations are rounding errors. With a single image, the mean is the token's own state, so the effect is 0
+            and not meaningful.
+        accuracy_change: accuracy after the ablation minus accuracy before the ablation; None if no label is known.
         num_images: number of images.
         changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
         logit_interval: interval of `logit_change`, from bootstrap samples of the images.
@@ -61,8 +64,8 @@ class AblationEffect:
         return self.logit_interval
 
     @property
-    def changes_outputs(self) -> bool:
-        """Return whether a prediction changes."""
+    def has_changed_outputs(self) -> bool:
+        """Return whether the ablation changes the prediction for any image."""
         return self.changed_answers > 0
 
 
@@ -71,9 +74,10 @@ class FeatureEffect:
     """Effect of an ablation on the features of an encoder.
 
     Attributes:
-        cosine_change: 1 minus the cosine similarity of features before and after, by name (`Features`), mean over
-            images.
-        knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for few images.
+        cosine_change: 1 minus the cosine similarity between features before and after the ablation, by name
+            (`Features`), mean over images.
+        knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for fewer than
+            MIN_IMAGES images.
         num_images: number of images.
         interval: 95 % interval of `size`, from bootstrap samples of the images.
     """
@@ -85,35 +89,35 @@ class FeatureEffect:
 
     @property
     def size(self) -> float:
-        """Return the value that is compared with null distributions, the largest cosine change."""
+        """Return the value that is compared with null distributions: the largest cosine change."""
         return max(self.cosine_change.values())
 
     @property
-    def changes_outputs(self) -> bool:
-        """Return whether features change by more than rounding errors."""
+    def has_changed_outputs(self) -> bool:
+        """Return whether the ablation changes features by more than rounding errors."""
         return self.size > MIN_FEATURE_CHANGE
 
 
 def compute_effect(before: Any, after: Any) -> Any:
-    """Return the difference between two outputs: `AblationEffect` of `Predictions`, `FeatureEffect` of `Features`."""
+    """Return the effect of an ablation: `AblationEffect` for `Predictions`, `FeatureEffect` for `Features`."""
     return compare_features(before, after) if isinstance(before, Features) else compare_predictions(before, after)
 
 
 def compare_predictions(before: Predictions, after: Predictions) -> AblationEffect:
     """Return the effect of an ablation on predictions."""
-    size = before.logits.square().mean().sqrt()
-    deviations = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
-    scale = deviations.mean().sqrt().clamp(min=MIN_VARIATION * size).clamp(min=1e-12)
-    changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
+    root_mean_square = before.logits.square().mean().sqrt()
+    variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
+    scale = variances.mean().sqrt().clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square).clamp(min=1e-12)
+    squared_changes = (after.logits - before.logits).square().mean(dim=1) / scale.square()  # [images]
     is_changed = (before.predicted != after.predicted).any(dim=-1)
-    accuracy_before, accuracy_after = before.accuracy(), after.accuracy()
+    accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
     accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
-        accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement(before, after)
-    low, high = bootstrap_mean(changes)
+        accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement_p_value(before, after)
+    low, high = compute_bootstrap_interval(squared_changes)
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
-        logit_change=changes.mean().sqrt().item(),
+        logit_change=squared_changes.mean().sqrt().item(),
         accuracy_change=accuracy_change,
         num_images=len(before),
         changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
@@ -125,39 +129,39 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
 
 def compare_features(before: Features, after: Features) -> FeatureEffect:
     """Return the effect of an ablation on features."""
-    changes = {}  # 1 minus the cosine similarity, mean over vectors, [images] each
-    for name, rows in before.vectors.items():
-        pairs = zip(rows, after.vectors[name], strict=True)
+    cosine_changes = {}  # name -> [images], 1 minus the cosine similarity, mean over vectors
+    for name, vectors_before in before.vectors.items():
+        pairs = zip(vectors_before, after.vectors[name], strict=True)
         similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
-        changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
+        cosine_changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
     neighbors, neighbors_after = before.find_neighbors(), after.find_neighbors()
     agreement = None
     if neighbors is not None and neighbors_after is not None:
         num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
         agreement = num_same / (NUM_NEIGHBORS * len(before))
-    largest_changes = max(changes.values(), key=lambda values: values.mean().item())
-    means = {name: values.mean().item() for name, values in changes.items()}
-    return FeatureEffect(means, agreement, len(before), bootstrap_mean(largest_changes))
+    largest_changes = max(cosine_changes.values(), key=lambda changes: changes.mean().item())
+    mean_changes = {name: changes.mean().item() for name, changes in cosine_changes.items()}
+    return FeatureEffect(mean_changes, agreement, len(before), compute_bootstrap_interval(largest_changes))
 
 
 def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
-    """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934), one-sided if the fraction is 0 or 1:
-    0 of 256 means at most 1.2 %."""
+    """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934). The interval is one-sided if the
+    fraction is 0 or 1; for example, 0 of 256 means at most 1.2 %."""
     alternative = {0: "less", num_images: "greater"}.get(num_changed, "two-sided")
     interval = stats.binomtest(num_changed, num_images, alternative=alternative).proportion_ci(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(values: torch.Tensor) -> Interval:
+def compute_bootstrap_interval(values: torch.Tensor) -> Interval:
     """Return the 95 % interval of the mean of values [images], from bootstrap samples of the images."""
     generator = torch.Generator().manual_seed(0)
     resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
-    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    low, high = values.float()[resamples].mean(dim=1).quantile(tails).tolist()
+    probabilities = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = values.float()[resamples].mean(dim=1).quantile(probabilities).tolist()
     return low, high
 
 
-def compute_improvement(before: Predictions, after: Predictions) -> float:
+def compute_improvement_p_value(before: Predictions, after: Predictions) -> float:
     """Return the p-value under the null hypothesis that the accuracy does not increase (exact one-sided test, McNemar
     1947)."""
     assert before.labels is not None

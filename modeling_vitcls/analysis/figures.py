@@ -1,8 +1,8 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
-Each plot function returns a matplotlib `Figure` on white. Figures are created without pyplot, so they do not remain
-in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over many images are
-in figures_over_depth.py and figures_of_states.py.
+Each plot function returns a matplotlib `Figure` with a white background. Figures are created without pyplot, so they
+do not remain in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over
+many images are in figures_over_depth.py and figures_of_states.py.
 """
 
 import math
@@ -27,8 +27,8 @@ from .image_report import ImageReport
 from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize_with_region, to_upright_rgb
 
 
-# Color of each group of `config.token_layout` in all figures and pages (palette of Okabe and Ito, distinguishable for
-# the color-blind).
+# Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can distinguish the colors
+# (palette of Okabe and Ito).
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 INK = "#222222"
@@ -38,18 +38,18 @@ ELLIPSIS = "…"
 
 # Token layout --------------------------------------------------------------------------------------------------------
 
-# Lengths in inches; at 100 dots per inch the figure is 800 pixels wide.
-WIDTH, HEIGHT, MARGIN = 8.0, 2.9, 0.2
+# Lengths in inches. At 100 dots per inch, the figure is 800 pixels wide.
+LAYOUT_WIDTH, LAYOUT_HEIGHT, MARGIN = 8.0, 2.9, 0.2
 BOXES_BOTTOM, BOXES_HEIGHT = 0.95, 1.25
 GRID_WIDTH = 2.0
 BOX_WIDTHS = np.arange(1.0, 0.05, -0.01)
-GROUP_GAP = 0.2  # gap between groups
+GROUP_GAP = 0.2  # horizontal gap between groups
 CHARACTER_WIDTH = 0.078
 
 MAX_BOXES = 12  # maximum number of boxes per group
 MAX_CELLS = 64  # maximum number of cells per side of the patch grid
 
-TERMS = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
+GROUP_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Box:
 
     @property
     def center(self) -> float:
-        """Return the horizontal center."""
+        """Return the x coordinate of the center."""
         return self.left + self.width / 2
 
 
@@ -73,8 +73,8 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
 
     Arrows mark the tokens that the head reads. The figure is 8 inches wide.
     """
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=100, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
+    figure = Figure(figsize=(LAYOUT_WIDTH, LAYOUT_HEIGHT), dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, LAYOUT_WIDTH), ylim=(0, LAYOUT_HEIGHT))
     axes.axis("off")
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
@@ -87,17 +87,17 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     draw_grid(axes, grid_left, config)
     if is_read(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
-    corner, width = (MARGIN, 0.18), WIDTH - 2 * MARGIN
+    corner, width = (MARGIN, 0.18), LAYOUT_WIDTH - 2 * MARGIN
     axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=INK, linewidth=0.8))
-    draw_text(axes, WIDTH / 2, 0.36, describe_head(config), 10, INK)
+    draw_text(axes, LAYOUT_WIDTH / 2, 0.36, describe_head(config), 10, INK)
     return figure
 
 
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
     groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
-    min_widths = {group: len(TERMS[group]) * CHARACTER_WIDTH for group in groups}
-    available_width = WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
+    min_widths = {group: len(GROUP_NAMES[group]) * CHARACTER_WIDTH for group in groups}
+    available_width = LAYOUT_WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
         widths = {group: max(box_width * len(tokens), min_widths[group]) for group, tokens in groups.items()}
         if sum(widths.values()) <= available_width:
@@ -114,7 +114,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
 
 
 def select_drawn_tokens(names: list[str]) -> dict[int, str]:
-    """Return index -> name of the drawn tokens: all, or the first tokens, `ELLIPSIS` and the last token."""
+    """Return index -> name of the drawn tokens: all tokens, or the first tokens, `ELLIPSIS` and the last token."""
     if len(names) <= MAX_BOXES:
         return dict(enumerate(names))
     return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
@@ -125,11 +125,11 @@ def build_group_header(config: ViTCLSConfig, group: str) -> str:
     if group == "patches":
         (rows, columns), (height, width) = config.grid_size, config.patch_height_width
         return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
-    return f"{TERMS[group]}\n{len(get_token_names_by_group(config)[group])}"
+    return f"{GROUP_NAMES[group]}\n{len(get_token_names_by_group(config)[group])}"
 
 
 def draw_box(axes: Axes, box: Box, rotation: int) -> None:
-    """Draw a token with its name."""
+    """Draw the box of a token, with the name of the token."""
     corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
     color, size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
     rotation = 0 if box.name == ELLIPSIS else rotation
@@ -139,12 +139,12 @@ def draw_box(axes: Axes, box: Box, rotation: int) -> None:
 
 def draw_arrow(axes: Axes, center: float) -> None:
     """Draw an arrow from a token to the head."""
-    style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=style)
+    arrow_style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=arrow_style)
 
 
 def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
-    """Draw the patch grid with the proportions of the image, centered."""
+    """Draw the centered patch grid with the aspect ratio of the image."""
     (rows, columns), (image_height, image_width) = config.grid_size, config.image_height_width
     scale = min(GRID_WIDTH / image_width, BOXES_HEIGHT / image_height)
     height, width = image_height * scale, image_width * scale
@@ -157,11 +157,11 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
 
 
 def describe_head(config: ViTCLSConfig) -> str:
-    """Return a text about the heads that read the tokens."""
+    """Return a description of the heads that read the tokens."""
     if is_masked_image_model(config):
         return "read by the decoder of masked patches"
     if config.tasks:
-        return f"read by one head per task: {shorten(', '.join(config.task_labels()), 60)}"
+        return f"read by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
     if config.has_distillation_head:
         return f'read by two heads: pooling "{config.pooling}", and distillation'
     return f'read by the head, pooling "{config.pooling}"'
@@ -175,17 +175,17 @@ MAX_NAME_LENGTH = 18  # maximum length of a class name
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by the fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
-    for up to 50.
+    for up to 50 classes.
 
     Args:
         matrix: [L, L], rows are true classes, columns are predicted classes.
-        class_names: L names.
+        class_names: names of the L classes.
 
     Raises:
-        ValueError: if the matrix is not square, or the number of names differs.
+        ValueError: if the matrix is not square, or the number of names does not match the matrix.
     """
     counts = np.asarray(matrix)
     num_classes = len(class_names)
@@ -210,11 +210,12 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
-    """Draw class names along both axes, horizontal if they are short; no names if there are many classes."""
+    """Draw class names along both axes, horizontally if the names are short. Names are omitted if there are more than
+    MAX_NAMED_CLASSES classes."""
     if len(names) > MAX_NAMED_CLASSES:
         axes.set(xticks=[], yticks=[])
         return
-    short_names = [shorten(name, MAX_NAME_LENGTH) for name in names]
+    short_names = [shorten_text(name, MAX_NAME_LENGTH) for name in names]
     font_size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
     axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
     rotation = 0 if max(map(len, short_names)) <= 3 else 90
@@ -222,7 +223,7 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
 
 
 def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
-    """Draw the counts in their cells; zeros are light gray."""
+    """Draw the count in each cell; zeros are light gray."""
     font_size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
@@ -231,8 +232,8 @@ def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # maximum number of tiles in a row: an image and overlays
-TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile, and height of its title, in inches
+MAX_COLUMNS = 7  # maximum number of tiles in a row: an image, and overlays on this image
+TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
 TILE_SIDE = 320  # longer side of an image in pixels
 
 
@@ -249,41 +250,41 @@ def plot_attention(
 
     Args:
         images: S images of any sizes.
-        maps: S tensors [T, gh, gw], or one [S, T, gh, gw], of attention to patches (`extract_patch_maps`).
-        names: T names of tokens (`get_token_names`).
-        titles: S texts, such as "7, predicted 7".
-        visible_regions: the region of each image that its maps cover (`get_visible_region`). Default: the whole image.
+        maps: attention to patches (`extract_patch_maps`), as S tensors [T, gh, gw] or one tensor [S, T, gh, gw].
+        names: names of the T tokens (`get_token_names`).
+        titles: titles of the S images, such as "7, predicted 7".
+        visible_regions: the region of each image that the maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
-        ValueError: if the numbers of images, maps, names or titles differ, or there are no images.
+        ValueError: if the numbers of images, maps, names and titles do not match, or there are no images.
     """
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
     if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:
         raise ValueError(
-            "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
+            "The numbers of images, maps, titles and visible regions must be equal and at least one, but there are "
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
         )
-    if any(len(tokens) != len(names) for tokens in maps):
+    num_tokens = [len(image_maps) for image_maps in maps]
+    if any(number != len(names) for number in num_tokens):
         raise ValueError(
-            f"The maps have {[len(tokens) for tokens in maps]} tokens, but the number of names is {len(names)}. "
-            "Pass one name per token."
+            f"The maps have {num_tokens} tokens, but the number of names is {len(names)}. Pass one name per token."
         )
     num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
-    columns = 1 + math.ceil(len(names) / num_rows)
+    num_columns = 1 + math.ceil(len(names) / num_rows)
     resized_images = [
         resize_with_region(to_upright_rgb(image), region, TILE_SIDE, TILE_SIDE)
         for image, region in zip(images, visible_regions, strict=True)
     ]
     row_heights = [TILE_WIDTH * min(image.height / image.width, 1) + TITLE_HEIGHT for image, _ in resized_images]
     heights = [height for height in row_heights for _ in range(num_rows)]
-    figure = Figure(figsize=(TILE_WIDTH * columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
-    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    figure = Figure(figsize=(TILE_WIDTH * num_columns, sum(heights)), dpi=100, facecolor="white", layout="constrained")
+    grid = figure.subplots(len(heights), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for tile in grid.flat:
         tile.axis("off")
-    for index, ((image, region), tokens, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
+    for index, ((image, region), image_maps, title) in enumerate(zip(resized_images, maps, titles, strict=True)):
         tiles = grid[index * num_rows : (index + 1) * num_rows]
         draw_image(tiles[0, 0], image, title)
-        for tile, values, name in zip(tiles[:, 1:].flat, tokens, names, strict=False):
+        for tile, values, name in zip(tiles[:, 1:].flat, image_maps, names, strict=False):
             draw_image(tile, overlay(image, values, region), name)
     return figure
 
@@ -293,7 +294,7 @@ DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:
-    """Plot the attention of each special token (rows) in each layer (columns), and its rollout.
+    """Plot the attention of each special token (rows) in each layer (columns), and the rollout of each token.
 
     The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
     an overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
@@ -308,21 +309,21 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """
     num_layers, num_heads, *_ = report.attention.shape
     if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Use 0 to {num_heads - 1}.")
+        raise ValueError(f"head is {head}, but the model has {num_heads} heads. Choose from 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
     titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
-    first_column = list(zip(report.attributions, titles, strict=True))
-    num_lines = max(len(names), 1 + len(first_column))
+    titled_attributions = list(zip(report.attributions, titles, strict=True))
+    num_rows = max(len(names), 1 + len(titled_attributions))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
     height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
-    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_lines + 0.2)
-    grid = figure.subplots(num_lines, num_columns, squeeze=False)
+    figure = create_figure(DEPTH_TILE_WIDTH * num_columns + 0.8, height * num_rows + 0.2)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for tile in grid.flat:
         tile.axis("off")
     draw_image(grid[0, 0], image, report.name)
-    for tile, (values, title) in zip(grid[1:, 0], first_column, strict=False):
+    for tile, (values, title) in zip(grid[1:, 0], titled_attributions, strict=False):
         draw_image(tile, overlay(image, values, visible_region), title)
     for index, name in enumerate(names):
         tiles = grid[index, 1:]
@@ -333,20 +334,20 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
             draw_text(tile, 0.5, -0.03, percentage, 7, INK, va="top", transform=tile.transAxes)
         draw_image(tiles[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
         tiles[0].text(
-            -0.08, 0.5, shorten(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
+            -0.08, 0.5, shorten_text(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
         )
     return figure
 
 
-def draw_text(axes: Axes, x: float, y: float, text: str, size: float, color: str, **options: Any) -> None:
+def draw_text(axes: Axes, x: float, y: float, text: str, font_size: float, color: str, **options: Any) -> None:
     """Draw centered text."""
-    axes.text(x, y, text, fontsize=size, color=color, **({"ha": "center", "va": "center"} | options))
+    axes.text(x, y, text, fontsize=font_size, color=color, **({"ha": "center", "va": "center"} | options))
 
 
 def draw_image(axes: Axes, image: Image.Image, title: str) -> None:
-    """Draw an image with a title wrapped to its width."""
+    """Draw an image with a title, which is wrapped to the width of the image."""
     axes.imshow(image, interpolation="nearest")
-    axes.set_title(textwrap.fill(shorten(title, 60), 22), fontsize=8, color=INK)
+    axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8, color=INK)
 
 
 def create_figure(width: float, height: float) -> Figure:
@@ -366,7 +367,7 @@ def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def shorten(text: str, max_length: int) -> str:
+def shorten_text(text: str, max_length: int) -> str:
     """Shorten a text by removing its middle, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text

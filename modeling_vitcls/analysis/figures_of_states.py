@@ -1,7 +1,7 @@
 """Figures of the states of tokens and patches, and of the effects of tokens on predictions.
 
-Each plot function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer
-0" means the embeddings. Curves are in figures_over_depth.py.
+Each plot function returns a matplotlib `Figure` with a white background, in the colors of figures.py and without
+pyplot. "After layer 0" means the embeddings. Curves are in figures_over_depth.py.
 """
 
 import math
@@ -22,17 +22,17 @@ from ..token_names import get_token_names
 from .ablation import get_token_keys
 from .artifacts import SecondMode, find_second_mode
 from .effects import AblationEffect
-from .figures import GROUP_COLORS, INK, create_figure, draw_text, shorten
+from .figures import GROUP_COLORS, INK, create_figure, draw_text, shorten_text
 from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
 from .token_statistics import Findings
 
 
 NUM_BINS = 48  # number of bins of a histogram
-MIN_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
-OUTLIER_COLOR = "#B3261E"  # color of bars of outlier patches
-OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of cosines -1 and 1; 0 is white
+MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
+OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
+OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
 COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
-MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which cosines are shown as numbers
+MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which the cosine is written in each cell
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -50,10 +50,11 @@ class NormHistogram:
 
 
 def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int) -> NormHistogram:
-    """Return the histogram of patch norms after a layer; 0 means the embeddings."""
-    ratios = findings.patch_ratios[layer].float().clamp(min=MIN_RATIO)
+    """Return the histogram of the patch norms after a layer; layer 0 means the embeddings."""
+    ratios = findings.patch_ratios[layer].float().clamp(min=MIN_NORM_RATIO)
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
-    registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=MIN_RATIO).tolist()
+    register_norms = findings.token_norms[layer, config.token_layout.registers]
+    registers = (register_norms / median).clamp(min=MIN_NORM_RATIO).tolist()
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
     counts = ratios.log().histc(NUM_BINS, min=math.log(low), max=math.log(high)).int().tolist()
     return NormHistogram(counts, low, high, find_second_mode(findings.patch_ratios[layer]), registers)
@@ -62,13 +63,13 @@ def compute_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int)
 def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -1) -> Figure:
     """Plot a histogram of the patch norms after a layer, divided by the median norm of the image (logarithmic axes).
 
-    If the norms have a second mode, the bars of this mode are red, and the dashed line is its lower limit. Triangles
-    mark the registers.
+    If the norms have a second mode, the bars of this mode are red, and the dashed line is the lower limit of this
+    mode. Triangles mark the mean norms of the registers.
 
     Args:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
-        layer: layer index; 0 means the embeddings, -1 is the last layer.
+        layer: layer index; 0 means the embeddings, -1 means the last layer.
 
     Raises:
         ValueError: if the layer does not exist.
@@ -109,48 +110,53 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     Args:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
-        layer: layer index; 0 means the embeddings, -1 is the last layer.
+        layer: layer index; 0 means the embeddings, -1 means the last layer.
 
     Raises:
         ValueError: if the layer does not exist, or the model has fewer than two special tokens.
     """
     layer = normalize_layer(layer, findings)
-    names = [shorten(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
+    names = [shorten_text(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     if len(names) < 2:
-        raise ValueError(f"The figure requires two or more special tokens, but the model has {len(names)}.")
+        raise ValueError(
+            f"The figure requires two or more special tokens, but the model has {len(names)}. Use a model with "
+            "more special tokens."
+        )
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
     figure = create_figure(side + 0.5, side)
     axes = figure.subplots()
     axes.set_title(f"Similarity of the tokens, {describe_layer(layer)}", fontsize=11, color=INK)
     matrix = findings.between_tokens[layer]
-    drawn = draw_cosines(axes, matrix)
+    axes_image = draw_cosines(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= MAX_NUMBERED_TOKENS:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
             color = "white" if abs(value) > 0.55 else INK
             draw_text(axes, column, row, f"{value:.2f}", 8, color)
-    figure.colorbar(drawn, ax=axes, shrink=0.8, label="cosine")
+    figure.colorbar(axes_image, ax=axes, shrink=0.8, label="cosine")
     return figure
 
 
 def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the cosine similarity between the states of each special token after each pair of layers; blocks are
-    consecutive layers with little change.
+    """Plot the cosine similarity between the states of each special token after each pair of layers. Blocks of
+    high similarity are consecutive layers that hardly change the token.
 
     Raises:
         ValueError: if the model has no special tokens.
     """
     names = get_token_names(config)
     if not names:
-        raise ValueError("The figure requires special tokens, but the model has no special tokens.")
+        raise ValueError(
+            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
+        )
     figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
-        drawn = draw_cosines(axes, matrix)
+        axes_image = draw_cosines(axes, matrix)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     figure.supxlabel("after layer", fontsize=9, color=INK)
     figure.supylabel("after layer", fontsize=9, color=INK)
-    figure.colorbar(drawn, ax=figure.axes, shrink=0.8, label="cosine")
+    figure.colorbar(axes_image, ax=figure.axes, shrink=0.8, label="cosine")
     return figure
 
 
@@ -169,13 +175,13 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
     are known, the change in accuracy.
 
     Raises:
-        ValueError: if the model has no special tokens, or the effects belong to other tokens.
+        ValueError: if the model has no special tokens, or the keys of `effects` are not the keys of these tokens.
     """
     keys = get_token_keys(config.token_layout)
     if not keys or list(effects) != keys:
         raise ValueError(
             f"The figure requires effects of {', '.join(keys) or 'special tokens'}, but there are effects of "
-            f"{', '.join(effects) or 'no tokens'}."
+            f"{', '.join(effects) or 'no tokens'}. Pass the output of compute_ablation_effects for this model."
         )
     measurements: dict[str, Sequence[float]] = {
         "changed predictions": [effect.changed_answers for effect in effects.values()],
@@ -184,7 +190,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
     accuracies = [effect.accuracy_change for effect in effects.values() if effect.accuracy_change is not None]
     if len(accuracies) == len(effects):
         measurements["change in accuracy"] = accuracies
-    names = [shorten(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
+    names = [shorten_text(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     figure = create_figure(2.7 * len(measurements) + 0.8, 0.32 * len(names) + 1.3)
     for axes, (title, values) in zip(
         figure.subplots(1, len(measurements), sharey=True), measurements.items(), strict=True
@@ -194,7 +200,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
         axes.set_title(title, fontsize=9, color=INK)
         axes.axvline(0, color=INK, linewidth=0.8)
         low, high = min(*values, 0, -1e-3 * (min(values) < 0)), max(*values, 0, 1e-3)
-        margin = 0.35 * (high - low)  # space for the numbers
+        margin = 0.35 * (high - low)  # space for the bar labels
         axes.set_xlim(low - margin * (low < 0), high + margin)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -208,10 +214,13 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 
 def normalize_layer(layer: int, findings: Findings) -> int:
-    """Return a nonnegative layer index; 0 means the embeddings. Raises ValueError if the layer does not exist."""
+    """Return a nonnegative layer index; 0 means the embeddings. Raise ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:
-        raise ValueError(f"layer is {layer}, but the model has {num_states - 1} layers. 0 means the embeddings.")
+        last_layer = num_states - 1
+        raise ValueError(
+            f"layer is {layer}, but the model has {last_layer} layers. Choose from 0 (the embeddings) to {last_layer}."
+        )
     return layer % num_states
 
 

@@ -1,7 +1,8 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-Each plot function returns a matplotlib `Figure` on white, in the colors of figures.py and without pyplot. "After layer
-0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report contains all figures.
+Each plot function returns a matplotlib `Figure` with a white background, in the colors of figures.py and without
+pyplot. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
+contains all figures.
 """
 
 import math
@@ -20,13 +21,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names, get_token_names_by_group
-from .figures import GROUP_COLORS, INK, TERMS, create_figure, shorten
+from .figures import GROUP_COLORS, GROUP_NAMES, INK, create_figure, shorten_text
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
-WIDTH, HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
-LEGEND_LINE_HEIGHT = 0.2  # height of a line of the legend in inches
+AXES_WIDTH, AXES_HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
+LEGEND_LINE_HEIGHT = 0.2  # height of a legend line in inches
 MIN_WIDTH = 3.2  # minimum width of a figure in inches
 MAX_COLUMNS = 4  # maximum number of columns in a grid of axes
 MAX_NAME_LENGTH = 24  # maximum length of names in legends
@@ -63,8 +64,8 @@ CURVES = {
 
 
 def get_uniform_values(findings: Findings, name: str) -> list[float]:
-    """Return the values of uniform attention for one of CURVES: one value, or several if CLS tokens attend to
-    different regions; empty for states."""
+    """Return the values of uniform attention for one of CURVES: one value for all tokens, or one value per special
+    token, because CLS tokens may attend to different regions. The list is empty for states."""
     if name == "received":
         return [math.exp(-findings.uniform["entropy"])]  # 1 / N
     if name == "patch_distance":
@@ -74,7 +75,7 @@ def get_uniform_values(findings: Findings, name: str) -> list[float]:
 
 @dataclass(frozen=True)
 class LineStyle:
-    """Line style of one token: groups differ in color, tokens of a group in lightness, dashes and markers."""
+    """Line style of one token. Groups differ in color; tokens of a group differ in lightness, dashes and markers."""
 
     name: str
     color: tuple[float, float, float]
@@ -87,7 +88,7 @@ PATCH_STYLE = LineStyle("patches", to_rgb(PATCH_COLOR))
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     """Plot one of CURVES: "entropy", "spread", "received", "patch_distance", "variation" or "to_patches".
 
-    A line is the mean over heads, the band is the range over heads, and the dashed line is uniform attention.
+    Each line is the mean over heads, each band is the range over heads, and dashed lines show uniform attention.
 
     Args:
         config: configuration of the model.
@@ -132,16 +133,16 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
-            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
-            styles.append(LineStyle(shorten(name, MAX_NAME_LENGTH), (red, green, blue), index))
+            fade = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
+            red, green, blue = (fade + (1 - fade) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            styles.append(LineStyle(shorten_text(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
 
 
 def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
-    """Draw a line over the layers [L], and a band if `high` exceeds `low`."""
+    """Draw a line of the `mean` [L] over the layers, and a band from `low` to `high` if these values differ."""
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
         axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
@@ -160,23 +161,25 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     """
     names = get_token_names(config)
     if not names:
-        raise ValueError("The figure requires special tokens, but the model has no special tokens.")
+        raise ValueError(
+            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
+        )
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
-    order = [name for name, _ in config.token_layout.items()]
+    group_order = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         bottom = np.zeros(len(fractions))
         for group in groups:
-            values = fractions[:, index, order.index(group)].numpy()
+            values = fractions[:, index, group_order.index(group)].numpy()
             axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
             bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         hide_frame(axes)
     figure.supxlabel("layer", fontsize=9, color=INK)
-    squares = [Patch(color=GROUP_COLORS[group], label=TERMS[group]) for group in groups]
+    squares = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
     figure.legend(handles=squares, loc="outside upper center", ncols=len(squares), frameon=False, fontsize=9)
     return figure
 
@@ -185,36 +188,37 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens and of 90 % of the patches, and the fraction of outlier patches.
+    """Plot the norms of the special tokens, the norms of the central 90 % of the patches, and the fraction of outlier
+    patches.
 
-    Models without registers may store global information in patches with little information, whose norms then become
-    outliers (Darcet et al. 2023, arXiv 2309.16588).
+    Models without registers may store global information in uninformative patches, whose norms then become outliers
+    (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
     fractions = {"patches": findings.outliers}
     if findings.outliers_without_registers is not None:
         fractions["patches, registers hidden"] = findings.outliers_without_registers
-    figure, (norms, outliers) = create_axes(2, len(styles) + len(fractions))
-    norms.set_title("Norms of tokens and patches", fontsize=11, color=INK)
+    figure, (norm_axes, outlier_axes) = create_axes(2, len(styles) + len(fractions))
+    norm_axes.set_title("Norms of tokens and patches", fontsize=11, color=INK)
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
-    draw_line(norms, PATCH_STYLE, median, low, high, 0)
+    draw_line(norm_axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(norms, style, line, line, line, 0)
+        draw_line(norm_axes, style, line, line, line, 0)
     plotted_values = torch.cat([low, high, findings.token_norms.flatten()])
     if plotted_values.min() > 0 and plotted_values.max() > MIN_RATIO_FOR_LOG_SCALE * plotted_values.min():
-        norms.set_yscale("log")
-        norms.set_ylabel("norm, logarithmic")
+        norm_axes.set_yscale("log")
+        norm_axes.set_ylabel("norm, logarithmic")
     else:
-        norms.set_ylim(bottom=0)
-        norms.set_ylabel("norm")
-    outliers.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
+        norm_axes.set_ylim(bottom=0)
+        norm_axes.set_ylabel("norm")
+    outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
     for index, (name, fraction) in enumerate(fractions.items()):
-        draw_line(outliers, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
-    outliers.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
-    outliers.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes in (norms, outliers):
+        draw_line(outlier_axes, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+    outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
+    outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    for axes in (norm_axes, outlier_axes):
         format_layer_axis(axes, len(median), 0)
-    draw_legend(figure, norms, outliers)
+    draw_legend(figure, norm_axes, outlier_axes)
     return figure
 
 
@@ -222,9 +226,9 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
-    """Create a figure with axes side by side, with space for a legend of `num_names` names below."""
-    width = WIDTH if num_axes == 1 else 1.5 * WIDTH
-    height = HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_legend_columns(width))
+    """Create a figure with `num_axes` axes side by side, and space for a legend of `num_names` names below."""
+    width = AXES_WIDTH if num_axes == 1 else 1.5 * AXES_WIDTH
+    height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_num_legend_columns(width))
     figure = create_figure(width, height)
     return figure, figure.subplots(1, num_axes, squeeze=False)[0]
 
@@ -232,28 +236,28 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes over layers, one per token, of this width and height in inches;
-    `extra_width` and `extra_height` are for legends and labels."""
-    columns = min(len(names), MAX_COLUMNS)
-    rows = math.ceil(len(names) / columns)
-    figure = create_figure(max(width * columns + extra_width, MIN_WIDTH), height * rows + extra_height)
-    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of the
+    axes in inches, and `extra_width` and `extra_height` are the space for legends and labels."""
+    num_columns = min(len(names), MAX_COLUMNS)
+    num_rows = math.ceil(len(names) / num_columns)
+    figure = create_figure(max(width * num_columns + extra_width, MIN_WIDTH), height * num_rows + extra_height)
+    grid = list(figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
-        axes.set_title(shorten(name, MAX_NAME_LENGTH), fontsize=9, color=INK)
+        axes.set_title(shorten_text(name, MAX_NAME_LENGTH), fontsize=9, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.tick_params(labelsize=8)
-    for unused in grid[len(names) :]:
-        unused.axis("off")
+    for unused_axes in grid[len(names) :]:
+        unused_axes.axis("off")
     return figure, grid[: len(names)]
 
 
-def get_legend_columns(width: float) -> int:
-    """Return the number of legend columns for a width in inches."""
+def get_num_legend_columns(width: float) -> int:
+    """Return the number of legend columns in a figure of this width in inches."""
     return int(width / 1.6)
 
 
 def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
-    """Format the grid, and the x axis with integer layers."""
+    """Draw horizontal grid lines, and label the x axis with integer layers."""
     axes.set_xlabel("layer" if first_layer else "after layer")
     axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -268,11 +272,11 @@ def hide_frame(axes: Axes) -> None:
 
 
 def draw_legend(figure: Figure, *all_axes: Axes) -> None:
-    """Draw a legend of all named lines below the axes, if there are several."""
+    """Draw a legend of all named lines below the axes, unless there is only one named line."""
     lines: dict[str, Line2D] = {}
     for line in (line for axes in all_axes for line in axes.get_lines()):
         lines.setdefault(str(line.get_label()), line)
     named_lines = [line for name, line in lines.items() if not name.startswith("_")]
     if len(named_lines) > 1:
-        columns = min(len(named_lines), get_legend_columns(figure.get_figwidth()))
-        figure.legend(handles=named_lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+        num_columns = min(len(named_lines), get_num_legend_columns(figure.get_figwidth()))
+        figure.legend(handles=named_lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)

@@ -24,16 +24,16 @@ IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "ty
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model for an image, or of one task of a multi-task model."""
+    """Prediction of a model for an image, or for one task of a multi-task model."""
 
     task: str | None
-    labels: list[Label]  # most probable label first; for a multi-label model, all predicted labels, possibly none
+    labels: list[Label]  # most probable label first; a multi-label model may predict no label
     top_label: str  # the most probable label, even if a multi-label model does not predict it
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """Predictions and maps of one image. L layers, H heads, S special tokens, gh x gw patches.
+    """Predictions and maps of one image. Shapes: L layers, H heads, S special tokens, gh x gw patches.
 
     Attributes:
         name: name of the image.
@@ -42,10 +42,10 @@ class ImageReport:
         truth: the true label in words; None if unknown.
         predictions: one prediction, or one per task; empty for an encoder.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
-        rollout: [S, gh, gw], attention through all layers (`compute_attention_rollout`).
-        attributions: [gh, gw] per prediction, attribution of the most probable label (`compute_attribution`).
+        rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
+        attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
         features: [L, gh, gw, D], hidden states of the patches after each layer (`compute_patch_features`).
-        kind: reason why the image is shown, one of IMAGE_KINDS; None if it was not selected by its prediction.
+        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by prediction.
     """
 
     name: str
@@ -68,12 +68,12 @@ def build_image_report(
     truth: str | None = None,
     kind: str | None = None,
 ) -> ImageReport:
-    """Run the model once on an image, and return its predictions, maps and patch features.
+    """Run the model once on an image, and return the predictions, maps and patch features of the image.
 
     Args:
         name: name of the image in the report.
-        truth: the true label in words.
-        kind: one of IMAGE_KINDS.
+        truth: the true label in words; None if unknown.
+        kind: reason why the image is shown, one of IMAGE_KINDS.
 
     Raises:
         ValueError: if the processor or the model does not accept the image.
@@ -87,7 +87,7 @@ def build_image_report(
     if is_classifier(model):
         predictions = build_image_predictions(trace.outputs.logits, config)
 
-    def extract(rows: torch.Tensor) -> torch.Tensor:
+    def extract_maps(rows: torch.Tensor) -> torch.Tensor:
         return extract_patch_maps(rows.float().cpu(), config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
     return ImageReport(
@@ -98,9 +98,9 @@ def build_image_report(
         ),
         truth=truth,
         predictions=predictions,
-        attention=extract(trace.compute_rows()[0]),
-        rollout=extract(trace.compute_rollout()[0]),
-        attributions=[extract(trace.compute_attribution(task=each.task)[0]) for each in predictions],
+        attention=extract_maps(trace.compute_rows()[0]),
+        rollout=extract_maps(trace.compute_rollout()[0]),
+        attributions=[extract_maps(trace.compute_attribution(task=each.task)[0]) for each in predictions],
         features=arrange_patch_features(trace.outputs.hidden_states, model.base_model, pixel_values)[0].detach(),
         kind=kind,
     )
@@ -110,7 +110,7 @@ def build_image_report(
 
 
 def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePrediction]:
-    """Return the predictions for the logits [1, labels] of one image, or for a dict of such logits per task."""
+    """Return the predictions for the logits [1, labels] of one image, or for a dictionary of logits by task."""
     if config.tasks:
         return [build_image_prediction(task, logits[task], names) for task, names in config.task_labels().items()]
     return [build_image_prediction(None, logits, get_label_space(config).names, is_multi_label(config))]
@@ -119,7 +119,7 @@ def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePred
 def build_image_prediction(
     task: str | None, logits: torch.Tensor, names: list[str], is_multi_label: bool = False
 ) -> ImagePrediction:
-    """Return the prediction for logits [1, labels]."""
+    """Return the prediction for the logits [1, labels] of one image."""
     (most_probable_labels,) = select_top_labels(logits, names, MAX_LABELS)
     (labels,) = select_probable_labels(logits, names) if is_multi_label else [most_probable_labels]
     return ImagePrediction(task, labels, top_label=most_probable_labels[0][0])

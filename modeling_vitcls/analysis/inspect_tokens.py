@@ -1,5 +1,5 @@
-"""The program `vitcls inspect`: inspects a model with images, and writes the report, JSON values and a summary on the
-terminal."""
+"""The program `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
+summary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ from ..hub.loading import MODEL_FILES
 from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
-from .inspection import Inspection, ProgressCallback, ignore, inspect_model
+from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
 from .inspection_inputs import open_images
-from .report import SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
+from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
 
 
 SPEED_PERIOD = 600  # seconds over which the progress bar estimates the speed
-STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
+RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
 def inspect_tokens(options: InspectOptions) -> Inspection:
@@ -77,11 +77,11 @@ def read_token_movement(folder: str) -> dict[str, float] | None:
 @contextmanager
 def show_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show a progress bar with the remaining time, if the output is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar_columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     if not console.is_terminal:
-        yield ignore
+        yield do_nothing
         return
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
+    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, finished, total: bar.update(
             task, description=description, completed=finished, total=total
@@ -102,22 +102,22 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
         for sentence in patch_sizes["sentences"]:
             console.print(sentence, markup=False)
-    size = options.output.stat().st_size / 2**20
+    num_megabytes = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
-        "" if num_with_heads == num_shown else f"; maps of single heads only for the first {num_with_heads}"
+        "" if num_with_heads == num_shown else f"; single heads are shown for the first {num_with_heads} images"
     )
-    counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({size:.1f} MB{omission_note}; {counts})", markup=False)
+    image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
+    console.print(f"saved {options.output} ({num_megabytes:.1f} MB{omission_note}; {image_counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 
 
 def build_verdict_table(inspection: Inspection) -> Table:
-    """Build a table of tokens, groups of several tokens, verdicts and reasons."""
-    verdicts = Table("token", "verdict", "reason")
+    """Build a table with the verdict and reason of each token and each group of several tokens."""
+    table = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
-        sign = SIGNS[verdict.word, verdict.rating]
-        word = f"[{STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
-        verdicts.add_row(escape(verdict.token), word, escape(verdict.reason))
-    return verdicts
+        sign = VERDICT_SIGNS[verdict.word, verdict.rating]
+        word = f"[{RATING_STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
+        table.add_row(escape(verdict.token), word, escape(verdict.reason))
+    return table

@@ -3,7 +3,8 @@
     images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
            -> image_report.py, for the images to show
 
-The forward passes of the statistics also compute the outputs before ablations and without registers.
+The forward passes for the statistics also compute the outputs without ablations, and the outputs with hidden
+registers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from ..data.labels import get_label_space, is_multi_label
 from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import group_by_shape
-from .ablation import Ablations, compute_ablations, count_null_passes, get_ablated_parts, get_token_keys
+from .ablation import Ablations, compute_ablations, count_null_passes, get_ablation_targets, get_token_keys
 from .artifacts import PatchDiagnosis, diagnose_patches
 from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens, summarize_diagnosis
 from .effects import AblationEffect
@@ -30,11 +31,11 @@ from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_BATCH_BYTES = 2**29  # maximum memory of a batch: hidden states, and the attention and MLP of one layer
-# Minimum and maximum number of images of the null distributions, and maximum number of operations of a pass over these
-# images
+MAX_BATCH_BYTES = 2**29  # maximum bytes of a batch: all hidden states, and the attention and MLP of one layer
+# Minimum and maximum number of images for the null distributions, and maximum number of floating-point operations in a
+# pass over these images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
-MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # images for the checks of maps, which require many passes
+MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # minimum and maximum number of images for the checks of maps
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
@@ -51,13 +52,13 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        accuracy: accuracy on the same images, 0 to 1; None if no labels are known.
+        accuracy: accuracy on the images of the statistics, from 0 to 1; None if no label is known.
         verdicts: one verdict per special token.
         group_verdicts: one verdict per group of several special tokens.
         patches: diagnosis of the norms of patches.
         depth: one text per special token about its attention over depth.
         image_reports: reports of the images to show.
-        num_null_images: number of images of the null distributions.
+        num_null_images: number of images for the null distributions.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
             single-label classifier.
         patch_sizes: comparison of patch sizes; empty unless requested.
@@ -83,7 +84,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token by its mean; None without a classifier."""
+        """Return the effect on predictions of replacing each token by its mean, or None if there is no classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
@@ -99,7 +100,7 @@ class Inspection:
         return summarize_diagnosis(self.verdicts, self.group_verdicts, self.patches)
 
 
-def ignore(*args: Any) -> None:
+def do_nothing(*args: Any) -> None:
     """Do nothing (the default callback)."""
 
 
@@ -116,13 +117,14 @@ def inspect_model(
     token_movement: Mapping[str, float] | None = None,
     patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
-    on_warning: WarningCallback = ignore,
-    on_progress: ProgressCallback = ignore,
+    on_warning: WarningCallback = do_nothing,
+    on_progress: ProgressCallback = do_nothing,
 ) -> Inspection:
     """Measure what the special tokens of a model do. The model is not changed and stays on its device.
 
     Args:
-        model: any ViTCLS classifier or encoder, with or without special tokens; also compiled or with PEFT adapters.
+        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
+            adapters.
         processor: the image processor of the model.
         images: images to show. Unreadable images cause a warning and are skipped.
         names: names of the images.
@@ -135,7 +137,7 @@ def inspect_model(
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
-        on_progress: called with a description, the number of finished steps and the total.
+        on_progress: called with a description, the number of finished steps and the total number of steps.
 
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
@@ -146,15 +148,16 @@ def inspect_model(
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
     config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
-    pixels = preparer.prepare_all(statistics_images, on_progress)
-    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in pixels]
-    batches = InspectionBatches(model, list(pixels.values()), encode_labels(readable_labels, model), batch_size)
+    pixels_by_index = preparer.prepare_all(statistics_images, on_progress)
+    readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
+    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in readable_indices]
+    batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     sample_batches, sampled_indices = batches.sample(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # the outputs without registers are reused
-    num_ablation_passes = 2 * len(get_ablated_parts(config.token_layout)) + 1 - num_statistics_passes
+    # The outputs without registers are reused.
+    num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
         on_progress,
@@ -172,22 +175,23 @@ def inspect_model(
     )
     selected_kinds = dict.fromkeys(range(len(images)))
     if num_shown is not None:
-        indices = list(pixels)
-        selected = select_images(before, config, num_shown)
-        selected_kinds = {indices[batches.order[position]]: kind for position, kind in selected.items()}
+        kinds_by_position = select_images(before, config, num_shown)
+        selected_kinds = {
+            readable_indices[batches.order[position]]: kind for position, kind in kinds_by_position.items()
+        }
     has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
     label_space, image_reports = get_label_space(config), []
-    for number, (index, kind) in enumerate(selected_kinds.items()):
-        on_progress("computing maps", number, len(selected_kinds))
+    for num_finished, (index, kind) in enumerate(selected_kinds.items()):
+        on_progress("computing maps", num_finished, len(selected_kinds))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
             image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
-    rows = []
+    patch_size_rows = []
     if patch_sizes:
         on_progress("comparing patch sizes", 0, 1)
-        readable_images = ImageSubset(statistics_images, list(pixels))
-        rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
+        readable_images = ImageSubset(statistics_images, readable_indices)
+        patch_size_rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -195,7 +199,7 @@ def inspect_model(
         has_head=has_head,
         findings=findings,
         ablations=ablations,
-        accuracy=None if predictions is None else predictions.accuracy(),
+        accuracy=None if predictions is None else predictions.compute_accuracy(),
         verdicts=diagnose_tokens(config, findings, ablations, token_movement, predictions, has_head),
         group_verdicts=diagnose_groups(config, ablations, predictions),
         patches=diagnose_patches(config, findings, has_head),
@@ -203,38 +207,44 @@ def inspect_model(
         image_reports=image_reports,
         num_null_images=len(sampled_indices),
         map_checks=check_sampled_maps(model, batches, on_progress),
-        patch_sizes=rows,
-        num_unreadable=len(preparer.problems),
+        patch_sizes=patch_size_rows,
+        num_unreadable=len(preparer.error_messages),
     )
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images. Empty for large models, because the checks
-    require about 40 passes per image, and for models other than single-label classifiers."""
-    num_affordable = count_null_images(model, batches.pixels)
-    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
+    """Return the checks of rollout and attribution for a few images.
+
+    The checks require about 40 passes per image. No checks are returned for large models, and for models other than
+    single-label classifiers.
+    """
+    max_null_images = count_null_images(model, batches.pixels)
+    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
-    sample_batches, _ = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
+    sample_batches, _ = batches.sample(min(max(max_null_images // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
 def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
-    """Return the indices of the most instructive images with their kind: wrong predictions (at most half if there are
-    enough others, the most confident first), the least confident of the others (at most a quarter), and evenly
-    spaced typical images. For an encoder, all selected images are evenly spaced, without a kind."""
+    """Return the indices of the most instructive images, with the kind of each image.
+
+    At most half of the images are wrong predictions, starting with the most confident predictions, unless there are
+    too few other images. About a quarter are the least confident of the other predictions, and the remaining images
+    are evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
+    """
     if not isinstance(before, Predictions):
-        return dict.fromkeys(spread_evenly(range(len(before)), num_selected))
+        return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
     confidences = compute_confidences(before.logits, config).tolist()
-    by_confidence = sorted(range(len(before)), key=lambda index: confidences[index])
+    sorted_indices = sorted(range(len(before)), key=lambda index: confidences[index])
     is_wrong = torch.zeros(len(before), dtype=torch.bool)
     if before.labels is not None:
         is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
-    other_indices = [index for index in by_confidence if not is_wrong[index]]
+    other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
-    wrong_indices = [index for index in reversed(by_confidence) if is_wrong[index]][:num_wrong]
+    wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
     uncertain_indices = other_indices[: (num_selected + 3) // 4]
-    typical_indices = spread_evenly(
+    typical_indices = select_evenly_spaced(
         sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)
     )
     selected = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
@@ -242,25 +252,25 @@ def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str 
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks; the minimum
-    over tasks or labels if there are several."""
+    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks. If there are
+    several tasks or labels, the probability is the minimum over tasks or labels."""
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
-    sizes = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
-    by_task = [part.softmax(dim=1).amax(dim=1) for part in logits.split(sizes, dim=1)]
-    return torch.stack(by_task).amin(dim=0)
+    num_labels = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
+    task_confidences = [task_logits.softmax(dim=1).amax(dim=1) for task_logits in logits.split(num_labels, dim=1)]
+    return torch.stack(task_confidences).amin(dim=0)
 
 
-def spread_evenly(indices: Sequence[int], num_selected: int) -> list[int]:
-    """Return at most `num_selected` of the indices, evenly spaced."""
+def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]:
+    """Return at most `num_selected` evenly spaced indices from `indices`."""
     num_selected = max(min(num_selected, len(indices)), 0)
     return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
 
 
 def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dict[str, Any]]:
     """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
-    registers hidden from attention (`known` of `compute_ablations`)."""
+    registers hidden from attention (`known_outputs` of `compute_ablations`)."""
     statistics = TokenStatistics(model)
     batch_outputs, batch_outputs_without_registers = [], []
     for pixel_values, labels in batches():
@@ -270,10 +280,10 @@ def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dic
             batch_outputs_without_registers.append(read_outputs(model, outputs_without_registers, labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
-        raise ValueError("The hidden states of the model are not finite. Check its weights, or load it in float32.")
+        raise ValueError("The hidden states of the model are not finite. Check the weights, or load them in float32.")
     key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
-    known = {key: join_outputs(batch_outputs_without_registers)} if batch_outputs_without_registers else {}
-    return findings, join_outputs(batch_outputs), known
+    known_outputs = {key: join_outputs(batch_outputs_without_registers)} if batch_outputs_without_registers else {}
+    return findings, join_outputs(batch_outputs), known_outputs
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -286,24 +296,24 @@ class ImagePreparer:
         self.processor = processor
         self.num_channels = num_channels
         self.on_warning = on_warning
-        self.problems: set[str] = set()  # one message per image that cannot be used
+        self.error_messages: set[str] = set()  # one message per image that cannot be used
 
     def prepare(self, images: Sequence[Image.Image], index: int) -> torch.Tensor | None:
-        """Return the pixels [C, H, W] of one image, or None if it cannot be used."""
+        """Return the pixels [C, H, W] of one image, or None if the image cannot be used."""
         try:
             image = images[index]
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
             check_channels(image, pixels, self.num_channels)
         except (ValueError, OSError) as error:
             message = format_error(error)
-            if message not in self.problems:
-                self.problems.add(message)
+            if message not in self.error_messages:
+                self.error_messages.add(message)
                 self.on_warning(f"skipped an image: {message}")
             return None
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return the pixels of all usable images by index. Raises ValueError if no image can be used."""
+        """Return the pixels of all usable images by index. Raise ValueError if no image can be used."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
@@ -313,13 +323,14 @@ class ImagePreparer:
                 pixels_by_index[index] = pixels
         if not pixels_by_index:
             raise ValueError(
-                f"None of the {len(images)} images can be read, for example: {min(self.problems)}. Check the images."
+                f"None of the {len(images)} images can be read, for example: {min(self.error_messages)}. "
+                "Check the images."
             )
         return pixels_by_index
 
 
 class InspectionBatches:
-    """Images [C, H, W] in memory as batches of equal shape, with labels [B, A] (`Predictions.labels`) or None. Batches
+    """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None. Batches
     that would require more than MAX_BATCH_BYTES of memory are smaller than `batch_size`."""
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
@@ -333,15 +344,15 @@ class InspectionBatches:
         self.order = [index for chunk in self.chunks for index in chunk]
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Yield all images once."""
+        """Yield each batch of images and labels once."""
         for chunk in self.chunks:
             pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.model.device)  # [B, C, H, W]
             yield pixel_values, None if self.labels is None else self.labels[chunk]
 
     def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `num_selected` evenly spaced images, and the indices of these images among the
-        images that this object yields."""
-        positions = spread_evenly(range(len(self.order)), num_selected)
+        """Return batches of at most `num_selected` evenly spaced images, and the positions of these images in the
+        order in which this object yields images."""
+        positions = select_evenly_spaced(range(len(self.order)), num_selected)
         indices = [self.order[position] for position in positions]
         pixels = [self.pixels[index] for index in indices]
         labels = None if self.labels is None else self.labels[indices]
@@ -349,14 +360,14 @@ class InspectionBatches:
 
 
 class PassProgress:
-    """Reports the forward passes of all measurements together, as a number of images, so that the remaining time can
-    be estimated from the start."""
+    """Reports the progress of all measurements together, as the number of images in all forward passes, so that the
+    remaining time can be estimated from the start."""
 
     def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:
         self.on_progress, self.num_images, self.num_finished = on_progress, num_images, 0
 
     def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
-        """Return a function that yields the same batches and reports `num_passes` forward passes for each."""
+        """Return a function that yields the same batches and reports `num_passes` forward passes per batch."""
 
         def iterate_watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
             for pixel_values, labels in batches():
@@ -377,18 +388,18 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     """Return the maximum batch size for images [C, H, W] that requires at most MAX_BATCH_BYTES of memory; at least 1.
 
     The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
-    activations of its MLP.
+    activations of one MLP.
     """
     config, num_tokens = model.config, count_tokens(model, pixels)
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
-    states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
-    activations = 2 * num_tokens * config.intermediate_size
-    num_values = states + activations + 3 * num_maps * num_tokens**2
+    num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
+    num_activations = 2 * num_tokens * config.intermediate_size
+    num_values = num_states + num_activations + 3 * num_maps * num_tokens**2
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
 def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
-    """Return the number of images that a pass with MAX_NULL_FLOPS operations can process."""
+    """Return the number of images that a pass of MAX_NULL_FLOPS floating-point operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * num_parameters * max(count_tokens(model, image) for image in pixels)
     return int(MAX_NULL_FLOPS / flops)

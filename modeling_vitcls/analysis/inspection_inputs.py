@@ -1,6 +1,6 @@
 """Images of an inspection and, if known, their labels. Images are decoded on access.
 
-PATHS       files, folders and URLs; images in a folder with the name of a class have this label
+PATHS       files, folders and URLs; if a folder has the name of a class, the images in the folder have this label
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
@@ -20,13 +20,13 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..inference.evaluate import match_labels
 from ..inference.inputs import open_image_files
 from ..options import DataOptions, InspectOptions
-from .inspection import spread_evenly
+from .inspection import select_evenly_spaced
 from .model_utils import is_classifier
 
 
 @dataclass(frozen=True)
 class InspectionImages:
-    """Images with their names, labels (see `inspect_model`; None if unknown) and a description of their source."""
+    """Images with names, labels (as in `inspect_model`; None if unknown) and a description of the source."""
 
     images: Sequence[Image.Image]
     names: Sequence[str]
@@ -35,8 +35,8 @@ class InspectionImages:
 
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
         """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
-        shown. Images are evenly spaced, because datasets are often sorted by class."""
-        indices = spread_evenly(range(len(self.names)), num_measured)
+        shown. The images are evenly spaced, because datasets are often sorted by class."""
+        indices = select_evenly_spaced(range(len(self.names)), num_measured)
         return {
             "images": ImageSubset(self.images, indices),
             "names": [self.names[index] for index in indices],
@@ -49,7 +49,7 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
     """Open the images of PATHS or `--dataset`. `record` contains the held-out images of the training run.
 
     Raises:
-        ValueError: if there are no images, the dataset cannot be read, or its labels are not labels of the model.
+        ValueError: if there are no images, the dataset cannot be read, or the model lacks labels of the dataset.
     """
     if options.dataset is None:
         return load_from_paths(options.paths, model)
@@ -74,8 +74,8 @@ def get_short_name(path: str) -> str:
 
 
 def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
-    """Return the index of the class with the name of each file's folder, or IGNORED_LABEL if there is no such class;
-    None if no folder has the name of a class."""
+    """Return the class index of each file: the index of the class with the same name as the file's folder, or
+    IGNORED_LABEL if there is no such class. Return None if no folder has the name of a class."""
     config = model.config
     if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
         return None
@@ -87,28 +87,28 @@ def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
 def load_from_dataset(
     options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
 ) -> InspectionImages:
-    """Load one split, with the label indices of the model, or without labels if it is not a classifier."""
-    columns = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
-    data = DataOptions(dataset, **columns)
+    """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
+    column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    data_options = DataOptions(dataset, **column_options)
     if is_classifier(model):
-        label_space, examples, split, _ = load_evaluation_data(data, options.split, record)
+        label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record)
         examples = match_labels(examples, label_space, get_label_space(model.config))
         images, labels = examples.images, examples.labels
     else:
         split = options.split or "test"
-        images, labels = load_unlabeled(data, split), None
+        images, labels = load_unlabeled_images(data_options, split), None
     dataset_name = get_short_name(dataset)
     names = [f"{dataset_name} {index}" for index in range(len(images))]
     return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
 
 
-def load_unlabeled(data: DataOptions, split: str) -> Sequence[Image.Image]:
-    """Load the images of a split. If the dataset has only one split, load this split."""
+def load_unlabeled_images(data_options: DataOptions, split: str) -> Sequence[Image.Image]:
+    """Load the images of a split. If the dataset has a single split with another name, load this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:
-            raise ValueError(f"{data.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
+            raise ValueError(f"{data_options.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (examples,) = load_splits(data, use_labels=False, select=select_split).images_by_split.values()
+    (examples,) = load_splits(data_options, use_labels=False, select=select_split).images_by_split.values()
     return examples.images

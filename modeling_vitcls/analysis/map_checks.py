@@ -3,7 +3,7 @@
 Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
 et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
 with a random order of patches, and insertion raises it faster. The randomized-weights check (Adebayo et al. 2018,
-arXiv 1810.03292) shuffles the values of all weights; a map that depends on the weights changes.
+arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
 """
 
 import copy
@@ -20,25 +20,26 @@ from .maps import extract_patch_maps, get_read_tokens
 from .model_utils import evaluation_mode, unwrap_model
 
 
-FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that are replaced
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that deletion replaces and insertion keeps
 MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
-MAX_PROBABILITY = 0.05  # maximum p-value of a map that is better than a random order
+MAX_P_VALUE = 0.05  # maximum p-value of a map that is better than a random order
 
 
 @dataclass(frozen=True)
 class MapCheck:
-    """Checks of one kind of map, means over images.
+    """Checks of one kind of map, averaged over images.
 
     Attributes:
         num_images: number of images.
-        deletion: probability of the predicted class after a fraction of the patches, those with the highest values, is
-            replaced; one value for each of FRACTIONS.
-        insertion: probability of the predicted class if only this fraction of the patches is not replaced.
-        random_deletion, random_insertion: the same with a random order of patches.
-        weight_correlation: rank correlation (Spearman) between the maps of the model and of a copy with shuffled
-            weights.
-        p_value: p-value of the hypothesis that the map is not better than a random order, over both curves together
-            (one-sided Wilcoxon test over images).
+        deletion: probability of the predicted class if the patches with the highest values are replaced; one value for
+            each of FRACTIONS.
+        insertion: probability of the predicted class if only the patches with the highest values are kept; one value
+            for each of FRACTIONS.
+        random_deletion, random_insertion: `deletion` and `insertion` for a random order of patches.
+        weight_correlation: rank correlation (Spearman) between the map of the model and the map of a copy with
+            shuffled weights.
+        p_value: p-value under the null hypothesis that the map is not better than a random order, for both curves
+            together (one-sided Wilcoxon test over images).
     """
 
     num_images: int
@@ -52,14 +53,14 @@ class MapCheck:
     @property
     def is_faithful(self) -> bool:
         """Return whether the map is significantly better than a random order, and depends on the weights."""
-        return self.p_value <= MAX_PROBABILITY and self.weight_correlation <= MAX_CORRELATION
+        return self.p_value <= MAX_P_VALUE and self.weight_correlation <= MAX_CORRELATION
 
     def describe(self, name: str) -> str:
         """Describe the checks in one sentence."""
         curves = torch.tensor([self.deletion, self.random_deletion, self.insertion, self.random_insertion])
         areas = torch.trapezoid(curves, torch.tensor(FRACTIONS)).tolist()
         verdict = "shows what predictions depend on"
-        if self.p_value > MAX_PROBABILITY:
+        if self.p_value > MAX_P_VALUE:
             verdict = "is not measurably better than a random order of patches"
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
@@ -80,7 +81,8 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         seed: seed of the random orders and of the shuffled weights.
 
     Returns:
-        Name of the map -> check. Without a special token that the head reads, only the attribution is checked.
+        Dictionary from the name of each map to a check. If the head reads no special token, only the attribution is
+        checked.
     """
     model = unwrap_model(model)
     generator = torch.Generator().manual_seed(seed)
@@ -126,13 +128,14 @@ def compute_maps(
     """Return the maps [gh, gw] of one image by name, and the probabilities [labels] of the classes."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
-    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     class_index = logits[0].argmax() if target is None else target
-    maps = {"attribution": extract_patch_maps(trace.compute_attribution(class_index)[0].float().cpu(), config, size)}
+    attribution = trace.compute_attribution(class_index)[0]
+    maps = {"attribution": extract_patch_maps(attribution.float().cpu(), config, image_size)}
     *read_tokens, _ = get_read_tokens(config)
     if any(read_tokens):
         rollout = trace.compute_rollout()[0, read_tokens.index(True)]
-        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, size)
+        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, image_size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
 
@@ -147,10 +150,10 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
     is_replaced = masks.repeat_interleave(patch_height, dim=1).repeat_interleave(patch_width, dim=2).unsqueeze(1)
     height, width = is_replaced.shape[-2:]
     changed_pixels = pixel_values.repeat(len(masks), 1, 1, 1)
-    mean = pixel_values.mean(dim=(-2, -1), keepdim=True)
-    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean, changed_pixels[..., :height, :width])
+    mean_color = pixel_values.mean(dim=(-2, -1), keepdim=True)
+    changed_pixels[..., :height, :width] = torch.where(is_replaced, mean_color, changed_pixels[..., :height, :width])
     with evaluation_mode(model):
-        logits = torch.cat([model(part).logits for part in changed_pixels.split(len(FRACTIONS))])
+        logits = torch.cat([model(batch).logits for batch in changed_pixels.split(len(FRACTIONS))])
     return logits.float().softmax(dim=1)[:, target].cpu().view(2, len(FRACTIONS))
 
 

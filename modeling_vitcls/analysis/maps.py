@@ -31,7 +31,7 @@ Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes
 class VisibleRegion(NamedTuple):
     """The region of an image that the model receives, as edges in pixels; (0, 0, w, h) is the whole image.
 
-    The region extends beyond the image if the processor pads.
+    The region extends beyond the image if the processor pads the image.
     """
 
     left: float
@@ -42,10 +42,10 @@ class VisibleRegion(NamedTuple):
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
     """Return the names of a layer's attention maps; differential attention has two maps per head."""
-    heads = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
+    names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
-        return [f"{head}, {ordinal} map" for head in heads for ordinal in ("first", "second")]
-    return heads
+        return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
+    return names
 
 
 # Tokens that are read ------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
     """Return whether the head reads the output of the token at this index of its group.
 
-    Without a head, the output consists of the CLS tokens, the distillation tokens and the patches.
+    A model without a head outputs the CLS tokens, the distillation tokens and the patches.
     """
     if not has_head:
         return group != "registers"
@@ -76,16 +76,16 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
 
 
 def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
-    """Return `is_read` of each special token, and then of the patches."""
+    """Return whether the head reads each special token and, as the last value, the patches (`is_read`)."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return [is_read(config, group, index, has_head) for group, names in groups.items() for index in range(len(names))]
 
 
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return the number of layers whose output is read, for each special token and then for the patches.
+    """Return the number of layers whose output is read, for each special token and, as the last value, the patches.
 
-    All layers are counted for a token that the head reads, and all except the last layer for any other token, because
-    its last output is not read. The attention of a token is read in the same layers.
+    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because nothing reads
+    its output for this token. The attention of a token is read in the same layers.
     """
     return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 
@@ -101,7 +101,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
         image_size: height and width of `pixel_values`.
 
     Returns:
-        [..., gh, gw]: rows and columns of patches.
+        Maps [..., gh, gw] of rows and columns of patches.
 
     Raises:
         ValueError: if the number of keys does not match the image size.
@@ -111,7 +111,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     patch_rows = rows[..., config.token_layout.patches]
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
-            f"The attention rows have {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
+            f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
             f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
         )
     return patch_rows.unflatten(-1, (grid_height, grid_width))
@@ -128,17 +128,17 @@ def upsample_maps(
         interpolate: whether to interpolate; otherwise, all pixels of a patch have the value of the patch.
 
     Returns:
-        [..., h, w] float32, NaN outside the visible region.
+        Maps [..., h, w] in float32, with NaN outside the visible region.
     """
     height, width = image_size
     y = normalize_pixel_centers(height, visible_region.top, visible_region.bottom).to(maps.device)  # [h]
     x = normalize_pixel_centers(width, visible_region.left, visible_region.right).to(maps.device)  # [w]
-    grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
-    flat = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
+    centers = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
+    flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     mode = "bilinear" if interpolate else "nearest"
-    upsampled = nn.functional.grid_sample(flat, grid[None], mode, padding_mode="border", align_corners=False)
-    outside = (grid.abs() > 1).any(dim=-1)  # [h, w]
-    return upsampled.masked_fill(outside, math.nan).reshape(*maps.shape[:-2], height, width)
+    pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], mode, padding_mode="border", align_corners=False)
+    is_outside = (centers.abs() > 1).any(dim=-1)  # [h, w]
+    return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
 
 
 def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Tensor:
@@ -153,14 +153,14 @@ def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Ten
 def get_visible_region(processor: Processor, image_size: Size, patch_size: Size | None = None) -> VisibleRegion:
     """Return the region of an image that the model receives from the image processor.
 
-    Without cropping, the region is the whole image. A center crop keeps the middle. A crop larger than the resized
-    image pads on both sides, and `do_pad` pads on the right and at the bottom; the region then extends beyond the
-    image.
+    Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
+    the resized image adds padding on both sides, and `do_pad` adds padding on the right and at the bottom. The region
+    then extends beyond the image.
 
     Args:
         image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If given, pixels on the right and at the
-            bottom that do not fill a patch are excluded, as in the model.
+        patch_size: height and width of patches (`config.patch_height_width`). If the size is given, pixels on the
+            right and at the bottom that do not fill a patch are excluded, as in the model.
     """
     resized_size = image_size
     if processor.do_resize:
@@ -197,9 +197,9 @@ RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
 PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
 
 
-def get_crop_offsets(processor: Processor, resized: Size, crop: Size) -> tuple[int, int]:
+def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) -> tuple[int, int]:
     """Return the top and left offset of the center crop in pixels of the resized image; negative if the crop pads."""
-    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized, crop, strict=True))
+    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized_size, crop_size, strict=True))
     is_padded = min(top, left) < 0
     rounding = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
     return rounding(top), rounding(left)
@@ -207,7 +207,7 @@ def get_crop_offsets(processor: Processor, resized: Size, crop: Size) -> tuple[i
 
 # Overlay ---------------------------------------------------------------------------------------------------------
 
-COLORMAP = "inferno"  # perceptually uniform, readable for the color-blind
+COLORMAP = "inferno"  # perceptually uniform, and readable for color-blind people
 IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map
 HIDDEN_BRIGHTNESS = 0.35  # brightness outside the visible region
 MIN_SCALE = 3.0  # minimum value of the brightest color, as a multiple of the mean of the map
@@ -227,39 +227,40 @@ def overlay(
     hatched.
 
     Args:
-        values: [gh, gw] per patch, or [h, w] per pixel of the image; nonnegative. NaN is outside the visible region.
+        values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN means outside the visible region.
         visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
-        max_value: the value of the brightest color, to compare maps. Default: the maximum of the map, but at least
-            MIN_SCALE times its mean, so that uniform attention is not bright everywhere.
-        max_side: scale the result down to at most this number of pixels per side.
-        min_side: scale a smaller image up by a whole factor until its longer side has this number of pixels.
+        max_value: the value that is drawn in the brightest color. Maps with the same `max_value` are comparable.
+            Default: the maximum of the map, but at least MIN_SCALE times the mean, so that uniform attention is not
+            bright everywhere.
+        max_side: maximum number of pixels per side; a larger image is scaled down.
+        min_side: minimum number of pixels of the longer side; a smaller image is scaled up by an integer factor.
 
     Returns:
-        An RGB image with the size of `image`, or its scaled size.
+        An RGB image with the size of `image`, or with the scaled size.
 
     Raises:
         ValueError: if the image processor does not accept the image.
     """
-    small, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
-    size = (small.height, small.width)
-    pixel_values = torch.as_tensor(values).detach().float().cpu()
-    if visible_region is not None or pixel_values.shape != size:
-        pixel_values = upsample_maps(pixel_values, size, region)  # [h, w]
-    gray = to_gray(small)
-    is_hidden = pixel_values.isnan()[:, :, None]
-    blended = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, pixel_values.numpy(), max_value))
-    return Image.fromarray((blended * 255).round().astype(np.uint8))
+    resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
+    size = (resized_image.height, resized_image.width)
+    map_values = torch.as_tensor(values).detach().float().cpu()
+    if visible_region is not None or map_values.shape != size:
+        map_values = upsample_maps(map_values, size, region)  # [h, w]
+    gray = to_gray(resized_image)
+    is_hidden = map_values.isnan()[:, :, None]
+    colors = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, map_values.numpy(), max_value))
+    return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB like the image processor: rotated by its EXIF tag, on a white background."""
+    """Convert an image to 8-bit RGB as the image processor does: upright (EXIF) and on a white background."""
     return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
 
 
 def resize_with_region(
     image: Image.Image, visible_region: VisibleRegion | None, max_side: int | None, min_side: int | None
 ) -> tuple[Image.Image, VisibleRegion]:
-    """Scale an image and its visible region: down with averaging, or up by a whole factor without smoothing."""
+    """Scale an image and the visible region: down with averaging, or up by an integer factor without smoothing."""
     (width, height), longer_side = image.size, max(image.size)
     left, top, right, bottom = visible_region or VisibleRegion(0, 0, width, height)
     if max_side is not None and longer_side > max_side:
@@ -278,19 +279,19 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
 
 def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:
-    """Color a map [h, w] and blend it over a gray image [h, w, 3] with values from 0 to 1."""
-    finite = np.nan_to_num(values)
+    """Return a gray image [h, w, 3] with values from 0 to 1, over which a map [h, w] is blended in color."""
+    finite_values = np.nan_to_num(values)
     if max_value is None:
-        max_value = max(finite.max(), MIN_SCALE * finite.sum() / max(np.isfinite(values).sum(), 1))
-    strength = (finite / max_value if max_value > 0 else finite).clip(0, 1)  # [h, w]
+        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max(np.isfinite(values).sum(), 1))
+    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
     colors = colormaps[COLORMAP](strength)[:, :, :3]
     opacity = (0.25 + 0.6 * strength)[:, :, None]
     return gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
 
 
 def draw_hatching(gray: np.ndarray) -> np.ndarray:
-    """Return an image [h, w, 3] with values from 0 to 1, darkened and with diagonal lines."""
+    """Return a gray image [h, w, 3] with values from 0 to 1, darkened and hatched with diagonal lines."""
     height, width, _ = gray.shape
     period = max(round(max(height, width) / 40), 2)
-    lines = (np.arange(height)[:, None] + np.arange(width)[None, :]) % period < max(period / 8, 1)  # [h, w]
-    return gray * HIDDEN_BRIGHTNESS + 0.12 * lines[:, :, None]
+    is_line = (np.arange(height)[:, None] + np.arange(width)[None, :]) % period < max(period / 8, 1)  # [h, w]
+    return gray * HIDDEN_BRIGHTNESS + 0.12 * is_line[:, :, None]

@@ -1,4 +1,4 @@
-"""Outputs of a model for many images: `Predictions` of a classifier, `Features` of any other model.
+"""Outputs of a model for many images: `Predictions` of a classifier, or `Features` of any other model.
 
 `get_predicted_labels` defines the prediction of a model for the whole analysis.
 """
@@ -19,11 +19,11 @@ from .model_utils import evaluation_mode, get_runner, is_classifier
 
 
 # Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
-# (see `Predictions`), or [B] if A is 1. Each call returns the same images.
+# (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
 
 MIN_IMAGES = 16  # minimum number of images to judge an effect
-NUM_NEIGHBORS = 5  # number of nearest neighbors by which features are compared
+NUM_NEIGHBORS = 5  # number of nearest neighbors for the comparison of features
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Predictions:
     # [images, A], class indices. A is 1 for a single-label model and the number of tasks for a multi-task model (in
     # the order of `config.task_labels()`). For a multi-label model, A is the number of labels, and values are 0 or 1.
     predicted: torch.Tensor
-    labels: torch.Tensor | None  # like `predicted`, IGNORED_LABEL if unknown; None if no label is known
+    labels: torch.Tensor | None  # same shape as `predicted`; IGNORED_LABEL if unknown; None if no label is known
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -44,24 +44,24 @@ class Predictions:
         rows = list(indices)
         return Predictions(self.logits[rows], self.predicted[rows], None if self.labels is None else self.labels[rows])
 
-    def accuracy(self) -> float | None:
+    def compute_accuracy(self) -> float | None:
         """Return the fraction of correct predictions among images with known labels; None if no label is known."""
         if self.labels is None or not bool((self.labels != IGNORED_LABEL).any()):
             return None
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
-    def chance(self) -> float | None:
+    def compute_chance_accuracy(self) -> float | None:
         """Return the accuracy if the most frequent label (of each column) is always predicted; None if no label is
         known."""
-        if self.labels is None or self.accuracy() is None:
+        if self.labels is None or self.compute_accuracy() is None:
             return None
-        known = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
-        counts = [column.unique(return_counts=True)[1].max().item() for column in known if len(column)]
-        return sum(counts) / sum(map(len, known))
+        known_labels = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
+        counts = [column.unique(return_counts=True)[1].max().item() for column in known_labels if len(column)]
+        return sum(counts) / sum(map(len, known_labels))
 
     def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds `chance` by two standard errors; None if no label is known."""
-        accuracy, chance = self.accuracy(), self.chance()
+        """Return whether the accuracy exceeds chance by two standard errors; None if no label is known."""
+        accuracy, chance = self.compute_accuracy(), self.compute_chance_accuracy()
         if self.labels is None or accuracy is None or chance is None:
             return None
         num_images = int((self.labels != IGNORED_LABEL).any(dim=1).sum())
@@ -70,8 +70,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of an encoder: for "cls" (if there are CLS tokens), "pooled" (the pooler's output, or the mean of the
-    patches) and "patches", one tensor [vectors, D] per image."""
+    """Features of an encoder: name -> one tensor [vectors, D] per image. The names are "cls" (if there are CLS
+    tokens), "pooled" (the pooler's output, or the mean of the patches) and "patches"."""
 
     vectors: dict[str, list[torch.Tensor]]
 
@@ -79,7 +79,7 @@ class Features:
         return len(self.vectors["patches"])
 
     def select(self, indices: Sequence[int]) -> "Features":
-        """Return copies of the features of some of the images, so that the memory of the others can be freed."""
+        """Return copies of the features of some images, so that the memory of the other features can be freed."""
         return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
@@ -116,19 +116,19 @@ def collect_predictions(model: Any, batches: Batches) -> Predictions:
 
 
 def read_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Any:
-    """Return `Predictions` or `Features` of a batch, on the CPU, from the output of the classifier, or of the encoder
-    inside any other model."""
+    """Return `Predictions` or `Features` of a batch, on the CPU. `outputs` is the output of the classifier, or of the
+    encoder inside any other model."""
     if not is_classifier(model):
         features = extract_features(outputs, model.config)
         return Features({name: list(vectors.float().cpu()) for name, vectors in features.items()})
-    by_task = list(outputs.logits.values()) if isinstance(outputs.logits, dict) else [outputs.logits]
-    predicted = get_predicted_labels(by_task, model.config).cpu()
-    logits = torch.cat(by_task, dim=-1).float().cpu()
+    task_logits = list(outputs.logits.values()) if isinstance(outputs.logits, dict) else [outputs.logits]
+    predicted = get_predicted_labels(task_logits, model.config).cpu()
+    logits = torch.cat(task_logits, dim=-1).float().cpu()
     return Predictions(logits, predicted, None if labels is None else reshape_labels(labels, predicted))
 
 
 def join_outputs(batches: Sequence[Any]) -> Any:
-    """Return `Predictions` or `Features` of all batches. Raises ValueError if there are no batches."""
+    """Return `Predictions` or `Features` of all batches. Raise ValueError if there are no batches."""
     if not batches:
         raise ValueError("Ablation requires at least one image, but there are no images. Pass one or more images.")
     if isinstance(batches[0], Features):
@@ -164,24 +164,24 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-def get_predicted_labels(by_task: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
+def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
+    A multi-label model predicts each label that has a probability of at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
-        return (by_task[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()
-    return torch.stack([logits.argmax(dim=-1) for logits in by_task], dim=-1)
+        return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()
+    return torch.stack([logits.argmax(dim=-1) for logits in task_logits], dim=-1)
 
 
 def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """Return a dataset label (data/images.py) as [A] (`Predictions.labels`), with IGNORED_LABEL for None.
+    """Return a dataset label (data/images.py) as a tensor [A] (`Predictions.labels`). None becomes IGNORED_LABEL.
 
     For a multi-label model, a class index means that only this label applies.
     """
     if config.tasks:
-        by_task = label or {}
-        return torch.tensor([by_task.get(task, IGNORED_LABEL) for task in config.task_labels()])
+        task_labels = label or {}
+        return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])
     if not is_multi_label(config):
         return torch.tensor([IGNORED_LABEL if label is None else int(label)])
     if isinstance(label, list | tuple):
@@ -192,18 +192,18 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
 
 
 def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | None:
-    """Return dataset labels as [images, A]; None if they are unknown, or the model is not a classifier."""
+    """Return dataset labels as a tensor [images, A]; None if `labels` is None, or the model is not a classifier."""
     if labels is None or not is_classifier(model):
         return None
     return torch.stack([encode_label(label, model.config) for label in labels])
 
 
 def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Return labels [B, A] or [B] as [B, A] on the CPU. Raise ValueError if their shape does not match the
+    """Return labels [B, A] or [B] as [B, A] on the CPU. Raise ValueError if the shape of the labels does not match the
     predictions."""
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
             f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "
-            f"they have shape {list(labels.shape)}. Pass one label per prediction."
+            f"the labels have shape {list(labels.shape)}. Pass one label per prediction."
         )
     return labels.cpu().view_as(predicted)

@@ -14,7 +14,7 @@ CLASSIFIER_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassific
 
 
 def unwrap_model(model: Any) -> Any:
-    """Return the ViTCLS model inside wrappers. Adapter layers that PEFT inserted stay active."""
+    """Return the ViTCLS model inside any wrappers. Adapter layers that PEFT inserted stay active."""
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
@@ -27,7 +27,7 @@ def unwrap_model(model: Any) -> Any:
 
 
 def is_classifier(model: Any) -> bool:
-    """Return whether a model is a classifier, or a subclass of one. Encoders and regression models are not."""
+    """Return whether a model is a classifier (including subclasses). Regression models are not classifiers."""
     unwrapped = unwrap_model(model)
     config = unwrapped.config
     has_head = any(base.__name__ in CLASSIFIER_NAMES for base in type(unwrapped).__mro__)
@@ -41,8 +41,8 @@ def get_runner(model: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode inside the block, and then restore the mode of each module. (Some modules, such
-    as frozen modules, may be in evaluation mode during training.)"""
+    """Set the model to evaluation mode inside the block, and then restore the mode of each module. Some modules, such
+    as frozen modules, may be in evaluation mode during training."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

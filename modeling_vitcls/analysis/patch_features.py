@@ -1,8 +1,8 @@
 """Patch features: principal components as colors, and cosine similarity to one patch, in each layer.
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
-Models without special tokens have patch features too. The sign of a principal component is arbitrary. Features are
-hidden states before the final norm. This file is part of the demo (hub/space.py).
+Features are hidden states before the final norm; models without special tokens have patch features too. The sign of a
+principal component is arbitrary. This file is part of the demo (hub/space.py).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .maps import (
 
 NUM_COLORS = 3  # red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
-# Quantiles of a component that have the darkest and the brightest color; values outside are clipped
+# Quantiles of a component that have the darkest and the brightest color; values beyond these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
@@ -55,7 +55,7 @@ def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
     """Return the patches [B, L, gh, gw, D] after each layer. `hidden_states` [B, N, D] are the embeddings and the
-    output of each layer. Raises ValueError if the model merges patches."""
+    output of each layer. Raise ValueError if the model merges patches."""
     if getattr(encoder.config, "merged_patches_per_layer", 0):
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
@@ -89,14 +89,17 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = Fa
     if num_components:
         components = PCA(num_components, random_state=0).fit_transform(rows[is_shown])
         low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
-        colors[is_shown] = 0.5  # if there are fewer than three components
+        colors[is_shown] = 0.5  # value of missing components if there are fewer than three components
         colors[is_shown, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return split_images(torch.from_numpy(colors), features)
+    return split_by_image(torch.from_numpy(colors), features)
 
 
 def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
-    """Return a boolean mask [patches] of the foreground: the patches whose first principal component has the sign that
-    is less frequent at the borders of the images than inside."""
+    """Return a boolean mask [patches] of the foreground.
+
+    The sign of the first principal component separates foreground and background. The foreground has the sign that is
+    less frequent at the borders of the images than inside the images.
+    """
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
     for border in borders:
@@ -106,8 +109,8 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     return ~is_foreground if is_inverted else is_foreground
 
 
-def split_images(rows: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Split values [patches, n] into one tensor [gh, gw, n] per image, with the grid sizes of `features`."""
+def split_by_image(rows: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Split rows [patches, n] into one tensor [gh, gw, n] per image, with the grid sizes of `features`."""
     sizes = [image.shape[0] * image.shape[1] for image in features]
     return [part.unflatten(0, image.shape[:2]) for part, image in zip(rows.split(sizes), features, strict=True)]
 
@@ -126,9 +129,9 @@ def draw_patch_colors(
     Args:
         visible_region, max_side, min_side: as in `maps.overlay`.
     """
-    small, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
-    size = (small.height, small.width)
-    gray = to_gray(small)
+    resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
+    size = (resized_image.height, resized_image.width)
+    gray = to_gray(resized_image)
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
     layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
     *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
@@ -161,15 +164,15 @@ class PatchComponents:
 
     values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
     scale: torch.Tensor  # [n], factor of the values of each component
-    offset: float  # squared norm of the part of the mean feature that is orthogonal to the components
+    offset: float  # squared norm of the component of the mean feature that is orthogonal to all principal components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:
-    """Compress the patches [gh, gw, D] of several images after one layer to `num_components` bytes per patch."""
+    """Compress the features [gh, gw, D] of several images after one layer to `num_components` bytes per patch."""
     rows = torch.cat([torch.nn.functional.normalize(image.flatten(0, 1), dim=-1) for image in features]).numpy()
     pca = PCA(min(num_components, *rows.shape), random_state=0).fit(rows)
-    projected = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
-    scale = (projected.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
-    values = (projected / scale).round().to(torch.int8)
+    projections = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
+    scale = (projections.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
+    values = (projections / scale).round().to(torch.int8)
     offset = float((pca.mean_**2).sum() - ((pca.components_ @ pca.mean_) ** 2).sum())
-    return PatchComponents(split_images(values, features), scale, max(offset, 0.0))
+    return PatchComponents(split_by_image(values, features), scale, max(offset, 0.0))

@@ -1,7 +1,7 @@
 """Comparison of patch sizes for a model: number of tokens, compute, and predictions with resampled weights.
 
-Large patches hide details; small patches cost more. The model is adapted to each size without training
-(adaptation_vitcls.py: FlexiViT's resizing of the patch projection, resampled position embeddings).
+Large patches hide details, and small patches increase the cost. The model is adapted to each size without training
+(adaptation_vitcls.py: the patch projection is resized as in FlexiViT, and position embeddings are resampled).
 """
 
 import copy
@@ -23,11 +23,11 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
-MIN_GRID_SIDE = 7  # minimum patches per side: ViT-B/32 at 224 pixels, the coarsest ViT of arXiv 2010.11929
-HIGH_ATTENTION_FRACTION = 0.5  # maximum fraction of compute in attention maps without a note
-ACCURACY_TOLERANCE = 0.01  # maximum difference from the best accuracy that counts as equally good
+MIN_GRID_SIDE = 7  # number of patches per side below which a note is added: ViT-B/32 at 224 pixels (arXiv 2010.11929)
+HIGH_ATTENTION_FRACTION = 0.5  # fraction of the compute in attention maps above which a note is added
+ACCURACY_TOLERANCE = 0.01  # accuracies within this difference from the best accuracy are considered equally good
 
-PatchSize = int | tuple[int, int]  # pixels; (height, width) if they differ
+PatchSize = int | tuple[int, int]  # in pixels; (height, width) if height and width differ
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,20 @@ class PatchSizeRow:
     """Measurements of a model with one patch size, without training at this size.
 
     Attributes:
-        patch_size: in pixels; one number if height and width are equal.
-        is_native: whether it is the model's own patch size.
-        grid: rows and columns of patches.
+        patch_size: patch size in pixels; one number if height and width are equal.
+        is_native: whether the patch size is the model's own patch size.
+        grid: number of rows and columns of patches.
         sequence_length: number of special tokens and patches.
-        gflops: 10^9 operations per image; a multiplication and an addition count as two.
+        gflops: 10^9 floating-point operations per image; a multiplication and an addition count as two operations.
         attention_share: fraction of the operations in attention maps, which grow with the square of the sequence
             length.
         milliseconds: median time per image in a batch; all sizes are measured in turn.
         device: device of the time measurement.
         num_images: number of images.
         accuracy: fraction of correct predictions among known labels; None if no label is known.
-        agreement: fraction of images with the same prediction as at the model's own size; None without a classifier.
-        note: possible problems of this size for these images; may be empty.
+        agreement: fraction of images with the same prediction as at the model's own size; None if the model is not a
+            classifier.
+        note: possible problems of this patch size for these images; may be empty.
     """
 
     patch_size: PatchSize
@@ -66,13 +67,13 @@ class PatchSizeRow:
 
 @dataclass
 class Candidate:
-    """The model with one patch size, and its measurements."""
+    """The model with one patch size, and the measurements with this patch size."""
 
     model: Any
     patch_size: PatchSize
     is_native: bool
     milliseconds: list[float] = field(default_factory=list)  # time per image, one value per batch
-    predictions: list[Predictions] = field(default_factory=list)  # one per batch; empty without a classifier
+    predictions: list[Predictions] = field(default_factory=list)  # one per batch; empty for an encoder
 
 
 def compare_patch_sizes(
@@ -91,11 +92,12 @@ def compare_patch_sizes(
         model: any ViTCLS model; it is not changed and stays on its device.
         processor: the image processor of the model.
         labels: the label of each image: a class index, a list of 0.0 and 1.0 per class, or {task: class index}; None
-            if unknown. None instead of a sequence if all labels are unknown.
-        patch_sizes: in pixels.
+            if unknown. `labels` may be None if all labels are unknown.
+        patch_sizes: patch sizes to compare, in pixels.
+        batch_size: maximum number of images per forward pass.
 
     Returns:
-        One row per patch size, the smallest first.
+        One row per patch size, the smallest patch size first.
 
     Raises:
         ValueError: if a patch size does not divide the image size, images differ in size, or there are no images.
@@ -109,25 +111,25 @@ def compare_patch_sizes(
         candidates = [build_candidate(model, size, image_size) for size in sizes]
         measure_candidates(candidates, pixels.split(batch_size))
     encoded_labels = encode_labels(labels, model)
-    native = next(candidate for candidate in candidates if candidate.is_native)
-    return [build_row(candidate, native, encoded_labels, pixels) for candidate in candidates]
+    native_candidate = next(candidate for candidate in candidates if candidate.is_native)
+    return [build_row(candidate, native_candidate, encoded_labels, pixels) for candidate in candidates]
 
 
 def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Return sentences: the model's own size, each other size compared with it, a recommendation, and its limits."""
-    native = next(row for row in rows if row.is_native)
-    others = [row for row in rows if not row.is_native]
-    described_rows = [
-        (native, describe_native_size(native)),
-        *((row, describe_other_size(row, native)) for row in others),
+    """Return sentences about the model's own patch size and each other size, a recommendation, and its limitations."""
+    native_row = next(row for row in rows if row.is_native)
+    other_rows = [row for row in rows if not row.is_native]
+    descriptions = [
+        (native_row, describe_native_size(native_row)),
+        *((row, describe_other_size(row, native_row)) for row in other_rows),
     ]
-    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in described_rows]
+    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in descriptions]
     sentences += recommend_patch_size(rows)
-    if others and native.agreement is not None:
+    if other_rows and native_row.agreement is not None:
         sentences.append(
-            f"Predictions for {native.num_images} images use resampled weights, before any fine-tuning. They show the "
-            "difference from the model's own size, not the accuracy after fine-tuning. To measure the "
-            "latter, fine-tune with --patch-size."
+            f"Predictions for {native_row.num_images} images use resampled weights, before any fine-tuning. These "
+            "predictions show the difference from the model's own size, not the accuracy after fine-tuning. To "
+            "measure the accuracy after fine-tuning, fine-tune with --patch-size."
         )
     return sentences
 
@@ -135,18 +137,20 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def sort_patch_sizes(patch_sizes: Sequence[int], image_size: tuple[int, int], native: PatchSize) -> list[PatchSize]:
-    """Return the requested patch sizes and the model's own, the smallest first. Raises ValueError if a size does not
-    divide height and width of the images."""
+def sort_patch_sizes(
+    patch_sizes: Sequence[int], image_size: tuple[int, int], native_size: PatchSize
+) -> list[PatchSize]:
+    """Return the requested patch sizes and the model's own patch size, the smallest first. Raise ValueError if a size
+    does not divide the height and width of the images."""
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
-        if size != native and (size < 1 or common_divisor % size):
+        if size != native_size and (size < 1 or common_divisor % size):
             valid_sizes = ", ".join(
                 str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0
             )
             images = f"images of {image_size[0]} x {image_size[1]} pixels"
             raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")
-    return sorted({*patch_sizes, native}, key=lambda size: math.prod(to_height_width(size)))
+    return sorted({*patch_sizes, native_size}, key=lambda size: math.prod(to_height_width(size)))
 
 
 def to_height_width(size: PatchSize) -> tuple[int, int]:
@@ -155,10 +159,10 @@ def to_height_width(size: PatchSize) -> tuple[int, int]:
 
 
 def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) -> Candidate:
-    """Return the model itself, or the model adapted to a patch size and image size."""
+    """Return a candidate with the model itself, or with the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # logs each adapted weight
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # no logs of weights
     try:
         adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
@@ -169,11 +173,13 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
 
 
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the pixel values [images, C, H, W]. Raises ValueError if there are no images, or they differ in size."""
+    """Return the pixel values [images, C, H, W]. Raise ValueError if there are no images, or image sizes differ."""
     pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
     shapes = {tuple(pixels.shape) for pixels in pixel_values}
     if not shapes:
-        raise ValueError("A comparison of patch sizes requires at least one image, but there are no images.")
+        raise ValueError(
+            "A comparison of patch sizes requires images, but there are no images. Pass one or more images."
+        )
     if len(shapes) > 1:
         raise ValueError(
             "A comparison of patch sizes requires images of one size, but the image processor returns several sizes. "
@@ -187,17 +193,17 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 
 @torch.no_grad()
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
-    """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all of them.
+    """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
 
-    If there are few batches, they are repeated for time measurements only.
+    A small number of batches is repeated for time measurements only.
     """
     device = candidates[0].model.device
     for step in range(-1, max(len(batches), MIN_ROUNDS)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)
         for candidate in candidates:
-            start = get_synchronized_time(device)
+            start_time = get_synchronized_time(device)
             outputs = candidate.model(batch)
-            seconds = get_synchronized_time(device) - start
+            seconds = get_synchronized_time(device) - start_time
             if step >= 0:
                 candidate.milliseconds.append(1000 * seconds / len(batch))
             if 0 <= step < len(batches) and is_classifier(candidate.model):
@@ -212,7 +218,7 @@ def get_synchronized_time(device: torch.device) -> float:
 
 
 def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the number of operations for one image, in total and in attention maps.
+    """Return the number of floating-point operations for one image, in total and in attention maps.
 
     Operations are counted on a copy of the model on the meta device, with eager attention.
     """
@@ -228,17 +234,18 @@ def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
 
 
 def build_row(
-    candidate: Candidate, native: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
+    candidate: Candidate, native_candidate: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
 ) -> PatchSizeRow:
-    """Summarize the measurements of one patch size."""
+    """Return the row of one patch size, which summarizes the measurements."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
     grid = candidate.model.base_model.embeddings.patch_embeddings.get_grid_size(pixels)
     total_flops, attention_flops = count_flops(candidate.model, image_size)
     attention_share = attention_flops / total_flops
     accuracy, agreement = None, None
     if candidate.predictions:
-        predictions, native_predictions = join_outputs(candidate.predictions), join_outputs(native.predictions)
-        accuracy = replace(predictions, labels=labels).accuracy()
+        predictions = join_outputs(candidate.predictions)
+        native_predictions = join_outputs(native_candidate.predictions)
+        accuracy = replace(predictions, labels=labels).compute_accuracy()
         agreement = (predictions.predicted == native_predictions.predicted).all(dim=-1).float().mean().item()
     return PatchSizeRow(
         patch_size=candidate.patch_size,
@@ -268,7 +275,7 @@ def get_device_name(device: torch.device) -> str:
 
 
 def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
-    """Describe whether patches may be too large or too small for the images; empty if neither."""
+    """Return a note if patches may be too large or too small for the images, or an empty string otherwise."""
     notes = []
     if min(grid) < MIN_GRID_SIDE:
         notes.append(f"a patch spans 1/{min(grid)} of the image's side: patches may be too large for small details")
@@ -290,17 +297,17 @@ def describe_native_size(row: PatchSizeRow) -> str:
 
 
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Recommend the cheapest size within ACCURACY_TOLERANCE of the best accuracy; empty if fewer than two accuracies
-    are known."""
+    """Recommend the cheapest patch size within ACCURACY_TOLERANCE of the best accuracy. Return an empty list if fewer
+    than two accuracies are known."""
     candidates = [(row.accuracy, row) for row in rows if row.accuracy is not None]
     if len(candidates) < 2:
         return []
     best_accuracy, best_row = max(candidates, key=lambda pair: (pair[0], -pair[1].gflops))
-    good_rows = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
-    cheapest_row = min(good_rows, key=lambda row: row.gflops)
-    native = " (the model's own)" if cheapest_row.is_native else ""
+    accurate_rows = [row for accuracy, row in candidates if accuracy >= best_accuracy - ACCURACY_TOLERANCE]
+    cheapest_row = min(accurate_rows, key=lambda row: row.gflops)
+    suffix = " (the model's own)" if cheapest_row.is_native else ""
     text = (
-        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{native}, the cheapest within 1 point of the best "
+        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest within 1 point of the best "
         f"accuracy on {cheapest_row.num_images:,} images"
     )
     if cheapest_row is best_row:
@@ -312,15 +319,15 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     ]
 
 
-def describe_other_size(row: PatchSizeRow, native: PatchSizeRow) -> str:
-    """Compare a different patch size with the model's own."""
+def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
+    """Compare a different patch size with the model's own patch size."""
     text = (
-        f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native.sequence_length)} the "
-        f"tokens, {format_ratio(row.gflops, native.gflops)} the compute, "
-        f"{format_ratio(row.milliseconds, native.milliseconds)} the time"
+        f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native_row.sequence_length)} the "
+        f"tokens, {format_ratio(row.gflops, native_row.gflops)} the compute, "
+        f"{format_ratio(row.milliseconds, native_row.milliseconds)} the time"
     )
-    if row.accuracy is not None and native.accuracy is not None:
-        text += f", accuracy {native.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
+    if row.accuracy is not None and native_row.accuracy is not None:
+        text += f", accuracy {native_row.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
     elif row.agreement is not None:
         text += f", the same predictions for {row.agreement * 100:.1f} % of the images before any fine-tuning"
     return text
@@ -332,5 +339,5 @@ def format_patch_size(size: PatchSize) -> str:
 
 
 def format_ratio(value: float, reference: float) -> str:
-    """Return value / reference as text, such as `4 times` or `0.25 times`."""
+    """Return the ratio value / reference as text, such as `4 times` or `0.25 times`."""
     return f"{value / reference:.2g} times"

@@ -1,7 +1,9 @@
 """The HTML report: one self-contained page about the special tokens of a model.
 
-    write_report("report.html", model, processor, images)           # or, to use the measurements elsewhere too:
-    write_page("report.html", inspect_model(model, processor, images))
+    write_report("report.html", model, processor, images)   # inspects the model and writes the report
+
+    inspection = inspect_model(model, processor, images)    # the same in two steps
+    write_page("report.html", inspection)
 
     inspection.py      measurements
     report_data.py     values and maps for the scripts
@@ -11,7 +13,7 @@
     report_maps.js     draws maps over images
     report_charts.js   draws curves, histograms and similarities
 
-The page loads no other files. The page follows the browser's light or dark color scheme.
+The page does not load any other files, and follows the browser's light or dark color scheme.
 """
 
 import json
@@ -30,7 +32,7 @@ from ..hub.loading import get_cached_commit
 from ..token_names import get_token_names_by_group
 from ..version import __version__
 from .ablation import Ablation
-from .diagnosis import ABLATION_TERMS, describe_changed_answers
+from .diagnosis import ABLATION_TERMS, describe_changed_predictions
 from .effects import AblationEffect
 from .figures import describe_head
 from .image_report import IMAGE_KINDS
@@ -41,12 +43,12 @@ from .report_data import build_json_values, build_page_data
 from .test_time_registers import OUTLIER_RATIO
 
 
-FOLDER = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent
 MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
 # (verdict, rating) -> sign, so that verdicts can be distinguished without color.
-SIGNS = {
+VERDICT_SIGNS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
     ("no measurable effect", "neutral"): "○",
@@ -83,7 +85,7 @@ def write_report(
         arguments: other arguments of `inspect_model`.
 
     Raises:
-        TypeError: if `inspect_model` does not have an argument with one of these names.
+        TypeError: if `arguments` contains a name that is not an argument of `inspect_model`.
         ValueError: if no image can be read, or the hidden states of the model are not finite.
         OSError: if the file cannot be written.
     """
@@ -97,7 +99,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
 
     Args:
         file: the HTML file.
-        title: name of the model. Default: the folder or Hub id that it was loaded from.
+        title: name of the model. Default: the folder or Hub id that the model was loaded from.
         source: description of the images.
 
     Raises:
@@ -113,52 +115,52 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
         OSError: if the file cannot be written.
     """
     config = inspection.config
-    about = {
+    provenance = {
         "model": title or get_model_name(config.name_or_path),
         "commit": get_commit(config),
         "version": __version__,
     }
-    write_text(file, json.dumps(about | build_json_values(inspection), indent=1, allow_nan=False) + "\n")
+    write_text(file, json.dumps(provenance | build_json_values(inspection), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Write a text file atomically; create its folder if it does not exist."""
+    """Write a text file atomically. Create the parent folder if necessary."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(Path(file)) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with write_atomically(Path(file)) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
 
 
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def render_page(inspection: Inspection, about: dict[str, Any]) -> str:
-    """Return the HTML of the page."""
+def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
+    """Return the HTML text of the page."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        about=about,
+        about=page_header,
         inspection=inspection,
         findings=inspection.findings,
         effects=build_effect_table(inspection),
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
         image_kinds=IMAGE_KINDS,
         layout=build_layout(inspection.config, inspection.has_head),
-        signs=SIGNS,
+        signs=VERDICT_SIGNS,
         outlier_ratio=OUTLIER_RATIO,
         data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
-        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
-        scripts=[Markup((FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
+        style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup((TEMPLATE_FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
     )
 
 
 def build_effect_table(inspection: Inspection) -> dict[str, Any]:
-    """Return `header` and `rows` of text: the effects of both ablations of each token and each group, with the null
-    distributions."""
+    """Return the `header` and `rows` of a table with the effects of both ablations of each token and each group, and
+    the null distributions."""
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
@@ -170,11 +172,11 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
 
 
 def format_effect(ablation: Ablation) -> dict[str, str]:
-    """Return the values of an ablation as text by column header."""
+    """Return the values of an ablation as text, by column header of the table."""
     effect = ablation.effect
     columns: dict[str, str] = {}
     if isinstance(effect, AblationEffect):
-        columns["changed predictions"] = describe_changed_answers(effect)
+        columns["changed predictions"] = describe_changed_predictions(effect)
         columns["logit change / standard deviation over images"] = f"{effect.logit_change:.2g}"
     else:
         columns |= {f"cosine change, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
@@ -182,7 +184,8 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
             columns["same nearest images"] = f"{effect.knn_agreement:.0%}"
     low, high = effect.interval
     columns["95% interval"] = f"{low:.2g} to {high:.2g}"
-    for name, sizes in {"random patches": ablation.patches, "random tokens": ablation.redrawn}.items():
+    null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
+    for name, sizes in null_effects.items():
         columns[f"null: {name}"] = f"{min(sizes):.2g} to {max(sizes):.2g}" if sizes else ""
     if isinstance(effect, AblationEffect) and effect.accuracy_change is not None:
         columns["accuracy change, points"] = f"{effect.accuracy_change * 100:+.1f}"
@@ -194,7 +197,8 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
     config = inspection.config
     shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
     grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
-    counts = sorted(rows * columns for rows, columns in grids)
+    num_patches = [rows * columns for rows, columns in grids]
+    fewest, most = min(num_patches), max(num_patches)
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
         "commit": get_commit(config),
@@ -202,7 +206,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
         "read_by": describe_head(config),
-        "num_patches": f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}",
+        "num_patches": f"{fewest} to {most}" if fewest < most else f"{fewest}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
     }
 
@@ -215,12 +219,12 @@ def get_model_name(source: str) -> str:
 
 
 def get_commit(config: Any) -> str | None:
-    """Return the Hub commit that a model was loaded from, or None if unknown."""
+    """Return the Hub commit that a model was loaded from, or None if the commit is unknown."""
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
 def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
-    """Return the names of the tokens of each group that has tokens, and whether the head reads each token."""
+    """Return the tokens of each nonempty group, as pairs of a name and whether the head reads the token."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return {
         group: [(name, has_head and is_read(config, group, index)) for index, name in enumerate(names)]
@@ -243,7 +247,8 @@ PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
 
 
 def build_patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
-    """Return `header`, `rows` of text, and `sentences`. Columns without known values are omitted."""
+    """Return the `header` and `rows` of a table of patch sizes, and `sentences` about the patch sizes. Columns without
+    known values are omitted."""
     columns = {name: [text(row) for row in rows] for name, text in PATCH_SIZE_COLUMNS.items()}
     columns = {name: texts for name, texts in columns.items() if any(texts)}
     return {

@@ -1,4 +1,5 @@
-// Curves over depth, bars, histograms and similarities, as SVG of the available width with values at the pointer.
+// Curves over depth, bars, histograms and similarities. Each chart is an SVG that fills the available width and shows
+// values at the pointer.
 "use strict";
 
 const MARGIN = { left: 46, right: 12, top: 22, bottom: 30 };
@@ -46,7 +47,7 @@ function getTicks(least, most) {
   return ticks;
 }
 
-// Return the powers of ten between two values; also 2 and 5 times these powers if there are few.
+// Return the powers of ten between two values, and 2 and 5 times these powers if there are few powers.
 function getLogTicks(least, most) {
   const first = Math.floor(Math.log10(least));
   const powers = Array.from({ length: Math.ceil(Math.log10(most)) - first + 1 }, (_, index) => 10 ** (first + index));
@@ -57,7 +58,7 @@ function getLogTicks(least, most) {
   return coarse.filter((_, index) => index % Math.ceil(coarse.length / 6) === 0);
 }
 
-// Return a y axis: ticks, and the function `toY` from values to pixels.
+// Return a y axis: tick values, and the function `toY` that converts values to pixels.
 function buildYAxis(values, height, { log = false, format = formatNumber, unit = "" }) {
   const finite = values.filter((value) => value !== null);
   const least = Math.min(...finite, ...(log ? [] : [0]));
@@ -94,13 +95,13 @@ function drawUnread(svg, width, height, lines, labels, getX) {
   svg.append(element("text", { x: width - MARGIN.right - 2, y: 11, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
 }
 
-// Add an SVG to a figure, and redraw it for each width; returns the function that redraws it.
+// Add an SVG to a figure, and redraw the SVG when the width of the figure changes. Return the function that redraws.
 function addDrawing(figure, height, label, draw) {
   const svg = element("svg", { role: "img", "aria-label": label, height });
   figure.append(svg);
   let drawnWidth = 0;
   const redraw = () => {
-    if (!drawnWidth) return; // not laid out yet
+    if (!drawnWidth) return; // the figure is not laid out yet
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${drawnWidth} ${height}`);
     draw(svg, drawnWidth);
@@ -114,7 +115,7 @@ function addDrawing(figure, height, label, draw) {
   return redraw;
 }
 
-// Show the values (`lines(index)`) at the index along x that the pointer or the arrow keys select.
+// Show the values (`lines(index)`) at the index of the x axis that the pointer or the arrow keys select.
 function showValues(svg, count, getX, lines, height) {
   const cross = element("line", { y1: MARGIN.top, y2: height - MARGIN.bottom, class: "cross", visibility: "hidden" });
   svg.append(cross);
@@ -138,7 +139,7 @@ function showValues(svg, count, getX, lines, height) {
   };
   svg.onpointermove = svg.onpointerdown = nearest;
   svg.onblur = leave;
-  svg.onpointerleave = (event) => event.pointerType === "touch" || leave(); // keep the value after a tap
+  svg.onpointerleave = (event) => event.pointerType === "touch" || leave(); // the value stays visible after a tap
   svg.setAttribute("tabindex", 0);
   svg.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -169,7 +170,8 @@ function addTable(figure, header, rows) {
 
 // Curves -----------------------------------------------------------------------------------------------------------
 
-// Draw lines: `series` of { name, color, index, mean, low?, high? }, `labels` of x, `baselines` of { name, value }.
+// Draw a line chart: `series` are { name, color, index, mean, low?, high? }, `labels` are the labels of the x axis, and
+// `baselines` are { name, value }.
 function drawLineChart(figure, { series, labels, xTitle, unit, baselines = [], format = formatNumber, log = false, height = 242 }) {
   const hidden = new Set();
   const legend = element("div", { class: "legend" });
@@ -232,7 +234,8 @@ function getUniformBaselines(name) {
 }
 
 const addTokenStyles = (rows) => rows.map((row, index) => ({ ...tokenStyles[index], ...(Array.isArray(row) ? { mean: row } : row) }));
-// The attention that tokens receive is attention of the patches (`{ group, read }`), which may be read in fewer layers.
+// The attention that tokens receive is the attention of the patches. `{ group, read }` is therefore the style of the
+// patches, whose output may be read in fewer layers.
 const buildAttentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
   drawLineChart(figure, { series: addTokenStyles(data.curves[name]).map((line) => (group ? { ...line, group, read } : line)), labels: inLayers, xTitle: "layer", baselines: getUniformBaselines(name), ...more });
 const buildStateChart = (name, more = {}) => (figure) =>
@@ -302,7 +305,8 @@ function drawMass(box) {
   box.after(element("div", { class: "legend" }, ...names));
 }
 
-// Add a slider over layers that calls `show(layer)` for each selection; returns a function for the first call.
+// Add a slider over layers that calls `show(layer)` when a layer is selected. Return a function that shows the initial
+// layer.
 function addLayerSlider(figure, show) {
   const output = element("output");
   const slider = element("input", { type: "range", min: 0, max: data.layers, value: data.layers, "aria-label": "layer" });
@@ -336,7 +340,7 @@ function drawHistogram(figure) {
     counts.forEach((count, bin) => {
       if (!count) return;
       const isBeyond = edge(bin + 0.5) > limit;
-      const top = Math.min(y.toY(count), floor - 3); // keep a single patch visible
+      const top = Math.min(y.toY(count), floor - 3); // the bar of a single patch stays visible
       svg.append(element("rect", { x: MARGIN.left + bin * step + 0.5, width: Math.max(step - 1, 1), y: top, height: floor - top, class: isBeyond ? "bar beyond" : "bar g-patches" }));
     });
     if (second) svg.append(element("line", { x1: xFor(limit), x2: xFor(limit), y1: MARGIN.top, y2: floor, class: "baseline" }));
@@ -359,7 +363,7 @@ function drawHistogram(figure) {
 
 // Similarities -----------------------------------------------------------------------------------------------------
 
-// Draw a matrix of cosines as squares, with numbers if they fit; returns the side of a square.
+// Draw a matrix of cosines as squares, with numbers if the squares are large enough. Return the side of a square.
 function drawSquares(svg, width, matrix, names, { side, left, top, words }) {
   const room = Math.min((width - left - 4) / names.length, side);
   matrix.forEach((row, down) =>

@@ -1,8 +1,8 @@
 """An inspection as JSON values, for the scripts of the page (`build_page_data`) and for other programs
 (`build_json_values`).
 
-Maps are stored as one byte per patch: the square root of the ratio of the value to the map's maximum. This keeps a
-page with thousands of maps small, with enough levels for weak attention.
+Maps are stored as one byte per patch: the square root of the value divided by the map's maximum. This encoding keeps a
+page with thousands of maps small, and has enough levels for weak attention.
 """
 
 import base64
@@ -29,12 +29,12 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum total bytes of the maps of single heads, and of the compressed patch features (a third more in base64). The
-# values of images beyond this limit are omitted.
+# Maximum total size in bytes of the maps of single heads, and of the compressed patch features (base64 adds a third).
+# The values of images beyond these limits are omitted.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
-IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
-LOSSLESS_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
-QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # quantiles of the patch norms
+MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
+MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
+NORM_QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # quantiles of the patch norms
 
 
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
         "min_scale": MIN_SCALE,
         "components": components,
         "images": [
-            build_image_data(report, index < num_with_heads) | patch_colors[index]
+            build_image_data(report, has_head_maps=index < num_with_heads) | patch_colors[index]
             for index, report in enumerate(reports)
         ],
         "curves": build_curves(findings),
@@ -84,12 +84,14 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
     compressed features of all layers (`PatchComponents`); None for images whose features do not fit into the page.
     """
-    by_layer = list(zip(*(report.features for report in image_reports), strict=True))
+    features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
-    colors = [[compute_patch_colors(layer, is_foreground) for layer in by_layer] for is_foreground in (False, True)]
+    colors = [
+        [compute_patch_colors(layer, is_foreground) for layer in features_by_layer] for is_foreground in (False, True)
+    ]
     compressed_features = [
-        compress_patch_features(layer[:num_with_features]) for layer in by_layer if num_with_features
+        compress_patch_features(layer[:num_with_features]) for layer in features_by_layer if num_with_features
     ]
     images = [
         {
@@ -109,11 +111,11 @@ def to_rgba(colors: torch.Tensor) -> torch.Tensor:
     return (torch.cat([colors.nan_to_num(), alpha], dim=-1) * 255).round().to(torch.uint8)
 
 
-def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
-    """Return the values of one image, with maps in the order [layer, mean and heads, token]."""
+def build_image_data(report: ImageReport, has_head_maps: bool) -> dict[str, Any]:
+    """Return the values of one image, with attention maps in the order [layer, mean and heads, token]."""
     width, height = report.image.size
     mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
-    attention = torch.cat([mean, report.attention], dim=1) if with_heads else mean
+    attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
     left, top, right, bottom = report.visible_region
     return {
         "name": report.name,
@@ -124,25 +126,26 @@ def build_image_data(report: ImageReport, with_heads: bool) -> dict[str, Any]:
         "grid": list(attention.shape[-2:]),
         "attention": pack_maps(attention),
         "rollout": pack_maps(report.rollout),
-        "num_heads": report.attention.shape[1] if with_heads else 0,
+        "num_heads": report.attention.shape[1] if has_head_maps else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
         "attributed": [": ".join(filter(None, (each.task, each.top_label))) for each in report.predictions],
     }
 
 
 def encode_data_url(image: Image.Image) -> str:
-    """Return an image as a data URL, scaled down to IMAGE_SIDE."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    file_type = "png" if max(small.size) <= LOSSLESS_SIDE else "jpeg"
-    small.save(file, file_type, quality=85)
-    return f"data:image/{file_type};base64,{base64.b64encode(file.getvalue()).decode()}"
+    """Return an image as a data URL. Larger images are scaled down to MAX_IMAGE_SIDE."""
+    thumbnail, buffer = image.copy(), io.BytesIO()
+    thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
+    thumbnail.save(buffer, file_type, quality=85)
+    return f"data:image/{file_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def pack_maps(maps: torch.Tensor) -> dict[str, str]:
-    """Encode nonnegative maps [..., gh, gw] as `values` (one byte per patch), `largest` value and `sum` of each map.
+    """Encode nonnegative maps [..., gh, gw] in base64: `values` (one byte per patch), and the `largest` value and
+    `sum` of each map.
 
-    A value is (byte / 255)² times the largest value of its map.
+    The value of a patch is (byte / 255)² times the largest value of the map.
     """
     maps = maps.double()
     maxima = maps.amax(dim=(-2, -1), keepdim=True)
@@ -163,8 +166,7 @@ def encode_base64(values: torch.Tensor) -> str:
 
 
 def build_curves(findings: Findings) -> dict[str, Any]:
-    """Return the curves over layers, with mean, minimum and maximum over heads, and the baselines of uniform
-    attention."""
+    """Return the curves over layers (mean, minimum and maximum over heads) and the baselines of uniform attention."""
     curves = {
         "uniform": findings.uniform | {"received": math.exp(-findings.uniform["entropy"])},  # 1 / N
         "uniform_by_token": findings.uniform_by_token,
@@ -186,15 +188,15 @@ def build_curves(findings: Findings) -> dict[str, Any]:
 
 
 def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Return mean, minimum and maximum over heads [L] of each token, for values [L, H, S]."""
-    tokens = values.unbind(dim=-1)  # [L, H] each
-    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in tokens]
+    """Return the mean, minimum and maximum over heads, [L] for each token, of values [L, H, S]."""
+    token_values = values.unbind(dim=-1)  # [L, H] each
+    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in token_values]
 
 
 def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
-    """Return the QUANTILES of the patch norms, [L + 1] each."""
+    """Return the NORM_QUANTILES of the patch norms after each layer, [L + 1] for each quantile."""
     norms = findings.patch_norms.float()
-    return {name: norms.quantile(level, dim=1) for name, level in QUANTILES.items()}
+    return {name: norms.quantile(level, dim=1) for name, level in NORM_QUANTILES.items()}
 
 
 def round_values(values: Any) -> Any:
@@ -217,8 +219,8 @@ def round_values(values: Any) -> Any:
 def build_json_values(inspection: Inspection) -> dict[str, Any]:
     """Return all statements with the measured values, and the findings. Mean states are omitted, and patch norms are
     summarized by quantiles."""
-    omitted = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
-    findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted}
+    omitted_names = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
+    findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted_names}
     effects = inspection.effects
     values = {
         "diagnosis": inspection.summary,
@@ -259,10 +261,10 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
-    `effect` is the change if the token is replaced by its mean: the logit change in standard deviations over images,
-    or the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and
-    `null` the smallest effect and the limit of the null distributions. "information" and "presence" contain all values
-    of both ablations.
+    `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
+    the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and `null`
+    contains the smallest effect and the limit of the null distributions. "information" and "presence" contain all
+    values of both ablations.
     """
     return [
         {

@@ -1,4 +1,4 @@
-// Maps over images: drawn when they become visible, with values at the pointer, and enlarged on click.
+// Maps over images. A map is drawn when it becomes visible, shows values at the pointer, and is enlarged on click.
 //
 // The id of a map is { image, kind, layer, token }, where kind is "attention", "rollout" (one map per token), "attribution"
 // (`token` is the index of the prediction), "colors" (principal components of the patches), "similarity" (of the patches
@@ -54,7 +54,7 @@ function getMapIndex(mapId) {
   return (mapId.layer * (1 + num_heads) + (num_heads ? getHead() : 0)) * data.tokens.length + mapId.token;
 }
 
-// Return the values of a map, its largest value, and the sum over patches.
+// Return the values of a map, the largest value of the map, and the sum over patches.
 function getMap(mapId) {
   const image = images[mapId.image];
   const count = image.grid[0] * image.grid[1];
@@ -86,8 +86,8 @@ function getSimilarity(image, layer, count) {
   return { values, largest: 1, sum: 0 };
 }
 
-// Return the value of the brightest color: for one map, for all layers of a token, or for all maps of an image. As in
-// maps.py, uniform attention is not bright everywhere.
+// Return the value that is drawn in the brightest color: for one map, for all layers of a token, or for all maps of an
+// image. As in maps.py, uniform attention is not bright everywhere.
 function getMaxValue(mapId) {
   if (mapId.kind === "similarity") return 1;
   const image = images[mapId.image];
@@ -124,13 +124,13 @@ function getTitle(mapId) {
 
 // Painting -------------------------------------------------------------------------------------------------------
 
-function getSize(image, longer) {
-  const scale = longer / Math.max(image.width, image.height);
+function getSize(image, longerSide) {
+  const scale = longerSide / Math.max(image.width, image.height);
   return [Math.max(Math.round(image.width * scale), 1), Math.max(Math.round(image.height * scale), 1)];
 }
 
-function drawBitmap(canvas, image, bitmap, longer) {
-  [canvas.width, canvas.height] = getSize(image, longer);
+function drawBitmap(canvas, image, bitmap, longerSide) {
+  [canvas.width, canvas.height] = getSize(image, longerSide);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingEnabled = canvas.width < 4 * bitmap.naturalWidth; // pixels of tiny images stay visible
   context.imageSmoothingQuality = "high";
@@ -138,23 +138,23 @@ function drawBitmap(canvas, image, bitmap, longer) {
   return context;
 }
 
-// Return the gray values (0 to 255) of an image, scaled so that its longer side has `longer` pixels.
-function getGray(image, bitmap, longer) {
-  if (!image.grays.has(longer)) {
-    const context = drawBitmap(document.createElement("canvas"), image, bitmap, longer);
+// Scale an image so that the longer side has `longerSide` pixels, and return the gray values (0 to 255) of the image.
+function getGray(image, bitmap, longerSide) {
+  if (!image.grays.has(longerSide)) {
+    const context = drawBitmap(document.createElement("canvas"), image, bitmap, longerSide);
     const { width, height } = context.canvas;
     const colors = context.getImageData(0, 0, width, height).data;
     const gray = Float32Array.from({ length: width * height }, (_, pixel) => {
       const first = 4 * pixel;
       return 0.299 * colors[first] + 0.587 * colors[first + 1] + 0.114 * colors[first + 2];
     });
-    image.grays.set(longer, { gray, width, height });
+    image.grays.set(longerSide, { gray, width, height });
   }
-  return image.grays.get(longer);
+  return image.grays.get(longerSide);
 }
 
-// Return the indices of the two nearest patches of each pixel along a side, and the weight of the second; the first index
-// is -1 outside the visible region.
+// Return the indices of the two nearest patches of each pixel along a side, and the weight of the second patch. Outside
+// the visible region, the first index is -1.
 function getNeighbors(length, start, stop, patches, blocks) {
   const first = new Int16Array(length).fill(-1);
   const second = new Int16Array(length);
@@ -170,14 +170,14 @@ function getNeighbors(length, start, stop, patches, blocks) {
   return { first, second, weight };
 }
 
-async function paint(canvas, mapId, longer) {
+async function paint(canvas, mapId, longerSide) {
   const image = images[mapId.image];
   const bitmap = await image.loaded;
   if (mapId.kind === "image") {
-    drawBitmap(canvas, image, bitmap, longer);
+    drawBitmap(canvas, image, bitmap, longerSide);
     return;
   }
-  const { gray, width, height } = getGray(image, bitmap, longer);
+  const { gray, width, height } = getGray(image, bitmap, longerSide);
   const [left, top, right, bottom] = image.visible_region;
   const [rows, columns] = image.grid;
   const blocks = drawsBlocks() || mapId.kind === "colors";
@@ -222,7 +222,7 @@ function getValuePainter(mapId, columns, x, y) {
   };
 }
 
-// Return a function that draws one pixel in the color of its patch; the background is dark.
+// Return a function that draws one pixel in the color of its patch, or dark if the patch is background.
 function getPatchPainter(image, mapId, x, y) {
   const [rows, columns] = image.grid;
   const colors = image.colors[getForeground()];
@@ -343,7 +343,7 @@ function buildCell(mapId, label, row, column) {
   cells.set(canvas, mapId);
   watcher.observe(canvas);
   button.addEventListener("click", (event) => {
-    if (event.detail && selectsPatch(mapId)) selectPatch(mapId, canvas, event); // detail is 0 for the keyboard
+    if (event.detail && selectsPatch(mapId)) selectPatch(mapId, canvas, event); // `detail` is 0 for a click by keyboard
     else enlarge(mapId, button);
   });
   if (selectsPatch(mapId)) {
@@ -352,7 +352,7 @@ function buildCell(mapId, label, row, column) {
   }
   if (mapId.kind !== "image")
     canvas.addEventListener("pointermove", (event) => {
-      if (event.pointerType === "touch") return; // a tap enlarges or selects
+      if (event.pointerType === "touch") return; // a tap enlarges the map or selects a patch
       const text = describeValue(mapId, findPatch(canvas, image, event));
       tip.show(event.clientX, event.clientY, [getTitle(mapId), text]);
     });
@@ -368,7 +368,7 @@ function getShownLayers() {
   return Array.from({ length: data.layers }, (_, layer) => layer).filter((layer) => (data.layers - 1 - layer) % every === 0);
 }
 
-// Fill a box with the image, the attributions of its predictions, and the grid of patches, tokens and layers.
+// Fill a box with the image, the attribution of each prediction, and the grid of patches, tokens and layers.
 function fillBox(box) {
   for (const canvas of box.querySelectorAll(".cell canvas")) {
     cells.delete(canvas);
@@ -468,8 +468,8 @@ function showEnlarged(mapId) {
   paint(enlargedMap, mapId, Math.min(900, Math.max(innerWidth, innerHeight) * devicePixelRatio));
 }
 
-// Select another map by arrow keys or buttons: left and right change the layer (the rollout is before the first layer), up
-// and down change the token.
+// Select another map with arrow keys or buttons. Left and right change the layer (the rollout is before the first layer);
+// up and down change the token.
 function walk(direction) {
   if (!BY_LAYER.includes(enlarged.kind)) return;
   const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
@@ -498,7 +498,7 @@ for (const button of dialog.querySelectorAll("[data-walk]"))
   button.addEventListener("click", () => walk(button.dataset.walk));
 dialog.querySelector(".close").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => {
-  if (event.target === dialog) dialog.close(); // click outside the dialog
+  if (event.target === dialog) dialog.close(); // the click was outside the dialog
 });
 dialog.addEventListener("close", () => {
   const button = findButton(enlarged);
@@ -515,7 +515,7 @@ for (const kind of ["pointermove", "pointerdown"])
     enlargedValue.textContent = describeValue(enlarged, findPatch(enlargedMap, images[enlarged.image], event));
   });
 enlargedMap.addEventListener("pointerleave", (event) => {
-  if (event.pointerType !== "touch") enlargedValue.textContent = getSummary(enlarged); // keep the value after a tap
+  if (event.pointerType !== "touch") enlargedValue.textContent = getSummary(enlarged); // the value stays visible after a tap
 });
 
 // Initialization ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
-    NUM_NULL,
+    NUM_NULL_DRAWS,
     collect_mean_states,
     compute_ablation_effects,
     compute_ablations,
@@ -168,7 +168,7 @@ def test_each_task_has_its_predictions() -> None:
     right[:3, 0] = IGNORED_LABEL
     right[3, 0] = (right[3, 0] + 1) % 7
     right[:5, 1] = IGNORED_LABEL
-    assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(3 / 4)
+    assert collect_predictions(model, Batches(right)).compute_accuracy() == pytest.approx(3 / 4)
     effects = compute_ablation_effects(model, Batches(right), compute_mean_states(model))
     for name, place in {"cls[0]": 0, "cls[1]": 1}.items():
         with replace_by_means(model, [place], compute_mean_states(model)[:, [place]]):
@@ -176,7 +176,7 @@ def test_each_task_has_its_predictions() -> None:
         assert len(after.predicted[:, place].unique()) == 1 < len(found.predicted[:, place].unique())
         changed = (after.predicted != found.predicted).any(dim=1).float().mean().item()
         assert effects[name].changed_answers == pytest.approx(changed)
-        assert effects[name].accuracy_change == pytest.approx(after.accuracy() - 3 / 4)
+        assert effects[name].accuracy_change == pytest.approx(after.compute_accuracy() - 3 / 4)
 
 
 def test_each_of_several_labels_is_a_prediction() -> None:
@@ -188,21 +188,21 @@ def test_each_of_several_labels_is_a_prediction() -> None:
     right = expected.float()
     right[0, :3] = 1 - right[0, :3]
     right[1] = IGNORED_LABEL
-    assert collect_predictions(model, Batches(right)).accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
+    assert collect_predictions(model, Batches(right)).compute_accuracy() == pytest.approx(1 - 3 / (5 * LABELS))
 
 
 def test_unknown_labels() -> None:
     model = build_classifier()
     own = collect_predictions(model, Batches()).predicted.squeeze(1)
-    assert collect_predictions(model, Batches()).accuracy() is None
-    assert collect_predictions(model, Batches(torch.full((6,), IGNORED_LABEL))).accuracy() is None
-    assert collect_predictions(model, Batches(own)).accuracy() == 1  # one label for each image
-    assert collect_predictions(model, Batches(own[:, None])).accuracy() == 1
+    assert collect_predictions(model, Batches()).compute_accuracy() is None
+    assert collect_predictions(model, Batches(torch.full((6,), IGNORED_LABEL))).compute_accuracy() is None
+    assert collect_predictions(model, Batches(own)).compute_accuracy() == 1  # one label for each image
+    assert collect_predictions(model, Batches(own[:, None])).compute_accuracy() == 1
     wrong = (own + 1) % LABELS
     partly = torch.where(
         torch.arange(6) < 4, torch.tensor(IGNORED_LABEL), torch.where(torch.arange(6) < 5, own, wrong)
     )
-    assert collect_predictions(model, Batches(partly)).accuracy() == 0.5
+    assert collect_predictions(model, Batches(partly)).compute_accuracy() == 0.5
     found = compute_ablation_effects(model, Batches(torch.full((6,), IGNORED_LABEL)), compute_mean_states(model))
     assert found["cls[0]"].accuracy_change is None
 
@@ -210,7 +210,7 @@ def test_unknown_labels() -> None:
         yield PIXELS[:4], own[:4]
         yield PIXELS[4:], None
 
-    assert collect_predictions(model, first_batch_only).accuracy() is None
+    assert collect_predictions(model, first_batch_only).compute_accuracy() is None
 
 
 def test_known_predictions_are_not_computed_again() -> None:
@@ -230,15 +230,15 @@ def test_chance_is_the_most_frequent_label() -> None:
 
     ten = [[0]] * 6 + [[1]] * 3 + [[IGNORED_LABEL]]
     constant = compute_effects([[0]] * 10, ten)
-    assert constant.chance() == pytest.approx(constant.accuracy()) == pytest.approx(6 / 9)
+    assert constant.compute_chance_accuracy() == pytest.approx(constant.compute_accuracy()) == pytest.approx(6 / 9)
     assert constant.is_better_than_chance() is False
     # 9 of 9, where chance is 6 / 9 ± 0.31
     assert compute_effects([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True
     assert compute_effects([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
     tasks = compute_effects([[0, 1]] * 4, [[0, 1], [0, 1], [1, IGNORED_LABEL], [0, 0]])
-    assert tasks.chance() == pytest.approx((3 + 2) / 7)
+    assert tasks.compute_chance_accuracy() == pytest.approx((3 + 2) / 7)
     assert compute_effects([[0]], [[IGNORED_LABEL]]).is_better_than_chance() is None
-    assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).chance() is None
+    assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).compute_chance_accuracy() is None
 
 
 def test_one_label_is_predicted_from_one_half() -> None:
@@ -372,11 +372,11 @@ def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) ->
     for kind in ("information", "presence"):
         assert list(found[kind]) == [*get_token_keys(model.config.token_layout), group]
         for key, ablation in found[kind].items():
-            assert len(ablation.patches) == NUM_NULL and ablation.redraw_effect > 0
-            assert bool(ablation.redrawn) == (key not in ("cls[0]", "cls"))
-            assert ablation.null[1] >= max(*ablation.patches, *ablation.redrawn)
+            assert len(ablation.patch_effects) == NUM_NULL_DRAWS and ablation.redraw_effect > 0
+            assert bool(ablation.redrawn_effects) == (key not in ("cls[0]", "cls"))
+            assert ablation.null[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
             assert ablation.is_beyond_null == (
-                ablation.compared > ablation.null[1] and ablation.effect.changed_answers > 0
+                ablation.effect_on_null_images > ablation.null[1] and ablation.effect.changed_answers > 0
             )
     for key, effect in single.items():
         held = found["information"][key].effect  # one image is sufficient if the head reads no other token
@@ -396,7 +396,7 @@ def test_null_effects_use_the_same_images() -> None:
     ablation = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))["information"]["registers[0]"]
     with replace_by_means(model, [1], means[:, [1]]):
         after = collect_predictions(model, sample)
-    assert ablation.compared == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
+    assert ablation.effect_on_null_images == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
     assert ablation.effect.num_images == 6
 
 

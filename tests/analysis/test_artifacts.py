@@ -74,7 +74,10 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     assert unread.word == "no artifacts" and unread.layer <= 8
     earlier = diagnose_patches(model.config, replace_ratios(findings, {3: 0.02}))
     assert earlier.word == "no artifacts"
-    assert "Largest second mode in earlier layers: 2.00%, after layer 3, but not in the last" in earlier.reason
+    assert (
+        "The largest second mode in earlier layers contains 2.00% of the patches, after layer 3, but not in the last"
+        in earlier.reason
+    )
     through = diagnose_patches(model.config, replace_ratios(findings, dict.fromkeys(range(3, 10), 0.02)))
     assert (through.word, through.rating, through.layer) == ("artifacts", "bad", 7)
     assert (

@@ -12,7 +12,7 @@ from tiny_models import TASKS, build_images, build_tiny_config, randomize
 from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import NUM_NULL, compute_ablations, compute_null_limit
+from modeling_vitcls.analysis.ablation import NUM_NULL_DRAWS, compute_ablations, compute_null_limit
 from modeling_vitcls.analysis.artifacts import diagnose_patches
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
@@ -22,10 +22,10 @@ from modeling_vitcls.analysis.diagnosis import (
     summarize_diagnosis,
 )
 from modeling_vitcls.analysis.effects import compute_binomial_interval
-from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, spread_evenly
+from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
-from modeling_vitcls.analysis.report import SIGNS
+from modeling_vitcls.analysis.report import VERDICT_SIGNS
 from modeling_vitcls.analysis.token_statistics import Findings
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
@@ -62,7 +62,7 @@ def judge_tokens(
         yield pixels, torch.zeros(len(pixels), dtype=torch.long) if labels is None and has_head else labels
 
     findings, before = findings_of(model, pixels), collect_outputs(model, batches)
-    sampled = spread_evenly(range(len(pixels)), num_null_images or len(pixels))
+    sampled = select_evenly_spaced(range(len(pixels)), num_null_images or len(pixels))
     sample = (lambda: [(pixels[sampled], None)], sampled)
     ablations = compute_ablations(model, batches, findings.mean_states, before, sample)
     predictions = None if labels is None else before
@@ -71,7 +71,7 @@ def judge_tokens(
     found += diagnose_groups(model.config, ablations, predictions)
     for verdict in found:
         assert verdict.reason.endswith(".") and "\n" not in verdict.reason and any(map(str.isdigit, verdict.reason))
-        assert (verdict.word, verdict.rating) in SIGNS  # the page has a symbol for it
+        assert (verdict.word, verdict.rating) in VERDICT_SIGNS  # the page has a symbol for it
     return {verdict.token: verdict for verdict in found}
 
 
@@ -117,7 +117,7 @@ def test_a_healthy_model(model: Any) -> None:
     assert low < cls.numbers["effect"] < high
     for name in ("register 1", "register 2", "all 2 registers"):
         assert found[name].word in EFFECTS and found[name].rating in ("good", "neutral")
-        assert len(found[name].numbers["presence"]["null_redrawn"]) == NUM_NULL
+        assert len(found[name].numbers["presence"]["null_redrawn"]) == NUM_NULL_DRAWS
     assert diagnose_patches(model.config, findings_of(model, HELD_OUT[0])).word == "no artifacts"
 
 
@@ -147,7 +147,7 @@ def test_a_cls_token_without_attention_to_patches(model: Any) -> None:
     with mask_cls_attention(model):
         found = judged_digits(model)["CLS"]
     assert (found.word, found.rating) == ("cut off from the patches", "bad")
-    assert "attention head, at most 0.00% of its attention goes to patches" in found.reason
+    assert "attention head, at most 0.00% of the token's attention goes to patches" in found.reason
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def test_duplicated_registers(model: Any) -> None:
 def test_a_frozen_token_while_others_moved(model: Any) -> None:
     movement = {"cls[0]": 0.5, "registers[0]": 0.2, "registers[1]": 0.0}
     found = judged_digits(model, movement)
-    assert found["register 2"].word == "not moved" and "its movement in this run is 0" in found["register 2"].reason
+    assert found["register 2"].word == "not moved" and "did not move in this run" in found["register 2"].reason
     assert found["register 1"].word != "not moved"
     all_frozen = judged_digits(model, dict.fromkeys(movement, 0.0))
     assert {all_frozen[name].rating for name in ("CLS", "register 1", "register 2")} == {"neutral"}
@@ -293,7 +293,8 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
         model.vitcls.gates.gates.zero_()
     movement = build_movement(1) | {"registers[2]": 0.0}
     found = judge_tokens(model, movement)["register 3"]
-    assert (found.word, found.rating) == ("not moved", "bad") and "its movement in this run is 0" in found.reason
+    assert (found.word, found.rating) == ("not moved", "bad")
+    assert "did not move in this run (movement 0), but" in found.reason
     few = judge_tokens(model, movement, PIXELS[:3])["register 3"]
     assert (few.word, few.rating) == ("not moved", "neutral") and "there are 3" in few.reason
 
@@ -306,10 +307,10 @@ def test_a_token_with_equal_states_for_all_images() -> None:
             layer.attention.o_proj.weight.zero_()
     found = judge_tokens(model)["CLS"]
     assert (found.word, found.rating) == ("same for all images", "bad") and "same for every image" in found.reason
-    assert "times the norm of its mean state" in found.reason
+    assert "times the norm of the mean state" in found.reason
     moved = judge_tokens(model, {"cls[0]": 1.25})["CLS"]
     assert moved.word == "same for all images"
-    assert "same for every image" in moved.reason and "training moved it by 1.25" in moved.reason
+    assert "same for every image" in moved.reason and "training moved the token by 1.25" in moved.reason
     unmoved = judge_tokens(model, {"cls[0]": 0.0}, PIXELS[:2])["CLS"]  # two images are sufficient
     assert (unmoved.word, unmoved.rating) == ("not moved", "bad") and "same for every image" in unmoved.reason
 
@@ -329,7 +330,8 @@ def test_states_that_are_not_read_are_not_judged() -> None:
         planted.state_distance[layer, 1, 2] = planted.state_distance[layer, 2, 1] = 0
         planted.variation[layer, 3] = planted.channel_variation[layer, 3] = 0
         found = diagnose_tokens(model.config, planted, has_head=has_head)
-        assert ("after layer 2, the last that is read," in found[1].reason) == (found[1].word == "collapsed")
+        where = "after layer 2, the last layer whose output is read,"
+        assert (where in found[1].reason) == (found[1].word == "collapsed")
         return [verdict.word for verdict in found]
 
     assert judge(3) == ["not judged"] * 4
@@ -442,12 +444,15 @@ def test_the_description_over_depth() -> None:
 @pytest.mark.parametrize(
     ("selective", "end"),
     [
-        ([1], "As expected: near uniform early, selective in the middle."),
-        ([1, 2], "As expected: near uniform early, selective in the middle."),
-        ([0], "Not as expected (near uniform early, selective in the middle)."),
-        ([0, 1, 2], "Not as expected (near uniform early, selective in the middle)."),
-        ([2], "Not as expected (near uniform early, selective in the middle)."),
-        ([], "Uniform in every layer: it selects no patches."),
+        ([1], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([1, 2], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([0], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        (
+            [0, 1, 2],
+            "This is not the expected pattern: nearly uniform in early layers, selective in middle layers.",
+        ),
+        ([2], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([], "Attention is uniform in every layer, so the token selects no patches."),
     ],
 )
 def test_whether_the_description_applies(selective: list[int], end: str) -> None:

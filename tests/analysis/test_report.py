@@ -227,8 +227,8 @@ def test_effects_of_tokens(read_only_page: Page, faulty_page: Any) -> None:
         effect, (low, high) = ablation.effect, ablation.effect.interval
         count = f"{round(16 * effect.changed_answers)} of 16 (at most {effect.changed_interval[1]:.1%})"
         assert row[2:5] == [count, f"{effect.logit_change:.2g}", f"{low:.2g} to {high:.2g}"]
-        assert row[5] == f"{min(ablation.patches):.2g} to {max(ablation.patches):.2g}"
-        assert bool(row[6]) == bool(ablation.redrawn) == (row[0] != "CLS")
+        assert row[5] == f"{min(ablation.patch_effects):.2g} to {max(ablation.patch_effects):.2g}"
+        assert bool(row[6]) == bool(ablation.redrawn_effects) == (row[0] != "CLS")
         assert row[7] == f"{effect.accuracy_change * 100:+.1f}"
 
 

@@ -286,7 +286,7 @@ def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: p
     model = randomize(ViTCLSForImageClassification(build_tiny_config(cls_pooling="concat"))).requires_grad_(False)
     larger = model.adapt(num_cls_tokens=2)
     assert larger.classifier.weight.shape == (3, 32)
-    assert "classifier.weight: newly initialized, because its shape changed" in get_logged_lines(caplog)
+    assert "classifier.weight: newly initialized, because the shape changed" in get_logged_lines(caplog)
     assert larger.classifier.weight.requires_grad
     assert not larger.classifier.bias.requires_grad
 
