@@ -464,6 +464,13 @@ def test_unsupported_sizes(tmp_path: Path) -> None:
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
 
 
+def test_an_opset_that_the_exporter_does_not_write(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model")
+    with raises_one_line("exports with opset", "but --opset is 99", "Omit --opset"):
+        export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", opset=99)
+    assert not (tmp_path / "vit.onnx").exists()
+
+
 def test_existing_files(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
