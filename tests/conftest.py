@@ -31,7 +31,8 @@ TESTS = Path(__file__).parent
 # Folders in which all tests are integration tests: export/ runs compilers, peers/ runs the test suites of other
 # projects.
 FOLDERS = {"export", "integration", "peers"}
-PAGE_TESTS = {"test_report.py", "test_space.py", "test_static_space.py"}  # test HTML pages, most of them in a browser
+# These files test HTML pages, most of them in a browser.
+PAGE_TESTS = {"test_page.py", "test_report.py", "test_space.py", "test_static_space.py"}
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 

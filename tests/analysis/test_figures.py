@@ -353,6 +353,15 @@ def test_attention_samples_show_the_last_layer_that_is_read_with_label_and_predi
     assert look.visible_region.right - look.visible_region.left == pytest.approx(36 * picture.width / 59)
 
 
+def test_a_rotated_photograph_is_shown_upright():
+    """The image of a sample has the orientation of its map and of the model input."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    photograph = Image.fromarray(load_sample_images().images[0])
+    photograph.getexif()[0x0112] = 6  # the EXIF tag of the orientation: rotate clockwise
+    (sample,) = build_attention_samples(model, ViTCLSImageProcessor(size=32), [(photograph, None)])
+    assert np.array_equal(np.asarray(sample.image), np.rot90(np.asarray(photograph), -1))
+
+
 def test_unsupported_samples_are_skipped():
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_channels=1)))
     samples = [(Image.new("RGB", (9, 9)), "colour"), (Image.new("F", (9, 9)), "floats"), *load_digit_images(1)]

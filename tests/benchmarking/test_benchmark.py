@@ -53,8 +53,17 @@ from modeling_vitcls.benchmarking.peers import (
     compare_step,
 )
 from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
-from modeling_vitcls.benchmarking.training_runs import DIGITS, SuspendedRun, save_models
+from modeling_vitcls.benchmarking.training_runs import (
+    DIGITS,
+    MAX_STEPS,
+    TRAINING_RUNS,
+    SuspendedRun,
+    build_our_command,
+    save_models,
+)
 from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
+from modeling_vitcls.commands.parsing import parse
+from modeling_vitcls.options import FinetuneOptions
 
 
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
@@ -301,6 +310,43 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
     assert ours.config.id2label == dict(enumerate(names))
     assert ours.config.hidden_size == TOY.hidden_size
+
+
+@pytest.mark.parametrize("name", TRAINING_RUNS)
+def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_path: Path) -> None:
+    run = TRAINING_RUNS[name]
+    command = build_our_command(run, "digits", tmp_path)
+    options = parse(FinetuneOptions, command[command.index("finetune") + 1 :])
+    training = options.training
+    assert training.evaluate_every >= training.max_steps == MAX_STEPS
+    assert (training.batch_size, training.learning_rate) == (run.batch_size, run.learning_rate)
+    assert (training.mixed_precision, training.log_every) == (run.mixed_precision, run.log_every)
+    assert options.data.num_workers == run.num_workers
+    assert {field: getattr(options.augmentation, field) for field in run.augmentation} == run.augmentation
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_no_parameter_of_a_peer_is_constant(name: str) -> None:
+    """A bias of zeros or a scale of ones would hide differences between the two sides."""
+    for parameter_name, parameter in PEERS[name](TOY).theirs.named_parameters():
+        assert parameter.numel() == 1 or parameter.std() > 0, parameter_name
+
+
+def test_memory_used_before_a_measurement_on_a_gpu_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 bytes are allocated and 900 were allocated before; the measured function needs 30 more bytes."""
+    current, peak = [100], [1000]
+
+    def reset() -> None:
+        peak[0] = current[0]
+
+    def allocate_and_free() -> None:
+        peak[0] = max(peak[0], current[0] + 30)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    assert comparison.measure_gpu_memory_growth(allocate_and_free) == 30
 
 
 def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:

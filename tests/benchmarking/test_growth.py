@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny_models import raises_one_line
 
-from modeling_vitcls.benchmarking import comparison, growth
+from modeling_vitcls.benchmarking import comparison, growth, work
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_in_process
 from modeling_vitcls.benchmarking.growth import (
     AXES,
@@ -34,10 +34,12 @@ from modeling_vitcls.benchmarking.growth import (
 from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer
 from modeling_vitcls.benchmarking.tables import format_markdown, print_tables, write_reports
 from modeling_vitcls.benchmarking.work import compare
+from modeling_vitcls.commands import benchmark
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 MEBIBYTE = 2**20
+WRITTEN_FILES = {"output": ".json", "markdown": ".md", "plot": ".svg"}  # flag -> suffix
 
 
 @pytest.fixture
@@ -293,6 +295,15 @@ def test_memory_of_nothing_is_drawn_at_the_bottom() -> None:
     for each in found:
         each["theirs_peak_bytes"] = 0
     FigureCanvasAgg(plot_growth(found, "Some machine")).draw()
+
+
+def test_the_command_writes_each_file_to_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "compare", lambda *arguments: iter(made_up_comparisons()))
+    files = {name: tmp_path / f"{name}{suffix}" for name, suffix in WRITTEN_FILES.items()}
+    benchmark.run(benchmark.BenchmarkOptions(("growth",), **files))
+    assert len(json.loads(files["output"].read_text())["comparisons"]) == len(made_up_comparisons())
+    assert files["markdown"].read_text() == format_markdown(made_up_comparisons())
+    assert "<svg" in files["plot"].read_text()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -13,7 +13,7 @@ from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line,
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.commands.convert import ConvertOptions, check_options
+from modeling_vitcls.commands.convert import ConvertOptions, check_options, run
 from modeling_vitcls.conversion.convert import write_native_model
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.publish import push_folder
@@ -105,6 +105,12 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
     config.write_text(json.dumps(settings))
     with raises_one_line("contains a model of type 'dinov2_with_registers'"):
         push_folder(tmp_path / "native", "ann/native")
+
+
+def test_the_command_requires_equal_outputs_at_any_size_if_the_flag_is_set(tmp_path: Path) -> None:
+    folder = str(save(tmp_path / "mine", **DEMO))
+    with raises_one_line("is exact at the native size", "omit --any-size", error=ConversionError):
+        run(ConvertOptions(tmp_path / "native", to="transformers", model=folder, any_size=True))
 
 
 @pytest.mark.slow

@@ -135,6 +135,17 @@ def test_gelu_is_in_place_without_onednn(linear: CPULinear, monkeypatch: pytest.
     assert torch.equal(seen[0], nn.functional.linear(inputs, linear.weight, linear.bias))
 
 
+@torch.no_grad()
+def test_traced_graphs_have_a_plain_gelu(linear: CPULinear) -> None:
+    linear.requires_grad_(False)
+    inputs = torch.randn(2, 7, 48)
+    traced = torch.jit.trace(lambda values: linear_gelu(linear, ACT2FN["gelu"], values), inputs)
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert "aten::gelu" in kinds and "aten::gelu_" not in kinds
+    expected = nn.functional.gelu(nn.functional.linear(inputs, linear.weight, linear.bias))
+    torch.testing.assert_close(traced(inputs), expected)
+
+
 @pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "quick_gelu", "relu", "silu"])
 def test_other_activations_are_not_replaced(linear: CPULinear, name: str) -> None:
     inputs = torch.randn(2, 7, 48)

@@ -91,3 +91,7 @@ def test_segmentation_with_upernet(tokens: dict[str, int]) -> None:
     logits = model(build_images(2, 24, 48)).logits
     assert logits.shape == (2, 3, 24, 48) and torch.isfinite(logits).all() and logits.std() > 0
     assert [list(feature_map.shape) for feature_map in received[0].feature_maps] == [[2, 16, 3, 6]] * 2
+    encoder = ViTCLSModel(config, add_pooling_layer=False).eval()
+    encoder.load_state_dict(model.backbone.state_dict())
+    expected = encoder(build_images(2, 24, 48)).tokens["patches"].transpose(1, 2).unflatten(2, (3, 6))
+    assert get_largest_difference(received[0].feature_maps[-1], expected) <= 1e-6

@@ -378,8 +378,10 @@ def test_transparency_of_gray_images_is_composited_on_white(backend: type, kind:
 
 
 def test_more_channels_are_accepted_if_their_axis_is_given(backend: type) -> None:
-    bands = np.zeros((6, 4, 6), dtype=np.uint8)
-    assert get_raw_values(backend, bands, do_convert_rgb=False, input_data_format="channels_first").shape == (6, 4, 6)
+    bands = np.arange(6 * 4 * 6, dtype=np.uint8).reshape(6, 4, 6)
+    for data_format, expected in (("channels_first", bands), ("channels_last", np.moveaxis(bands, -1, 0))):
+        values = get_raw_values(backend, bands, do_convert_rgb=False, input_data_format=data_format)
+        assert np.array_equal(values, expected), data_format
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -406,13 +408,15 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
 def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"  # the content determines the format
     path.write_bytes(encode(build_gradient(16, 16), file_format))
+    expected = np.asarray(PIL.Image.open(path).convert("RGB"))
     for source in (path, path.read_bytes()):
-        assert get_raw_values(backend, source).shape == (3, 16, 16)
+        assert np.array_equal(as_hwc(get_raw_values(backend, source)), expected)
 
 
 def test_multi_image_files_of_cameras_are_read(backend: type) -> None:
-    file = encode(build_gradient(), "MPO", save_all=True, append_images=[build_gradient()])
-    assert get_raw_values(backend, file).shape == (3, 5, 6)
+    first, second = build_gradient(), PIL.Image.new("RGB", (6, 5), "white")
+    values = get_raw_values(backend, encode(first, "MPO", save_all=True, append_images=[second]))
+    assert np.array_equal(as_hwc(values), np.asarray(PIL.Image.open(BytesIO(encode(first, "JPEG")))))
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])

@@ -368,10 +368,19 @@ def test_every_class_loads_the_encoder_of_every_other_class(saver: type, loader:
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)], ids=str)
 def test_masked_image_modeling(layout: dict[str, Any], size: tuple[int, int]) -> None:
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config(**layout)))
-    mask = torch.rand(2, size[0] * size[1] // 64) < 0.5
+    rows, columns = size[0] // 8, size[1] // 8
+    mask = torch.rand(2, rows * columns) < 0.5
     output = model(build_images(2, *size), bool_masked_pos=mask)
-    assert output.loss.shape == ()
     assert output.reconstruction.shape == (2, 3, *size)
+    patches = model.vitcls(build_images(2, *size), bool_masked_pos=mask).tokens["patches"]
+    differences = []
+    for row in range(rows):
+        for column in range(columns):
+            index, area = row * columns + column, (..., slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+            expected = model.decoder.projection(patches[:, index]).view(2, 3, 8, 8)
+            assert get_largest_difference(output.reconstruction[area], expected) <= 1e-6
+            differences.append((expected - build_images(2, *size)[area]).abs()[mask[:, index]].flatten())
+    torch.testing.assert_close(output.loss, torch.cat(differences).mean())
 
 
 def test_reconstructions_of_rectangular_patches_and_gray_images() -> None:

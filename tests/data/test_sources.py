@@ -299,6 +299,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
         assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are left out" in caplog.text
     with pytest.raises(ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-broken-images"):
         read(table, max_broken_images=4)
+    assert len(list_all(read(table, max_broken_images=5))) == 15
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:

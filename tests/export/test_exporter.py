@@ -464,6 +464,15 @@ def test_unsupported_sizes(tmp_path: Path) -> None:
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
 
 
+@pytest.mark.slow
+def test_an_opset_that_the_exporter_does_not_write(tmp_path: Path) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=1)))
+    shape = select_graph_shape(model, None, dynamic=False)
+    graph = formats.TracedModel(trace_model(model, shape, torch.float32), shape, ["logits"], opset=99)
+    with raises_one_line("--opset is 99", "Omit --opset"):
+        formats.write_onnx(graph, tmp_path / "vit.onnx")
+
+
 def test_existing_files(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()

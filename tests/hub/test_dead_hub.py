@@ -107,6 +107,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     assert certificate["source_revision"] == commit
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
+    assert loading.load_timm("hf_hub:ann/vit")[1] == commit  # the other spelling of timm
     stop_hub(monkeypatch)
     started = time.monotonic()
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
@@ -193,3 +194,12 @@ def test_the_demo_sends_no_requests_if_its_model_is_local(
         reader = DemoModel.load("ann/mine", commit)
     assert (reader.source, reader.commit) == ("ann/mine", commit)
     assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_offline_mode_ends_with_the_setting_of_before(is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    with pytest.raises(OSError, match="not in the cache"), loading.force_offline():
+        assert constants.HF_HUB_OFFLINE
+        raise OSError("not in the cache")
+    assert constants.HF_HUB_OFFLINE is is_offline

@@ -324,6 +324,21 @@ def test_big_vision_npz(tmp_path: Path) -> None:
     assert_same(timm_from_npz("vit_base_patch16_224", tmp_path / "tok.npz", no_embed_class=True), ours)
 
 
+@torch.no_grad()
+def test_rectangular_patches_npz(tmp_path: Path) -> None:
+    kernel = {"embedding/kernel": (PATCH, 2 * PATCH, 3, WIDTH)}
+    weights = random_weights(flax_shapes(*BIG_VISION, GRID**2) | kernel)
+    ours = convert_state_dict(saved(weights, tmp_path / "gap.npz"), "big_vision")
+    height, width = GRID * PATCH, 2 * GRID * PATCH
+    assert ours.config.patch_height_width == (PATCH, 2 * PATCH)
+    assert ours.config.image_height_width == (height, width)
+    sizes = {"patch_size": (PATCH, 2 * PATCH), "img_size": (height, width)}
+    pooling = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    model = timm_from_npz("vit_base_patch16_224", tmp_path / "gap.npz", **sizes, **pooling)
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    assert (ours(images).logits - model(images)).abs().max() <= TOLERANCE
+
+
 def test_siglip_npz(tmp_path: Path) -> None:
     """The image tower of two, its blocks stacked in one array, and a MAP head."""
     shapes = flax_shapes(*BIG_VISION, GRID**2) | {"MAPHead_0/probe": (1, 1, WIDTH)}

@@ -565,6 +565,19 @@ def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> No
             scatter_state(checkpoint, facts, accelerator, other, build_optimizer("plain", other), None)
 
 
+def test_a_checkpoint_with_moments_of_frozen_parameters_is_an_error(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    optimizer = build_optimizer("plain", model)
+    step_once(model, optimizer, Ema(model, decay=0.9), 0)
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.load_newest(pytest.fail)
+    other = build("head only", seed=0)
+    with pytest.raises(ValueError, match=r"belongs to another run: this run's optimizer has no state \w+/vitcls\."):
+        scatter_state(checkpoint, facts, accelerator, other, build_optimizer("head only", other), None)
+
+
 # Signals -------------------------------------------------------------------------------------------------------------
 
 

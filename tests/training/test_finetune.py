@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -331,6 +332,16 @@ def test_unreadable_images_are_named_and_skipped(
     assert "noon/1.png" in output and "dusk/2.png" in output
     with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-broken-images"):
         train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
+
+
+def test_the_first_training_image_is_named_if_it_is_unreadable(
+    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(color_images, tmp_path / "images")
+    (folder / "dusk" / "0.png").write_bytes(b"no image")
+    results = train(tmp_path / "out", folder, epochs=1, max_steps=None, held_out_fraction=0.0)
+    assert results["num_broken_training_images"] == 1
+    assert "dusk/0.png" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

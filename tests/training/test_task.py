@@ -139,6 +139,15 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     assert load_training_data(data).held_out_name == "split 'validation'"
 
 
+def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    counts = {"train": 8, "val": 3, "test": 12}
+    data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
+    dry_run(FinetuneTask, build_options(tmp_path / "run", data, select="best"))
+    assert "an evaluation, a checkpoint and saving succeeded" in capsys.readouterr().out
+
+
 def test_the_training_split_does_not_select(tmp_path: Path) -> None:
     """Without a split called train, the validation split is used for training."""
     data = write_images(tmp_path, {split: {"dusk": 20, "noon": 20} for split in ("val", "test")})
