@@ -346,7 +346,8 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
     The names of the numbers start with the stage, such as `inspect.patches.outliers`, except for the stage `finetune`.
     `first.` and `last.` are the first and the last value in the training log, such as `first.loss` and
-    `last.cls_attention_entropy.0`.
+    `last.cls_attention_entropy.0`. If a run has one label column, its accuracy and loss are repeated as
+    `COLUMN_accuracy` and `COLUMN_loss`, as in runs with several label columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
@@ -354,6 +355,9 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         file = runner.get_result_file(run, stage)
         if file.exists():
             row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
+    column = run.stages["finetune"].get("label_column")
+    if isinstance(column, str):  # a single task: names as in a run with several tasks
+        row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     for record in records:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,8 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
     row = build_row(runner, run)
     assert row["accuracy"] == 0.5 and row["counts.2"] == 3.0 and row["status"] == "finished"
     assert not any(name.startswith("pixels") for name in row)
+    one_task = replace(run, stages={"finetune": {"label_column": "kind"}})
+    assert build_row(runner, one_task)["kind_accuracy"] == 0.5
     logged = {name: value for name, value in row.items() if name.startswith(("first", "last"))}
     assert logged == {
         "first.loss": 2.5,

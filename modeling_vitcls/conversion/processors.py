@@ -144,7 +144,8 @@ def check_processor(
     """
     difference = measure_difference(same_backend_processor, preprocess)
     if not difference <= LIMIT:
-        raise ValueError(f"the converted processor differs from {provenance} by {difference:.3g} gray levels")
+        amount = "in the output shape" if math.isinf(difference) else f"by {difference:.3g} gray levels"
+        raise ValueError(f"the converted processor differs from {provenance} {amount}")
     return ConvertedPreprocessing(processor, provenance, difference)
 
 

@@ -287,7 +287,7 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
 def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row, models = INEXACT_ROWS[name], []
     build = lambda model, *others: (lambda: models.append(model), 1)  # noqa: E731
-    monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build=build))
+    monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build_computation=build))
     (result,) = compare(("inexact",), (name,), TOY_SETTINGS)
     assert {getattr(model.config, row.field) for model in models} == {row.value, 0}
     assert getattr(models[0].config, row.field) == row.value and len(result.ratios) == 1
@@ -401,7 +401,7 @@ def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch
         clock[0] += 8.0 if len(calls) == 1 else 0.5
 
     monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
-    assert measure_throughput(process_batch, num_images=4, seconds=1.5) == 8.0  # images per second
+    assert measure_throughput(process_batch, num_images=4, min_seconds=1.5) == 8.0  # images per second
     assert len(calls) == 4
 
 

@@ -154,7 +154,7 @@ def test_use_kernels(checkpoint: Path) -> None:
 
 
 def test_an_attention_kernel_that_cannot_be_loaded(checkpoint: Path) -> None:
-    words = [HUB_KERNEL, "kernels", 'use "sdpa"']
+    words = [HUB_KERNEL, "kernels", 'Use "sdpa"']
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
         with raises_one_line(*words, error=(ImportError, ValueError)):
             model_class.from_pretrained(checkpoint, attn_implementation=HUB_KERNEL)
@@ -182,4 +182,4 @@ except ValueError as error:
 def test_an_attention_kernel_that_cannot_be_downloaded(checkpoint: Path) -> None:
     ran = run_fresh("-c", OFFLINE, checkpoint, HUB_KERNEL, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
     (line,) = [line for line in ran.stdout.splitlines() if line]
-    assert HUB_KERNEL in line and "no connection try again" in line and 'use "sdpa"' in line, ran.stderr[-4000:]
+    assert HUB_KERNEL in line and "no connection try again" in line and 'Use "sdpa"' in line, ran.stderr[-4000:]

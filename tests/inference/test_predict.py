@@ -724,7 +724,7 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
     for source, words in {
         models / "encoder": "contains ViTCLSModel. Fine-tune the model first",
         models / "masked": "contains ViTCLSForMaskedImageModeling",
-        lost: "does not contain classifier.bias",
+        lost: "does not contain the weight classifier.bias",
         tmp_path: "no file named model.safetensors",
         "vitcls-tiny": "is a preset",
         tmp_path / "absent": "is not a folder",

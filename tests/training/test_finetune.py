@@ -588,7 +588,7 @@ def test_a_non_finite_loss_names_its_images(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
-    with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue it with --resume, restart"):
+    with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue the run with --resume, restart"):
         FinetuneTask(tiny_options(tmp_path, "digits"))
     assert train(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert train(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished run

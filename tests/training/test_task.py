@@ -67,7 +67,10 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_task(FinetuneTask(options))
     printed = capsys.readouterr().out
-    assert "weights   random, because vitcls-tiny is a preset" in printed and "--model timm:" in printed
+    assert (
+        "weights   random, because vitcls-tiny is a preset" in printed
+        and "set --model to a checkpoint, for example timm:" in printed
+    )
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
     assert "random weights, 1,425 images: batch size 32" in printed
     assert "images of 32 pixels: crop scale 1, shift 0.04" in printed
