@@ -65,7 +65,7 @@ NOT_PLAIN_REASONS = {
     "patch merging": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
     "text or audio inputs": ("vocab_size", "text_config", "num_mel_bins"),
 }
-# Class without rules -> what ViTCLS or the converter does not support.
+# Class without conversion rules -> feature that ViTCLS or the converter does not support.
 REASONS = {
     # timm
     "Beit": "timm resamples position biases at unevenly spaced points; `transformers:` converts BEiT exactly",
@@ -94,15 +94,17 @@ REASONS = {
     ),
     "MLCDVisionModel": "a learned rotary position embedding of the CLS token",
     "MgpstrForSceneTextRecognition": "heads that decode characters",
-    "SegGptModel": "prompts of images and masks",
+    "SegGptModel": "image and mask prompts",
     "VitDetModel": "window attention or several resolutions",
     "YolosModel": "detection tokens, and position embeddings that are added again between layers",
 }
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
-layers, and converts the model. An architecture is exact if all tokens and logits differ by at most 1e-5 in float32, at
-the native size and at a non-square size. The versions are timm {timm} and transformers {transformers}.
+layers, and converts the model. An architecture is exact if all tokens and logits differ from the source model by at
+most 1e-5 in float32, at the native size and at a non-square size.
+
+The versions are timm {timm} and transformers {transformers}.
 
 The timm table lists all modules whose models have one resolution and attention among all patches, except
 `vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights for architectures of the module
@@ -132,7 +134,7 @@ def format_timm() -> str:
         "## timm\n",
         f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures are exact. The largest "
         f"difference is {max(exact_differences):.1e}.\n",
-        "| module | architectures | exact | reasons for the others |",
+        "| module | architectures | exact | reasons why architectures are not exact |",
         "|---|---:|---:|---|",
     ]
     for module, rows in results.items():
