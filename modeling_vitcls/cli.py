@@ -28,7 +28,7 @@ LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: summary in `vitcls --help`, module in commands/, and whether --config accepts a recipe."""
+    """A subcommand: its summary in `vitcls --help`, its module in commands/, and whether it accepts a recipe."""
 
     summary: str
     module: str

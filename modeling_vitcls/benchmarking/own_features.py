@@ -57,7 +57,7 @@ def build_predict_function(model: nn.Module) -> Predict:
 
 
 INEXACT_BATCH_SIZE = 4  # number of images per forward pass
-INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
+INEXACT_STEP = "bf16 autocast, batch 16"  # name of a row of TRAINING_STEPS
 
 Computation = Callable[[], object]
 
