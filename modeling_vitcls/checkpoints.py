@@ -35,8 +35,8 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete; being replaced by a new save
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders that are incomplete or being replaced
+WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors wraps OSErrors in its own type
 
 
 class DamagedCheckpoint(ValueError):

@@ -166,7 +166,7 @@ def exit_on_invalid_command(name: str) -> NoReturn:
 
 
 def print_completion(shell: str) -> None:
-    """Print a completion script for a shell, with all subcommands and flags."""
+    """Print a shell completion script for all subcommands and flags."""
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 

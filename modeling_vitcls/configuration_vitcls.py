@@ -83,7 +83,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # always saved, even with default values
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # fields saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,

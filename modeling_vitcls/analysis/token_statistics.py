@@ -35,7 +35,7 @@ class Findings:
         num_images: number of images.
         uniform: values of `entropy` (ln N), `spread` and `patch_distance` for uniform attention to all tokens or all
             patches.
-        uniform_by_token: values of `entropy` and `spread`, [S] each, for uniform attention to the tokens that each
+        uniform_by_token: values of `entropy` and `spread`, tensors [S], for uniform attention to the tokens that each
             special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
             that differ from `uniform`.
         entropy: [L, H, S], entropy of the attention of each special token, in nats.

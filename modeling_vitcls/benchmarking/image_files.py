@@ -137,7 +137,7 @@ def compare_processors(
 
 
 MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
-PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
+PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # row name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
 PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> top labels of all files, sorted by path
@@ -160,7 +160,7 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
                     lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
                     settings.num_pairs,
                 )
-                yield Comparison("`vitcls predict` on JPEG files", name, "pipeline", *speeds, difference, details)
+                yield Comparison("vitcls predict on JPEG files", name, "pipeline", *speeds, difference, details)
 
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:

@@ -51,7 +51,7 @@ CROP_AUGMENTATION = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0
 SHIFT_AUGMENTATION = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
-# scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
+# Settings of scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
 DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
 
 TRAINING_RUNS = {

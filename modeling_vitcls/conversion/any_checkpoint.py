@@ -59,7 +59,7 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
 
 
 def pin_revision(source: str) -> str:
-    """Append the commit hash to the name of a model on the Hub. Other names are returned unchanged."""
+    """Append the commit hash to the name of a Hub model, and return the result. Return other names unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:") or Path(name).exists():
