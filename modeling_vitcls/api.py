@@ -27,7 +27,7 @@ from .options import (
 
 Options = TypeVar("Options")
 
-COMMAND_ONLY_FLAGS = {"config"}  # flags of commands that the functions do not accept
+COMMAND_ONLY_FLAGS = {"config"}  # command-line flags that the functions do not accept
 
 
 def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def build_attention_mask(
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif attention_mask is not None:  # given None, transformers builds an all-true mask during tracing
+    elif attention_mask is not None:  # for None, transformers builds an all-true mask during tracing
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
@@ -188,7 +188,7 @@ class TokenGates(nn.Module):
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
     such as Adam, whose step size does not depend on the scale of the gradient:
 
-    - g is linear in the parameter. The gradient of log(g) would be a millionth of the gradient of an open gate.
+    - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a million times smaller.
     - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1, but typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """
@@ -196,7 +196,7 @@ class TokenGates(nn.Module):
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # value of the parameter for g = 1
     CLOSED = 1e-6 / SCALE  # initial value of the parameter
-    MIN_GATE = 2.0**-24  # added to g to keep log(g) finite; lost to rounding if g = 1
+    MIN_GATE = 2.0**-24  # offset of g that keeps log(g) finite; lost to rounding if g = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()

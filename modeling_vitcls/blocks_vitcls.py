@@ -91,7 +91,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Embed images, and replace patches where `bool_masked_pos` [B, rows * columns] is true by the mask token.
+        """Embed images, and use the mask token for each patch where `bool_masked_pos` [B, rows * columns] is True.
 
         Raises:
             ValueError: if `get_grid_size` rejects the images, or `bool_masked_pos` does not have one value per patch.
@@ -112,7 +112,7 @@ class ViTCLSEmbeddings(nn.Module):
         return {name: tokens for name, tokens in groups.items() if tokens is not None}
 
     def mask_patches(self, patches: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
-        """Replace masked patches by the mask token."""
+        """Replace masked patches with the mask token."""
         if bool_masked_pos is None:
             if self.mask_token is None or not self.training:
                 return patches
@@ -279,8 +279,8 @@ class ViTCLSAttention(nn.Module):
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
-        # -1 infers the number of heads, because each process has only some heads with tensor parallelism.
-        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size of an example with one image.
+        # -1 infers the number of heads, because with tensor parallelism, each process has only some of the heads.
+        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size if the example has one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]

@@ -35,8 +35,8 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders: incomplete, being replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors wraps OSErrors in its own error type
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders that are incomplete or being replaced
+WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors wraps OSErrors in its own type
 
 
 class DamagedCheckpoint(ValueError):
@@ -50,7 +50,7 @@ class Checkpoint:
     folder: Path
     step: int
     facts: dict[str, Any]
-    files: dict[str, str]  # name -> SHA-256, of all files except state.json
+    files: dict[str, str]  # file name -> SHA-256, for all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
         """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpoint if the file is damaged."""
@@ -161,7 +161,7 @@ class CheckpointStore:
                 remove_checkpoint(self.get_path(stored_step))
 
     def remove_leftovers(self) -> None:
-        """Remove the hidden folders of an interrupted save, or restore a hidden checkpoint that was not replaced."""
+        """Remove the hidden folders of an interrupted save, and restore hidden checkpoints that were not replaced."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED)
             if target.exists():
@@ -207,7 +207,7 @@ def save_on_main(
 def load_on_main(
     accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the checkpoint that `load` returns, and the metadata of the checkpoint; (None, None) if there is none.
+    """Return the checkpoint that `load` returns, and its metadata; (None, None) if there is no checkpoint.
 
     All processes return the metadata, but only the main process returns the checkpoint.
     """
@@ -322,7 +322,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the hidden path that a folder has while the folder is incomplete, replaced or removed."""
+    """Return the hidden path that a folder has while it is incomplete, being replaced or being removed."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 

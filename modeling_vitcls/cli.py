@@ -28,7 +28,7 @@ LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: summary in `vitcls --help`, module in commands/, and whether --config accepts a recipe."""
+    """A subcommand: its summary in `vitcls --help`, its module in commands/, and whether it accepts a recipe."""
 
     summary: str
     module: str
@@ -166,7 +166,7 @@ def exit_on_invalid_command(name: str) -> NoReturn:
 
 
 def print_completion(shell: str) -> None:
-    """Print a completion script for a shell, with all subcommands and flags."""
+    """Print a shell completion script for all subcommands and flags."""
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 

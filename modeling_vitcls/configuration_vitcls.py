@@ -83,7 +83,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # always saved, even with default values
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # fields saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
@@ -209,8 +209,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates of residual branches
             and embeddings, and of attention weights; in [0, 1).
-        drop_path_rate (`float`, defaults to 0): Rate at which residual branches are dropped per image in the last
-            layer, increasing linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382); in [0, 1).
+        drop_path_rate (`float`, defaults to 0): Rate at which the last layer drops residual branches, per image.
+            The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382); in [0, 1).
         patch_drop_rate (`float`, defaults to 0): Fraction of the patches of each image that training drops at random
             (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794); in [0, 1), and at least one patch is kept.
 
@@ -374,7 +374,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keywords(kwargs)
-        self.validate_sizes()  # before lists of these sizes are built
+        self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
@@ -394,7 +394,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Building and saving ---------------------------------------------------------------------------------------------
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
-        """Build a standard ViT, `"tiny"`, `"small"`, `"base"` or `"large"`, with any field overridden.
+        """Build the configuration of a `"tiny"`, `"small"`, `"base"` or `"large"` ViT; keyword arguments set fields.
 
         Sources: ViT (arXiv 2010.11929, table 1) for base, large; DeiT (arXiv 2012.12877, table 1) for tiny, small.
 
@@ -417,9 +417,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         stored, names = dict(config_dict), config_dict.get("id2label")
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
-            stored |= {"id2label": None, "label2id": None}  # the stored names do not describe the new classes
+            stored |= {"id2label": None, "label2id": None}  # the stored label names do not apply to the new labels
         if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
-            stored |= {"out_features": None, "out_indices": None}  # the stored stages do not describe the new layers
+            stored |= {"out_features": None, "out_indices": None}  # the stored stages do not apply to the new layers
         if counts := {field: overrides[field] for field in TOKEN_COUNTS.values() if field in overrides}:
             stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
             new_counts = stored_counts | counts
@@ -582,7 +582,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for group, field in TOKEN_COUNTS.items():
             if self.token_init == "zeros" and group not in distinct_groups and getattr(self, field) > 1:
                 raise ValueError(
-                    f'`token_init="zeros"` keeps the {group} tokens identical. Set token_init="trunc_normal".'
+                    f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set token_init="trunc_normal".'
                 )
 
     def validate_scopes(self) -> None:
@@ -613,8 +613,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             num_tokens = getattr(self, TOKEN_COUNTS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {num_tokens} {group} tokens cannot be gated. Set a number from 1 "
-                    f"to {num_tokens}."
+                    f"`gated_tokens`: {num_gated} of {num_tokens} tokens of {group!r} cannot be gated. Set a number "
+                    f"from 1 to {num_tokens}, or omit {group!r}."
                 )
 
     def validate_register_neurons(self) -> None:
@@ -632,7 +632,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_tasks(self) -> None:
-        """Check that every task has its own CLS token, a usable name, and labels."""
+        """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
@@ -811,7 +811,7 @@ def get_remaining_gates(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) for a size that is one number for both axes, or [height, width]."""
+    """Return (height, width) of a size that is given as one number for both axes or as [height, width]."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

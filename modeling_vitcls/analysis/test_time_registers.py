@@ -47,7 +47,7 @@ def find_register_neurons(
     last_layer: int | None = None,
 ) -> list[list[int]]:
     """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
-    descending order.
+    descending order of activation.
 
     Outliers are detected after the last layer. Only the layers up to the layer where the outliers first appear are
     searched. The magnitudes of activations are averaged over the outliers of each image, and then over the images.
@@ -69,8 +69,8 @@ def find_register_neurons(
     outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
     if not outliers.any():
         raise ValueError(
-            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median of the "
-            "image. Decrease ratio or pass more images."
+            f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median norm "
+            "of the image. Decrease ratio or pass more images."
         )
     if last_layer is None:
         outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]

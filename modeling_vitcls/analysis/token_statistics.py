@@ -20,7 +20,7 @@ from .model_utils import evaluation_mode, get_runner, unwrap_model
 from .test_time_registers import OUTLIER_RATIO
 
 
-MAX_NORMS = 200_000  # maximum number of patch norms per layer that are stored for histograms
+MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histograms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Findings:
         num_images: number of images.
         uniform: values of `entropy` (ln N), `spread` and `patch_distance` for uniform attention to all tokens or all
             patches.
-        uniform_by_token: values of `entropy` and `spread`, [S] each, for uniform attention to the tokens that each
+        uniform_by_token: values of `entropy` and `spread`, tensors [S], for uniform attention to the tokens that each
             special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
             that differ from `uniform`.
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
@@ -47,14 +47,14 @@ class Findings:
         received: [L, H, S], mean fraction of a patch's attention that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
-            image. Unlike the cosine similarity, the distance shows differences if one channel is very large in all
-            tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token after two layers.
+            image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
+            all tokens.
+        across_layers: [S, L + 1, L + 1], cosine similarity between two states of a special token.
         to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.
-        channel_variation: [L + 1, S], standard deviation over images / |mean|, median over channels. One very large
-            channel that is the same for all images makes `variation` small, but not `channel_variation`.
+        channel_variation: [L + 1, S], median over channels of (standard deviation over images) / |mean|. One
+            very large channel that is the same for all images makes `variation` small, but not `channel_variation`.
         mean_states: [L + 1, S, D], states of the special tokens, averaged over images.
         patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
         outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of the image (Darcet et
@@ -114,8 +114,9 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model (of the encoder if the model is not a classifier), and the same output with the
-            registers hidden from attention. The second output is None if the model has no registers.
+            The output of the model (of the encoder if the model is not a classifier), and the output of a second
+            forward pass with the registers hidden from attention. The second output is None if the model has no
+            registers.
         """
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
@@ -180,7 +181,7 @@ class TokenStatistics:
             **{f"patch_{name}": torch.cat(batches, dim=1) for name, batches in self.patch_values.items()},
         )
 
-    # Statistics of one batch, [B, ...] each --------------------------------------------------------------------------
+    # Statistics of one batch, tensors [B, ...] -----------------------------------------------------------------------
 
     def compute_layer_statistics(self, layer: RecordedLayer, centers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
@@ -229,7 +230,7 @@ class TokenStatistics:
     def compute_uniform_statistics(
         self, grid_size: tuple[int, int], centers: torch.Tensor, num_images: int
     ) -> dict[str, torch.Tensor]:
-        """Return the statistics of uniform attention, [B] each."""
+        """Return the statistics of uniform attention, as tensors [B]."""
         values = {
             "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
             "uniform_spread": compute_spread(torch.ones_like(centers[:, 0]), centers),

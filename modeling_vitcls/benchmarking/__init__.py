@@ -4,7 +4,7 @@
     peers.py            forward passes and training steps, compared with the ViTs of timm and transformers
     growth.py           forward passes by image size, patch size, number of tokens and batch size, with a figure
     own_features.py     models of this package with and without a feature: merged patches, attention, linear probes
-    image_files.py      processing of JPEG files to pixel values and to predicted labels
+    image_files.py      processing of JPEG files into pixel values and into predicted labels
     training_runs.py    complete training runs in processes that are measured alternately
     work.py             table of all kinds of work (`vitcls benchmark --work`)
     tables.py           tables, JSON and Markdown files

@@ -1,7 +1,7 @@
 """Paired measurements of this package and a baseline, checks for equal outputs, and peak memory.
 
 The baseline is a model of another project, or a model of this package without a feature. This package and the baseline
-are measured alternately, because the load of the machine and clock rates vary. Each measurement of this package is
+are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
 compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
 CPU memory is the peak memory growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's
@@ -43,7 +43,7 @@ class BenchmarkSettings:
     num_pairs: int  # number of pairs of measurements (this package and the baseline)
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
     precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows have a fixed precision
-    device: str = "cpu"  # "cpu" or "cuda"
+    device: str = "cpu"  # type of the device, "cpu" or "cuda"
 
     @property
     def toy_flags(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class Comparison:
     ours: list[float]  # images per second of this package in each pair
     theirs: list[float]  # images per second of the baseline in each pair
     difference: float  # largest absolute difference between the outputs
-    details: dict[str, Any]  # further keys and values for the JSON file
+    details: dict[str, Any]  # additional keys and values for the JSON file
 
     @property
     def ratios(self) -> list[float]:
@@ -268,9 +268,9 @@ def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], 
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of allocated GPU memory during `function` in bytes.
+    """Return the peak growth of allocated GPU memory in bytes during `function`.
 
-    Call `function` once before the measurement, as a warm-up.
+    The caller must call `function` once before the measurement, as a warm-up.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

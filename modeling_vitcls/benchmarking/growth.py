@@ -56,8 +56,8 @@ class GrowthAxis:
     row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value_key: str  # key of the values on the x axis, in the JSON entries
-    tick_key: str | None = None  # key of the numbers in parentheses below the ticks
+    value_key: str  # key of the x values in the JSON entries
+    tick_key: str | None = None  # key of the numbers in parentheses below the ticks, in the JSON entries
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
@@ -183,12 +183,12 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-WIDTH, HEIGHT = 12.0, 6.6  # inches
-CHARACTERS_PER_INCH = 12.5  # characters per inch of the caption
+WIDTH, HEIGHT = 12.0, 6.6  # width of a figure with all axes, and height of a figure, in inches
+CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
 OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.
 LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
-MIN_BYTES = 2**12  # 4 KiB, a memory page; smaller values are drawn as 4 KiB, because logarithmic axes have no 0
+MIN_BYTES = 2**12  # size of a memory page in bytes; smaller values are drawn at this size (log axes have no 0)
 DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
@@ -248,7 +248,7 @@ def get_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tup
 
 
 def to_mebibytes(num_bytes: int) -> float:
-    """Convert bytes to MiB. Numbers below `MIN_BYTES` are increased to `MIN_BYTES`."""
+    """Convert bytes to MiB. Values below `MIN_BYTES` are increased to `MIN_BYTES`."""
     return max(num_bytes, MIN_BYTES) / 2**20
 
 

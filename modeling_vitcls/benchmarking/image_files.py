@@ -1,4 +1,4 @@
-"""Speed of processing JPEG files to pixel values, and to predicted labels.
+"""Speed of processing JPEG files into pixel values and into predicted labels.
 
     pixels        `ViTCLSImageProcessor`, compared with AutoImageProcessor
     prediction    `vitcls predict`, compared with transformers' pipeline
@@ -44,7 +44,7 @@ from .comparison import (
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer, which the files use in turn.
+# Keyword arguments of PIL's JPEG writer. The files use the entries of the list in turn.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -98,8 +98,8 @@ class PixelRow:
 PIXEL_ROWS = {
     "one file": PixelRow(1, Image.open),
     "lists of 16 files": PixelRow(16, Image.open),
-    "one file, as a path for both": PixelRow(1, str),
-    "lists of 16 files, as paths for both": PixelRow(16, str),
+    "one file, as a path for both image processors": PixelRow(1, str),
+    "lists of 16 files, as paths for both image processors": PixelRow(16, str),
 }
 
 
@@ -137,7 +137,7 @@ def compare_processors(
 
 
 MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
-PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # name -> batch size
+PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # row name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
 PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> top labels of all files, sorted by path
@@ -160,7 +160,7 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
                     lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
                     settings.num_pairs,
                 )
-                yield Comparison("predict.py on JPEG files", name, "pipeline", *speeds, difference, details)
+                yield Comparison("vitcls predict on JPEG files", name, "pipeline", *speeds, difference, details)
 
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:

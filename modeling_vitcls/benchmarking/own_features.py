@@ -57,7 +57,7 @@ def build_predict_function(model: nn.Module) -> Predict:
 
 
 INEXACT_BATCH_SIZE = 4  # number of images per forward pass
-INEXACT_STEP = "bf16 autocast, batch 16"  # row of TRAINING_STEPS
+INEXACT_STEP = "bf16 autocast, batch 16"  # name of a row of TRAINING_STEPS
 
 Computation = Callable[[], object]
 
@@ -83,7 +83,7 @@ class InexactRow:
     build_computation: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
-# ViT-S/16 at 224 pixels.
+# Rows for ViT-S/16 at 224 pixels.
 INEXACT_ROWS = {
     f"merged_patches_per_layer {num_patches}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
         "merged_patches_per_layer", num_patches, build_forward_pass
@@ -167,7 +167,7 @@ class AttentionRow:
     reference: ReadAttention | None = None
 
 
-# ViT-S/16 at 224 pixels with four registers, float32.
+# Rows for ViT-S/16 at 224 pixels with four registers, in float32.
 ATTENTION_ROWS = {
     "token_attention, batch 16": AttentionRow(ViTCLSForImageClassification.token_attention, 16, read_eager_maps),
     "token_attention, batch 1": AttentionRow(ViTCLSForImageClassification.token_attention, 1, read_eager_maps),
@@ -228,7 +228,7 @@ class ProbeRow:
     batch_size: int
 
 
-# ViT-S/16 at 224 pixels, float32.
+# Rows for ViT-S/16 at 224 pixels, in float32.
 PROBE_ROWS = {"10 epochs, batch 16": ProbeRow(num_epochs=10, num_images=32, batch_size=16)}
 PROBE_LIMIT = 1e-4  # maximum difference between trained weights, divided by the largest absolute weight
 

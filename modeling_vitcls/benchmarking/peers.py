@@ -132,7 +132,7 @@ PEERS: dict[str, Callable[[ModelSize], Peer]] = {
     "timm": build_timm_peer,
     "plain": build_plain_peer,
 }
-# The ViT of transformers has no registers.
+# Peers that support registers; the ViT of transformers has no registers.
 PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": build_timm_peer}
 
 
@@ -153,7 +153,7 @@ class ForwardPass:
     use_compile: bool = False
 
 
-# ViT-S/16 at 224 pixels.
+# Rows for ViT-S/16 at 224 pixels.
 FORWARD_PASSES = {
     "fp32, batch 8": ForwardPass(torch.float32, 8),
     "fp32, batch 1": ForwardPass(torch.float32, 1),
@@ -205,7 +205,7 @@ class TrainingStep:
     limit: float
 
 
-# ViT-S/16 at 224 pixels.
+# Rows for ViT-S/16 at 224 pixels.
 TRAINING_STEPS = {
     "bf16 autocast, batch 16": TrainingStep(torch.bfloat16, 16, 0.1),
     "fp32, batch 16": TrainingStep(None, 16, 1e-3),

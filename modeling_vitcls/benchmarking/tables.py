@@ -19,7 +19,7 @@ HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls 
 
 
 def get_machine() -> dict[str, Any]:
-    """Return the processor, cores, threads, load and GPU of this machine."""
+    """Return the processor, the number of cores and threads, the load and the GPU of this machine."""
     return {
         "processor": get_processor_name(),
         "cores": os.cpu_count(),

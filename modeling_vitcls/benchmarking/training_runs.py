@@ -36,13 +36,13 @@ from .peers import SMALL, ModelSize, build_transformers_vit
 class TrainingRun:
     """A row of the report. Both programs use AdamW, warmup and cosine decay, label smoothing and gradient clipping."""
 
-    dataset: str  # "digits" or "photographs"
+    dataset: str  # name of the dataset, "digits" or "photographs"
     size: ModelSize
-    batch_size: int  # images per step
-    mixed_precision: str  # "no" or "bf16"
+    batch_size: int  # number of images per step
+    mixed_precision: str  # precision of autocast, "no" (no autocast) or "bf16"
     num_workers: int  # number of data loading processes
-    log_every: int  # steps per line of metrics
-    lines_per_turn: int  # lines of metrics per measurement
+    log_every: int  # number of steps per line of metrics
+    lines_per_turn: int  # number of lines of metrics per measurement
     learning_rate: float  # peak learning rate
     augmentation: dict[str, Any]  # values of the fields of `AugmentationOptions`
 
@@ -51,7 +51,7 @@ CROP_AUGMENTATION = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0
 SHIFT_AUGMENTATION = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
-# scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
+# Settings of scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
 DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
 
 TRAINING_RUNS = {
@@ -62,11 +62,11 @@ TRAINING_RUNS = {
 }
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
-MAX_STEPS = 1_000_000  # more steps than any benchmark takes
+MAX_STEPS = 1_000_000  # number of steps of a run, more than any benchmark takes
 # No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
 PHOTOGRAPHS_PER_CLASS = 512
-WARMUP_LINES = 2  # lines of metrics before the first measurement
-MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics
+WARMUP_LINES = 2  # number of lines of metrics before the first measurement
+MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics, in seconds
 
 
 def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) -> Iterator[Comparison]:

@@ -42,7 +42,7 @@ def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: Benchm
 
     Raises:
         ValueError: If a row does not exist or the device is not available (raised before any measurement); if outputs,
-            gradients or trained weights differ; if a process fails; or if this machine cannot measure memory.
+            gradients or trained weights differ; if a process fails; or if memory cannot be measured.
     """
     if settings.device != "cpu":
         if not torch.cuda.is_available():

@@ -37,7 +37,7 @@ class ConvertOptions:
     random_init: bool = False
     """Fill the source with random weights, to test the conversion without trained weights."""
     classifier: Literal["keep", "new", "drop"] = "keep"
-    """Keep the classifier of the source, replace it by a new classifier, or drop it."""
+    """Keep the classifier of the source, replace it with a new classifier, or drop it."""
     num_labels: int | None = None
     """Number of labels of a new classifier. The source does not need to have a classifier."""
     family: str | None = None

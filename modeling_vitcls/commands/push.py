@@ -26,8 +26,8 @@ class PushOptions:
     """Commit message."""
     push_optimizer: bool = False
     """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
-    `hf download ID --include "checkpoints/*" --local-dir DIR`, then the command of the run with --output-dir DIR
-    --resume."""
+    `hf download ID --include "checkpoints/*" --local-dir DIR`, then repeat the command of the run with
+    --output-dir DIR --resume."""
     endpoint_handler: bool = False
     """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True

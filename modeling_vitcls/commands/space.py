@@ -73,7 +73,8 @@ def run(options: SpaceOptions) -> None:
 
     if model.needs_token and not options.private and options.output is None:
         raise ValueError(
-            f"a static Space contains the weights, but {model.repo_id} is private or gated. Set --private"
+            f"a public static Space would publish the weights of {model.repo_id}, which is private or gated. "
+            "Set --private"
         )
     silence_exporters()
     with tempfile.TemporaryDirectory() as export_folder:

@@ -6,7 +6,7 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
-Conversions are checked in the same way as by `vitcls convert`: a converted model is cached only if the outputs equal
+Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if the outputs equal
 the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
 `vitcls/converted` next to the cache of the Hub. If the source or the version of this package changes, the model is
 converted again.
@@ -59,7 +59,7 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
 
 
 def pin_revision(source: str) -> str:
-    """Return the name of a model on the Hub with the commit hash. Other names are returned unchanged."""
+    """Append the commit hash to the name of a Hub model, and return the result. Return other names unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:") or Path(name).exists():

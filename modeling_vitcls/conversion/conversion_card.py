@@ -1,7 +1,7 @@
-"""Build the card of a converted model: its source, accuracy, license and usage.
+"""Build the card of a converted model: source, differences from the source, license and usage.
 
-The template of the card is model_cards/conversion.md.j2. The numbers come from the parity report. The source and the
-license of the source come from hub/provenance.py.
+The template of the card is model_cards/conversion.md.j2. The differences come from the parity report. The source and
+its license come from hub/provenance.py.
 """
 
 import shlex
@@ -39,7 +39,7 @@ def build_conversion_card(
     """Build the card of a converted model.
 
     `name` is the name of the model's folder, which a push replaces with the name of the repository. `images` contains
-    paths relative to the folder, as returned by `write_card_images`. `is_native` is True for a transformers class.
+    paths relative to the folder, as returned by `write_card_images`. `is_native` is True for a model of transformers.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
@@ -93,7 +93,7 @@ def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
 
 
 def describe_source(report: "ParityReport", provenance: Provenance) -> str:
-    """Return the name of the source in Markdown, with a link if the source is on the Hub and the commit if known."""
+    """Return the name of the source in Markdown, with a link (if it is on the Hub) and the commit (if known)."""
     name = f"`{provenance.name}`"
     if is_copy(report, provenance):
         name = f"[{name}](https://huggingface.co/{provenance.base_model})"
@@ -102,7 +102,7 @@ def describe_source(report: "ParityReport", provenance: Provenance) -> str:
 
 
 def describe_preprocessing(report: "ParityReport") -> str:
-    """Return sentences about the source of the image processor's settings and the accuracy of the pixels."""
+    """Return sentences about the source of the image processor's settings and the largest pixel difference."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
@@ -117,7 +117,7 @@ def describe_preprocessing(report: "ParityReport") -> str:
 
 
 def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> str:
-    """Build the command line that repeats the conversion, with the commit of the source if the commit is known."""
+    """Build the command line that repeats the conversion. If known, the commit of the source is included."""
     source = report.source
     if report.source_revision:
         source = f"{source.partition('@')[0]}@{report.source_revision}"
