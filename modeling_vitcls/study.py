@@ -8,7 +8,8 @@ A study file (scripts/recipes/study_*.yaml) contains
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
-    metrics            names of numbers in results.json, for the tables
+    metrics            names of numbers in results.json, for the tables. `NAME.*` is a list of numbers: the table has
+                       one row per index, for example per layer
     baseline           factor -> level to which the other levels are compared
 
 In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of the study, and `{subset:NAME}` for the
@@ -432,22 +433,27 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
 
 
 def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """Return a dict from combinations of levels to the values of a metric by seed."""
+    """Return a dict from combinations of levels to the values of a metric by seed. For a list of numbers (`NAME.*`),
+    each combination of levels is followed by an index."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
+        levels = tuple(row[factor] for factor in study.factors)
         if metric in row:
-            groups.setdefault(tuple(row[factor] for factor in study.factors), {})[row["seed"]] = row[metric]
+            groups.setdefault(levels, {})[row["seed"]] = row[metric]
+        elif metric.endswith(".*"):
+            prefix = metric.removesuffix("*")
+            for name in [name for name in row if name.startswith(prefix) and name.removeprefix(prefix).isdigit()]:
+                groups.setdefault((*levels, name.removeprefix(prefix)), {})[row["seed"]] = row[name]
     return groups
 
 
 def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
     """Return a Markdown table with means, confidence intervals, and paired differences from the baseline."""
-    header = [*study.factors, "runs", metric, "difference from the baseline"]
+    names = [*study.factors, *(["index"] if metric.endswith(".*") else [])]
+    header = [*names, "runs", metric, "difference from the baseline"]
     rows = [header, ["---"] * len(header)]
     for levels, values in groups.items():
-        baseline_levels = tuple(
-            study.baseline.get(name, level) for name, level in zip(study.factors, levels, strict=True)
-        )
+        baseline_levels = tuple(study.baseline.get(name, level) for name, level in zip(names, levels, strict=True))
         shared_seeds = sorted(values.keys() & groups.get(baseline_levels, {}).keys())
         difference = "baseline"
         if baseline_levels != levels:

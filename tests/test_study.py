@@ -145,6 +145,22 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
     }
 
 
+def test_a_list_has_one_row_per_index() -> None:
+    study = Study(**STUDY | {"factors": {"pooling": {"cls": {}, "mean": {}}}})
+    rows = [
+        {"pooling": level, "seed": seed, "entropy.0": 1.0 + seed, "entropy.1": 2.0, "entropy.largest": 9.0}
+        for level in ("cls", "mean")
+        for seed in (0, 1)
+    ]
+    groups = group_values(study, rows, "entropy.*")
+    assert groups["cls", "0"] == {0: 1.0, 1: 2.0} and set(groups) == {
+        (level, index) for level in ("cls", "mean") for index in "01"
+    }
+    table = format_table(study, groups, "entropy.*").splitlines()
+    assert table[0] == "| pooling | index | runs | entropy.* | difference from the baseline |"
+    assert table[3].startswith("| cls | 1 | 2 | 2 ± 0 | baseline") and table[5].endswith("| 2 ± 0 | +0 ± 0 |")
+
+
 def test_differences_are_paired_by_seed() -> None:
     study = Study(**STUDY | {"factors": {"pooling": {"cls": {}, "mean": {}}}})
     values = {"cls": [0.5, 0.7, 0.9], "mean": [0.6, 0.8, 0.98]}
