@@ -1,4 +1,4 @@
-"""Datasets that are read during training, without downloading or storing them first (`--streaming`).
+"""Streamed datasets, whose examples are read during training without a prior download (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
@@ -72,11 +72,11 @@ class StreamedImages:
 
     @property
     def label_space(self) -> LabelSpace:
-        """The type of the labels and the class names."""
+        """The label type and the class names."""
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """Yield the examples of one process endlessly, from example `start` on. `Example.epoch` is the number
+        """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
         of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
         while True:
@@ -122,7 +122,7 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the values of each row and the key of the image. The image has the input format of `decode_image`."""
+        """Yield the column values and the image key of each row. The image has the input format of `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
@@ -196,11 +196,11 @@ class TrainingStream:
     names: dict[int, str] = field(default_factory=dict)  # example index -> path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`; read batches ahead."""
         return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`, without reading ahead."""
         num_distinct_images = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
         start = first_batch * num_distinct_images

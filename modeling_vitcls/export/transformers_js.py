@@ -42,7 +42,7 @@ from .formats import FORMATS, open_onnx_session
 # dtype in transformers.js -> file name.
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
-BATCH_SIZE = 16  # images per batch of the comparison
+BATCH_SIZE = 16  # batch size of the comparison in images
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 

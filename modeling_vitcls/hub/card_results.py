@@ -131,9 +131,8 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
     if not error_counts[predicted_index]:
         return ""
-    return (
-        f", {error_counts[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
-    )
+    num_errors, predicted_name = error_counts[predicted_index], format_name(rows[predicted_index]["name"])
+    return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
 
 
 MAX_NAME_LENGTH = 100  # characters

@@ -19,7 +19,7 @@ CODE_LICENSE_FILE = "CODE_LICENSE"
 HANDLER_FILE = "handler.py"  # file name of the handler for Inference Endpoints on the Hub
 HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file imports only from earlier files.
+# Reading order of the code files; each file imports only from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (

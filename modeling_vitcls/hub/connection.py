@@ -26,8 +26,8 @@ from ..errors import format_error
 
 # Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors of requests. Refused connections raise OSError, failed uploads raise RuntimeError, and invalid metadata
-# raises ValueError.
+# Errors that requests raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError for
+# invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -37,7 +37,7 @@ RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds before each retry of interactive commands
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry in seconds
 
-TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # timeouts of the HTTP library
+TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
 
 Result = TypeVar("Result")
 
@@ -133,7 +133,7 @@ def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> I
 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
-    """Turn off huggingface_hub's warnings about failed requests, and the progress bars unless `show_progress`."""
+    """Turn off huggingface_hub's warnings about failed requests, and progress bars unless `show_progress` is True."""
     verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
     if had_progress_bars and not show_progress:

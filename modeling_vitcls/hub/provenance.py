@@ -29,8 +29,8 @@ CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix or
-    none."""
+    """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
+    suffix or without a suffix."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -54,7 +54,7 @@ class Provenance:
     # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
-    license_link: str | None = None  # text of an `other` license: a URL, or the name of one of `license_files`
+    license_link: str | None = None  # URL of the text of an `other` license, or the name of one of `license_files`
     license_files: tuple[Path, ...] = field(default=(), repr=False)  # local files with the license text
 
     @property
@@ -215,7 +215,7 @@ class WeightsLicense:
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
-    teacher: Provenance | None = None  # teacher of a distillation, whose license is also named
+    teacher: Provenance | None = None  # distillation teacher, whose license is also named
     has_code: bool = True  # whether the repository contains code, whose license is also named
 
     @property

@@ -71,15 +71,14 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
 
 
 def add_repo_id(references: Any, repo_id: str) -> Any:
-    """Return code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository
-    id."""
+    """Prefix the code references in nested dicts, such as `modeling_vitcls.ViTCLSModel`, with the repository id."""
     if isinstance(references, dict):
         return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card text, in which code examples also pin the code and the code repository is named.
+    """Return the card text with the code pinned in the code examples and with the name of the code repository.
 
     The text is returned unchanged if the code examples do not pin a revision.
     """

@@ -260,7 +260,7 @@ def push_space(
 
     Call this function after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is
     made. `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the
-    same files, for the error message.
+    same files; the error message contains these flags.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
