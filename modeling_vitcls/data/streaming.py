@@ -45,7 +45,7 @@ NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
-StreamRow = tuple[dict[str, Any], int]  # (values by column name, key of the image)
+StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open the splits of a dataset by name. Raise ValueError if the dataset cannot be found, has no image or label
-    column, or does not declare its labels."""
+    """Open a dataset, and return split name -> images. Raise ValueError if the dataset cannot be found, has no image
+    or label column, or does not declare its labels."""
     import datasets
 
     streams = open_with_datasets(options, use_labels)
@@ -170,7 +170,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types of the first row if none are declared."""
+    """Return the declared column types of a dataset, or the types of the first row if no types are declared."""
     import datasets
 
     if stream.features is not None:
@@ -239,14 +239,14 @@ class TrainingStream:
         )
 
     def load_image(self, example: Example) -> torch.Tensor | None:
-        """Decode an image and apply the fixed part of the augmentation; return None if the image cannot be read."""
+        """Decode an image and apply the fixed transform; return None if the image cannot be read."""
         try:
             return self.builder.prepare_image(decode_image(example.encoded, hex(example.index)))
         except UnreadableImage:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of these examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
+        """Store the names of examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:

@@ -84,7 +84,7 @@ def serve_demo(
     Args:
         source: a folder or a Hub id.
         revision: commit hash, branch or tag.
-        examples: files of example images.
+        examples: example image files.
         host: host name to listen on. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
         port: port to listen on. Default: GRADIO_SERVER_PORT, or the first free port, starting at 7860.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
@@ -95,7 +95,7 @@ def serve_demo(
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch_page(page, host, port)
-    except OSError as error:  # the message of gradio refers to a gradio function, not to --port
+    except OSError as error:  # gradio's message refers to a gradio function, not to --port
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()

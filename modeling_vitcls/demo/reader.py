@@ -180,7 +180,7 @@ class DemoModel:
 
     @property
     def has_labels(self) -> bool:
-        """Return whether the model predicts labels or values."""
+        """Return whether the model predicts labels or regression values."""
         return self.is_classifier and bool(self.model.config.tasks or self.model.config.num_labels)
 
     @property

@@ -48,7 +48,7 @@ class ExportableModel:
 
 
 class NamedOutputs(nn.Module):
-    """A wrapper of a model that accepts only images and returns float32 outputs by name."""
+    """A model wrapper that accepts only images and returns float32 outputs by name."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()

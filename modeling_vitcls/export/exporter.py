@@ -57,7 +57,7 @@ class ExportReport:
     opset: int | None
     limit: tuple[float, float]  # absolute tolerance, and tolerance relative to the magnitude
     largest_differences: dict[str, float]
-    tried: list[BatchComparison]  # comparisons of all batches
+    tried: list[BatchComparison]  # one comparison per batch
     # Name, dtype, shape, image sizes and patch size of the input, with names for dynamic axes
     input: dict[str, Any]
     outputs: dict[str, list[int | str]]  # output names -> shapes, with names for dynamic axes

@@ -101,7 +101,7 @@ def build_use_section(
 
 
 def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
-    """Return the text of a card with the section "ONNX files" before the citation; unchanged if the section exists.
+    """Insert the section "ONNX files" before the citation of a card; return an unchanged card if the section exists.
 
     `report` is the content of onnx/report.json.
     """

@@ -35,7 +35,7 @@ TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Seconds before each retry. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds before each retry of interactive commands
-MAX_RETRY_WAIT = 300.0  # maximum wait before a retry in seconds
+MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
 TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
 
@@ -195,7 +195,7 @@ def get_status(error: BaseException) -> int | None:
 
 
 def get_requested_wait(error: BaseException) -> float:
-    """Return the wait before a retry that the Hub requests, in seconds; 0 if no wait is requested."""
+    """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
     for cause in iter_causes(error):
         if isinstance(cause, HfHubHTTPError):
             value = cause.response.headers.get("Retry-After", "")
@@ -228,8 +228,7 @@ def get_message(error: BaseException) -> str:
 
 
 def describe_gated_repo(error: GatedRepoError) -> str:
-    """Return the error message for a repository whose conditions the user has not accepted, with the reason and the
-    remedy."""
+    """Return the error message, with reason and remedy, for a gated repository that the user cannot access."""
     path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
     return (
         f"{path} is gated. Accept the conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
@@ -238,7 +237,7 @@ def describe_gated_repo(error: GatedRepoError) -> str:
 
 
 def describe_no_response(error: BaseException) -> str:
-    """Return the error message for a Hub that does not respond, with the reason and the remedy."""
+    """Return the error message, with reason and remedy, for a Hub that does not respond."""
     return (
         f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
         "HF_ENDPOINT"

@@ -63,7 +63,7 @@ MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "
 # Pickled weight files, which older models of other projects contain.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
-TIMEOUT = 6.0  # maximum time without a response in seconds
+TIMEOUT = 6.0  # maximum time without a response, in seconds
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]

@@ -1,4 +1,4 @@
-"""Names of datasets, models and teachers that are local paths.
+"""Local paths as names of datasets, models and teachers.
 
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"

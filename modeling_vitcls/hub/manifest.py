@@ -214,7 +214,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files of the folder that the model requires, directly or through imports."""
+    """Return the names of the code files that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
     required_files: set[str] = set()
@@ -227,14 +227,14 @@ def list_required_code(folder: Path) -> set[str]:
 
 
 def list_weight_files(folder: Path) -> set[str]:
-    """Return the names of the files with the weights."""
+    """Return the names of the weight files."""
     if not (folder / WEIGHTS_INDEX).is_file():
         return {WEIGHTS}
     return set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values())
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file with unchanged line endings. Raise ValueError if the text is not UTF-8."""
+    """Return the text of a file without converting line endings. Raise ValueError if the text is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -242,7 +242,7 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the published files of the newest undamaged checkpoint in `folder`.
+    """Return the files to publish from the newest undamaged checkpoint in `folder`.
 
     The published state.json has no flags with local paths. A resumed run uses the flags of the command line instead.
     """
@@ -275,7 +275,7 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
 # Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the dataset
+SAMPLE_IMAGES = "pictures/attention.png"  # path of the only figure that shows images of the dataset
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:

@@ -38,7 +38,7 @@ def list_license_patterns() -> Iterator[str]:
 
 
 LICENSE_FILES = tuple(list_license_patterns())
-TIMEOUT = 5.0  # maximum time without a response in seconds; short, so that finished runs do not wait for a slow Hub
+TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -89,7 +89,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder, with the base model that is named in the card."""
+    """Return the provenance of a model folder, including the base model named in the card."""
     card_metadata = read_card_metadata(folder)
     return add_license(
         Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
@@ -135,7 +135,7 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 def add_license(
     provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
 ) -> Provenance:
-    """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
+    """Return a copy of the provenance that includes the license from card metadata and the license files in `folder`.
 
     `base_url` is the base URL for links to published files that are not in `folder`.
     """

@@ -12,7 +12,7 @@ from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_s
 from .loading import is_hub_id
 
 
-TIMEOUT = 10.0  # maximum time without a response in seconds
+TIMEOUT = 10.0  # maximum time without a response, in seconds
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")

@@ -21,7 +21,7 @@ from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-# Patterns in a card: code that pins the weights, the location of the code, and the note about both repositories.
+# Patterns in a card: code that pins the weights, the location of the code, and the note about the code repository.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
@@ -41,11 +41,11 @@ def write_code(folder: str | Path) -> list[str]:
 
 
 def use_shared_code(folder: str | Path, repo_id: str) -> None:
-    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files in the
+    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files from the
     folder.
 
-    Call this function only before publishing. If this package is installed, the folder is still loaded with the
-    package's code. Saving the model again, for example after fine-tuning, adds the code files again.
+    Call this function only before the model is published. If this package is installed, the folder is still loaded
+    with the package's code. Saving the model again, for example after fine-tuning, adds the code files again.
 
     Args:
         folder: Folder of the saved model.

@@ -1,4 +1,4 @@
-"""A Space on the Hub: a page that shows a model's predictions and attention maps, from modeling_vitcls/demo/.
+"""A Space on the Hub that runs the page in modeling_vitcls/demo/: predictions and attention maps of a model.
 
     model = find_published_model("someone/model", "main")
     files = build_space_files(model, title="...")       # path in the Space -> file or bytes
@@ -222,7 +222,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return the files of the example images by path in the Space."""
+    """Return path in the Space -> file for each example image."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES_FOLDER}/{file.name}"
