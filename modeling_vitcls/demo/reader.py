@@ -213,7 +213,7 @@ class DemoModel:
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether the prediction is the most probable label, which is false for multi-label models."""
+        """Return whether a prediction has a single result to show first; False for independent probabilities."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 

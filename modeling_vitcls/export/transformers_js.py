@@ -91,9 +91,9 @@ def export_for_transformers_js(
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if the
-            image processor has settings that transformers.js does not support, if the float32 file differs from the
-            model, or if the labels of the dataset do not match the model. The message is one line.
+        ValueError, OSError: If the model cannot be found, cannot be exported or is not a classifier for one task, if
+            the image processor has settings that transformers.js does not support, if the float32 file differs from
+            the model, or if the labels of the dataset do not match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)
