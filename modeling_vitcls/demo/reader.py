@@ -213,7 +213,7 @@ class DemoModel:
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether a prediction has a single result to show first; False for independent probabilities."""
+        """Return whether a prediction is displayed with a heading; False for independent probabilities."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 
