@@ -30,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-MAX_WAIT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes of the main process
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes by the main process
 
 
 def build_accelerator(
@@ -60,7 +60,9 @@ def build_accelerator(
         mixed_precision=mixed_precision,
         log_with=check_trackers(trackers) or None,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if use_cpu and use_deepspeed else None, timeout=MAX_WAIT)
+            InitProcessGroupKwargs(
+                backend="gloo" if use_cpu and use_deepspeed else None, timeout=PROCESS_GROUP_TIMEOUT
+            )
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
@@ -103,7 +105,9 @@ def check_trackers(trackers: tuple[str, ...]) -> list[str]:
     this tracker."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--log-with {name} requires the package {name}: pip install {name}")
+            raise ValueError(
+                f"--log-with {name} requires the package {name}, which is not installed. Run pip install {name}"
+            )
     return list(trackers)
 
 
@@ -125,7 +129,7 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
-    configuration of Transformers is removed, because Transformers would otherwise load all models in shards,
+    configuration of Transformers is unset, because Transformers would otherwise load all models in shards,
     including the teacher.
     """
     unset_hf_deepspeed_config()

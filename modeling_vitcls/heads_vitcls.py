@@ -160,7 +160,7 @@ def classification_loss(
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches. Default: this batch.
+        num_items_in_batch: divisor of the loss: number of labels in all accumulated batches (default: in this batch).
 
     Raises:
         ValueError: if a label is not a class index, or if `problem_type` is not set for float labels.

@@ -1,4 +1,4 @@
-"""Datasets that are read during training, without downloading or storing them first (`--streaming`).
+"""Streamed datasets, whose examples are read during training without a prior download (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
@@ -45,7 +45,7 @@ NUM_BATCHES_AHEAD = 4  # number of batches read ahead
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
-StreamRow = tuple[dict[str, Any], int]  # (values by column name, key of the image)
+StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class StreamedImages:
 
     @property
     def label_space(self) -> LabelSpace:
-        """The type of the labels and the class names."""
+        """The label type and the class names."""
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
-        """Yield the examples of one process endlessly, from example `start` on. `Example.epoch` is the number
+        """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
         of completed passes. Raise ValueError if a label is not one of the classes, or if a process has no examples."""
         pass_index = 0
         while True:
@@ -122,7 +122,7 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the values of each row and the key of the image. The image has the input format of `decode_image`."""
+        """Yield the column values and the image key of each row. The image has the input format of `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
@@ -145,8 +145,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open the splits of a dataset by name. Raise ValueError if the dataset cannot be found, has no image or label
-    column, or does not declare its labels."""
+    """Open a dataset, and return split name -> images. Raise ValueError if the dataset cannot be found, has no image
+    or label column, or does not declare its labels."""
     import datasets
 
     streams = open_with_datasets(options, use_labels)
@@ -170,7 +170,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
-    """Return the declared column types of a dataset, or the types of the first row if none are declared."""
+    """Return the declared column types of a dataset, or the types of the first row if no types are declared."""
     import datasets
 
     if stream.features is not None:
@@ -196,11 +196,11 @@ class TrainingStream:
     names: dict[int, str] = field(default_factory=dict)  # example index -> path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process from `first_step` on, and read batches ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`; read batches ahead."""
         return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process from `first_step` on, without reading ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`, without reading ahead."""
         num_distinct_images = math.ceil(plan.batch_size / plan.num_copies)
         first_batch = first_step * plan.accumulation_steps
         start = first_batch * num_distinct_images
@@ -239,14 +239,14 @@ class TrainingStream:
         )
 
     def load_image(self, example: Example) -> torch.Tensor | None:
-        """Decode an image and apply the fixed part of the augmentation; return None if the image cannot be read."""
+        """Decode an image and apply the fixed transform; return None if the image cannot be read."""
         try:
             return self.builder.prepare_image(decode_image(example.encoded, hex(example.index)))
         except UnreadableImage:
             return None
 
     def store_names(self, examples: list[Example]) -> None:
-        """Store the names of these examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
+        """Store the names of examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
         for example in examples:
             self.names[example.index] = example.encoded["path"] or ""
         while len(self.names) > MAX_STORED_NAMES:

@@ -84,9 +84,9 @@ def serve_demo(
     Args:
         source: a folder or a Hub id.
         revision: commit hash, branch or tag.
-        examples: files of example images.
+        examples: example image files.
         host: host name to listen on. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
-        port: port to listen on. Default: GRADIO_SERVER_PORT, or a free port from 7860.
+        port: port to listen on. Default: GRADIO_SERVER_PORT, or the first free port, starting at 7860.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
@@ -95,7 +95,7 @@ def serve_demo(
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch_page(page, host, port)
-    except OSError as error:  # the message of gradio refers to a gradio function, not to --port
+    except OSError as error:  # gradio's message refers to a gradio function, not to --port
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
@@ -182,8 +182,7 @@ class ImageInput:
                 raise gr.Error(UPLOAD_REQUIRED)
             return await cache_file(path_or_url)
 
-        # The method is replaced on the instance, because gradio would write a .pyi file next to this file for a
-        # subclass.
+        # The method is replaced on the instance. For a subclass, gradio would write a .pyi file next to this file.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
         self.events = [self.image.input]
@@ -300,20 +299,18 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return the image of the principal components, the image of the similarity to one patch (default: the middle
-        patch), and the caption."""
+        """Return the principal components as an image, the similarity to one patch (default: the middle patch) as an
+        image, and the caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.features.shape[1:3]
         row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
-        caption = (
-            f"Cosine similarity to the patch in row {row + 1}, column {column + 1}; 0 or less is dark, 1 is bright."
-        )
+        caption = f"Cosine similarity to the patch in row {row + 1}, column {column + 1} (dark: 0 or less, bright: 1)."
         return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), caption
 
 
 def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
-    """Build a slider that selects a layer, hidden if there is only one layer."""
+    """Build a layer slider, which is hidden if there is only one layer."""
     return gr.Slider(1, num_layers, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
 
 
@@ -323,7 +320,7 @@ def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image
 
 
 def build_gallery(label: str, elem_id: str) -> gr.Gallery:
-    """Build a gallery of small maps that opens no preview."""
+    """Build a gallery of small maps; a click on a map opens no preview."""
     options: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "height": "auto"}
     return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 

@@ -44,7 +44,7 @@ MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of an image in pixels
 MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image in pixels
 THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map in pixels
 
-Prediction = dict[str, float] | str  # label -> probability, or values as text
+Prediction = dict[str, float] | str  # label -> probability, or regression values as text
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DemoResult:
     maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor  # [special token, gh, gw], attention to patches through all layers
     attributions: dict[str, torch.Tensor]  # most probable label of each output -> contribution of each patch [gh, gw]
-    features: torch.Tensor  # [layer, gh, gw, channel], patches after each layer, float16
+    features: torch.Tensor  # [layer, gh, gw, channel], patch features after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
@@ -81,13 +81,13 @@ class DemoResult:
         ]
 
     def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
-        """Draw the principal components of the patches after a layer as colors."""
+        """Draw the principal components of the patch features after a layer as colors."""
         (colors,) = compute_patch_colors([self.features[layer].float()], foreground)
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity between all patches and one patch, after a layer. Values of 0 or less are
-        dark."""
+        """Draw the cosine similarity of all patch features after a layer to the features of one patch. Values of 0 or
+        less are dark."""
         similarity = compute_patch_similarity(self.features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -103,7 +103,7 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fraction of a token's attention to each special token, then to all patches. The sum is 1."""
+        """Return the fractions of a token's attention to each special token and, last, all patches. The sum is 1."""
         row = select_head(self.rows[layer], head)[token]  # [key]
         special_fractions = row[: self.rows.shape[2]]
         return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
@@ -180,7 +180,7 @@ class DemoModel:
 
     @property
     def has_labels(self) -> bool:
-        """Return whether the model predicts labels or values."""
+        """Return whether the model predicts labels or regression values."""
         return self.is_classifier and bool(self.model.config.tasks or self.model.config.num_labels)
 
     @property
@@ -213,7 +213,7 @@ class DemoModel:
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether the prediction is the most probable label, which is false for multi-label models."""
+        """Return whether a prediction is displayed with a heading; False for independent probabilities."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 
@@ -234,7 +234,7 @@ class DemoModel:
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Run the model once on one image [1, C, H, W], and return all other fields of `DemoResult`."""
+        """Run the model once on an image [1, C, H, W]; return `predictions` and the later fields of `DemoResult`."""
         config, encoder = self.model.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 

@@ -1,4 +1,4 @@
-// Classify an image and draw the attention of the CLS tokens, in the browser. The folder model/ is written by
+// Classify an image in the browser, and draw the attention of the CLS tokens. The folder model/ is written by
 // `vitcls export --format transformers.js`. `?dtype=fp16` or `?dtype=q8` in the URL selects another ONNX file.
 
 import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
@@ -38,7 +38,7 @@ export async function predict(source) {
 
 const sigmoid = (logits) => logits.map((logit) => 1 / (1 + Math.exp(-logit)));
 
-/** Return `pixel_values` [1, 3, H, W] as an image, without the normalization. */
+/** Undo the normalization of `pixel_values` [1, 3, H, W], and return an image. */
 function toImageData({ data, dims: [, , height, width] }, processor) {
   const image = new ImageData(width, height);
   const { image_mean: mean, image_std: std, do_normalize: isNormalized } = processor;

@@ -73,7 +73,7 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """Describe how a token's attention is distributed, in percent.
 
     Args:
-        fractions: fraction of attention to each special token, then to all patches.
+        fractions: fractions of the attention to each special token and, last, to all patches.
     """
     head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special_fractions, patches = fractions

@@ -1,7 +1,7 @@
 """Load the model to export and its image processor, and return the model's outputs by name.
 
 ViTCLSModel                         last_hidden_state, pooler_output
-ViTCLSForImageClassification        logits; with a second head cls_logits and distillation_logits
+ViTCLSForImageClassification        logits; if there are two heads, also cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, with the name of the task
 ViTCLSBackbone                      feature maps, with the names of their stages
 
@@ -48,7 +48,7 @@ class ExportableModel:
 
 
 class NamedOutputs(nn.Module):
-    """A wrapper of a model that accepts only images and returns float32 outputs by name."""
+    """A model wrapper that accepts only images and returns float32 outputs by name."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()

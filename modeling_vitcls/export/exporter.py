@@ -27,7 +27,7 @@ from .formats import FORMATS, Format, TracedModel
 from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
 
 
-# dtype of the graph -> maximum difference of an output: absolute, and relative to the largest value of the output.
+# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
 
 ImageShape = tuple[int, int, int, int]  # batch, channels, height, width
@@ -55,12 +55,12 @@ class ExportReport:
     weights: str  # "trained", or "random" for a preset
     dtype: str
     opset: int | None
-    limit: tuple[float, float]  # maximum difference: absolute, and relative to the magnitude
+    limit: tuple[float, float]  # absolute tolerance, and tolerance relative to the magnitude
     largest_differences: dict[str, float]
-    tried: list[BatchComparison]  # comparisons of all batches
-    # Name, dtype and shape of the input, with names for dynamic axes, and the smallest (height, width)
+    tried: list[BatchComparison]  # one comparison per batch
+    # Name, dtype, shape, image sizes and patch size of the input, with names for dynamic axes
     input: dict[str, Any]
-    outputs: dict[str, list[int | str]]  # names -> shapes of the outputs, with names for dynamic axes
+    outputs: dict[str, list[int | str]]  # output names -> shapes, with names for dynamic axes
     fixed_because: str  # reason why the image size is fixed although a dynamic size was requested
     preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
     labels: dict[str, list[str]]  # output name -> class names
@@ -101,7 +101,8 @@ def export_model(
     check_output_path(output, file_format)
     if missing_packages := file_format.find_missing_packages():
         raise ValueError(
-            f"--format {format_name} requires {', '.join(missing_packages)}. Run pip install 'modeling_vitcls[export]'"
+            f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
+            "install 'modeling_vitcls[export]'"
         )
     exportable = load_exportable(source)
     model = exportable.model
@@ -174,7 +175,7 @@ def move_files(source: Path, target: Path) -> None:
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
     """Return image shapes for the comparison. For a dynamic graph, the sizes are the native, requested and smallest
-    size, non-square sizes, and a size with partial patches."""
+    sizes, non-square sizes, and a size with partial patches."""
     if not shape.is_dynamic:
         return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width
@@ -201,7 +202,7 @@ def compare_outputs(
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
-        shape: ImageShape = tuple(images.shape)  # type: ignore[assignment]  # four numbers
+        shape: ImageShape = tuple(images.shape)  # type: ignore[assignment]  # four axes
         if get_shapes(reference) != get_shapes(result):
             raise ValueError(
                 f"the written graph must have the outputs {get_shapes(reference)} for images {list(shape)}, but has "
@@ -221,12 +222,12 @@ def compare_outputs(
 
 
 def get_shapes(outputs: Outputs) -> list[tuple[str, list[int]]]:
-    """Return the names and shapes of outputs, in order."""
+    """Return the (name, shape) pairs of outputs, in order."""
     return [(name, list(output.shape)) for name, output in outputs.items()]
 
 
 def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
-    """Return the name, dtype, shape and image sizes of the input."""
+    """Return the name, dtype, shape, image sizes and patch size of the input."""
     height_width = ["height", "width"] if shape.is_dynamic else list(shape.image_size)
     return {
         "name": INPUT_NAME,
@@ -252,7 +253,7 @@ def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int 
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the settings of the image processor that are not None; None if there is no image processor."""
+    """Return the image processor settings that are not None; None if there is no image processor."""
     if processor is None:
         return None
     settings = select_settings(processor, PREPROCESSING_SETTINGS)

@@ -42,7 +42,7 @@ class Format:
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
-    # Function that writes a graph and returns the ONNX opset, or None
+    # Function that writes a graph to a file and returns the ONNX opset (None for other formats)
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]

@@ -42,7 +42,7 @@ def select_graph_shape(
     """Return the image sizes of the graph, which are dynamic if requested and possible.
 
     `image_size` is (height, width) in pixels. `has_antialias` is False if the antialiasing of the runtime differs
-    from PyTorch.
+    from PyTorch's antialiasing.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size

@@ -42,7 +42,7 @@ from .formats import FORMATS, open_onnx_session
 # dtype in transformers.js -> file name.
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
-BATCH_SIZE = 16  # images per batch of the comparison
+BATCH_SIZE = 16  # batch size of the comparison in images
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
@@ -91,9 +91,9 @@ def export_for_transformers_js(
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported or is not a classifier for one task, if the
-            image processor has settings that transformers.js does not support, if the float32 file differs from the
-            model, or if the labels of the dataset do not match the model. The message is one line.
+        ValueError, OSError: If the model cannot be found, cannot be exported or is not a classifier for one task, if
+            the image processor has settings that transformers.js does not support, if the float32 file differs from
+            the model, or if the labels of the dataset do not match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable = load_exportable(source)

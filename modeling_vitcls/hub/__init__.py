@@ -9,15 +9,15 @@
     card_results.py            measured values in a card
     card_sections.py           card templates, and the sections on use, citation and training
     code_files.py              the code files of a model: digest, reading order, differences from this package
-    card_renaming.py           replacement of the model's name in a card by the repository id
+    card_renaming.py           replacement of the model's name in a card with the repository id
     adapters.py                LoRA adapters without the base model
-    push_permissions.py        checks before training whether the token may push
+    push_permissions.py        permissions of the token, checked before training
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
     publish.py                 push: one commit, with retries
     endpoint_handler.py        handler.py for Inference Endpoints; it does not import this package
-    verify.py                  loads a published commit in a new process and compares its outputs
-    verification_script.py     the script that runs in the new process; it does not import this package
-    verification_reference.py  the reference model that the published model is compared with
+    verify.py                  verification of a published model, which is loaded in a new process
+    verification_script.py     the script of the new process; it does not import this package
+    verification_reference.py  the reference model for the comparison with the published model
     shared_code.py             one copy of the code for many models
     space.py                   a Space with the demo
     static_space.py            a Space with a page that runs the model in the browser

@@ -79,7 +79,7 @@ def write_adapter(
 def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
-    """Build the card of an adapter. `name` is the folder name, which a push replaces by the repository id."""
+    """Build the card of an adapter. `name` is the folder name, which a push replaces with the repository id."""
     metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
     arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
     arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}

@@ -2,7 +2,7 @@
 
     build_card               a fine-tuned classifier            model_cards/classifier.md.j2
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
-    build_checkpoint_card    a model in training, on a branch   model_cards/checkpoint.md.j2
+    build_checkpoint_card    a training checkpoint on a branch  model_cards/checkpoint.md.j2
 
 A section without measured values is omitted. analysis/card_images.py draws the images of a card, and
 conversion/conversion_card.py builds the card of a converted model.
@@ -241,7 +241,7 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 
 
 def list_classes(names: list[str]) -> str:
-    """Return at most `MAX_LISTED_CLASSES` class names in one string, and the number of remaining classes."""
+    """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
     num_more = len(names) - MAX_LISTED_CLASSES
     return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text

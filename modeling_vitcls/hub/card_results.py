@@ -30,7 +30,7 @@ MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return the names of the measured metrics by key, first over all tasks, then for each task."""
+    """Return key -> name of each measured metric: metrics over all tasks first, then the metrics of each task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -50,7 +50,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of all classes by table title, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return table title -> rows of all classes, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -61,7 +61,7 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return the table cells of one class by column name."""
+    """Return column name -> table cell for one class."""
     metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
@@ -131,9 +131,8 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
     if not error_counts[predicted_index]:
         return ""
-    return (
-        f", {error_counts[predicted_index]:,} of which were predicted as {format_name(rows[predicted_index]['name'])}"
-    )
+    num_errors, predicted_name = error_counts[predicted_index], format_name(rows[predicted_index]["name"])
+    return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
 
 
 MAX_NAME_LENGTH = 100  # characters

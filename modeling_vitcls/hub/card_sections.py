@@ -20,7 +20,7 @@ from .provenance import Provenance
 from .verification_script import AUTO_CLASSES
 
 
-# Loads templates from an installed package or from a checkout.
+# Jinja environment; templates are loaded from the installed package or from a source checkout.
 TEMPLATES = Environment(
     loader=FileSystemLoader([Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"])
 )
@@ -76,7 +76,7 @@ def build_use_section(
         revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
             each code file.
         finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
-        is_native: Whether the class is part of transformers, so that no code from the repository runs.
+        is_native: Whether the class is part of transformers, in which case no code from the repository runs.
     """
     auto_class = AUTO_CLASSES.get(architecture, "AutoModel")
     if is_native and architecture.endswith("ForImageClassification"):
@@ -101,7 +101,7 @@ def build_use_section(
 
 
 def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
-    """Return the text of a card with the section "ONNX files" before the citation; unchanged if the section exists.
+    """Insert the section "ONNX files" before the citation of a card; return an unchanged card if the section exists.
 
     `report` is the content of onnx/report.json.
     """
@@ -192,7 +192,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return the values of the hyperparameters that have an effect, by label."""
+    """Return label -> value for each hyperparameter that has an effect."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
@@ -204,7 +204,7 @@ def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: d
             rows[label] = ("yes" if value else "no") if isinstance(value, bool) else format_value(value)
     if config.drop_path_rate:
         rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
-    # Patches are dropped only if the first layer or an embedding, such as the distillation token, is trained.
+    # Patches are dropped only if the first layer or an embedding, such as the distillation token, is trainable.
     is_first_layer_trained = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
     if config.patch_drop_rate and (is_first_layer_trained or flags.get("teacher")):
         rows["Patch dropout rate"] = format_value(config.patch_drop_rate)

@@ -13,13 +13,13 @@ from ..version import __version__
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 CODE_PATTERN = "*_vitcls.py"
-# License file of the code. Other license files in a model folder are for the weights.
+# License file of the code. Other license files in a model folder apply to the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
 
 HANDLER_FILE = "handler.py"  # file name of the handler for Inference Endpoints on the Hub
 HANDLER_SOURCE = Path(__file__).with_name("endpoint_handler.py")
 
-# Each file imports only from earlier files.
+# Reading order of the code files; each file imports only from earlier files.
 READING_ORDER = tuple(
     f"{name}_vitcls.py"
     for name in (

@@ -26,8 +26,8 @@ from ..errors import format_error
 
 # Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors of requests. Refused connections raise OSError, failed uploads raise RuntimeError, and invalid metadata
-# raises ValueError.
+# Errors that requests raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError for
+# invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -35,9 +35,9 @@ TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Seconds before each retry. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds before each retry of interactive commands
-MAX_RETRY_WAIT = 300.0  # maximum wait before a retry in seconds
+MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
-TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # timeouts of the HTTP library
+TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
 
 Result = TypeVar("Result")
 
@@ -133,7 +133,7 @@ def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> I
 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
-    """Turn off huggingface_hub's warnings about failed requests, and the progress bars unless `show_progress`."""
+    """Turn off huggingface_hub's warnings about failed requests, and progress bars unless `show_progress` is True."""
     verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
     if had_progress_bars and not show_progress:
@@ -195,7 +195,7 @@ def get_status(error: BaseException) -> int | None:
 
 
 def get_requested_wait(error: BaseException) -> float:
-    """Return the wait before a retry that the Hub requests, in seconds; 0 if no wait is requested."""
+    """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
     for cause in iter_causes(error):
         if isinstance(cause, HfHubHTTPError):
             value = cause.response.headers.get("Retry-After", "")
@@ -228,8 +228,7 @@ def get_message(error: BaseException) -> str:
 
 
 def describe_gated_repo(error: GatedRepoError) -> str:
-    """Return the error message for a repository whose conditions the user has not accepted, with the reason and the
-    remedy."""
+    """Return the error message, with reason and remedy, for a gated repository that the user cannot access."""
     path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
     return (
         f"{path} is gated. Accept the conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
@@ -238,7 +237,7 @@ def describe_gated_repo(error: GatedRepoError) -> str:
 
 
 def describe_no_response(error: BaseException) -> str:
-    """Return the error message for a Hub that does not respond, with the reason and the remedy."""
+    """Return the error message, with reason and remedy, for a Hub that does not respond."""
     return (
         f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the network, proxies and "
         "HF_ENDPOINT"

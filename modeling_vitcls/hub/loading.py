@@ -9,7 +9,7 @@
     no response     the cached files, with a warning; an error after two attempts if no files are cached
     offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
 
-Loading from the returned folder sends no requests. Without this file, transformers would retry for a minute if
+Loading from the returned folder sends no requests. Without this module, transformers would retry for a minute if
 connections are refused, and for many minutes if the Hub does not respond.
 
 timm models are loaded according to the same rules:
@@ -63,7 +63,7 @@ MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "
 # Pickled weight files, which older models of other projects contain.
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
-TIMEOUT = 6.0  # maximum time without a response in seconds
+TIMEOUT = 6.0  # maximum time without a response, in seconds
 RETRY_WAIT = 1.0  # seconds before the only retry
 
 RepoType = Literal["model", "dataset"]
@@ -111,7 +111,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
         log.warning(
-            "%s; loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
+            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
             error,
             source,
         )
@@ -137,7 +137,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
 
 
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder of a model from another project, with pickled weights if there are no safetensors files."""
+    """Return the folder of a model from another project, including pickled weights if no safetensors files exist."""
     folder = get_model_folder(source, revision=revision)
     if folder == source or any(Path(folder).glob("*.safetensors")):
         return folder
@@ -145,7 +145,7 @@ def get_any_model_folder(source: str, revision: str | None = None) -> str:
 
 
 def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
-    """Return the Hub's information about a repository, after at most two requests.
+    """Return the Hub's information about a repository, using at most two requests.
 
     Raises HubUnreachable if the Hub does not respond, and OSError if there is no such repository or revision.
     """
@@ -202,7 +202,7 @@ def fall_back_to_cache(
         raise OSError(
             f"{repo_id} is not a {PATH_NOUNS[repo_type]} and not complete in the cache, and {hub_error}"
         ) from error
-    log.warning("%s; loading %s from the cache, which may be outdated", hub_error, repo_id)
+    log.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None)
 
 
 def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> str:
-    """Download the newest commit, or the commit of the revision, and return the folder in the cache."""
+    """Download the commit of the revision, by default the newest commit, and return the folder in the cache."""
     try:
         with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
             folder = retry(

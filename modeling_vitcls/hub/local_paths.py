@@ -1,4 +1,4 @@
-"""Names of datasets, models and teachers that are local paths.
+"""Local paths as names of datasets, models and teachers.
 
     resolve_name("data/teach")                  -> "/home/me/data/teach"        if the path exists
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
@@ -22,7 +22,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
-    """Replace an existing file or folder in a name by its absolute path, and return the name.
+    """Replace an existing file or folder in a name with its absolute path, and return the name.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
@@ -40,7 +40,7 @@ def is_local(name: Any) -> bool:
 
 
 def make_relative(name: Any) -> Any:
-    """Return a resolved name with the local path relative to the current folder, and any other value unchanged."""
+    """Make the local path in a resolved name relative to the current folder; return any other value unchanged."""
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)

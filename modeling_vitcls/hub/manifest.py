@@ -41,7 +41,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 RECIPE = "config.resolved.yaml"
 CARD = "README.md"
-REPORT = "report.html"  # shows held-out images
+REPORT = "report.html"  # HTML report, which shows held-out images
 PARITY_REPORT = "certificate.json"  # parity report of a conversion
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -81,7 +81,7 @@ EXTRA_PATTERNS = (
 )
 # Files whose `auto_map` names classes and the code file of each class.
 CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
-REPO_SEPARATOR = "--"  # `owner/name--module.Class` is a class in another repository
+REPO_SEPARATOR = "--"  # separator after a repository id, as in `owner/name--module.Class`
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ RepoFiles = dict[str, Path | bytes]
 
 
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
-    """Return the files of a model folder, or of an adapter, to publish in the repository `repo_id`.
+    """Return the files of a model or adapter folder that are published in the repository `repo_id`.
 
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
     published only if images of the dataset may be published. The license of the code files is added.
@@ -118,7 +118,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
         outdated_files = [name for name in files if is_match(name, ONNX_PATTERNS)]
         if outdated_files:
             log.warning(
-                "%s is not published, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
+                "not publishing %s, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
             )
         files = {name: path for name, path in files.items() if name not in outdated_files}
     elif CARD in files:
@@ -143,7 +143,7 @@ def has_current_onnx_files(folder: Path) -> bool:
 
 
 def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
-    """Return the files with the repository id in README.md."""
+    """Return the files, with the folder name in README.md replaced with the repository id."""
     if CARD not in files or repo_id is None:
         return files
     card = files[CARD]
@@ -214,7 +214,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
 
 
 def list_required_code(folder: Path) -> set[str]:
-    """Return the code files of the folder that the model requires, directly or through imports."""
+    """Return the names of the code files that the model requires, directly or through imports."""
     references = [reference for reference in read_code_references(folder) if REPO_SEPARATOR not in reference]
     pending_files = [f"{reference.partition('.')[0]}.py" for reference in references]
     required_files: set[str] = set()
@@ -227,14 +227,14 @@ def list_required_code(folder: Path) -> set[str]:
 
 
 def list_weight_files(folder: Path) -> set[str]:
-    """Return the names of the files with the weights."""
+    """Return the names of the weight files."""
     if not (folder / WEIGHTS_INDEX).is_file():
         return {WEIGHTS}
     return set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values())
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file with unchanged line endings. Raise ValueError if the text is not UTF-8."""
+    """Return the text of a file without converting line endings. Raise ValueError if the text is not UTF-8."""
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -242,9 +242,9 @@ def read_text(file: Path) -> str:
 
 
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
-    """Return the published files of the newest undamaged checkpoint in `folder`.
+    """Return the files to publish from the newest undamaged checkpoint in `folder`.
 
-    Flags with local paths are removed from state.json. A resumed run uses the flags of the command line instead.
+    The published state.json has no flags with local paths. A resumed run uses the flags of the command line instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)
@@ -275,7 +275,7 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
 # Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-SAMPLE_IMAGES = "pictures/attention.png"  # the only figure that shows images of the dataset
+SAMPLE_IMAGES = "pictures/attention.png"  # path of the only figure that shows images of the dataset
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:

@@ -29,8 +29,8 @@ CARD = "README.md"
 
 
 def list_license_patterns() -> Iterator[str]:
-    """Yield patterns of license and notice files: upper-case names with any ending, other names with a text suffix or
-    none."""
+    """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
+    suffix or without a suffix."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -38,7 +38,7 @@ def list_license_patterns() -> Iterator[str]:
 
 
 LICENSE_FILES = tuple(list_license_patterns())
-TIMEOUT = 5.0  # maximum time without a response in seconds; short, so that finished runs do not wait for a slow Hub
+TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -54,7 +54,7 @@ class Provenance:
     # One or several license identifiers of the Hub; `other` requires a name and a link
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
-    license_link: str | None = None  # text of an `other` license: a URL, or the name of one of `license_files`
+    license_link: str | None = None  # URL of the text of an `other` license, or the name of one of `license_files`
     license_files: tuple[Path, ...] = field(default=(), repr=False)  # local files with the license text
 
     @property
@@ -89,7 +89,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder, with the base model that is named in the card."""
+    """Return the provenance of a model folder, including the base model named in the card."""
     card_metadata = read_card_metadata(folder)
     return add_license(
         Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
@@ -135,7 +135,7 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 def add_license(
     provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
 ) -> Provenance:
-    """Return a copy of the provenance with the license from a card's metadata, and the license files in `folder`.
+    """Return a copy of the provenance that includes the license from card metadata and the license files in `folder`.
 
     `base_url` is the base URL for links to published files that are not in `folder`.
     """
@@ -215,7 +215,7 @@ class WeightsLicense:
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
-    teacher: Provenance | None = None  # teacher of a distillation, whose license is also named
+    teacher: Provenance | None = None  # distillation teacher, whose license is also named
     has_code: bool = True  # whether the repository contains code, whose license is also named
 
     @property

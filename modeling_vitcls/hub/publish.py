@@ -3,8 +3,8 @@
     pushed = push_folder(folder, "someone/model", private=False, message="...")
     pushed.commit                          # the commit hash to pin
 
-Temporary failures are retried. Files that the Hub already has are not sent again, even by a later run. The folder is
-not changed.
+Temporary failures are retried. Files that the Hub already has are not uploaded again, even by a later run. The folder
+is not changed.
 """
 
 import logging
@@ -34,7 +34,7 @@ from .manifest import (
 )
 
 
-TIMEOUT = 120.0  # maximum time without a response in seconds; the duration of an upload is not limited
+TIMEOUT = 120.0  # maximum time without a response, in seconds; the duration of an upload is not limited
 DEFAULT_MESSAGE = "Upload model"
 
 log = logging.getLogger(__name__)

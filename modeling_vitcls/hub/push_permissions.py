@@ -12,7 +12,7 @@ from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_s
 from .loading import is_hub_id
 
 
-TIMEOUT = 10.0  # maximum time without a response in seconds
+TIMEOUT = 10.0  # maximum time without a response, in seconds
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
@@ -89,8 +89,8 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(
-            f"cannot push to {repo_id}: your role in {namespace} is {roles[0]!r}, which cannot write. Contact an "
-            f"administrator of {namespace}, or push to {account['name']}/{repo_id.partition('/')[2]}"
+            f"cannot push to {repo_id}: your role in {namespace} is {roles[0]!r}, which does not permit a push. "
+            f"Contact an administrator of {namespace}, or push to {account['name']}/{repo_id.partition('/')[2]}"
         )
 
 

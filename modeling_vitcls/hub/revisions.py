@@ -23,7 +23,7 @@ from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
 
-TIMEOUT = 60.0  # maximum time without a response in seconds
+TIMEOUT = 60.0  # maximum time without a response, in seconds
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 
 
 def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
-    """Download files of a commit to a folder, by default in the cache, and return the folder.
+    """Download files of a commit to a folder, by default to the cache, and return the folder.
 
     Raises OSError if the download fails. The message is one line.
     """

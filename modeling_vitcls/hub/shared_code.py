@@ -21,7 +21,7 @@ from .loading import is_hub_id
 from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
-# Patterns in a card: code that pins the weights, the location of the code, and the note about both repositories.
+# Patterns in a card: code that pins the weights, the location of the code, and the note about the code repository.
 PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
 PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
 NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
@@ -41,11 +41,11 @@ def write_code(folder: str | Path) -> list[str]:
 
 
 def use_shared_code(folder: str | Path, repo_id: str) -> None:
-    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files in the
+    """Make a saved model use the code in a repository on the Hub, update the card, and remove the code files from the
     folder.
 
-    Call this function only before publishing. If this package is installed, the folder is still loaded with the
-    package's code. Saving the model again, for example after fine-tuning, adds the code files again.
+    Call this function only before the model is published. If this package is installed, the folder is still loaded
+    with the package's code. Saving the model again, for example after fine-tuning, adds the code files again.
 
     Args:
         folder: Folder of the saved model.
@@ -71,15 +71,14 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
 
 
 def add_repo_id(references: Any, repo_id: str) -> Any:
-    """Return code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, prefixed with the repository
-    id."""
+    """Prefix the code references in nested dicts, such as `modeling_vitcls.ViTCLSModel`, with the repository id."""
     if isinstance(references, dict):
         return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card text, in which code examples also pin the code and the code repository is named.
+    """Return the card text with the code pinned in the code examples and with the name of the code repository.
 
     The text is returned unchanged if the code examples do not pin a revision.
     """

@@ -1,4 +1,4 @@
-"""A Space on the Hub: a page that shows a model's predictions and attention maps, from modeling_vitcls/demo/.
+"""A Space on the Hub that runs the page in modeling_vitcls/demo/: predictions and attention maps of a model.
 
     model = find_published_model("someone/model", "main")
     files = build_space_files(model, title="...")       # path in the Space -> file or bytes
@@ -222,7 +222,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return the files of the example images by path in the Space."""
+    """Return path in the Space -> file for each example image."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES_FOLDER}/{file.name}"
@@ -260,7 +260,7 @@ def push_space(
 
     Call this function after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is
     made. `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space` that build the
-    same files, for the error message.
+    same files; the error message contains these flags.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """

@@ -63,7 +63,7 @@ TOLERANCE = 1e-6
 TIMEOUT = 60.0  # maximum time without a response from the Hub, in seconds
 PIN_ADVICE = "load the model at a pinned commit, because loading runs the code in the repository:"
 
-# Environment variables that the new process inherits, in upper or lower case: locations of programs and libraries,
+# Environment variables (in upper or lower case) that the new process inherits: locations of programs and libraries,
 # access to the Hub, and settings that affect numerical results.
 INHERITED_VARIABLES = frozenset(
     (
@@ -81,7 +81,7 @@ class NotVerified(ValueError):
 
 
 class PushedButNotVerified(OSError):
-    """Raised if a push succeeded, but the verification failed. The message ends with the command to verify again."""
+    """Raised if the verification of a push fails. The message ends with the command that repeats the verification."""
 
 
 @dataclass(frozen=True)

@@ -396,7 +396,7 @@ def push_output(task: Task) -> None:
             reporter.console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)
 
     try:
-        run_on_main(task.runner.accelerator, push_and_verify)  # other processes wait up to MAX_WAIT (distributed.py)
+        run_on_main(task.runner.accelerator, push_and_verify)  # other processes wait up to PROCESS_GROUP_TIMEOUT
     except (ValueError, OSError) as error:
         raise RunStopped(str(error)) from error
 

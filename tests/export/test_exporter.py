@@ -484,7 +484,9 @@ def test_existing_files(tmp_path: Path) -> None:
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    with raises_one_line("--format onnx requires onnxruntime", "pip install 'modeling_vitcls[export]'"):
+    with raises_one_line(
+        "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"
+    ):
         export_model("nowhere", "onnx", tmp_path / "vit.onnx")
 
 

@@ -516,7 +516,8 @@ def test_a_run_without_a_report_removes_the_report_of_an_earlier_run(
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
-    with pytest.raises(ValueError, match="--log-with wandbox requires the package wandbox: pip install wandbox"):
+    message = "--log-with wandbox requires the package wandbox, which is not installed. Run pip install wandbox"
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_trackers(("wandbox",))
 
 
