@@ -145,7 +145,7 @@ class BranchUploads:
         self.folder.mkdir(parents=True)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
-        """Write the model with these weights, the model card, metrics, flags and license files."""
+        """Write the model card, metrics, flags, license files, and the model with these weights."""
         self.write_model(self.folder, weights)
         for name in ("metrics.jsonl", RECIPE):
             if (self.options.output_dir / name).is_file():
@@ -195,9 +195,7 @@ class BranchUploads:
         self.thread.join(max_seconds)
         if self.thread.is_alive():
             self.has_timed_out = True
-            self.reporter.warn(
-                f"the upload of step {self.step:,} to the branch {self.branch} was not finished in time"
-            )
+            self.reporter.warn(f"the upload of step {self.step:,} to the branch {self.branch} did not finish in time")
 
     def remove_folder(self) -> None:
         """Remove the local folder."""
