@@ -97,7 +97,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            known_settings = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
+            known_settings = ImagesKwargs.__annotations__  # other keywords come from saved files or transformers
             settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known_settings}
             validate_typed_dict(ImagesKwargs, settings)  # type: ignore[type-var]
         if crop_rounding not in CROP_ROUNDINGS:
@@ -479,7 +479,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 
 def cast_setting(name: str, value: Any) -> Any:
-    """Convert a setting to the type that transformers declares: a size to a dict, an integer from JSON to a float."""
+    """Convert a setting to the type that transformers declares: a size to a dict, and an integer from JSON to a float."""
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):

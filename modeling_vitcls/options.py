@@ -37,8 +37,8 @@ class DataOptions:
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
-    """With --folds: number of the only fold to hold out, starting from 1. The output is written to OUTPUT_DIR itself.
-    Default: all folds in turn."""
+    """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR itself. Default: all
+    folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
@@ -318,12 +318,12 @@ class RunOptions:
     hub_checkpoint_branch: str = "checkpoints"
     """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
-    """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
-    machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
+    """Also push the checkpoint for --resume to main and to --hub-checkpoint-branch. To resume on another machine,
+    run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
     --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
-    """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. If the
-    initial weights have a license, the card states that license instead. Default: no license in the card."""
+    """Hub license identifier of the trained weights for the model card, such as apache-2.0. If the initial
+    weights have a license, the card states that license instead. Default: no license in the card."""
     card_samples: bool = False
     """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
     of `digits` and of datasets on the Hub are always shown."""

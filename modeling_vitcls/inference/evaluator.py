@@ -128,7 +128,7 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
+        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, for all processes
         self.unreadable_images = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )

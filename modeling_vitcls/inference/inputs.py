@@ -1,6 +1,6 @@
 """Inputs of a prediction (image records with an index, a name and undecoded content), and image preprocessing.
 
-    PATHS, --list, digits, MNIST files    ListInput      known at the start
+    PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   read by the `datasets` library, in any order
     --streaming                           StreamInput    read once from the start; images outside a range are skipped
 
