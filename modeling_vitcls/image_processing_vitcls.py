@@ -479,7 +479,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 
 def cast_setting(name: str, value: Any) -> Any:
-    """Convert a setting to the type that transformers declares: a size to a dict, and an integer from JSON to a float."""
+    """Convert a setting to the type that transformers declares: a size to a dict, and JSON integers to floats."""
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):

@@ -266,7 +266,7 @@ class StudyRunner:
         return 0 < expected_bytes <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
-        """Update the memory of the largest run so far."""
+        """Update `max_run_bytes`, the memory of the largest run so far."""
         for run_process in running_processes:
             try:
                 process = psutil.Process(run_process.process.pid)

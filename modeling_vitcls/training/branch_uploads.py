@@ -103,8 +103,8 @@ class BranchUploads:
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start(self, step: int) -> bool:
-        """Return whether no upload is running, so that a new upload can start. Print a warning when the first upload is
-        skipped."""
+        """Return whether no upload is running, so that a new upload can start. Print a warning when the first upload
+        is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
