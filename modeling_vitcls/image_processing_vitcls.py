@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# The classes for both backends. transformers' `save_pretrained` would write only the class of the saved object.
+# `auto_map` entries of both backends. By default, `save_pretrained` writes only the class of the saved object.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -97,7 +97,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         check_setting_names(kwargs)
         with raise_one_line_errors():
-            known_settings = ImagesKwargs.__annotations__  # saved files and transformers also pass other keywords
+            known_settings = ImagesKwargs.__annotations__  # other keywords come from saved files or transformers
             settings = {name: cast_setting(name, value) for name, value in kwargs.items() if name in known_settings}
             validate_typed_dict(ImagesKwargs, settings)  # type: ignore[type-var]
         if crop_rounding not in CROP_ROUNDINGS:
@@ -126,7 +126,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return batch
 
     def fetch_images(self, images: Any) -> Any:
-        """Read every path, URL and encoded image of a (nested) list. Images in memory are returned unchanged.
+        """Read every path, URL and encoded image in a (nested) list. Images in memory are returned unchanged.
 
         Raises:
             ValueError: If a path, URL or encoded image cannot be read, or if an object is not an image.
@@ -152,14 +152,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         image_std: float | tuple[float, ...] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Convert one image in memory to shape [C, H, W] and the type that the backend resizes."""
+        """Convert one image in memory to the shape [C, H, W] and the type that the backend requires."""
         pixels = image_to_tensor(image, bool(do_convert_rgb), bool(do_rescale), input_data_format)
         if do_normalize:
             check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
         return super().process_image(pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs)
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Crop `size` from the center of one or more images [..., H, W], with margins rounded by `crop_rounding`."""
+        """Crop images [..., H, W] to `size` around the center, and round the margins as `crop_rounding` specifies."""
         margins = [(old - new) / 2 for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)]
         if min(margins) < 0:  # transformers pads an image that is smaller than the crop
             return super().center_crop(image, size, **kwargs)
@@ -176,9 +176,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def _standardize_kwargs(  # type: ignore[override]
         self, size: Any = None, crop_size: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Return the settings in canonical form. transformers calls this method at construction and at every call."""
+        """Return the settings in canonical form. transformers calls this method in `__init__` and `preprocess`."""
         for name, value in (("size", size), ("crop_size", crop_size)):
-            if isinstance(value, list | tuple) and len(value) != 2:  # transformers ignores further items
+            if isinstance(value, list | tuple) and len(value) != 2:  # transformers would ignore further items
                 raise ValueError(f"{name} must be [height, width] if it is a list, but it is {list(value)}")
         settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
         check_sizes(settings)
@@ -197,17 +197,17 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
 
 
 class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
-    r"""Image processor for the ViTCLS models, based on torchvision, for batches on the CPU or a GPU (`device="cuda"`).
+    r"""Image processor for the ViTCLS models, based on torchvision. It runs on the CPU or a GPU (`device="cuda"`).
 
     By default, images are resized to 224 x 224 pixels (bicubic) and normalized with ImageNet statistics (DeiT, DINO).
     Other checkpoints require other settings: transformers' ViT uses `resample=2`, mean 0.5 and standard deviation 0.5.
 
     The input is an image, a batch or a list. The output is a `BatchFeature` with `pixel_values` [B, C, H, W] float32.
     An image is a path (`str`, `pathlib.Path`), a URL (`http`, `https`, `data`), an encoded file as `bytes`, a PIL
-    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists all file formats.
+    image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists the file formats.
 
     Steps before resizing:
-        - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame is used.
+        - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame of a file is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are divided by 257, not
           clipped. Other arrays must contain values from 0 to 255, or any floats if `do_rescale=False`. PIL's float
           mode `F` has no defined range and raises an error.
@@ -218,7 +218,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
     bicubic resizing, values differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
-    (0.5 on average) on noise, because PIL rounds and clips between its two passes. The other filters differ more.
+    (0.5 on average) on noise, because PIL rounds and clips between two passes. Other filters cause larger differences.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -236,11 +236,11 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         image_mean, image_std (`float` or `list[float]`): Mean and standard deviation of rescaled values per channel.
 
     Raises:
-        ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes, channels
-            or values contradict each other, or if a setting is misspelled. The message is one line.
+        ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes or channels
+            are inconsistent, if values are out of range, or if a setting is misspelled. The message is one line.
     """
 
-    _checked_settings: tuple[Any, ...] | None = None  # checked settings that the fast path supports
+    _checked_settings: tuple[Any, ...] | None = None  # last checked settings, if the fast path supports them
 
     def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
         if not is_torchvision_available():
@@ -250,7 +250,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
-        The first call checks the settings. Later calls without keyword arguments use the fast path.
+        The first call checks the settings. Later calls with only `return_tensors="pt"` use the fast path.
         """
         if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
             return super().preprocess(images, *args, **kwargs)
@@ -270,7 +270,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
-        """Return an image, or the image at a path or URL, resized and cropped, as `uint8` [C, h, w]."""
+        """Load an image from memory, a path or a URL, and return the resized and cropped `uint8` image [C, h, w]."""
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
@@ -280,7 +280,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
 
 class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ignore[misc]
-    """Image processor for the ViTCLS models with PIL and NumPy, without torchvision. Images are processed one by one.
+    """Image processor for the ViTCLS models, based on PIL and NumPy. Images are processed one by one.
 
     Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states how outputs differ.
     """
@@ -292,7 +292,7 @@ ViTCLSImageProcessorPil.register_for_auto_class()
 
 # Reading sources -----------------------------------------------------------------------------------------------------
 def read_image(source: ImageSource) -> PIL.Image.Image:
-    """Return the decoded image of a path, a URL or encoded bytes, upright and in the mode of the file.
+    """Load an image from a path, a URL or encoded bytes; the result is upright and has the color mode of the file.
 
     Raises:
         ValueError: If the source cannot be read or is not a complete image. The message names the source.
@@ -369,7 +369,7 @@ def image_to_tensor(
         return pil_to_tensor(image, to_rgb)
     if isinstance(image, np.ndarray):
         try:
-            # Copies arrays that are read-only or not C-contiguous, and shares the memory of other arrays.
+            # `np.require` copies arrays only if they are read-only or not C-contiguous.
             image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"cannot use an array of {image.dtype} as an image: pass integers or floats") from error
@@ -399,7 +399,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values must be between 0 and 65535, but they are {values.min()} to {values.max()}")
+            raise ValueError(f"values must be between 0 and 65535, but range from {values.min()} to {values.max()}")
         return values.astype(np.uint16)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))
@@ -462,7 +462,7 @@ def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
     if pixels.is_floating_point() and not 0 <= pixels.min() <= pixels.max() <= white:
-        raise ValueError("cannot composite transparent images with floats outside 0 to 1: set do_convert_rgb=False")
+        raise ValueError("cannot composite transparent images with floats outside [0, 1]: set do_convert_rgb=False")
     color, alpha = pixels[:3].float(), pixels[3:].float() / white  # [3, H, W], [1, H, W]
     composite = color * alpha + white * (1 - alpha)
     return composite if pixels.is_floating_point() else composite.round().to(pixels.dtype)
@@ -479,7 +479,7 @@ def raise_one_line_errors() -> Iterator[None]:
 
 
 def cast_setting(name: str, value: Any) -> Any:
-    """Convert a setting to the type that transformers declares: a size to a dict, an integer from JSON to a float."""
+    """Convert a setting to the type that transformers declares: a size to a dict, and JSON integers to floats."""
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):
@@ -496,7 +496,7 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
 
 
 def check_sizes(settings: dict[str, Any]) -> None:
-    """Raise ValueError for sizes that the backends do not support, or a crop larger than the resized image."""
+    """Raise ValueError for sizes that the backends do not support, and for a crop larger than the resized image."""
     size, crop = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
     if settings.get("do_resize") and size:
         if not any(set(size) == set(keys) for keys in SIZE_KEYS):

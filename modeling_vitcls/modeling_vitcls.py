@@ -3,10 +3,10 @@
 
     pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
-    ViTCLSModel                        the encoder, with tokens by name
+    ViTCLSModel                        the encoder, whose output provides the tokens by name
     ViTCLSForImageClassification       one classifier, and a second classifier for distillation tokens
     ViTCLSForMultiTaskClassification   one CLS token, one classifier and one loss per task
-    ViTCLSForMaskedImageModeling       reconstructs masked patches
+    ViTCLSForMaskedImageModeling       reconstruction of masked patches
     ViTCLSBackbone                     feature maps for dense prediction
 
 blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers, classifiers and losses.
@@ -66,13 +66,13 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm. In training, `patch_drop_rate` drops some patches.
+        last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if `patch_drop_rate` > 0.
         pooler_output: [B, P], the input of a classifier (`config.pooling`); None if the model has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D] each, if requested.
         attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires eager attention.
     """
 
-    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; no field, because fields are tensors
+    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field, because fields are tensors
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
         logits: [B, num_labels], the prediction of the model (`config.distillation_inference`).
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
-        distillation_logits: [B, num_labels], the output of the distillation classifier; None if there is no such head.
+        distillation_logits: [B, num_labels], the output of the distillation classifier; None if the model has none.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -201,8 +201,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     ) -> Tensor:
         """Return the attention weights of the special tokens, for any attention implementation.
 
-        The values equal the rows of eager attention maps without dropout. Instead of full maps, one forward pass
-        computes only these rows. To disable gradients of the output, use `torch.no_grad()`.
+        The values equal the rows of eager attention maps without dropout. One forward pass computes
+        only these rows instead of full maps. To disable gradients of the output, use `torch.no_grad()`.
 
         Args:
             pixel_values: [B, C, H, W].
@@ -246,7 +246,7 @@ TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
 
 # Encoder -------------------------------------------------------------------------------------------------------------
 class ViTCLSModel(ViTCLSPreTrainedModel):
-    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens, without a classifier."""
+    """A Vision Transformer (arXiv 2010.11929) with configurable special tokens and without a classifier."""
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -570,7 +570,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         """Return the feature maps of `config.out_features`.
 
         Maps are [B, D, rows, columns], or [B, 1 + patches, D] (first CLS token and patches) if
-        `config.reshape_hidden_states` is False. `config.apply_layernorm` normalizes all stages, not only the last.
+        `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last stage is normalized.
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)

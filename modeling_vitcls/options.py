@@ -37,8 +37,8 @@ class DataOptions:
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
-    """With --folds: number of the only fold to hold out, starting from 1. The output is written to OUTPUT_DIR itself.
-    Default: all folds in turn."""
+    """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR itself. Default: all
+    folds in turn."""
     streaming: bool = False
     """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
     shuffle_buffer: int = 1000
@@ -54,7 +54,7 @@ class DataOptions:
         check_value(self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
         check_minimum(self, 2, "folds")
         if self.fold is not None:
-            check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to --folds")
+            check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds")
         check_minimum(self, 1, "shuffle_buffer")
         check_minimum(self, 0, "split_seed", "max_broken_images", "num_workers")
 
@@ -65,8 +65,8 @@ class ModelOptions:
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
-    id of a vitcls model, or another ViT that is converted (`timm:NAME`, `transformers:ID`, a folder, a Hub id,
-    a file). `ID@COMMIT` pins a model on the Hub."""
+    id of a vitcls model, or another ViT, which is converted automatically (`timm:NAME`, `transformers:ID`, a
+    folder, a Hub id, a file). `ID@COMMIT` pins a model on the Hub."""
     num_cls_tokens: int | None = None
     """Number of CLS tokens."""
     num_distillation_tokens: int | None = None
@@ -78,8 +78,8 @@ class ModelOptions:
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
-    """Image regions of the CLS tokens: `image` is one CLS token for the image, `2x2` one CLS token for each cell of a
-    grid of 2 rows and 2 columns."""
+    """Image regions of the CLS tokens: `image` is one CLS token for the whole image, and `2x2` is one CLS token for
+    each cell of a grid of 2 rows and 2 columns."""
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classifier."""
     image_size: int | tuple[int, int] | None = None
@@ -101,9 +101,9 @@ class ModelOptions:
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
-    """Fraction of patches to drop at random from each training image, which is faster but less accurate."""
+    """Fraction of patches to drop at random from each training image. Training is faster, but accuracy is lower."""
     merged_patches_per_layer: int | None = None
-    """Number of patches that each layer removes by merging similar patches, which is faster but less accurate."""
+    """Number of patches that each layer removes by merging similar patches. The model is faster, but less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
     narrow models learn slowly with the usual value of 0.02."""
@@ -129,7 +129,7 @@ def parse_cls_scopes(texts: Sequence[str]) -> list[str | list[int]]:
             scopes += [[rows, columns, row, column] for row in range(rows) for column in range(columns)]
         else:
             raise ValueError(
-                f"--cls-scopes {text!r} is not `image` or ROWSxCOLUMNS, for example --cls-scopes image 2x2"
+                f"--cls-scopes {text!r} is neither `image` nor ROWSxCOLUMNS. Example: --cls-scopes image 2x2"
             )
     return scopes
 
@@ -167,10 +167,10 @@ class AugmentationOptions:
 
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
-        check_value(self, "rotation", 0 <= self.rotation <= 180, "0 to 180")
+        check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
         check_minimum(self, 1, "rand_augment_operations", "repeated_augmentation")
-        check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "0 to 30")
-        check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
+        check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "from 0 to 30")
+        check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
         check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
         check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         check_minimum(self, 0, "mixup", "cutmix")
@@ -181,8 +181,8 @@ class TrainingOptions:
     """Optimization."""
 
     epochs: float | None = None
-    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and 10,000 images or
-    more."""
+    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and at least 10,000
+    images."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
@@ -208,7 +208,7 @@ class TrainingOptions:
     """Compensation for imbalanced classes: weight the loss by the inverse class size (`weights`), or sample all
     classes equally often (`sampling`)."""
     max_gradient_norm: float = 1.0
-    """Maximum norm of the gradients; larger gradients are scaled down. The ViT paper uses 1."""
+    """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
     0.999 is suitable for runs of a few thousand steps. Default: no average."""
@@ -230,7 +230,7 @@ class TrainingOptions:
     log_every: int = 10
     """Number of steps between lines of metrics.jsonl."""
     health_every: int = 100
-    """Number of steps between measurements of the entropy of the CLS attention per layer. 0: off."""
+    """Number of steps between measurements of the CLS attention entropy per layer. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The last step is always evaluated."""
     select: Literal["last", "best"] = "last"
@@ -296,7 +296,7 @@ class RunOptions:
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000 steps for a
     streamed dataset."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep, in addition to the best checkpoint."""
+    """Number of most recent checkpoints to keep, in addition to the best checkpoint."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
@@ -313,17 +313,17 @@ class RunOptions:
     hub_verify: bool = True
     """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
     hub_checkpoint_every: int | None = None
-    """Number of steps between pushes of the model to --hub-checkpoint-branch, in the background. Default: off.
+    """Number of steps between background pushes of the model to --hub-checkpoint-branch. Default: off.
     Requires --push-to-hub."""
     hub_checkpoint_branch: str = "checkpoints"
     """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
-    """Also push the checkpoint that --resume requires, to main and to --hub-checkpoint-branch. To resume on another
-    machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
+    """Also push the checkpoint for --resume to main and to --hub-checkpoint-branch. To resume on another machine,
+    run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
     --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
-    """License identifier of the trained weights on the Hub, such as apache-2.0, for the model card. If the
-    initial weights have a license, the card states that license instead. Default: no license in the card."""
+    """Hub license identifier of the trained weights for the model card, such as apache-2.0. If the initial
+    weights have a license, the card states that license instead. Default: no license in the card."""
     card_samples: bool = False
     """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
     of `digits` and of datasets on the Hub are always shown."""
@@ -345,7 +345,7 @@ class RunOptions:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} requires --push-to-hub, which is not set. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
-            raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both, or neither.")
+            raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
         check_value(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
 
@@ -398,7 +398,7 @@ class EvaluateOptions:
     """Evaluate a vitcls model on labeled images. Each image is counted exactly once."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT that is converted once
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
@@ -428,10 +428,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags that prediction and inspection share: a model and images. The images may have no labels."""
+    """The flags that prediction and inspection share: a model and images. Labels are not required."""
 
     model: str
-    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT that is converted once
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
@@ -472,15 +472,15 @@ class PredictOptions(ImageOptions):
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
     """Tokens of the last layer to write instead of labels (`mean`: the mean of the patch tokens)."""
     num_workers: int | None = None
-    """Number of threads per process that load images. Default: one per CPU core, at most 8."""
+    """Number of image loading threads per process. Default: one per CPU core, at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
-        check_value(self, "threshold", 0 <= self.threshold <= 1, "0 to 1")
+        check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
-            raise ValueError("Set exactly one of PATHS, --list and --dataset, to select the images.")
+            raise ValueError("Set exactly one of PATHS, --list and --dataset to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError("--split, --image-column and --streaming require --dataset, which is not set.")
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
@@ -523,13 +523,14 @@ class InspectOptions(ImageOptions):
     max_images: int = 256
     """Maximum number of images for the statistics. The images are selected at regular intervals and kept in memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels, such as 8 16 32, to compare by sequence length, cost and accuracy (with labels)."""
+    """Patch sizes in pixels, such as 8 16 32, to compare by sequence length, cost and (with labels) accuracy."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
-        check_value(self, "patch_sizes", all(size >= 1 for size in self.patch_sizes), "sizes of 1 or more pixels")
+        are_positive = all(size >= 1 for size in self.patch_sizes)
+        check_value(self, "patch_sizes", are_positive, "a list of positive integers (pixels)")
         if bool(self.paths) == (self.dataset is not None):
-            raise ValueError("Set exactly one of PATHS and --dataset, to select the images.")
+            raise ValueError("Set either PATHS or --dataset to select the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
             raise ValueError(
                 "--image-column, --label-column and --label-separator require --dataset, which is not set."
@@ -554,7 +555,7 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_names(options_class: Any) -> set[str]:
-    """Return the names of all flags of a dataclass, including nested dataclasses, for example `batch_size`."""
+    """Return the flag names of a dataclass and its nested dataclasses, for example `batch_size`."""
     names: set[str] = set()
     for item in dataclasses.fields(options_class):
         names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}

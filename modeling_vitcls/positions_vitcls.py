@@ -31,7 +31,7 @@ def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | Mixe
 
 
 class AxialRotaryPositions(nn.Module):
-    """Rotary positions, half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
+    """Rotary positions with half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int])
 def resample_positions(
     positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
+    """Resample learned positions [1, rows * columns, D] in float32 to another grid, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
         # Resample to a square with the length of the longer side, and crop the top left (RADIO, arXiv 2312.06709).

@@ -7,10 +7,10 @@ A study file (scripts/recipes/study_*.yaml) contains
     subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
-    factors            factor -> level -> flags of `finetune`, or {stage: flags}; `null` for a stage skips it
-    metrics            names of numbers in results.json, for the tables. `NAME.*` is a list of numbers: the table has
-                       one row per index, for example per layer
-    baseline           factor -> level to which the other levels are compared
+    factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
+    metrics            names of numbers in results.json, shown in the tables. `NAME.*` is a list of numbers: the table
+                       has one row per index, for example per layer
+    baseline           factor -> level with which the other levels are compared
 
 In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of the study, and `{subset:NAME}` for the
 folder of a subset.
@@ -52,7 +52,7 @@ STAGES = ("pretrain", "finetune", "evaluate", "inspect")
 SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
-MAX_LIST_LENGTH = 32  # maximum length of a list whose numbers are columns of runs.parquet, for example one per layer
+MAX_LIST_LENGTH = 32  # maximum length of a list that is written to runs.parquet, with one column per number
 POLL_SECONDS = 0.2
 BYTES_PER_GIB = 1024**3
 
@@ -123,13 +123,13 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline {factor}: {level} is not a level of the factor in `factors`")
+            raise ValueError(f"{file}: the baseline level {level} of {factor} is not in `factors`")
     stages = {
         *content["stages"],
         *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
     }
     if unknown_stages := sorted(stages - set(STAGES)):
-        raise ValueError(f"{file}: {', '.join(unknown_stages)} is not a stage. Choose from {', '.join(STAGES)}")
+        raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
     return Study(**content | {"factors": factors, "baseline": baseline})
 
 
@@ -164,9 +164,9 @@ class StudyRunner:
 
     study: Study
     folder: Path
-    jobs: int = 1  # maximum number of runs at the same time
+    jobs: int = 1  # maximum number of concurrent runs
     threads: int = 1  # number of threads per run
-    # Maximum memory of all runs, in GiB. A run starts only if the memory of the largest run so far is available.
+    # Maximum memory of all runs, in GiB. A run starts only if enough memory for the largest run so far is left.
     memory_limit: float | None = None
     dataset: str | None = None  # dataset for all subsets; overrides the datasets in the study file
     max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
@@ -267,7 +267,7 @@ class StudyRunner:
         return 0 < expected_bytes <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
-        """Update the memory of the largest run so far."""
+        """Update `max_run_bytes`, the memory of the largest run so far."""
         for run_process in running_processes:
             try:
                 process = psutil.Process(run_process.process.pid)
@@ -324,8 +324,8 @@ class StudyRunner:
 
 
 def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
-    """Return images with a new label column: the group that contains the label of the image. Raise ValueError if a
-    label belongs to no group, or the column `label` has no names."""
+    """Return images with a new label column, which contains the group of each image's label. Raise ValueError if
+    a label belongs to no group, or if the column `label` has no class names."""
     from datasets import ClassLabel
 
     feature = images.features.get("label")
@@ -346,7 +346,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: factor levels, seed, status and the numbers in the results.
 
     The names of the numbers start with the stage, such as `inspect.patches.outliers`, except for the stage `finetune`.
-    `first.` and `last.` are the first and the last value in the training log, such as `first.loss` and
+    The prefixes `first.` and `last.` mark the first and the last value in the training log, such as `first.loss` and
     `last.cls_attention_entropy.0`. If a run has one label column, its accuracy and loss are repeated as
     `COLUMN_accuracy` and `COLUMN_loss`, as in runs with several label columns.
     """
@@ -368,7 +368,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
     """Return the numbers in nested dicts and lists, named by keys and indices that are joined by dots. Lists of more
-    than MAX_LIST_LENGTH elements are left out."""
+    than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {name: float(value)}
     children: dict[Any, Any] = {}

@@ -2,7 +2,7 @@
 
 Energy is estimated as power times duration. The power is:
 
-    GPU power limit of the board, from the driver
+    GPU             power limit of the board, from the driver
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
 
@@ -56,7 +56,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-WATTS_PER_CPU_THREAD = 10.0  # for servers with 16 to 64 cores: 100 to 300 W with memory and power supply
+# Assumed power per CPU thread in watts, including memory and power supply. This is an upper estimate: servers with 16
+# to 64 cores draw about 100 to 300 W, which is 5 to 6 W per core.
+WATTS_PER_CPU_THREAD = 10.0
 JOULES_PER_KILOWATT_HOUR = 3.6e6
 NVIDIA_SMI_SECONDS = 10.0  # timeout of nvidia-smi, in seconds
 
@@ -110,7 +112,7 @@ DEFAULT_MATRIX_SIZE = 4096
 
 @torch.no_grad()
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products: the fastest of many calls, with the fastest implementation.
+    """Return the FLOP/s of large matrix products, measured for the fastest implementation and the fastest call.
 
     The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
     as fast. The result is a lower bound, because other programs that run at the same time reduce the throughput.
@@ -162,7 +164,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Return the name of the device, and for a sharded model, how the model is sharded over the processes."""
+    """Return the name of the device and, for a sharded model, the sharding method."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDING_DESCRIPTIONS.get(accelerator.distributed_type)]))
 

@@ -90,8 +90,8 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     [
         ({"seeds": []}, "no value for seeds"),
         ({"metric": ["loss"]}, "unknown keys: metric"),
-        ({"baseline": {"pooling": "max"}}, "baseline pooling: max"),
-        ({"stages": {"train": {}}}, "train is not a stage"),
+        ({"baseline": {"pooling": "max"}}, "baseline level max of pooling"),
+        ({"stages": {"train": {}}}, "has unknown stages: train"),
     ],
 )
 def test_a_wrong_study_file_gets_one_line(tmp_path: Path, changes: dict[str, object], words: str) -> None:

@@ -1,8 +1,8 @@
-"""Evaluation, prediction and features of saved models, on any number of processes.
+"""Evaluation, prediction and feature extraction with saved models, on any number of processes.
 
-    load_model.py       loads a model by name, and checks that the model is a classifier
+    load_model.py       loading of a model by name, and a check that the model is a classifier
     metrics.py          metrics for each kind of labels, and for masked autoencoders
-    evaluator.py        evaluate a model on a held-out split, and count each image exactly once
+    evaluator.py        evaluation on a held-out split, in which each image is counted exactly once
     evaluate.py         the program `vitcls evaluate`
     frozen.py           simple classifiers on frozen features, for `vitcls evaluate --frozen`
     inputs.py           images for prediction, decoded in advance by threads

@@ -42,7 +42,7 @@ from .load_model import load_classifier
 from .metrics import select_scalars
 
 
-SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
 
 
 class Evaluation(NamedTuple):
@@ -88,7 +88,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         ValueError: if the model type is not supported, if the split does not exist, if the options select other
             held-out images than during training, if the model lacks a label of the dataset, or if too many images are
             unreadable.
-        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
+        OSError: if the checkpoint cannot be found or read, or if the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)
     model, evaluator, split, rule, warning = load_evaluation(options, accelerator, warn)
@@ -214,7 +214,7 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return a dict for each image that maps each task to the class index of the model."""
+    """Return one dict per image, which maps each task to the class index of the model."""
     if data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "

@@ -96,7 +96,7 @@ COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
 
 
 class Evaluator:
-    """Evaluates models on the same images.
+    """Evaluates models on a fixed set of labeled images.
 
     Args:
         images: all images and labels; the same on every process.
@@ -108,7 +108,8 @@ class Evaluator:
         max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
             are unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
-        num_channels: number of input channels of the model. Images with another number of channels are unreadable.
+        num_channels: number of input channels of the model. Images with another number of channels are counted as
+            unreadable.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, on all processes
+        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, for all processes
         self.unreadable_images = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
@@ -176,8 +177,8 @@ class Evaluator:
         values = round_floats(metrics.compute())
         if values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images of "
-                f"{self.num_images}. This is a bug"
+                f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images, "
+                f"but expected {self.num_images} images in total. This is a bug"
             )
         return select_scalars(values) | {"num_broken_images": num_unreadable} | values
 
@@ -268,7 +269,7 @@ class CachedBatches:
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:
-                cache.append(copy.deepcopy(batch))  # shared memory would keep one file per tensor open
+                cache.append(copy.deepcopy(batch))  # without a copy, shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
 

@@ -99,7 +99,7 @@ class FeatureStore:
 
 
 def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Return the features [B, num_layers * (num_special + 1), D] of images [B, C, H, W] from a `ViTCLSModel`."""
+    """Return the features [B, num_layers * (num_special + 1), D] of a `ViTCLSModel` for images [B, C, H, W]."""
     hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings and layer outputs
     num_special = encoder.config.token_layout.num_prefix_tokens
     vectors = []
@@ -134,8 +134,8 @@ def measure_accuracies(
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with a 95 % confidence interval.
 
-    The interval is the Wilson interval for the number of held-out images. Few-shot classifiers are fitted to
-    `num_repeats` random selections of images; the interval is the confidence interval of the mean over the repeats.
+    For `knn` and `logreg`, the interval is the Wilson interval over the held-out images. Few-shot classifiers are
+    fitted to `num_repeats` random selections of images; the interval is the confidence interval of the mean accuracy.
     """
     _, _, num_per_class = kind.partition(":")
     selections = [np.arange(len(training_features.labels))]
@@ -159,7 +159,7 @@ def measure_accuracies(
 
 
 def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
-    """Return an array for each repeat with the sorted indices of `num_per_class` random images of each class.
+    """Return one array per repeat: the sorted indices of `num_per_class` random images of each class.
 
     Raises ValueError if a class has fewer than `num_per_class` images.
     """
@@ -200,7 +200,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         ValueError: if the checkpoint, the dataset or the labels are not supported, or if too many images are
             unreadable.
-        OSError: if the checkpoint cannot be found or read, or the output cannot be written.
+        OSError: if the checkpoint cannot be found or read, or if the output cannot be written.
     """
     assert options.frozen is not None
     if options.data.streaming:

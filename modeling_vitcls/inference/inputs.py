@@ -1,8 +1,8 @@
 """Inputs of a prediction (image records with an index, a name and undecoded content), and image preprocessing.
 
-    PATHS, --list, digits, MNIST files    ListInput      known at the start
+    PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   read by the `datasets` library, in any order
-    --streaming                           StreamInput    read once from the beginning; other images are skipped
+    --streaming                           StreamInput    read once from the start; images outside a range are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
 of the input. Several threads decode and preprocess the images ahead of the model.
@@ -62,7 +62,7 @@ class ListInput:
         return len(self.names)
 
     def compute_identity(self) -> dict[str, Any]:
-        """Return the number of images, and a digest of the names and of the file sizes and times or pixel values."""
+        """Return the number of images, and a digest of the names and contents (pixels, or file sizes and times)."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())
@@ -78,14 +78,16 @@ class ListInput:
 
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
-    """Return an input with the files, the URLs, and the images in the folders, which are sorted by name.
+    """Return an input with the files, the URLs, and the images in the folders. Images in a folder are sorted by name.
 
     Raises ValueError if there are no images.
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"there are no images in {', '.join(paths)}. Folders must contain files with {suffixes}")
+        raise ValueError(
+            f"there are no images in {', '.join(paths)}. Folders must contain files of these types: {suffixes}"
+        )
     return ListInput([make_printable(file) for file in files], files)
 
 
@@ -291,7 +293,7 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch_file(url: str) -> bytes:
-    """Return the content of a file in a streamed dataset, such as an `hf://` or `s3://` URL or an archive member."""
+    """Return the content of a file in a streamed dataset, for example from an `hf://` or `s3://` URL or an archive."""
     import fsspec
 
     try:

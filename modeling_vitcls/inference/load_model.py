@@ -27,7 +27,7 @@ def is_preset(name: str) -> bool:
 
 
 def list_presets() -> str:
-    """Return the names of all presets, separated by commas, as they are set with `--model`."""
+    """Return all preset names that `--model` accepts, separated by commas."""
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 

@@ -103,7 +103,7 @@ class SingleLabelMetrics:
             num_images=torch.bincount(labels, minlength=num_classes),
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
-        # Probabilities, because torchmetrics does not apply softmax to logits that are all in [0, 1].
+        # Probabilities are passed, because torchmetrics does not apply softmax to logits that are all in [0, 1].
         self.calibration.update(logits.softmax(dim=1), labels)
         if self.top_5 is not None:
             self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
@@ -186,7 +186,7 @@ class MultiLabelMetrics:
 
 
 class MultiTaskMetrics:
-    """Metrics of multi-task classification, including the `SingleLabelMetrics` of each task with the prefix `TASK_`.
+    """Metrics of multi-task classification, including each task's `SingleLabelMetrics` with the prefix `TASK_`.
 
     accuracy                mean over the tasks that have labeled images
     loss                    sum over the tasks, as in training
@@ -330,5 +330,5 @@ def compute_mean(values: list[float | None]) -> float | None:
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None if the value is not finite, because JSON does not support it."""
+    """Return the value of a one-element tensor; None for NaN and infinity, which JSON does not support."""
     return value.item() if value.isfinite() else None

@@ -44,10 +44,10 @@ LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one group at a time is kept in memory
-SECONDS_BETWEEN_CHECKS = 0.5  # seconds between checks for shards of other processes
+SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
 SECONDS_BETWEEN_HEARTBEATS = 5.0
-MAX_SILENT_SECONDS = 120.0  # maximum age of a heartbeat; network file systems may delay heartbeats by a minute
-SECONDS_BETWEEN_LINES = 10.0  # seconds between progress lines if the output is not a terminal
+MAX_SILENT_SECONDS = 120.0  # maximum age of a heartbeat in seconds; network file systems may cause a delay of a minute
+SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
 MANIFEST_FILE = ".manifest.json"
 MANIFEST_VERSION = 1  # version of the manifest format
 
@@ -82,7 +82,7 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def format_cell(value: Any) -> Any:
-    """Join lists, and prefix text that a spreadsheet would run as a formula with an apostrophe."""
+    """Join lists, and put an apostrophe before text that a spreadsheet would run as a formula."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
@@ -110,7 +110,7 @@ def format_json(row: Row) -> str:
 
 
 def write_parquet(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write rows to an Apache Parquet file. The metadata key `failed` is the number of images with an error."""
+    """Write rows to an Apache Parquet file. The metadata key `failed` stores the number of images with an error."""
     schema = pa.schema(list(columns.items()))
     rows = iter(rows)
     num_failed = 0
@@ -246,9 +246,9 @@ class ShardFolder:
                 raise ValueError(f"--output {self.path} contains other files. Set a new or empty folder")
             write_json(file, {"num_images": None, **manifest})
             return None
-        stored_manifest = read_json(file)
-        num_images = stored_manifest.pop("num_images", None)
-        if difference := describe_difference(stored_manifest, manifest):
+        stored_settings = read_json(file)
+        num_images = stored_settings.pop("num_images", None)
+        if difference := describe_difference(stored_settings, manifest):
             raise ValueError(
                 f"--output {self.path} was written with {difference}. Use the same flags, or a new folder"
             )
@@ -301,10 +301,13 @@ class ShardFolder:
             try:
                 metadata = pq.read_metadata(file)
             except Exception as error:  # pyarrow raises several types of errors
-                raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file and restart") from error
+                raise ValueError(
+                    f"{file} is damaged ({format_error(error)}). Delete the file and repeat the command"
+                ) from error
             if metadata.num_rows != len(indices):
                 raise ValueError(
-                    f"{file} must have {len(indices)} rows, but has {metadata.num_rows}. Delete the file and restart"
+                    f"{file} must have {len(indices)} rows, but has {metadata.num_rows}. Delete the file and repeat "
+                    "the command"
                 )
             num_rows += metadata.num_rows
             num_failed += int(metadata.metadata[b"failed"])
@@ -336,7 +339,7 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
 
 def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
-    """Yield the image indices of each shard, endlessly if `num_images` is None."""
+    """Yield the image indices of each shard, indefinitely if `num_images` is None."""
     shard_numbers = count() if num_images is None else range(math.ceil(num_images / size))
     for number in shard_numbers:
         end = (number + 1) * size
@@ -348,11 +351,11 @@ def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: in
     return islice(ranges, process_index, None, num_processes)
 
 
-def describe_difference(stored_manifest: dict[str, Any], current_manifest: dict[str, Any]) -> str | None:
-    """Return a description of the first difference between two manifests, or None if the manifests are equal."""
-    for name in {**stored_manifest, **current_manifest}:
-        if stored_manifest.get(name) != current_manifest.get(name):
+def describe_difference(stored_settings: dict[str, Any], current_settings: dict[str, Any]) -> str | None:
+    """Return a description of the first difference between two manifests, or None if their settings are equal."""
+    for name in {**stored_settings, **current_settings}:
+        if stored_settings.get(name) != current_settings.get(name):
             if name in ("format", "input", "model"):
                 return f"another {name}"
-            return f"--{name.replace('_', '-')} {stored_manifest.get(name)}, not {current_manifest.get(name)}"
+            return f"--{name.replace('_', '-')} {stored_settings.get(name)}, not {current_settings.get(name)}"
     return None

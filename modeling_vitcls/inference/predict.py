@@ -79,7 +79,7 @@ def predict(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> list[Row]:
-    """Predict labels or compute features of images on the device of the model, for notebooks and other programs.
+    """Predict labels or compute features of images in a notebook or another program, on the device of the model.
 
     Args:
         model: the model.
@@ -172,7 +172,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
 
 
 def get_num_workers() -> int:
-    """Return the number of threads per process: the number of CPU cores per local process, between 1 and 8."""
+    """Return the number of threads per process: the number of CPU cores per local process, clamped to [1, 8]."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 

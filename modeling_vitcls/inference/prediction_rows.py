@@ -44,7 +44,7 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
 ) -> list[list[Label]]:
-    """Return the labels of each image with a probability of at least `threshold`, given logits [B, num_labels].
+    """Return each image's labels with a probability of at least `threshold`, given logits [B, num_labels].
 
     The most probable label comes first. The probabilities are the sigmoid of the multi-label logits.
     """
@@ -90,7 +90,7 @@ class TopLabelColumns:
         return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return a row with the most probable labels for each image."""
+        """Return one row per image with the most probable labels."""
         rows: list[Row] = [{} for _ in next(iter(outputs.values()))]
         for task, pairs in self.column_pairs.items():
             top_labels = select_top_labels(outputs[task], self.names[task], len(pairs))
@@ -115,7 +115,7 @@ class MultiLabelColumns:
         return {"logits": self.model(pixel_values).logits.float()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return a row with the predicted labels for each image. The most probable label comes first."""
+        """Return one row per image with the predicted labels. The most probable label comes first."""
         rows = []
         for labels in select_probable_labels(outputs["logits"], self.names, self.threshold):
             top_labels = labels[: self.top_k]
@@ -150,7 +150,7 @@ class FeatureColumns:
         return {"features": features[:, 0] if self.num_tokens == 1 else features}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return a row with the features of each image: one array, or a list with one array per token."""
+        """Return one row per image with the features: one array, or a list with one array per token."""
         features = outputs["features"].cpu().numpy()
         return [{"features": image if self.num_tokens == 1 else list(image)} for image in features]
 
@@ -159,8 +159,10 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[group]:
-        options = ", ".join([*(name for name, count in counts.items() if count), "mean"])
-        raise ValueError(f"--features {group} requires {group} tokens, but the model has none. Set one of {options}")
+        options = " or ".join([*(name for name, count in counts.items() if count), "mean"])
+        raise ValueError(
+            f"--features {group} requires {group} tokens, but the model has none. Set --features to {options}"
+        )
     return counts[group]
 
 
@@ -218,7 +220,7 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return a row for each image [B, C, H, W].
+    """Return one row for each of the images [B, C, H, W].
 
     If the model does not support the images, or if the outputs are not finite, the rows contain an error.
     """

@@ -7,6 +7,6 @@
     loop.py             training loop
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
-Each of the other files in this folder contains one part of a run. Outside this folder, checkpoints.py writes and reads
-checkpoints, options.py defines the flags, and distributed.py configures processes and devices.
+Each of the other files in this folder contains one component of a run. Outside this folder, checkpoints.py writes and
+reads checkpoints, options.py defines the flags, and distributed.py configures processes and devices.
 """

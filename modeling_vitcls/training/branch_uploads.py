@@ -76,7 +76,7 @@ class BranchUploads:
     def __exit__(self, exc_type: type[BaseException] | None, *error: object) -> None:
         try:
             self.wait(MAX_SECONDS_AT_END if exc_type is None else MAX_SECONDS_AFTER_SIGNAL)
-            if exc_type is None or exc_type is Interrupted:  # otherwise, not all processes reach this line
+            if exc_type is None or exc_type is Interrupted:  # after other errors, not all processes reach this line
                 self.accelerator.wait_for_everyone()  # launchers end all processes when one process ends
         finally:
             self.remove_folder()
@@ -103,8 +103,8 @@ class BranchUploads:
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start(self, step: int) -> bool:
-        """Return whether an upload can start, which requires that no upload is running. Print a warning when the first
-        upload is skipped."""
+        """Return whether no upload is running, so that a new upload can start. Print a warning when the first upload
+        is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
@@ -145,7 +145,7 @@ class BranchUploads:
         self.folder.mkdir(parents=True)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
-        """Write the model with these weights, the model card, metrics, flags and license files."""
+        """Write the model card, metrics, flags, license files, and the model with these weights."""
         self.write_model(self.folder, weights)
         for name in ("metrics.jsonl", RECIPE):
             if (self.options.output_dir / name).is_file():
@@ -195,9 +195,7 @@ class BranchUploads:
         self.thread.join(max_seconds)
         if self.thread.is_alive():
             self.has_timed_out = True
-            self.reporter.warn(
-                f"the upload of step {self.step:,} to the branch {self.branch} was not finished in time"
-            )
+            self.reporter.warn(f"the upload of step {self.step:,} to the branch {self.branch} did not finish in time")
 
     def remove_folder(self) -> None:
         """Remove the local folder."""

@@ -32,13 +32,13 @@ class MemoryEstimate:
     """Estimated memory of a training step with AdamW in bytes; see `estimate_memory`."""
 
     parameters: int  # all weights
-    gradients: int  # gradients of the trained parameters
-    optimizer: int  # two moments of each trained parameter
+    gradients: int  # gradients of the trainable parameters
+    optimizer: int  # two moments of each trainable parameter
     activations: int  # tensors that autograd stores for the backward pass
 
     @property
     def total(self) -> int:
-        """The sum of all fields."""
+        """Sum of all fields."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -234,8 +234,8 @@ def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores for the embeddings, for all layers from the first
-    trained layer on, and for the modules after the layers."""
+    """Return the number of bytes per image that autograd stores for the embeddings, for the first trainable
+    layer and all later layers, and for the modules after the layers."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
@@ -341,7 +341,7 @@ def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
 
 def get_first_trained_layer(encoder: Any) -> int:
     """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
-    trained."""
+    trainable."""
     if has_trained_parameters(encoder.embeddings):
         return 0
     trained_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
@@ -349,5 +349,5 @@ def get_first_trained_layer(encoder: Any) -> int:
 
 
 def has_trained_parameters(module: nn.Module) -> bool:
-    """Return whether any parameter of a module is trained."""
+    """Return whether any parameter of a module is trainable."""
     return any(parameter.requires_grad for parameter in module.parameters())

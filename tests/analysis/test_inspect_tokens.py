@@ -174,7 +174,7 @@ def test_several_tasks_on_paths(image_folder: Path, tmp_path: Path) -> None:
 def test_help_and_wrong_flags_exit_at_once(model: str, tmp_path: Path) -> None:
     """The exit status is 2, and torch is not imported."""
     wrong = {
-        "Set exactly one of PATHS": ["--model", model],
+        "Set either PATHS or --dataset": ["--model", model],
         "--num-images": ["--model", model, "a.png", "--num-images", "0"],
         "set the name of a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
         "require --dataset": ["--model", model, "a.png", "--label-column", "x"],

@@ -292,7 +292,8 @@ def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int
 def test_an_uncounted_image_is_an_error() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     evaluator.batches.loader.dataset.batches.pop()
-    with pytest.raises(RuntimeError, match="counted 12 images and 0 unreadable images of 13"):
+    words = "counted 12 images and 0 unreadable images, but expected 13 images in total"
+    with pytest.raises(RuntimeError, match=words):
         evaluator(build_classifier("single"))
 
 

@@ -513,7 +513,7 @@ def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path) -> Non
     for number, kept in ((1, rows[4:7]), (2, [])):
         write_rows(kept, get_output_columns({}), folder.get_shard_file(number))
         with raises_one_line(
-            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and restart"
+            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and repeat the command"
         ):
             folder.count_rows(9)
         write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
@@ -549,7 +549,7 @@ def test_a_second_start_must_have_the_same_options(
     assert again() == PredictionCounts(9, 0)
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
     (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet is damaged", "Delete the file and restart"):
+    with raises_one_line("shard-000002.parquet is damaged", "Delete the file and repeat the command"):
         again()
     flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
     assert run(monkeypatch, *flags) == 1

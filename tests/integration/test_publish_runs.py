@@ -362,7 +362,7 @@ def test_a_signal_does_not_wait_longer_than_the_limit(
     flags = "--push-to-hub --hub-checkpoint-every 2"
     ended = script("finetune.py", LONG, "--output-dir", tmp_path / "my-run", *flags.split())
     assert ended.status == 143
-    assert "WARNING: the upload of step 2 to the branch checkpoints was not finished in time" in ended.out
+    assert "WARNING: the upload of step 2 to the branch checkpoints did not finish in time" in ended.out
     assert not (tmp_path / "my-run" / ".hub-checkpoint").exists()
 
 

@@ -201,7 +201,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_the_interval_of_folds() -> None:
     """Student's t with two degrees of freedom: 4.302653 standard errors."""
     assert compute_interval([0.5, 0.6, 0.7])[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
-    with pytest.raises(ValueError, match="--fold is 4, but it must be from 1 to --folds"):
+    with pytest.raises(ValueError, match="--fold is 4, but it must be from 1 to the value of --folds"):
         replace(DIGITS, folds=3, fold=4)
 
 
