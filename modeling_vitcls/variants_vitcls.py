@@ -79,7 +79,7 @@ LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
 
 # Differential attention ----------------------------------------------------------------------------------------------
 class ViTCLSDifferentialAttention(ViTCLSAttention):
-    """Attention whose heads compute the difference of two attention maps (Ye et al. 2024, arXiv 2410.05258).
+    """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
     The query and key of a head are split into two halves, one half per map. Each layer learns the weight of the second
     map. The paper instead computes this weight from learned vectors, and scales the output of the norm.
@@ -162,8 +162,8 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Each kept patch keeps its position: learned positions are already added, and rotary positions are selected with the
-    patches. Special tokens are always kept. In eval mode, all patches are kept.
+    Kept patches retain their positions: learned positions are already added, and rotary positions are selected with
+    the patches. Special tokens are always kept. In eval mode, all patches are kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -333,7 +333,7 @@ def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]
 
 
 class MergingAttention(ViTCLSAttention):
-    """Attention that returns the mean key of each token over the heads, [B, T, d], instead of attention weights."""
+    """Attention that returns the head-averaged key of each token, [B, T, d], instead of attention weights."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any

@@ -76,7 +76,7 @@ class Default:
     group: str  # options field that contains the flag, for example "training"
     name: str  # name of the flag
     compute_value: Callable[[RunFacts], float]
-    reason: str  # format string; the argument is a `RunFacts`
+    reason: str  # format string; the argument is a `RunFacts` object
 
 
 def choose_learning_rate(facts: RunFacts) -> float:

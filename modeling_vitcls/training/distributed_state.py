@@ -127,7 +127,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters of the unwrapped model by name. Tied weights have one name."""
+    """Return all parameters of the unwrapped model, keyed by name. Tied weights have one name."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 

@@ -25,7 +25,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # returns the minimized "loss", and other losses to log
+Objective = Callable[[nn.Module, Batch], Losses]  # returns the "loss" to minimize, and other losses to log
 LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 
@@ -41,7 +41,8 @@ class PixelInputs:
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the model's `inputs`. `pixels` and `labels` are mixed if `mixer` is set."""
+        """Return a copy of the batch that also contains the model's `inputs`. `pixels` and `labels` are mixed if
+        `mixer` is set."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
@@ -77,7 +78,7 @@ class SingleLabelLoss:
 
 @dataclass(frozen=True)
 class MultiLabelLoss:
-    """Binary cross-entropy of logits [B, L] against labels [B, L] of 0 or 1, averaged over images and labels."""
+    """Binary cross-entropy of logits [B, L] against binary labels [B, L], averaged over images and labels."""
 
     label_smoothing: float
 

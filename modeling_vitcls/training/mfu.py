@@ -64,7 +64,7 @@ class Utilization:
     """Model FLOPs utilization of a run so far, including the time before --resume."""
 
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
-    peak: float | None = None  # largest measured FLOP/s of all processes together; None if not measured
+    peak: float | None = None  # largest measured total FLOP/s of all processes; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
     measure: Callable[[], float] | None = field(default=None, repr=False)  # measures `peak` on all processes together
     executed_flops: float = 0.0  # FLOPs of all training steps

@@ -258,7 +258,7 @@ def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any])
 def collect_tracker_images(
     folder: Path, image_paths: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return the images for the trackers by name: the images of the card, and figures of the inspection if the
+    """Return the images for the trackers, keyed by name: the images of the card, and figures of the inspection if the
     inspection succeeded. `image_paths` are the paths of the card's images in `folder`."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:

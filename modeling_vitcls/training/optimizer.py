@@ -128,7 +128,7 @@ class DeepSpeedOptimizerStep:
     def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
         gradients are not clipped until `before_update` has returned."""
-        check_norm(0.0)  # checks only the losses, because the norm is not available
+        check_norm(0.0)  # checks only the losses, because the norm is not available yet
         before_update()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())

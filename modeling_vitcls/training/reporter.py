@@ -128,7 +128,7 @@ class Reporter:
 
     @property
     def track_images(self) -> TrackImages | None:
-        """Function that sends named images of the last step to the trackers, or None if no tracker accepts images.
+        """Function that sends named images to the trackers for the last step, or None if no tracker accepts images.
         Only the main process may call this function."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 

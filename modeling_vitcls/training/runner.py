@@ -97,7 +97,7 @@ class Runner:
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
     store: CheckpointStore
-    checkpoint: Checkpoint | None  # checkpoint to resume from, on the main process
+    checkpoint: Checkpoint | None  # checkpoint to resume from; only on the main process
     facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process

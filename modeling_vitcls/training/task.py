@@ -84,7 +84,7 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    start_lines: dict[str, str | None]  # summary lines about random weights and default values, by name
+    start_lines: dict[str, str | None]  # summary lines about random weights and default values, keyed by name
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
@@ -311,7 +311,7 @@ def collect_results(task: Task) -> dict[str, Any]:
 
 
 def format_metrics(metrics: Metrics, *names: str) -> str:
-    """Format the metrics with these names in one line. Missing metrics are omitted."""
+    """Format the metrics with these names as one line of text. Missing metrics are omitted."""
     return ", ".join(format_metric(name, metrics[name]) for name in names if name in metrics)
 
 
