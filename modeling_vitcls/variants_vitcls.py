@@ -27,7 +27,7 @@ from .positions_vitcls import PositionEmbeddings
 
 # Layers --------------------------------------------------------------------------------------------------------------
 class ViTCLSPostNormLayer(ViTCLSLayer):
-    """Layer with norms after attention and MLP, before each residual connection (EVA02-CLIP-E)."""
+    """Layer with norms on the outputs of attention and MLP, before each residual connection (EVA02-CLIP-E)."""
 
     def forward(
         self,
@@ -79,7 +79,7 @@ LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
 
 # Differential attention ----------------------------------------------------------------------------------------------
 class ViTCLSDifferentialAttention(ViTCLSAttention):
-    """Attention whose heads compute the difference of two attention maps (Ye et al. 2024, arXiv 2410.05258).
+    """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
     The query and key of a head are split into two halves, one half per map. Each layer learns the weight of the second
     map. The paper instead computes this weight from learned vectors, and scales the output of the norm.
@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalized difference between the outputs of both maps, [B, n, heads, head_dim]."""
+        """Return the normalized difference between the outputs of the two maps, [B, n, heads, head_dim]."""
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.second_share * second_output), weights
@@ -128,7 +128,7 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    The register receives the patch activation of largest magnitude, and the patch activations become zero. Other
+    The register receives the patch activation of largest magnitude, and the patch activations are set to zero. Other
     special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
@@ -162,8 +162,8 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Each kept patch keeps its position: learned positions are already added, and rotary positions are selected with the
-    patches. Special tokens are always kept. In eval mode, all patches are kept.
+    Kept patches retain their positions: learned positions are already added, and rotary positions are selected with
+    the patches. Special tokens are always kept. In eval mode, all patches are kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -188,7 +188,7 @@ class PatchDropout(nn.Module):
         )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
-        """Return the indices of the patches to keep, in ascending order, [B, n patches]."""
+        """Return the indices [B, n patches] of the patches to keep, in ascending order."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
         num_kept = get_num_kept_patches(self.rate, num_patches)
         random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
@@ -199,7 +199,7 @@ class PatchDropout(nn.Module):
 
 
 def get_num_kept_patches(rate: float, num_patches: int) -> int:
-    """Return the number of patches per image that training keeps, rounded to the nearest integer and at least 1."""
+    """Return the number of patches kept per image in training, rounded to the nearest integer and at least 1."""
     return max(1, round(num_patches * (1 - rate)))
 
 
@@ -260,7 +260,7 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, indices:
 #
 # Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
 # 2210.09461). Between layers, all patches of a group have the same hidden state, so hidden states keep their shape.
-# Attention weights groups by size: log(size) is added to the scores. Merging changes outputs but needs no training.
+# Attention is weighted by group size: log(size) is added to the scores. Merging changes outputs but needs no training.
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ class MergedGroups:
 def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
     """Match patches with similar keys [B, n, d] (bipartite soft matching; ToMe, section 3).
 
-    Each even patch is paired with the odd patch of highest cosine similarity. The most similar pairs are returned.
+    Pair each even-indexed patch with the odd-indexed patch of highest cosine similarity, and return the best pairs.
 
     Returns:
         Indices of the even patches and indices of the paired odd patches, [B, num_pairs] each.
@@ -333,7 +333,7 @@ def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]
 
 
 class MergingAttention(ViTCLSAttention):
-    """Attention that returns the mean key of each token over the heads, [B, T, d], instead of attention weights."""
+    """Attention that returns the head-averaged key of each token, [B, T, d], instead of attention weights."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -398,7 +398,7 @@ class MergingLayer(ViTCLSLayer):
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge pairs of patches in tokens [B, T, D] with similar keys [B, T, d], at most half of the patches."""
+        """Merge pairs of patches with similar keys [B, T, d] in tokens [B, T, D], at most half of the patches."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
             return tokens, groups
@@ -409,7 +409,7 @@ class MergingLayer(ViTCLSLayer):
 def run_merging_layers(
     layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
 ) -> Tensor:
-    """Run all layers, pass the groups from layer to layer, and return [B, N or num_tokens_read, D]."""
+    """Run all layers, pass the groups between layers, and return hidden states [B, N or num_tokens_read, D]."""
     groups = MergedGroups.from_tokens(hidden_states)
     *first_layers, last_layer = layers
     for layer in first_layers:

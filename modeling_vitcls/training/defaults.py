@@ -1,4 +1,4 @@
-"""Flags whose default value depends on the run. A value that the user sets overrides the default.
+"""Flags whose default values depend on the run. A value set by the user overrides the default.
 
 flag               random weights             pre-trained weights        --trainable lora   --trainable head
 learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4               1e-3
@@ -13,10 +13,10 @@ shift              0.04                       0
 flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
 batch_size         32                         64
 
-Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466), within
-limits. The initial standard deviation lies between the Xavier values for the attention (1 / sqrt(width)) and the MLP
-(0.63 / sqrt(width)), because narrow models learn slowly with the common value 0.02. Layer decay follows BEiT (arXiv
-2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
+Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466), clipped to
+fixed limits. The initializer range lies between the Xavier standard deviations for the attention (1 / sqrt(width)) and
+the MLP (0.63 / sqrt(width)), because narrow models learn slowly with the common value 0.02. Layer decay follows BEiT
+(arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
 The resolved values are printed with their reasons and written to config.resolved.yaml.
 """
@@ -36,9 +36,9 @@ from ..options import FinetuneOptions, PretrainOptions
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
 
-# Checkpoint that is suggested if the initial weights are random.
+# Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
-MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image in pixels
+MAX_SMALL_IMAGE_SIZE = 64  # maximum length in pixels of the longer side of a small image
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images of a large dataset
 MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
 
@@ -47,10 +47,10 @@ MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
 class RunFacts:
     """Facts about a run that determine the default values."""
 
-    weights: Weights  # initial weights or kind of training
+    weights: Weights  # kind of initial weights or of training
     is_preset: bool  # whether the initial weights are random
     width: int  # hidden size of the model
-    image_size: int  # length of the longer side of the model's images in pixels
+    image_size: int  # length in pixels of the longer side of the model's images
     num_training_images: int | None  # number of training images; None for a stream
 
     @property
@@ -65,7 +65,7 @@ class RunFacts:
 
     @property
     def dataset_size(self) -> str:
-        """Text with the number of training images, or "a stream"."""
+        """Number of training images as text, or "a stream"."""
         return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
 
 
@@ -73,10 +73,10 @@ class RunFacts:
 class Default:
     """Default value of one flag, and the reason for this value."""
 
-    group: str  # field of the options that contains the flag, for example "training"
+    group: str  # options field that contains the flag, for example "training"
     name: str  # name of the flag
     compute_value: Callable[[RunFacts], float]
-    reason: str  # format string; the argument is a `RunFacts`
+    reason: str  # format string; the argument is a `RunFacts` object
 
 
 def choose_learning_rate(facts: RunFacts) -> float:
@@ -98,11 +98,11 @@ def choose_epochs(facts: RunFacts) -> float:
     return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
 
 
-# Format strings of the reasons for default values.
+# Reasons for default values, as format strings.
 WEIGHTS_REASON = "{0.weights}"
 WIDTH_REASON = "{0.weights}, width {0.width}"
 DATASET_REASON = "{0.weights}, {0.dataset_size}"
-IMAGES_REASON = "images of {0.image_size} pixels"
+IMAGES_REASON = "image size {0.image_size}"
 
 DEFAULTS: tuple[Default, ...] = (
     Default("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
@@ -149,8 +149,8 @@ def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_image
 
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
-    """Return the options with a value for every flag in `DEFAULTS`, and {reason: ["learning rate 5e-05", ...]} for the
-    default values that affect the run. For checkpoints, `initializer_range` stays None."""
+    """Return the options with a value for every flag in `DEFAULTS`, and a dictionary {reason: ["learning rate 5e-05",
+    ...]} of the default values that affect the run. For checkpoints, `initializer_range` stays None."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)

@@ -10,9 +10,9 @@ prefixes of DDP or torch.compile. The state excludes values that are determined 
 optimizer's hyperparameters, and the states of random number generators, which are seeded in each step. checkpoints.py
 writes the tensors to disk.
 
-torch.distributed.checkpoint.state_dict gathers weights and moments, and distributes weights. Moments are not loaded
-with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have no moments in
-the checkpoint.
+The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute weights. Moments
+are not loaded with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have
+no moments in the checkpoint.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def get_unsupported_reason(accelerator: Accelerator) -> str | None:
     """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
     supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 for --resume"
+        return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 instead"
     return None
 
 
@@ -54,9 +54,8 @@ def gather_state(
     """Return the full tensors of the training state, and the remaining values of the state as JSON types.
 
     Only the main process receives tensors. All processes must call this function together. With a single process on
-    the CPU, the returned tensors are not copies, so write the tensors before training continues.
-    `shadow` contains the EMA weights in the order of the trained parameters. Raise ValueError if checkpoints are not
-    supported.
+    the CPU, the returned tensors are not copies, so write the tensors before training continues. `shadow` contains the
+    EMA weights in the order of the trainable parameters. Raise ValueError if checkpoints are not supported.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
@@ -128,12 +127,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters of the unwrapped model by name. Tied weights have one name."""
+    """Return all parameters of the unwrapped model, keyed by name. Tied weights have one name."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
 def get_trainable_parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of the trained parameters, in the order of the model's parameters."""
+    """Return the names of the trainable parameters, in the order of the model's parameters."""
     return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
 
 
@@ -155,8 +154,8 @@ def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
 
 
 def gather_tensors(tensors: Tensors, is_main: bool) -> Tensors:
-    """Return the full tensors of possibly sharded tensors on the CPU of the main process, and an empty dictionary on
-    the other processes. All processes must call this function together."""
+    """Return possibly sharded tensors as full CPU tensors on the main process, and an empty dictionary on the other
+    processes. All processes must call this function together."""
     full_tensors: Tensors = {}
     for name, tensor in tensors.items():
         full_tensor = gather_tensor(tensor)
@@ -238,8 +237,8 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # Moments have the shape of the parameter: only the dtype is returned. Step counts are small: the tensors are
-        # returned.
+        # Moments, which have the shape of the parameter, are represented by their dtype. Step counts, which are small,
+        # are returned as tensors.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])
@@ -261,7 +260,7 @@ def scatter_optimizer_state(
 
 
 def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
-    """Raise ValueError if the names or shapes of the checkpoint's tensors differ from `targets`."""
+    """Raise ValueError if the checkpoint's tensors and `targets` have different names or shapes."""
     for name in sorted(full_tensors.keys() ^ targets.keys()):
         owner = "the checkpoint" if name in full_tensors else "the model"
         raise ValueError(f"the checkpoint belongs to another model: only {owner} has {name}")

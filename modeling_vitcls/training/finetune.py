@@ -1,4 +1,4 @@
-"""Fine-tuning on labeled images. task.py contains the run from top to bottom.
+"""Fine-tuning on labeled images. task.py contains the whole run.
 
     full model         trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
     linear probing     heads trained on cached features; the encoder encodes each image once (linear_probe.py)
@@ -66,7 +66,7 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Check and return the options. If a teacher is set but num_distillation_tokens is not, set
+        """Check and return the options. If a teacher is set but num_distillation_tokens is None, set
         num_distillation_tokens=1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
@@ -74,7 +74,7 @@ class FinetuneTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load the training split and the held-out split with labels."""
+        """Load the labeled training and held-out splits."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_label_kind(self.options, data.label_space.kind)
         return data
@@ -99,15 +99,15 @@ class FinetuneTask(Task):
             raise ValueError(format_patch_dropout_error(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about splits without images of some classes, and about an initial model that was trained
-        with other held-out images."""
+        """Return warnings about classes that are missing from a split, and about an initial model that was trained
+        with different held-out images."""
         other_split = describe_other_split(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def build_components(self, evaluator: Evaluate) -> Components:
-        """Build the components that train the heads on cached features if possible, or else the components that train
+        """Build components that train the heads on cached features if possible; otherwise, build components that train
         the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
@@ -155,11 +155,11 @@ class FinetuneTask(Task):
         return Components(heads, objective, iterate_batches, evaluate, measure_nothing, images.describe_unreadable)
 
     def get_num_views(self) -> int:
-        """Return the number of views of each image for which the teacher's logits are cached (`--teacher-views`)."""
+        """Return the number of views per image for which the teacher's logits are cached (`--teacher-views`)."""
         return self.options.distillation.teacher_views
 
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
-        """Build the loss on the labels, plus the distillation loss if a teacher is set."""
+        """Build the label loss, combined with the distillation loss if a teacher is set."""
         augmentation, distillation = self.options.augmentation, self.options.distillation
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
@@ -209,7 +209,7 @@ class FinetuneTask(Task):
         return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
     def describe_labels(self) -> str:
-        """Return text with the number of classes of each label column, and the kind of labels."""
+        """Return the number of classes of each label column and the kind of labels, as text."""
         labels = self.data.label_space
         class_counts = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
         return f"classes: {class_counts}, {labels.kind.replace('_', ' ')}"
@@ -240,7 +240,7 @@ class FinetuneTask(Task):
 
 
 def check_combinations(options: FinetuneOptions) -> None:
-    """Raise ValueError if flags contradict each other, before data and models are loaded."""
+    """Raise ValueError if flags contradict each other. The check runs before data and models are loaded."""
     training = options.training
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
         raise ValueError(
@@ -255,7 +255,10 @@ def check_combinations(options: FinetuneOptions) -> None:
     if options.model.patch_drop_rate and training.trainable == "head" and options.distillation.teacher is None:
         raise ValueError(format_patch_dropout_error(options))
     if training.feature_views and training.trainable != "head":
-        raise ValueError("--feature-views requires --trainable head. Set --trainable head, or remove --feature-views")
+        raise ValueError(
+            f"--feature-views requires --trainable head, but --trainable is {training.trainable}. Set --trainable "
+            "head, or remove --feature-views"
+        )
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
             "--teacher-views caches the teacher's logits of each image, but a stream has an unknown number of images. "
@@ -272,8 +275,8 @@ def check_combinations(options: FinetuneOptions) -> None:
 def format_patch_dropout_error(options: FinetuneOptions) -> str:
     """Return the error message for --patch-drop-rate if the embeddings and the first layer are frozen."""
     return (
-        "--patch-drop-rate requires that the embeddings or the first layer are trained, but "
-        f"--trainable {options.training.trainable} freezes both. Remove one of the two flags"
+        "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable "
+        f"{options.training.trainable} freezes the embeddings and the first layer. Remove one of the two flags"
     )
 
 

@@ -2,10 +2,10 @@
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
-The result is the same as when the heads are trained on a frozen encoder, but each step takes only a few small matrix
-products. Features can be cached if the encoder is frozen, the pooler has no parameters, and images are not augmented
-at random (or have a fixed number of augmented views). Otherwise, the frozen encoder runs in every step, in eval mode
-(`set_train_mode` in model.py).
+The result is the same as when the heads are trained on a frozen encoder, but each step requires only a few small
+matrix products. Features can be cached if the encoder is frozen, the pooler has no parameters, and the images either
+are not augmented randomly or have a fixed number of augmented views. Otherwise, the frozen encoder runs in eval mode
+in every step (`set_train_mode` in model.py).
 
     model                    features
     classifier               [pooled vector | mean of the distillation tokens]
@@ -97,7 +97,7 @@ def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
-    """Return the names of trained parameters outside the heads. Features can be cached only if the list is empty."""
+    """Return the names of trainable parameters outside the heads. Features can be cached only if the list is empty."""
     head_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name
@@ -119,10 +119,10 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Encode the images with these keys, and return one batch on the CPU with `features` [keys, F] instead of
+    """Encode the images identified by `keys`, and return one batch on the CPU with `features` [keys, F] instead of
     `pixels`. Raise ValueError if none of the images can be read.
 
-    Each process encodes some of the images in eval mode, and all processes receive the whole batch. `model` is the
+    Each process encodes a subset of the images in eval mode, and all processes receive the whole batch. `model` is the
     unwrapped classifier on the device. `normalize` converts pixels on the device to `pixel_values`.
     """
     was_training = model.training

@@ -38,15 +38,15 @@ from .token_monitor import TokenMonitor, Tokens
 
 Metrics = dict[str, Any]
 
-# Maximum number of consecutive steps that the loss scaler of fp16 may skip. After one more skipped step, the scale
-# would be 2^20 times smaller.
+# Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped step, the scale would
+# be 2^20 times smaller.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHER_VARIABLES = (
     "ACCELERATE_MIXED_PRECISION",
     "TORCHELASTIC_RUN_ID",
-)  # environment variables that accelerate and torchrun set
-MAX_ECHO_SECONDS = 1.0  # maximum delay between a Ctrl-C from the terminal and the same Ctrl-C forwarded by a launcher
+)  # environment variables set by accelerate and torchrun
+MAX_ECHO_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the copy that a launcher forwards
 
 
 @dataclass
@@ -62,7 +62,7 @@ class TrainingState:
     # Losses of the batches since the last logged step.
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
-    record: Metrics = field(default_factory=dict)  # record of the last step, until this step is evaluated
+    record: Metrics = field(default_factory=dict)  # record of a step that is not evaluated yet, or empty
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
@@ -83,7 +83,7 @@ class Hooks:
     warn: Callable[[str], None]  # prints a one-line warning
     save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
-    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # returns metrics every `health_every` steps
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
     record_speed: Callable[[int, float], Metrics] = (
         lambda num_images, seconds: {}
     )  # returns speed metrics for a record
@@ -92,7 +92,7 @@ class Hooks:
 
 
 class Interrupted(Exception):
-    """Error that ends training after a signal, once a checkpoint is saved."""
+    """Error that ends training after a stop signal. A checkpoint is saved first."""
 
 
 class NonFiniteLoss(Exception):
@@ -121,7 +121,7 @@ class TrainingLoop:
     hooks: Hooks
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
-    save_every: int | None = None  # steps between two checkpoints; None saves a checkpoint at each evaluation
+    save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
     step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
     is_best: bool = False  # whether the last evaluation had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
@@ -136,8 +136,8 @@ class TrainingLoop:
         """Run the remaining steps, and return the metrics of the final evaluation.
 
         `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. Raise
-        Interrupted after a signal, once a checkpoint is saved. Raise NonFiniteLoss if a loss or gradient is not
-        finite.
+        Interrupted after a stop signal, when a checkpoint has been saved. Raise NonFiniteLoss if a loss or gradient is
+        not finite.
         """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
@@ -211,7 +211,7 @@ class TrainingLoop:
         set_learning_rate(state.optimizer, learning_rate)
         step_batches: list[Batch] = []
         losses: list[Losses] = []
-        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # before the update
+        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # values before the update
 
         def before_update() -> None:
             if with_health:
@@ -248,8 +248,8 @@ class TrainingLoop:
         return record, batch
 
     def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
-        """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient of any process is not
-        finite. With fp16, gradients may overflow: the loss scaler then skips the step and reduces the scale.
+        """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any
+        process. With fp16, gradients may overflow: the loss scaler then skips the step and reduces the scale.
         MAX_OVERFLOWS limits the number of consecutive skipped steps."""
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
         max_overflows = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
@@ -264,7 +264,7 @@ class TrainingLoop:
             raise NonFiniteLoss(self.state.step, batches)
 
     def evaluate(self) -> Metrics:
-        """Return the metrics on held-out images, with the averaged weights if EMA is used."""
+        """Return the metrics on held-out images. If EMA is used, the averaged weights are evaluated."""
         self.state.model.eval()
         with self.state.use_averaged_weights():
             metrics = self.hooks.evaluate()
@@ -278,7 +278,7 @@ class TrainingLoop:
         recent_losses = self.state.recent_losses
         means = [math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]]
         num_images, seconds = len(self.step_seconds) * self.plan.images_per_step, math.fsum(self.step_seconds)
-        # `record_speed` may reset the device's peak memory.
+        # Measured before `record_speed`, which may reset the device's peak memory.
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
         losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
         named_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], losses, strict=True)}
@@ -349,8 +349,8 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt at a later Ctrl-C, but ignore a copy of the first Ctrl-C
-        that a launcher forwards."""
+        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
+        first Ctrl-C."""
         if self.received_signal is None:
             self.received_signal, self.received_time = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.received_time > MAX_ECHO_SECONDS:

@@ -5,7 +5,7 @@
 Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
 accumulated batches is therefore exactly the loss of one large batch.
 
-The loss of the distillation token against a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
+The loss with a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
     total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
@@ -25,7 +25,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
-Objective = Callable[[nn.Module, Batch], Losses]  # returns the minimized "loss", and other losses to log
+Objective = Callable[[nn.Module, Batch], Losses]  # returns the "loss" to minimize, and other losses to log
 LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 
@@ -41,7 +41,8 @@ class PixelInputs:
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with the model's `inputs`. `pixels` and `labels` are mixed if `mixer` is set."""
+        """Return a copy of the batch that also contains the model's `inputs`. `pixels` and `labels` are mixed if
+        `mixer` is set."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
@@ -61,7 +62,7 @@ class SingleLabelLoss:
     """Cross-entropy of logits [B, L] against classes [B] or probabilities [B, L]."""
 
     label_smoothing: float
-    class_weights: torch.Tensor | None = None  # weight of each class [L], with mean 1
+    class_weights: torch.Tensor | None = None  # class weights [L] with a mean of 1
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean loss over images. Weighted losses are not divided by the sum of the weights, because the
@@ -77,7 +78,7 @@ class SingleLabelLoss:
 
 @dataclass(frozen=True)
 class MultiLabelLoss:
-    """Binary cross-entropy of logits [B, L] against labels [B, L] of 0 or 1, averaged over images and labels."""
+    """Binary cross-entropy of logits [B, L] against binary labels [B, L], averaged over images and labels."""
 
     label_smoothing: float
 
@@ -93,7 +94,7 @@ class MultiTaskLoss:
 
     The loss of each task is averaged over all images of the batch, so that the mean loss of accumulated batches equals
     the loss of one large batch. `ViTCLSForMultiTaskClassification` (used by Trainer) instead averages over the labeled
-    images. Both losses are equal if no labels are missing.
+    images. The two losses are equal if no labels are missing.
     """
 
     label_smoothing: float
@@ -142,7 +143,7 @@ class Distillation:
     tau: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the loss of one batch on the model's device, and the losses of both heads."""
+        """Return the total loss, the label loss and the distillation loss of a batch on the model's device."""
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
@@ -176,8 +177,8 @@ def get_supervised_logits(outputs: Any) -> list[Any]:
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:
-    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L] as a `float32`
-    scalar. Raise ValueError if `kind` is unknown, or if the logits have different shapes.
+    """Return the mean loss of the distillation head's logits [B, L] against the teacher's logits [B, L], as a
+    `float32` scalar. Raise ValueError if `kind` is unknown, or if the logits have different shapes.
 
     The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
     times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the

@@ -5,13 +5,12 @@
 This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
 the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
 counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the
-teacher, evaluations, and linear probing on cached features. The utilization of models that merge patches is not
-computed.
+teacher, evaluations, and linear probing on cached features. No utilization is computed for models that merge patches.
 
-The peak (the FLOP/s of large matrix products) is measured before and during training, by all processes at the same
+The peak (the FLOP/s of large matrix products) is measured before and during training, on all processes at the same
 time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is
 the peak. Other programs can only lower a measurement, so the largest measurement is used. A utilization above 100 %
-means that other programs lowered every measurement so far, so the utilization is reported as unknown.
+means that other programs lowered every measurement so far. The utilization is then reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,13 +45,13 @@ from .costs import (
 # Mixed precision -> dtype of matrix products.
 MATMUL_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Minimum FLOPs of a run per process; the utilization of shorter runs is not measured. One core executes this number of
+# Minimum FLOPs per process in a run; no utilization is measured for shorter runs. One core executes this number of
 # FLOPs in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
 # Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
 # as long, so that measurements take a negligible fraction of a long run.
-MEASURING_INTERVAL = 10.0
+MEASUREMENT_INTERVAL_SECONDS = 10.0
 
 SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -65,31 +64,32 @@ class Utilization:
     """Model FLOPs utilization of a run so far, including the time before --resume."""
 
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
-    peak: float | None = None  # largest measured FLOP/s of all processes together; None if not measured
+    peak: float | None = None  # largest measured total FLOP/s of all processes; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
     measure: Callable[[], float] | None = field(default=None, repr=False)  # measures `peak` on all processes together
     executed_flops: float = 0.0  # FLOPs of all training steps
     available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
-    seconds: float = 0.0  # total duration of the steps of this process
+    seconds: float = 0.0  # total duration in seconds of the steps in this process
     num_measurements: int = field(default=1, repr=False)
     flops_since_measurement: float = field(default=0.0, repr=False)
 
     @property
     def available_flops(self) -> float:
-        """Return the number of FLOPs that the machine could have executed in the duration of the training steps."""
+        """Return the number of FLOPs that the machine could have executed during the training steps."""
         return self.available_flops_before + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Add the steps since the last record, and return the utilization of these steps. Return an empty dictionary
         if the peak is not measured. `num_images` is the number of images on all processes. All processes must call
-        this method together, because this method may measure the peak again."""
+        this method together, because the peak may be measured again."""
         if self.peak is None:
             return {}
         flops = num_images * self.flops_per_image
         self.executed_flops += flops
         self.seconds += seconds
         self.flops_since_measurement += flops
-        if self.measure and self.flops_since_measurement >= MEASURING_INTERVAL * self.num_measurements * self.peak:
+        interval = MEASUREMENT_INTERVAL_SECONDS * self.num_measurements
+        if self.measure and self.flops_since_measurement >= interval * self.peak:
             self.peak = max(self.peak, self.measure())
             self.num_measurements += 1
             self.flops_since_measurement = 0.0
@@ -100,7 +100,7 @@ class Utilization:
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the values from a checkpoint. Checkpoints of earlier versions do not contain these values."""
+        """Load the values from a checkpoint. Checkpoints written by earlier versions do not contain these values."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before = state.get("possible", 0.0)
 
@@ -127,7 +127,7 @@ def start_utilization(
 ) -> Utilization:
     """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
 
-    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, and for models that merge
+    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, or for models that merge
     patches, whose FLOPs are not counted. All processes must call this function together, before `Accelerator.prepare`.
     """
     dtype = MATMUL_DTYPES.get(get_precision(accelerator))
@@ -188,8 +188,8 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     """Return the FLOPs of the forward and backward pass for a batch of images that have the model's image size. A
     multiply-add counts as two FLOPs.
 
-    Each matrix product of the forward pass requires two products in the backward pass, one product for the gradient of
-    each factor. Gradients of pixels and frozen weights, and gradients below the first trained layer, are not computed.
+    Each matrix product of the forward pass requires two products in the backward pass, one for the gradient of each
+    factor. Gradients of pixels and frozen weights, and gradients below the first trainable layer, are not computed.
     Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
 
     Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
@@ -229,7 +229,7 @@ def get_layers_with_lengths(model: ViTCLSPreTrainedModel, num_tokens: int) -> li
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
     """Return the FLOPs of the backward pass of one layer for one image. The backward pass computes gradients of the
-    inputs of all products, of trained weights, and of both factors of the attention products."""
+    inputs of all products, of trainable weights, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
     weight_flops = num_queries * count_trained_flops(attention.q_proj, attention.o_proj, layer.mlp)
@@ -238,5 +238,5 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 
 def count_trained_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of the linear layers with trained weights in these modules, for one input vector per layer."""
+    """Return the FLOPs of the trainable linear layers in these modules, for one input vector per layer."""
     return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

@@ -1,6 +1,6 @@
-"""Build the model and the image processor for the labels of a dataset, and select the trained parameters.
+"""Build the model and the image processor for the labels of a dataset, and select the trainable parameters.
 
-The flag `--trainable` selects the trained parameters:
+The flag `--trainable` selects the trainable parameters:
 
     full      all parameters
     head      classifiers, and the pooler if it has parameters, but not the final norm (linear probing)
@@ -72,7 +72,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         model, newly_initialized = load_for_labels(folder, config_values, label_space)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
-        mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trained parameters
+        mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     set_processor_size(processor, model.config)
     return BuiltModel(model, processor, newly_initialized)
 
@@ -130,7 +130,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 
 
 def check_preset(name: str) -> None:
-    """Raise ValueError if a name looks like a preset, but is neither a preset nor a file or folder."""
+    """Raise ValueError if a name looks like a preset, but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
         raise ValueError(f"--model {name} is not a preset. Use one of {list_presets()}")
 
@@ -150,8 +150,8 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 def set_trainable_parameters(
     model: Any, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that are not trained, in place, and return the model. The value "lora" also adds LoRA
-    layers to the query and value projections.
+    """Freeze the parameters that are not trained, and return the same model. The value "lora" also adds LoRA layers to
+    the query and value projections.
 
     Args:
         model: a model with a head.
@@ -217,8 +217,8 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether patches are dropped in training. The rate must be positive, and the embeddings or the first layer
-    must be trained."""
+    """Return whether patches are dropped in training, which requires a positive rate and trainable embeddings or a
+    trainable first layer."""
     return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
 
 

@@ -1,4 +1,4 @@
-"""Report on a finished run: inference speed, images, and the files next to the model card.
+"""Report on a finished run: inference speed, images, and the model card with its accompanying files.
 
 A model folder is written -> `build_model_report` loads the model, measures the speed, draws images, writes report.html
                           -> hub/card.py builds the card
@@ -47,7 +47,7 @@ from .reporter import TrackImages
 NUM_SAMPLES = 4  # number of images in the card
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
 NUM_STATISTICS_IMAGES = 64  # number of images for the statistics of the report
-MAX_IMAGES_TO_READ = 20  # maximum number of images to read, including unreadable images
+MAX_IMAGES_TO_READ = 20  # maximum number of images to read for the card, including unreadable images
 
 MAX_BATCH_SIZE = 32  # maximum batch size in images for measuring the inference speed
 NUM_REPEATS = 5  # number of measured forward passes
@@ -106,8 +106,8 @@ def build_model_report(
 
 @contextmanager
 def warn_on_error(warn: Callable[[str], None], message: str) -> Iterator[None]:
-    """Convert any error inside this block to a warning, for example if a plot cannot be drawn or the device has too
-    little memory."""
+    """Convert any error inside the `with` block to a warning, for example if a plot cannot be drawn or the device has
+    too little memory."""
     try:
         yield
     except Exception as error:
@@ -187,7 +187,7 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
     samples: list[Sample] = []
     for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TO_READ):
         label = label_space.format_label(held_out.labels[index]) if label_space.columns else None
-        with suppress(ValueError):  # the evaluation has already reported the unreadable image
+        with suppress(ValueError):  # the evaluation has already reported unreadable images
             samples.append((held_out.images[index], label))
         if len(samples) == NUM_SAMPLES:
             break
@@ -226,7 +226,7 @@ def write_card(
     options: RunOptions,
     warn: Callable[[str], None],
 ) -> None:
-    """Write README.md, the license files of the initial model, and the entry for the leaderboard of a benchmark."""
+    """Write README.md, the license files of the initial model, and the leaderboard entry of a benchmark."""
     card.save(folder / "README.md")
     if provenance is not None:
         provenance.copy_license(folder)
@@ -258,7 +258,7 @@ def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any])
 def collect_tracker_images(
     folder: Path, image_paths: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return the images for the trackers by name: the images of the card, and figures of the inspection if the
+    """Return the images for the trackers, keyed by name: the images of the card, and figures of the inspection if the
     inspection succeeded. `image_paths` are the paths of the card's images in `folder`."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:

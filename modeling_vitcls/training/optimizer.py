@@ -6,8 +6,8 @@
 
 DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch's optimizer requires two calls.
 
-The exponential moving average of the trained weights (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6) is a
-list of tensors in the order of the trained parameters, for one process, DDP and sharded models.
+The exponential moving average of the trainable weights (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6) is
+a list of tensors in the order of the trainable parameters, for one process, DDP and sharded models.
 """
 
 import math
@@ -30,7 +30,7 @@ WEIGHT_DECAY_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Build fused AdamW for the trained parameters."""
+    """Build a fused AdamW optimizer for the trainable parameters."""
     assert options.learning_rate is not None and options.layer_decay is not None
     groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
@@ -39,9 +39,9 @@ def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.O
 def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Group parameters by depth and weight decay.
 
-    Weight decay applies to weights of linear and convolution layers, but not to biases, norms, tokens, position
-    embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power
-    of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
+    Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
+    embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power of the
+    number of layers after the group (BEiT, arXiv 2106.08254, appendix).
     """
     weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
     depths = get_parameter_depths(model)
@@ -128,7 +128,7 @@ class DeepSpeedOptimizerStep:
     def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
         gradients are not clipped until `before_update` has returned."""
-        check_norm(0.0)  # checks only the losses, because the norm is not available
+        check_norm(0.0)  # checks only the losses, because the norm is not available yet
         before_update()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
@@ -147,7 +147,8 @@ def build_optimizer_step(
 
 
 class Ema:
-    """Exponential moving average of the trained weights. `shadow` contains one tensor for each trained parameter."""
+    """Exponential moving average of the trainable weights. `shadow` contains one tensor for each trainable
+    parameter."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -163,7 +164,7 @@ class Ema:
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Copy the averaged weights into the model for the duration of this block, then restore the previous
+        """Copy the averaged weights into the model for the duration of the `with` block, then restore the previous
         weights."""
         weights = [parameter.detach().clone() for parameter in self.trained_parameters]
         self.load_weights(self.shadow)
@@ -174,6 +175,6 @@ class Ema:
 
     @torch.no_grad()
     def load_weights(self, weights: list[torch.Tensor]) -> None:
-        """Copy these weights into the trained parameters of the model."""
+        """Copy these weights into the trainable parameters of the model."""
         for parameter, weight in zip(self.trained_parameters, weights, strict=True):
             parameter.copy_(weight)

@@ -8,10 +8,10 @@
 A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
 A run that is killed at any moment therefore never leaves an old model next to a new configuration.
 
-`FolderLock` prevents other runs from using the folder. The lock is the file `.vitcls.lock` in the folder, which
-contains the host, the process ID and the start time of the process. The lock is released at the end of the run and on
-SIGTERM, but not on SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The
-lock of a process on another host is not replaced, because the state of this process is unknown.
+`FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
+the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
+SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The lock of a process
+on another host is not replaced, because the state of this process is unknown.
 """
 
 import atexit
@@ -56,7 +56,7 @@ FINAL_FILES = (
     *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
-NON_FINITE_FILE = "non_finite.json"  # list of the images of the step with a non-finite loss
+NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before this step
 CHECKPOINTS_FOLDER = "checkpoints"
 # Files that a run writes during training. The recipe, which identifies the run, is removed last.
@@ -126,8 +126,7 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the names of the files in the folder that a run writes at the end, starting with the results and the
-    model."""
+    """Return the names of the existing files that a run writes at the end, starting with the results and the model."""
     patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -242,8 +241,8 @@ class FolderLock:
         return True
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock if the process that holds the lock has ended. Raise ValueError if this process is running or
-        may be running."""
+        """Remove the lock if the process that holds the lock has ended. Raise ValueError if the process that holds the
+        lock is running or may be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:  # the lock has been released
@@ -266,8 +265,8 @@ class FolderLock:
 
 @contextmanager
 def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Prevent other processes on this machine from running this block at the same time. The block is not protected if
-    the operating system or the file system does not support file locks."""
+    """Prevent other processes on this machine from running the `with` block at the same time. The block is not
+    protected if the operating system or the file system does not support file locks."""
     if fcntl is None:
         yield
         return
@@ -286,7 +285,7 @@ def get_start_time(process: psutil.Process) -> float:
 
 
 def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
-    """Replace the SIGTERM handler by `new_handler` if the current handler is `old_handler`. Do nothing outside the
+    """Replace the SIGTERM handler with `new_handler` if the current handler is `old_handler`. Do nothing outside the
     main thread, because Python allows signal handlers only in the main thread."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
         signal.signal(signal.SIGTERM, new_handler)

@@ -1,10 +1,10 @@
-"""Pre-training by masked image modeling, on images without labels. task.py contains the run from top to bottom.
+"""Pre-training by masked image modeling, on images without labels. task.py contains the whole run.
 
     images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
 The output folder contains the same files as after fine-tuning (finetune.py). The saved model contains the encoder and
-the decoder, and is loaded by AutoModel, AutoModelForMaskedImageModeling and the flag `--model` of fine-tuning. No loss
-is computed on the CLS token, which is trained only through the patches that attend to the CLS token.
+the decoder, and can be loaded with AutoModel, AutoModelForMaskedImageModeling, or the flag `--model` of fine-tuning.
+No loss is computed on the CLS token, which is trained only through the patches that attend to the CLS token.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class PretrainTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load the training split and the held-out split without labels."""
+        """Load the unlabeled training and held-out splits."""
         return load_unlabeled_data(self.options.data, self.options.training.select == "best")
 
     def load_model(self) -> None:

@@ -1,5 +1,4 @@
-"""Output of a run: progress, metrics.jsonl, trackers, the printed summary, and the facts about the run in
-results.json.
+"""Output of a run: progress, metrics.jsonl, trackers, printed summary, and facts about the run for results.json.
 
 A terminal shows a progress bar; other outputs show one line per record. Only the main process prints and writes.
 """
@@ -61,8 +60,8 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_at(self, step: int, num_steps: int) -> None:
-        """Start the output after `step`. Keep the records up to this step, and remove later records, because the run
-        repeats these steps."""
+        """Start the output of a run that continues after `step`. Keep the records up to this step, and remove the
+        records of later steps, which the run repeats."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
@@ -93,9 +92,9 @@ class Reporter:
         self.progress.stop()
 
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
-        """Append a record to metrics.jsonl, print the record, and send the numbers of the record to the trackers. The
-        printed line contains the selection metric. Raise OSError on the main process if metrics.jsonl cannot be
-        written."""
+        """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
+        trackers. The printed line contains the selection metric. Raise OSError on the main process if metrics.jsonl
+        cannot be written."""
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.is_main_process:
             return
@@ -120,7 +119,7 @@ class Reporter:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Return text with the remaining time, estimated from the speed so far. The text is empty after the last
+        """Return the remaining time, estimated from the speed so far, as text, or an empty string after the last
         step."""
         num_done, num_remaining = step - self.first_step, self.num_steps - step
         if num_done <= 0 or num_remaining <= 0:
@@ -129,7 +128,7 @@ class Reporter:
 
     @property
     def track_images(self) -> TrackImages | None:
-        """Function that sends named images of the last step to the trackers, or None if no tracker accepts images.
+        """Function that sends named images to the trackers for the last step, or None if no tracker accepts images.
         Only the main process may call this function."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 
@@ -161,7 +160,7 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def parse_step(line: str) -> int | None:
-    """Return the step of a line of metrics.jsonl, or None if the line is truncated."""
+    """Return the step in a line of metrics.jsonl, or None if the line is truncated."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -169,8 +168,8 @@ def parse_step(line: str) -> int | None:
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten a nested record for trackers and keep only the numbers. For example, `{"token_norm": {"cls[0]": 1.0}}`
-    becomes `{"token_norm/cls[0]": 1.0}`."""
+    """Flatten a nested record for trackers, and keep only the numeric values. For example, `{"token_norm": {"cls[0]":
+    1.0}}` becomes `{"token_norm/cls[0]": 1.0}`."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
@@ -193,14 +192,14 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     height, width = config.image_height_width
     num_trained = count_parameters(model, trained_only=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trained, "
+        "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {tokens} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
 
 
 def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
-    """Return the summary lines about batches and device."""
+    """Return the summary lines about the batches and the device."""
     batch = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
     epochs = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
     return {
@@ -238,6 +237,6 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
-    """Return the number of parameters, or the number of trained parameters if `trained_only` is set."""
+    """Return the number of parameters, or the number of trainable parameters if `trained_only` is set."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

@@ -58,7 +58,7 @@ class Components:
     objective: Objective
     iterate_batches: Callable[
         [int], Generator[Batch, None, None]
-    ]  # first step -> batches of this process from this step on
+    ]  # first step -> batches of this process, starting at this step
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
@@ -72,7 +72,7 @@ CHANGEABLE_FLAGS = (
 ).split()
 
 
-RESOLVED_FLAGS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
+FLAGS_WITH_RUN_DEFAULTS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
@@ -97,14 +97,14 @@ class Runner:
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
     store: CheckpointStore
-    checkpoint: Checkpoint | None  # checkpoint to resume from, on the main process
+    checkpoint: Checkpoint | None  # checkpoint to resume from; only on the main process
     facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
     training_seconds: float = 0.0  # training time in seconds, including the time before --resume
     start_time: float = 0.0  # time at which this process started training
-    step_seconds: list[float] = field(default_factory=list)  # duration of each step of a dry run
-    evaluation_seconds: list[float] = field(default_factory=list)  # duration of each evaluation
+    step_seconds: list[float] = field(default_factory=list)  # duration in seconds of each step of a dry run
+    evaluation_seconds: list[float] = field(default_factory=list)  # duration in seconds of each evaluation
     state: TrainingState = field(init=False, repr=False)  # set by `train`
     selected_step: int | None = None  # step of the weights that `--select best` selected
     utilization: Utilization = field(default_factory=Utilization)
@@ -257,8 +257,8 @@ class Runner:
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options with models on the Hub pinned to a commit. A resumed run uses the commits in the flags of
-        the checkpoint. Raise ValueError or OSError if a model cannot be found."""
+        """Return the options, in which models on the Hub are pinned to commits. A resumed run uses the commits in the
+        flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
         stored_flags = self.facts["flags"] if self.facts else {}
 
         def pin(flag: str, source: str) -> str:
@@ -279,8 +279,9 @@ class Runner:
         facts, precision = self.facts, self.accelerator.mixed_precision
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
-                f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']}, but this "
-                f"run uses {precision}. Use the same mixed precision, or choose another --output-dir"
+                f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']!r}, but the "
+                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose another "
+                "--output-dir"
             )
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
@@ -318,7 +319,7 @@ class Runner:
 
     @contextmanager
     def release_lock_on_error(self) -> Iterator[None]:
-        """Release the lock of the output folder if an exception ends this block."""
+        """Release the lock of the output folder if an exception ends the `with` block."""
         try:
             yield
         except BaseException:
@@ -389,7 +390,7 @@ class Runner:
 
     @contextmanager
     def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
-        """Raise RunStopped for errors in this block that end the run early."""
+        """Convert errors inside the `with` block that end the run early to RunStopped."""
         try:
             yield
         except Interrupted as error:
@@ -403,8 +404,8 @@ class Runner:
             raise RunStopped(str(error), on_all=is_on_all_processes(error)) from error
 
     def save_non_finite(self, error: NonFiniteLoss) -> str:
-        """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence with
-        the file name, or with the error if saving fails."""
+        """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
+        contains the file name, or the error if saving fails."""
         file = self.folder / output_folder.NON_FINITE_FILE
         local_batches = [
             {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
@@ -478,8 +479,8 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
 
-    A current flag of None is accepted if the default value of this flag depends on the run. A current model without a
-    commit hash is accepted if the stored flag is the same model with a commit hash.
+    A current value of None is accepted if the default value of the flag depends on the run. A current model without a
+    commit hash is accepted if the stored model is the same model with a commit hash.
     """
     for name, value in stored_flags.items():
         current_value = current_flags.get(name)
@@ -488,7 +489,7 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
             or current_value == value
             or (name in PATH_FLAGS and is_same_path(value, current_value))
             or is_pinned(value, current_value)
-            or (name in RESOLVED_FLAGS and current_value is None)
+            or (name in FLAGS_WITH_RUN_DEFAULTS and current_value is None)
         ):
             continue
         advice = "Use the same flags, or choose another --output-dir"
@@ -499,7 +500,7 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
             )
         raise ValueError(
             f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
-            f"{format_flag_value(value)}, but this run has {format_flag_value(current_value)}. {advice}"
+            f"{format_flag_value(value)}, but the value in this run is {format_flag_value(current_value)}. {advice}"
         )
 
 

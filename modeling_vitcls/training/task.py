@@ -1,4 +1,4 @@
-"""A run from top to bottom, shared by fine-tuning and pre-training.
+"""A complete run, shared by fine-tuning and pre-training.
 
     task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
     results = run_task(task)        trains and evaluates the model, writes and pushes the output folder
@@ -84,7 +84,7 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    start_lines: dict[str, str | None]  # summary lines about random weights and default values, by name
+    start_lines: dict[str, str | None]  # summary lines about random weights and default values, keyed by name
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
@@ -94,7 +94,7 @@ class Task(ABC):
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
             self.hub_model_id = self.resolve_repo_id()
-            with accelerator.main_process_first():  # only the main process downloads
+            with accelerator.main_process_first():  # only the main process downloads files
                 self.data = self.load_data()
                 self.runner.check_same_data(describe_data(self.data))
                 self.resolve_options()
@@ -145,7 +145,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe_labels(self) -> str:
-        """Return text about the labels for the summary line about the data."""
+        """Return the description of the labels for the summary line about the data."""
 
     @abstractmethod
     def summarize(self) -> dict[str, str]:
@@ -203,7 +203,7 @@ class Task(ABC):
         )
 
     def get_num_views(self) -> int:
-        """Return the number of different views of each image, or 0 if every epoch uses a new view."""
+        """Return the number of different views per image, or 0 if every epoch uses a new view."""
         return 0
 
     def build_training_images(
@@ -311,7 +311,7 @@ def collect_results(task: Task) -> dict[str, Any]:
 
 
 def format_metrics(metrics: Metrics, *names: str) -> str:
-    """Format the metrics with these names in one line. Missing metrics are omitted."""
+    """Format the metrics with these names as one line of text. Missing metrics are omitted."""
     return ", ".join(format_metric(name, metrics[name]) for name in names if name in metrics)
 
 
@@ -369,7 +369,8 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
     """Write weights, configuration, code and image processor. LoRA weights are merged. Only the main process may call
     this function. `weights` are full tensors, because the model may be sharded."""
-    # FSDP2 replaces the model's class, so that transformers would save PyTorch's source files as the model's code.
+    # FSDP2 replaces the model's class. With this class, transformers would save PyTorch's source files as the model's
+    # code.
     wrapped_class = type(model)
     plain_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
     model.__class__ = plain_class
@@ -414,7 +415,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     """
     if options.run.push_to_hub:
         raise ValueError(
-            "--folds trains several models, but --push-to-hub pushes one model. Remove one of the two flags"
+            "--folds trains several models, but --push-to-hub pushes only one model. Remove one of the two flags"
         )
     results = []
     for fold in range(1, options.data.folds + 1):
@@ -445,8 +446,8 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
 
 def dry_run(task_class: type[Task], options: Any) -> None:
     """Train for a few steps, evaluate a few images, and write a checkpoint and the results to a temporary folder
-    (`--dry-run`). Print the executed actions and the expected duration of the full run. See `Task` and `run_task` for
-    errors."""
+    (`--dry-run`). Print the actions that succeeded and the expected duration of the full run. See `Task` and
+    `run_task` for errors."""
     start_time = time.perf_counter()
     with make_dry_run_options(options) as short_options:
         task = task_class(short_options)
@@ -475,8 +476,8 @@ def dry_run(task_class: type[Task], options: Any) -> None:
 
 @contextmanager
 def make_dry_run_options(options: Any) -> Iterator[Any]:
-    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of this
-    block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
+    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
+    `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
     if not options.run.resume:
         check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
@@ -496,8 +497,8 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images that the planned steps use, because linear probing would first encode all training
-    images."""
+    """For a dry run, keep only the training images that the planned steps use. Otherwise, linear probing would encode
+    all training images first."""
     if isinstance(task.data.train, LabeledImages):
         plan = task.plan
         batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]

@@ -12,7 +12,7 @@ image processor determines the input size, interpolation, scale and normalizatio
 contains the losses.
 
 With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the logits of each view. The cache is
-not part of checkpoints. A resumed run predicts the logits again in different batches, so the logits may differ by
+not stored in checkpoints. A resumed run predicts the logits again in different batches, so the logits may differ by
 rounding errors.
 """
 
@@ -52,7 +52,7 @@ class TeacherPreprocessing:
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    normalize: Callable[[torch.Tensor], torch.Tensor]  # [B, C, H, W] uint8 to float32
+    normalize: Callable[[torch.Tensor], torch.Tensor]  # converts [B, C, H, W] from uint8 to float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convert the student's pixels [B, C, H, W], from 0 to 255, to the teacher's input. Pixels of mixed
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # Indices of the student's labels in the teacher's logits; None if both have the same labels in the same order.
+        # Indices of the student's labels in the teacher's logits; None if the labels and their order are the same.
         self.label_indices = label_indices
         self.description = description  # name and size of the teacher
         self.note = note  # text about the mapping of labels; empty if the labels are the same
@@ -173,7 +173,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 
 
 def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a transformers classifier with `float32` weights, and its image processor."""
+    """Load a `float32` transformers classifier and its image processor."""
     try:
         folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
@@ -327,13 +327,13 @@ class TeacherCache:
     def __init__(
         self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        """Allocate a tensor of num_views * num_images * num_labels elements of `dtype`."""
+        """Allocate a cache of shape [num_views, num_images, num_labels] and type `dtype`."""
         self.teacher = teacher
         self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's logits [B, L] for a batch in `float32`, on the device of the pixels."""
+        """Return the teacher's `float32` logits [B, L] for a batch, on the device of the pixels."""
         view, index = batch["view"].cpu(), batch["index"].cpu()
         is_missing = ~self.is_cached[view, index]  # [B]
         if is_missing.any():
@@ -344,7 +344,7 @@ class TeacherCache:
 
 
 def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:
-    """Raise ValueError if logits are cached but images are mixed, because a mixed image is used only once."""
+    """Raise ValueError if the logits of mixed images would be cached, because each mixed image is used only once."""
     for flag in ("mixup", "cutmix"):
         if num_views and getattr(augmentation, flag):
             raise ValueError(

@@ -19,7 +19,7 @@ from .distributed_state import gather_gradient, gather_tensor
 from .model import set_train_mode
 
 
-Tokens = dict[str, torch.Tensor]  # name, for example "cls[0]" -> token [D]
+Tokens = dict[str, torch.Tensor]  # token name (for example "cls[0]") -> token [D]
 
 NUM_ATTENTION_IMAGES = 8  # maximum number of images for the mean entropy
 
@@ -32,7 +32,7 @@ class TokenMonitor:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
         self.initial_tokens = self.get_tokens()
-        self.reported_names: set[str] = set()  # names of tokens without a gradient that were already returned
+        self.reported_names: set[str] = set()  # names that `find_new_tokens_without_gradient` has returned
 
     def get_tokens(self) -> Tokens:
         """Return a copy of each token on the CPU."""
@@ -66,7 +66,8 @@ class TokenMonitor:
         }
 
     def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
-        """Return the names of the tokens without a gradient in this step. Each name is returned once per run."""
+        """Return the names of the tokens without a gradient in this step. Each name is returned at most once per
+        run."""
         norms = health["token_gradient_norm"]
         names = [name for name, norm in norms.items() if norm == 0 and name not in self.reported_names]
         self.reported_names.update(names)

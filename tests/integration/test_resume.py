@@ -506,15 +506,15 @@ def killed(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 CHANGES = {
-    "--learning-rate 0.001": "--learning-rate 0.003, but this run has 0.001",
-    "--hidden-size 48": "--hidden-size 32, but this run has 48",
-    "--dataset digits": "but this run has digits",
-    "--seed 1": "--seed 0, but this run has 1",
-    "--mixup 0.1": "--mixup 0.0, but this run has 0.1",
+    "--learning-rate 0.001": "--learning-rate 0.003, but the value in this run is 0.001",
+    "--hidden-size 48": "--hidden-size 32, but the value in this run is 48",
+    "--dataset digits": "but the value in this run is digits",
+    "--seed 1": "--seed 0, but the value in this run is 1",
+    "--mixup 0.1": "--mixup 0.0, but the value in this run is 0.1",
     "--batch-size 4": "has 23 steps of 8 images, but this run has 45 steps of 4 images. Set --batch-size x",
-    "--ema-decay 0.9": "--ema-decay unset, but this run has 0.9",
-    "--epochs 9": "--epochs 5.0, but this run has 9.0",
-    "--max-steps 40": "--max-steps unset, but this run has 40",
+    "--ema-decay 0.9": "--ema-decay unset, but the value in this run is 0.9",
+    "--epochs 9": "--epochs 5.0, but the value in this run is 9.0",
+    "--max-steps 40": "--max-steps unset, but the value in this run is 40",
 }
 
 

@@ -61,7 +61,7 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert options.training.learning_rate == 0.3
     line = format_defaults(reasons)
     assert "random weights, width 96: initializer range 0.082" in line
-    assert "images of 28 pixels: crop scale 1" in line
+    assert "image size 28: crop scale 1" in line
     assert "learning rate" not in line
     again, none = resolve_defaults(options, SCRATCH)
     assert (again, none) == (options, {})

@@ -72,7 +72,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes both"):
+    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes the embeddings and the first layer"):
         FinetuneTask(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     reset_accelerate()
@@ -88,11 +88,13 @@ def test_contradictory_flags_are_errors() -> None:
             "distillation": DistillationOptions(teacher="t"),
             "model": ModelOptions("vitcls-tiny", num_distillation_tokens=0),
         },
-        "--patch-drop-rate requires that the embeddings or the first layer are trained, but --trainable head": {
+        "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable head": {
             "model": ModelOptions("some/checkpoint", patch_drop_rate=0.5),
             "training": TrainingOptions(trainable="head"),
         },
-        "--feature-views requires --trainable head": {"training": TrainingOptions(feature_views=2)},
+        "--feature-views requires --trainable head, but --trainable is full": {
+            "training": TrainingOptions(feature_views=2)
+        },
         "--class-balance requires all labels": {
             "data": DataOptions("digits", streaming=True),
             "training": TrainingOptions(class_balance="weights"),

@@ -73,7 +73,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     )
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
     assert "random weights, 1,425 images: batch size 32" in printed
-    assert "images of 32 pixels: crop scale 1, shift 0.04" in printed
+    assert "image size 32: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
     assert {name: resolved[name] for name in expected} == expected and "config" not in resolved
@@ -96,7 +96,8 @@ def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
     assert resumed["accuracy"] == whole["accuracy"]
     reset_accelerate()
     other = replace(options, training=replace(options.training, learning_rate=0.5))
-    with pytest.raises(ValueError, match=r"was started with --learning-rate 0\.001, but this run has 0\.5"):
+    message = r"was started with --learning-rate 0\.001, but the value in this run is 0\.5"
+    with pytest.raises(ValueError, match=message):
         FinetuneTask(replace(other, run=replace(options.run, resume=True)))
 
 
