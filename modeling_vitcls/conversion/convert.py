@@ -1,4 +1,6 @@
-"""Convert a model and write the model, image processor, parity report and card to a folder; write nothing on errors.
+"""Convert a model and write the model, image processor, parity report and card to a folder.
+
+If an error occurs, nothing is written.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
@@ -129,8 +131,8 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source in float32. The model is cast back to the dtype of the source if that dtype represents all
-    encoder weights exactly."""
+    """Convert a source model; the conversion runs in float32. The converted model is cast back to the dtype of the
+    source if that dtype represents all encoder weights exactly."""
     saved_dtype = next(source.model.parameters()).dtype
     source.model.float()
     model = source.convert(classifier, num_labels)

@@ -4,8 +4,8 @@
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
 the configuration of the model. Otherwise, the error names the fields that differ. Fields that do not affect outputs in
-eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size only accepts
-images of that size, because transformers only interpolates position embeddings for square images.
+eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only
+images of that size, because transformers interpolates position embeddings only for square images.
 """
 
 import dataclasses
@@ -235,7 +235,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 def describe_nearest_target(match: TargetMatch) -> str:
-    """Return a clause about the nearest class. The clause is empty if the mismatch is an error message."""
+    """Return the part of the error message that names the nearest class, or "" if the mismatch is an error message."""
     if not match.target_values:
         return ""
     return (
@@ -245,8 +245,8 @@ def describe_nearest_target(match: TargetMatch) -> str:
 
 
 def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
-    """Return a sentence about the class that supports a classifier's encoder, or "" if no class supports the
-    encoder."""
+    """Return the part of the error message that names the class for a classifier's encoder, or "" if no class
+    supports the encoder."""
     if not hasattr(model, "vitcls"):
         return ""
     match = find_best_match("ViTCLSModel", model.config, native_size_only=False)

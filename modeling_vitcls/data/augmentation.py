@@ -142,15 +142,15 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels as probabilities [B, classes],
-        from pixels and class indices [B]."""
+        """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
+        probabilities [B, classes]."""
         return self.mix(pixels.float(), labels)
 
 
 class MaskGenerator:
     """Generator of random masks for a grid of patches.
 
-        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches in both)
+        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches)
         # . . #               # # . .
         . # # .               # # . .
         # . . #               . . # #
