@@ -157,7 +157,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU for which autograd stores both linear outputs, but not the product of both outputs."""
+    """ViTCLSGLU; autograd stores both linear outputs, but not the product of these outputs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -221,7 +221,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 
 def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
-    """Return whether `linear` is a CPULinear and `activation` is the exact GELU, both without hooks."""
+    """Return whether `linear` is a CPULinear, `activation` is the exact GELU, and neither module has hooks."""
     is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
     return is_gelu and type(linear) is CPULinear and not has_hooks(linear)
 

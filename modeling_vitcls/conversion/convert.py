@@ -47,7 +47,7 @@ def convert_checkpoint(
     draw_images: DrawImages | None = None,
     family: str | None = None,
 ) -> ParityReport:
-    """Write the converted model, image processor, parity report, card and license of the source to `output`.
+    """Write the converted model, image processor, parity report and card, and the source's license, to `output`.
 
     Args:
         source_name: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`, or a state-dict

@@ -38,9 +38,9 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
     becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale values that only the
-    transformers class has are set to 0 and 1. If the transformers class has no mask token, the mask token is dropped
-    with a warning. If no class supports the model directly, an equivalent form of the model is converted
-    (equivalent_models.py).
+    transformers class has are set to 0 and 1, respectively. If the transformers class has no mask token, the mask
+    token is dropped with a warning. If no class supports the model directly, an equivalent form of the model is
+    converted (equivalent_models.py).
 
     Args:
         model: Model to convert.

@@ -36,7 +36,7 @@ class TransformersFamily:
     """Rules for the weights and configuration of one architecture."""
 
     rules: Sequence[Rule]  # rules for the weights of the encoder
-    # Function of the configuration and the weights that returns fields of `ViTCLSConfig`
+    # Function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
     # Function that prepares the weights for the rules, for example by merging several weights
     prepare: Callable[[Weights], Weights] = dict

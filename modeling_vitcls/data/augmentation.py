@@ -79,7 +79,7 @@ def build_augmentation(
 class Erasing(nn.Module):
     """Random erasing (Zhong et al. 2020) with normal noise around mid-gray, which is close to the mean color."""
 
-    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # from 0 to 255
+    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # in gray levels from 0 to 255
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of both methods for each batch."""
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice between both methods for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []

@@ -140,14 +140,14 @@ def split_data(
         train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
-            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
+            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     selection, selection_name = None, ""
     if splits.selection is not None:
         selection, selection_name = read_images(split_images[splits.selection]), f"split {splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
-        selection_name = f"{rule} of the training images"
+        selection_name = f"{rule}; from the training images"
     return TrainingData(name, space, train, held_out, description, record, selection, selection_name)
 
 
