@@ -224,8 +224,8 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     """Return whether the target does not support the value of a field.
 
-    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` fills these
-    weights. Initial LayerScale values are not compared.
+    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` builds weights
+    without effect. Initial LayerScale values are not compared.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
