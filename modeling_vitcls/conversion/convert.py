@@ -50,8 +50,7 @@ def convert_checkpoint(
     """Write the converted model, image processor, parity report and card, and the source's license, to `output`.
 
     Args:
-        source_name: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`, or a state-dict
-            file.
+        source_name: `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file.
         output: A folder that does not exist or is empty.
         random_init: Whether to fill the source model with random values instead of loading trained weights.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
