@@ -14,7 +14,7 @@
 On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
 subclasses have no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
 Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, with hooks, with quantized,
-sharded or parametrized weights, and if PyTorch lacks a required name. Under autocast, oneDNN is not called.
+sharded or parametrized weights, and if PyTorch lacks a required private name. Under autocast, oneDNN is not called.
 """
 
 import os

@@ -136,7 +136,7 @@ class TransformersSource:
         except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
             if "trust_remote_code" in str(error):
                 raise ConversionError(
-                    f"{path} requires the code in the repository, which is never run. Use a model with a "
+                    f"{path} requires the code in the repository, but this code is never run. Use a model with a "
                     "class in transformers, or timm:NAME"
                 ) from error
             raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
