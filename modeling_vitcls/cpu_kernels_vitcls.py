@@ -14,7 +14,7 @@
 On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
 subclasses have no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
 Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, with hooks, with quantized,
-sharded or parametrized weights, and if PyTorch lacks a private name. Under autocast, oneDNN is not called.
+sharded or parametrized weights, and if PyTorch lacks a required private name. Under autocast, oneDNN is not called.
 """
 
 import os
@@ -157,7 +157,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU for which autograd stores both linear outputs, but not the product of both outputs."""
+    """ViTCLSGLU; autograd stores both linear outputs, but not the product of these outputs."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -221,7 +221,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 
 def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
-    """Return whether `linear` is a CPULinear and `activation` is the exact GELU, both without hooks."""
+    """Return whether `linear` is a CPULinear, `activation` is the exact GELU, and neither module has hooks."""
     is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
     return is_gelu and type(linear) is CPULinear and not has_hooks(linear)
 
@@ -423,7 +423,7 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def recompute_in_backward(
     module: nn.Module, function: Callable[..., Tensor], first: Tensor, *others: Tensor | None
 ) -> Tensor:
-    """Return `function(first, *others)`, but store only the inputs for the backward pass. Values are bit-identical.
+    """Return `function(first, *others)`, but store only the inputs for the backward pass. Results are bit-identical.
 
     Modules with hooks run the function normally, because recomputation would call a hook twice.
     """

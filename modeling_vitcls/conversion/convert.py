@@ -1,4 +1,6 @@
-"""Convert a model and write the model, image processor, parity report and card to a folder; write nothing on errors.
+"""Convert a model and write the model, image processor, parity report and card to a folder.
+
+If an error occurs, nothing is written.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
@@ -45,11 +47,10 @@ def convert_checkpoint(
     draw_images: DrawImages | None = None,
     family: str | None = None,
 ) -> ParityReport:
-    """Write the converted model, image processor, parity report, card and license of the source to `output`.
+    """Write the converted model, image processor, parity report and card, and the source's license, to `output`.
 
     Args:
-        source_name: `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`, or a state-dict
-            file.
+        source_name: `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file.
         output: A folder that does not exist or is empty.
         random_init: Whether to fill the source model with random values instead of loading trained weights.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
@@ -129,8 +130,8 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source in float32. The model is cast back to the dtype of the source if that dtype represents all
-    encoder weights exactly."""
+    """Convert a source model; the conversion runs in float32. The converted model is cast back to the dtype of the
+    source if that dtype represents all encoder weights exactly."""
     saved_dtype = next(source.model.parameters()).dtype
     source.model.float()
     model = source.convert(classifier, num_labels)

@@ -83,7 +83,7 @@ def convert_state_dict(
         raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
     state_dict_family = FAMILIES[family]
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"weights must be a state dict, not a {type(weights).__name__}")
+        raise ConversionError(f"weights must be a state dict, but the type is {type(weights).__name__}")
     named_weights = {
         replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
     }
@@ -109,7 +109,7 @@ def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.
     return [query, tensor.new_empty(0), value]
 
 
-# Rules for parameter names that these repositories share with timm.
+# Rules for the parameter names that these families share with timm.
 VIT_RULES = [*STEM_RULES, *BLOCK_RULES, *build_head_rules("pooler"), *MLP_RULES["Mlp"]]
 
 DINO_RULES = [Rule("masked_embed", "embeddings.mask_token", reshape_token), *VIT_RULES]
@@ -127,7 +127,7 @@ DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
     Rule("rope_embed.periods", []),  # stored in the field `rope_periods`
-    Rule("local_cls_norm.{rest}", []),  # norm of local crops in pre-training
+    Rule("local_cls_norm.{rest}", []),  # norm that pre-training applies to local crops
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
     ),

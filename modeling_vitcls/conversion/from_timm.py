@@ -59,7 +59,7 @@ def convert_from_timm(
 
     Raises:
         ConversionError: If the class or a feature is not supported (the message names the feature), or the value of
-            `classifier` is not possible for the source.
+            `classifier` is not valid for the source.
     """
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         raise ConversionError(
@@ -79,7 +79,7 @@ def convert_from_timm(
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
-    """Return the state dict with parallel branches and differential attention rewritten."""
+    """Return the model's state dict after rewriting parallel branches and differential attention."""
     weights = dict(model.state_dict())
     for index, block in enumerate(model.blocks):
         prefix = f"blocks.{index}."

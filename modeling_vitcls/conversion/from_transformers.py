@@ -71,7 +71,7 @@ def convert_from_transformers(
 
     Raises:
         ConversionError: If the class or a feature is not supported, weights are missing or unexpected (the message
-            lists the weights), or the value of `classifier` is not possible for the source.
+            lists the weights), or the value of `classifier` is not valid for the source.
     """
     convertible_class = find_convertible_class(model)
     weights, head = split_head(model.state_dict(), convertible_class.encoder)

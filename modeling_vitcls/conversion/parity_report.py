@@ -91,7 +91,7 @@ def compare_models(
         pixel_values = build_random_images((NUM_IMAGES, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
-        except Exception as error:  # a source that does not support the size raises any type of error
+        except Exception as error:  # the type depends on the source
             if not comparisons:
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
@@ -118,8 +118,8 @@ def compare_models(
 
 
 def describe_position_policies(project: str, config: ViTCLSConfig) -> list[str]:
-    """Return notes on how timm or transformers computes position embeddings, which may differ from the authors'
-    code."""
+    """Return notes on the computation of position embeddings in timm or transformers, which may differ from the
+    computation in the authors' code."""
     notes = []
     if config.position_embedding_type.startswith("learned"):
         offset = f", offset {config.position_offset}" if config.position_offset else ""
@@ -143,7 +143,7 @@ def get_non_square_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tu
 
 
 def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Build random images [B, C, height, width], which are the same in each call."""
+    """Build random images [B, C, height, width]; calls with the same shape return the same images."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -126,7 +126,7 @@ def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
 
 
 def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS) -> dict[str, Any]:
-    """Return the settings in `names` of an image processor, except settings that are None."""
+    """Return the settings of an image processor that are listed in `names` and are not None."""
     settings = processor.to_dict()
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
@@ -152,7 +152,7 @@ def check_processor(
 def measure_difference(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Return the largest difference per pixel in gray levels; infinity if the shapes differ."""
+    """Return the largest difference per pixel in gray levels, or infinity if the shapes differ."""
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")

@@ -4,7 +4,8 @@
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
-2. Containers (`teacher`, `target_encoder`, `model`, ...) and prefixes (`module.`, `backbone.`) are removed.
+2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is one, and prefixes of
+   parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
 4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
    embeddings of the timm model as in the authors' code, which often differs from timm.
@@ -101,7 +102,7 @@ class FileSource(TimmSource):
     def __init__(self, file: Path, family: str, weights: Weights, model: nn.Module, notes: list[str]) -> None:
         super().__init__(str(file), model, None, notes)
         self.family = family
-        self.weights = weights  # parameter names without containers and prefixes
+        self.weights = weights  # weights by parameter name, without containers and prefixes
         self.sha256 = compute_file_digest(file)
         # Weight and bias of DINOv2's linear classifier, which timm does not support.
         self.linear_head = (
@@ -119,8 +120,8 @@ class FileSource(TimmSource):
         family = family or detect_family(weights, container, file)
         if family in ALTERNATIVE_SOURCES:
             raise ConversionError(
-                f"{file} contains {family} weights, but {family} files are not supported. Use for "
-                f"example {ALTERNATIVE_SOURCES[family]}"
+                f"{file} contains {family} weights, but {family} files are not supported. Use "
+                f"another source, for example {ALTERNATIVE_SOURCES[family]}"
             )
         if family not in FILE_FAMILIES:
             raise ConversionError(f"--family {family} is unknown. Use one of {', '.join(FILE_FAMILIES)}")
@@ -189,9 +190,9 @@ def read_file(file: Path) -> Mapping[str, Any]:
     Raise ConversionError if the file has an unsupported format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not a file. Set timm:NAME, transformers:PATH_OR_ID or a file")
+        raise FileNotFoundError(f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file")
     if file.suffix not in SUFFIXES:
-        raise ConversionError(f"{file} is not supported. Set a file with one of the suffixes {' '.join(SUFFIXES)}")
+        raise ConversionError(f"{file} is not supported. Use a file with one of the suffixes {' '.join(SUFFIXES)}")
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
@@ -206,12 +207,12 @@ def read_file(file: Path) -> Mapping[str, Any]:
         reason = "a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"{file} does not contain a state dict, but a {type(weights).__name__}")
+        raise ConversionError(f"{file} does not contain a state dict, but an object of type {type(weights).__name__}")
     return weights
 
 
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
-    """Return the tensors of the image encoder without containers and prefixes, and the key of the innermost container.
+    """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
 
     Add a note if the file contains weights outside of the encoder, such as the projection head of a teacher.
     """
@@ -240,7 +241,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Return whether the parameter names of an image encoder have this prefix."""
+    """Return whether the weights contain an image encoder whose parameter names have this prefix."""
     return any(
         re.match(rf"{re.escape(prefix)}.*(patch_embed\.proj|conv1|patchifier\.proj)\.weight", name) for name in weights
     )
@@ -268,7 +269,7 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 
 
 def build_reference_model(weights: Weights, family: str, converted_model: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build a timm model with the weights of a family with rules. `converted_model` has the same weights."""
+    """Build a timm model from the weights of a family that has rules. `converted_model` has the same weights."""
     timm = import_timm()
     config: ViTCLSConfig = converted_model.config
     is_gated = config.mlp_type != "mlp"
@@ -368,7 +369,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
 
 def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
-    """Load published weights into a timm model, with the `checkpoint_filter_fn` of the timm module."""
+    """Load published weights into a timm model, using the `checkpoint_filter_fn` of the timm module."""
     module = sys.modules[type(model).__module__]
     model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model, **options))
 

@@ -77,7 +77,7 @@ class TimmSource:
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
             model, commit = load_timm(name, pretrained=not random_init)
-        except Exception as error:  # any error of the download
+        except Exception as error:  # downloads raise errors of many types
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without trained weights"
             ) from error
@@ -101,8 +101,8 @@ class TimmSource:
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
 
-        For images of non-native size, the outputs come from a copy of the model after `set_input_size`. timm may raise
-        any type of error if the model does not support the image size.
+        For images of non-native size, `set_input_size` is called on a copy of the model, which computes the outputs.
+        timm may raise any type of error if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
@@ -271,7 +271,7 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
         if loading_info["missing_keys"] and all(name.startswith("pooler.") for name in loading_info["missing_keys"]):
             model, loading_info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
-    except Exception as error:  # any error of the download
+    except Exception as error:  # downloads raise errors of many types
         check_not_pickled_code(path, error)
         raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
     if missing_names := sorted(loading_info["missing_keys"]):

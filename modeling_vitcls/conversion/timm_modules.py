@@ -143,7 +143,7 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
 ROTARY_POSITION_READERS: dict[str, Callable[[TimmModule], Fields]] = {
     "RotaryEmbeddingCat": read_grid_coordinates,
     "RotaryEmbeddingDinoV3": read_centered_coordinates,
-    "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # with learned frequencies (RoPE-ViT)
+    "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # learned frequencies (RoPE-ViT)
 }
 
 
@@ -340,7 +340,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_labels(model: TimmModule) -> Fields:
-    """Return the class names if the model has class names, or else the number of classes."""
+    """Return the class names, or the number of classes if the model has no class names."""
     check_supported(
         get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}"
     )
@@ -362,7 +362,7 @@ def read_activation(module: TimmModule) -> str:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Return whether the model has one pooled output; False for `global_pool=""` or a distillation token."""
+    """Return whether the model has one pooled output: it has a `global_pool` and no distillation token."""
     return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 

@@ -4,8 +4,8 @@
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
 the configuration of the model. Otherwise, the error names the fields that differ. Fields that do not affect outputs in
-eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size only accepts
-images of that size, because transformers only interpolates position embeddings for square images.
+eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only
+images of that size, because transformers interpolates position embeddings only for square images.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
     `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
     becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale values that only the
-    transformers class has are set to 0 and 1. If the transformers class has no mask token, the mask token is dropped
-    with a warning. If no class supports the model directly, an equivalent form of the model is converted
-    (equivalent_models.py).
+    transformers class has are set to 0 and 1, respectively. If the transformers class has no mask token, the mask
+    token is dropped with a warning. If no class supports the model directly, an equivalent form of the model is
+    converted (equivalent_models.py).
 
     Args:
         model: Model to convert.
@@ -224,8 +224,8 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     """Return whether the target does not support the value of a field.
 
-    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` fills these
-    weights. Initial LayerScale values are not compared.
+    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` builds weights
+    without effect. Initial LayerScale values are not compared.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
@@ -235,7 +235,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 def describe_nearest_target(match: TargetMatch) -> str:
-    """Return a clause about the nearest class. The clause is empty if the mismatch is an error message."""
+    """Return the part of the error message that names the nearest class, or "" if the mismatch is an error message."""
     if not match.target_values:
         return ""
     return (
@@ -245,8 +245,8 @@ def describe_nearest_target(match: TargetMatch) -> str:
 
 
 def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
-    """Return a sentence about the class that supports a classifier's encoder, or "" if no class supports the
-    encoder."""
+    """Return the part of the error message that names the class for a classifier's encoder, or "" if no class
+    supports the encoder."""
     if not hasattr(model, "vitcls"):
         return ""
     match = find_best_match("ViTCLSModel", model.config, native_size_only=False)

@@ -1,8 +1,8 @@
 """Rules for the parameter names and configurations of plain ViTs in transformers, one table per family.
 
 The classes of each family are listed in from_transformers.py. If transformers renamed a parameter between versions,
-both names are listed. Dropout and drop path rates are copied, but this package may apply dropout to other activations
-than transformers.
+both names are listed. Dropout and drop path rates are copied, but this package and transformers may apply dropout to
+different activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class TransformersFamily:
     """Rules for the weights and configuration of one architecture."""
 
     rules: Sequence[Rule]  # rules for the weights of the encoder
-    # Function of the configuration and the weights that returns fields of `ViTCLSConfig`
+    # Function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
     # Function that prepares the weights for the rules, for example by merging several weights
     prepare: Callable[[Weights], Weights] = dict
@@ -79,7 +79,7 @@ def require_square(config: Any) -> None:
 
 
 # ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
-# Layers have the same parameter names in this package.
+# In this package, the parameters of layers have the same names.
 VIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
@@ -108,7 +108,7 @@ def read_deit(config: Any, weights: Weights) -> Fields:
 
 
 def read_ijepa(config: Any, weights: Weights) -> Fields:
-    """Return the fields of I-JEPA, which has no special tokens, and a classifier on the mean of the patches."""
+    """Return the fields of I-JEPA, which has a classifier on the mean of the patches, and no special tokens."""
     if "pooler.dense.weight" in weights:
         raise ConversionError(
             "the pooler of IJepaModel reads the first patch instead of a CLS token. Load the model with "
@@ -329,7 +329,7 @@ SIGLIP_RULES = [
 
 
 def read_siglip(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which has no special tokens, and attention pooling if the model has a head."""
+    """Return the fields of SigLIP, which uses attention pooling if the model has a head, and has no special tokens."""
     return read_common(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_tokens": "patches",
@@ -365,7 +365,7 @@ def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Seque
 
 
 def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a weight and a zero bias. The bias is empty if the model has query, key and value biases."""
+    """Return a weight and a zero bias, or an empty bias if the model has query, key and value biases."""
     return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 

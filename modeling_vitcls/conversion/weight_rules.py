@@ -191,7 +191,7 @@ def build_model(
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 
     Raises:
-        ConversionError: If the value of `classifier` is not possible for the source, or the weights do not match the
+        ConversionError: If the value of `classifier` is not valid for the source, or the weights do not match the
             model.
     """
     has_new_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)

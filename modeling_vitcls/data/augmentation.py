@@ -79,7 +79,7 @@ def build_augmentation(
 class Erasing(nn.Module):
     """Random erasing (Zhong et al. 2020) with normal noise around mid-gray, which is close to the mean color."""
 
-    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # from 0 to 255
+    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # in gray levels from 0 to 255
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice of both methods for each batch."""
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice between both methods for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []
@@ -142,15 +142,15 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels as probabilities [B, classes],
-        from pixels and class indices [B]."""
+        """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
+        probabilities [B, classes]."""
         return self.mix(pixels.float(), labels)
 
 
 class MaskGenerator:
     """Generator of random masks for a grid of patches.
 
-        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches in both)
+        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches)
         # . . #               # # . .
         . # # .               # # . .
         # . . #               . . # #

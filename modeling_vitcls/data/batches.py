@@ -207,11 +207,11 @@ def load_batches(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -
 
 
 def leave_signals_to_parent(worker_index: int) -> None:
-    """Make a DataLoader worker ignore signals that are sent to all processes (a `worker_init_fn`).
+    """Make a DataLoader worker ignore signals that are sent to all processes.
 
-    Otherwise, the workers would stop before the training step that waits for the images. SIGTERM from the training
-    process still stops a worker, but is lost while a SIGTERM from another process is pending. To stop the workers
-    without a signal, close the iterator of the loader.
+    This function is a `worker_init_fn`. Without this function, the workers would stop before the training step that
+    waits for the images. SIGTERM from the training process still stops a worker, but is lost while a SIGTERM from
+    another process is pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

@@ -24,7 +24,7 @@ from typing import Any
 from ..files import read_json
 
 
-RESULTS_FILE = "results.json"  # results of the run that trained a model
+RESULTS_FILE = "results.json"  # file in a model folder with the results of the training run
 RECORD_KEY = "held_out"  # key of the held-out record in results.json
 
 
@@ -87,8 +87,8 @@ class HeldOutRecord:
 
 
 def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the held-out record in a model folder; None if there is no record, as in models of other packages. Raise
-    ValueError if results.json is damaged."""
+    """Return the held-out record in a model folder, or None if there is no record. Raise ValueError if results.json is
+    damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None

@@ -9,8 +9,8 @@
 Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three methods do not decode
 images:
 
-    get_names()    the path of each image within the dataset, or a checksum; "" for an image without path and checksum
-    read_content() the bytes of one image; None if the image cannot be read or is remote
+    get_names()    the path of each image within the dataset, or a checksum; "" if an image has neither
+    read_bytes()   the bytes of one image; None if the image cannot be read or is remote
     compute_keys() a checksum of the bytes or path of each image, which selects the held-out images (held_out.py)
 """
 
@@ -69,8 +69,8 @@ class ImageSubset(Sequence):
         names = self.source_images.get_names()
         return [names[index] for index in self.indices]
 
-    def read_content(self, index: int) -> bytes | None:
-        return self.source_images.read_content(self.indices[index])
+    def read_bytes(self, index: int) -> bytes | None:
+        return self.source_images.read_bytes(self.indices[index])
 
     def compute_keys(self) -> list[int]:
         keys = self.source_images.compute_keys()
@@ -92,7 +92,7 @@ class ArrayImages(Sequence):
     def get_names(self) -> list[str]:
         return [f"{key:x}" for key in self.compute_keys()]
 
-    def read_content(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         return self.pixels[index].tobytes()
 
     def compute_keys(self) -> list[int]:
@@ -110,7 +110,7 @@ class EncodedSequence(Sequence):
         return decode_image(self.get_encoded(index), f"{self.item_noun} {index}")
 
     def get_paths(self) -> list[str | None]:
-        """Return the path of each image; None for an image without a path."""
+        """Return the path of each image, or None for an image without a path."""
         return [
             encoded_image["path"] if encoded_image else None
             for encoded_image in map(self.get_encoded, range(len(self)))
@@ -120,8 +120,8 @@ class EncodedSequence(Sequence):
         """Return the path of each image within the dataset, or "" for an image without a path. No image is read."""
         return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
 
-    def read_content(self, index: int) -> bytes | None:
-        """Return the bytes of one image from memory or a file; None if the image cannot be read or is remote."""
+    def read_bytes(self, index: int) -> bytes | None:
+        """Return the bytes of one image from memory or a file, or None if the image cannot be read or is remote."""
         encoded_image = self.get_encoded(index)
         if not encoded_image or encoded_image["bytes"] is not None:
             return encoded_image["bytes"] if encoded_image else None

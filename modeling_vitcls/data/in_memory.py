@@ -30,7 +30,7 @@ DATASETS: dict[str, Any] = {}  # name -> DatasetDict
 
 def add_dataset(data: Any) -> str:
     """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty, or its items are
-    not (image, label), and TypeError if its type is not supported."""
+    not (image, label) pairs, and TypeError if its type is not supported."""
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
@@ -63,8 +63,8 @@ def convert_split(data: Any) -> Any:
     is_sequence = isinstance(data, Sequence) and not isinstance(data, str | bytes)
     if not is_sequence and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
-            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label), "
-            f"but the data is a {type(data).__name__}"
+            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label) "
+            f"pairs, but the type of the data is {type(data).__name__}"
         )
     rows = [convert_item(data[index], index) for index in range(len(data))]
     if not rows:
@@ -80,7 +80,8 @@ def convert_item(item: Any, index: int) -> dict[str, Any]:
     """Convert an item (image, label) to a row of a `datasets.Dataset`."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ValueError(
-            f"item {index} of the dataset must be (image, label), but the item is a {type(item).__name__}"
+            f"item {index} of the dataset must be an (image, label) pair, but the type of the item is "
+            f"{type(item).__name__}"
         )
     image, label = item
     if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch values

@@ -28,7 +28,7 @@ LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_la
 NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
-Features = dict[str, Any]  # the type of each column, as in `datasets`
+Features = dict[str, Any]  # type of each column, as in `datasets`
 Row = dict[str, Any]  # values by column
 
 
@@ -56,8 +56,8 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat"; None if the
-        label is not known."""
+        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat", or None if
+        the label is not known."""
         if isinstance(label, dict):
             known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
             return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
@@ -102,8 +102,8 @@ class LabelColumn:
     is_declared: bool  # whether the values of the column are indices into `classes`
 
     def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value; -100 if the value is missing. Raise ValueError if the value is not one
-        of the classes. `row_name` is the name of the row in error messages."""
+        """Return the class index of one value, or -100 if the value is missing. Raise ValueError if the value is not
+        one of the classes. `row_name` is the name of the row in error messages."""
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
@@ -276,7 +276,7 @@ def is_label(feature: Any) -> bool:
 
 
 def get_item_type(feature: Any) -> Any:
-    """Return the item type of a list column; None for other columns."""
+    """Return the item type of a list column, or None for any other column."""
     if isinstance(feature, list):
         return feature[0]
     return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else None

@@ -1,4 +1,4 @@
-"""Select the images of each batch from the seed and the step, so that no sampler or generator state must be saved.
+"""Select the images of each batch from the seed and the step, so no sampler or generator state needs to be saved.
 
 The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
 `batch size x accumulation steps x processes` images, divided among the processes:
@@ -69,7 +69,7 @@ def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
 # Epochs --------------------------------------------------------------------------------------------------------------
 
 
-# Number of earlier uses and index of the image at each position of an epoch; [images] int64 each.
+# (number of earlier uses of the image, image index) at each position of an epoch; two int64 arrays [images].
 Epoch = tuple[np.ndarray, np.ndarray]
 
 
@@ -82,10 +82,10 @@ class ShuffledOrder:
         self.get_epoch = lru_cache(maxsize=2)(self.compute_epoch)  # a batch may span two epochs
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the number of earlier uses and the index of each image of one epoch, shuffled."""
-        return np.full(self.num_images, epoch), self.shuffle(epoch)
+        """Return the number of earlier uses and the image index at each position of an epoch, in shuffled order."""
+        return np.full(self.num_images, epoch), self.get_permutation(epoch)
 
-    def shuffle(self, epoch: int) -> np.ndarray:
+    def get_permutation(self, epoch: int) -> np.ndarray:
         """Return the indices of all images, shuffled with the seed of one epoch."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return torch.randperm(self.num_images, generator=generator).numpy()
@@ -104,8 +104,8 @@ class BalancedOrder(ShuffledOrder):
         self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the number of earlier uses and the index of each image of one epoch, balanced over the classes and
-        shuffled."""
+        """Return the number of earlier uses and the image index at each position of an epoch, in an order that is
+        balanced over the classes and shuffled."""
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.indices_by_class):
@@ -114,11 +114,11 @@ class BalancedOrder(ShuffledOrder):
             orders = self.shuffle_class(class_index, cycles, len(members))
             num_uses[is_member] = cycles
             indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
-        order = self.shuffle(epoch)
+        order = self.get_permutation(epoch)
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return one random order of the images of a class for each cycle from the first to the last of `cycles`,
+        """Return a random order of the images of a class for each cycle from the smallest to the largest in `cycles`,
         [cycles, members]."""
         cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
         seeds = np.full(len(cycle_indices), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
@@ -165,7 +165,7 @@ class BatchPlan:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
             num_copies: number of copies of each image in a step (`--repeated-augmentation`). If the number of images
-                per step is not a multiple of `num_copies`, some images have one copy fewer.
+                per step is not a multiple of `num_copies`, some images have one fewer copy.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -179,8 +179,8 @@ class BatchPlan:
         if options.class_balance == "sampling":
             if labels is None:
                 raise ValueError(
-                    "--class-balance sampling requires one known label per image, but the labels of a stream and of "
-                    "several columns are not known in advance. Remove --class-balance"
+                    "--class-balance sampling requires one known label per image, but the labels of a stream are "
+                    "not known in advance. Remove --class-balance"
                 )
             order = BalancedOrder(labels, options.seed)
         return cls(
@@ -200,11 +200,12 @@ class BatchPlan:
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
+        """Return the number of epochs after `step` steps, or 0 for a stream, whose length is unknown."""
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process from `first_step` on (`accumulation_steps` batches per step)."""
+        """Yield the keys of each batch of one process, starting at `first_step`. A step has
+        `accumulation_steps` batches."""
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size

@@ -110,7 +110,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a plain or compressed file in the MNIST format; None if the file does not exist."""
+    """Return the path of a plain or compressed file in the MNIST format, or None if the file does not exist."""
     files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
@@ -233,7 +233,7 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets` for local files, which are not downloaded."""
+    """Hide the progress bars of `datasets`. Used for local files, for which there is no download to show."""
     import datasets
 
     were_hidden = datasets.are_progress_bars_disabled()

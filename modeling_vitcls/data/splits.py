@@ -140,14 +140,14 @@ def split_data(
         train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
-            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,}"
+            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     selection, selection_name = None, ""
     if splits.selection is not None:
         selection, selection_name = read_images(split_images[splits.selection]), f"split {splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
-        selection_name = f"{rule} of the training images"
+        selection_name = f"{rule}; from the training images"
     return TrainingData(name, space, train, held_out, description, record, selection, selection_name)
 
 
@@ -170,7 +170,7 @@ def check_splits(
         )
     if use_selection_split and splits.selection is None and options.streaming:
         raise ValueError(
-            f"--select best requires a stream with a validation split and a test split, but {options.dataset} has "
+            f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
             f"only {', '.join(names)}. Remove --streaming or --select best"
         )
     if use_selection_split and splits.selection is None and not options.held_out_fraction:
@@ -313,18 +313,18 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         "held_out": training_data.record.to_dict(),
         "classes": training_data.label_space.columns,
         **compute_fingerprint(
-            labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_content
+            labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_bytes
         ),
     }
 
 
 def compute_fingerprint(
-    names: Sequence[str], labels: Iterable[Any], read_content: Callable[[int], bytes | None]
+    names: Sequence[str], labels: Iterable[Any], read_bytes: Callable[[int], bytes | None]
 ) -> dict[str, str]:
     """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
-    `read_content` returns the bytes of the image at an index, or None if the image cannot be read."""
+    `read_bytes` returns the bytes of the image at an index, or None if the image cannot be read."""
     sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
-    contents = (read_content(index) for index in sample_indices)
+    contents = (read_bytes(index) for index in sample_indices)
     return {
         "names_sha256": compute_digest(names),
         "name_set_sha256": compute_digest(sorted(names)),
@@ -343,21 +343,21 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(stored_data: dict[str, Any], current_data: dict[str, Any]) -> str | None:
+def describe_change(stored_fingerprint: dict[str, Any], current_data: dict[str, Any]) -> str | None:
     """Return a description of the first difference between the stored and the current data of a run, both from
-    `describe_data`; None if there is no difference."""
-    if stored_data == current_data:
+    `describe_data`, or None if there is no difference."""
+    if stored_fingerprint == current_data:
         return None
     for column, names in current_data["classes"].items():
-        if (stored_names := stored_data["classes"].get(column)) != names:
+        if (stored_names := stored_fingerprint["classes"].get(column)) != names:
             return (
                 f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
             )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if stored_data[name] != current_data[name]:
-            return f"there were {stored_data[name]:,} {noun}, but there are {current_data[name]:,} now"
+        if stored_fingerprint[name] != current_data[name]:
+            return f"there were {stored_fingerprint[name]:,} {noun}, but there are {current_data[name]:,} now"
     for name, change in CHANGE_DESCRIPTIONS.items():
-        if stored_data[name] != current_data[name]:
+        if stored_fingerprint[name] != current_data[name]:
             return change
     return "different images are held out"
 

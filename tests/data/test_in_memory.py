@@ -131,7 +131,10 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ([], "has no images"),
-        ([make_image(0)], r"item 0 of the dataset must be \(image, label\), but the item is a Image"),
+        (
+            [make_image(0)],
+            r"item 0 of the dataset must be an \(image, label\) pair, but the type of the item is Image",
+        ),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
     ],
 )
@@ -141,7 +144,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 
 def test_unusable_kinds_are_errors() -> None:
-    with pytest.raises(TypeError, match=r"but the data is a int"):
+    with pytest.raises(TypeError, match=r"but the type of the data is int"):
         add_dataset(3)
     with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
         add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())

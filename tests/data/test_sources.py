@@ -491,8 +491,8 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"content")
     paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
-    assert [FileImages(paths).read_content(index) for index in range(4)] == [None, b"content", None, None]
-    assert EncodedImages([{"path": None, "bytes": None}]).read_content(0) is None
+    assert [FileImages(paths).read_bytes(index) for index in range(4)] == [None, b"content", None, None]
+    assert EncodedImages([{"path": None, "bytes": None}]).read_bytes(0) is None
 
 
 def test_missing_images_are_unreadable(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
         ),
         "unknown": (plain_weights(), "swin", ("--family swin is unknown", "dinov2")),
         "wrong": (plain_weights(), "dinov3", ("nonzero key biases",)),
-        "list": ([torch.zeros(3)], None, ("does not contain a state dict, but a list",)),
+        "list": ([torch.zeros(3)], None, ("does not contain a state dict, but an object of type list",)),
         "huge": (
             {
                 "visual.class_embedding": torch.zeros(3),
