@@ -44,7 +44,7 @@ MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
-    """A `PreTrainedModel` whose `from_pretrained` adapts checkpoints and whose `adapt` adapts loaded models."""
+    """A `PreTrainedModel` with methods that adapt checkpoints (`from_pretrained`) and loaded models (`adapt`)."""
 
     config: ViTCLSConfig
 
@@ -52,13 +52,13 @@ class AdaptableModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint, and adapt the model if `ADAPTABLE_FIELDS` differ from the stored configuration.
+        """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
 
         Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.
-            ValueError: if values of fields contradict each other.
+            ValueError: if the values of fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
@@ -77,12 +77,12 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
-            gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are
-                computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether added tokens have closed gates. The outputs are then unchanged, except outputs
+                that are computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: if a field cannot be adapted, or a value contradicts other values.
+            ValueError: if a field cannot be adapted, or the new values contradict other fields.
         """
         if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
@@ -92,7 +92,7 @@ class AdaptableModel(PreTrainedModel):
         gated_tokens = get_new_gates(self.config, changes, gate_new_tokens)
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
-        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers' `to` is untyped
         load_adapted_weights(self, model)
         return model
 
@@ -239,7 +239,7 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Call `resample(weight, grid, new grid, config)` for a weight with a row per patch or relative position."""
+    """Call `resample(weight, grid, new grid, config)` for a weight with one row per patch or relative position."""
     old_grid, new_grid = weight.old_config.grid_size, weight.new_config.grid_size
     if old_grid == new_grid:
         return weight.old_weights[weight.name], ""

@@ -1,7 +1,7 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-Each plot function returns a matplotlib `Figure` with a white background, in the colors of figures.py and without
-pyplot. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
+Each plot function returns a matplotlib `Figure` with a white background and the colors of figures.py. pyplot is not
+used. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
 contains all figures.
 """
 

@@ -2,8 +2,8 @@
 
 Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
 et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
-with a random order of patches, and insertion raises it faster. The randomized-weights check (Adebayo et al. 2018,
-arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
+with a random order of patches, and insertion raises this probability faster. The randomized-weights check (Adebayo et
+al. 2018, arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
 """
 
 import copy
@@ -65,10 +65,10 @@ class MapCheck:
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
         return (
-            f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
-            f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
-            f"correlation with the map of shuffled weights {self.weight_correlation:.2f} (p = {self.p_value:.2g}, "
-            f"{self.num_images} images)."
+            f"{name} {verdict}: the area under the deletion curve is {areas[0]:.2f} (random order {areas[1]:.2f}, "
+            f"lower is better), the area under the insertion curve is {areas[2]:.2f} (random order {areas[3]:.2f}, "
+            f"higher is better; p = {self.p_value:.2g} for both curves), and the rank correlation with the map for "
+            f"shuffled weights is {self.weight_correlation:.2f} ({self.num_images} images)."
         )
 
 
