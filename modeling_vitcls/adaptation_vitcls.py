@@ -165,7 +165,7 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Copy the weights of `source` to `target`, adapted to the configuration of `target`, and log every change.
+    """Adapt the weights of `source` to the configuration of `target`, copy them to `target`, and log every change.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
@@ -186,7 +186,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 class Weight(NamedTuple):
-    """A weight of the new model, with the weights of the old model and both configurations."""
+    """A weight of the new model, the weights of the old model, and both configurations."""
 
     name: str
     initial_value: Tensor  # the newly initialized weight
@@ -200,7 +200,7 @@ AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of t
 
 
 def adapt_weight(weight: Weight) -> AdaptedWeight:
-    """Adapt a weight with the first function in `ADAPTERS` whose key is part of the weight's name."""
+    """Adapt a weight with the first function in `ADAPTERS` whose key is a substring of the weight's name."""
     for name_part, adapt in ADAPTERS.items():
         if name_part in weight.name:
             return adapt(weight)
@@ -293,7 +293,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     ]
 
 
-# Part of a parameter's name -> function that adapts the parameter.
+# Substring of a parameter's name -> function that adapts the parameter.
 ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
@@ -310,7 +310,7 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 
 # Loading errors ------------------------------------------------------------------------------------------------------
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `load`, a `from_pretrained` method, and raise one-line errors that name the file or weight.
+    """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
 
     By itself, transformers reports mismatched weights in a table, and uses default values if there is no config.json.
 

@@ -357,8 +357,9 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the handle is removed.
-    `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old tokens."""
+    """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the returned handle is
+    removed. `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old
+    tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]

@@ -92,7 +92,7 @@ def build_figures(
 def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
-    """Yield (image name, matrix, class names) of each nonempty confusion matrix in the results."""
+    """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
     if config.tasks:
         candidates = [
             (f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", names) for task, names in config.task_labels().items()

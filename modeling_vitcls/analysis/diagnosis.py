@@ -172,9 +172,9 @@ class TokenEvidence:
 
     @property
     def equal_attention_token(self) -> tuple[int, float] | None:
-        """Return the index of the token with nearly the same attention maps and the distance between the maps of both
-        tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps from
-        uniform maps."""
+        """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
+        both tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps
+        from uniform maps."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
@@ -401,7 +401,7 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of the 95 % interval of this number, such as
+    """Return the number of changed predictions and the upper end of the 95 % interval of their fraction, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"

@@ -171,7 +171,7 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 MAX_NUMBERED_CLASSES = 20  # maximum number of classes for which counts are shown
 MAX_NAMED_CLASSES = 50  # maximum number of classes for which names are shown
-MAX_NAME_LENGTH = 18  # maximum length of a class name
+MAX_NAME_LENGTH = 18  # maximum length of a class name in characters
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:

@@ -69,7 +69,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:
-    """Return the distance that training moved each token, from results.json; None if unknown."""
+    """Return the distance that training moved each token, as stored in results.json; None if unknown."""
     file = Path(folder, RESULTS_FILE)
     return (read_json(file).get("token_movement") or None) if file.is_file() else None
 

@@ -143,7 +143,7 @@ def compute_maps(
 def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
     """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
     the image `pixel_values` [1, C, H, W] with replaced patches."""
-    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
+    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # rank 0 is the highest value
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion
     patch_height, patch_width = model.config.patch_height_width

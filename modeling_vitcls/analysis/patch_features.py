@@ -156,7 +156,7 @@ def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> t
 
 @dataclass(frozen=True)
 class PatchComponents:
-    """Principal components of normalized patch features of one layer, to compute similarities in a browser.
+    """Principal components of normalized patch features of one layer, from which a browser computes similarities.
 
     The cosine similarity between two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
     sum(scale² x y) + offset.

@@ -84,7 +84,7 @@ def compare_patch_sizes(
     patch_sizes: Sequence[int],
     batch_size: int = 16,
 ) -> list[PatchSizeRow]:
-    """Compare patch sizes, including the model's own, on images of one size.
+    """Compare patch sizes, including the model's own size, on images of one size.
 
     A copy of the model per patch size and the pixels of all images are in memory at the same time.
 
@@ -116,7 +116,7 @@ def compare_patch_sizes(
 
 
 def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Return sentences about the model's own patch size and each other size, a recommendation, and its limitations."""
+    """Return sentences about the model's own patch size, the other sizes, the recommended size, and limitations."""
     native_row = next(row for row in rows if row.is_native)
     other_rows = [row for row in rows if not row.is_native]
     descriptions = [
@@ -236,7 +236,7 @@ def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
 def build_row(
     candidate: Candidate, native_candidate: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
 ) -> PatchSizeRow:
-    """Return the row of one patch size, which summarizes the measurements."""
+    """Return the row that summarizes the measurements of one patch size."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
     grid = candidate.model.base_model.embeddings.patch_embeddings.get_grid_size(pixels)
     total_flops, attention_flops = count_flops(candidate.model, image_size)

@@ -158,7 +158,7 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
 
 
 def encode_base64(values: torch.Tensor) -> str:
-    """Return the bytes of a tensor in base64, little-endian as in browsers."""
+    """Return the bytes of a tensor in base64, in little-endian order as in browsers."""
     array = values.contiguous().numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
