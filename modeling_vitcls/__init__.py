@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. Modules that this registration does not require are imported when they are first used. Only the
-`*_vitcls.py` files are uploaded to the Hub with a model, not this file.
+`trust_remote_code`. Modules that this registration does not require are imported on first use. Only the `*_vitcls.py`
+files are uploaded to the Hub with a model, not this file.
 """
 
 import importlib
@@ -75,7 +75,7 @@ MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in na
 
 
 def __getattr__(name: str) -> Any:
-    """Return the object with a public name. The module that defines the object is imported on first use (PEP 562)."""
+    """Return the object with this public name, and import its module on first use (PEP 562)."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)

@@ -44,7 +44,7 @@ MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
 
 class AdaptableModel(PreTrainedModel):
-    """A `PreTrainedModel` whose `from_pretrained` adapts checkpoints and whose `adapt` adapts loaded models."""
+    """A `PreTrainedModel` with methods that adapt checkpoints (`from_pretrained`) and loaded models (`adapt`)."""
 
     config: ViTCLSConfig
 
@@ -52,13 +52,13 @@ class AdaptableModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, gate_new_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint, and adapt the model if `ADAPTABLE_FIELDS` differ from the stored configuration.
+        """Load a checkpoint, and adapt the model if arguments change `ADAPTABLE_FIELDS` of the stored configuration.
 
         Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
             OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.
-            ValueError: if values of fields contradict each other.
+            ValueError: if the values of fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
@@ -77,12 +77,12 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
-            gate_new_tokens: add tokens with closed gates. The outputs are unchanged, except outputs that are
-                computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether added tokens have closed gates. The outputs are then unchanged, except outputs
+                that are computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: if a field cannot be adapted, or a value contradicts other values.
+            ValueError: if a field cannot be adapted, or the new values contradict other fields.
         """
         if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(f"{unknown_names[0]} cannot be adapted. Choose from {', '.join(ADAPTABLE_FIELDS)}")
@@ -92,7 +92,7 @@ class AdaptableModel(PreTrainedModel):
         gated_tokens = get_new_gates(self.config, changes, gate_new_tokens)
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
-        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+        model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers' `to` is untyped
         load_adapted_weights(self, model)
         return model
 
@@ -165,7 +165,7 @@ def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tok
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Copy the weights of `source` to `target`, adapted to the configuration of `target`, and log every change.
+    """Adapt the weights of `source` to the configuration of `target`, copy them to `target`, and log every change.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
@@ -186,7 +186,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 class Weight(NamedTuple):
-    """A weight of the new model, with the weights of the old model and both configurations."""
+    """A weight of the new model, the weights of the old model, and both configurations."""
 
     name: str
     initial_value: Tensor  # the newly initialized weight
@@ -200,7 +200,7 @@ AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of t
 
 
 def adapt_weight(weight: Weight) -> AdaptedWeight:
-    """Adapt a weight with the first function in `ADAPTERS` whose key is part of the weight's name."""
+    """Adapt a weight with the first function in `ADAPTERS` whose key is a substring of the weight's name."""
     for name_part, adapt in ADAPTERS.items():
         if name_part in weight.name:
             return adapt(weight)
@@ -239,7 +239,7 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
-    """Call `resample(weight, grid, new grid, config)` for a weight with a row per patch or relative position."""
+    """Call `resample(weight, grid, new grid, config)` for a weight with one row per patch or relative position."""
     old_grid, new_grid = weight.old_config.grid_size, weight.new_config.grid_size
     if old_grid == new_grid:
         return weight.old_weights[weight.name], ""
@@ -293,7 +293,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     ]
 
 
-# Part of a parameter's name -> function that adapts the parameter.
+# Substring of a parameter's name -> function that adapts the parameter.
 ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
@@ -310,7 +310,7 @@ ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
 
 # Loading errors ------------------------------------------------------------------------------------------------------
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `load`, a `from_pretrained` method, and raise one-line errors that name the file or weight.
+    """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
 
     By itself, transformers reports mismatched weights in a table, and uses default values if there is no config.json.
 

@@ -6,12 +6,12 @@
     maps.py                 attention to patches as maps on the pixels of an image
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
-    model_outputs.py        predictions or features of a model for many images
+    model_outputs.py        predictions or features that a model outputs for many images
     effects.py              differences between outputs, with confidence intervals
     ablation.py             effects of tokens on outputs, with null distributions
     artifacts.py            patches with large norms
     diagnosis.py            verdicts in words, with the measured values
-    map_checks.py           whether rollout and attribution show what predictions depend on
+    map_checks.py           checks whether rollout and attribution show what predictions depend on
     patch_features.py       patch features as colors (PCA), and similarity between all patches and one patch
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          helpers that unwrap models and set evaluation mode
@@ -28,8 +28,8 @@
     report.py               the HTML report
     inspect_tokens.py       the program `vitcls inspect`
 
-PUBLIC_NAMES lists the public names. A file is imported when a name in the file is first used. Of this folder, only the
-files that the demo imports are copied to the Hub (listed in hub/space.py).
+PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only the files of
+this folder that the demo imports are copied to the Hub (listed in hub/space.py).
 """
 
 import importlib
@@ -78,7 +78,7 @@ __all__ = sorted(FILES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """Import and return the object with a public name."""
+    """Import and return the object with this public name."""
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)

@@ -46,8 +46,7 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        effect_on_null_images: effect size on the images of the null distributions, which may be a subset of all
-            images.
+        effect_on_null_images: effect size on the images that the null distributions use (all images or a subset).
         patch_effects: effect sizes of ablating the same number of random patches.
         redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
             because each of these tokens has an effect.
@@ -61,9 +60,9 @@ class Ablation:
     redraw_effect: float | None = None
 
     @property
-    def null(self) -> Interval | None:
+    def null_interval(self) -> Interval | None:
         """Return the smallest effect and the largest limit of the null distributions, or None if the null
-        distributions were not measured. An effect above this limit is beyond the null."""
+        distributions were not measured. An effect above the largest limit is beyond the null."""
         if not self.patch_effects:
             return None
         limits = [compute_null_limit(sizes) for sizes in (self.patch_effects, self.redrawn_effects) if sizes]
@@ -72,17 +71,17 @@ class Ablation:
     @property
     def is_beyond_null(self) -> bool:
         """Return whether outputs change, and the effect exceeds the limits of both null distributions."""
-        null = self.null
-        return null is not None and self.effect.has_changed_outputs and self.effect_on_null_images > null[1]
+        interval = self.null_interval
+        return interval is not None and self.effect.has_changed_outputs and self.effect_on_null_images > interval[1]
 
 
-Ablations = dict[str, dict[str, Ablation]]  # kind -> key of a token or name of a group -> ablation
+Ablations = dict[str, dict[str, Ablation]]  # kind -> token key or group name -> ablation
 
 
 def compute_null_limit(sizes: Sequence[float]) -> float:
-    """Return the limit of a null distribution: the maximum of the effect sizes, or the upper end of their 95 %
-    prediction interval if this end is larger (normal distribution with unknown variance). The interval accounts for
-    rare large effects that a few random draws miss."""
+    """Return the limit of a null distribution: the largest of the maximum effect size, the upper end of the 95 %
+    prediction interval (normal distribution with unknown variance), and MIN_NULL_LIMIT. The interval accounts for rare
+    large effects that a few random draws may miss."""
     num_sizes = len(sizes)
     limit = max(*sizes, MIN_NULL_LIMIT)
     if num_sizes < 2:
@@ -134,8 +133,8 @@ def compute_ablations(
     set_sizes = {len(indices) for indices in targets.values()}
     patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
     redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
-    for kind, by_key in effects.items():
-        for key, (effect, effect_on_null_images) in by_key.items():
+    for kind, effects_by_key in effects.items():
+        for key, (effect, effect_on_null_images) in effects_by_key.items():
             redraw_effect, redrawn_effects = redraw_effects[key]
             ablations[kind][key] = Ablation(
                 effect=effect,
@@ -150,8 +149,8 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return a dictionary from token keys such as `cls[0]` to the effect of replacing the token by its mean. Null
-    distributions are not measured (use `compute_ablations`).
+    """Return the effect of replacing each token by its mean, by token key such as `cls[0]`. Null distributions are not
+    measured (use `compute_ablations`).
 
     Args:
         model: a classifier.
@@ -253,17 +252,19 @@ def measure_redraw_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
-    redrawn tokens. Each draw replaces one token of a group, in turn, or all tokens of the group.
+    redrawn tokens. Each draw replaces either all tokens of a group or a single token; single tokens take turns.
 
     Redrawn tokens that the head reads are not ablated, because all of these tokens have an effect.
     """
     layout = model.config.token_layout
     keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
-        indices_by_flag = {flag: [index for index in members if read_flags[index] == flag] for flag in (False, True)}
+        indices_by_read_status = {
+            is_read: [index for index in members if read_flags[index] == is_read] for is_read in (False, True)
+        }
         ablations = [
             ([keys[index] for index in indices], [[index] for index in indices])
-            for indices in indices_by_flag.values()
+            for indices in indices_by_read_status.values()
         ]
         if len(members) > 1:
             ablations.append(([group], [members]))
@@ -356,8 +357,9 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the handle is removed.
-    The new tokens are a tensor [n, D] or [B, n, D], or a function computes the new tokens from the old tokens."""
+    """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the returned handle is
+    removed. `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old
+    tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]

@@ -15,7 +15,7 @@ from .maps import count_read_layers
 from .token_statistics import Findings
 
 
-# Histogram of the natural logarithms of norms: width of a bin, and widths of the compared windows in bins
+# Bin width of the histogram of the natural logarithms of norm ratios, and widths of the compared windows in bins
 BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
@@ -30,8 +30,8 @@ class SecondMode:
 
     Attributes:
         threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
-        ratio: median over the patches in the mode of the norm divided by the median norm of the image.
-        fraction: fraction of the patches in the mode.
+        ratio: median norm of the patches in the mode; each norm is divided by the median norm of its image.
+        fraction: fraction of all patches that are in the mode.
         score: difference between mode and valley, in standard deviations of a Poisson distribution.
     """
 
@@ -69,9 +69,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     """Return the second mode of the patch norms, or None if the norm distribution has one mode.
 
     Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
-    detect artifacts, because a wide distribution with one mode also has patches above the limit. A second mode is a
-    window of the histogram of logarithms that contains significantly more patches than a window (the valley) between
-    the second mode and the median.
+    detect artifacts, because a wide distribution with one mode also has patches above the limit. In the histogram of
+    logarithms, a second mode is a window with significantly more patches than a window (the valley) between this mode
+    and the median.
 
     Args:
         ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
@@ -101,14 +101,14 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
     """Diagnose whether the norms of patches have a second mode, and whether registers absorb outliers.
 
-    The verdict is for the last quarter of the layers whose output is read (Darcet et al. 2023, arXiv 2309.16588,
-    measure the last layer). The reason also describes earlier layers.
+    The verdict applies to the last quarter of the layers whose output is read; Darcet et al. 2023 (arXiv 2309.16588)
+    measure only the last layer. The reason also describes earlier layers.
     """
     last_layer = count_read_layers(config, has_head)[-1]
     first_layer = max(last_layer - max(last_layer // 4, 1) + 1, min(last_layer, 1))
     modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last_layer + 1)]
     fractions = [mode.fraction if mode else 0.0 for mode in modes]
-    layer = max(range(first_layer, last_layer + 1), key=lambda each: fractions[each])
+    layer = max(range(first_layer, last_layer + 1), key=lambda index: fractions[index])
     mode, ratios = modes[layer], findings.patch_ratios[layer]
     if mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
@@ -124,12 +124,12 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         largest_norm = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
         norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
         statements = [f"No artifacts: {norms}; {largest_norm}"]
-    earlier_layer = max(range(first_layer), key=lambda each: fractions[each], default=0)
+    earlier_layer = max(range(first_layer), key=lambda index: fractions[index], default=0)
     if earlier_layer < first_layer and fractions[earlier_layer] > 1.01 * fractions[layer]:
-        suffix = "" if mode is not None else ", but not in the last layers that are read"
+        suffix = "" if mode is not None else "; the last layers that are read have no second mode"
         fraction = f"{fractions[earlier_layer]:.2%} of the patches"
         statements.append(
-            f"The largest second mode in earlier layers contains {fraction}, {describe_layer(earlier_layer)}{suffix}"
+            f"The largest second mode in earlier layers contains {fraction} ({describe_layer(earlier_layer)}){suffix}"
         )
     mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
@@ -163,7 +163,7 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     if mode is None:
         return None, []
     fraction_before, fraction_after = (
-        (each > mode.threshold).float().mean().item() for each in (ratios, ratios_without_registers)
+        (norm_ratios > mode.threshold).float().mean().item() for norm_ratios in (ratios, ratios_without_registers)
     )
     pooled_fraction = (fraction_before + fraction_after) / 2
     if (
@@ -173,4 +173,4 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
         return mode, []
     fractions = f"from {fraction_before:.2%} to {fraction_after:.2%}"
     rise = f"with the registers hidden from attention, the fraction of outliers increases {fractions}"
-    return mode, [f"The registers absorb outliers: {rise} (above {mode.threshold:.1f} times the median)"]
+    return mode, [f"The registers absorb outliers (norms above {mode.threshold:.1f} times the median): {rise}"]

@@ -20,7 +20,7 @@ from .model_utils import unwrap_model
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """Inputs and output of one layer's attention. A head has one map, or two maps with differential attention."""
+    """Inputs and output of one layer's attention. A head has one map, or two maps in differential attention."""
 
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]

@@ -51,7 +51,7 @@ def compute_attribution(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | int | None = None, task: str | None = None
 ) -> torch.Tensor:
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
-    2103.15679, equations 5 and 6), starting from the tokens that the head reads.
+    2103.15679, equations 5 and 6). The attribution starts from the tokens that the head reads.
 
     The gradient of a map is computed from the values and the gradient of the attention output, so the maps do not have
     to be part of the autograd graph.
@@ -99,7 +99,8 @@ class AttentionTrace:
         return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). Requires a trace with gradients."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). The trace requires gradients
+        (`needs_gradients=True`)."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]

@@ -29,9 +29,9 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 IMAGES_FOLDER = "pictures"
 LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "attention"
 
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays on all images, in the attention figure
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images and total number of overlays in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
-# Pairs of dots per inch and palette size (None for all colors), which are tried in this order.
+# (dots per inch, palette size) pairs in the order in which they are tried; the palette size None keeps all colors.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
 
 Sample = tuple[Image.Image, str | None]
@@ -48,16 +48,16 @@ def write_card_images(
 
     The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
     only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention
-    figures that are not drawn again are removed.
+    figures that are not drawn again are deleted.
 
     Args:
         model: any ViTCLS model.
         results: measured values as in results.json; every confusion matrix is drawn.
-        samples: pairs of an image and the name of the label (or None). The first four images that the model accepts
-            are shown, or fewer images if the model has more than eight special tokens.
+        samples: (image, label name) pairs; the name is None if the label is unknown. The first four images that the
+            model accepts are shown, or fewer images if the model has more than eight special tokens.
 
     Returns:
-        Dictionary from the name of each image to the path relative to `folder`. Names are "token_layout",
+        Dictionary from the name of each image to its path relative to `folder`. Names are "token_layout",
         "confusion_matrix" (or "confusion_matrix_TASK" for each task) and "attention".
 
     Raises:
@@ -92,7 +92,7 @@ def build_figures(
 def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
-    """Yield (image name, matrix, class names) of each nonempty confusion matrix in the results."""
+    """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
     if config.tasks:
         candidates = [
             (f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", names) for task, names in config.task_labels().items()
@@ -160,7 +160,7 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file, with the best of `QUALITIES` that results in less than MAX_BYTES.
+    """Return the figure as a PNG file of the best of `QUALITIES` with a file size below MAX_BYTES.
 
     If all files are larger, return the file of the lowest quality.
     """

@@ -42,17 +42,17 @@ Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
-MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between tokens considered identical / their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance between maps considered equal / their distance from uniform maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches, in any attention head, if the head reads a token
+MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, relative to their variation over images
+MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform maps
+MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches (maximum over heads) of a token that is read
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity between embedding and last state if layers change a token
+MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity of embedding and last state of a token that layers change
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 MAX_HARM_P_VALUE = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
-MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to, in every layer, if attention is called uniform
+MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to, in each layer, for attention called uniform
 
 ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
 
@@ -92,12 +92,13 @@ def diagnose_tokens(
 
     Args:
         config: configuration of the model.
-        findings: statistics over a few dozen images or more; with fewer than MIN_IMAGES, effects are not judged.
+        findings: statistics over a few dozen images or more; with fewer than MIN_IMAGES images, effects are
+            not judged.
         ablations: output of `compute_ablations`; if None, effects are not judged.
         token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
-        predictions: predictions with known labels (`collect_predictions`). The verdicts state whether the accuracy is
-            not better than chance, because effects on such predictions are not meaningful.
+        predictions: predictions with known labels (`collect_predictions`). If the accuracy is not better than chance,
+            the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
     names, movement = get_token_names(config), token_movement or {}
@@ -130,7 +131,7 @@ class TokenEvidence:
     num_tests: int  # number of ablations of all tokens and groups
     movement: float | None  # distance that training moved the token; None if unknown
     has_moved_tokens: bool  # whether training moved any token
-    caveat: str  # clause that is added if the accuracy is not better than chance; empty otherwise
+    caveat: str  # note on an accuracy that is not better than chance; otherwise empty
 
     @property
     def last_state(self) -> int:
@@ -145,7 +146,8 @@ class TokenEvidence:
     @property
     def is_same_for_all_images(self) -> bool:
         """Return whether the last state that is read is the same for all images. Both the variation of the whole state
-        and the median over channels must be small, so that one channel of large magnitude cannot hide variation."""
+        and the median variation of the channels must be small, so that one channel of large magnitude cannot hide
+        variation."""
         findings, index = self.findings, self.index
         last_variations = [each[self.last_state, index] for each in (findings.variation, findings.channel_variation)]
         is_constant = torch.stack(last_variations).max().item() < MIN_IMAGE_VARIATION
@@ -170,9 +172,9 @@ class TokenEvidence:
 
     @property
     def equal_attention_token(self) -> tuple[int, float] | None:
-        """Return the index of the token with nearly the same attention maps and the distance between the maps of both
-        tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps from
-        uniform maps."""
+        """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
+        both tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps
+        from uniform maps."""
         findings, index = self.findings, self.index
         candidates = []
         for other in range(len(self.names)):
@@ -188,8 +190,8 @@ class TokenEvidence:
 
     @property
     def patch_mass(self) -> float:
-        """Return the largest fraction of attention to patches in any layer and head whose output is read; 1 if there
-        is no such layer."""
+        """Return the maximum fraction of attention to patches over all heads of the layers whose output is read; 1 if
+        there is no such layer."""
         fractions = self.findings.attention_fractions[: self.last_state, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
@@ -232,7 +234,7 @@ def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
     """Return the word, rating and reason of the verdict on a token. The first true condition determines the
     verdict."""
     findings = token.findings
-    where = "after the last layer"
+    where = "after the last layer,"
     if not token.is_read_by_head:
         where = f"after layer {token.last_state}, the last layer whose output is read,"
     if token.identical_token is not None:
@@ -345,7 +347,7 @@ def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
 
 def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
     """Return the values of one ablation by name."""
-    effect, null = ablation.effect, ablation.null
+    effect, null = ablation.effect, ablation.null_interval
     values: dict[str, Any] = {
         "effect": effect.size,
         "interval": list(effect.interval),
@@ -368,7 +370,7 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
 
 
 def describe_missing_images(num_images: int) -> str:
-    """Return a clause that states how many images are required to judge effects."""
+    """Return a text that states how many images are required to judge effects."""
     verb = "are" if num_images > 1 else "is"
     return f"measuring the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
 
@@ -378,7 +380,7 @@ def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its")
     kinds = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
     clause = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
     terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
-    return f"{clause}: {'; '.join(f'{terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
+    return f"{clause}: {'; '.join(f'if {terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
 
 
 def describe_effect(ablation: Ablation) -> str:
@@ -399,7 +401,7 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of the 95 % interval of this number, such as
+    """Return the number of changed predictions and the upper end of the 95 % interval of their fraction, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
@@ -407,14 +409,15 @@ def describe_changed_predictions(effect: AblationEffect) -> str:
 
 def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
     """Describe an ablation after which predictions are more accurate."""
+    condition = f"if {'the token is' if possessive == 'its' else 'the tokens are'} {ABLATION_TERMS[kind]}"
     return (
-        f"{ABLATION_TERMS[kind].format(possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
+        f"{condition.format(possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
         f"(p = {effect.improvement:.1g}, {effect.num_images:,} images)"
     )
 
 
 def describe_chance_accuracy(predictions: Any) -> str:
-    """Return a clause if the accuracy is not better than chance; empty if the accuracy is better or unknown."""
+    """Return a note if the accuracy is not better than chance, and an empty text if it is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
     accuracy, chance_accuracy = predictions.compute_accuracy(), predictions.compute_chance_accuracy()
@@ -468,7 +471,7 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
     early, middle, _ = thirds.tolist()
     if early >= MIN_EARLY_FRACTION and middle <= MAX_MIDDLE_RATIO * early:
         return " This is the expected pattern: nearly uniform in early layers, selective in middle layers."
-    return " This is not the expected pattern: nearly uniform in early layers, selective in middle layers."
+    return " This is not the expected pattern (nearly uniform in early layers, selective in middle layers)."
 
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:

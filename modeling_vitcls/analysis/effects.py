@@ -74,8 +74,8 @@ class FeatureEffect:
     """Effect of an ablation on the features of an encoder.
 
     Attributes:
-        cosine_change: 1 minus the cosine similarity between features before and after the ablation, by name
-            (`Features`), mean over images.
+        cosine_change: mean over images of 1 minus the cosine similarity between the features before and after the
+            ablation, by feature name (`Features`).
         knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for fewer than
             MIN_IMAGES images.
         num_images: number of images.

@@ -54,7 +54,7 @@ GROUP_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "regis
 
 @dataclass(frozen=True)
 class Box:
-    """Box of one special token, or of an `ELLIPSIS` for several tokens."""
+    """Box of one special token, or of an `ELLIPSIS` that represents several tokens."""
 
     group: str
     index: int  # index of the token within its group
@@ -114,7 +114,7 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
 
 
 def select_drawn_tokens(names: list[str]) -> dict[int, str]:
-    """Return index -> name of the drawn tokens: all tokens, or the first tokens, `ELLIPSIS` and the last token."""
+    """Return the names of the drawn tokens by index: all names, or the first names, `ELLIPSIS` and the last name."""
     if len(names) <= MAX_BOXES:
         return dict(enumerate(names))
     return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
@@ -171,11 +171,11 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 MAX_NUMBERED_CLASSES = 20  # maximum number of classes for which counts are shown
 MAX_NAMED_CLASSES = 50  # maximum number of classes for which names are shown
-MAX_NAME_LENGTH = 18  # maximum length of a class name
+MAX_NAME_LENGTH = 18  # maximum length of a class name in characters
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix: counts of predictions, colored by the fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
     for up to 50 classes.
@@ -232,7 +232,7 @@ def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # maximum number of tiles in a row: an image, and overlays on this image
+MAX_COLUMNS = 7  # maximum number of tiles (an image and its overlays) per row
 TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
 TILE_SIDE = 320  # longer side of an image in pixels
 
@@ -261,8 +261,8 @@ def plot_attention(
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
     if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:
         raise ValueError(
-            "The numbers of images, maps, titles and visible regions must be equal and at least one, but there are "
-            f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}."
+            "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
+            f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}. Pass one of each per image."
         )
     num_tokens = [len(image_maps) for image_maps in maps]
     if any(number != len(names) for number in num_tokens):
@@ -297,7 +297,8 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """Plot the attention of each special token (rows) in each layer (columns), and the rollout of each token.
 
     The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
-    an overlay is the fraction of the token's attention to patches. Each overlay has its own scale (`overlay`).
+    an overlay is the fraction of the token's attention that goes to patches. Each overlay has its own scale
+    (`overlay`).
 
     Args:
         config: configuration of the model.

@@ -1,7 +1,7 @@
 """Figures of the states of tokens and patches, and of the effects of tokens on predictions.
 
-Each plot function returns a matplotlib `Figure` with a white background, in the colors of figures.py and without
-pyplot. "After layer 0" means the embeddings. Curves are in figures_over_depth.py.
+Each plot function returns a matplotlib `Figure` with a white background and the colors of figures.py. pyplot is not
+used. "After layer 0" means the embeddings. Curves are in figures_over_depth.py.
 """
 
 import math
@@ -45,7 +45,7 @@ class NormHistogram:
     counts: list[int]  # [NUM_BINS], number of patches per bin; bins have equal width on a logarithmic scale
     low: float  # lower edge of the first bin
     high: float  # upper edge of the last bin
-    mode: SecondMode | None  # patches in a second mode (`find_second_mode`); None if the norms have one mode
+    mode: SecondMode | None  # second mode of the norms (`find_second_mode`); None if the norms have one mode
     registers: list[float]  # mean norms of the registers, as multiples of the median norm of all patches
 
 

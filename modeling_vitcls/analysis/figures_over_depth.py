@@ -1,7 +1,7 @@
 """Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
 
-Each plot function returns a matplotlib `Figure` with a white background, in the colors of figures.py and without
-pyplot. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
+Each plot function returns a matplotlib `Figure` with a white background and the colors of figures.py. pyplot is not
+used. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
 contains all figures.
 """
 
@@ -30,7 +30,7 @@ AXES_WIDTH, AXES_HEIGHT = 6.4, 3.2  # size of the axes in inches, without the le
 LEGEND_LINE_HEIGHT = 0.2  # height of a legend line in inches
 MIN_WIDTH = 3.2  # minimum width of a figure in inches
 MAX_COLUMNS = 4  # maximum number of columns in a grid of axes
-MAX_NAME_LENGTH = 24  # maximum length of names in legends
+MAX_NAME_LENGTH = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 

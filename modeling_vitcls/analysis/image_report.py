@@ -19,7 +19,8 @@ from .patch_features import arrange_patch_features
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
-IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}  # in display order
+# Kind of an image -> its heading in the report, in display order.
+IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ImageReport:
         name: name of the image.
         image: the image, upright and in RGB.
         visible_region: the region of the image that the patches cover.
-        truth: the true label in words; None if unknown.
+        truth: true label as text; None if unknown.
         predictions: one prediction, or one per task; empty for an encoder.
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
@@ -72,7 +73,7 @@ def build_image_report(
 
     Args:
         name: name of the image in the report.
-        truth: the true label in words; None if unknown.
+        truth: true label as text; None if unknown.
         kind: reason why the image is shown, one of IMAGE_KINDS.
 
     Raises:

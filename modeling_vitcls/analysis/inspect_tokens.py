@@ -26,7 +26,7 @@ from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write
 from .report_data import count_images_with_heads
 
 
-SPEED_PERIOD = 600  # seconds over which the progress bar estimates the speed
+SPEED_PERIOD = 600  # period of the progress bar's speed estimate in seconds
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -69,7 +69,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:
-    """Return the distance that training moved each token, from results.json; None if unknown."""
+    """Return the distance that training moved each token, as stored in results.json; None if unknown."""
     file = Path(folder, RESULTS_FILE)
     return (read_json(file).get("token_movement") or None) if file.is_file() else None
 
@@ -95,7 +95,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
     checks = [check.describe(name).capitalize() for name, check in inspection.map_checks.items()]
-    for text in (inspection.artifacts, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
+    for text in (inspection.artifact_description, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
         console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_sizes = build_patch_size_table(inspection.patch_sizes)

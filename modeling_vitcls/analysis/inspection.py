@@ -31,7 +31,7 @@ from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_BATCH_BYTES = 2**29  # maximum bytes of a batch: all hidden states, and the attention and MLP of one layer
+MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes: all hidden states, attention and MLP of one layer
 # Minimum and maximum number of images for the null distributions, and maximum number of floating-point operations in a
 # pass over these images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
@@ -84,14 +84,15 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token by its mean, or None if there is no classifier."""
+        """Return the effect on predictions of replacing each token by its mean, or None if the model has no
+        classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
 
     @property
-    def artifacts(self) -> str:
-        """Return the sentences about patches with large norms."""
+    def artifact_description(self) -> str:
+        """Return the sentences about artifacts (patches with large norms)."""
         return self.patches.reason
 
     @property
@@ -143,7 +144,9 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     if num_shown is not None and statistics_images is not None:
-        raise ValueError("num_shown requires statistics over the same images. Set statistics_images=None.")
+        raise ValueError(
+            "num_shown requires statistics over `images`, but statistics_images is set. Set statistics_images=None."
+        )
     if statistics_images is None:
         statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
@@ -156,7 +159,7 @@ def inspect_model(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # The outputs without registers are reused.
+    # The outputs with hidden registers are reused.
     num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
@@ -215,7 +218,7 @@ def inspect_model(
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images.
 
-    The checks require about 40 passes per image. No checks are returned for large models, and for models other than
+    The checks require about 40 passes per image. No checks are returned for large models or for models other than
     single-label classifiers.
     """
     max_null_images = count_null_images(model, batches.pixels)
@@ -229,9 +232,9 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
-    At most half of the images are wrong predictions, starting with the most confident predictions, unless there are
-    too few other images. About a quarter are the least confident of the other predictions, and the remaining images
-    are evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
+    At most half of the images have wrong predictions (the most confident ones), unless there are too few other images.
+    About a quarter have the least confident of the other predictions, and the remaining images are evenly spaced. For
+    an encoder, all selected images are evenly spaced and have no kind.
     """
     if not isinstance(before, Predictions):
         return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
@@ -385,7 +388,7 @@ def count_tokens(model: Any, pixels: torch.Tensor) -> int:
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the maximum batch size for images [C, H, W] that requires at most MAX_BATCH_BYTES of memory; at least 1.
+    """Return the largest batch size, at least 1, for which images [C, H, W] require at most MAX_BATCH_BYTES of memory.
 
     The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
     activations of one MLP.

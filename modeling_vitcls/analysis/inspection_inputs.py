@@ -57,7 +57,7 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
 
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
-    """Load image files, with labels from the names of their folders."""
+    """Load image files, and derive labels from the folder names."""
     image_files = open_image_files(paths)
     files = [str(content) for content in image_files.contents]
     for file in files:

@@ -2,8 +2,8 @@
 
 Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
 et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
-with a random order of patches, and insertion raises it faster. The randomized-weights check (Adebayo et al. 2018,
-arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
+with a random order of patches, and insertion raises this probability faster. The randomized-weights check (Adebayo et
+al. 2018, arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
 """
 
 import copy
@@ -65,10 +65,10 @@ class MapCheck:
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
         return (
-            f"{name} {verdict}: area under the deletion curve {areas[0]:.2f} (random order {areas[1]:.2f}, lower is "
-            f"better), under the insertion curve {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better), rank "
-            f"correlation with the map of shuffled weights {self.weight_correlation:.2f} (p = {self.p_value:.2g}, "
-            f"{self.num_images} images)."
+            f"{name} {verdict}: the area under the deletion curve is {areas[0]:.2f} (random order {areas[1]:.2f}, "
+            f"lower is better), the area under the insertion curve is {areas[2]:.2f} (random order {areas[3]:.2f}, "
+            f"higher is better; p = {self.p_value:.2g} for both curves), and the rank correlation with the map for "
+            f"shuffled weights is {self.weight_correlation:.2f} ({self.num_images} images)."
         )
 
 
@@ -143,7 +143,7 @@ def compute_maps(
 def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor, target: int) -> torch.Tensor:
     """Return the deletion and insertion curves [2, len(FRACTIONS)] of a map [gh, gw]: the probability of a class for
     the image `pixel_values` [1, C, H, W] with replaced patches."""
-    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # 0 is the highest value
+    ranks = values.flatten().argsort(descending=True).argsort().view(values.shape)  # rank 0 is the highest value
     masks = torch.stack([ranks < round(fraction * ranks.numel()) for fraction in FRACTIONS])  # [fractions, gh, gw]
     masks = torch.cat([masks, ~masks]).to(pixel_values.device)  # replaced patches in deletion, then in insertion
     patch_height, patch_width = model.config.patch_height_width

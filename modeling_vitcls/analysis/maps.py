@@ -29,7 +29,7 @@ Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes
 
 
 class VisibleRegion(NamedTuple):
-    """The region of an image that the model receives, as edges in pixels; (0, 0, w, h) is the whole image.
+    """Edges, in pixels, of the image region that the model receives; (0, 0, w, h) is the whole image.
 
     The region extends beyond the image if the processor pads the image.
     """
@@ -71,7 +71,7 @@ def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True)
 
 
 def is_masked_image_model(config: ViTCLSConfig) -> bool:
-    """Return whether the model is for masked image modeling."""
+    """Return whether the model is a masked image model."""
     return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
 
 
@@ -101,7 +101,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
         image_size: height and width of `pixel_values`.
 
     Returns:
-        Maps [..., gh, gw] of rows and columns of patches.
+        Maps [..., gh, gw], where gh and gw are the numbers of rows and columns of patches.
 
     Raises:
         ValueError: if the number of keys does not match the image size.
@@ -151,7 +151,7 @@ def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Ten
 
 
 def get_visible_region(processor: Processor, image_size: Size, patch_size: Size | None = None) -> VisibleRegion:
-    """Return the region of an image that the model receives from the image processor.
+    """Return the image region that the model receives from the image processor.
 
     Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
     the resized image adds padding on both sides, and `do_pad` adds padding on the right and at the bottom. The region
@@ -159,7 +159,7 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
 
     Args:
         image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If the size is given, pixels on the
+        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is given, pixels on the
             right and at the bottom that do not fill a patch are excluded, as in the model.
     """
     resized_size = image_size
@@ -207,9 +207,9 @@ def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
 
-COLORMAP = "inferno"  # perceptually uniform, and readable for color-blind people
-IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map
-HIDDEN_BRIGHTNESS = 0.35  # brightness outside the visible region
+COLORMAP = "inferno"  # perceptually uniform colormap, readable for color-blind people
+IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map, as a factor
+HIDDEN_BRIGHTNESS = 0.35  # brightness of the image outside the visible region, as a factor
 MIN_SCALE = 3.0  # minimum value of the brightest color, as a multiple of the mean of the map
 
 
@@ -227,7 +227,8 @@ def overlay(
     hatched.
 
     Args:
-        values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN means outside the visible region.
+        values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN marks values outside the visible
+            region.
         visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
         max_value: the value that is drawn in the brightest color. Maps with the same `max_value` are comparable.
             Default: the maximum of the map, but at least MIN_SCALE times the mean, so that uniform attention is not
@@ -239,7 +240,7 @@ def overlay(
         An RGB image with the size of `image`, or with the scaled size.
 
     Raises:
-        ValueError: if the image processor does not accept the image.
+        ValueError: if the image cannot be read or converted to RGB.
     """
     resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
     size = (resized_image.height, resized_image.width)

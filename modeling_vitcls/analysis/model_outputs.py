@@ -51,7 +51,7 @@ class Predictions:
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def compute_chance_accuracy(self) -> float | None:
-        """Return the accuracy if the most frequent label (of each column) is always predicted; None if no label is
+        """Return the accuracy of always predicting the most frequent label of each column; None if no label is
         known."""
         if self.labels is None or self.compute_accuracy() is None:
             return None

@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 # Classes are compared by name, because a model loaded with the code of a Hub repository has different class objects
 # with the same names.
-CLASSIFIER_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
+CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskClassification"}
 
 
 def unwrap_model(model: Any) -> Any:
@@ -30,12 +30,12 @@ def is_classifier(model: Any) -> bool:
     """Return whether a model is a classifier (including subclasses). Regression models are not classifiers."""
     unwrapped = unwrap_model(model)
     config = unwrapped.config
-    has_head = any(base.__name__ in CLASSIFIER_NAMES for base in type(unwrapped).__mro__)
+    has_head = any(base.__name__ in CLASSIFIER_CLASS_NAMES for base in type(unwrapped).__mro__)
     return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
 
 
 def get_runner(model: Any) -> Any:
-    """Return an unwrapped model itself if it is a classifier, and its encoder otherwise."""
+    """Return an unwrapped classifier unchanged, and the encoder of any other unwrapped model."""
     return model if is_classifier(model) else model.base_model
 
 

@@ -25,9 +25,9 @@ from .maps import (
 )
 
 
-NUM_COLORS = 3  # red, green and blue
+NUM_COLORS = 3  # number of color channels: red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
-# Quantiles of a component that have the darkest and the brightest color; values beyond these quantiles are clipped.
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond them are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
@@ -54,8 +54,8 @@ def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tens
 def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Return the patches [B, L, gh, gw, D] after each layer. `hidden_states` [B, N, D] are the embeddings and the
-    output of each layer. Raise ValueError if the model merges patches."""
+    """Return the states of the patches [B, L, gh, gw, D] after each layer. `hidden_states` [B, N, D] are the
+    embeddings and the output of each layer. Raise ValueError if the model merges patches."""
     if getattr(encoder.config, "merged_patches_per_layer", 0):
         raise ValueError(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
@@ -156,14 +156,14 @@ def compute_patch_similarity(features: torch.Tensor, row: int, column: int) -> t
 
 @dataclass(frozen=True)
 class PatchComponents:
-    """Principal components of normalized patch features of one layer, to compute similarities in a browser.
+    """Principal components of normalized patch features of one layer, from which a browser computes similarities.
 
     The cosine similarity between two patches with values x and y is f(x, y) / sqrt(f(x, x) f(y, y)), where f(x, y) is
     sum(scale² x y) + offset.
     """
 
     values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
-    scale: torch.Tensor  # [n], factor of the values of each component
+    scale: torch.Tensor  # [n], scale factor of each component's values
     offset: float  # squared norm of the component of the mean feature that is orthogonal to all principal components
 
 

@@ -22,12 +22,12 @@ from .model_outputs import Predictions, encode_labels, join_outputs, read_output
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-MIN_ROUNDS = 5  # minimum number of rounds for time measurements; more if there are more batches
+MIN_ROUNDS = 5  # minimum number of timed batches; a smaller number of batches is repeated
 MIN_GRID_SIDE = 7  # number of patches per side below which a note is added: ViT-B/32 at 224 pixels (arXiv 2010.11929)
 HIGH_ATTENTION_FRACTION = 0.5  # fraction of the compute in attention maps above which a note is added
-ACCURACY_TOLERANCE = 0.01  # accuracies within this difference from the best accuracy are considered equally good
+ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
-PatchSize = int | tuple[int, int]  # in pixels; (height, width) if height and width differ
+PatchSize = int | tuple[int, int]  # patch size in pixels; (height, width) if height and width differ
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class PatchSizeRow:
         device: device of the time measurement.
         num_images: number of images.
         accuracy: fraction of correct predictions among known labels; None if no label is known.
-        agreement: fraction of images with the same prediction as at the model's own size; None if the model is not a
+        agreement: fraction of images with the same prediction as with the model's own size; None if the model is not a
             classifier.
-        note: possible problems of this patch size for these images; may be empty.
+        note: possible problems with this patch size for these images; may be empty.
     """
 
     patch_size: PatchSize
@@ -84,7 +84,7 @@ def compare_patch_sizes(
     patch_sizes: Sequence[int],
     batch_size: int = 16,
 ) -> list[PatchSizeRow]:
-    """Compare patch sizes, including the model's own, on images of one size.
+    """Compare patch sizes, including the model's own size, on images of one size.
 
     A copy of the model per patch size and the pixels of all images are in memory at the same time.
 
@@ -116,7 +116,7 @@ def compare_patch_sizes(
 
 
 def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Return sentences about the model's own patch size and each other size, a recommendation, and its limitations."""
+    """Return sentences about the model's own patch size, the other sizes, the recommended size, and limitations."""
     native_row = next(row for row in rows if row.is_native)
     other_rows = [row for row in rows if not row.is_native]
     descriptions = [
@@ -162,7 +162,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
     """Return a candidate with the model itself, or with the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # no logs of weights
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # no log of adapted weights
     try:
         adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:
@@ -195,7 +195,7 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
 
-    A small number of batches is repeated for time measurements only.
+    If there are fewer than MIN_ROUNDS batches, batches are repeated for time measurements only.
     """
     device = candidates[0].model.device
     for step in range(-1, max(len(batches), MIN_ROUNDS)):  # step -1 is a warmup
@@ -236,7 +236,7 @@ def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
 def build_row(
     candidate: Candidate, native_candidate: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
 ) -> PatchSizeRow:
-    """Return the row of one patch size, which summarizes the measurements."""
+    """Return the row that summarizes the measurements of one patch size."""
     image_size = (pixels.shape[-2], pixels.shape[-1])
     grid = candidate.model.base_model.embeddings.patch_embeddings.get_grid_size(pixels)
     total_flops, attention_flops = count_flops(candidate.model, image_size)
@@ -264,7 +264,7 @@ def build_row(
 
 
 def get_device_name(device: torch.device) -> str:
-    """Return the name of the accelerator, or of the processor with the number of threads."""
+    """Return the name of the accelerator, or the name of the processor and the number of threads."""
     if device.type != "cpu":
         return format_device_name(device)
     num_threads = torch.get_num_threads()
@@ -307,8 +307,8 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     cheapest_row = min(accurate_rows, key=lambda row: row.gflops)
     suffix = " (the model's own)" if cheapest_row.is_native else ""
     text = (
-        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest within 1 point of the best "
-        f"accuracy on {cheapest_row.num_images:,} images"
+        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest patch size within 1 "
+        f"percentage point of the best accuracy on {cheapest_row.num_images:,} images"
     )
     if cheapest_row is best_row:
         return [f"{text} ({best_accuracy * 100:.1f} %, at this size)."]

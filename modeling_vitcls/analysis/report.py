@@ -224,7 +224,7 @@ def get_commit(config: Any) -> str | None:
 
 
 def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
-    """Return the tokens of each nonempty group, as pairs of a name and whether the head reads the token."""
+    """Return the tokens of each nonempty group as (name, whether the head reads the token) pairs."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return {
         group: [(name, has_head and is_read(config, group, index)) for index, name in enumerate(names)]

@@ -151,7 +151,7 @@ function showValues(svg, count, getX, lines, height) {
   };
 }
 
-// Build a sample of a line for the legend.
+// Build the sample line of a legend entry.
 function buildSample({ color, index = 0, dash }) {
   const svg = element("svg", { width: 26, height: 12, "aria-hidden": "true" });
   const line = { x1: 1, x2: 25, y1: 6, y2: 6, "stroke-dasharray": dash ?? DASHES[index % DASHES.length], class: "line" };
@@ -363,7 +363,8 @@ function drawHistogram(figure) {
 
 // Similarities -----------------------------------------------------------------------------------------------------
 
-// Draw a matrix of cosines as squares, with numbers if the squares are large enough. Return the side of a square.
+// Draw a matrix of cosines as squares, with numbers if the squares are large enough. Return the side length of a
+// square in pixels.
 function drawSquares(svg, width, matrix, names, { side, left, top, words }) {
   const room = Math.min((width - left - 4) / names.length, side);
   matrix.forEach((row, down) =>

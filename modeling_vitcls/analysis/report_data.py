@@ -29,8 +29,8 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum total size in bytes of the maps of single heads, and of the compressed patch features (base64 adds a third).
-# The values of images beyond these limits are omitted.
+# Maximum total size, in bytes, of the per-head attention maps and of the compressed patch features, before base64
+# encoding (which adds a third). Maps and features of images beyond these limits are omitted.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
@@ -45,7 +45,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     config, findings = inspection.config, inspection.findings
     *num_read_layers, num_patch_layers = count_read_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
-    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `maps.overlay`
+    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [
@@ -73,7 +73,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
 
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
-    """Return the number of images, counted from the first, whose maps of single heads fit into the page."""
+    """Return the number of leading images whose per-head attention maps fit in MAX_MAP_BYTES in total."""
     sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
     return sum(size <= MAX_MAP_BYTES for size in sizes)
 
@@ -82,7 +82,8 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     """Return the patch colors and features of each image, and the scale and offset of the features in each layer.
 
     "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
-    compressed features of all layers (`PatchComponents`); None for images whose features do not fit into the page.
+    compressed features of all layers (`PatchComponents`); None for images whose features do not fit in
+    MAX_FEATURE_BYTES in total.
     """
     features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
@@ -157,7 +158,7 @@ def pack_maps(maps: torch.Tensor) -> dict[str, str]:
 
 
 def encode_base64(values: torch.Tensor) -> str:
-    """Return the bytes of a tensor in base64, little-endian as in browsers."""
+    """Return the bytes of a tensor in base64, in little-endian order as in browsers."""
     array = values.contiguous().numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
@@ -188,13 +189,13 @@ def build_curves(findings: Findings) -> dict[str, Any]:
 
 
 def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Return the mean, minimum and maximum over heads, [L] for each token, of values [L, H, S]."""
+    """Return the mean, minimum and maximum over heads of values [L, H, S], as tensors [L] for each token."""
     token_values = values.unbind(dim=-1)  # [L, H] each
     return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in token_values]
 
 
 def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
-    """Return the NORM_QUANTILES of the patch norms after each layer, [L + 1] for each quantile."""
+    """Return the NORM_QUANTILES of the patch norms after each layer, as one tensor [L + 1] per quantile."""
     norms = findings.patch_norms.float()
     return {name: norms.quantile(level, dim=1) for name, level in NORM_QUANTILES.items()}
 
@@ -232,7 +233,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             {"token": verdict.token, "word": verdict.word, "meaning": verdict.rating, "reason": verdict.reason}
             for verdict in inspection.verdicts
         ],
-        "artifacts": inspection.artifacts,
+        "artifacts": inspection.artifact_description,
         "depth": inspection.depth,
         "map_checks": {
             name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)

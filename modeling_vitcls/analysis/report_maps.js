@@ -5,8 +5,8 @@
 // to the selected patch) or "image" (without a map).
 "use strict";
 
-const SIDE = 200; // longer side of a map in the grid, in pixels
-const IMAGE_BRIGHTNESS = 0.75; // these four constants are the same as in maps.py
+const SIDE = 200; // length of the longer side of a map in the grid, in pixels
+const IMAGE_BRIGHTNESS = 0.75; // these four constants have the same values as in maps.py
 const HIDDEN_BRIGHTNESS = 0.35;
 const MIN_OPACITY = 0.25;
 const OPACITY_RANGE = 0.6;
@@ -50,7 +50,7 @@ async function loadImage(url) {
 
 function getMapIndex(mapId) {
   if (mapId.kind !== "attention") return mapId.token;
-  const { num_heads } = images[mapId.image]; // images without maps of single heads show the mean
+  const { num_heads } = images[mapId.image]; // images without per-head maps show the mean map
   return (mapId.layer * (1 + num_heads) + (num_heads ? getHead() : 0)) * data.tokens.length + mapId.token;
 }
 
@@ -343,7 +343,7 @@ function buildCell(mapId, label, row, column) {
   cells.set(canvas, mapId);
   watcher.observe(canvas);
   button.addEventListener("click", (event) => {
-    if (event.detail && selectsPatch(mapId)) selectPatch(mapId, canvas, event); // `detail` is 0 for a click by keyboard
+    if (event.detail && selectsPatch(mapId)) selectPatch(mapId, canvas, event); // `detail` is 0 for keyboard clicks
     else enlarge(mapId, button);
   });
   if (selectsPatch(mapId)) {

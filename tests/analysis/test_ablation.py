@@ -374,9 +374,9 @@ def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) ->
         for key, ablation in found[kind].items():
             assert len(ablation.patch_effects) == NUM_NULL_DRAWS and ablation.redraw_effect > 0
             assert bool(ablation.redrawn_effects) == (key not in ("cls[0]", "cls"))
-            assert ablation.null[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
+            assert ablation.null_interval[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
             assert ablation.is_beyond_null == (
-                ablation.effect_on_null_images > ablation.null[1] and ablation.effect.changed_answers > 0
+                ablation.effect_on_null_images > ablation.null_interval[1] and ablation.effect.changed_answers > 0
             )
     for key, effect in single.items():
         held = found["information"][key].effect  # one image is sufficient if the head reads no other token

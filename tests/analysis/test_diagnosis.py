@@ -446,12 +446,12 @@ def test_the_description_over_depth() -> None:
     [
         ([1], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
         ([1, 2], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
-        ([0], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([0], "This is not the expected pattern (nearly uniform in early layers, selective in middle layers)."),
         (
             [0, 1, 2],
-            "This is not the expected pattern: nearly uniform in early layers, selective in middle layers.",
+            "This is not the expected pattern (nearly uniform in early layers, selective in middle layers).",
         ),
-        ([2], "This is not the expected pattern: nearly uniform in early layers, selective in middle layers."),
+        ([2], "This is not the expected pattern (nearly uniform in early layers, selective in middle layers)."),
         ([], "Attention is uniform in every layer, so the token selects no patches."),
     ],
 )

@@ -209,8 +209,8 @@ def test_the_advice() -> None:
         "fine-tuning."
     )
     assert sentences[2] == (
-        "Recommended: 16 (the model's own), the cheapest within 1 point of the best accuracy on 200 images "
-        "(91.2 %, at this size)."
+        "Recommended: 16 (the model's own), the cheapest patch size within 1 percentage point of the best accuracy "
+        "on 200 images (91.2 %, at this size)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
     remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: patches may be too large")
@@ -232,7 +232,7 @@ def test_the_advice_compares_costs_and_accuracy() -> None:
         ]
         return [sentence for sentence in describe_patch_sizes(rows) if sentence.startswith("Recommended")]
 
-    start = "cheapest within 1 point of the best accuracy on 200 images"
+    start = "cheapest patch size within 1 percentage point of the best accuracy on 200 images"
     assert get_advice(0.92, 0.911, 0.9, 0.5) == [
         f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times the compute of that size."
     ]
