@@ -51,21 +51,22 @@ def check_options(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
-            exit_with_message("--to transformers requires --model, and does not support --source")
+            exit_with_message("error: --to transformers requires --model, and does not support --source")
         return
     if options.model is not None or options.source is None:
-        exit_with_message("a conversion to vitcls requires --source, and does not support --model")
+        exit_with_message("error: a conversion to vitcls requires --source, and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
         exit_with_message(
-            f"{options.source} is already a ViTCLS model. To convert the model to transformers, set --to transformers "
-            f"--model {options.source}"
+            f"error: {options.source} is already a ViTCLS model. To convert the model to transformers, set --to "
+            f"transformers --model {options.source}"
         )
     if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
         exit_with_message(
-            f"--source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
+            f"error: --source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a "
+            "state-dict file"
         )
     if options.num_labels is not None and options.num_labels < 1:
-        exit_with_message(f"--num-labels must be at least 1, but it is {options.num_labels}")
+        exit_with_message(f"error: --num-labels must be at least 1, but it is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:

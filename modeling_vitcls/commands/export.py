@@ -52,18 +52,22 @@ OPTIONS = ExportOptions
 def check_options(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
-        exit_with_message(f"--image-size must be at least 1, but it is {' '.join(map(str, options.image_size))}")
+        exit_with_message(
+            f"error: --image-size must be at least 1, but it is {' '.join(map(str, options.image_size))}"
+        )
     graph_settings = (options.image_size, options.dynamic, options.dtype, options.opset)
     if options.format == "transformers.js" and graph_settings != (None, True, "float32", None):
-        exit_with_message("--format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset")
+        exit_with_message(
+            "error: --format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset"
+        )
     if options.dataset is not None and options.format != "transformers.js":
-        exit_with_message(f"--dataset requires --format transformers.js, but --format is {options.format}")
+        exit_with_message(f"error: --dataset requires --format transformers.js, but --format is {options.format}")
     if options.split is not None and options.dataset is None:
-        exit_with_message("--split requires --dataset")
+        exit_with_message("error: --split requires --dataset")
     if options.opset is not None and options.format == "torch":
-        exit_with_message("--opset requires --format onnx or openvino, but --format is torch")
+        exit_with_message("error: --opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
-        exit_with_message(f"--opset must be at least {MIN_OPSET}, but it is {options.opset}")
+        exit_with_message(f"error: --opset must be at least {MIN_OPSET}, but it is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:

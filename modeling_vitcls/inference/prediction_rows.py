@@ -161,7 +161,7 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
     if not counts[group]:
         options = " or ".join([*(name for name, count in counts.items() if count), "mean"])
         raise ValueError(
-            f"--features {group} requires {group} tokens, but the model has none. Set --features to {options}"
+            f"--features {group} requires tokens of this kind, but the model has none. Set --features to {options}"
         )
     return counts[group]
 

@@ -295,7 +295,7 @@ def test_an_unreadable_image_has_no_features(models: Path, unreadable: Path, tmp
 
 
 def test_missing_tokens_are_errors() -> None:
-    with raises_one_line("requires registers tokens", "cls, mean"):
+    with raises_one_line("--features registers requires tokens of this kind", "--features to cls or mean"):
         predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
 
 
