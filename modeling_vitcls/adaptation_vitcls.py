@@ -77,8 +77,8 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
-            gate_new_tokens: whether added tokens have closed gates. The outputs are then unchanged, except outputs
-                that are computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether added tokens have initially closed gates. The outputs are then unchanged, except
+                outputs computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -169,23 +169,23 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
-    old_weights = source.state_dict()
-    new_weights = target.state_dict()
+    old_state = source.state_dict()
+    new_state = target.state_dict()
     frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
-    for name, initial_value in new_weights.items():
-        entry = Weight(name, initial_value, old_weights.get(name), old_weights, source.config, target.config)
-        weight, note = adapt_weight(entry)
+    for name, initial_value in new_state.items():
+        context = AdaptationContext(name, initial_value, old_state.get(name), old_state, source.config, target.config)
+        weight, note = adapt_weight(context)
         if name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
-    for name in sorted(old_weights.keys() - new_weights.keys()):
+    for name in sorted(old_state.keys() - new_state.keys()):
         logger.warning(f"{name}: dropped")
 
 
-class Weight(NamedTuple):
+class AdaptationContext(NamedTuple):
     """A weight of the new model, the weights of the old model, and both configurations."""
 
     name: str
@@ -199,35 +199,35 @@ class Weight(NamedTuple):
 AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of the change (empty if unchanged)
 
 
-def adapt_weight(weight: Weight) -> AdaptedWeight:
+def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
     """Adapt a weight with the first function in `ADAPTERS` whose key is a substring of the weight's name."""
     for name_part, adapt in ADAPTERS.items():
-        if name_part in weight.name:
-            return adapt(weight)
-    if weight.old_value is None:
-        return weight.initial_value, "newly initialized"
-    if weight.old_value.shape != weight.initial_value.shape:
-        return weight.initial_value, "newly initialized, because the shape changed"
-    return weight.old_value, ""
+        if name_part in context.name:
+            return adapt(context)
+    if context.old_value is None:
+        return context.initial_value, "newly initialized"
+    if context.old_value.shape != context.initial_value.shape:
+        return context.initial_value, "newly initialized, because the shape changed"
+    return context.old_value, ""
 
 
-def adapt_tokens(weight: Weight) -> AdaptedWeight:
+def adapt_tokens(context: AdaptationContext) -> AdaptedWeight:
     """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
-    initialization = f"initialized by token_init={weight.new_config.token_init!r}"
-    return copy_prefix_tokens(weight, weight.initial_value.clone(), initialization)
+    initialization = f"initialized by token_init={context.new_config.token_init!r}"
+    return copy_prefix_tokens(context, context.initial_value.clone(), initialization)
 
 
-def adapt_token_positions(weight: Weight) -> AdaptedWeight:
+def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
     """Keep the first position embeddings [1, n, D] of special tokens; new position embeddings are zero."""
-    return copy_prefix_tokens(weight, torch.zeros_like(weight.initial_value), "initialized to zero")
+    return copy_prefix_tokens(context, torch.zeros_like(context.initial_value), "initialized to zero")
 
 
-def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> AdaptedWeight:
+def copy_prefix_tokens(context: AdaptationContext, rows: Tensor, initialization: str) -> AdaptedWeight:
     """Copy the first min(m, n) rows of the old weight [1, m, D] to the first rows of the new weight [1, n, D]."""
-    num_stored = 0 if weight.old_value is None else weight.old_value.shape[1]
+    num_stored = 0 if context.old_value is None else context.old_value.shape[1]
     num_kept = min(num_stored, rows.shape[1])
-    if weight.old_value is not None:
-        rows[:, :num_kept] = weight.old_value[:, :num_kept]
+    if context.old_value is not None:
+        rows[:, :num_kept] = context.old_value[:, :num_kept]
     if num_stored == num_kept == rows.shape[1]:
         return rows, ""
     notes = [f"{num_kept} kept"]
@@ -238,41 +238,41 @@ def copy_prefix_tokens(weight: Weight, rows: Tensor, initialization: str) -> Ada
     return rows, ", ".join(notes)
 
 
-def adapt_to_grid(resample: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
+def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
     """Call `resample(weight, grid, new grid, config)` for a weight with one row per patch or relative position."""
-    old_grid, new_grid = weight.old_config.grid_size, weight.new_config.grid_size
+    old_grid, new_grid = context.old_config.grid_size, context.new_config.grid_size
     if old_grid == new_grid:
-        return weight.old_weights[weight.name], ""
+        return context.old_weights[context.name], ""
     note = f"resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
-    return resample(weight.old_weights[weight.name], old_grid, new_grid, weight.new_config), note
+    return resample(context.old_weights[context.name], old_grid, new_grid, context.new_config), note
 
 
-def adapt_to_patch_size(resize: Callable[..., Tensor], weight: Weight) -> AdaptedWeight:
+def adapt_to_patch_size(resize: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
     """Call `resize(weight, patch size, new patch size)` for a weight with one entry per pixel of a patch."""
-    old_size, new_size = weight.old_config.patch_height_width, weight.new_config.patch_height_width
+    old_size, new_size = context.old_config.patch_height_width, context.new_config.patch_height_width
     if old_size == new_size:
-        return weight.old_weights[weight.name], ""
+        return context.old_weights[context.name], ""
     note = f"resized from patches of {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels"
-    return resize(weight.old_weights[weight.name], old_size, new_size), note
+    return resize(context.old_weights[context.name], old_size, new_size), note
 
 
-def adapt_distillation_head(weight: Weight) -> AdaptedWeight:
+def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
     """Keep the distillation head. Initialize a new head as a copy of the classifier if the shapes are equal."""
-    if weight.old_value is not None:
-        return weight.old_value, ""
-    classifier = weight.old_weights.get(weight.name.replace("distillation_classifier", "classifier"))
-    if classifier is None or classifier.shape != weight.initial_value.shape:
-        return weight.initial_value, "newly initialized"
+    if context.old_value is not None:
+        return context.old_value, ""
+    classifier = context.old_weights.get(context.name.replace("distillation_classifier", "classifier"))
+    if classifier is None or classifier.shape != context.initial_value.shape:
+        return context.initial_value, "newly initialized"
     return classifier, "initialized as a copy of the classifier"
 
 
-def adapt_gates(weight: Weight) -> AdaptedWeight:
+def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     """Keep the gates [n] of kept tokens. New gates are closed for new tokens and open for existing tokens."""
-    gates = weight.initial_value.clone()
-    old_values = () if weight.old_value is None else weight.old_value
-    old_gates = dict(zip(list_gated_tokens(weight.old_config), old_values, strict=True))
-    new_gates = list_gated_tokens(weight.new_config)
-    counts = {group: getattr(weight.old_config, field) for group, field in TOKEN_COUNTS.items()}
+    gates = context.initial_value.clone()
+    old_values = () if context.old_value is None else context.old_value
+    old_gates = dict(zip(list_gated_tokens(context.old_config), old_values, strict=True))
+    new_gates = list_gated_tokens(context.new_config)
+    counts = {group: getattr(context.old_config, field) for group, field in TOKEN_COUNTS.items()}
     for gate, (group, index) in enumerate(new_gates):
         if index < counts[group]:
             gates[gate] = old_gates.get((group, index), TokenGates.OPEN)
@@ -294,7 +294,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
 
 
 # Substring of a parameter's name -> function that adapts the parameter.
-ADAPTERS: dict[str, Callable[[Weight], AdaptedWeight]] = {
+ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": adapt_token_positions,

@@ -560,7 +560,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             plan |= {f"layers.*.mlp.{name}": split for name, split in MLP_TP_PLANS[self.mlp_type].items()}
         return plan
 
-    # Checks of sizes, on which all other checks rely -----------------------------------------------------------------
+    # Size checks, on which later checks rely -------------------------------------------------------------------------
     def validate_architecture(self) -> None:
         """Check sizes before transformers' own check, which reads `head_dim`. (Checks run in alphabetical order.)"""
         self.validate_sizes()
@@ -644,7 +644,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             order = ", ".join(sorted(self.tasks))
             raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}.")
         if self.pooling != "cls":
-            raise ValueError(f'`tasks` requires a CLS token, but `pooling` is "{self.pooling}". Set pooling="cls".')
+            raise ValueError(f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". Set pooling="cls".')
         for name, labels in self.tasks.items():
             if not name.isidentifier():
                 raise ValueError(f"`tasks` does not support the name {name!r}. Use letters, digits and underscores.")

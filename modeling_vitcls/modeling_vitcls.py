@@ -554,7 +554,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 # Backbone ------------------------------------------------------------------------------------------------------------
 class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
-    """A ViT that returns feature maps for dense prediction: the patches of selected layers, reshaped to a grid."""
+    """A ViT that returns feature maps for dense prediction: patch tokens of selected layers, reshaped to a grid."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config, add_pooling_layer=False)

@@ -52,7 +52,7 @@ STAGES = ("pretrain", "finetune", "evaluate", "inspect")
 SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
-MAX_LIST_LENGTH = 32  # maximum length of a list that is written to runs.parquet, with one column per number
+MAX_LIST_LENGTH = 32  # maximum length of a list that is expanded into columns of runs.parquet, one per element
 POLL_SECONDS = 0.2
 BYTES_PER_GIB = 1024**3
 

@@ -178,7 +178,7 @@ class PatchDropout(nn.Module):
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
-        kept_indices = self.choose_patches(hidden_states)  # [B, n patches]
+        kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
         special_indices = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
         indices = torch.cat([special_indices, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
@@ -188,7 +188,7 @@ class PatchDropout(nn.Module):
         )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
-        """Return the indices [B, n patches] of the patches to keep, in ascending order."""
+        """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
         num_kept = get_num_kept_patches(self.rate, num_patches)
         random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)

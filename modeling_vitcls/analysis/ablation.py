@@ -298,7 +298,7 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return the sequence indices of each token by token key, and of each group of several tokens by group name."""
+    """Return a dict from token keys, and names of groups with several tokens, to sequence indices."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
     return targets | {name: members for name, members in get_groups(layout).items() if len(members) > 1}
 

@@ -126,7 +126,9 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         statements = [f"No artifacts: {norms}; {largest_norm}"]
     earlier_layer = max(range(first_layer), key=lambda index: fractions[index], default=0)
     if earlier_layer < first_layer and fractions[earlier_layer] > 1.01 * fractions[layer]:
-        suffix = "" if mode is not None else "; the last layers that are read have no second mode"
+        suffix = (
+            "" if mode is not None else "; the patch norms have no second mode in the last layers whose output is used"
+        )
         fraction = f"{fractions[earlier_layer]:.2%} of the patches"
         statements.append(
             f"The largest second mode in earlier layers contains {fraction} ({describe_layer(earlier_layer)}){suffix}"

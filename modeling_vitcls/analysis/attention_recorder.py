@@ -4,7 +4,8 @@
         model(pixel_values)
     layers[0].compute_weights()    # [B, maps, N, N]; only the maps of this layer are in memory
 
-The `recorder` of each layer's attention receives queries, keys and values, so memory grows with N, not N².
+The `recorder` of each layer's attention receives queries, keys and values instead of attention maps, so memory grows
+with N, not N².
 """
 
 from collections.abc import Callable, Iterator

@@ -83,7 +83,7 @@ class AttentionTrace:
     last_hidden_state: Any  # [B, N, D], the output of the encoder; None for a backbone
 
     @torch.no_grad()
-    def compute_rows(self) -> torch.Tensor:
+    def compute_token_attention(self) -> torch.Tensor:
         """Return the attention of the special tokens [B, L, maps, S, N], as in `model.token_attention`."""
         num_special_tokens = self.config.token_layout.num_prefix_tokens
         return torch.stack([layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1)

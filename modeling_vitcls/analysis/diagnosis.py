@@ -391,7 +391,7 @@ def describe_effect(ablation: Ablation) -> str:
         text = f"{describe_changed_predictions(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
-        text = f"the cosine change of the features is {changes}"
+        text = f"the cosine distance between the features before and after is {changes}"
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
     null_effects = {"patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 MIN_RELATIVE_DEVIATION = (
     1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
 )
-MIN_FEATURE_CHANGE = 1e-3  # minimum cosine change of features; smaller changes are treated as rounding errors
+MIN_FEATURE_CHANGE = 1e-3  # minimum cosine distance before and after; smaller changes are treated as rounding errors
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
 
@@ -89,7 +89,7 @@ class FeatureEffect:
 
     @property
     def size(self) -> float:
-        """Return the value that is compared with null distributions: the largest cosine change."""
+        """Return the value that is compared with null distributions: the largest cosine distance."""
         return max(self.cosine_change.values())
 
     @property

@@ -127,7 +127,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     axes = figure.subplots()
     axes.set_title(f"Similarity of the tokens, {describe_layer(layer)}", fontsize=11, color=INK)
     matrix = findings.between_tokens[layer]
-    axes_image = draw_cosines(axes, matrix)
+    axes_image = draw_cosine_matrix(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= MAX_NUMBERED_TOKENS:
@@ -152,7 +152,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
         )
     figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
-        axes_image = draw_cosines(axes, matrix)
+        axes_image = draw_cosine_matrix(axes, matrix)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     figure.supxlabel("after layer", fontsize=9, color=INK)
     figure.supylabel("after layer", fontsize=9, color=INK)
@@ -160,7 +160,7 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
     return figure
 
 
-def draw_cosines(axes: Axes, matrix: torch.Tensor) -> AxesImage:
+def draw_cosine_matrix(axes: Axes, matrix: torch.Tensor) -> AxesImage:
     """Draw a square matrix [n, n] of cosines."""
     return axes.imshow(matrix.numpy(), cmap=COSINE_COLORMAP, vmin=-1, vmax=1, interpolation="nearest")
 

@@ -116,7 +116,8 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value (`MapCheck`) of deletion and insertion curves [images, 2, fractions]."""
+    """Return the p-value of a one-sided Wilcoxon test over images: are the deletion and insertion curves
+    [images, 2, fractions], taken together, better than `random_curves`?"""
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
     gains = (insertion - deletion).numpy()  # [images]
     return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0

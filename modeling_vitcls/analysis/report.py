@@ -179,7 +179,7 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
         columns["changed predictions"] = describe_changed_predictions(effect)
         columns["logit change / standard deviation over images"] = f"{effect.logit_change:.2g}"
     else:
-        columns |= {f"cosine change, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
+        columns |= {f"cosine distance, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
         if effect.knn_agreement is not None:
             columns["same nearest images"] = f"{effect.knn_agreement:.0%}"
     low, high = effect.interval

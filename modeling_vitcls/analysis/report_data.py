@@ -43,7 +43,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     num_with_heads = count_images_with_heads(reports)
     patch_colors, components = build_patch_data(reports)
     config, findings = inspection.config, inspection.findings
-    *num_read_layers, num_patch_layers = count_read_layers(config, inspection.has_head)
+    *num_read_layers, num_read_patch_layers = count_read_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
     color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
@@ -53,7 +53,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
             for name, group, num_layers in zip(get_token_names(config), groups, num_read_layers, strict=True)
         ],
         "layers": len(findings.entropy),
-        "patches_read": num_patch_layers,
+        "patches_read": num_read_patch_layers,
         "heads": get_head_names(config) if num_with_heads else [],
         "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,
@@ -263,9 +263,9 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
     `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
-    the largest cosine change of the features of an encoder. `interval` is the 95 % interval of the effect, and `null`
-    contains the smallest effect and the limit of the null distributions. "information" and "presence" contain all
-    values of both ablations.
+    the largest cosine distance between the features of an encoder before and after. `interval` is the 95 % interval of
+    the effect, and `null` contains the smallest effect and the limit of the null distributions. "information" and
+    "presence" contain all values of both ablations.
     """
     return [
         {

@@ -104,7 +104,8 @@ function getMaxValue(mapId) {
   return strongest;
 }
 
-// Return whether nothing reads the output of the token, or of the patches, in the layer of a map.
+// Return whether the output that a map belongs to is unused: no later layer and no head reads the token (attention) or
+// the patches (colors, similarity) after the map's layer.
 function isUnread({ kind, layer, token }) {
   if (kind === "attention") return layer >= data.tokens[token].read;
   return (kind === "colors" || kind === "similarity") && layer >= data.patches_read;

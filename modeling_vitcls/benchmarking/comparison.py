@@ -32,7 +32,7 @@ MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Speeds = tuple[list[float], list[float]]  # images per second of this package and of the baseline
+Throughputs = tuple[list[float], list[float]]  # images per second of this package and of the baseline
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
 # Speed ---------------------------------------------------------------------------------------------------------------
 
 
-def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Speeds:
+def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Throughputs:
     """Call both functions `num_pairs` times in alternating order, and return the results of each function."""
-    speeds: Speeds = ([], [])
+    throughputs: Throughputs = ([], [])
     for pair in range(num_pairs):
         for index in (0, 1) if pair % 2 == 0 else (1, 0):
-            speeds[index].append((ours, theirs)[index]())
-    return speeds
+            throughputs[index].append((ours, theirs)[index]())
+    return throughputs
 
 
 def measure_throughput(
@@ -133,7 +133,7 @@ def synchronize_gpu() -> None:
 
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
-) -> Speeds:
+) -> Throughputs:
     """Measure two functions alternately, and return the images per second of each function."""
     seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
     return measure_alternately(

@@ -59,13 +59,13 @@ class GrowthAxis:
     value_key: str  # key of the x values in the JSON entries
     tick_key: str | None = None  # key of the numbers in parentheses below the ticks, in the JSON entries
     is_logarithmic: bool = True  # whether the x axis is logarithmic
-    is_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
+    is_cost_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
 
 AXES = {
     "image_size": GrowthAxis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
     "patch_size": GrowthAxis(
-        "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_decreasing=True
+        "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_cost_decreasing=True
     ),
     "num_registers": GrowthAxis(
         "{} registers", "Tokens", "tokens (registers)", "num_tokens", "num_registers", is_logarithmic=False
@@ -127,7 +127,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
-    speeds, difference = compare_predictions(peer, pixel_values, name, settings)
+    throughputs, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
     else:  # `compare_predictions` was the warm-up
@@ -145,7 +145,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
         "size": vars(peer.size),
         **peaks,
     }
-    return Comparison(f"growth in {precision}", name, peer.name, *speeds, difference, details)
+    return Comparison(f"growth in {precision}", name, peer.name, *throughputs, difference, details)
 
 
 def get_axis(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
@@ -268,7 +268,7 @@ def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
     axes.set_xscale(
         "log" if growth_axis.is_logarithmic else "linear", **({"base": 2} if growth_axis.is_logarithmic else {})
     )
-    axes.xaxis.set_inverted(growth_axis.is_decreasing)
+    axes.xaxis.set_inverted(growth_axis.is_cost_decreasing)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, index: f"{value:g}"))

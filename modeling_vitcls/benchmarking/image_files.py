@@ -53,14 +53,16 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def write_photographs(folder: Path, num_per_class: int = 64, height_width: tuple[int, int] = (375, 500)) -> Path:
+def write_photographs(
+    folder: Path, num_images_per_class: int = 64, height_width: tuple[int, int] = (375, 500)
+) -> Path:
     """Write random crops of each photograph as JPEG files to a subfolder of `folder`, and return `folder`."""
     height, width = height_width
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         (folder / name).mkdir(parents=True)
         rows, columns, _ = photograph.shape  # 427 x 640
-        for index in range(num_per_class):
+        for index in range(num_images_per_class):
             y = int(torch.randint(rows - height + 1, (), generator=generator))
             x = int(torch.randint(columns - width + 1, (), generator=generator))
             crop = Image.fromarray(photograph[y : y + height, x : x + width])
@@ -70,7 +72,7 @@ def write_photographs(folder: Path, num_per_class: int = 64, height_width: tuple
 
 def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
     """Write the JPEG files of a benchmark, and return the sorted paths of the files."""
-    write_photographs(folder / "photographs", num_per_class=2 if is_toy else 32)
+    write_photographs(folder / "photographs", num_images_per_class=2 if is_toy else 32)
     return sorted(map(str, folder.rglob("*.jpg")))
 
 
@@ -129,8 +131,8 @@ def compare_processors(
     for _ in range(2):  # the first call also initializes the settings of the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
             raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal outputs.")
-    speeds = compare_throughput(process_ours, process_theirs, len(files), settings)
-    return Comparison("file to pixel_values", name, "AutoImageProcessor", *speeds, 0.0, {"num_files": len(files)})
+    throughputs = compare_throughput(process_ours, process_theirs, len(files), settings)
+    return Comparison("file to pixel_values", name, "AutoImageProcessor", *throughputs, 0.0, {"num_files": len(files)})
 
 
 # Predictions ---------------------------------------------------------------------------------------------------------
@@ -155,12 +157,12 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
             for name, batch_size in rows.items():
                 labels, expected = (process.request("labels", batch_size) for process in (ours, theirs))
                 difference = check_labels(labels, expected, name)
-                speeds = measure_alternately(
+                throughputs = measure_alternately(
                     lambda size=batch_size: ours.request("speed", size),  # type: ignore[misc]
                     lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
                     settings.num_pairs,
                 )
-                yield Comparison("vitcls predict on JPEG files", name, "pipeline", *speeds, difference, details)
+                yield Comparison("vitcls predict on JPEG files", name, "pipeline", *throughputs, difference, details)
 
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:

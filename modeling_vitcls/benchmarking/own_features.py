@@ -95,7 +95,7 @@ INEXACT_ROWS = {
 }
 
 
-def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+def compare_inexact_options(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
     """Compare each row with the plain model."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
@@ -105,9 +105,9 @@ def compare_inexact(rows: dict[str, InexactRow], settings: BenchmarkSettings) ->
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
         ours, num_images = row.build_computation(inexact_model, size, settings.device)
         theirs, _ = row.build_computation(plain_model, size, settings.device)
-        speeds = compare_throughput(ours, theirs, num_images, settings)
+        throughputs = compare_throughput(ours, theirs, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
-        yield Comparison("inexact", name, "the plain model", *speeds, difference, details)
+        yield Comparison("inexact", name, "the plain model", *throughputs, difference, details)
 
 
 def copy_model(
@@ -187,10 +187,10 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
         model, pixel_values = build_attention_inputs(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
-        speeds = compare_throughput(ours, theirs, row.batch_size, settings)
+        throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
         peaks = measure_peaks(__name__, name, *settings.toy_flags)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
-        yield Comparison("attention", name, "a plain forward pass", *speeds, difference, details)
+        yield Comparison("attention", name, "a plain forward pass", *throughputs, difference, details)
 
 
 def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
@@ -245,14 +245,14 @@ def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> It
         )
         difference = check_tensors(train_cached(), train_uncached(), PROBE_LIMIT, name, "the trained weights")
         # With is_toy=True, a measurement is a single training run.
-        speeds = compare_throughput(
+        throughputs = compare_throughput(
             train_cached,
             train_uncached,
             row.num_epochs * row.num_images,
             BenchmarkSettings((), settings.num_pairs, is_toy=True),
         )
         details = {"size": vars(size), **vars(row)}
-        yield Comparison("linear probe", name, "recomputing the backbone", *speeds, difference, details)
+        yield Comparison("linear probe", name, "recomputing the backbone", *throughputs, difference, details)
 
 
 def train_probe(

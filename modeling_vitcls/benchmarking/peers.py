@@ -24,7 +24,7 @@ from .comparison import (
     BenchmarkSettings,
     Comparison,
     Predict,
-    Speeds,
+    Throughputs,
     check_difference,
     check_logits,
     compare_throughput,
@@ -178,16 +178,17 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
         peer.ours.compile()
         peer.theirs.compile()
     pixel_values = build_random_images(row.batch_size, peer.size.image_size).to(settings.device, row.dtype)
-    speeds, difference = compare_predictions(peer, pixel_values, name, settings)
+    throughputs, difference = compare_predictions(peer, pixel_values, name, settings)
     details = {"device": settings.device, "size": vars(peer.size)}
-    return Comparison("inference", name, peer.name, *speeds, difference, details)
+    return Comparison("inference", name, peer.name, *throughputs, difference, details)
 
 
 @torch.inference_mode()
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
-) -> tuple[Speeds, float]:
-    """Compare the forward passes of both models for a batch. Return the speeds and the largest logit difference."""
+) -> tuple[Throughputs, float]:
+    """Compare the forward passes of both models for a batch. Return the throughputs and the largest logit
+    difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
@@ -268,13 +269,13 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
     """Compare the time and memory of one training step with one peer."""
     ours, theirs = build_step_runners(row, peer, settings.device)
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
-    speeds = compare_throughput(ours, theirs, row.batch_size, settings)
+    throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
     if settings.device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flags)
     else:
         peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
     details = {"device": settings.device, "size": vars(peer.size), **peaks}
-    return Comparison("training step", name, peer.name, *speeds, difference, details)
+    return Comparison("training step", name, peer.name, *throughputs, difference, details)
 
 
 def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:

@@ -68,9 +68,9 @@ def print_tables(comparisons: list[Comparison]) -> None:
     ratio_table = Table("work", "ratio", title="ratio to the faster peer")
     for entry in (comparison.to_dict() for comparison in comparisons):
         row = (f"{entry['work']}: {entry['name']}", entry["against"])
-        speeds = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
+        throughputs = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
         lower, upper = entry["quartiles"]
-        speed_table.add_row(*row, *speeds, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
+        speed_table.add_row(*row, *throughputs, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in entry:
             memory_table.add_row(
                 *row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))

@@ -65,7 +65,7 @@ TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1,
 MAX_STEPS = 1_000_000  # number of steps of a run, more than any benchmark takes
 # No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
 PHOTOGRAPHS_PER_CLASS = 512
-WARMUP_LINES = 2  # number of lines of metrics before the first measurement
+NUM_WARMUP_LINES = 2  # number of lines of metrics before the first measurement
 MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics, in seconds
 
 
@@ -87,8 +87,8 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
         SuspendedRun(build_our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
         SuspendedRun(build_their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
     ):
-        speeds = measure_alternately(ours.measure_speed, theirs.measure_speed, num_pairs)
-    return Comparison("training", name, "transformers", *speeds, difference, asdict(run))
+        throughputs = measure_alternately(ours.measure_speed, theirs.measure_speed, num_pairs)
+    return Comparison("training", name, "transformers", *throughputs, difference, asdict(run))
 
 
 def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
@@ -161,7 +161,7 @@ class SuspendedRun(LoggedProcess):
         """Start the run, wait for the first lines of metrics, and suspend the run."""
         super().__enter__()
         try:
-            self.wait_for_lines(WARMUP_LINES)
+            self.wait_for_lines(NUM_WARMUP_LINES)
             self.send_signal(signal.SIGSTOP)
         except BaseException:
             self.__exit__()

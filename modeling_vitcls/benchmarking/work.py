@@ -9,7 +9,14 @@ import torch
 from .comparison import BenchmarkSettings, Comparison
 from .growth import POINTS, TOY_POINTS, compare_growth
 from .image_files import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
-from .own_features import ATTENTION_ROWS, INEXACT_ROWS, PROBE_ROWS, compare_attention, compare_inexact, compare_probes
+from .own_features import (
+    ATTENTION_ROWS,
+    INEXACT_ROWS,
+    PROBE_ROWS,
+    compare_attention,
+    compare_inexact_options,
+    compare_probes,
+)
 from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_inference, compare_steps
 from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
@@ -28,7 +35,7 @@ WORK_KINDS = {
     "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
     "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
     "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
-    "inexact": WorkKind(INEXACT_ROWS, compare_inexact, supports_gpu=True),
+    "inexact": WorkKind(INEXACT_ROWS, compare_inexact_options, supports_gpu=True),
     "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
     "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),
     "probe": WorkKind(PROBE_ROWS, compare_probes),

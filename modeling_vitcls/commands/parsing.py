@@ -95,7 +95,7 @@ def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
         equivalent_flag = EQUIVALENT_FLAGS.get(name)
         if argument.startswith("--") and name not in flag_names and equivalent_flag in flag_names:
             exit_with_message(
-                f"error: there is no flag --{name.replace('_', '-')}: use --{str(equivalent_flag).replace('_', '-')}"
+                f"error: unknown flag --{name.replace('_', '-')}; use --{str(equivalent_flag).replace('_', '-')}"
             )
 
 
@@ -131,7 +131,7 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
                 iter(difflib.get_close_matches(name, flag_names, n=1)), None
             )
             advice = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
-            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: there is no flag {key.value}: {advice}")
+            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {advice}")
     return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
 
 

@@ -99,7 +99,7 @@ def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFi
     flags = [token for name, value in flag_values.items() if value for token in to_arguments(name, value)]
     sdk: Literal["gradio", "static"] = "static" if options.static else "gradio"
     pushed_space = push_space(space_files, model, space_id, options.private, sdk, flags)
-    print(f"pushed {model.repo_id} at {model.commit} as {pushed_space.url}")
+    print(f"pushed a Space for {model.repo_id} at {model.commit}: {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
             f"{model.repo_id} is private or gated: add a secret HF_TOKEN with read access to the Space, at "

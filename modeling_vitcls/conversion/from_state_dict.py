@@ -69,7 +69,7 @@ def convert_state_dict(
             `"big_vision"`. A DINOv2 state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
         drop: Prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier (`ViTCLSModel`).
+            classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
         fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
             width, `image_size` for a non-square position grid), or labels (`id2label`). With `rope_periods=None`, the

@@ -54,7 +54,7 @@ def convert_from_timm(
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier (`ViTCLSModel`).
+            classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
 
     Raises:

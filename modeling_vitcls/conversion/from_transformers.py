@@ -65,7 +65,7 @@ def convert_from_transformers(
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier (`ViTCLSModel`).
+            classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier. The classifier reads the pooled output of the source. If the
             source has no pooler, the classifier reads the CLS token or, without CLS tokens, the mean of the patches.
 

@@ -165,7 +165,8 @@ def measure_difference(
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
-    """Build a smooth image with an edge. For odd sizes, most center crops start at half pixels."""
+    """Build a smooth image with one edge. With an odd height or width, center crops can have half-pixel offsets, which
+    make differences in rounding visible."""
     y, x = np.mgrid[0:height, 0:width] / 60.0
     channels = [127 + 100 * np.sin(x * frequency + y) + 25 * (x > y) for frequency in (1.0, 2.0, 3.0)]
     return PIL.Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))

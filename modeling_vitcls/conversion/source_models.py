@@ -99,10 +99,10 @@ class TimmSource:
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs "sequence" and "logits" or "pooled" for images [B, C, H, W].
+        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
 
-        For images of non-native size, `set_input_size` is called on a copy of the model, which computes the outputs.
-        timm may raise any type of error if the model does not support the image size.
+        For other image sizes than the model's own, the outputs are computed by a copy of the model after
+        `set_input_size`. timm may raise any exception if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))

@@ -94,8 +94,8 @@ class Rule:
 
     pattern: str  # parameter name in the other project, with placeholders in braces
     targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
-    # Function that returns one tensor per target. A tensor without elements is skipped, for example the position
-    # embeddings of a token group that the model does not have.
+    # Function that returns one tensor per target. Empty tensors are skipped, for example the position embeddings of a
+    # token group that the model does not have.
     transform: Transform = lambda tensor, config: [tensor]
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
@@ -185,8 +185,8 @@ def build_model(
     Args:
         encoder: Weights of `ViTCLSModel`.
         head: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no classifier.
-        classifier: "keep", "new" or "drop" (`ViTCLSModel`). "keep" creates a new classifier if the source has no
-            classifier and `num_labels` is set.
+        classifier: "keep", "new" or "drop", which returns a `ViTCLSModel`. "keep" creates a new classifier if the
+            source has no classifier and `num_labels` is set.
         num_labels: Number of labels of a new classifier.
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 

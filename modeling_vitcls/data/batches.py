@@ -86,7 +86,7 @@ def collate_labels(labels: list[Any]) -> Any:
 
 
 class TrainingImages:
-    """Augmented training images, in batches that are indexed by lists of (epoch, index).
+    """Dataset of augmented training images. An item is a batch, indexed by a list of (epoch, image index) pairs.
 
     An unreadable image is replaced by the readable image with the next index.
     """
@@ -230,7 +230,7 @@ def wait_for_parent_signal() -> None:
 
 
 class Normalizer:
-    """Converter from pixels with values from 0 to 255 to the `pixel_values` of an image processor."""
+    """Rescaling and normalization of pixels in [0, 255] with the settings of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
         factor = processor.rescale_factor if processor.do_rescale else 1.0

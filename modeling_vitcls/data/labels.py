@@ -141,8 +141,8 @@ class LabelReader:
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row, in the format of the label kind; a missing single label is -100. Raise
-        ValueError if a value is not one of the classes."""
+        """Return the label of one row, in the format of the label kind; -100 if the label of a single-label dataset
+        is missing. Raise ValueError if a value is not one of the classes."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
@@ -221,7 +221,7 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
     if separator is None:
         return [value]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a column of text")
+        raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a text column")
     return [label.strip() for label in (value or "").split(separator) if label.strip()]
 
 

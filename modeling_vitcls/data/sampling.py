@@ -82,7 +82,7 @@ class ShuffledOrder:
         self.get_epoch = lru_cache(maxsize=2)(self.compute_epoch)  # a batch may span two epochs
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the number of earlier uses and the image index at each position of an epoch, in shuffled order."""
+        """Return the (number of earlier uses, image index) arrays of an epoch in shuffled order."""
         return np.full(self.num_images, epoch), self.get_permutation(epoch)
 
     def get_permutation(self, epoch: int) -> np.ndarray:
@@ -104,8 +104,7 @@ class BalancedOrder(ShuffledOrder):
         self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the number of earlier uses and the image index at each position of an epoch, in an order that is
-        balanced over the classes and shuffled."""
+        """Return the (number of earlier uses, image index) arrays of an epoch in a shuffled, class-balanced order."""
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.indices_by_class):

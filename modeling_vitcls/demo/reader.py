@@ -265,7 +265,7 @@ class DemoModel:
                     else f"{task}: {config.task_labels()[task][best_index]}"
                 )
                 attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
-        rows = trace.compute_rows()[0].float().cpu()
+        rows = trace.compute_token_attention()[0].float().cpu()
         return {
             "predictions": predictions,
             "rows": rows,

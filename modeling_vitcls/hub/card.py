@@ -221,7 +221,7 @@ def get_license(
 
 
 def describe_purpose(config: ViTCLSConfig) -> str:
-    """Return the purpose of a classifier, as a phrase that follows the number of parameters in the card."""
+    """Return the purpose of a classifier as a phrase, such as "for image classification with 10 classes"."""
     if config.tasks:
         tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
         return f"for multi-task image classification: {', '.join(tasks)}"

@@ -1,4 +1,4 @@
-"""Find or download the files of a model with short timeouts, and return the folder of these files.
+"""Find the files of a model locally or download them with short timeouts, and return their folder.
 
     folder = get_model_folder("runs/mine")              # a folder is returned unchanged
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond

@@ -47,7 +47,7 @@ LICENSE_LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-lib
 
 @dataclass(frozen=True)
 class Provenance:
-    """The name, base model and license of the model that another model is derived from."""
+    """Name, base model and license of a source model, for the card of a derived model."""
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local folder
     base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown

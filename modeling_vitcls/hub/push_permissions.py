@@ -50,7 +50,7 @@ def check_push_permissions(
             "letters, digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
-    repo_exists = check_existing_repo(full_id, private, repo_type)
+    repo_exists = is_existing_repo(full_id, private, repo_type)
     check_token(full_id, account, repo_exists)
     return full_id
 
@@ -94,7 +94,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         )
 
 
-def check_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
+def is_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
     """Return whether the repository exists. Raise ValueError if the repository is public but has to be private."""
     try:
         with set_hub_timeout(TIMEOUT):

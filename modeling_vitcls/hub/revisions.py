@@ -83,8 +83,8 @@ def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
     """Return the newest commit of the repository with the model's code; None if the code is in the model's own
     repository.
 
-    `folder` contains the model's files. Raises ValueError if the code is in several repositories, and
-    raises the errors of `resolve_commit`.
+    `folder` contains the model's files. Raise ValueError if the code is in several repositories. Errors of
+    `resolve_commit` are propagated.
     """
     try:
         repo_id = find_code_repository(folder, model.repo_id)

@@ -20,7 +20,7 @@ from .space import PACKAGE_FOLDER, PublishedModel, build_space_card
 MODEL_FOLDER = "model"
 LIBRARY_FOLDER = "transformers.js"
 TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
-LIBRARY_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
+TRANSFORMERS_JS_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
 # Files in the node_modules folder that the page loads.
 LIBRARY_FILES = (
     "@huggingface/transformers/dist/transformers.min.js",
@@ -58,7 +58,7 @@ def build_static_space_files(
         for file in sorted(exported_folder.rglob("*"))
         if file.is_file()
     }
-    library_url = LIBRARY_URL
+    library_url = TRANSFORMERS_JS_URL
     if node_modules is not None:
         library_url = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
         for name in LIBRARY_FILES:

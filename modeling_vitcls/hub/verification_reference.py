@@ -24,7 +24,7 @@ from ..modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from .verification_script import FLOAT32_OPTIONS, PROCESSOR_CONFIG
+from .verification_script import FLOAT32_OPTIONS, PROCESSOR_CONFIG_FILE
 
 
 # Auto class -> model classes; the first class is used unless config.json names another class.
@@ -62,7 +62,7 @@ class PackageLoader:
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
-        return (self.folder / PROCESSOR_CONFIG).is_file()
+        return (self.folder / PROCESSOR_CONFIG_FILE).is_file()
 
     def load_processor(self, backend: str) -> Any:
         """Load the image processor for a backend, `torchvision` or `pil`."""

@@ -37,7 +37,7 @@ AUTO_CLASSES = {
     "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "ViTCLSBackbone": "AutoBackbone",
 }
-PROCESSOR_CONFIG = "preprocessor_config.json"
+PROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 FLOAT32_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
 BATCH_SIZE = 2
 SEED = 0
@@ -109,7 +109,7 @@ class HubLoader:
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
         file = transformers.utils.cached_file(
-            self.repo_id, PROCESSOR_CONFIG, revision=self.revision, _raise_exceptions_for_missing_entries=False
+            self.repo_id, PROCESSOR_CONFIG_FILE, revision=self.revision, _raise_exceptions_for_missing_entries=False
         )
         return file is not None
 

@@ -45,7 +45,7 @@ class HeldOutBatch:
 
 
 @dataclass
-class HeldOutImages(Dataset):
+class HeldOutBatches(Dataset):
     """A dataset whose items are the batches of one process."""
 
     source: LabeledImages
@@ -132,7 +132,7 @@ class Evaluator:
         self.unreadable_images = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
-        own_images = HeldOutImages(
+        own_batches = HeldOutBatches(
             images,
             processor,
             label_space,
@@ -141,7 +141,7 @@ class Evaluator:
             accelerator.num_processes,
             num_channels,
         )
-        self.batches = CachedBatches(own_images, num_workers)
+        self.batches = CachedBatches(own_batches, num_workers)
 
     @torch.no_grad()
     def __call__(
@@ -245,9 +245,9 @@ class ReconstructionEvaluator(Evaluator):
 class CachedBatches:
     """An iterable over the batches of a process, which are cached during the first pass if they fit in the cache."""
 
-    def __init__(self, images: HeldOutImages, num_workers: int) -> None:
+    def __init__(self, batches: HeldOutBatches, num_workers: int) -> None:
         self.loader = DataLoader(
-            images,
+            batches,
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,

@@ -137,10 +137,10 @@ def measure_accuracies(
     For `knn` and `logreg`, the interval is the Wilson interval over the held-out images. Few-shot classifiers are
     fitted to `num_repeats` random selections of images; the interval is the confidence interval of the mean accuracy.
     """
-    _, _, num_per_class = kind.partition(":")
+    _, _, num_images_per_class = kind.partition(":")
     selections = [np.arange(len(training_features.labels))]
-    if num_per_class:
-        selections = select_few_shot_images(training_features.labels, int(num_per_class), num_repeats, seed)
+    if num_images_per_class:
+        selections = select_few_shot_images(training_features.labels, int(num_images_per_class), num_repeats, seed)
     num_images = len(held_out_features.labels)
     rows = []
     for (layer, token), vectors in training_features.vectors.items():
@@ -149,7 +149,7 @@ def measure_accuracies(
             classifier = build_classifier(kind, len(indices)).fit(vectors[indices], training_features.labels[indices])
             predictions = classifier.predict(held_out_features.vectors[layer, token])
             correct_counts.append(int((predictions == held_out_features.labels).sum()))
-        if num_per_class:
+        if num_images_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
             interval = compute_wilson_interval(correct_counts[0], num_images, CONFIDENCE_LEVEL)
@@ -158,22 +158,24 @@ def measure_accuracies(
     return rows
 
 
-def select_few_shot_images(labels: np.ndarray, num_per_class: int, num_repeats: int, seed: int) -> list[np.ndarray]:
-    """Return one array per repeat: the sorted indices of `num_per_class` random images of each class.
+def select_few_shot_images(
+    labels: np.ndarray, num_images_per_class: int, num_repeats: int, seed: int
+) -> list[np.ndarray]:
+    """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class.
 
-    Raises ValueError if a class has fewer than `num_per_class` images.
+    Raises ValueError if a class has fewer than `num_images_per_class` images.
     """
     names, counts = np.unique(labels, return_counts=True)
-    if counts.min() < num_per_class:
+    if counts.min() < num_images_per_class:
         raise ValueError(
-            f"--frozen few-shot:{num_per_class} requires {num_per_class} training images of each class, but "
-            f"{str(names[counts.argmin()])!r} has {counts.min()}. Set --frozen few-shot:{counts.min()}"
+            f"--frozen few-shot:{num_images_per_class} requires {num_images_per_class} training images of each class, "
+            f"but {str(names[counts.argmin()])!r} has {counts.min()}. Set --frozen few-shot:{counts.min()}"
         )
     selections = []
     for repeat in range(num_repeats):
         generator = np.random.default_rng([seed, repeat])
         class_indices = [
-            generator.choice(np.flatnonzero(labels == name), num_per_class, replace=False) for name in names
+            generator.choice(np.flatnonzero(labels == name), num_images_per_class, replace=False) for name in names
         ]
         selections.append(np.sort(np.concatenate(class_indices)))
     return selections

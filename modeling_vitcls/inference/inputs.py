@@ -71,7 +71,7 @@ class ListInput:
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these index ranges."""
+        """Yield the images in the index ranges."""
         for indices in ranges:
             for index in indices:
                 yield ImageRecord(index, self.names[index], self.contents[index])
@@ -156,7 +156,7 @@ class DatasetInput:
         return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these index ranges."""
+        """Yield the images in the index ranges."""
         for indices in ranges:
             for start in range(indices.start, indices.stop, NUM_ROWS_AT_ONCE):
                 values = self.dataset[start : min(start + NUM_ROWS_AT_ONCE, indices.stop)][self.column.name]
@@ -178,7 +178,7 @@ class StreamInput:
         return self.settings
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images of these index ranges. Set `num_images` if the stream ends before the end of a range."""
+        """Yield the images in the index ranges. Set `num_images` if the stream ends before the end of a range."""
         examples = iter(self.dataset)
         index = 0
         for indices in ranges:

@@ -66,7 +66,8 @@ class Utilization:
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
     peak: float | None = None  # largest measured total FLOP/s of all processes; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
-    measure: Callable[[], float] | None = field(default=None, repr=False)  # measures `peak` on all processes together
+    # Function that measures `peak` on all processes at the same time.
+    measure: Callable[[], float] | None = field(default=None, repr=False)
     executed_flops: float = 0.0  # FLOPs of all training steps
     available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
     seconds: float = 0.0  # total duration in seconds of the steps in this process
@@ -93,7 +94,7 @@ class Utilization:
             self.peak = max(self.peak, self.measure())
             self.num_measurements += 1
             self.flops_since_measurement = 0.0
-        return {"utilisation": compute_fraction(flops, seconds * self.peak)}
+        return {"utilisation": compute_utilization(flops, seconds * self.peak)}
 
     def get_state(self) -> dict[str, float]:
         """Return the values to store in a checkpoint."""
@@ -109,14 +110,14 @@ class Utilization:
         if self.peak is None or not self.available_flops:
             return None
         return {
-            "of_training_steps": compute_fraction(self.executed_flops, self.available_flops),
+            "of_training_steps": compute_utilization(self.executed_flops, self.available_flops),
             "training_flops_per_image": round(self.flops_per_image),
             "gemm_peak_flops_per_second": float(f"{self.peak:.4g}"),
             "gemm_dtype": self.dtype,
         }
 
 
-def compute_fraction(executed_flops: float, available_flops: float) -> float | None:
+def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
     """Return `executed_flops / available_flops`, or None if the fraction is above 1, because the measured peak is then
     too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
@@ -193,8 +194,8 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
 
     Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
-    the heads' input is not computed. This gradient is still counted if the pooler has weights (1 % of the FLOPs of a
-    ViT-S).
+    the heads' input is not computed. The count still includes this gradient if the pooler has weights (1 % of the
+    FLOPs of a ViT-S).
     """
     encoder: Any = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, None)

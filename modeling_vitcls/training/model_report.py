@@ -172,8 +172,8 @@ def can_show_samples(
     """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
     published in a public repository. `repo_id` is the repository to push to; None if the model is not pushed."""
     run, dataset = options.run, options.data.dataset
-    publishes_local_images = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
-    if not publishes_local_images or run.hub_private or is_private(str(repo_id)):
+    requires_consent = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
+    if not requires_consent or run.hub_private or is_private(str(repo_id)):
         return True
     warn(
         f"the card contains no held-out images, because {dataset} is local and {repo_id} is not known to be "

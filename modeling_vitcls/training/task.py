@@ -311,7 +311,7 @@ def collect_results(task: Task) -> dict[str, Any]:
 
 
 def format_metrics(metrics: Metrics, *names: str) -> str:
-    """Format the metrics with these names as one line of text. Missing metrics are omitted."""
+    """Format the metrics in `names` as one line of text. Missing metrics are omitted."""
     return ", ".join(format_metric(name, metrics[name]) for name in names if name in metrics)
 
 

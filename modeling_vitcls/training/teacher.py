@@ -82,7 +82,7 @@ class Teacher(nn.Module):
         # Indices of the student's labels in the teacher's logits; None if the labels and their order are the same.
         self.label_indices = label_indices
         self.description = description  # name and size of the teacher
-        self.note = note  # text about the mapping of labels; empty if the labels are the same
+        self.note = note  # note on the label mapping; empty if the labels are the same
         self.eval()
 
     @torch.no_grad()

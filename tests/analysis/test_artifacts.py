@@ -75,8 +75,8 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     earlier = diagnose_patches(model.config, replace_ratios(findings, {3: 0.02}))
     assert earlier.word == "no artifacts"
     assert (
-        "The largest second mode in earlier layers contains 2.00% of the patches (after layer 3); the last layers that"
-        " are read have no second mode." in earlier.reason
+        "The largest second mode in earlier layers contains 2.00% of the patches (after layer 3); the patch norms"
+        " have no second mode in the last layers whose output is used." in earlier.reason
     )
     through = diagnose_patches(model.config, replace_ratios(findings, dict.fromkeys(range(3, 10), 0.02)))
     assert (through.word, through.rating, through.layer) == ("artifacts", "bad", 7)

@@ -708,7 +708,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     assert {verdict.word for verdict in found.verdicts} == {"not judged"}  # of three images
     with open_page(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
-        assert "cosine change, cls" in page.locator("#effects thead").inner_text()
+        assert "cosine distance, cls" in page.locator("#effects thead").inner_text()
         assert page.locator(".read").count() == 0
         assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # only the input image
 

@@ -366,7 +366,7 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
 
 
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "photographs", num_per_class=2)
+    folder = write_photographs(tmp_path / "photographs", num_images_per_class=2)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jpg")) == [
         "china/000.jpg",
         "china/001.jpg",

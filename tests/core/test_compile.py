@@ -37,7 +37,7 @@ def build_model(model_class: Any, fields: dict[str, Any], has_kernels: bool) -> 
 
 
 def assert_one_graph(model: Any, **kwargs: Any) -> None:
-    """Check that there is no graph break, in inference and in training mode."""
+    """Check that there is no graph break, during inference and in training mode."""
     for is_training in (False, True):
         model.train(is_training)
         with torch.set_grad_enabled(is_training):

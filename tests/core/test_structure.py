@@ -31,7 +31,7 @@ ORDER = (
     ("modeling",),
 )
 
-# Prints the shipped files whose code a forward pass executes, in inference and in a training step.
+# Prints the shipped files whose code a forward pass executes, during inference and in a training step.
 FORWARD_PASS = """
 import json, sys
 from pathlib import Path

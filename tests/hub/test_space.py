@@ -634,7 +634,7 @@ def test_the_pushed_space_runs_without_this_package(
     assert model.code is not None and model.code.commit == code
     flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
     assert run_in_process("push_space.py", *flags) == 0
-    assert capsys.readouterr().out == f"pushed ann/mine at {model.commit} as {hub.url}/spaces/ann/try-mine\n"
+    assert capsys.readouterr().out == f"pushed a Space for ann/mine at {model.commit}: {hub.url}/spaces/ann/try-mine\n"
     assert (
         f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
     )

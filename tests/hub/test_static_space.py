@@ -26,7 +26,7 @@ from modeling_vitcls.export.transformers_js import export_for_transformers_js
 from modeling_vitcls.hub.publish import PushFailed, push_folder
 from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.space import PublishedModel, push_space, write_space
-from modeling_vitcls.hub.static_space import LIBRARY_FILES, LIBRARY_URL, build_static_space_files
+from modeling_vitcls.hub.static_space import LIBRARY_FILES, TRANSFORMERS_JS_URL, build_static_space_files
 
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
@@ -152,7 +152,7 @@ def test_the_files_of_the_space(exported: Path, tmp_path: Path) -> None:
     files = build_static_space_files(MODEL, exported, "Digits & more")
     assert {"index.html", "app.js", "README.md", "model/config.json", "model/onnx/model.onnx"} <= set(files)
     page = files["index.html"]
-    assert isinstance(page, bytes) and f'"transformers.js": "{LIBRARY_URL}"' in page.decode()
+    assert isinstance(page, bytes) and f'"transformers.js": "{TRANSFORMERS_JS_URL}"' in page.decode()
     assert "<h1>Digits &amp; more</h1>" in page.decode()
     card = files["README.md"]
     assert isinstance(card, bytes)

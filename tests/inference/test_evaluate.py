@@ -44,7 +44,7 @@ from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
-from modeling_vitcls.inference.evaluator import HeldOutImages
+from modeling_vitcls.inference.evaluator import HeldOutBatches
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
@@ -279,7 +279,7 @@ def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int
     numbered = LabeledImages(pictures.images, range(num_images))
     processor = ViTCLSImageProcessor(size=16)
     shares = [
-        HeldOutImages(numbered, processor, SPACES["single"], batch_size, process, num_processes)
+        HeldOutBatches(numbered, processor, SPACES["single"], batch_size, process, num_processes)
         for process in range(num_processes)
     ]
     # sharded models require equal numbers of batches on all processes
@@ -347,7 +347,7 @@ def test_color_images_are_unreadable_for_a_gray_model() -> None:
         encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
     pictures = LabeledImages(EncodedImages(encoded), [0, 1, 2, 3])
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    batch = HeldOutImages(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    batch = HeldOutBatches(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
     assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
     assert batch.labels.tolist() == [0, 3]
     assert batch.error_messages == {

@@ -210,7 +210,7 @@ def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nepocs: 3\n", encoding="utf-8")
     ran = run_script("finetune.py", "--config", recipe, "--output-dir", tmp_path)
     assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1] == f"error: {recipe}, line 3: there is no flag epocs: use epochs"
+    assert ran.stderr.splitlines()[-1] == f"error: {recipe}, line 3: unknown flag epocs; use epochs"
 
 
 def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, 
         parse(FinetuneOptions, [flag, "0.1", "--dataset", "digits"])
     assert ended.value.code == 2
     name = flag.partition("=")[0].replace("_", "-")
-    assert capsys.readouterr().err == f"error: there is no flag {name}: use {words}\n"
+    assert capsys.readouterr().err == f"error: unknown flag {name}; use {words}\n"
 
 
 def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
