@@ -362,8 +362,8 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     for record in records:
-        row |= flatten_numbers(record, "last")
-    return row | (flatten_numbers(records[0], "first") if records else {})
+        row = flatten_numbers(record, "first") | row | flatten_numbers(record, "last")
+    return row
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:

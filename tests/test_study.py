@@ -138,6 +138,7 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         "first.loss": 2.5,
         "first.entropy.0": 1.0,
         "first.entropy.1": 2.0,
+        "first.accuracy": 0.5,
         "last.loss": 1.5,
         "last.entropy.0": 3.0,
         "last.entropy.1": 4.0,
