@@ -179,7 +179,7 @@ def test_the_command_pushes_a_static_space(
     push_folder(classifier, "ann/mine")
     flags = ["--model", "ann/mine", "--static", "--node-modules", tmp_path]
     assert run_in_process("push_space.py", *flags) == 0
-    assert "as " + hub.url in capsys.readouterr().out
+    assert f": {hub.url}/spaces/ann/mine-demo" in capsys.readouterr().out
     pushed = set(hub.files("spaces/ann/mine-demo"))
     assert {"index.html", "app.js", "model/onnx/model.onnx", "transformers.js/transformers.min.js"} <= pushed
 
