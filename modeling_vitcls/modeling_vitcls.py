@@ -223,8 +223,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
 
-        Only matrix products and convolutions are counted; a multiply-add counts as two. In the last layer, only the
-        computed tokens are counted. `image_size` is in pixels and defaults to `config.image_size`.
+        The count includes matrix products and convolutions; a multiply-add counts as two. The count of the last layer
+        includes only the computed tokens. `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)

@@ -108,6 +108,9 @@ class ModelOptions:
     """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
     narrow models learn slowly with the usual value of 0.02."""
 
+    def __post_init__(self) -> None:
+        parse_cls_scopes(self.cls_scopes or ())  # raises ValueError
+
     def get_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that these options set."""
         values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}

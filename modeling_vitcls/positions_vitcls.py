@@ -132,7 +132,7 @@ def resample_positions(
     if config.position_interpolation == "crop":
         # Resample to a square with the length of the longer side, and crop the top left (RADIO, arXiv 2312.06709).
         longer_side = max(new_grid_size)
-        square = nn.functional.interpolate(maps, size=(longer_side,) * 2, mode="bilinear", align_corners=False)
+        square = nn.functional.interpolate(maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
         maps = square.index_select(2, rows).index_select(3, columns)  # slices would make exported shapes static
     else:

@@ -361,9 +361,12 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    first_values: dict[str, Any] = {}
+    last_values: dict[str, Any] = {}
     for record in records:
-        row = flatten_numbers(record, "first") | row | flatten_numbers(record, "last")
-    return row
+        first_values = record | first_values
+        last_values |= record
+    return row | flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:

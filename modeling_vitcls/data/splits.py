@@ -10,7 +10,7 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
     name_set_sha256      the sorted names, to distinguish a new order from other images
     labels_sha256        the labels in order
     contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
-Only these samples are read, so the fingerprint of a large dataset takes little time. The samples detect a
+The fingerprint of a large dataset is computed quickly, because no other image files are read. The samples detect a
 change in the contents of many images whose names are unchanged, for example if the names of two class folders were
 swapped.
 """

@@ -85,8 +85,8 @@ def serve_demo(
         source: a folder or a Hub id.
         revision: commit hash, branch or tag.
         examples: example image files.
-        host: host name to listen on. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
-        port: port to listen on. Default: GRADIO_SERVER_PORT, or the first free port, starting at 7860.
+        host: host name of the server. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
+        port: port of the server. Default: GRADIO_SERVER_PORT, or the first free port, starting at 7860.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:

@@ -10,5 +10,5 @@
     outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress
     predict.py          the program `vitcls predict`
 
-None of these files is pushed to the Hub.
+These files are not pushed to the Hub.
 """

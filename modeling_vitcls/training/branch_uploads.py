@@ -3,7 +3,7 @@
     upload is due -> all processes gather the weights -> the main process writes a model folder and continues training
                                                       -> a background thread pushes the folder
 
-Only one upload runs at a time: an upload that is due while another upload runs is skipped. Errors are printed as
+At most one upload runs at a time: an upload that is due while another upload runs is skipped. Errors are printed as
 warnings and do not end the run. The pushed models contain the evaluated weights (the averaged weights if EMA is used)
 and are loaded like the final model. With `--hub-push-optimizer`, the branch also contains the state for `--resume`.
 """

@@ -53,9 +53,10 @@ def gather_state(
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the full tensors of the training state, and the remaining values of the state as JSON types.
 
-    Only the main process receives tensors. All processes must call this function together. With a single process on
-    the CPU, the returned tensors are not copies, so write the tensors before training continues. `shadow` contains the
-    EMA weights in the order of the trainable parameters. Raise ValueError if checkpoints are not supported.
+    The tensors are returned only on the main process. All processes must call this function together. With a single
+    process on the CPU, the returned tensors are not copies, so write the tensors before training continues. `shadow`
+    contains the EMA weights in the order of the trainable parameters. Raise ValueError if checkpoints are
+    unsupported.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
