@@ -121,8 +121,8 @@ class ModelOptions:
 
 
 def parse_cls_scopes(texts: Sequence[str]) -> list[str | list[int]]:
-    """Return the scope of each CLS token as in `ViTCLSConfig.cls_scopes`: "image" or [rows, columns, row, column].
-    Raise ValueError if a text is not `image` or a grid such as `2x2`."""
+    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`: one scope per CLS token, "image" or
+    [rows, columns, row, column]. Raise ValueError if a value is not `image` or a grid such as `2x2`."""
     scopes: list[str | list[int]] = []
     for text in texts:
         if text == "image":
@@ -132,7 +132,7 @@ def parse_cls_scopes(texts: Sequence[str]) -> list[str | list[int]]:
             scopes += [[rows, columns, row, column] for row in range(rows) for column in range(columns)]
         else:
             raise ValueError(
-                f"--cls-scopes {text!r} is neither `image` nor ROWSxCOLUMNS. Example: --cls-scopes image 2x2"
+                f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {text!r}. Example: --cls-scopes image 2x2"
             )
     return scopes
 

@@ -111,7 +111,7 @@ def load_study(file: Path) -> Study:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {file}: {format_error(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} does not contain `key: value` lines. A study requires {', '.join(REQUIRED_KEYS)}")
+        raise ValueError(f"{file} is not a YAML mapping. A study file requires the keys {', '.join(REQUIRED_KEYS)}")
     if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
         raise ValueError(f"{file} has no value for {', '.join(missing_keys)}. Set all required keys")
     if unknown_keys := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
@@ -150,7 +150,7 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A run that has started, with the process of the current stage and the remaining stages."""
+    """A running run: the process of the current stage and the remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
@@ -324,17 +324,22 @@ class StudyRunner:
 
 
 def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
-    """Return images with a new label column, which contains the group of each image's label. Raise ValueError if
-    a label belongs to no group, or if the column `label` has no class names."""
+    """Add a label column that contains the group of each image's label, and return the dataset. Raise ValueError if a
+    label belongs to no group, or if the column `label` has no class names."""
     from datasets import ClassLabel
 
     feature = images.features.get("label")
     if not isinstance(feature, ClassLabel):
-        raise ValueError("the groups of a subset require a column `label` with class names")
+        raise ValueError(
+            "`groups` requires a column `label` with class names. Remove `groups`, or set another dataset"
+        )
     group_names = list(groups)
     indices = {label: index for index, name in enumerate(group_names) for label in groups[name]}
     if missing := [label for label in feature.names if label not in indices]:
-        raise ValueError(f"the groups of the column {column} do not contain the labels {', '.join(missing)}")
+        raise ValueError(
+            f"the groups of the column {column} do not contain the labels {', '.join(missing)}. "
+            "Add each label to a group"
+        )
     values = [indices[feature.names[label]] for label in images["label"]]
     return images.add_column(column, values).cast_column(column, ClassLabel(names=group_names))
 
@@ -345,10 +350,10 @@ def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequen
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: factor levels, seed, status and the numbers in the results.
 
-    The names of the numbers start with the stage, such as `inspect.patches.outliers`, except for the stage `finetune`.
-    The prefixes `first.` and `last.` mark the first and the last value in the training log, such as `first.loss` and
-    `last.cls_attention_entropy.0`. If a run has one label column, its accuracy and loss are repeated as
-    `COLUMN_accuracy` and `COLUMN_loss`, as in runs with several label columns.
+    The names of the numbers start with the stage, such as `inspect.findings.outliers.3`, except for the stage
+    `finetune`. The prefixes `first.` and `last.` mark the first and the last value in the training log, such as
+    `first.loss` and `last.cls_attention_entropy.0`. If a run has one label column, its accuracy and loss are repeated
+    as `COLUMN_accuracy` and `COLUMN_loss`, as in runs with several label columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
@@ -426,7 +431,7 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
         f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
         f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
         f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
-        "Differences are paired by seed. Each test image is used once per finished run.\n\n"
+        "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )

@@ -5,14 +5,14 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Train a small CLIP-style dual encoder, a ViT and a BERT, on captions that contain the class of each image.
+"""Train a small CLIP-style dual encoder (ViT and BERT) on captions that contain the class of each image.
 
     python scripts/train_dual_encoder.py --dataset digits --folder runs/dual
     python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
 
-The model has no classifier. It compares the CLS token of the ViT with the CLS token of the BERT: an image is
-classified by its most similar caption, one caption per class. The caption for evaluation does not occur in training,
-but all its words do.
+The model has no classifier. It compares the CLS token of the ViT with the CLS token of the BERT. In the evaluation,
+each class has one caption, and the predicted class of an image is the class of the most similar caption. The caption
+of the evaluation is not used in training, but its words are.
 """
 
 from pathlib import Path
@@ -59,8 +59,8 @@ def train_dual_encoder(
     flip: bool = False,
     seed: int = 0,
 ) -> float:
-    """Train a ViT and a BERT together from random weights, save both with image processor and tokenizer, and return
-    the fraction of held-out images whose most similar caption names their class.
+    """Train a ViT and a BERT together from random weights. Save both with image processor and tokenizer. Return the
+    accuracy: the fraction of held-out images for which the caption of the correct class is the most similar caption.
 
     Args:
         dataset: Labeled images, as for `vitcls finetune`.
@@ -87,8 +87,8 @@ def train_dual_encoder(
         return image_processor(images, return_tensors="pt")["pixel_values"], torch.tensor(split.labels)
 
     captions = [[caption.format(name) for name in class_names] for caption in TRAINING_CAPTIONS]
-    tokens = [tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt") for texts in captions]
-    train(model, *preprocess(data.train), [dict(each) for each in tokens], epochs, flip)
+    encodings = [tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt") for texts in captions]
+    train(model, *preprocess(data.train), [dict(encoding) for encoding in encodings], epochs, flip)
     accuracy = evaluate(model, *preprocess(data.held_out), processor, class_names)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -115,8 +115,9 @@ def train(
     epochs: int,
     flip: bool,
 ) -> None:
-    """Train with the contrastive loss of CLIP (Radford et al. 2021, section 2.3), in both directions. All captions of
-    the class of an image are its positives (Yang et al. 2022, "UniCL"), because a batch contains each class often.
+    """Train with the contrastive loss of CLIP in both directions (Radford et al. 2021, section 2.3). A batch contains
+    several images of each class, so all captions of the class of an image are positives, as in UniCL (Yang et al.
+    2022).
 
     Args:
         pixel_values: [images, 3, H, W].
@@ -154,7 +155,7 @@ def evaluate(
     processor: VisionTextDualEncoderProcessor,
     class_names: list[str],
 ) -> float:
-    """Return the fraction of images whose most similar caption names their class."""
+    """Return the accuracy: the fraction of images for which the caption of the correct class is the most similar."""
     model.eval()
     texts = [EVALUATION_CAPTION.format(name) for name in class_names]
     tokens = processor(text=texts, padding="max_length", max_length=8, return_tensors="pt")

@@ -114,7 +114,7 @@ def test_a_subset_gets_label_groups() -> None:
     assert grouped["label"] == images["label"]
     with pytest.raises(ValueError, match="do not contain the labels dog, ship"):
         add_label_groups(images, "kind", {"animal": ["cat"]})
-    with pytest.raises(ValueError, match="require a column `label` with class names"):
+    with pytest.raises(ValueError, match="requires a column `label` with class names"):
         add_label_groups(Dataset.from_dict({"label": [0]}), "kind", {"animal": ["cat"]})
 
 

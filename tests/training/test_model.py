@@ -38,7 +38,7 @@ def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
     assert model.config.num_cls_tokens == 3
     assert model.config.cls_scopes == ["image", [1, 2, 0, 0], [1, 2, 0, 1]]
     for text in ("2", "0x2", "2 x 2", "left"):
-        with pytest.raises(ValueError, match=f"--cls-scopes '{text}' is neither `image` nor ROWSxCOLUMNS"):
+        with pytest.raises(ValueError, match=f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got '{text}'"):
             replace(options, cls_scopes=(text,))
 
 
