@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalized difference between the outputs of the two maps, [B, n, heads, head_dim]."""
+        """Return the normalized difference [B, n, heads, head_dim] between the two maps' outputs, and the weights."""
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.second_share * second_output), weights
@@ -128,8 +128,8 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    The register receives the patch activation of largest magnitude, and the patch activations are set to zero. Other
-    special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
+    For each neuron, the register receives the patch activation of largest magnitude, and all patch activations are set
+    to 0. Other special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
     def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
@@ -139,7 +139,7 @@ class RegisterNeurons(nn.Module):
         self.register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return a copy of the activations [B, N, intermediate] with the activations of the selected neurons moved."""
+        """Return a copy of the activations [B, N, intermediate] in which activations of selected neurons are moved."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         edited_activations = activations.clone()
@@ -183,8 +183,8 @@ class PatchDropout(nn.Module):
         indices = torch.cat([special_indices, kept_indices + self.num_special], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
-            map_layers(mask, lambda each: select_mask(each, indices)),
-            map_layers(position_embeddings, lambda each: select_position_embeddings(each, kept_indices)),
+            map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
+            map_layers(position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)),
         )
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
@@ -297,15 +297,15 @@ class MergedGroups:
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge the tokens at the distinct indices `sources` [B, r] into tokens at other indices, `targets` [B, r].
+        """Merge tokens at distinct indices `sources` [B, r] into the tokens at `targets` [B, r], which are not sources.
 
         Returns:
-            The tokens [B, T - r, D] as averages over the members of the new groups, and the new groups.
+            The averages [B, T - r, D] over the members of the new groups, and the new groups.
         """
         num_remaining = tokens.shape[1] - sources.shape[1]
         is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
         new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
-        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get the index of the target
+        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
         kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
@@ -379,7 +379,7 @@ class MergingLayer(ViTCLSLayer):
         groups: MergedGroups,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, MergedGroups]:
-        """Return [B, N or num_tokens, D] and the new groups. Hidden states [B, N, D] must be equal within each group.
+        """Return outputs [B, N or num_tokens, D] and groups. Hidden states [B, N, D] must be equal within each group.
 
         Raises:
             ValueError: if a mask is passed, or if the attention implementation does not support an additive bias.
@@ -398,7 +398,7 @@ class MergingLayer(ViTCLSLayer):
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge pairs of patches with similar keys [B, T, d] in tokens [B, T, D], at most half of the patches."""
+        """Merge up to half of the patches in tokens [B, T, D] into patches with similar keys [B, T, d]."""
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
         if num_pairs == 0:
             return tokens, groups

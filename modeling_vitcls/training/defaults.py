@@ -13,10 +13,10 @@ shift              0.04                       0
 flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
 batch_size         32                         64
 
-Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466), clipped to
-fixed limits. The initializer range lies between the Xavier standard deviations for the attention (1 / sqrt(width)) and
-the MLP (0.63 / sqrt(width)), because narrow models learn slowly with the common value 0.02. Layer decay follows BEiT
-(arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
+Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466) within fixed
+limits. Narrow models learn slowly with the common initializer range of 0.02, so the default range lies between the
+Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)). Layer decay follows
+BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
 The resolved values are printed with their reasons and written to config.resolved.yaml.
 """
@@ -38,19 +38,19 @@ Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on 
 
 # Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
-MAX_SMALL_IMAGE_SIZE = 64  # maximum length in pixels of the longer side of a small image
-MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images of a large dataset
-MIN_INITIALIZER_RANGE = 0.02  # minimum standard deviation of initial weights
+MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
+MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
+MIN_INITIALIZER_RANGE = 0.02  # minimum default standard deviation of initial weights
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """Facts about a run that determine the default values."""
 
-    weights: Weights  # kind of initial weights or of training
+    weights: Weights  # kind of initial weights, or training method
     is_preset: bool  # whether the initial weights are random
     width: int  # hidden size of the model
-    image_size: int  # length in pixels of the longer side of the model's images
+    image_size: int  # length of the longer side of the model's images, in pixels
     num_training_images: int | None  # number of training images; None for a stream
 
     @property
@@ -60,7 +60,7 @@ class RunFacts:
 
     @property
     def has_small_images(self) -> bool:
-        """Whether images are so small that random crops would leave too few pixels."""
+        """Whether the images are so small that random crops would leave too few pixels."""
         return self.image_size <= MAX_SMALL_IMAGE_SIZE
 
     @property
@@ -98,7 +98,7 @@ def choose_epochs(facts: RunFacts) -> float:
     return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
 
 
-# Reasons for default values, as format strings.
+# Reasons for default values, as format strings for a `RunFacts` object.
 WEIGHTS_REASON = "{0.weights}"
 WIDTH_REASON = "{0.weights}, width {0.width}"
 DATASET_REASON = "{0.weights}, {0.dataset_size}"
@@ -126,7 +126,7 @@ DEFAULTS: tuple[Default, ...] = (
 
 
 def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
-    """Return the facts that determine the default values. Only the model's configuration is read. Raise ValueError if
+    """Return the facts that determine the default values. The weights of the model are not read. Raise ValueError if
     the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
     name, config_values = options.model.model, options.model.get_config_values()
     from_scratch = is_preset(name)

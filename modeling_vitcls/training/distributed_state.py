@@ -6,7 +6,7 @@ With DeepSpeed, only weights and gradients are supported.
     on every process, possibly sharded       on the main process
 
 Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
-prefixes of DDP or torch.compile. The state excludes values that are determined by the flags and the step: the
+prefixes that DDP and torch.compile add. The state excludes values that are determined by the flags and the step: the
 optimizer's hyperparameters, and the states of random number generators, which are seeded in each step. checkpoints.py
 writes the tensors to disk.
 
@@ -51,7 +51,7 @@ def get_unsupported_reason(accelerator: Accelerator) -> str | None:
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the full tensors of the training state, and the remaining values of the state as JSON types.
+    """Return the full tensors of the training state, and the other state values in a JSON-serializable dictionary.
 
     The tensors are returned only on the main process. All processes must call this function together. With a single
     process on the CPU, the returned tensors are not copies, so write the tensors before training continues. `shadow`
@@ -87,13 +87,13 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state from `gather_state`. All processes must call this function together. Raise ValueError if the
+    """Load a state returned by `gather_state`. All processes must call this function together. Raise ValueError if the
     checkpoint belongs to another model or optimizer.
 
     Args:
-        checkpoint: the checkpoint on the main process; None on the other processes, to which shards are sent.
+        checkpoint: the checkpoint on the main process; None on the other processes, which receive shards.
         facts: the second return value of `gather_state`, on all processes.
-        shadow: EMA weights to fill in place.
+        shadow: EMA weights, which are overwritten in place.
     """
     scatter_all_weights(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
@@ -238,8 +238,8 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def read_values() -> dict[str, Any]:
-        # Moments, which have the shape of the parameter, are represented by their dtype. Step counts, which are small,
-        # are returned as tensors.
+        # The result is sent to all processes, so each moment, which has the shape of its parameter, is replaced by its
+        # dtype. Step counts, which are small, are sent as tensors.
         values: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])

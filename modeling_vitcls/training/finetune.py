@@ -3,7 +3,7 @@
     full model         trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
     linear probing     heads trained on cached features; the encoder encodes each image once (linear_probe.py)
 
-After the run, the output folder contains
+After the run, the output folder contains:
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
     README.md, pictures/, report.html                                        model card, analysis of the special tokens
     LICENSE*, NOTICE*                                                        license files of the initial model
@@ -292,7 +292,9 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} requires one label per image, but the dataset has {kind} labels. Remove {flag}")
+            raise ValueError(
+                f"{flag} requires one label per image, but the label kind of the dataset is {kind}. Remove {flag}"
+            )
 
 
 def describe_other_split(source: str, data: TrainingData) -> str | None:

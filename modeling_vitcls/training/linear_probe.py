@@ -2,10 +2,10 @@
 
     images -> encoder, once -> inputs of the heads [images, F] -> batches -> heads -> loss
 
-The result is the same as when the heads are trained on a frozen encoder, but each step requires only a few small
-matrix products. Features can be cached if the encoder is frozen, the pooler has no parameters, and the images either
-are not augmented randomly or have a fixed number of augmented views. Otherwise, the frozen encoder runs in eval mode
-in every step (`set_train_mode` in model.py).
+The result is the same as when the heads are trained on top of a frozen encoder, but each step requires only a few
+small matrix products. Features can be cached if the encoder is frozen, the pooler has no parameters, and the images
+either are not augmented randomly or have a fixed number of augmented views. Otherwise, the frozen encoder runs in eval
+mode in every step (`set_train_mode` in model.py).
 
     model                    features
     classifier               [pooled vector | mean of the distillation tokens]
@@ -97,7 +97,7 @@ def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
-    """Return the names of trainable parameters outside the heads. Features can be cached only if the list is empty."""
+    """Return the names of trainable parameters outside the heads. Features can be cached if this list is empty."""
     head_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name
@@ -119,11 +119,11 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Encode the images identified by `keys`, and return one batch on the CPU with `features` [keys, F] instead of
+    """Encode the images identified by `keys`, and return one CPU batch with `features` [num_keys, F] instead of
     `pixels`. Raise ValueError if none of the images can be read.
 
-    Each process encodes a subset of the images in eval mode, and all processes receive the whole batch. `model` is the
-    unwrapped classifier on the device. `normalize` converts pixels on the device to `pixel_values`.
+    The model is in eval mode. Each process encodes a subset of the images, and all processes receive the whole batch.
+    `model` is the unwrapped classifier on the device. `normalize` converts pixels on the device to `pixel_values`.
     """
     was_training = model.training
     model.eval()
@@ -179,7 +179,7 @@ def build_probe_evaluator(evaluator: Evaluator, model: nn.Module) -> Evaluator:
 
 
 def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> HeldOutBatch:
-    """Return a held-out batch with features [images, F] instead of pixel values."""
+    """Return a held-out batch with features [num_images, F] instead of pixel values."""
     num_images, pixel_values = 0, torch.zeros(1, model.config.num_channels, *model.config.image_height_width)
     if batch.pixel_values is not None:
         num_images, pixel_values = len(batch.pixel_values), batch.pixel_values

@@ -46,7 +46,7 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_MIXED_PRECISION",
     "TORCHELASTIC_RUN_ID",
 )  # environment variables set by accelerate and torchrun
-MAX_ECHO_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the copy that a launcher forwards
+MAX_ECHO_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
 
 
 @dataclass
@@ -62,7 +62,7 @@ class TrainingState:
     # Losses of the batches since the last logged step.
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
-    record: Metrics = field(default_factory=dict)  # record of a step that is not evaluated yet, or empty
+    record: Metrics = field(default_factory=dict)  # record of a step that is not evaluated yet; otherwise empty
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
@@ -70,7 +70,7 @@ class TrainingState:
         return None if self.ema is None else self.ema.shadow
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context manager. If EMA is used, the model has the averaged weights inside the context."""
+        """Return a context manager that replaces the model's weights with the averaged weights if EMA is used."""
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
@@ -92,7 +92,7 @@ class Hooks:
 
 
 class Interrupted(Exception):
-    """Error that ends training after a stop signal. A checkpoint is saved first."""
+    """Error that ends training after a stop signal. A checkpoint is saved before the error is raised."""
 
 
 class NonFiniteLoss(Exception):
@@ -123,7 +123,7 @@ class TrainingLoop:
     selection_metric: str  # name of the metric that selects the best checkpoint
     save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
     step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
-    is_best: bool = False  # whether the last evaluation had the best score so far
+    is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
 
@@ -135,9 +135,9 @@ class TrainingLoop:
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation.
 
-        `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. Raise
-        Interrupted after a stop signal, when a checkpoint has been saved. Raise NonFiniteLoss if a loss or gradient is
-        not finite.
+        `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. After
+        a stop signal, save a checkpoint and raise Interrupted. Raise NonFiniteLoss if a loss or gradient is not
+        finite.
         """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.record else {}
@@ -204,14 +204,14 @@ class TrainingLoop:
         return metrics
 
     def run_optimizer_step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
-        """Run one optimizer step over the accumulated batches. Return the record of the step, and the last batch on
-        the device. If `with_health` is set, the record contains metrics of the special tokens."""
+        """Run one optimizer step over the accumulated batches. Return the record of the step, and the last batch,
+        which is on the device. If `with_health` is set, the record contains metrics of the special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         set_learning_rate(state.optimizer, learning_rate)
         step_batches: list[Batch] = []
         losses: list[Losses] = []
-        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # values before the update
+        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
 
         def before_update() -> None:
             if with_health:
@@ -257,8 +257,8 @@ class TrainingLoop:
             all(math.isfinite(batch_losses["loss"]) for batch_losses in losses) and self.num_overflows <= max_overflows
         )
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(is_finite), device=self.accelerator.device)
-            is_finite = bool(self.accelerator.reduce(flag, "sum") == self.accelerator.num_processes)
+            is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
+            is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)
         if not is_finite:
             self.state.optimizer.zero_grad()
             raise NonFiniteLoss(self.state.step, batches)
@@ -298,7 +298,7 @@ def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the score by which evaluations are compared (higher is better). The score is the selection metric, or the
+    """Return the score for comparing evaluations (higher is better). The score is the selection metric, or the
     negated selection metric if the metric is a loss. Return None if the metric is unknown."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
@@ -371,5 +371,5 @@ class SignalHandler:
 
     @property
     def exit_status(self) -> int:
-        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
+        """Exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
         return 128 + self.agreed_signal if self.agreed_signal else 0

@@ -3,7 +3,7 @@
     batch -> inputs of the model and labels -> model -> loss per kind of labels (-> distillation from a teacher)
 
 Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
-accumulated batches is therefore exactly the loss of one large batch.
+accumulated batches is therefore exactly equal to the loss of one large batch.
 
 The loss with a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
@@ -34,8 +34,8 @@ LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from lo
 
 @dataclass(frozen=True)
 class PixelInputs:
-    """Transform that converts pixels [B, C, H, W], from 0 to 255, to normalized model inputs. If `mixer` is set,
-    images and labels are mixed first."""
+    """Transform that converts pixels [B, C, H, W] in [0, 255] to normalized model inputs. If `mixer` is set, images
+    and labels are mixed first."""
 
     normalize: Normalizer
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
@@ -117,7 +117,7 @@ class MultiTaskLoss:
 
 @dataclass(frozen=True)
 class Classification:
-    """Label loss, averaged over the heads. The distillation head is trained on the labels like the CLS head (DeiT,
+    """Label loss, averaged over the heads. Like the CLS head, the distillation head is trained on the labels (DeiT,
     arXiv 2012.12877, table 3, "no distillation")."""
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
@@ -143,7 +143,7 @@ class Distillation:
     tau: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the total loss, the label loss and the distillation loss of a batch on the model's device."""
+        """Return the total loss, the label loss and the distillation loss of a batch that is on the model's device."""
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
@@ -156,7 +156,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class MaskedImageModeling:
-    """Reconstruction of masked patches; the model computes the loss (MAE, SimMIM)."""
+    """Reconstruction of masked patches (MAE, SimMIM). The model computes the loss."""
 
     normalize: Normalizer
     mask_generator: Callable[[int, torch.device], torch.Tensor]  # returns masks [B, patches]; True means masked

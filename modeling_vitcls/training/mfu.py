@@ -2,10 +2,11 @@
 
     utilization = FLOPs of the training images per second / FLOP/s of large matrix products on all processes
 
-This is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs include
-the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads read are
-counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused attention), the
-teacher, evaluations, and linear probing on cached features. No utilization is computed for models that merge patches.
+This ratio is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs
+include the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads
+read are counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused
+attention), the teacher, evaluations, and linear probing on cached features. No utilization is computed for models that
+merge patches.
 
 The peak (the FLOP/s of large matrix products) is measured before and during training, on all processes at the same
 time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is
@@ -45,7 +46,7 @@ from .costs import (
 # Mixed precision -> dtype of matrix products.
 MATMUL_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Minimum FLOPs per process in a run; no utilization is measured for shorter runs. One core executes this number of
+# Minimum FLOPs of a run per process; the utilization of shorter runs is not measured. One core executes this number of
 # FLOPs in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
@@ -70,13 +71,13 @@ class Utilization:
     measure: Callable[[], float] | None = field(default=None, repr=False)
     executed_flops: float = 0.0  # FLOPs of all training steps
     available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
-    seconds: float = 0.0  # total duration in seconds of the steps in this process
+    seconds: float = 0.0  # total duration of the steps since the start or the last --resume, in seconds
     num_measurements: int = field(default=1, repr=False)
     flops_since_measurement: float = field(default=0.0, repr=False)
 
     @property
     def available_flops(self) -> float:
-        """Return the number of FLOPs that the machine could have executed during the training steps."""
+        """Number of FLOPs that the machine could have executed during the training steps."""
         return self.available_flops_before + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
@@ -118,8 +119,8 @@ class Utilization:
 
 
 def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
-    """Return `executed_flops / available_flops`, or None if the fraction is above 1, because the measured peak is then
-    too low."""
+    """Return `executed_flops / available_flops`, or None if the ratio is above 1, which means that the measured peak
+    is too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
@@ -134,7 +135,7 @@ def start_utilization(
     dtype = MATMUL_DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
         return Utilization()
-    flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # FLOPs per step on this process
+    flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # FLOPs per step in this process
     per_process = " per process" if plan.num_processes > 1 else ""
     print_line(
         "costs",
@@ -233,11 +234,11 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
     inputs of all products, of trainable weights, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
-    weight_flops = num_queries * count_trained_flops(attention.q_proj, attention.o_proj, layer.mlp)
-    weight_flops += num_tokens * count_trained_flops(attention.k_proj, attention.v_proj)
+    weight_flops = num_queries * count_trainable_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    weight_flops += num_tokens * count_trainable_flops(attention.k_proj, attention.v_proj)
     return input_flops + weight_flops + count_attention_flops(attention, num_queries, num_tokens)
 
 
-def count_trained_flops(*modules: nn.Module) -> int:
+def count_trainable_flops(*modules: nn.Module) -> int:
     """Return the FLOPs of the trainable linear layers in these modules, for one input vector per layer."""
     return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

@@ -81,8 +81,7 @@ def load_for_labels(
     source: str, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a classifier for these labels. The classifier is new, unless the checkpoint has a
-    classifier with the same labels. Return the model, and the names of the newly initialized
-    parameters."""
+    classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
@@ -119,7 +118,7 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that contain more tokens than the checkpoint's parameters."""
+    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
     larger_groups = [group for group, old_size, new_size in group_sizes if new_size > old_size]
@@ -144,7 +143,7 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
         processor.do_center_crop = False
 
 
-# Trained parameters -------------------------------------------------------------------------------------------------
+# Trainable parameters ------------------------------------------------------------------------------------------------
 
 
 def set_trainable_parameters(
@@ -160,7 +159,7 @@ def set_trainable_parameters(
         newly_initialized: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
 
     Raises:
-        ValueError: if `trainable` is unknown, if N of "last-N" exceeds the number of layers, or if `trainable` is
+        ValueError: if `trainable` is unknown, if N in "last-N" exceeds the number of layers, or if `trainable` is
             "lora" but PEFT is not installed.
     """
     if trainable == "full":
@@ -226,7 +225,7 @@ def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Replace the query and value projections by PEFT's LoRA layers with a scaling of 1: W x becomes W x + B A x."""
+    """Replace the query and value projections with PEFT's LoRA layers, scaled by 1: W x becomes W x + B A x."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

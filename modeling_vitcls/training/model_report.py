@@ -4,7 +4,7 @@ A model folder is written -> `build_model_report` loads the model, measures the 
                           -> hub/card.py builds the card
                           -> `write_card` writes the card, license files and the benchmark entry
 
-All steps run on the main process with the saved model, because the model in training may be sharded. The trackers
+All steps run on the main process with the saved model, because the training model may be sharded. The trackers
 receive the images of the card and the main figures of the report. modeling_vitcls/analysis/ draws figures, and
 reporter.py sends images to trackers.
 """
@@ -51,7 +51,7 @@ MAX_IMAGES_TO_READ = 20  # maximum number of images to read for the card, includ
 
 MAX_BATCH_SIZE = 32  # maximum batch size in images for measuring the inference speed
 NUM_REPEATS = 5  # number of measured forward passes
-MEASURING_SECONDS = 2.0  # approximate duration of the measurement in seconds
+MEASUREMENT_SECONDS = 2.0  # approximate duration of the measurement in seconds
 
 BENCHMARK_FILE = Path(".eval_results", "results.yaml")
 
@@ -74,8 +74,8 @@ def build_model_report(
     with_samples: bool = True,
 ) -> dict[str, str]:
     """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
-    ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. Files of an earlier run are
-    removed.
+    ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. The report of an earlier run is
+    deleted.
 
     Errors are printed as warnings and do not end the run. `track_images` sends named images to the trackers.
     `with_samples` states whether the card may contain held-out images; report.html always contains held-out images.
@@ -150,7 +150,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     config = model.config
     image = torch.rand(1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype)
     measure_seconds(image)  # warm up
-    batch_size = int(MEASURING_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
+    batch_size = int(MEASUREMENT_SECONDS / (NUM_REPEATS + 1) / min(measure_seconds(image), measure_seconds(image)))
     batch = image.expand(max(1, min(MAX_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
     measure_seconds(batch)
     seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
@@ -170,7 +170,7 @@ def can_show_samples(
     options: FinetuneOptions | PretrainOptions, repo_id: str | None, warn: Callable[[str], None]
 ) -> bool:
     """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
-    published in a public repository. `repo_id` is the repository to push to; None if the model is not pushed."""
+    published in a public repository. `repo_id` is the repository to push to, or None if the model is not pushed."""
     run, dataset = options.run, options.data.dataset
     requires_consent = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
     if not requires_consent or run.hub_private or is_private(str(repo_id)):

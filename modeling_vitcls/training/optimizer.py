@@ -76,8 +76,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate of a step, counted from 0: linear warmup over the fraction `warmup` of the steps, then
-    a cosine decay to 0."""
+    """Return the learning rate of `step` (counted from 0): linear warmup over the fraction `warmup` of the steps, then
+    cosine decay to 0."""
     assert options.learning_rate is not None
     num_warmup_steps = round(options.warmup * num_steps)
     if step < num_warmup_steps:
@@ -157,7 +157,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the current weights. `step` is the number of completed steps, at least 1. The decay
+        """Update the average with the current weights. `step` is the number of completed steps (at least 1). The decay
         is smaller in the first steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
@@ -175,6 +175,6 @@ class Ema:
 
     @torch.no_grad()
     def load_weights(self, weights: list[torch.Tensor]) -> None:
-        """Copy these weights into the trainable parameters of the model."""
+        """Copy `weights`, which has one tensor for each trainable parameter, into the model."""
         for parameter, weight in zip(self.trained_parameters, weights, strict=True):
             parameter.copy_(weight)

@@ -6,7 +6,7 @@
     unfinished run without a checkpoint      replaced
 
 A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
-A run that is killed at any moment therefore never leaves an old model next to a new configuration.
+An old model is therefore never next to a new configuration, even if the run is killed.
 
 `FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
 the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
@@ -50,14 +50,14 @@ RESULTS_FILE = "results.json"
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 
-# Files that a run writes at the end, starting with the results and the model.
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
+# Files that a run writes at the end, in the order of removal: first the results and the model.
 FINAL_FILES = (
     *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
-NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before this step
+NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
 # Files that a run writes during training. The recipe, which identifies the run, is removed last.
 TRAINING_FILES = (METRICS_FILE, NON_FINITE_FILE, RECIPE)
@@ -67,8 +67,8 @@ CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements 
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite. `store` contains the checkpoints in the
-    output folder."""
+    """Raise ValueError if a new run would replace files without --overwrite, or if --overwrite would remove the
+    initial model or the teacher. `store` contains the checkpoints in the output folder."""
     folder = options.output_dir
     if options.run.overwrite:
         check_sources_not_removed(options)
@@ -126,7 +126,7 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the names of the existing files that a run writes at the end, starting with the results and the model."""
+    """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILES`."""
     patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -181,7 +181,7 @@ class LockOwner:
 
 
 class FolderLock:
-    """Lock of one output folder. At the end of a `with` block, the lock is released."""
+    """Lock of one output folder. The lock is released at the end of a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -57,7 +57,7 @@ class PretrainTask(Task):
         return MaskedImageModeling(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator for these held-out images. `--split-seed` determines the masks of the images."""
+        """Build the evaluator for the given held-out images. `--split-seed` determines the masks of the images."""
         return ReconstructionEvaluator(
             images.images,
             self.processor,
@@ -84,8 +84,8 @@ class PretrainTask(Task):
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric)
-        images = f"the masked patches of {metrics['num_images']:,} held-out images"
-        return f"{text} on {images}" if text else NOTHING_MEASURED
+        masked_patches = f"the masked patches of {metrics['num_images']:,} held-out images"
+        return f"{text} on {masked_patches}" if text else NOTHING_MEASURED
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]

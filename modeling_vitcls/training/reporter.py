@@ -1,6 +1,7 @@
 """Output of a run: progress, metrics.jsonl, trackers, printed summary, and facts about the run for results.json.
 
-A terminal shows a progress bar; other outputs show one line per record. Only the main process prints and writes.
+In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the main process prints
+and writes.
 """
 
 import json
@@ -119,7 +120,7 @@ class Reporter:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Return the remaining time, estimated from the speed so far, as text, or an empty string after the last
+        """Format the remaining time, which is estimated from the speed so far. Return an empty string after the last
         step."""
         num_done, num_remaining = step - self.first_step, self.num_steps - step
         if num_done <= 0 or num_remaining <= 0:
@@ -190,7 +191,7 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     tokens = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    num_trained = count_parameters(model, trained_only=True)
+    num_trained = count_parameters(model, trainable_only=True)
     return {
         "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
@@ -236,7 +237,7 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
     return {name: len(sequence[group]) for name, group in config.token_layout.items()}
 
 
-def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
-    """Return the number of parameters, or the number of trainable parameters if `trained_only` is set."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trained_only]
+def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """Return the number of parameters, or the number of trainable parameters if `trainable_only` is set."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trainable_only]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

@@ -77,7 +77,7 @@ PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
-STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
+STREAM_SAVE_EVERY = 1000  # default of --save-every for streams, which have no epochs, in steps
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
 
 
@@ -257,7 +257,7 @@ class Runner:
             )
 
     def pin_models(self, options: Any) -> Any:
-        """Return the options, in which models on the Hub are pinned to commits. A resumed run uses the commits in the
+        """Return the options with Hub models pinned to commits. A resumed run uses the commits that are stored in the
         flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
         stored_flags = self.facts["flags"] if self.facts else {}
 
@@ -286,8 +286,8 @@ class Runner:
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
             raise ValueError(
                 f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['images_per_step']} "
-                f"images, but this run has {plan.num_steps:,} steps of {plan.images_per_step} images. Set "
-                "--batch-size x --gradient-accumulation-steps x number of processes to the previous value"
+                f"images, but this run has {plan.num_steps:,} steps of {plan.images_per_step} images. Keep "
+                "--batch-size x --gradient-accumulation-steps x number of processes unchanged"
             )
 
     def check_folder(self) -> None:
@@ -390,7 +390,7 @@ class Runner:
 
     @contextmanager
     def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
-        """Convert errors inside the `with` block that end the run early to RunStopped."""
+        """Inside the `with` block, convert errors that end the run early to RunStopped."""
         try:
             yield
         except Interrupted as error:

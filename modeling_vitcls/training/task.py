@@ -106,7 +106,7 @@ class Task(ABC):
             self.runner.claim_folder()
 
     def resolve_options(self) -> None:
-        """Set the flags whose default depends on the run (defaults.py), and pin models on the Hub to a commit."""
+        """Set the flags whose default depends on the run (defaults.py), and pin Hub models to commits."""
         self.options = self.runner.pin_models(self.options)
         facts = get_run_facts(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, facts)
@@ -119,8 +119,8 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def check_options(options: Any) -> Any:
-        """Return the options, after setting defaults that depend on other options. Raise ValueError if flags
-        contradict each other."""
+        """Set defaults that depend on other options, and return the options. Raise ValueError if flags contradict each
+        other."""
 
     @abstractmethod
     def load_data(self) -> TrainingData:
@@ -137,7 +137,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator for these held-out images."""
+        """Build the evaluator for the given held-out images."""
 
     @abstractmethod
     def build_objective(self, normalize: Normalizer) -> Objective:
@@ -182,7 +182,7 @@ class Task(ABC):
         return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
     def build_plan(self, training: TrainingOptions) -> BatchPlan:
-        """Build the batch plan for these training options."""
+        """Build the batch plan for the given training options."""
         labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
         num_copies = self.options.augmentation.repeated_augmentation
         num_processes = self.runner.accelerator.num_processes
@@ -509,7 +509,7 @@ def limit_training_images(task: Task) -> None:
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
     """Return the expected duration of the steps and evaluations of the full run in seconds, extrapolated from a dry
-    run. If the dry run has several steps, the first step is ignored, because the first step is slower.
+    run. If the dry run has several steps, the first step, which is slower, is ignored.
 
     `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
     run evaluated.

@@ -47,16 +47,16 @@ GRAY, RGB = 1, 3
 
 @dataclass(frozen=True)
 class TeacherPreprocessing:
-    """Preprocessing of a teacher's input."""
+    """Preprocessing of the student's pixels for a teacher."""
 
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    normalize: Callable[[torch.Tensor], torch.Tensor]  # converts [B, C, H, W] from uint8 to float32
+    normalize: Callable[[torch.Tensor], torch.Tensor]  # converts uint8 [B, C, H, W] to normalized float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W], from 0 to 255, to the teacher's input. Pixels of mixed
-        images are rounded."""
+        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
+        rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -88,7 +88,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the logits of the student's labels [B, L] for the student's pixels [B, C, H, W], which are `uint8` or
-        floats from 0 to 255."""
+        floats in [0, 255]."""
         outputs = self.model(self.preprocessing(pixels))
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
         return logits if self.label_indices is None else logits[:, self.label_indices]
@@ -127,7 +127,8 @@ def load_teacher(
     """
     if labels.kind != "single_label_classification":
         raise ValueError(
-            f"--teacher requires one label per image, but the dataset has {labels.kind} labels. Remove --teacher"
+            f"--teacher requires one label per image, but the label kind of the dataset is {labels.kind}. Remove "
+            "--teacher"
         )
     if source.startswith(TIMM_PREFIX):
         loaded_teacher = load_from_timm(source, num_channels, height_width)
@@ -142,8 +143,8 @@ def load_teacher(
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits, and a note about the mapping of labels. If the
-    teacher has the same labels in the same order, return None and an empty note."""
+    """Return the index of each label in the teacher's logits, and a note on the label mapping. If the teacher has the
+    same labels in the same order, return None and an empty note."""
     names = teacher.label_names
     if names is None:
         if teacher.num_labels != len(labels):
@@ -182,13 +183,12 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
     load_model = AutoModelForImageClassification.from_pretrained
-    model, info = load_component(
+    model, loading_info = load_component(
         source, "model", load_model, folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"the teacher {source} lacks the weight {sorted(info['missing_keys'])[0]}. Use a trained classifier"
-        )
+    if loading_info["missing_keys"]:
+        missing_name = sorted(loading_info["missing_keys"])[0]
+        raise ValueError(f"the teacher {source} lacks the weight {missing_name}. Use a trained classifier")
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
     processor = load_component(
@@ -224,10 +224,10 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 
 def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **kwargs: Any) -> Any:
-    """Return `load(folder, **kwargs)`. If loading fails, raise a one-line error that names the `source`."""
+    """Return `load(folder, **kwargs)`. If loading fails, raise a one-line error that names `source`."""
     try:
         return load(folder, **kwargs)
-    except Exception as error:  # configurations and weights of other projects may raise any error
+    except Exception as error:  # loading files of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the teacher {source} requires code from its repository, which is not executed. Use a model of "
@@ -308,8 +308,8 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for a resampling filter, given as PIL's number or timm's name. Lanczos
-    is replaced by bicubic, because torchvision does not support Lanczos for tensors."""
+    """Return torchvision's interpolation mode for a resampling filter, given by its PIL number or timm name. Lanczos
+    is replaced with bicubic, because torchvision does not support Lanczos for tensors."""
     if resample is None or resample == "random":
         return InterpolationMode.BILINEAR
     mode = InterpolationMode(resample) if isinstance(resample, str) else pil_torch_interpolation_mapping[resample]

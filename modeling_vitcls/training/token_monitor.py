@@ -66,8 +66,8 @@ class TokenMonitor:
         }
 
     def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
-        """Return the names of the tokens without a gradient in this step. Each name is returned at most once per
-        run."""
+        """Return the names of the tokens whose gradient is missing or zero in this step. Each name is returned at most
+        once per run."""
         norms = health["token_gradient_norm"]
         names = [name for name, norm in norms.items() if norm == 0 and name not in self.reported_names]
         self.reported_names.update(names)
