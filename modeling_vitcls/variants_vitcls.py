@@ -297,7 +297,7 @@ class MergedGroups:
         return self.sizes.log().to(dtype)[:, None, None, :]
 
     def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge tokens at distinct indices `sources` [B, r] into the tokens at `targets` [B, r], which are not sources.
+        """Merge tokens at distinct indices `sources` [B, r] into tokens at `targets` [B, r], which are not sources.
 
         Returns:
             The averages [B, T - r, D] over the members of the new groups, and the new groups.
