@@ -54,9 +54,9 @@ def gather_state(
     """Return the full tensors of the training state, and the other state values in a JSON-serializable dictionary.
 
     The tensors are returned only on the main process. All processes must call this function together. With a single
-    process on the CPU, the returned tensors are not copies, so write the tensors before training continues. `shadow`
-    contains the EMA weights in the order of the trainable parameters. Raise ValueError if checkpoints are
-    unsupported.
+    process on the CPU, the returned tensors share memory with the model and the optimizer, so write the tensors to
+    disk before training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise
+    ValueError if checkpoints are unsupported.
     """
     if reason := get_unsupported_reason(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
@@ -105,7 +105,7 @@ def scatter_state(
 def scatter_all_weights(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the averaged weights of a checkpoint. See `scatter_state` for arguments and errors."""
+    """Load the weights and the EMA weights of a checkpoint. See `scatter_state` for arguments and errors."""
 
     def load_tensors(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.load_tensors(name)

@@ -240,5 +240,5 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
 
 
 def count_trainable_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of the trainable linear layers in these modules, for one input vector per layer."""
+    """Return the FLOPs of the trainable linear layers in `modules`, for one input vector per layer."""
     return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

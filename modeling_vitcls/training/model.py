@@ -80,8 +80,8 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
 def load_for_labels(
     source: str, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
-    """Load a checkpoint as a classifier for these labels. The classifier is new, unless the checkpoint has a
-    classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
+    """Load a checkpoint as a classifier for the labels in `label_space`. The classifier is new, unless the checkpoint
+    has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
@@ -110,7 +110,7 @@ def load_for_labels(
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
-    """Return whether a checkpoint's classifier has exactly these labels."""
+    """Return whether a checkpoint's classifier has exactly the labels in `label_space`."""
     if label_space.kind == "multi_task":
         return config.task_labels() == label_space.columns
     has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind

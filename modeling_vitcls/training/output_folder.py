@@ -59,7 +59,7 @@ FINAL_FILES = (
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
-# Files that a run writes during training. The recipe, which identifies the run, is removed last.
+# Files that a run writes during training. config.resolved.yaml, which marks a folder as a run, is removed last.
 TRAINING_FILES = (METRICS_FILE, NON_FINITE_FILE, RECIPE)
 
 LOCK_FILE = ".vitcls.lock"

@@ -129,7 +129,7 @@ class Reporter:
 
     @property
     def track_images(self) -> TrackImages | None:
-        """Function that sends named images to the trackers for the last step, or None if no tracker accepts images.
+        """Function that logs named images to the trackers at the last step, or None if no tracker accepts images.
         Call this function only on the main process."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 

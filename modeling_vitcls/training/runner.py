@@ -1,4 +1,4 @@
-"""Output folder, checkpoints, signals and trackers around the training loop.
+"""Output folder, checkpoints, signal handling and trackers for the training loop.
 
     runner = build_runner(options)        locks and checks the output folder; finds the checkpoint to resume from
     metrics = runner.train(...)           trains, and writes metrics.jsonl and checkpoints/
