@@ -54,8 +54,8 @@ def gather_state(
     """Return the full tensors of the training state, and the other state values in a JSON-serializable dictionary.
 
     The tensors are returned only on the main process. All processes must call this function together. With a single
-    process on the CPU, the returned tensors share memory with the model and the optimizer, so write the tensors to
-    disk before training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise
+    process on the CPU, the returned tensors share memory with the training state, so write the tensors to disk
+    before training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise
     ValueError if checkpoints are unsupported.
     """
     if reason := get_unsupported_reason(accelerator):

@@ -97,7 +97,7 @@ def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
 
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
-    """Return the names of trainable parameters outside the heads. Features can be cached if this list is empty."""
+    """Return the names of trainable parameters outside the heads. Features can be cached only if none exist."""
     head_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name

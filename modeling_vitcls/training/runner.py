@@ -77,7 +77,7 @@ PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
-STREAM_SAVE_EVERY = 1000  # default of --save-every for streams, which have no epochs, in steps
+STREAM_SAVE_EVERY = 1000  # default number of steps of --save-every for streams, which have no epochs
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
 
 
