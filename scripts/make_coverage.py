@@ -106,7 +106,7 @@ most 1e-5 in float32, at the native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
-The timm table lists all modules whose models have one resolution and attention among all patches, except
+The timm table lists all modules whose models have a single resolution and global attention, except
 `vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights for architectures of the module
 `eva`. Neither library contains ViT-5, so there is no reference implementation for a ViT-5 preset.
 
