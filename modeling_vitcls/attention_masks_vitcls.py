@@ -39,7 +39,7 @@ def build_attention_mask(
         One mask for all layers, a list with one mask per layer, or None if no mask is required.
 
     Raises:
-        ValueError: if `attention_mask` has a wrong shape, or the attention implementation does not support a mask.
+        ValueError: if `attention_mask` has an invalid shape, or the attention implementation does not support a mask.
     """
     check_attention_mask(attention_mask, hidden_states)
     mask = None
@@ -124,9 +124,9 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
             f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
     y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
-    in_rows = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
-    in_columns = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
-    return (in_rows[:, None] & in_columns).flatten()
+    is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
+    is_cell_column = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
+    return (is_cell_row[:, None] & is_cell_column).flatten()
 
 
 # Relative position bias ----------------------------------------------------------------------------------------------

@@ -49,11 +49,11 @@ def find_register_neurons(
     """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
     descending order of activation.
 
-    Outliers are detected after the last layer. Only the layers up to the layer where the outliers first appear are
-    searched. The magnitudes of activations are averaged over the outliers of each image, and then over the images.
+    Outliers are detected after the last layer. The search covers the layers from the first layer to `last_layer`.
+    The magnitudes of activations are averaged over the outliers of each image, and then over the images.
 
     Args:
-        pixel_values: [B, C, H, W], a few dozen images similar to the images at inference.
+        pixel_values: [B, C, H, W], a few dozen images similar to the images used at inference.
         num_neurons: number of neurons to return. Larger models require more neurons. Increase the number until the
             outlier fraction of the model with the register (`compute_outlier_fraction`) no longer decreases.
         last_layer: index of the last layer to search. Default: the first layer whose output contains at least half of
@@ -142,7 +142,7 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Return the mean magnitude [neurons] of activations [B, patches, neurons].
+    """Return the mean magnitude [neurons] of the activations [B, patches, neurons] of outlier patches.
 
     Magnitudes are averaged over the outliers of each image, and then over the images with outliers.
     """

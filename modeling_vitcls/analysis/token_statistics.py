@@ -39,8 +39,8 @@ class Findings:
             special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
             that differ from `uniform`.
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], mean distance in pixels between the patches that a special token attends to and the center
-            of mass of the attention.
+        spread: [L, H, S], mean distance in pixels, weighted by the attention of a special token, between the patches
+            and the center of mass of the attention.
         patch_distance: [L, H], mean distance in pixels between a patch and the patches that it attends to (mean
             attention distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
@@ -97,7 +97,7 @@ class Findings:
 
 
 class TokenStatistics:
-    """Accumulates statistics over images for any ViTCLS model."""
+    """Accumulate statistics over images, for any ViTCLS model."""
 
     def __init__(self, model: Any) -> None:
         self.model = unwrap_model(model)
@@ -114,7 +114,7 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model (of the encoder if the model is not a classifier), and the output of a second
+            The output of the model, or of the encoder if the model is not a classifier, and the output of a second
             forward pass with the registers hidden from attention. The second output is None if the model has no
             registers.
         """
@@ -131,13 +131,13 @@ class TokenStatistics:
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
                 outputs = runner(pixel_values, output_hidden_states=True)
-            if registers:  # hidden test-time registers still receive activations of patches
+            if registers:  # register neurons still move activations to the hidden registers
                 mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]
         }
-        # The visible tokens, and therefore these values, are the same in all layers.
+        # All layers have the same visible tokens, and therefore the same entropy and spread of uniform attention.
         statistics |= {name: statistics.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
@@ -246,7 +246,8 @@ class TokenStatistics:
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for the ratios [B, L + 1, P] of `divide_by_median`."""
+    """Return the fraction of outlier patches [B, L + 1] for the norm ratios [B, L + 1, P] that
+    `divide_by_median` returns."""
     return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 
@@ -284,6 +285,6 @@ def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:
     """Return the pairwise distances [..., P, P] of points [..., P, D].
 
-    Matrix products are not used, because TF32 causes large rounding errors.
+    Matrix products are not used, because they could run in TF32, which causes large rounding errors.
     """
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
