@@ -5,7 +5,7 @@
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
 
-Keyword arguments correspond to the flags of the commands: `learning_rate=1e-4` to `--learning-rate 1e-4`. A dataset is
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. A dataset is
 a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
@@ -148,7 +148,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from keyword arguments. An in-memory dataset is replaced with its generated name.
+    """Build the options of a command from keyword arguments. An in-memory dataset is stored under a generated name.
 
     `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
     value is not allowed.

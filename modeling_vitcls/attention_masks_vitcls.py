@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention masks and biases. The default model has no masks and no biases.
 
-    attention_mask (argument)         masks tokens (padding) [B, N], or is a complete 4-dimensional mask
-    build_cls_attention_mask          hides patches from individual CLS tokens (`config.cls_scopes`)
-    RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
-    TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
+    attention_mask (argument)         mask of tokens (padding) [B, N], or complete 4-dimensional mask
+    build_cls_attention_mask          mask that hides patches from individual CLS tokens (`config.cls_scopes`)
+    RelativePositionBias              learned bias per distance between patches (`config.relative_position_bias`)
+    TokenGates                        learned gates on added tokens (`config.gated_tokens`)
 
 `build_attention_mask` combines the masks in the format that the attention implementation expects. `config.cls_scopes`
 hides patches from CLS tokens only. All tokens can attend to special tokens.

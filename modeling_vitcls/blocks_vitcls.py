@@ -107,7 +107,7 @@ class ViTCLSEmbeddings(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return the learned tokens [1, n, D] of each group in sequence order; groups without tokens are omitted."""
+        """Return a dict from groups to learned tokens [1, n, D], in sequence order; empty groups are omitted."""
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
         return {name: tokens for name, tokens in groups.items() if tokens is not None}
 

@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders that are incomplete or being replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors raises its own type
+WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors also raises its own type
 
 
 class DamagedCheckpoint(ValueError):

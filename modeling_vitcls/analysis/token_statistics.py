@@ -33,14 +33,14 @@ class Findings:
 
     Attributes:
         num_images: number of images.
-        uniform: values of `entropy` (ln N), `spread` and `patch_distance` for uniform attention to all tokens or all
+        uniform: values for uniform attention: `entropy` (ln N) over all tokens, `spread` and `patch_distance` over all
             patches.
-        uniform_by_token: values of `entropy` and `spread`, tensors [S], for uniform attention to the tokens that each
-            special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
-            that differ from `uniform`.
+        uniform_by_token: [S] each, values of `entropy` and `spread` for uniform attention to the tokens that each
+            special token may attend to. The values differ from `uniform` for CLS tokens that are restricted to a
+            region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], mean distance in pixels, weighted by the attention of a special token, between the patches
-            and the center of mass of the attention.
+        spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of the
+            attention of a special token.
         patch_distance: [L, H], mean distance in pixels between a patch and the patches that it attends to (mean
             attention distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
@@ -49,7 +49,7 @@ class Findings:
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
             image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
             all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between two states of a special token.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token at two depths.
         to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.
@@ -246,8 +246,7 @@ class TokenStatistics:
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for the norm ratios [B, L + 1, P] that
-    `divide_by_median` returns."""
+    """Return the fraction [B, L + 1] of outlier patches from norm ratios [B, L + 1, P] (`divide_by_median`)."""
     return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 

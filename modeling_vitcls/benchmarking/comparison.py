@@ -32,7 +32,7 @@ MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Throughputs = tuple[list[float], list[float]]  # (this package, baseline): images per second, one value per pair
+Throughputs = tuple[list[float], list[float]]  # images per second of (this package, the baseline), one value per pair
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def synchronize_gpu() -> None:
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Throughputs:
-    """Measure the throughputs of two functions alternately in images per second."""
+    """Measure two functions alternately, and return both throughputs in images per second."""
     seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
     return measure_alternately(
         lambda: measure_throughput(ours, num_images, seconds),
@@ -249,7 +249,7 @@ def measure_peaks(module_name: str, *arguments: str) -> dict[str, int]:
 
 
 def measure_peak_in_process(module_name: str, *arguments: str) -> int:
-    """Run a module in a new process and return the memory growth in bytes, which the process prints in the last line.
+    """Run a module in a new process and return the memory growth in bytes, which the process prints last.
     Raise ValueError if the process fails."""
     command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)

@@ -56,8 +56,8 @@ class GrowthAxis:
     row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value_key: str  # key in the JSON entries: the x values
-    tick_key: str | None = None  # key in the JSON entries: the numbers in parentheses below the ticks
+    value_key: str  # JSON key of the x values
+    tick_key: str | None = None  # JSON key of the numbers in parentheses below the ticks
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_cost_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
@@ -183,7 +183,7 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-WIDTH, HEIGHT = 12.0, 6.6  # width of a figure with all axes, and height of a figure, in inches
+WIDTH, HEIGHT = 12.0, 6.6  # width of the figure with all axes, and height of the figure, in inches
 CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
 OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.

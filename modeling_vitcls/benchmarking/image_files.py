@@ -9,7 +9,7 @@ The files are crops of scikit-learn's two photographs. The crops have the same s
 Each measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
 because `vitcls predict` changes the memory allocation of its process (system.py). A process reads requests, such as
 `labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the most
-probable label and the probability of each file, or the images per second.
+probable label of each file with its probability, or the images per second.
 """
 
 import argparse
@@ -56,7 +56,7 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 def write_photographs(
     folder: Path, num_images_per_class: int = 64, height_width: tuple[int, int] = (375, 500)
 ) -> Path:
-    """Write random crops as JPEG files to `folder`, one subfolder per photograph, and return `folder`."""
+    """Write random crops as JPEG files to `folder`, with one subfolder per photograph, and return `folder`."""
     height, width = height_width
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
@@ -77,7 +77,7 @@ def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Return an image processor of this package, and the equivalent `ViTImageProcessor`, saved to `folder`."""
+    """Build equivalent image processors of this package and of transformers. The latter is loaded from `folder`."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     height_width = {"height": size.image_size, "width": size.image_size}

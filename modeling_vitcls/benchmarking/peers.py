@@ -84,7 +84,7 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers, without trained weights. `labels` is empty, or contains id2label and label2id."""
+    """Build the ViT of transformers with untrained weights. `labels` is empty, or contains id2label and label2id."""
     from transformers import ViTConfig, ViTForImageClassification
 
     fields = {name: value for name, value in vars(size).items() if not labels or name != "num_labels"}

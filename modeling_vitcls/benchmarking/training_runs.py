@@ -39,7 +39,7 @@ class TrainingRun:
     dataset: str  # name of the dataset, "digits" or "photographs"
     size: ModelSize
     batch_size: int  # number of images per step
-    mixed_precision: str  # precision of autocast, "no" (no autocast) or "bf16"
+    mixed_precision: str  # autocast precision: "no" (no autocast) or "bf16"
     num_workers: int  # number of data loading processes
     log_every: int  # number of steps per line of metrics
     lines_per_turn: int  # number of lines of metrics per measurement

@@ -59,7 +59,7 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and why the kernels or oneDNN are off, if so."""
+    """Return a text that states whether the CPU kernels and oneDNN are used and, if not, why."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

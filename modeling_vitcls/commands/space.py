@@ -42,8 +42,8 @@ class SpaceOptions:
     """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
     classifier."""
     node_modules: Path | None = None
-    """With --static: folder with the npm package @huggingface/transformers to copy. Default: the page loads
-    transformers.js from a CDN."""
+    """With --static: node_modules folder with the npm package @huggingface/transformers, which is copied to the Space.
+    Default: the page loads transformers.js from a CDN."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
