@@ -76,7 +76,7 @@ def build_conversion_card(
 
 
 def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bool) -> ModelCardData:
-    """Build the YAML header of the card. Random weights have no base model and no license."""
+    """Build the YAML header of the card. The header names no base model and no license for random weights."""
     # `base_model_relation` is not set, because the Hub has no relation for exact copies.
     return ModelCardData(
         library_name="transformers",
@@ -102,7 +102,7 @@ def describe_source(report: "ParityReport", provenance: Provenance) -> str:
 
 
 def describe_preprocessing(report: "ParityReport") -> str:
-    """Return sentences about the source of the image processor's settings and the largest pixel difference."""
+    """Return sentences that state the source of the image processor's settings and the largest pixel difference."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
