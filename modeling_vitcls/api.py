@@ -5,7 +5,7 @@
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
 
-Keyword arguments correspond to the flags of the commands: `learning_rate=1e-4` to `--learning-rate 1e-4`. A dataset is
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. A dataset is
 a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
@@ -104,13 +104,13 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. The path of a folder
-            stands for all images in the folder. To predict a dataset instead, set `dataset`.
+        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder path
+            selects all images in the folder. To predict a dataset instead, set `dataset`.
         flags: other flags of `vitcls predict`, except `output` and `shard_size`.
 
     Returns:
-        One dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why the image has
-        no prediction).
+        A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
+        the image has no prediction).
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
@@ -118,7 +118,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from .inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    image_names = tuple(map(str, range(len(images))))  # the options require a path per image
+    image_names = tuple(map(str, range(len(images))))  # placeholders: the options require one path per image
     fixed_flags = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
     options = build_options(PredictOptions, fixed_flags, model=model, paths=image_names, **flags)
     return predict_from_options(options, images)
@@ -148,7 +148,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from keyword arguments. A dataset in memory is stored by name in this process.
+    """Build the options of a command from keyword arguments. An in-memory dataset is stored under a generated name.
 
     `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
     value is not allowed.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention masks and biases. The default model has no masks and no biases.
 
-    attention_mask (argument)         masks tokens (padding) [B, N], or is a complete 4-dimensional mask
-    build_cls_attention_mask          hides patches from individual CLS tokens (`config.cls_scopes`)
-    RelativePositionBias              a learned bias per distance between patches (`config.relative_position_bias`)
-    TokenGates                        a learned gate on added tokens (`config.gated_tokens`)
+    attention_mask (argument)         mask of tokens (padding) [B, N], or complete 4-dimensional mask
+    build_cls_attention_mask          mask that hides patches from individual CLS tokens (`config.cls_scopes`)
+    RelativePositionBias              learned bias per distance between patches (`config.relative_position_bias`)
+    TokenGates                        learned gates on added tokens (`config.gated_tokens`)
 
 `build_attention_mask` combines the masks in the format that the attention implementation expects. `config.cls_scopes`
 hides patches from CLS tokens only. All tokens can attend to special tokens.
@@ -39,7 +39,7 @@ def build_attention_mask(
         One mask for all layers, a list with one mask per layer, or None if no mask is required.
 
     Raises:
-        ValueError: if `attention_mask` has a wrong shape, or the attention implementation does not support a mask.
+        ValueError: if `attention_mask` has an invalid shape, or the attention implementation does not support a mask.
     """
     check_attention_mask(attention_mask, hidden_states)
     mask = None
@@ -124,9 +124,9 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
             f"image has {grid_rows} x {grid_columns} patches: use larger images"
         )
     y, x = torch.arange(grid_rows, device=device), torch.arange(grid_columns, device=device)
-    in_rows = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
-    in_columns = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
-    return (in_rows[:, None] & in_columns).flatten()
+    is_cell_row = (y >= row * grid_rows // rows) & (y < (row + 1) * grid_rows // rows)
+    is_cell_column = (x >= column * grid_columns // columns) & (x < (column + 1) * grid_columns // columns)
+    return (is_cell_row[:, None] & is_cell_column).flatten()
 
 
 # Relative position bias ----------------------------------------------------------------------------------------------

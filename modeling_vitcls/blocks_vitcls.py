@@ -35,7 +35,7 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RM
 
 
 def build_norm(config: ViTCLSConfig, width: int | None = None) -> nn.Module:
-    """Build a norm of type `config.norm_type` over the last axis of `width` channels (default: `hidden_size`)."""
+    """Build a norm of type `config.norm_type` over the last axis, with `width` channels (default: `hidden_size`)."""
     return NORMS[config.norm_type](width or config.hidden_size, eps=config.layer_norm_eps)
 
 
@@ -107,7 +107,7 @@ class ViTCLSEmbeddings(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return group -> learned tokens [1, n, D] in sequence order, for each group that has tokens."""
+        """Return a dict from groups to learned tokens [1, n, D], in sequence order; empty groups are omitted."""
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
         return {name: tokens for name, tokens in groups.items() if tokens is not None}
 
@@ -264,7 +264,7 @@ class ViTCLSAttention(nn.Module):
             hidden_states: [B, N, D].
             attention_mask: mask in the format that the attention implementation expects (attention_masks_vitcls.py).
             position_embeddings: (cos, sin) of rotary position embeddings.
-            num_queries: number n of leading tokens to compute, which must be special tokens. Default: all N tokens.
+            num_queries: number n of leading tokens to update, which must be special tokens. Default: all N tokens.
         """
         query, key, value = self.project_qkv(hidden_states, num_queries)
         if position_embeddings is not None:
@@ -280,7 +280,7 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
         # -1 infers the number of heads, because with tensor parallelism, each process has only some of the heads.
-        # torch.cat copies the rows: with a view, torch.onnx would fix the batch size if the example has one image.
+        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]

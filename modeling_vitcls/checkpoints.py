@@ -2,12 +2,12 @@
 
     checkpoints/
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
-                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of state.json
+                               state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
       step-00000240/
       .step-00000360.partial/  left behind if a save or removal was interrupted; removed by the next save
 
 A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
-remains intact if the process is killed at any time. Only safetensors and JSON are read: nothing is unpickled or
+remains intact even if the process is killed. Only safetensors and JSON are read: nothing is unpickled or
 executed. training/distributed_state.py collects the tensors from the processes.
 """
 
@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 STATE_FILE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders that are incomplete or being replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors wraps OSErrors in its own type
+WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors also raises its own type
 
 
 class DamagedCheckpoint(ValueError):

@@ -4,8 +4,8 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls completion bash > ~/.local/share/bash-completion/completions/vitcls      shell completion
 
-scripts/*.py run the same programs. Flags are parsed before torch is imported, so that `vitcls --help` and errors in
-flags appear at once. The programs are in commands/; nothing in the package imports this file.
+scripts/*.py run the same programs. Flags are parsed before torch is imported, so that `vitcls --help` and errors about
+flags are printed immediately. The programs are in commands/; nothing in the package imports this file.
 """
 
 import difflib
@@ -99,7 +99,7 @@ def run_command(arguments: list[str] | None) -> None:
 
 
 def run_program(name: str, flags: list[str]) -> None:
-    """Parse the flags of a subcommand, register the Auto classes and run it."""
+    """Parse the flags of a subcommand, register the Auto classes, and run the subcommand."""
     command, module = COMMANDS[name], load_module(name)
     from .commands.parsing import exit_on_error, parse, parse_flags
 
@@ -118,7 +118,7 @@ def run_program(name: str, flags: list[str]) -> None:
 def load_module(name: str) -> ModuleType:
     """Import the module of a subcommand, which defines OPTIONS, run(options) and optionally check_options(options).
 
-    Exit with status 1 if the libraries of the command line are not installed.
+    Exit with status 1 if a library that the command line requires is not installed.
     """
     try:
         return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")

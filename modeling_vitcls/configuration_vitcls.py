@@ -83,7 +83,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # fields saved even with default values
+SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # fields that are saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
@@ -101,7 +101,7 @@ PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classificatio
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """The slices of the token groups in the sequence, in sequence order."""
+    """Slices of the token groups, in sequence order."""
 
     cls: slice
     distillation: slice
@@ -112,12 +112,12 @@ class TokenLayout:
     @classmethod
     def from_counts(cls, num_cls: int, num_distillation: int, num_registers: int) -> "TokenLayout":
         """Build the layout from the numbers of CLS, distillation and register tokens."""
-        after_distillation = num_cls + num_distillation
-        num_prefix_tokens = after_distillation + num_registers
+        registers_start = num_cls + num_distillation
+        num_prefix_tokens = registers_start + num_registers
         return cls(
             cls=slice(0, num_cls),
-            distillation=slice(num_cls, after_distillation),
-            registers=slice(after_distillation, num_prefix_tokens),
+            distillation=slice(num_cls, registers_start),
+            registers=slice(registers_start, num_prefix_tokens),
             patches=slice(num_prefix_tokens, None),
             num_prefix_tokens=num_prefix_tokens,
         )
@@ -127,7 +127,7 @@ class TokenLayout:
         return self.num_prefix_tokens + rows * columns
 
     def items(self) -> Iterator[tuple[str, slice]]:
-        """Return `(name, slice)` of the four groups, in sequence order."""
+        """Return the `(name, slice)` pairs of the four groups, in sequence order."""
         return ((name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches"))
 
 
@@ -207,12 +207,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             patches, at most half of the patches (ToMe, arXiv 2210.09461). Merging is inexact but requires no training.
 
     Regularization:
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates of residual branches
-            and embeddings, and of attention weights; in [0, 1).
-        drop_path_rate (`float`, defaults to 0): Rate at which the last layer drops residual branches, per image.
-            The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382); in [0, 1).
-        patch_drop_rate (`float`, defaults to 0): Fraction of the patches of each image that training drops at random
-            (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794); in [0, 1), and at least one patch is kept.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates, in [0, 1), of
+            residual branches and embeddings, and of attention weights.
+        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which the last layer drops residual branches,
+            per image. The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382).
+        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of the patches of each image that training drops
+            at random (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Loss on masked pixels, as in SimMIM (arXiv 2111.09886) or MAE.
@@ -543,7 +543,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     def task_labels(self) -> dict[str, list[str]]:
-        """Return task -> label names, sorted by task, which is the order of the CLS tokens and of saved JSON files."""
+        """Return the label names of each task, sorted by task name, like the CLS tokens and the saved JSON files."""
         return {
             name: [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
             for name, labels in sorted((self.tasks or {}).items())
@@ -613,8 +613,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             num_tokens = getattr(self, TOKEN_COUNTS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {num_tokens} tokens of {group!r} cannot be gated. Set a number "
-                    f"from 1 to {num_tokens}, or omit {group!r}."
+                    f"`gated_tokens`: the number of gated tokens of {group!r} must be from 1 to {num_tokens}, but it "
+                    f"is {num_gated}. To gate no tokens, omit {group!r}."
                 )
 
     def validate_register_neurons(self) -> None:

@@ -49,18 +49,18 @@ def find_register_neurons(
     """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
     descending order of activation.
 
-    Outliers are detected after the last layer. Only the layers up to the layer where the outliers first appear are
-    searched. The magnitudes of activations are averaged over the outliers of each image, and then over the images.
+    Outliers are detected after the last layer. Only layers up to and including `last_layer` are searched. The
+    magnitudes of activations are averaged over the outliers of each image, and then over the images.
 
     Args:
-        pixel_values: [B, C, H, W], a few dozen images similar to the images at inference.
+        pixel_values: [B, C, H, W], a few dozen images similar to the images used at inference.
         num_neurons: number of neurons to return. Larger models require more neurons. Increase the number until the
             outlier fraction of the model with the register (`compute_outlier_fraction`) no longer decreases.
         last_layer: index of the last layer to search. Default: the first layer whose output contains at least half of
             the outliers of the last layer.
 
     Returns:
-        `[[layer, neuron], ...]`, for the argument `neurons` of `add_test_time_register`.
+        `[[layer, neuron], ...]`, the `neurons` argument of `add_test_time_register`.
 
     Raises:
         ValueError: if no patch is an outlier, or the searched layers have fewer than `num_neurons` neurons.
@@ -89,7 +89,7 @@ def find_register_neurons(
 
 @torch.no_grad()
 def add_test_time_register(model: ViTCLSPreTrainedModel, neurons: list[list[int]]) -> ViTCLSPreTrainedModel:
-    """Return a copy of the model with an added register, initialized to zero, that receives the activations of
+    """Return a copy of the model with an additional zero-initialized register, which receives the activations of
     `neurons`.
 
     Args:
@@ -142,7 +142,7 @@ def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Return the mean magnitude [neurons] of activations [B, patches, neurons].
+    """Return the mean magnitude [neurons] of activations [B, patches, neurons] at outlier patches.
 
     Magnitudes are averaged over the outliers of each image, and then over the images with outliers.
     """

@@ -33,14 +33,14 @@ class Findings:
 
     Attributes:
         num_images: number of images.
-        uniform: values of `entropy` (ln N), `spread` and `patch_distance` for uniform attention to all tokens or all
+        uniform: values for uniform attention: `entropy` (ln N) over all tokens, `spread` and `patch_distance` over all
             patches.
-        uniform_by_token: values of `entropy` and `spread`, tensors [S], for uniform attention to the tokens that each
-            special token may attend to. CLS tokens that are restricted to a region (`config.cls_scopes`) have values
-            that differ from `uniform`.
+        uniform_by_token: [S] each, values of `entropy` and `spread` for uniform attention to the tokens that each
+            special token may attend to. The values differ from `uniform` for CLS tokens that are restricted to a
+            region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], mean distance in pixels between the patches that a special token attends to and the center
-            of mass of the attention.
+        spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of the
+            attention of a special token.
         patch_distance: [L, H], mean distance in pixels between a patch and the patches that it attends to (mean
             attention distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
@@ -49,7 +49,7 @@ class Findings:
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
             image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
             all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between two states of a special token.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token at two depths.
         to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.
@@ -97,7 +97,7 @@ class Findings:
 
 
 class TokenStatistics:
-    """Accumulates statistics over images for any ViTCLS model."""
+    """Accumulate statistics over images, for any ViTCLS model."""
 
     def __init__(self, model: Any) -> None:
         self.model = unwrap_model(model)
@@ -114,7 +114,7 @@ class TokenStatistics:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model (of the encoder if the model is not a classifier), and the output of a second
+            The output of the model, or of the encoder if the model is not a classifier, and the output of a second
             forward pass with the registers hidden from attention. The second output is None if the model has no
             registers.
         """
@@ -131,13 +131,13 @@ class TokenStatistics:
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
                 outputs = runner(pixel_values, output_hidden_states=True)
-            if registers:  # hidden test-time registers still receive activations of patches
+            if registers:  # register neurons still move activations to the hidden registers
                 mask = build_hiding_mask(self.model, pixel_values, registers)
                 outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]
         }
-        # The visible tokens, and therefore these values, are the same in all layers.
+        # All layers have the same visible tokens, and therefore the same entropy and spread of uniform attention.
         statistics |= {name: statistics.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
@@ -246,7 +246,7 @@ class TokenStatistics:
 
 
 def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of outlier patches [B, L + 1] for the ratios [B, L + 1, P] of `divide_by_median`."""
+    """Return the fraction [B, L + 1] of outlier patches from norm ratios [B, L + 1, P] (`divide_by_median`)."""
     return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
 
 
@@ -284,6 +284,6 @@ def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:
     """Return the pairwise distances [..., P, P] of points [..., P, D].
 
-    Matrix products are not used, because TF32 causes large rounding errors.
+    Matrix products are not used, because they could run in TF32, which causes large rounding errors.
     """
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

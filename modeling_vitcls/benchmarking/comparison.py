@@ -29,17 +29,17 @@ SECONDS_PER_MEASUREMENT = 0.5
 # the C library does not keep memory for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # dtype -> maximum difference between logits, divided by the largest absolute logit.
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Throughputs = tuple[list[float], list[float]]  # images per second of this package and of the baseline
+Throughputs = tuple[list[float], list[float]]  # images per second of (this package, the baseline), one value per pair
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
     """Values of the `vitcls benchmark` flags that apply to all rows."""
 
-    against: tuple[str, ...]  # names of `peers.PEERS`, for comparisons with other projects
+    against: tuple[str, ...]  # names of peers (keys of `peers.PEERS`), for comparisons with other projects
     num_pairs: int  # number of pairs of measurements (this package and the baseline)
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
     precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows have a fixed precision
@@ -134,7 +134,7 @@ def synchronize_gpu() -> None:
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Throughputs:
-    """Measure two functions alternately, and return the images per second of each function."""
+    """Measure two functions alternately, and return both throughputs in images per second."""
     seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
     return measure_alternately(
         lambda: measure_throughput(ours, num_images, seconds),
@@ -147,7 +147,7 @@ def compare_throughput(
 
 
 class LoggedProcess:
-    """A process whose error output is logged. The context manager kills the process and its workers at the end."""
+    """A process whose error output is logged. On exit, the context manager kills the process and its workers."""
 
     def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
         self.command = command
@@ -215,11 +215,11 @@ def check_tensors(
 @torch.inference_mode()
 def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
     """Return the largest absolute difference between the logits. Raise ValueError if the difference is NaN or exceeds
-    the limit in `LIMITS`, or if the shapes differ."""
+    the limit in `LOGIT_LIMITS`, or if the shapes differ."""
     logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have different shapes, {list(logits.shape)} and {list(expected.shape)}")
-    return check_tensors(logits, expected, LIMITS[pixel_values.dtype], name, "the outputs")
+    return check_tensors(logits, expected, LOGIT_LIMITS[pixel_values.dtype], name, "the outputs")
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def measure_peaks(module_name: str, *arguments: str) -> dict[str, int]:
 
 
 def measure_peak_in_process(module_name: str, *arguments: str) -> int:
-    """Run a module in a new process and return the memory growth in bytes, which the process prints in the last line.
+    """Run a module in a new process and return the memory growth in bytes, which the process prints last.
     Raise ValueError if the process fails."""
     command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)

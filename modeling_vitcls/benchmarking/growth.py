@@ -56,8 +56,8 @@ class GrowthAxis:
     row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value_key: str  # key of the x values in the JSON entries
-    tick_key: str | None = None  # key of the numbers in parentheses below the ticks, in the JSON entries
+    value_key: str  # JSON key of the x values
+    tick_key: str | None = None  # JSON key of the numbers in parentheses below the ticks
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_cost_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
@@ -75,7 +75,7 @@ AXES = {
 
 
 def build_points(base_point: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
-    """Return row name -> point: the base point, and one point per value of each axis."""
+    """Return a dict from row names to points: the base point, and one point per value of each axis."""
     name = f"image size {base_point.image_size}, patch size {base_point.patch_size}, batch {base_point.batch_size}"
     return {name: base_point} | {
         AXES[field].row_name.format(value): replace(base_point, **{field: value})
@@ -130,7 +130,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     throughputs, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
         peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
-    else:  # `compare_predictions` was the warm-up
+    else:  # `compare_predictions` has already warmed up both models
         with torch.inference_mode():
             peaks = {
                 "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
@@ -183,7 +183,7 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-WIDTH, HEIGHT = 12.0, 6.6  # width of a figure with all axes, and height of a figure, in inches
+WIDTH, HEIGHT = 12.0, 6.6  # width of the figure with all axes, and height of the figure, in inches
 CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
 OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.
@@ -211,7 +211,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     for (time_axes, memory_axes), axis in zip(axes_grid.T, columns, strict=True):
         growth_axis = AXES[axis]
         entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
-        times, peaks = get_costs(entries, growth_axis)
+        times, peaks = compute_costs(entries, growth_axis)
         draw_lines(time_axes, growth_axis, times)
         draw_lines(memory_axes, growth_axis, peaks)
         time_axes.set_title(growth_axis.title, fontsize=12, color=INK)
@@ -228,7 +228,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     return figure
 
 
-def get_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
+def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
     """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
     The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
@@ -248,7 +248,7 @@ def get_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tup
 
 
 def to_mebibytes(num_bytes: int) -> float:
-    """Convert bytes to MiB. Values below `MIN_BYTES` are increased to `MIN_BYTES`."""
+    """Convert bytes to MiB. Values below `MIN_BYTES` are raised to `MIN_BYTES`."""
     return max(num_bytes, MIN_BYTES) / 2**20
 
 

@@ -9,7 +9,7 @@ The files are crops of scikit-learn's two photographs. The crops have the same s
 Each measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
 because `vitcls predict` changes the memory allocation of its process (system.py). A process reads requests, such as
 `labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the most
-probable label and the probability of each file, or the images per second.
+probable label of each file with its probability, or the images per second.
 """
 
 import argparse
@@ -56,7 +56,7 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 def write_photographs(
     folder: Path, num_images_per_class: int = 64, height_width: tuple[int, int] = (375, 500)
 ) -> Path:
-    """Write random crops of each photograph as JPEG files to a subfolder of `folder`, and return `folder`."""
+    """Write random crops as JPEG files to `folder`, with one subfolder per photograph, and return `folder`."""
     height, width = height_width
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
@@ -77,7 +77,7 @@ def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build the image processor of this package, and load the image processor of transformers' ViT."""
+    """Build equivalent image processors of this package and of transformers. The latter is loaded from `folder`."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     height_width = {"height": size.image_size, "width": size.image_size}
@@ -117,7 +117,7 @@ def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> It
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare one row with AutoImageProcessor. Raise ValueError if any pixel value differs."""
+    """Compare one row with AutoImageProcessor. Raise ValueError if the pixel values differ."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -146,7 +146,7 @@ PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> top labels of al
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with transformers' pipeline, after both programs have loaded the model."""
+    """Compare each row with transformers' pipeline. The time to load the model is not measured."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}

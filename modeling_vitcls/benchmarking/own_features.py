@@ -6,8 +6,8 @@
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merging or dropping patches changes the outputs, so equality is only checked with the feature set to 0. The loss of
-accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
+Merging or dropping patches changes the outputs, so equality of the outputs is only checked with the feature set to 0.
+The loss of accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy
@@ -69,14 +69,14 @@ def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[
 
 
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
-    """Return a function that takes a training step, and the number of images per call."""
+    """Return a function that performs one training step, and the number of images per call."""
     row = TRAINING_STEPS[INEXACT_STEP]
     return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a config field, a value (the plain model has 0), and the computation to measure."""
+    """A row of the report: a config field, its value (0 in the plain model), and the computation to measure."""
 
     field: str
     value: float
@@ -143,7 +143,7 @@ NUM_REGISTERS = 4
 
 
 def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the statistics of the HTML report, and return the entropy of attention."""
+    """Compute the statistics of the HTML report, and return the entropy of the attention."""
     statistics = TokenStatistics(model)
     statistics.update(pixel_values)
     return statistics.compute().entropy
@@ -283,7 +283,7 @@ def train_probe(
 
 
 def main() -> None:
-    """Print the peak memory in bytes of reading attention, or (with --theirs) of a plain forward pass."""
+    """Print the peak memory of reading attention, or (with --theirs) of a plain forward pass, in bytes."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)

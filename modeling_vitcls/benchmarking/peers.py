@@ -84,7 +84,7 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with initial weights. `labels` is empty, or contains id2label and label2id."""
+    """Build the ViT of transformers with untrained weights. `labels` is empty, or contains id2label and label2id."""
     from transformers import ViTConfig, ViTForImageClassification
 
     fields = {name: value for name, value in vars(size).items() if not labels or name != "num_labels"}
@@ -137,7 +137,7 @@ PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": bui
 
 
 def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
-    """Return the same random images [B, 3, H, W] in every call."""
+    """Return random images [B, 3, H, W], the same in every call."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -187,7 +187,7 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Throughputs, float]:
-    """Compare the forward passes of both models for a batch. Return the throughputs and the largest logit
+    """Compare the outputs and the speed of both models for a batch. Return the throughputs and the largest logit
     difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))

@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return (work, name) -> median ratio to the faster peer, for each row with several peers."""
+    """Return a dict from (work, name) to the median ratio to the faster peer, for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -60,7 +60,7 @@ def print_comparison(comparison: Comparison) -> Comparison:
 
 
 def print_tables(comparisons: list[Comparison]) -> None:
-    """Print tables of speed, ratio to the faster peer and memory, and a line about the machine."""
+    """Print tables of speed, ratios to the faster peer and memory, and a line about the machine."""
     speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
     memory_table = Table(
         "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
@@ -88,7 +88,7 @@ def print_tables(comparisons: list[Comparison]) -> None:
 
 
 def format_markdown(comparisons: list[Comparison]) -> str:
-    """Return a Markdown table with one line per row of work, and a caption. Empty columns are omitted."""
+    """Return a Markdown table with one line per (work, name), and a caption. Empty columns are omitted."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
@@ -102,7 +102,7 @@ def format_markdown(comparisons: list[Comparison]) -> str:
 
 
 def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the Markdown cells of a row of work, including the ratios to all baselines of the row."""
+    """Return the cells of a Markdown table row, including the ratios to all baselines."""
     speed = statistics.median(entry["ours_images_per_second"] for entry in entries)
     ratios = (
         "{} {:.2f} ({:.2f} to {:.2f})".format(entry["against"], entry["ratio"], *entry["quartiles"])

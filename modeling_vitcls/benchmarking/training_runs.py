@@ -39,7 +39,7 @@ class TrainingRun:
     dataset: str  # name of the dataset, "digits" or "photographs"
     size: ModelSize
     batch_size: int  # number of images per step
-    mixed_precision: str  # precision of autocast, "no" (no autocast) or "bf16"
+    mixed_precision: str  # autocast precision: "no" (no autocast) or "bf16"
     num_workers: int  # number of data loading processes
     log_every: int  # number of steps per line of metrics
     lines_per_turn: int  # number of lines of metrics per measurement
@@ -62,7 +62,7 @@ TRAINING_RUNS = {
 }
 TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
-MAX_STEPS = 1_000_000  # number of steps of a run, more than any benchmark takes
+MAX_STEPS = 1_000_000  # number of steps of a run, larger than any benchmark requires
 # No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
 PHOTOGRAPHS_PER_CLASS = 512
 NUM_WARMUP_LINES = 2  # number of lines of metrics before the first measurement
@@ -135,7 +135,7 @@ def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]
 
 
 def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Write the settings of transformers' Trainer to a file, and return the command line that runs `main`."""
+    """Write the settings of transformers' Trainer to a file, and return the command line that runs Trainer."""
     settings = {
         **{name: value for name, value in vars(run).items() if name != "size"},
         "model": str(folder / "their_model"),
@@ -210,7 +210,7 @@ def collate(images: list[LabeledImage], transform: v2.Transform) -> dict[str, to
 
 
 class LineWriter(TrainerCallback):
-    """Appends a line to a file every `log_every` steps."""
+    """Trainer callback that appends a line to a file every `log_every` steps."""
 
     def __init__(self, file: Path, log_every: int) -> None:
         self.file = file
@@ -238,7 +238,7 @@ def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
 
 
 def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
-    """Build transforms for single images that correspond to data/augmentation.py."""
+    """Build transforms that augment single images in the same way as data/augmentation.py."""
     transforms: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
         transforms.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))

@@ -6,6 +6,6 @@
 
 A program defines OPTIONS (a dataclass whose fields are the flags) and `run(options)`. A program also defines
 `check_options(options)` if flags must be checked before torch is imported. cli.py prints ValueErrors and OSErrors of
-programs in one line. At module level, a program imports only the standard library, tyro, parsing.py and options.py.
-These files are not copied to the Hub.
+programs as one-line messages. At module level, a program imports only the standard library, tyro, parsing.py and
+options.py. These files are not copied to the Hub.
 """

@@ -37,7 +37,7 @@ def run(options: DemoOptions) -> None:
 
     disable_progress_bar()  # hides the progress bar of weight loading
     folder = get_model_folder(options.model, revision=options.revision)
-    from ..demo.page import serve_demo  # gradio takes seconds to import
+    from ..demo.page import serve_demo  # slow, because it imports gradio
 
     with force_offline():  # all files are local at this point
         serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)

@@ -33,7 +33,7 @@ ENVIRONMENT_VARIABLES = (
 
 
 def format_environment() -> str:
-    """Return the lines of a bug report."""
+    """Return the versions, devices and settings for a bug report, one per line."""
     environment = (
         get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
     )
@@ -59,7 +59,7 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return whether the kernels of cpu_kernels_vitcls.py are on, and the reason if they are off."""
+    """Return a text that states whether the CPU kernels and oneDNN are used and, if not, why."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

@@ -30,7 +30,7 @@ class ExportOptions:
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """File to write (with --format transformers.js: folder), which must not exist."""
+    """File to write, or folder if --format is transformers.js. The path must not exist."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
     Default: the image size of the model."""
@@ -53,7 +53,7 @@ def check_options(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(
-            f"error: --image-size must be at least 1, but it is {' '.join(map(str, options.image_size))}"
+            f"error: --image-size must be two positive numbers, but it is {' '.join(map(str, options.image_size))}"
         )
     graph_settings = (options.image_size, options.dynamic, options.dtype, options.opset)
     if options.format == "transformers.js" and graph_settings != (None, True, "float32", None):

@@ -17,7 +17,7 @@ class PushOptions:
     model: Path | None = None
     """Folder of the model."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: a repository in your account with the name of the folder."""
+    """Repository to push to. Default: the name of the folder, in your account."""
     private: bool = False
     """Make the repository private if the push creates the repository."""
     branch: str | None = None
@@ -31,10 +31,10 @@ class PushOptions:
     endpoint_handler: bool = False
     """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True
-    """Load the pushed commit in a new process and compare its outputs."""
+    """Load the pushed commit in a new process and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without a push, compared with --model if --model is set. Verification runs the repository's
-    code."""
+    """Repository to verify without a push. If --model is set, the repository is compared with that folder.
+    Verification runs the repository's code."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 

@@ -29,7 +29,7 @@ class SpaceOptions:
     model: str
     """Hub id of the model."""
     revision: str = "main"
-    """Commit hash, branch or tag. A branch or tag is resolved to its current commit, which the Space keeps using."""
+    """Commit hash, branch or tag. The Space is pinned to the current commit of a branch or tag."""
     space_id: str | None = None
     """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
     private: bool = False
@@ -42,8 +42,8 @@ class SpaceOptions:
     """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
     classifier."""
     node_modules: Path | None = None
-    """With --static: folder with the npm package @huggingface/transformers to copy. Default: the page loads
-    transformers.js from a CDN."""
+    """With --static: node_modules folder with the npm package @huggingface/transformers, which is copied to the Space.
+    Default: the page loads transformers.js from a CDN."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
@@ -102,6 +102,6 @@ def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFi
     print(f"pushed a Space for {model.repo_id} at {model.commit}: {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
-            f"{model.repo_id} is private or gated: add a secret HF_TOKEN with read access to the Space, at "
-            f"{pushed_space.url}/settings"
+            f"{model.repo_id} is private or gated: at {pushed_space.url}/settings, add a token with read access to "
+            "the model as the secret HF_TOKEN"
         )

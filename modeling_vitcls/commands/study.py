@@ -27,7 +27,7 @@ class StudyOptions:
     threads: int = 1
     """CPU threads per run."""
     memory_limit: float | None = None
-    """Total memory of all runs, in GiB. Default: no limit."""
+    """Maximum total memory of concurrent runs, in GiB. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):

@@ -6,7 +6,7 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
 
-Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if the outputs equal
+Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs equal
 the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
 `vitcls/converted` next to the cache of the Hub. If the source or the version of this package changes, the model is
 converted again.
@@ -69,7 +69,7 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether `pinned_source` is `source` with a commit hash instead of a branch, a tag or no revision."""
+    """Return whether `pinned_source` is `source` with a commit hash, which replaces the branch or tag, if any."""
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
@@ -87,7 +87,7 @@ def read_model_types(folder: str) -> tuple[str | None, str | None]:
 
 def convert_once(source: str) -> str:
     """Return the folder of the cached conversion of a source. Convert the source if the cache has no conversion."""
-    from .convert import convert_checkpoint  # slow, because it imports many models of transformers
+    from .convert import convert_checkpoint  # slow, because it imports many transformers models
 
     folder = get_cache_folder() / compute_cache_name(source)
     if not (folder / CONFIG).is_file():

@@ -38,8 +38,8 @@ def build_conversion_card(
 ) -> ModelCard:
     """Build the card of a converted model.
 
-    `name` is the name of the model's folder, which a push replaces with the name of the repository. `images` contains
-    paths relative to the folder, as returned by `write_card_images`. `is_native` is True for a model of transformers.
+    `name` is the folder name of the model; a push replaces this name with the repository name. `images` contains paths
+    relative to the folder, as returned by `write_card_images`. `is_native` is True for a transformers model.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
@@ -76,7 +76,7 @@ def build_conversion_card(
 
 
 def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bool) -> ModelCardData:
-    """Build the YAML header of the card. Random weights have no base model and no license."""
+    """Build the YAML header of the card. The header names no base model and no license for random weights."""
     # `base_model_relation` is not set, because the Hub has no relation for exact copies.
     return ModelCardData(
         library_name="transformers",
@@ -88,7 +88,7 @@ def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bo
 
 
 def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
-    """Return whether the header names the source itself as the base model, and not the base model of the source."""
+    """Return whether the header names the source itself as the base model, not the base model of the source."""
     return isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
 
 
@@ -102,7 +102,7 @@ def describe_source(report: "ParityReport", provenance: Provenance) -> str:
 
 
 def describe_preprocessing(report: "ParityReport") -> str:
-    """Return sentences about the source of the image processor's settings and the largest pixel difference."""
+    """Return sentences that state the source of the image processor's settings and the largest pixel difference."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (

@@ -184,7 +184,7 @@ def test_explicit_gates() -> None:
     assert both.config.gated_tokens == {"cls": 1, "registers": 4}
     assert both.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
     assert gated.adapt(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
-    with raises_one_line("gated_tokens", "5 of 4"):
+    with raises_one_line("gated_tokens", "must be from 1 to 4, but it is 5"):
         model.adapt(gated_tokens={"registers": 5})
 
 

@@ -504,7 +504,7 @@ def test_errors_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.Ca
         (["--format", "tflite"], "tflite"),
         (["--format", "torch", "--opset", "18"], "--opset"),
         (["--format", "onnx", "--opset", "9"], "--opset must be at least 18, but it is 9"),
-        (["--format", "onnx", "--image-size", "0", "32"], "--image-size must be at least 1, but it is 0 32"),
+        (["--format", "onnx", "--image-size", "0", "32"], "--image-size must be two positive numbers, but it is 0 32"),
     ],
 )
 def test_wrong_flags_end_with_status_2(flags: list[str], word: str, tmp_path: Path) -> None:
