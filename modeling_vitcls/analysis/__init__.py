@@ -28,8 +28,8 @@
     report.py               the HTML report
     inspect_tokens.py       the program `vitcls inspect`
 
-PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only the files of
-this folder that the demo imports are copied to the Hub (listed in hub/space.py).
+PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only those files
+of this folder that the demo imports are copied to the Hub (see the list in hub/space.py).
 """
 
 import importlib

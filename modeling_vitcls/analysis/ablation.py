@@ -46,10 +46,10 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        effect_on_null_images: effect size on the images that the null distributions use (all images or a subset).
+        effect_on_null_images: effect size on the images of the null distributions (all images or a subset).
         patch_effects: effect sizes of ablating the same number of random patches.
         redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
-            because each of these tokens has an effect.
+            because these tokens always have an effect.
         redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
     """
 
@@ -70,7 +70,7 @@ class Ablation:
 
     @property
     def is_beyond_null(self) -> bool:
-        """Return whether outputs change, and the effect exceeds the limits of both null distributions."""
+        """Return whether outputs change and the effect exceeds the limits of both null distributions."""
         interval = self.null_interval
         return interval is not None and self.effect.has_changed_outputs and self.effect_on_null_images > interval[1]
 
@@ -254,7 +254,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
     redrawn tokens. Each draw replaces either all tokens of a group or a single token; single tokens take turns.
 
-    Redrawn tokens that the head reads are not ablated, because all of these tokens have an effect.
+    Redrawn tokens that the head reads are not ablated, because these tokens always have an effect.
     """
     layout = model.config.token_layout
     keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))

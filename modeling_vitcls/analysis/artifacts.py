@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; t
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
 MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum rise of the outlier fraction if registers are hidden, in binomial standard deviations
+MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction without registers, in binomial standard deviations
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class PatchDiagnosis:
     """Diagnosis of the norms of patches.
 
     Attributes:
-        word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
+        word: "artifacts" if the norms have a second mode in the last layers whose output is read, "no artifacts"
+            otherwise.
         rating: "bad" or "good".
         reason: sentences with the measured values.
         layer: the layer after which the values were measured; 0 means the embeddings.

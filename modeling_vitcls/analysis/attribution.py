@@ -31,7 +31,7 @@ def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.T
         pixel_values: [B, C, H, W].
 
     Returns:
-        Tensor [B, special token, key]; each row sums to 1. A model without special tokens has no rows.
+        Tensor [B, special token, key]; each row sums to 1. There are no rows if the model has no special tokens.
     """
     return trace_attention(model, pixel_values).compute_rollout()
 

@@ -25,7 +25,7 @@ from ..token_names import get_token_names_by_group
 
 
 Size = tuple[int, int]  # height, width in pixels
-Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
+Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
 
 
 class VisibleRegion(NamedTuple):
@@ -84,8 +84,8 @@ def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and, as the last value, the patches.
 
-    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because nothing reads
-    its output for this token. The attention of a token is read in the same layers.
+    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because its output
+    for this token is not used. The attention of a token is read in the same layers.
     """
     return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 

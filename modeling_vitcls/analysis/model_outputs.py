@@ -138,7 +138,7 @@ def join_outputs(batches: Sequence[Any]) -> Any:
     return Predictions(
         torch.cat([batch.logits for batch in batches]),
         torch.cat([batch.predicted for batch in batches]),
-        None if any(each is None for each in labels) else torch.cat(labels),
+        None if any(batch_labels is None for batch_labels in labels) else torch.cat(labels),
     )
 
 
@@ -167,7 +167,7 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label that has a probability of at least `DEFAULT_THRESHOLD`.
+    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
         return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()

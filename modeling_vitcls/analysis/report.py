@@ -164,9 +164,9 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
-        for kind, by_key in inspection.ablations.items():
+        for kind, ablations in inspection.ablations.items():
             row = {"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"}
-            rows.append(row | format_effect(by_key[key]))
+            rows.append(row | format_effect(ablations[key]))
     header = list(rows[0]) if rows else []
     return {"header": header, "rows": [[row.get(name, "") for name in header] for row in rows]}
 
