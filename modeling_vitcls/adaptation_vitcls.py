@@ -77,8 +77,8 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
-            gate_new_tokens: whether the gates of added tokens are initially closed. Only outputs computed directly from
-                the added tokens then change (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether the gates of added tokens are initially closed. Then, only outputs computed
+                directly from the added tokens change (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:

@@ -78,7 +78,7 @@ __all__ = sorted(FILES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """Import and return the object with this public name."""
+    """Import and return the public object `name`."""
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)

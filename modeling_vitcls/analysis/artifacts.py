@@ -43,7 +43,7 @@ class SecondMode:
 
 @dataclass(frozen=True)
 class PatchDiagnosis:
-    """Diagnosis of the norms of patches.
+    """Diagnosis of the patch norms.
 
     Attributes:
         word: "artifacts" if the norms have a second mode in the last layers whose output is read, "no artifacts"
@@ -100,7 +100,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Diagnose whether the norms of patches have a second mode, and whether registers absorb outliers.
+    """Determine whether the patch norms have a second mode, and whether registers absorb outliers.
 
     The verdict applies to the last quarter of the layers whose output is read; Darcet et al. 2023 (arXiv 2309.16588)
     measure only the last layer. The reason also describes earlier layers.

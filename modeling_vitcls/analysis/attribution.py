@@ -53,8 +53,8 @@ def compute_attribution(
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
     2103.15679, equations 5 and 6). The attribution starts from the tokens that the head reads.
 
-    The gradient of a map is computed from the values and the gradient of the attention output, so the maps do not have
-    to be part of the autograd graph.
+    The gradient of a map is computed from the value vectors and the gradient of the attention output, so the maps do
+    not have to be part of the autograd graph.
 
     Args:
         model: a classifier.

@@ -48,7 +48,7 @@ MIN_PATCH_MASS = 0.01  # minimum `patch_mass` of a token that is not cut off fro
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity of embedding and last state of a token that layers change
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_P_VALUE = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
+MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
@@ -121,10 +121,10 @@ def diagnose_tokens(
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """Measurements of the token at one sequence index."""
+    """Measurements of one special token."""
 
     findings: Findings
-    index: int
+    index: int  # sequence index of the token
     names: list[str]  # names of all special tokens
     num_read_layers: list[int]  # number of layers whose output is read, for each special token and the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured

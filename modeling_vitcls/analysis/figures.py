@@ -121,7 +121,7 @@ def select_drawn_tokens(names: list[str]) -> dict[int, str]:
 
 
 def build_group_header(config: ViTCLSConfig, group: str) -> str:
-    """Return the name of the group and its number of tokens."""
+    """Return the name and the number of tokens of a group; for patches, also the patch size."""
     if group == "patches":
         (rows, columns), (height, width) = config.grid_size, config.patch_height_width
         return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"

@@ -252,7 +252,7 @@ def create_token_grid(
 
 
 def get_num_legend_columns(width: float) -> int:
-    """Return the number of legend columns in a figure of this width in inches."""
+    """Return the number of legend columns in a figure with a width in inches."""
     return int(width / 1.6)
 
 

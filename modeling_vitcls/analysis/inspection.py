@@ -43,7 +43,7 @@ WarningCallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """Measurements of `inspect_model`.
+    """Measurements that `inspect_model` returns.
 
     Attributes:
         config: configuration of the model.
@@ -55,7 +55,7 @@ class Inspection:
         accuracy: accuracy on the images of the statistics, from 0 to 1; None if no label is known.
         verdicts: one verdict per special token.
         group_verdicts: one verdict per group of several special tokens.
-        patches: diagnosis of the norms of patches.
+        patches: diagnosis of the patch norms.
         depth: one text per special token about its attention over depth.
         image_reports: reports of the images to show.
         num_null_images: number of images for the null distributions.
@@ -316,7 +316,7 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return the pixels of all usable images by index. Raise ValueError if no image can be used."""
+        """Return a dict from indices to the pixels of all usable images. Raise ValueError if no image can be used."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
@@ -363,7 +363,7 @@ class InspectionBatches:
 
 
 class PassProgress:
-    """Reports the progress of all measurements together, as the number of images in all forward passes, so that the
+    """Reports the progress of all measurements as one number of images, counted once per forward pass, so that the
     remaining time can be estimated from the start."""
 
     def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:

@@ -52,7 +52,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head reads the output of the token at this index of its group.
+    """Return whether the head reads the output of token `index` of a group.
 
     A model without a head outputs the CLS tokens, the distillation tokens and the patches.
     """

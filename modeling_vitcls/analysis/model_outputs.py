@@ -143,7 +143,7 @@ def join_outputs(batches: Sequence[Any]) -> Any:
 
 
 def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
-    """Return an attention mask [B, N] that hides the tokens at these sequence indices from all tokens."""
+    """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
     grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
     num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
@@ -152,7 +152,7 @@ def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Se
 
 
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
-    """Return the features [B, vectors, D] by name (`Features`) from the output of an encoder."""
+    """Return a dict from feature names (`Features`) to the features [B, vectors, D] in the output of an encoder."""
     layout, states = config.token_layout, outputs.last_hidden_state
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:

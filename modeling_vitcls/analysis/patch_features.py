@@ -27,7 +27,8 @@ from .maps import (
 
 NUM_COLORS = 3  # number of color channels: red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
-# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond them are clipped.
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
+# clipped.
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 

@@ -22,7 +22,7 @@ from .model_outputs import Predictions, encode_labels, join_outputs, read_output
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-MIN_ROUNDS = 5  # minimum number of timed batches; batches are repeated if there are fewer batches
+MIN_ROUNDS = 5  # minimum number of timed batches; batches are repeated if necessary
 MIN_GRID_SIDE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
 HIGH_ATTENTION_FRACTION = 0.5  # fraction of operations in attention maps, above which a note is added
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
@@ -84,7 +84,7 @@ def compare_patch_sizes(
     patch_sizes: Sequence[int],
     batch_size: int = 16,
 ) -> list[PatchSizeRow]:
-    """Compare patch sizes, including the model's own size, on images of one size.
+    """Compare patch sizes, including the model's own patch size, on images of equal size.
 
     A copy of the model per patch size and the pixels of all images are in memory at the same time.
 

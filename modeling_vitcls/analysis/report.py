@@ -79,7 +79,7 @@ def write_report(
     """Inspect a model, write the report atomically, and return the measurements.
 
     Args:
-        file: the HTML file.
+        file: path of the HTML file.
         model, processor, images: see `inspect_model`.
         title, source: see `write_page`.
         arguments: other arguments of `inspect_model`.
@@ -98,7 +98,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
     """Write the report of an inspection (`inspect_model`) atomically.
 
     Args:
-        file: the HTML file.
+        file: path of the HTML file.
         title: name of the model. Default: the folder or Hub id that the model was loaded from.
         source: description of the images.
 
@@ -172,7 +172,7 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
 
 
 def format_effect(ablation: Ablation) -> dict[str, str]:
-    """Return the values of an ablation as text, by column header of the table."""
+    """Return a dict from column headers of the table to the values of an ablation as text."""
     effect = ablation.effect
     columns: dict[str, str] = {}
     if isinstance(effect, AblationEffect):

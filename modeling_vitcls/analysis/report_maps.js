@@ -291,7 +291,7 @@ function getSummary(mapId) {
   )} per token.${unread}`;
 }
 
-// The grids ------------------------------------------------------------------------------------------------------
+// Grids ----------------------------------------------------------------------------------------------------------
 
 const cells = new Map(); // canvas -> id of its map
 const inView = new Set();
@@ -440,7 +440,7 @@ function focusOn(buttons, button) {
   button.focus();
 }
 
-// Enlarged -------------------------------------------------------------------------------------------------------
+// Enlarged map ---------------------------------------------------------------------------------------------------
 
 const dialog = document.getElementById("enlarged");
 const enlargedMap = document.getElementById("enlarged-map");
