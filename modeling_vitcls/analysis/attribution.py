@@ -43,7 +43,7 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive_weights = (first - attention.second_share.float() * second).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)  # for rows without positive weights
+    identity = torch.eye(weights.shape[-1], device=weights.device)  # replaces rows without positive weights
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 

@@ -5,7 +5,7 @@ attention of each token is over depth.
     diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
     describe_depth(config, findings)                    one text per special token
 
-Statements about effects compare an effect with null distributions measured on the same images (ablation.py). The
+Each statement about an effect compares the effect with null distributions on the same images (ablation.py). The
 output of a token in the last layer is read only if the head reads this token (`count_read_layers`), so states and
 attention are judged in the last layer whose output is read.
 """

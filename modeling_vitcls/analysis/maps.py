@@ -112,7 +112,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
             f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
-            f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
+            f"{grid_height} x {grid_width} patches. Pass the height and width of `pixel_values`."
         )
     return patch_rows.unflatten(-1, (grid_height, grid_width))
 

@@ -83,8 +83,9 @@ class Features:
         return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
-        """Return the indices of the NUM_NEIGHBORS other images that are most similar to each image, by CLS tokens or
-        pooled features; None for fewer than MIN_IMAGES images."""
+        """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
+        MIN_IMAGES images. The similarity is the cosine of the CLS tokens, or of the pooled features without CLS
+        tokens."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()
