@@ -75,12 +75,12 @@ MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in na
 
 
 def __getattr__(name: str) -> Any:
-    """Return the object with this public name, and import its module on first use (PEP 562)."""
+    """Return the public object `name`, and import its module on first use (PEP 562)."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    public_object = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    globals()[name] = public_object
+    return public_object
 
 
 def __dir__() -> list[str]:

@@ -8,13 +8,13 @@ No training is required, but fine-tuning may improve the adapted model. The tabl
 is adapted, and every change is logged in one line:
 
     tokens                 the first tokens are kept; new tokens are initialized by `config.token_init`
-    positions of tokens    the first positions are kept; positions of new tokens are zero
-    positions of patches   resampled (`config.position_interpolation`)
-    patch projection       resized by FlexiViT's pseudo-inverse
+    token positions        the first position embeddings are kept; new position embeddings are zero
+    patch positions        resampled (`config.position_interpolation`)
+    patch projection       resized with FlexiViT's pseudo-inverse
     decoded patches        resized bilinearly
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
-    other weights          newly initialized if their shape changes
+    other weights          newly initialized if they are missing or their shape changes
 
 With `gate_new_tokens=True`, added tokens initially do not affect the other tokens (`TokenGates`).
 """
@@ -77,8 +77,8 @@ class AdaptableModel(PreTrainedModel):
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
 
         Args:
-            gate_new_tokens: whether added tokens have initially closed gates. The outputs are then unchanged, except
-                outputs computed directly from the added tokens (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether the gates of added tokens are initially closed. Then, only outputs computed
+                directly from the added tokens change (pooling over all CLS tokens, a distillation head).
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -106,7 +106,7 @@ def resolve_config(
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
     """Return the configuration that the arguments of `from_pretrained` describe, and the remaining arguments.
 
-    The returned configuration is None if the arguments cannot require an adaptation.
+    The configuration is None if the arguments contain neither a ViTCLS configuration nor any of `ADAPTABLE_FIELDS`.
     """
     config = kwargs.get("config")
     overrides = [name for name in ADAPTABLE_FIELDS if name in kwargs]
@@ -357,7 +357,7 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     _, loading_info = load(source, *args, **kwargs)
     mismatched_keys = sorted(loading_info["mismatched_keys"])
     name, saved, expected = mismatched_keys[0]
-    others = f" (and {len(mismatched_keys) - 1} more)" if len(mismatched_keys) > 1 else ""
+    others = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
     return (
         f"the weights in {source} do not fit: {name} has shape {list(saved)}, but the model requires {list(expected)}"
         f"{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to reinitialize these weights"

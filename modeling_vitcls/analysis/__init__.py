@@ -28,8 +28,8 @@
     report.py               the HTML report
     inspect_tokens.py       the program `vitcls inspect`
 
-PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only the files of
-this folder that the demo imports are copied to the Hub (listed in hub/space.py).
+PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only those files
+of this folder that the demo imports are copied to the Hub (see the list in hub/space.py).
 """
 
 import importlib
@@ -78,7 +78,7 @@ __all__ = sorted(FILES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    """Import and return the object with this public name."""
+    """Import and return the public object `name`."""
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)

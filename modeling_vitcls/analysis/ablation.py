@@ -46,10 +46,10 @@ class Ablation:
 
     Attributes:
         effect: the effect over all images.
-        effect_on_null_images: effect size on the images that the null distributions use (all images or a subset).
+        effect_on_null_images: effect size on the images of the null distributions (all images or a subset).
         patch_effects: effect sizes of ablating the same number of random patches.
         redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
-            because each of these tokens has an effect.
+            because these tokens always have an effect.
         redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
     """
 
@@ -70,7 +70,7 @@ class Ablation:
 
     @property
     def is_beyond_null(self) -> bool:
-        """Return whether outputs change, and the effect exceeds the limits of both null distributions."""
+        """Return whether outputs change and the effect exceeds the limits of both null distributions."""
         interval = self.null_interval
         return interval is not None and self.effect.has_changed_outputs and self.effect_on_null_images > interval[1]
 
@@ -106,7 +106,7 @@ def compute_ablations(
         mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
         before: outputs without ablation (`collect_outputs(model, batches)`), if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known_outputs: outputs with hidden tokens, if already computed, by token key or group name.
+        known_outputs: dict from token keys or group names to outputs with these tokens hidden, if already computed.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -149,8 +149,8 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return the effect of replacing each token by its mean, by token key such as `cls[0]`. Null distributions are not
-    measured (use `compute_ablations`).
+    """Return a dict from token keys such as `cls[0]` to the effect of replacing the token by its mean. Null
+    distributions are not measured (use `compute_ablations`).
 
     Args:
         model: a classifier.
@@ -171,8 +171,8 @@ def compute_ablation_effects(
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images if the classifier reads only the tokens at these sequence indices, and
-    None otherwise. Because these tokens are replaced by their means, the predictions are the same for every image,
+    """Return the predictions for all images if the classifier reads only the tokens at sequence indices `indices`,
+    and None otherwise. Because these tokens are replaced by their means, the predictions are the same for every image,
     and one forward pass is sufficient."""
     read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
     if not isinstance(before, Predictions) or not read_indices <= set(indices):
@@ -192,7 +192,7 @@ def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices:
 def measure_patch_effects(
     model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[float]]:
-    """Return the effect sizes of ablating random patches, by kind of ablation and number of patches."""
+    """Return a dict from (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
     layout: TokenLayout = model.config.token_layout
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
@@ -227,8 +227,8 @@ def measure_redraw_effects(
     hidden_outputs: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return two values for each token key and group name: the mean effect size of redrawing the tokens, and the
-    effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
+    """Return a dict from token keys and group names to two values: the mean effect size of redrawing the tokens, and
+    the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
     `hidden_outputs` maps the sequence indices of tokens to the outputs with these tokens hidden from attention.
     Redrawing the hidden tokens does not change the outputs, because neither other tokens nor the head read hidden
@@ -254,7 +254,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
     redrawn tokens. Each draw replaces either all tokens of a group or a single token; single tokens take turns.
 
-    Redrawn tokens that the head reads are not ablated, because all of these tokens have an effect.
+    Redrawn tokens that the head reads are not ablated, because these tokens always have an effect.
     """
     layout = model.config.token_layout
     keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
@@ -287,7 +287,7 @@ def count_null_passes(model: Any) -> int:
 
 
 def get_groups(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return the sequence indices of the special tokens by group; groups without tokens are omitted."""
+    """Return a dict from groups to the sequence indices of their special tokens; groups without tokens are omitted."""
     special_indices = range(layout.num_prefix_tokens)
     return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
 
@@ -305,7 +305,7 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
-    """Return the mean states [L + 1, n, D] of the tokens at these sequence indices, in double precision, and the
+    """Return the mean states [L + 1, n, D] of the tokens at sequence indices `indices`, in double precision, and the
     outputs of the same forward passes."""
     batch_outputs, state_sums, runner = [], [], get_runner(model)
     with evaluation_mode(model):
@@ -319,7 +319,7 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
 
 
 def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
-    """Return the outputs with the tokens at these sequence indices replaced by their mean states [L + 1, n, D]
+    """Return the outputs with the tokens at sequence indices `indices` replaced by their mean states [L + 1, n, D]
     ("information") or hidden from attention ("presence")."""
     if kind == "presence":
         return collect_outputs(model, batches, indices)
@@ -329,8 +329,8 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 
 @contextmanager
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
-    """Replace the states of the tokens at these sequence indices by `mean_states` [L + 1, n, D], after the embeddings
-    and after each layer. The last layer is included only if the head reads one of the tokens."""
+    """Replace the states of the tokens at sequence indices `indices` by `mean_states` [L + 1, n, D], after the
+    embeddings and after each layer. The last layer is included only if the head reads one of the tokens."""
     encoder, read_flags = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
     if not any(read_flags[min(index, len(read_flags) - 1)] for index in indices):
@@ -344,7 +344,7 @@ def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tens
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens at these sequence indices by random vectors with the same norms."""
+    """Replace the embeddings of the tokens at sequence indices `indices` by random vectors with the same norms."""
     directions = nn.functional.normalize(torch.randn(len(indices), model.config.hidden_size, generator=generator))
 
     def redraw(tokens: torch.Tensor) -> torch.Tensor:
@@ -357,8 +357,8 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens [B, n, D] at these sequence indices in the output of a module, until the returned handle is
-    removed. `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old
+    """Replace the tokens [B, n, D] at sequence indices `indices` in the output of a module, until the returned handle
+    is removed. `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old
     tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; t
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
 MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum rise of the outlier fraction if registers are hidden, in binomial standard deviations
+MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction without registers, in binomial standard deviations
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class SecondMode:
 
 @dataclass(frozen=True)
 class PatchDiagnosis:
-    """Diagnosis of the norms of patches.
+    """Diagnosis of the patch norms.
 
     Attributes:
-        word: "artifacts" if the norms have a second mode in the last layers that are read, "no artifacts" otherwise.
+        word: "artifacts" if the norms have a second mode in the last layers whose output is read, "no artifacts"
+            otherwise.
         rating: "bad" or "good".
         reason: sentences with the measured values.
         layer: the layer after which the values were measured; 0 means the embeddings.
@@ -99,7 +100,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 
 
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
-    """Diagnose whether the norms of patches have a second mode, and whether registers absorb outliers.
+    """Determine whether the patch norms have a second mode, and whether registers absorb outliers.
 
     The verdict applies to the last quarter of the layers whose output is read; Darcet et al. 2023 (arXiv 2309.16588)
     measure only the last layer. The reason also describes earlier layers.

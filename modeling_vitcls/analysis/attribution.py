@@ -31,7 +31,7 @@ def compute_attention_rollout(model: Any, pixel_values: torch.Tensor) -> torch.T
         pixel_values: [B, C, H, W].
 
     Returns:
-        Tensor [B, special token, key]; each row sums to 1. A model without special tokens has no rows.
+        Tensor [B, special token, key]; each row sums to 1. There are no rows if the model has no special tokens.
     """
     return trace_attention(model, pixel_values).compute_rollout()
 
@@ -43,7 +43,7 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
     positive_weights = (first - attention.second_share.float() * second).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
-    identity = torch.eye(weights.shape[-1], device=weights.device)  # for rows without positive weights
+    identity = torch.eye(weights.shape[-1], device=weights.device)  # replaces rows without positive weights
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
 
 
@@ -53,8 +53,8 @@ def compute_attribution(
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
     2103.15679, equations 5 and 6). The attribution starts from the tokens that the head reads.
 
-    The gradient of a map is computed from the values and the gradient of the attention output, so the maps do not have
-    to be part of the autograd graph.
+    The gradient of a map is computed from the value vectors and the gradient of the attention output, so the maps do
+    not have to be part of the autograd graph.
 
     Args:
         model: a classifier.

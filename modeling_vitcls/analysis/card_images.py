@@ -160,10 +160,8 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file of the best of `QUALITIES` with a file size below MAX_BYTES.
-
-    If all files are larger, return the file of the lowest quality.
-    """
+    """Return the figure as a PNG file, in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
+    the lowest quality if no file is small enough."""
     for resolution, num_colors in QUALITIES:
         image, png = render_figure(figure, resolution), BytesIO()
         if num_colors is not None:

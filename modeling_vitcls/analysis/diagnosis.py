@@ -5,7 +5,7 @@ attention of each token is over depth.
     diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
     describe_depth(config, findings)                    one text per special token
 
-Statements about effects compare an effect with null distributions measured on the same images (ablation.py). The
+Each statement about an effect compares the effect with null distributions on the same images (ablation.py). The
 output of a token in the last layer is read only if the head reads this token (`count_read_layers`), so states and
 attention are judged in the last layer whose output is read.
 """
@@ -44,15 +44,15 @@ MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends o
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
 MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, relative to their variation over images
 MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform maps
-MIN_PATCH_MASS = 0.01  # minimum fraction of attention to patches (maximum over heads) of a token that is read
+MIN_PATCH_MASS = 0.01  # minimum `patch_mass` of a token that is not cut off from the patches
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity of embedding and last state of a token that layers change
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
-MAX_HARM_P_VALUE = 0.05  # maximum p-value of a harmful token; divided by the number of ablations (Bonferroni)
+MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
 # ratio of the middle third to the first third.
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
-MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to, in each layer, for attention called uniform
+MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in each layer if attention is uniform
 
 ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
 
@@ -121,17 +121,17 @@ def diagnose_tokens(
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """Measurements of the token at one sequence index."""
+    """Measurements of one special token."""
 
     findings: Findings
-    index: int
+    index: int  # sequence index of the token
     names: list[str]  # names of all special tokens
     num_read_layers: list[int]  # number of layers whose output is read, for each special token and the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
     num_tests: int  # number of ablations of all tokens and groups
     movement: float | None  # distance that training moved the token; None if unknown
     has_moved_tokens: bool  # whether training moved any token
-    caveat: str  # note on an accuracy that is not better than chance; otherwise empty
+    caveat: str  # note that the accuracy is not better than chance; empty if it is better or unknown
 
     @property
     def last_state(self) -> int:
@@ -149,7 +149,8 @@ class TokenEvidence:
         and the median variation of the channels must be small, so that one channel of large magnitude cannot hide
         variation."""
         findings, index = self.findings, self.index
-        last_variations = [each[self.last_state, index] for each in (findings.variation, findings.channel_variation)]
+        variations = (findings.variation, findings.channel_variation)  # [L + 1, S] each
+        last_variations = [variation[self.last_state, index] for variation in variations]
         is_constant = torch.stack(last_variations).max().item() < MIN_IMAGE_VARIATION
         return self.last_state > 0 and findings.num_images > 1 and is_constant
 
@@ -230,63 +231,64 @@ class TokenEvidence:
         }
 
 
-def judge_token(token: TokenEvidence) -> tuple[Word, Rating, str]:
+def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
     """Return the word, rating and reason of the verdict on a token. The first true condition determines the
     verdict."""
-    findings = token.findings
+    findings = evidence.findings
     where = "after the last layer,"
-    if not token.is_read_by_head:
-        where = f"after layer {token.last_state}, the last layer whose output is read,"
-    if token.identical_token is not None:
-        other, state = token.identical_token
-        similarity = f"cosine {findings.between_tokens[state, token.index, other]:.4f}"
-        distance = f"distance {findings.state_distance[state, token.index, other]:.2g}"
-        reason = f"{where} the token is identical to {token.names[other]} ({similarity}, {distance})."
+    if not evidence.is_read_by_head:
+        where = f"after layer {evidence.last_state}, the last layer whose output is read,"
+    if evidence.identical_token is not None:
+        other, state = evidence.identical_token
+        similarity = f"cosine {findings.between_tokens[state, evidence.index, other]:.4f}"
+        distance = f"distance {findings.state_distance[state, evidence.index, other]:.2g}"
+        reason = f"{where} the token is identical to {evidence.names[other]} ({similarity}, {distance})."
         return "collapsed", "bad", reason
-    if token.is_read_by_head and token.patch_mass < MIN_PATCH_MASS:
-        limit = f"at most {token.patch_mass:.2%} of the token's attention goes to patches"
+    if evidence.is_read_by_head and evidence.patch_mass < MIN_PATCH_MASS:
+        limit = f"at most {evidence.patch_mass:.2%} of the token's attention goes to patches"
         reason = f"in each layer and attention head, {limit}, although the head reads the token."
         return "cut off from the patches", "bad", reason
-    if token.is_same_for_all_images:
-        variation = findings.variation[token.last_state, token.index].item()
+    if evidence.is_same_for_all_images:
+        variation = findings.variation[evidence.last_state, evidence.index].item()
         same = f"the state is the same for every image (it varies by {variation:.1g} times the norm of the mean state)"
-        word: Word = "not moved" if token.movement == 0 else "same for all images"
-        return word, "bad", f"{where} {same}; {token.describe_movement()}."
-    if (harm := find_harm(token.ablations, token.num_tests)) is not None:
-        return "harmful", "bad", f"{describe_harm(*harm)}; {token.describe_movement()}."
-    if token.norm_ratio > MAX_NORM_RATIO and token.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
-        ratio = f"the norm of the embedding is {token.norm_ratio:.3g} times the median norm of the patches"
-        cosine = f"cosine {token.embedding_similarity:.3f} between embedding and last state"
-        return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){token.caveat}."
-    if token.equal_attention_token is not None:
-        other, map_distance = token.equal_attention_token
+        word: Word = "not moved" if evidence.movement == 0 else "same for all images"
+        return word, "bad", f"{where} {same}; {evidence.describe_movement()}."
+    if (harm := find_harm(evidence.ablations, evidence.num_tests)) is not None:
+        return "harmful", "bad", f"{describe_harm(*harm)}; {evidence.describe_movement()}."
+    if evidence.norm_ratio > MAX_NORM_RATIO and evidence.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
+        ratio = f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches"
+        cosine = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
+        return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){evidence.caveat}."
+    if evidence.equal_attention_token is not None:
+        other, map_distance = evidence.equal_attention_token
         equality = (
-            f"the attention maps are nearly equal to the maps of {token.names[other]} in all layers that are read"
+            f"the attention maps are nearly equal to the maps of {evidence.names[other]} in all layers whose "
+            "output is read"
         )
         distance = f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
         return "equal attention", "doubtful", f"{equality} ({distance})."
-    if token.movement == 0:
-        return "not moved", *judge_unmoved_token(token)
-    if not token.ablations:
+    if evidence.movement == 0:
+        return "not moved", *judge_unmoved_token(evidence)
+    if not evidence.ablations:
         return "not judged", "neutral", "the effects of the 2 ablations of the token were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
-    reason = f"{describe_comparison(token.ablations)}; {token.describe_movement()}{token.caveat}."
-    return judge_effect(token.ablations, token.caveat, reason)
+    reason = f"{describe_comparison(evidence.ablations)}; {evidence.describe_movement()}{evidence.caveat}."
+    return judge_effect(evidence.ablations, evidence.caveat, reason)
 
 
-def judge_unmoved_token(token: TokenEvidence) -> tuple[Rating, str]:
+def judge_unmoved_token(evidence: TokenEvidence) -> tuple[Rating, str]:
     """Return the rating and reason for a token with a movement of 0, which may be frozen or already trained."""
-    if token.findings.num_images < MIN_IMAGES:
-        explanation = describe_missing_images(token.findings.num_images)
+    if evidence.findings.num_images < MIN_IMAGES:
+        explanation = describe_missing_images(evidence.findings.num_images)
         return "neutral", f"the token did not move in this run (movement 0), and its effect is unknown: {explanation}."
-    if not token.ablations:
+    if not evidence.ablations:
         return "neutral", "the token did not move in this run (movement 0): it is frozen or receives no gradient."
-    comparison = f"{describe_comparison(token.ablations)}{token.caveat}."
-    if any(ablation.is_beyond_null for ablation in token.ablations.values()):
+    comparison = f"{describe_comparison(evidence.ablations)}{evidence.caveat}."
+    if any(ablation.is_beyond_null for ablation in evidence.ablations.values()):
         explanation = "the token did not move in this run (movement 0): it is frozen or already trained"
         return "neutral", f"{explanation}; {comparison}"
-    if token.has_moved_tokens:
+    if evidence.has_moved_tokens:
         return "bad", f"the token did not move in this run (movement 0), but training moved other tokens; {comparison}"
     return "neutral", f"the token is frozen, like all tokens in this run (movement 0); {comparison}"
 
@@ -303,10 +305,12 @@ def diagnose_groups(
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
-        by_kind = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
+        group_ablations = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
         word = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
-        judgment = judge_group(by_kind, sum(map(len, ablations.values())), describe_chance_accuracy(predictions))
-        verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=summarize_ablations(by_kind)))
+        num_tests = sum(map(len, ablations.values()))
+        judgment = judge_group(group_ablations, num_tests, describe_chance_accuracy(predictions))
+        numbers = summarize_ablations(group_ablations)
+        verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=numbers))
     return verdicts
 
 
@@ -340,9 +344,9 @@ def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, Abla
 def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
     """Return the values of the ablations of a token or group by name: `effect`, `interval` and `null` (smallest effect
     and limit) of the information ablation, and all values of each ablation under the name of its kind."""
-    by_kind = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
-    information = by_kind.get("information", {})
-    return {name: information.get(name) for name in ("effect", "interval", "null")} | by_kind
+    summaries = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
+    information = summaries.get("information", {})
+    return {name: information.get(name) for name in ("effect", "interval", "null")} | summaries
 
 
 def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
@@ -378,9 +382,12 @@ def describe_missing_images(num_images: int) -> str:
 def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its") -> str:
     """Describe the effects of ablations, compared with the null distributions."""
     kinds = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
-    clause = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
-    terms = {kind: ABLATION_TERMS[kind].format(possessive) for kind in ablations}
-    return f"{clause}: {'; '.join(f'if {terms[kind]}, {describe_effect(each)}' for kind, each in ablations.items())}"
+    summary = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
+    effects = [
+        f"if {ABLATION_TERMS[kind].format(possessive)}, {describe_effect(ablation)}"
+        for kind, ablation in ablations.items()
+    ]
+    return f"{summary}: {'; '.join(effects)}"
 
 
 def describe_effect(ablation: Ablation) -> str:
@@ -444,7 +451,7 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
     for index, name in enumerate(get_token_names(config)):
         num_layers = num_read_layers[index]
         if num_layers == 0:
-            texts.append(f"{name} attends to other tokens only in layer 1, and nothing reads its output.")
+            texts.append(f"{name} attends to other tokens only in layer 1, and its output is not read.")
             continue
         read_fractions = fractions[:num_layers, index]
         thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
@@ -476,8 +483,8 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
 
 def summarize_diagnosis(verdicts: Sequence[Verdict], groups: Sequence[Verdict], patches: PatchDiagnosis) -> str:
     """Return one line with the tokens and groups of each verdict, and whether there are artifacts."""
-    by_word: dict[str, list[str]] = {}
+    tokens_by_word: dict[str, list[str]] = {}
     for verdict in [*verdicts, *groups]:
-        by_word.setdefault(verdict.word, []).append(verdict.token)
-    clauses = [f"{', '.join(tokens)}: {word}" for word, tokens in by_word.items()]
-    return "; ".join([*clauses, f"patches: {patches.word}"])
+        tokens_by_word.setdefault(verdict.word, []).append(verdict.token)
+    diagnoses = [f"{', '.join(tokens)}: {word}" for word, tokens in tokens_by_word.items()]
+    return "; ".join([*diagnoses, f"patches: {patches.word}"])

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 MIN_RELATIVE_DEVIATION = (
     1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
 )
-MIN_FEATURE_CHANGE = 1e-3  # minimum cosine distance before and after; smaller changes are treated as rounding errors
+MIN_FEATURE_CHANGE = 1e-3  # minimum cosine distance of changed features; smaller distances count as rounding errors
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
 
@@ -166,6 +166,6 @@ def compute_improvement_p_value(before: Predictions, after: Predictions) -> floa
     1947)."""
     assert before.labels is not None
     is_known = before.labels != IGNORED_LABEL
-    was_right, is_right = ((each.predicted == before.labels)[is_known] for each in (before, after))
+    was_right, is_right = ((outputs.predicted == before.labels)[is_known] for outputs in (before, after))
     num_gained, num_lost = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
     return float(stats.binom.sf(num_gained - 1, num_gained + num_lost, 0.5)) if num_gained else 1.0

@@ -1,7 +1,7 @@
 """Figures of tokens and predictions, for cards, notebooks and trackers.
 
 Each plot function returns a matplotlib `Figure` with a white background. Figures are created without pyplot, so they
-do not remain in global state. Maps are computed in maps.py, and card_images.py writes figures to files. Figures over
+do not remain in global state. maps.py computes the maps, and card_images.py writes figures to files. Figures over
 many images are in figures_over_depth.py and figures_of_states.py.
 """
 
@@ -121,7 +121,7 @@ def select_drawn_tokens(names: list[str]) -> dict[int, str]:
 
 
 def build_group_header(config: ViTCLSConfig, group: str) -> str:
-    """Return the name of the group and its number of tokens."""
+    """Return the name and the number of tokens of a group; for patches, also the patch size."""
     if group == "patches":
         (rows, columns), (height, width) = config.grid_size, config.patch_height_width
         return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
@@ -175,7 +175,7 @@ MAX_NAME_LENGTH = 18  # maximum length of a class name in characters
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by the fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
     for up to 50 classes.
@@ -192,7 +192,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     if counts.shape != (num_classes, num_classes):
         raise ValueError(
             f"The confusion matrix has shape {counts.shape}, but there are {num_classes} class names. "
-            "Pass one name per row."
+            "Pass a square matrix, and one name per row."
         )
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
@@ -232,7 +232,7 @@ def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
-MAX_COLUMNS = 7  # maximum number of tiles (an image and its overlays) per row
+MAX_COLUMNS = 7  # maximum number of tiles (images and overlays) per row
 TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
 TILE_SIDE = 320  # longer side of an image in pixels
 
@@ -313,7 +313,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
         raise ValueError(f"head is {head}, but the model has {num_heads} heads. Choose from 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [" ".join(filter(None, ("for", each.task, each.top_label))) for each in report.predictions]
+    titles = [" ".join(filter(None, ("for", item.task, item.top_label))) for item in report.predictions]
     titled_attributions = list(zip(report.attributions, titles, strict=True))
     num_rows = max(len(names), 1 + len(titled_attributions))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
@@ -369,7 +369,7 @@ def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
 
 
 def shorten_text(text: str, max_length: int) -> str:
-    """Shorten a text by removing its middle, because names often differ only at their ends."""
+    """Shorten a text by replacing its middle with `ELLIPSIS`, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text
     num_last = (max_length - 1) // 2

@@ -180,7 +180,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
     keys = get_token_keys(config.token_layout)
     if not keys or list(effects) != keys:
         raise ValueError(
-            f"The figure requires effects of {', '.join(keys) or 'special tokens'}, but there are effects of "
+            f"The figure requires effects of {', '.join(keys) or 'special tokens'}, but `effects` contains "
             f"{', '.join(effects) or 'no tokens'}. Pass the output of compute_ablation_effects for this model."
         )
     measurements: dict[str, Sequence[float]] = {

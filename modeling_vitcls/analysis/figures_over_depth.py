@@ -142,7 +142,7 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
 def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
-    """Draw a line of the `mean` [L] over the layers, and a band from `low` to `high` if these values differ."""
+    """Draw the `mean` [L] as a line over the layers, and a band from `low` to `high` if these values differ."""
     layers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
         axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
@@ -226,7 +226,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
-    """Create a figure with `num_axes` axes side by side, and space for a legend of `num_names` names below."""
+    """Create a figure with `num_axes` axes side by side, above the space for a legend of `num_names` names."""
     width = AXES_WIDTH if num_axes == 1 else 1.5 * AXES_WIDTH
     height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_num_legend_columns(width))
     figure = create_figure(width, height)
@@ -252,7 +252,7 @@ def create_token_grid(
 
 
 def get_num_legend_columns(width: float) -> int:
-    """Return the number of legend columns in a figure of this width in inches."""
+    """Return the number of legend columns in a figure with a width in inches."""
     return int(width / 1.6)
 
 

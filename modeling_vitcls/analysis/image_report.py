@@ -101,7 +101,7 @@ def build_image_report(
         predictions=predictions,
         attention=extract_maps(trace.compute_token_attention()[0]),
         rollout=extract_maps(trace.compute_rollout()[0]),
-        attributions=[extract_maps(trace.compute_attribution(task=each.task)[0]) for each in predictions],
+        attributions=[extract_maps(trace.compute_attribution(task=prediction.task)[0]) for prediction in predictions],
         features=arrange_patch_features(trace.outputs.hidden_states, model.base_model, pixel_values)[0].detach(),
         kind=kind,
     )

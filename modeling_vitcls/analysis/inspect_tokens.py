@@ -26,7 +26,7 @@ from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write
 from .report_data import count_images_with_heads
 
 
-SPEED_PERIOD = 600  # period of the progress bar's speed estimate in seconds
+SPEED_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -45,7 +45,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
     model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # decorated
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
     images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:

@@ -43,7 +43,7 @@ WarningCallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """Measurements of `inspect_model`.
+    """Measurements that `inspect_model` returns.
 
     Attributes:
         config: configuration of the model.
@@ -55,7 +55,7 @@ class Inspection:
         accuracy: accuracy on the images of the statistics, from 0 to 1; None if no label is known.
         verdicts: one verdict per special token.
         group_verdicts: one verdict per group of several special tokens.
-        patches: diagnosis of the norms of patches.
+        patches: diagnosis of the patch norms.
         depth: one text per special token about its attention over depth.
         image_reports: reports of the images to show.
         num_null_images: number of images for the null distributions.
@@ -218,8 +218,8 @@ def inspect_model(
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images.
 
-    The checks require about 40 passes per image. No checks are returned for large models or for models other than
-    single-label classifiers.
+    The checks require about 40 forward passes per image. No checks are returned for large models or for models other
+    than single-label classifiers.
     """
     max_null_images = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
@@ -232,9 +232,9 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
-    At most half of the images have wrong predictions (the most confident ones), unless there are too few other images.
-    About a quarter have the least confident of the other predictions, and the remaining images are evenly spaced. For
-    an encoder, all selected images are evenly spaced and have no kind.
+    At most half of the selected images have wrong predictions (the most confident ones), unless there are too few
+    other images. About a quarter have the least confident of the other predictions, and the rest are evenly spaced.
+    For an encoder, all selected images are evenly spaced and have no kind.
     """
     if not isinstance(before, Predictions):
         return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
@@ -316,7 +316,7 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return the pixels of all usable images by index. Raise ValueError if no image can be used."""
+        """Return a dict from indices to the pixels of all usable images. Raise ValueError if no image can be used."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
@@ -338,19 +338,19 @@ class InspectionBatches:
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
         self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size
-        self.chunks = [
+        self.index_batches = [
             indices[start : start + size]
             for indices in map(list, group_by_shape(dict(enumerate(pixels))))
             for size in [min(batch_size, get_max_batch_size(model, pixels[indices[0]]))]
             for start in range(0, len(indices), size)
         ]
-        self.order = [index for chunk in self.chunks for index in chunk]
+        self.order = [index for batch_indices in self.index_batches for index in batch_indices]
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield each batch of images and labels once."""
-        for chunk in self.chunks:
-            pixel_values = torch.stack([self.pixels[index] for index in chunk]).to(self.model.device)  # [B, C, H, W]
-            yield pixel_values, None if self.labels is None else self.labels[chunk]
+        for batch_indices in self.index_batches:
+            pixel_values = torch.stack([self.pixels[index] for index in batch_indices])  # [B, C, H, W]
+            yield pixel_values.to(self.model.device), None if self.labels is None else self.labels[batch_indices]
 
     def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
         """Return batches of at most `num_selected` evenly spaced images, and the positions of these images in the
@@ -363,7 +363,7 @@ class InspectionBatches:
 
 
 class PassProgress:
-    """Reports the progress of all measurements together, as the number of images in all forward passes, so that the
+    """Reports the progress of all measurements as one number of images, counted once per forward pass, so that the
     remaining time can be estimated from the start."""
 
     def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:

@@ -3,7 +3,7 @@
 Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
 et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
 with a random order of patches, and insertion raises this probability faster. The randomized-weights check (Adebayo et
-al. 2018, arXiv 1810.03292) shuffles the values of all weights; this changes a map that depends on the weights.
+al. 2018, arXiv 1810.03292) shuffles the values of all weights, which changes a map that depends on the weights.
 """
 
 import copy
@@ -21,8 +21,8 @@ from .model_utils import evaluation_mode, unwrap_model
 
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that deletion replaces and insertion keeps
-MAX_CORRELATION = 0.5  # maximum rank correlation of a map that depends on the weights
-MAX_P_VALUE = 0.05  # maximum p-value of a map that is better than a random order
+MAX_CORRELATION = 0.5  # maximum `weight_correlation` of a map that depends on the weights
+MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is better than a random order
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
 def compute_maps(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the maps [gh, gw] of one image by name, and the probabilities [labels] of the classes."""
+    """Return a dict from map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])

@@ -25,7 +25,7 @@ from ..token_names import get_token_names_by_group
 
 
 Size = tuple[int, int]  # height, width in pixels
-Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; attributes are set by transformers
+Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
 
 
 class VisibleRegion(NamedTuple):
@@ -52,7 +52,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head reads the output of the token at this index of its group.
+    """Return whether the head reads the output of token `index` of a group.
 
     A model without a head outputs the CLS tokens, the distillation tokens and the patches.
     """
@@ -84,8 +84,8 @@ def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is read, for each special token and, as the last value, the patches.
 
-    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because nothing reads
-    its output for this token. The attention of a token is read in the same layers.
+    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because its output
+    for this token is not used. The attention of a token is read in the same layers.
     """
     return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
 
@@ -112,7 +112,7 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     if patch_rows.shape[-1] != grid_height * grid_width:
         raise ValueError(
             f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x {width} pixels have "
-            f"{grid_height} x {grid_width} patches. Pass the size of the pixel_values of these rows."
+            f"{grid_height} x {grid_width} patches. Pass the height and width of `pixel_values`."
         )
     return patch_rows.unflatten(-1, (grid_height, grid_width))
 

@@ -83,8 +83,9 @@ class Features:
         return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
-        """Return the indices of the NUM_NEIGHBORS other images that are most similar to each image, by CLS tokens or
-        pooled features; None for fewer than MIN_IMAGES images."""
+        """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
+        MIN_IMAGES images. The similarity is the cosine of the CLS tokens, or of the pooled features without CLS
+        tokens."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()
@@ -138,12 +139,12 @@ def join_outputs(batches: Sequence[Any]) -> Any:
     return Predictions(
         torch.cat([batch.logits for batch in batches]),
         torch.cat([batch.predicted for batch in batches]),
-        None if any(each is None for each in labels) else torch.cat(labels),
+        None if any(batch_labels is None for batch_labels in labels) else torch.cat(labels),
     )
 
 
 def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
-    """Return an attention mask [B, N] that hides the tokens at these sequence indices from all tokens."""
+    """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
     grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
     num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
     mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
@@ -152,7 +153,7 @@ def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Se
 
 
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
-    """Return the features [B, vectors, D] by name (`Features`) from the output of an encoder."""
+    """Return a dict from feature names (`Features`) to the features [B, vectors, D] in the output of an encoder."""
     layout, states = config.token_layout, outputs.last_hidden_state
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
@@ -167,7 +168,7 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label that has a probability of at least `DEFAULT_THRESHOLD`.
+    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
         return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()

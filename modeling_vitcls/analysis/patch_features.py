@@ -27,7 +27,8 @@ from .maps import (
 
 NUM_COLORS = 3  # number of color channels: red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
-# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond them are clipped.
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
+# clipped.
 COLOR_QUANTILES = 0.02, 0.98
 MAX_INT8 = 127
 
@@ -112,7 +113,8 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
 def split_by_image(rows: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Split rows [patches, n] into one tensor [gh, gw, n] per image, with the grid sizes of `features`."""
     sizes = [image.shape[0] * image.shape[1] for image in features]
-    return [part.unflatten(0, image.shape[:2]) for part, image in zip(rows.split(sizes), features, strict=True)]
+    pairs = zip(rows.split(sizes), features, strict=True)
+    return [image_rows.unflatten(0, image.shape[:2]) for image_rows, image in pairs]
 
 
 def draw_patch_colors(

@@ -22,9 +22,9 @@ from .model_outputs import Predictions, encode_labels, join_outputs, read_output
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-MIN_ROUNDS = 5  # minimum number of timed batches; a smaller number of batches is repeated
-MIN_GRID_SIDE = 7  # number of patches per side below which a note is added: ViT-B/32 at 224 pixels (arXiv 2010.11929)
-HIGH_ATTENTION_FRACTION = 0.5  # fraction of the compute in attention maps above which a note is added
+MIN_ROUNDS = 5  # minimum number of timed batches; batches are repeated if necessary
+MIN_GRID_SIDE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
+HIGH_ATTENTION_FRACTION = 0.5  # fraction of operations in attention maps, above which a note is added
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
 PatchSize = int | tuple[int, int]  # patch size in pixels; (height, width) if height and width differ
@@ -40,14 +40,14 @@ class PatchSizeRow:
         grid: number of rows and columns of patches.
         sequence_length: number of special tokens and patches.
         gflops: 10^9 floating-point operations per image; a multiplication and an addition count as two operations.
-        attention_share: fraction of the operations in attention maps, which grow with the square of the sequence
-            length.
+        attention_share: fraction of these operations in attention maps, whose size grows with the square of the
+            sequence length.
         milliseconds: median time per image in a batch; all sizes are measured in turn.
         device: device of the time measurement.
         num_images: number of images.
         accuracy: fraction of correct predictions among known labels; None if no label is known.
-        agreement: fraction of images with the same prediction as with the model's own size; None if the model is not a
-            classifier.
+        agreement: fraction of images with the same prediction as with the model's own patch size; None if the model is
+            not a classifier.
         note: possible problems with this patch size for these images; may be empty.
     """
 
@@ -84,7 +84,7 @@ def compare_patch_sizes(
     patch_sizes: Sequence[int],
     batch_size: int = 16,
 ) -> list[PatchSizeRow]:
-    """Compare patch sizes, including the model's own size, on images of one size.
+    """Compare patch sizes, including the model's own patch size, on images of equal size.
 
     A copy of the model per patch size and the pixels of all images are in memory at the same time.
 
@@ -162,7 +162,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
     """Return a candidate with the model itself, or with the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # no log of adapted weights
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # adapted weights are not logged
     try:
         adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:

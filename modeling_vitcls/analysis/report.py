@@ -79,7 +79,7 @@ def write_report(
     """Inspect a model, write the report atomically, and return the measurements.
 
     Args:
-        file: the HTML file.
+        file: path of the HTML file.
         model, processor, images: see `inspect_model`.
         title, source: see `write_page`.
         arguments: other arguments of `inspect_model`.
@@ -98,7 +98,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
     """Write the report of an inspection (`inspect_model`) atomically.
 
     Args:
-        file: the HTML file.
+        file: path of the HTML file.
         title: name of the model. Default: the folder or Hub id that the model was loaded from.
         source: description of the images.
 
@@ -164,15 +164,15 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
-        for kind, by_key in inspection.ablations.items():
+        for kind, ablations in inspection.ablations.items():
             row = {"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"}
-            rows.append(row | format_effect(by_key[key]))
+            rows.append(row | format_effect(ablations[key]))
     header = list(rows[0]) if rows else []
     return {"header": header, "rows": [[row.get(name, "") for name in header] for row in rows]}
 
 
 def format_effect(ablation: Ablation) -> dict[str, str]:
-    """Return the values of an ablation as text, by column header of the table."""
+    """Return a dict from column headers of the table to the values of an ablation as text."""
     effect = ablation.effect
     columns: dict[str, str] = {}
     if isinstance(effect, AblationEffect):

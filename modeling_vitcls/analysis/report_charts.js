@@ -84,7 +84,7 @@ function drawAxes(svg, width, height, y, labels, getX, xTitle) {
   svg.append(element("text", { x: (MARGIN.left + width - MARGIN.right) / 2, y: height - 2, class: "tick middle" }, xTitle));
 }
 
-// Shade the last layer if nothing reads some outputs of this layer, and list the unread tokens.
+// Shade the last layer if some outputs of this layer are unused, and list the tokens with unused outputs.
 function drawUnread(svg, width, height, lines, labels, getX) {
   const unread = lines.filter(({ read }) => read !== undefined && read < labels.at(-1));
   if (!unread.length || labels.length < 2) return;
@@ -234,8 +234,8 @@ function getUniformBaselines(name) {
 }
 
 const addTokenStyles = (rows) => rows.map((row, index) => ({ ...tokenStyles[index], ...(Array.isArray(row) ? { mean: row } : row) }));
-// The attention that tokens receive is the attention of the patches. `{ group, read }` is therefore the style of the
-// patches, whose output may be read in fewer layers.
+// `{ group, read }` replaces the group and the number of read layers of the tokens. For the attention that tokens
+// receive from patches, these are the values of the patches, whose output may be read in fewer layers.
 const buildAttentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
   drawLineChart(figure, { series: addTokenStyles(data.curves[name]).map((line) => (group ? { ...line, group, read } : line)), labels: inLayers, xTitle: "layer", baselines: getUniformBaselines(name), ...more });
 const buildStateChart = (name, more = {}) => (figure) =>

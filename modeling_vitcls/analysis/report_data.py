@@ -1,8 +1,8 @@
 """An inspection as JSON values, for the scripts of the page (`build_page_data`) and for other programs
 (`build_json_values`).
 
-Maps are stored as one byte per patch: the square root of the value divided by the map's maximum. This encoding keeps a
-page with thousands of maps small, and has enough levels for weak attention.
+A map is stored as one byte per patch, which encodes the square root of (value / maximum of the map). This encoding
+keeps a page with thousands of maps small, and has enough levels for weak attention.
 """
 
 import base64
@@ -129,7 +129,9 @@ def build_image_data(report: ImageReport, has_head_maps: bool) -> dict[str, Any]
         "rollout": pack_maps(report.rollout),
         "num_heads": report.attention.shape[1] if has_head_maps else 0,
         "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
-        "attributed": [": ".join(filter(None, (each.task, each.top_label))) for each in report.predictions],
+        "attributed": [
+            ": ".join(filter(None, (prediction.task, prediction.top_label))) for prediction in report.predictions
+        ],
     }
 
 
@@ -191,7 +193,7 @@ def build_curves(findings: Findings) -> dict[str, Any]:
 def summarize_heads(values: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Return the mean, minimum and maximum over heads of values [L, H, S], as tensors [L] for each token."""
     token_values = values.unbind(dim=-1)  # [L, H] each
-    return [{"mean": each.mean(dim=1), "low": each.amin(dim=1), "high": each.amax(dim=1)} for each in token_values]
+    return [{"mean": row.mean(dim=1), "low": row.amin(dim=1), "high": row.amax(dim=1)} for row in token_values]
 
 
 def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
@@ -201,8 +203,8 @@ def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
 
 
 def round_values(values: Any) -> Any:
-    """Convert tensors in nested dicts and lists to lists, round numbers to five digits, and replace non-finite numbers
-    by None."""
+    """Convert tensors in nested dicts and lists to lists, round numbers to five significant digits, and replace
+    non-finite numbers by None."""
     if isinstance(values, torch.Tensor):
         return round_values(values.tolist())
     if isinstance(values, dict):
@@ -263,9 +265,9 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
     `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
-    the largest cosine distance between the features of an encoder before and after. `interval` is the 95 % interval of
-    the effect, and `null` contains the smallest effect and the limit of the null distributions. "information" and
-    "presence" contain all values of both ablations.
+    the largest cosine distance between the features of an encoder before and after the replacement. `interval` is the
+    95 % interval of the effect, and `null` contains the smallest effect and the limit of the null distributions.
+    "information" and "presence" contain all values of both ablations.
     """
     return [
         {

@@ -223,7 +223,7 @@ function getValuePainter(mapId, columns, x, y) {
   };
 }
 
-// Return a function that draws one pixel in the color of its patch, or dark if the patch is background.
+// Return a function that draws one pixel in the color of its patch, or in dark gray if the patch is background.
 function getPatchPainter(image, mapId, x, y) {
   const [rows, columns] = image.grid;
   const colors = image.colors[getForeground()];
@@ -291,7 +291,7 @@ function getSummary(mapId) {
   )} per token.${unread}`;
 }
 
-// The grids ------------------------------------------------------------------------------------------------------
+// Grids ----------------------------------------------------------------------------------------------------------
 
 const cells = new Map(); // canvas -> id of its map
 const inView = new Set();
@@ -369,7 +369,8 @@ function getShownLayers() {
   return Array.from({ length: data.layers }, (_, layer) => layer).filter((layer) => (data.layers - 1 - layer) % every === 0);
 }
 
-// Fill a box with the image, the attribution of each prediction, and the grid of patches, tokens and layers.
+// Fill a box with the image, the attribution of each prediction, and a grid of maps (rows: patches and tokens, columns:
+// rollout and layers).
 function fillBox(box) {
   for (const canvas of box.querySelectorAll(".cell canvas")) {
     cells.delete(canvas);
@@ -439,7 +440,7 @@ function focusOn(buttons, button) {
   button.focus();
 }
 
-// Enlarged -------------------------------------------------------------------------------------------------------
+// Enlarged map ---------------------------------------------------------------------------------------------------
 
 const dialog = document.getElementById("enlarged");
 const enlargedMap = document.getElementById("enlarged-map");
