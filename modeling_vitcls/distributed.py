@@ -30,7 +30,8 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes by the main process
+# Maximum time that the other processes wait for downloads, stream reads and pushes by the main process.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 
 
 def build_accelerator(
@@ -45,7 +46,7 @@ def build_accelerator(
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
     gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
 
-    `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
+    `mixed_precision` is "no", "bf16" or "fp16"; None selects the precision of the launched configuration.
 
     Raises:
         ValueError: if this machine or DeepSpeed does not support the precision, if FSDP 1 or an unsupported ZeRO stage
@@ -78,7 +79,7 @@ def build_accelerator(
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the launched FSDP2 configuration on CPUs, where Accelerate would silently run DDP."""
+    """Enable the launched FSDP2 configuration on CPUs, where Accelerate would otherwise silently run DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)

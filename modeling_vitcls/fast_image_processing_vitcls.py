@@ -37,7 +37,7 @@ URL_PREFIXES = ("http://", "https://", "data:")
 def read_jpeg(source: Any) -> Tensor | None:
     """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file or its bytes, equal to the pixels from PIL.
 
-    Return None for other formats, and if torchvision cannot decode the file or decodes it differently (CMYK).
+    Return None for other formats, and if torchvision cannot decode the file or PIL decodes it differently (CMYK).
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:
@@ -109,7 +109,7 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation for pixels from 0 to 255, float32 [C, 1, 1], computed as in transformers."""
+    """Return the mean and standard deviation for pixels in [0, 255], float32 [C, 1, 1], computed as in transformers."""
     scaled_statistics = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
     return scaled_statistics[0].view(-1, 1, 1).numpy(), scaled_statistics[1].view(-1, 1, 1).numpy()
 

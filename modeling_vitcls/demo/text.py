@@ -73,7 +73,7 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """Describe how a token's attention is distributed, in percent.
 
     Args:
-        fractions: fractions of the attention to each special token and, last, to all patches.
+        fractions: output of `DemoResult.compute_attention_fractions`.
     """
     head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special_fractions, patches = fractions

@@ -46,8 +46,8 @@ class Format:
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing as PyTorch. With OpenVINO, which uses other
-    # antialiasing, outputs differed by 1e-4 to 1e-3.
+    # Whether the runtime downsamples with the same antialiasing filter as PyTorch. With OpenVINO, which uses a
+    # different filter, outputs differed by 1e-4 to 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
