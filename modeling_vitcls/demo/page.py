@@ -182,8 +182,8 @@ class ImageInput:
                 raise gr.Error(UPLOAD_REQUIRED_MESSAGE)
             return await cache_file(path_or_url)
 
-        # The method is replaced on the instance. If the method were overridden in a subclass, gradio would write a .pyi
-        # file next to this file.
+        # The method is replaced on the instance, because a subclass would make gradio write a .pyi file next to this
+        # file.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
         self.events = [self.image.input]

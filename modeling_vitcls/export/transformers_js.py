@@ -103,8 +103,8 @@ def export_for_transformers_js(
     if not is_classifier or processor is None:
         raise ValueError(
             "--format transformers.js requires a classifier for one task (no regression) and its image processor, but "
-            f"{source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image processor. Set "
-            "another --model"
+            f"{source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
+            "processor. Set another --model"
         )
     preprocessor_config = build_preprocessor_config(processor)
     batches = [

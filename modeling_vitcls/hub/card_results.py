@@ -103,8 +103,8 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield a sentence about the class with the lowest recall or average precision of each task, unless all classes
-    have the same value."""
+    """Yield one sentence per task about the class with the lowest recall or average precision, unless all classes of
+    the task have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -123,8 +123,8 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return a phrase with the most frequent wrong prediction for a class; empty if there is no matrix or
-    no wrong prediction."""
+    """Return a phrase about the most frequent wrong prediction for a class; empty if there is no matrix or no wrong
+    prediction."""
     if matrix is None:
         return ""
     error_counts = [0 if class_index == index else count for class_index, count in enumerate(matrix[index])]
@@ -135,7 +135,7 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
 
 
-MAX_NAME_LENGTH = 100  # characters
+MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def format_name(name: str) -> str:

@@ -147,5 +147,5 @@ def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bo
 
 
 def is_same_name(name: str, other_name: str) -> bool:
-    """Return whether two names on the Hub are equal. Names are not case-sensitive."""
+    """Return whether two names on the Hub are equal, ignoring case."""
     return name.casefold() == other_name.casefold()

@@ -92,7 +92,7 @@ class HubLoader:
     trust_remote_code: bool = True
 
     def get_loading_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `from_pretrained`: the pinned commits and `trust_remote_code`."""
+        """Return keyword arguments for `from_pretrained`: the pinned commits and `trust_remote_code`."""
         loading_options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return loading_options | ({"code_revision": self.code_revision} if self.code_revision else {})
 
