@@ -126,8 +126,8 @@ def get_zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
-    """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
-    fp16 or an unsupported ZeRO stage.
+    """Keep weights in float32 and unsharded until the optimizer is built, as in runs without DeepSpeed. Raise
+    ValueError for fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
     configuration of Transformers is unset, because Transformers would otherwise load all models in shards,

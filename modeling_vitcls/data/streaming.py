@@ -6,7 +6,7 @@
 Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise each
 process reads all shards and uses every n-th example, where n is the number of processes. The order depends only on the
 seed. After the last example, a process starts a new pass in a different order. The index of an example is a checksum
-of the encoded image (or of its path), so an image has the same index in every pass and on every process.
+of the encoded image (or of its path), so an image has the same index in every pass and every process.
 """
 
 import math
@@ -132,7 +132,7 @@ class StreamedImages:
         return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
-        """Yield an `Example` for each row. Rows without a label are skipped."""
+        """Yield an `Example` for each row. If labels are read, rows without a label are skipped."""
         for values, index in rows:
             encoded, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
@@ -145,8 +145,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open a dataset, and return split name -> images. Raise ValueError if the dataset cannot be found, has no image
-    or label column, or does not declare its labels."""
+    """Open a dataset, and return a dict from split names to images. Raise ValueError if the dataset cannot be found,
+    has no image or label column, or does not declare its labels."""
     import datasets
 
     streams = open_with_datasets(options, use_labels)

@@ -1,4 +1,4 @@
-"""The demo: a page that shows the predictions of a model for an image, and the attention of its special tokens.
+"""The demo: a page that shows the predictions of a model for an image, and the attention of the special tokens.
 
     reader.py    an image -> predictions, attention of the special tokens
     page.py      the page, with gradio

@@ -102,7 +102,7 @@ def serve_demo(
 
 
 def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page in threads of this process, and return the URL of the page."""
+    """Serve the page in background threads, and return the URL of the page."""
     color_stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
@@ -134,8 +134,8 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                     gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
-                if missing := explain_missing_output(demo_model):
-                    gr.Markdown(missing)
+                if explanation := explain_missing_output(demo_model):
+                    gr.Markdown(explanation)
         state = gr.State(time_to_live=CACHE_SECONDS)
         views: list[Any] = []
         if not demo_model.merges_patches:
@@ -254,8 +254,8 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the map of one layer, and a sentence about the token's attention. `layer` counts from 1; `head`
-        counts from 1, or is 0 for the mean over heads."""
+        """Return the map of one layer, and a sentence about the token's attention. `layer` and `head` are
+        counted from 1; head 0 is the mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None

@@ -1,4 +1,4 @@
-"""The model of the demo: predictions for an image, and the attention of its special tokens.
+"""The model of the demo: predictions for an image, and the attention of the special tokens.
 
     demo_model = DemoModel.load("someone/model", revision)
     result = demo_model.predict("cat.jpg")
@@ -304,12 +304,12 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 
 
 def get_softmax_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return label -> probability for logits [labels]. The probabilities sum to 1."""
+    """Return a dict from labels to probabilities for logits [labels]. The probabilities sum to 1."""
     return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
 
 
 def get_sigmoid_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return label -> probability for logits [labels]. The probabilities are independent."""
+    """Return a dict from labels to probabilities for logits [labels]. The probabilities are independent."""
     return dict(zip(names, logits.sigmoid().tolist(), strict=True))
 
 
@@ -336,7 +336,7 @@ def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, lis
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return name -> prediction for the logits of one image, [1, labels] or {task: [1, labels]}."""
+    """Return a dict from names to predictions for the logits of one image, [1, labels] or {task: [1, labels]}."""
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}

@@ -57,7 +57,7 @@ class NamedOutputs(nn.Module):
         self.read_outputs = OUTPUT_READERS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return output name -> output [B, ...] for images [B, C, H, W]."""
+        """Return a dict from output names to outputs [B, ...] for images [B, C, H, W]."""
         attention: Outputs = {}
         if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention

@@ -38,7 +38,7 @@ PREPROCESSING_SETTINGS = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size
 
 @dataclasses.dataclass(frozen=True)
 class BatchComparison:
-    """Comparison of the outputs of a file and of the model for one batch of images."""
+    """Comparison of the outputs of a file with the outputs of the model for one batch of images."""
 
     shape: ImageShape  # shape of the images
     differences: dict[str, float]  # output name -> largest absolute difference
@@ -85,8 +85,8 @@ def export_model(
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
         output: Path of the new file, with the suffix of the format. The file must not exist.
-        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, the main size of the comparison.
-            Default: the native image size of the model.
+        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, one of the sizes in the
+            comparison. Default: the native image size of the model.
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
             states the reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
@@ -199,7 +199,7 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
+    """Compare the outputs of a file with the model's outputs. Raise ValueError if a difference exceeds `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
@@ -264,7 +264,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return output name -> class names, in the order of the logits, for each output that contains logits."""
+    """Return a dict from the names of outputs that contain logits to class names, in the order of the logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

@@ -157,7 +157,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
 
 def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Return output name -> tensor, for arrays in the order of the names."""
+    """Return a dict from names to tensors, for arrays in the order of the names."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 

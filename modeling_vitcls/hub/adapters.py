@@ -1,4 +1,4 @@
-"""LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors, card.
+"""LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors and card.
 
     write_adapter(runs/mine/adapter, weights, config, rank=8, base_model="someone/their-vit")
     vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter

@@ -243,8 +243,8 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 def list_classes(names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
-    num_more = len(names) - MAX_LISTED_CLASSES
-    return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text
+    num_remaining = len(names) - MAX_LISTED_CLASSES
+    return f"{text} and {num_remaining:,} more (see `id2label` in config.json)" if num_remaining > 0 else text
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:

@@ -192,7 +192,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return label -> value for each hyperparameter that has an effect."""
+    """Return a dict from labels to values of the hyperparameters that have an effect."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]

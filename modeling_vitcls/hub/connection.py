@@ -198,8 +198,8 @@ def get_requested_wait(error: BaseException) -> float:
     """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
     for cause in iter_causes(error):
         if isinstance(cause, HfHubHTTPError):
-            value = cause.response.headers.get("Retry-After", "")
-            return float(value) if value.isdecimal() else 0.0
+            retry_after = cause.response.headers.get("Retry-After", "")
+            return float(retry_after) if retry_after.isdecimal() else 0.0
     return 0.0
 
 

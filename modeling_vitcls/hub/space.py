@@ -222,7 +222,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return path in the Space -> file for each example image."""
+    """Return a dict from paths in the Space to the files of the example images."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES_FOLDER}/{file.name}"
