@@ -79,7 +79,7 @@ def export_model(
     opset: int | None = None,
     output_attentions: bool = False,
 ) -> ExportReport:
-    """Write the graph of a model to `output`, and a report to a file with `.json` appended to the name of `output`.
+    """Write the graph of a model to `output`, such as mine.onnx, and a report to mine.onnx.json.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.

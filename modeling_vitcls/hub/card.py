@@ -104,7 +104,7 @@ def build_checkpoint_card(
     weights_license: WeightsLicense,
     with_optimizer: bool,
 ) -> ModelCard:
-    """Build the card of one checkpoint on a branch of `repo_id`, after `step` optimizer steps.
+    """Build the card of the checkpoint that was saved after `step` optimizer steps, on a branch of `repo_id`.
 
     `architecture` is the name of the model class. `metadata` contains the license, base model and dataset as keyword
     arguments of ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.

@@ -172,7 +172,7 @@ def retry(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether an error is temporary, so that a retry may succeed."""
+    """Return whether an error is temporary, in which case a retry may succeed."""
     causes = list(iter_causes(error))
     statuses = [status for cause in causes if (status := get_status(cause)) is not None]
     if statuses:
@@ -210,7 +210,7 @@ def format_hub_error(error: BaseException) -> str:
         message = get_message(cause)
         if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
-        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message
+        if isinstance(cause, HfHubHTTPError):  # the messages of the causes repeat this message
             break
     return ": ".join(messages)
 

@@ -130,7 +130,7 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     """Compute the outputs of the model, the image processors and the pipeline for fixed inputs.
 
     Args:
-        loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
+        loader: A `HubLoader`, or a `PackageLoader` from verification_reference.py.
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded

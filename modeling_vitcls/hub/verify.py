@@ -339,7 +339,7 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference of the outputs for each Auto class and the pipeline.
+    """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
 
     Raises NotVerified if a difference exceeds the tolerance.
     """
