@@ -93,7 +93,7 @@ class VerificationReport:
     reference: str  # description of the reference model
     num_files: int  # number of files whose hashes were checked
     classes: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
-    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference of the outputs
+    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference between the outputs
     versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # commit of the code if another repository contains the code
