@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of a run and its measurements. A push also removes old records, because these describe another model.
+# Records of a run and its measurements. A push also removes old records, because old records describe another model.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
