@@ -30,7 +30,8 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-PROCESS_GROUP_TIMEOUT = timedelta(hours=12)  # maximum wait for downloads, stream reads and pushes by the main process
+# Maximum time that the other processes wait for downloads, stream reads and pushes by the main process.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 
 
 def build_accelerator(
@@ -45,7 +46,7 @@ def build_accelerator(
     accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
     gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
 
-    `mixed_precision` is "no", "bf16" or "fp16"; None uses the launched configuration's precision.
+    `mixed_precision` is "no", "bf16" or "fp16"; None selects the precision of the launched configuration.
 
     Raises:
         ValueError: if this machine or DeepSpeed does not support the precision, if FSDP 1 or an unsupported ZeRO stage
@@ -78,7 +79,7 @@ def build_accelerator(
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the launched FSDP2 configuration on CPUs, where Accelerate would silently run DDP."""
+    """Enable the launched FSDP2 configuration on CPUs, where Accelerate would otherwise silently run DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -125,8 +126,8 @@ def get_zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
-    """Keep weights in float32 and unsharded until the optimizer is built, as in all other runs. Raise ValueError for
-    fp16 or an unsupported ZeRO stage.
+    """Keep weights in float32 and unsharded until the optimizer is built, as in runs without DeepSpeed. Raise
+    ValueError for fp16 or an unsupported ZeRO stage.
 
     DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
     configuration of Transformers is unset, because Transformers would otherwise load all models in shards,

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 
 MAX_LENGTH = 400  # maximum length of an error message from another library, in characters
-ON_ALL_PROCESSES = "on all processes"  # note on errors that every process of a run raises
+ON_ALL_PROCESSES = "on all processes"  # note that is added to errors that every process of a run raises
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of an error as one line of valid text with at most 400 characters. If there is no message,
+    """Return the message of an error as one line of valid Unicode with at most 400 characters. If there is no message,
     return the name of the error type.
 
     Invalid bytes in file names are replaced.

@@ -37,7 +37,7 @@ URL_PREFIXES = ("http://", "https://", "data:")
 def read_jpeg(source: Any) -> Tensor | None:
     """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file or its bytes, equal to the pixels from PIL.
 
-    Return None for other formats, and if torchvision cannot decode the file or decodes it differently (CMYK).
+    Return None for other formats, and if torchvision cannot decode the file or PIL decodes it differently (CMYK).
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:
@@ -98,10 +98,10 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
     """Rescale and normalize images of equal shape [C, h, w], `uint8` on the CPU; return [B, C, h, w] float32."""
     mean, std = scale_statistics(processor.image_mean, processor.image_std, processor.rescale_factor)
     batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
-    for values, image in zip(batch, images, strict=True):
-        np.copyto(values, image.numpy())
-        np.subtract(values, mean, out=values)
-        np.divide(values, std, out=values)
+    for pixels, image in zip(batch, images, strict=True):
+        np.copyto(pixels, image.numpy())
+        np.subtract(pixels, mean, out=pixels)
+        np.divide(pixels, std, out=pixels)
     return torch.from_numpy(batch)
 
 
@@ -109,7 +109,7 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation for pixels from 0 to 255, float32 [C, 1, 1], computed as in transformers."""
+    """Return mean and standard deviation for pixels in [0, 255], float32 [C, 1, 1], computed as in transformers."""
     scaled_statistics = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
     return scaled_statistics[0].view(-1, 1, 1).numpy(), scaled_statistics[1].view(-1, 1, 1).numpy()
 

@@ -54,7 +54,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         unfinished_file.replace(file)
     except OSError as error:
-        if error.errno is None:  # raised while the contents were computed, not by a write operation
+        if error.errno is None:  # raised while the content was computed, not by a write operation
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
@@ -74,6 +74,6 @@ def is_closed_pipe(stream: TextIO) -> bool:
         poller.register(stream, 0)
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # not an operating system file
+    except (OSError, ValueError):  # the stream has no file descriptor
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

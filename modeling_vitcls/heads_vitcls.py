@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs from encoded tokens: poolers, classifiers, the pixel decoder of masked image modeling, and losses.
+"""Poolers, classifiers, the pixel decoder for masked image modeling, and losses.
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
@@ -24,8 +24,8 @@ IGNORED_LABEL = -100
 class TokenPooler(nn.Module):
     """Pooling without parameters, selected by `config.pooling`. [B, N, D] -> [B, P].
 
-    "cls": the CLS token; `config.cls_pooling` combines several tokens. "mean" and "max": mean or maximum over the
-    patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
+    "cls": the CLS token, or several CLS tokens combined as `config.cls_pooling` specifies. "mean" and "max": the mean
+    or maximum over the patches. "cls_mean": the CLS token and the mean of the patches, concatenated.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -45,7 +45,7 @@ class TokenPooler(nn.Module):
         return mean if self.pooling == "mean" else torch.cat([self.pool_cls(sequence), mean], dim=-1)
 
     def pool_cls(self, sequence: Tensor) -> Tensor:
-        """Return the first token, the mean, or the concatenation of the pooled CLS tokens."""
+        """Return the first, the mean or the concatenation of the pooled CLS tokens."""
         tokens = sequence[:, self.cls_tokens]  # [B, k, D]
         if self.cls_pooling == "first":
             return tokens[:, 0]
@@ -98,7 +98,7 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler of `config.pooling`, [B, N, D] -> [B, P], followed by an optional norm and dense layer."""
+    """Build the pooler for `config.pooling`, [B, N, D] -> [B, P], followed by an optional norm and dense layer."""
     pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
@@ -160,7 +160,7 @@ def classification_loss(
     - "regression", or a single output: mean squared error.
 
     Args:
-        num_items_in_batch: divisor of the loss: number of labels in all accumulated batches (default: in this batch).
+        num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches (default: this batch).
 
     Raises:
         ValueError: if a label is not a class index, or if `problem_type` is not set for float labels.
@@ -182,8 +182,8 @@ def classification_loss(
         return cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
         raise ValueError(
-            'float labels require config.problem_type: "single_label_classification" for class probabilities, '
-            '"multi_label_classification" for several labels per image'
+            'float labels require config.problem_type: "single_label_classification" for class probabilities '
+            'or "multi_label_classification" for several labels per image'
         )
     check_label_shape(labels, logits)
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
@@ -234,7 +234,7 @@ def masked_pixel_loss(
         pixel_values: images [B, C, H, W].
         bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels of a patch]
+    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels per patch]
     target = split_into_patches(pixel_values, config).float()
     if config.norm_pixel_target:
         correction = int(target.shape[-1] > 1)

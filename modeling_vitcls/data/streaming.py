@@ -1,12 +1,12 @@
 """Streamed datasets, whose examples are read during training without a prior download (`--streaming`).
 
-    shards -> shuffle buffer -> examples of this process -> skip the examples of completed steps
+    shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
 Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise each
 process reads all shards and uses every n-th example, where n is the number of processes. The order depends only on the
 seed. After the last example, a process starts a new pass in a different order. The index of an example is a checksum
-of the encoded image (or of its path), so an image has the same index in every pass and on every process.
+of the encoded image (or of its path), so an image has the same index in every pass and every process.
 """
 
 import math
@@ -41,7 +41,7 @@ from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
 
 
 MAX_STORED_NAMES = 10_000  # maximum number of recent examples whose names are stored for error messages
-NUM_BATCHES_AHEAD = 4  # number of batches read ahead
+NUM_BATCHES_AHEAD = 4  # number of batches to read ahead of training
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
@@ -60,7 +60,7 @@ class Example:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images of one split of a streamed dataset, without the held-out images."""
+    """Images of one split of a streamed dataset; `held_out` separates held-out images from training images."""
 
     name: str
     stream: Any  # an IterableDataset whose images are not decoded
@@ -105,10 +105,10 @@ class StreamedImages:
         return self.build_examples(own_rows)
 
     def read_held_out_images(self) -> LabeledImages:
-        """Return the encoded held-out images in the order of the stream. If `held_out` is None, return all images.
+        """Return the encoded held-out images in the order of the stream.
 
-        If `held_out` is set, only the first `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips
-        all held-out images.
+        If `held_out` is None, as for an evaluation split, return all images. Otherwise, only the first
+        `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all held-out images.
         """
         rows = self.iterate_rows(self.stream)
         if self.held_out is not None:
@@ -132,7 +132,7 @@ class StreamedImages:
         return self.held_out is not None and self.held_out.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
-        """Yield an `Example` for each row. Rows without a label are skipped."""
+        """Yield an `Example` for each row. If labels are read, rows without a label are skipped."""
         for values, index in rows:
             encoded, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
@@ -145,8 +145,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open a dataset, and return split name -> images. Raise ValueError if the dataset cannot be found, has no image
-    or label column, or does not declare its labels."""
+    """Open a dataset, and return a dict from split names to images. Raise ValueError if the dataset cannot be found,
+    has no image or label column, or does not declare its labels."""
     import datasets
 
     streams = open_with_datasets(options, use_labels)
@@ -196,7 +196,7 @@ class TrainingStream:
     names: dict[int, str] = field(default_factory=dict)  # example index -> path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process, starting at `first_step`; read batches ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`, with read-ahead."""
         return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
@@ -216,7 +216,7 @@ class TrainingStream:
             yield copies[: plan.batch_size]
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Build the batch of the given examples. Raise ValueError if none of the images can be read."""
+        """Build a batch from the given examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:

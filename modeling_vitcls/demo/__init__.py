@@ -1,4 +1,4 @@
-"""The demo: a page that shows the predictions of a model for an image, and the attention of its special tokens.
+"""The demo: a page that shows the predictions of a model for an image, and the attention of the special tokens.
 
     reader.py    an image -> predictions, attention of the special tokens
     page.py      the page, with gradio
@@ -6,5 +6,5 @@
     static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
 
 The demo runs locally (`vitcls demo`) or in a Space, where this package is not installed. hub/space.py lists the files
-that are copied to a Space. The files of this folder import only the listed files.
+that are copied to a Space. From this package, the files in this folder import only the listed files.
 """

@@ -37,8 +37,8 @@ import gradio as gr
 
 TOP_K = 5
 CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
-IMAGE_HEIGHT = 360  # pixels
-UPLOAD_REQUIRED = "the image has to be uploaded to this page or be one of the example images"
+IMAGE_HEIGHT = 360  # height of the image input in pixels
+UPLOAD_REQUIRED_MESSAGE = "the image has to be uploaded to this page or be one of the example images"
 # Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
 # prevents two drawing requests from running at the same time.
 LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
@@ -90,7 +90,7 @@ def serve_demo(
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
-        ValueError, OSError: with a one-line message, if the model cannot be shown or the port is in use.
+        ValueError, OSError: if the model cannot be shown or the port is in use. The message is one line.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
@@ -102,7 +102,7 @@ def serve_demo(
 
 
 def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page in threads of this process, and return the URL of the page."""
+    """Serve the page in background threads, and return the URL of the page."""
     color_stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
@@ -134,8 +134,8 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                     gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
-                if missing := explain_missing_output(demo_model):
-                    gr.Markdown(missing)
+                if explanation := explain_missing_output(demo_model):
+                    gr.Markdown(explanation)
         state = gr.State(time_to_live=CACHE_SECONDS)
         views: list[Any] = []
         if not demo_model.merges_patches:
@@ -176,13 +176,14 @@ class ImageInput:
         cache_file = self.image.async_move_resource_to_block_cache
 
         async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
-            """Store an uploaded file in gradio's cache. Reject URLs, which gradio would otherwise request from
-            this machine."""
+            """Store an uploaded file in gradio's cache. Reject URLs, because gradio would download them to this
+            machine."""
             if str(path_or_url).startswith(("http:", "https:")):
-                raise gr.Error(UPLOAD_REQUIRED)
+                raise gr.Error(UPLOAD_REQUIRED_MESSAGE)
             return await cache_file(path_or_url)
 
-        # The method is replaced on the instance. For a subclass, gradio would write a .pyi file next to this file.
+        # The method is replaced on the instance, because a subclass would make gradio write a .pyi file next to this
+        # file.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
         self.problem = gr.Markdown(visible=False, elem_id="problem")
         self.events = [self.image.input]
@@ -203,7 +204,7 @@ class ImageInput:
             return gr.skip(), no_problem, None
         image = self.find_uploaded_file(file.get("path"))
         if image is None:
-            return None, gr.Markdown(f"**No prediction:** {UPLOAD_REQUIRED}.", visible=True), None
+            return None, gr.Markdown(f"**No prediction:** {UPLOAD_REQUIRED_MESSAGE}.", visible=True), None
         try:
             return gr.skip(), no_problem, demo_model.predict(image)
         except ValueError as error:
@@ -253,8 +254,8 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the map of one layer, and a sentence about the token's attention. `layer` counts from 1; `head`
-        counts from 1, or is 0 for the mean over heads."""
+        """Return the map of one layer, and a sentence about the token's attention. `layer` and `head` are
+        counted from 1; head 0 is the mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
@@ -299,8 +300,8 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return the principal components as an image, the similarity to one patch (default: the middle patch) as an
-        image, and the caption."""
+        """Return an image of the principal components, an image of the similarity to one patch (default: the middle
+        patch), and a caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.features.shape[1:3]
@@ -320,7 +321,7 @@ def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image
 
 
 def build_gallery(label: str, elem_id: str) -> gr.Gallery:
-    """Build a gallery of small maps; a click on a map opens no preview."""
+    """Build a gallery of small maps; clicking a map does not open a preview."""
     options: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "height": "auto"}
     return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 

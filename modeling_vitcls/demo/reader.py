@@ -1,4 +1,4 @@
-"""The model of the demo: predictions for an image, and the attention of its special tokens.
+"""The model of the demo: predictions for an image, and the attention of the special tokens.
 
     demo_model = DemoModel.load("someone/model", revision)
     result = demo_model.predict("cat.jpg")
@@ -49,7 +49,10 @@ Prediction = dict[str, float] | str  # label -> probability, or regression value
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Output of a model for one image. `rows`, `maps` and `features` have 0 layers if the model merges patches."""
+    """Output of a model for one image; gh and gw are the height and width of the patch grid.
+
+    `rows`, `maps` and `features` have 0 layers if the model merges patches.
+    """
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # the region of the image that the patches cover
@@ -103,7 +106,8 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fractions of a token's attention to each special token and, last, all patches. The sum is 1."""
+        """Return the fractions of a token's attention to each special token, followed by the fraction to all patches.
+        The fractions sum to 1."""
         row = select_head(self.rows[layer], head)[token]  # [key]
         special_fractions = row[: self.rows.shape[2]]
         return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
@@ -136,8 +140,8 @@ class DemoModel:
             code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
         Raises:
-            ValueError, OSError: with a one-line message, if the checkpoint has a different model type, is not found,
-                or cannot be read.
+            ValueError, OSError: if the checkpoint has a different model type, is not found, or cannot be read. The
+                message is one line.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
@@ -174,7 +178,7 @@ class DemoModel:
             )
         if not self.has_labels and self.merges_patches:
             raise ValueError(
-                f"The demo requires labels, attention or patches, but {self.source} has no labels and merges patches. "
+                f"The demo requires labels or unmerged patches, but {self.source} has no labels and merges patches. "
                 "Set merged_patches_per_layer=0."
             )
 
@@ -221,8 +225,8 @@ class DemoModel:
         """Run the model on an image.
 
         Raises:
-            ValueError: with a one-line message, if the file is not an image, or if the model does not accept the
-                image.
+            ValueError: if the file is not an image, or if the model does not accept the image. The message is one
+                line.
         """
         config = self.model.config
         image = self.processor.fetch_images(str(file))  # upright
@@ -234,7 +238,8 @@ class DemoModel:
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Run the model once on an image [1, C, H, W]; return `predictions` and the later fields of `DemoResult`."""
+        """Run the model once on an image [1, C, H, W]; return `predictions` and the subsequent fields of
+        `DemoResult`."""
         config, encoder = self.model.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
@@ -276,7 +281,7 @@ class DemoModel:
         }
 
     def is_read(self, token: int, layer: int) -> bool:
-        """Return whether the model reads the output of a special token in a layer."""
+        """Return whether the model uses the output of a special token in a layer."""
         return layer < count_read_layers(self.model.config, self.has_labels)[token]
 
 
@@ -299,12 +304,12 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 
 
 def get_softmax_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return label -> probability for logits [labels]. The probabilities sum to 1."""
+    """Return a dict from labels to probabilities for logits [labels]. The probabilities sum to 1."""
     return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
 
 
 def get_sigmoid_scores(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return label -> probability for logits [labels]. The probabilities are independent."""
+    """Return a dict from labels to probabilities for logits [labels]. The probabilities are independent."""
     return dict(zip(names, logits.sigmoid().tolist(), strict=True))
 
 
@@ -318,20 +323,20 @@ PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str
     None: ("Label", get_softmax_scores),
     "single_label_classification": ("Label", get_softmax_scores),
     "multi_label_classification": ("Labels with independent probabilities", get_sigmoid_scores),
-    "regression": ("Numbers", format_values),
+    "regression": ("Regression values", format_values),
 }
 
 
 def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
-    """Return the title and the formatting function of the predictions of a model without tasks. A model with a
-    single label is treated as binary, as in transformers' pipelines."""
+    """Return the title and the formatting function for predictions of a model without tasks. A model with a single
+    label is treated as a binary classifier, as in transformers' pipelines."""
     if config.num_labels == 1 and config.problem_type != "regression":
         return PREDICTION_FORMATS["multi_label_classification"]
     return PREDICTION_FORMATS[config.problem_type]
 
 
 def get_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return name -> prediction for the logits of one image, [1, labels] or {task: [1, labels]}."""
+    """Return a dict from names to predictions for the logits of one image, [1, labels] or {task: [1, labels]}."""
     if config.tasks:
         task_labels = config.task_labels()
         return {task: get_softmax_scores(logits[task][0].float().cpu(), task_labels[task]) for task in task_labels}

@@ -4,7 +4,7 @@
 import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
 
 const TOP_K = 5;
-const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention
+const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention, from 0 to 1
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;

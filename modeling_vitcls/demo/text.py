@@ -73,10 +73,10 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """Describe how a token's attention is distributed, in percent.
 
     Args:
-        fractions: fractions of the attention to each special token and, last, to all patches.
+        fractions: output of `DemoResult.compute_attention_fractions`.
     """
     head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
-    *special_fractions, patches = fractions
+    *special_fractions, patch_fraction = fractions
     note = (
         "" if demo_model.is_read(token, layer) else " The model does not use the output of this token in this layer."
     )
@@ -84,6 +84,7 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
         f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special_fractions, strict=True)
     )
     return (
-        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: {patches:.1%} of "
-        f"its attention goes to the patches, {sum(special_fractions):.1%} to special tokens ({token_fractions}).{note}"
+        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: "
+        f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_fractions):.1%} to special "
+        f"tokens ({token_fractions}).{note}"
     )

@@ -2,8 +2,8 @@
 
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; if there are two heads, also cls_logits and distillation_logits
-ViTCLSForMultiTaskClassification    one output per task, with the name of the task
-ViTCLSBackbone                      feature maps, with the names of their stages
+ViTCLSForMultiTaskClassification    one output per task, named after the task
+ViTCLSBackbone                      feature maps, named after their stages
 
 `output_attentions` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
 heads, [B, layers, CLS tokens, rows, columns].
@@ -40,7 +40,7 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model in float32 and eval mode."""
+    """A model in float32 and eval mode, and its image processor."""
 
     model: ViTCLSPreTrainedModel
     processor: ViTCLSImageProcessor | None  # None if the checkpoint has no image processor
@@ -57,7 +57,7 @@ class NamedOutputs(nn.Module):
         self.read_outputs = OUTPUT_READERS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return output name -> output [B, ...] for images [B, C, H, W]."""
+        """Return a dict from output names to outputs [B, ...] for images [B, C, H, W]."""
         attention: Outputs = {}
         if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
@@ -72,7 +72,7 @@ class NamedOutputs(nn.Module):
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
-def read_classifier(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
+def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
     if outputs.distillation_logits is None:
         return {"logits": outputs.logits}
@@ -85,7 +85,7 @@ OUTPUT_READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]]
         "last_hidden_state": outputs.last_hidden_state,
         "pooler_output": outputs.pooler_output,
     },
-    ViTCLSForImageClassification: read_classifier,
+    ViTCLSForImageClassification: get_classifier_outputs,
     ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }

@@ -30,7 +30,7 @@ from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
 
-ImageShape = tuple[int, int, int, int]  # batch, channels, height, width
+ImageShape = tuple[int, int, int, int]  # (batch size, channels, height, width)
 
 # Settings of the image processor that are written to the report.
 PREPROCESSING_SETTINGS = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size")
@@ -38,11 +38,11 @@ PREPROCESSING_SETTINGS = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size
 
 @dataclasses.dataclass(frozen=True)
 class BatchComparison:
-    """Comparison of the outputs of a file and of the model for one batch of images."""
+    """Comparison of the outputs of a file with the outputs of the model for one batch of images."""
 
-    shape: ImageShape  # shape of the images, [batch, channels, height, width]
-    differences: dict[str, float]  # largest absolute difference in each output
-    magnitudes: dict[str, float]  # largest absolute value of each output of the model
+    shape: ImageShape  # shape of the images
+    differences: dict[str, float]  # output name -> largest absolute difference
+    magnitudes: dict[str, float]  # output name -> largest absolute value in the output of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,15 @@ class ExportReport:
     limit: tuple[float, float]  # absolute tolerance, and tolerance relative to the magnitude
     largest_differences: dict[str, float]
     tried: list[BatchComparison]  # one comparison per batch
-    # Name, dtype, shape, image sizes and patch size of the input, with names for dynamic axes
+    # Name, dtype, shape (with names for dynamic axes), image sizes and patch size of the input
     input: dict[str, Any]
-    outputs: dict[str, list[int | str]]  # output names -> shapes, with names for dynamic axes
-    fixed_because: str  # reason why the image size is fixed although a dynamic size was requested
+    outputs: dict[str, list[int | str]]  # output name -> shape, with names for dynamic axes
+    # Reason why the image size is fixed although a dynamic size was requested; empty otherwise
+    fixed_because: str
     preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
     labels: dict[str, list[str]]  # output name -> class names
     versions: dict[str, str]
-    sha256: dict[str, str]  # file names -> hashes
+    sha256: dict[str, str]  # file name -> hash
 
 
 def export_model(
@@ -78,24 +79,24 @@ def export_model(
     opset: int | None = None,
     output_attentions: bool = False,
 ) -> ExportReport:
-    """Write the graph of a model to `output`, and a report to a file with the same name and `.json` appended.
+    """Write the graph of a model to `output`, such as mine.onnx, and a report to mine.onnx.json.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
-        output: A file that does not exist, with the suffix of the format.
-        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, the main size of the comparison.
-            Default: the native image size of the model.
-        dynamic: Whether the graph accepts any image size. If a dynamic size is not possible, the report states the
-            reason.
+        output: Path of the new file, with the suffix of the format. The file must not exist.
+        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, one of the sizes in the
+            comparison. Default: the native image size of the model.
+        dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
+            states the reason.
         dtype: dtype of weights and computations; inputs and outputs are float32.
         opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, if a difference exceeds the limit, if
-            packages are missing, or if `output` exists. The message is one line. Nothing is written if
-            an error is raised.
+        ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
+            outputs of the model by more than the limit, if packages are missing, or if `output` exists. The message is
+            one line. Nothing is written if an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
@@ -175,7 +176,7 @@ def move_files(source: Path, target: Path) -> None:
 
 def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
     """Return image shapes for the comparison. For a dynamic graph, the sizes are the native, requested and smallest
-    sizes, non-square sizes, and a size with partial patches."""
+    sizes, non-square sizes, and a size that is not a multiple of the patch size."""
     if not shape.is_dynamic:
         return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width
@@ -198,7 +199,7 @@ def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageSh
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
+    """Compare the outputs of a file with the model's outputs. Raise ValueError if a difference exceeds `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
@@ -263,7 +264,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return output name -> class names, in the order of the logits, for each output that contains logits."""
+    """Return a dict from the names of outputs that contain logits to class names, in the order of the logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

@@ -46,8 +46,8 @@ class Format:
     write: Callable[[TracedModel, Path], int | None]
     # Function that returns the outputs of a file for each batch of images
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing as PyTorch. With OpenVINO, which uses other
-    # antialiasing, outputs differed by 1e-4 to 1e-3.
+    # Whether the runtime downsamples with the same antialiasing filter as PyTorch. With OpenVINO, which uses a
+    # different filter, outputs differed by 1e-4 to 1e-3.
     has_antialias: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -157,7 +157,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
 
 def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Return output name -> tensor, for arrays in the order of the names."""
+    """Return a dict from names to tensors, for arrays in the order of the names."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 

@@ -39,7 +39,7 @@ class GraphShape:
 def select_graph_shape(
     model: ViTCLSPreTrainedModel, image_size: tuple[int, int] | None, dynamic: bool, has_antialias: bool = True
 ) -> GraphShape:
-    """Return the image sizes of the graph, which are dynamic if requested and possible.
+    """Return the image sizes that the graph accepts. The sizes are dynamic if requested and possible.
 
     `image_size` is (height, width) in pixels. `has_antialias` is False if the antialiasing of the runtime differs
     from PyTorch's antialiasing.
@@ -116,7 +116,7 @@ def trace_model(
 
 
 def build_example_images(config: ViTCLSConfig, shape: GraphShape) -> torch.Tensor:
-    """Build example images [B, C, H, W]; for a dynamic size, non-square images that differ from the native size."""
+    """Build example images [B, C, H, W]; for a dynamic size, the images are not square and not of the native size."""
     height, width = shape.image_size
     if shape.is_dynamic:
         patch_height, patch_width = config.patch_height_width

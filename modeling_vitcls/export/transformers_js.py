@@ -11,7 +11,7 @@
     onnx/report.json            differences, top-1 agreement, accuracy if a dataset is given, and the SHA-256 of the
                                 weights of the model
 
-The graph contains the model itself: special tokens, pooling and heads. The graph also outputs the attention of
+The graph contains the complete model with special tokens, pooling and heads. The graph also outputs the attention of
 the CLS tokens, which the page of hub/static_space.py draws.
 """
 
@@ -52,7 +52,7 @@ class FileComparison:
 
     file: str  # path in the folder
     dtype: str  # value of `dtype` in transformers.js
-    largest_difference: float  # largest absolute difference in a logit
+    largest_difference: float  # largest absolute difference between logits
     top1_agreement: float  # fraction of images for which the file and the model predict the same class
 
 
@@ -65,7 +65,7 @@ class LabeledScores:
     num_images: int
     metric: str  # accuracy, or mean_average_precision for several labels per image
     model: float  # score of the model in PyTorch
-    files: dict[str, float]  # file names -> scores
+    files: dict[str, float]  # file name -> score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ class WebReport:
     comparisons: list[FileComparison]  # one comparison per file
     num_images: int  # number of random images in each comparison
     labeled: LabeledScores | None  # scores on labeled images; None if no dataset is given
-    weights_sha256: dict[str, str]  # weight file names -> SHA-256; empty unless `source` is a folder
-    sha256: dict[str, str]  # ONNX file names -> SHA-256
+    weights_sha256: dict[str, str]  # weight file name -> SHA-256; empty unless `source` is a folder
+    sha256: dict[str, str]  # ONNX file name -> SHA-256
 
 
 def export_for_transformers_js(
@@ -87,7 +87,8 @@ def export_for_transformers_js(
     Args:
         source: Folder or Hub id of a classifier for one task, or a preset, which has random weights.
         output: A folder that does not exist or is empty.
-        dataset: Dataset on which the model and the files are evaluated, as in `vitcls evaluate`. Default: none.
+        dataset: Dataset on which the model and the files are evaluated, as in `vitcls evaluate`. Default: no
+            evaluation.
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
@@ -101,9 +102,9 @@ def export_for_transformers_js(
     is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
     if not is_classifier or processor is None:
         raise ValueError(
-            f"--format transformers.js requires a classifier for one task and its image processor, but {source} "
-            f"contains {type(model).__name__} {'without' if processor is None else 'with'} an image processor. Set "
-            "another --model"
+            "--format transformers.js requires a classifier for one task (no regression) and its image processor, but "
+            f"{source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
+            "processor. Set another --model"
         )
     preprocessor_config = build_preprocessor_config(processor)
     batches = [

@@ -1,4 +1,4 @@
-"""LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors, card.
+"""LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors and card.
 
     write_adapter(runs/mine/adapter, weights, config, rank=8, base_model="someone/their-vit")
     vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter
@@ -28,7 +28,7 @@ from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_FILES, Provenance, Weight
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES)
-# Modules whose parameters an adapter contains in full.
+# Modules whose parameters are stored in full in an adapter.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
 LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers

@@ -4,7 +4,7 @@
     build_encoder_card       a pre-trained encoder              model_cards/encoder.md.j2
     build_checkpoint_card    a training checkpoint on a branch  model_cards/checkpoint.md.j2
 
-A section without measured values is omitted. analysis/card_images.py draws the images of a card, and
+Sections without measured values are omitted. analysis/card_images.py draws the images of a card, and
 conversion/conversion_card.py builds the card of a converted model.
 """
 
@@ -30,7 +30,7 @@ from .provenance import Provenance, WeightsLicense, get_run_license
 TAGS = ["vision", "vit", "vitcls"]
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
 MAX_LISTED_CLASSES = 50
-# Flags that have no effect in pre-training.
+# Flags that have no effect during pre-training.
 LABEL_FLAGS = (
     *("label_smoothing", "class_balance", "trainable", "feature_views", "lora_rank", "mixup", "cutmix"),
     *("pooling", "cls_pooling", "head_type"),
@@ -104,10 +104,10 @@ def build_checkpoint_card(
     weights_license: WeightsLicense,
     with_optimizer: bool,
 ) -> ModelCard:
-    """Build the card of one checkpoint on a branch of `repo_id`, after `step` optimizer steps.
+    """Build the card of the checkpoint that was saved after `step` optimizer steps, on a branch of `repo_id`.
 
-    `architecture` is the model's class. `metadata` contains the license, base model and dataset as keyword arguments
-    of ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
+    `architecture` is the name of the model class. `metadata` contains the license, base model and dataset as keyword
+    arguments of ModelCardData. `with_optimizer` is True if the files for `--resume` are published as well.
     """
     return render_card(
         "checkpoint",
@@ -172,7 +172,7 @@ def build_metadata(
     }
     return ModelCardData(
         **build_common_metadata(flags, base_provenance),
-        # The pipeline for image classification does not support multi-task models.
+        # The image-classification pipeline does not support multi-task models.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
         tags=[*TAGS, *(tag for tag, is_applicable in optional_tags.items() if is_applicable)],
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
@@ -187,7 +187,7 @@ def build_metadata(
                 metric_type=key,
                 metric_name=label,
                 metric_value=round(results[key], 6),
-                # `metric_args` accepts any keys.
+                # `metric_args` accepts arbitrary keys.
                 metric_args={"confidence_level": CONFIDENCE_LEVEL, "confidence_interval": results[f"{key}_interval"]}
                 if results.get(f"{key}_interval")
                 else None,
@@ -231,7 +231,7 @@ def describe_purpose(config: ViTCLSConfig) -> str:
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:
-    """Return one sentence per task that lists the classes of the task."""
+    """Return one sentence per task, with a list of its classes."""
     if config.tasks:
         return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
     names = list_classes(list((config.id2label or {}).values()))
@@ -243,8 +243,8 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 def list_classes(names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
-    num_more = len(names) - MAX_LISTED_CLASSES
-    return f"{text} and {num_more:,} more (see `id2label` in config.json)" if num_more > 0 else text
+    num_remaining = len(names) - MAX_LISTED_CLASSES
+    return f"{text} and {num_remaining:,} more (see `id2label` in config.json)" if num_remaining > 0 else text
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:

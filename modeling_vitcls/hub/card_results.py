@@ -30,7 +30,7 @@ MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return key -> name of each measured metric: metrics over all tasks first, then the metrics of each task."""
+    """Return a dict from keys to names of the measured metrics; metrics over all tasks precede metrics of one task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -50,7 +50,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return table title -> rows of all classes, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return a dict from table titles to class rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -61,7 +61,7 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return column name -> table cell for one class."""
+    """Return a dict from column names to table cells for one class."""
     metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }
@@ -103,8 +103,8 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield a sentence about the class with the lowest recall or average precision of each task, unless all classes
-    have the same value."""
+    """Yield one sentence per task about the class with the lowest recall or average precision, unless all classes of
+    the task have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -123,8 +123,8 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
-    """Return a phrase with the most frequent wrong prediction for a class; empty if there is no matrix or
-    no wrong prediction."""
+    """Return a phrase about the most frequent wrong prediction for a class; empty if there is no matrix or no wrong
+    prediction."""
     if matrix is None:
         return ""
     error_counts = [0 if class_index == index else count for class_index, count in enumerate(matrix[index])]
@@ -135,7 +135,7 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
     return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
 
 
-MAX_NAME_LENGTH = 100  # characters
+MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def format_name(name: str) -> str:

@@ -71,7 +71,7 @@ def build_use_section(
 
     Args:
         name: Hub id of the model, or name of its folder.
-        architecture: The model's class.
+        architecture: Name of the model class.
         has_pipeline: Whether the image-classification pipeline supports the model.
         revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
             each code file.
@@ -101,7 +101,7 @@ def build_use_section(
 
 
 def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
-    """Insert the section "ONNX files" before the citation of a card; return an unchanged card if the section exists.
+    """Insert the section "ONNX files" before the citation of a card; return the card unchanged if it has the section.
 
     `report` is the content of onnx/report.json.
     """
@@ -192,7 +192,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return label -> value for each hyperparameter that has an effect."""
+    """Return a dict from labels to values of the hyperparameters that have an effect."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
@@ -205,8 +205,8 @@ def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: d
     if config.drop_path_rate:
         rows["Stochastic depth, rate at the last layer"] = format_value(config.drop_path_rate)
     # Patches are dropped only if the first layer or an embedding, such as the distillation token, is trainable.
-    is_first_layer_trained = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
-    if config.patch_drop_rate and (is_first_layer_trained or flags.get("teacher")):
+    is_first_layer_trainable = flags.get("trainable", "full") in ("full", "lora", f"last-{config.num_hidden_layers}")
+    if config.patch_drop_rate and (is_first_layer_trainable or flags.get("teacher")):
         rows["Patch dropout rate"] = format_value(config.patch_drop_rate)
     return rows
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import format_error
 
 
-# Base class of the errors of the HTTP library that huggingface_hub uses: httpx or httpx2.
+# Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 # Errors that requests raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError for
 # invalid metadata.
@@ -32,9 +32,9 @@ HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, Val
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
-# Seconds before each retry. The Hub may request a longer wait, up to its rate limit window of five minutes.
+# Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
-SHORT_RETRY_WAITS = (0.5, 1.0)  # seconds before each retry of interactive commands
+SHORT_RETRY_WAITS = (0.5, 1.0)  # wait before each retry of an interactive command, in seconds
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
 TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
@@ -97,7 +97,7 @@ class TimeoutClientFactory:
         client = self.make_client()
 
         def apply_timeout(request: Any) -> None:
-            """Set the timeout of a request in a `set_hub_timeout` block if the caller has set no timeout."""
+            """Within a `set_hub_timeout` block, set the timeout of a request unless the caller has set a timeout."""
             # The lock is not acquired, because a lock held during a fork is never released in the forked process.
             seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
@@ -133,7 +133,7 @@ def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> I
 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
-    """Turn off huggingface_hub's warnings about failed requests, and progress bars unless `show_progress` is True."""
+    """Turn off huggingface_hub's warnings about failed requests and, unless `show_progress` is True, progress bars."""
     verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
     hub_logging.set_verbosity_error()
     if had_progress_bars and not show_progress:
@@ -155,7 +155,7 @@ def retry(
     Args:
         action: The function to call.
         description: Description of the action in the log line before each retry, such as "pushing to someone/model".
-        waits: Seconds before each retry. Default: `RETRY_WAITS`.
+        waits: Wait before each retry, in seconds. Default: `RETRY_WAITS`.
         level: Level of the log line.
     """
     for wait in RETRY_WAITS if waits is None else waits:
@@ -172,7 +172,7 @@ def retry(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether an error is temporary, so that a retry may succeed."""
+    """Return whether an error is temporary, in which case a retry may succeed."""
     causes = list(iter_causes(error))
     statuses = [status for cause in causes if (status := get_status(cause)) is not None]
     if statuses:
@@ -183,7 +183,7 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and the chain of causes (`__cause__`)."""
+    """Yield an error and its chain of causes (`__cause__`)."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -198,8 +198,8 @@ def get_requested_wait(error: BaseException) -> float:
     """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
     for cause in iter_causes(error):
         if isinstance(cause, HfHubHTTPError):
-            value = cause.response.headers.get("Retry-After", "")
-            return float(value) if value.isdecimal() else 0.0
+            retry_after = cause.response.headers.get("Retry-After", "")
+            return float(retry_after) if retry_after.isdecimal() else 0.0
     return 0.0
 
 
@@ -210,7 +210,7 @@ def format_hub_error(error: BaseException) -> str:
         message = get_message(cause)
         if not any(message in earlier_message for earlier_message in messages):
             messages.append(message)
-        if isinstance(cause, HfHubHTTPError):  # the causes repeat this message
+        if isinstance(cause, HfHubHTTPError):  # the messages of the causes repeat this message
             break
     return ": ".join(messages)
 

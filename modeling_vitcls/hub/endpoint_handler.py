@@ -4,10 +4,10 @@
     {"inputs": IMAGE, "parameters": {"top_k": 5}}    -> [{"label": "cat", "score": 0.9}, ...]
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
-An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. URLs are disabled,
-because they would let users send requests from the endpoint; set VITCLS_ENDPOINT_URLS=1 to enable http and https URLs.
-Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder returns the
-pooled features per image, or the last hidden state if the encoder has no pooler.
+An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. http and https URLs are
+disabled by default, because users could make the endpoint send requests to any address; set VITCLS_ENDPOINT_URLS=1 to
+enable URLs. Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder
+returns the pooled features per image, or the last hidden state if the encoder has no pooler.
 
 This file uses the code in the repository, and does not import the package modeling_vitcls.
 """
@@ -96,7 +96,7 @@ def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type
 
 
 def decode_source(source: Any) -> Any:
-    """Convert an image of a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
+    """Convert an image in a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):

@@ -64,7 +64,7 @@ MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
-RETRY_WAIT = 1.0  # seconds before the only retry
+RETRY_WAIT = 1.0  # wait before the only retry, in seconds
 
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
@@ -120,7 +120,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
-    """Check that a folder contains a vitcls model, and return the contents of config.json.
+    """Check that a folder contains a vitcls model, and return the content of config.json.
 
     `source` is the name of the model in error messages. Raises ValueError for other model types or a damaged
     config.json, and OSError if config.json is missing.
@@ -239,7 +239,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
-    """Return the folder of the newest complete commit in the cache; None if the cache contains no complete commit."""
+    """Return the folder of a revision in the cache; None if the revision (default: `main`) is not in the cache."""
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:

@@ -6,7 +6,7 @@
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
-Each name is resolved once, when a run starts, relative to the current folder. Afterwards an absolute path, or a path
+Each name is resolved once, when a run starts, relative to the current folder. Afterwards, an absolute path, or a path
 that starts with `./` or `../`, is treated as a local path, even if the file has been removed or another process has a
 different working directory. The files of a run contain relative paths, so that the run can be repeated from the same
 folder.
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 
-BUILT_IN_DATASET = "digits"  # dataset of scikit-learn; not on the Hub
+BUILT_IN_DATASET = "digits"  # name of scikit-learn's digits dataset, which is not on the Hub
 RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id starts with a dot
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
-    """Replace an existing file or folder in a name with its absolute path, and return the name.
+    """Return a name with the path of an existing file or folder replaced by the absolute path.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
@@ -57,7 +57,7 @@ def can_publish_images(flags: dict[str, Any]) -> bool:
 
 
 def strip_folders(name: str) -> str:
-    """Return a resolved name for publication: a local path becomes `path/to/` and the name of the file or folder."""
+    """Return a resolved name for publication: the folders of a local path are replaced by `path/to`."""
     prefix, path = split_prefix(name)
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 

@@ -60,7 +60,7 @@ MODEL_PATTERNS = (
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of a run and its measurements. A push also removes old records, which describe another model.
+# Records of a run and its measurements. A push also removes old records, because old records describe another model.
 RECORD_PATTERNS = (
     "results.json",
     "metrics.jsonl",
@@ -79,7 +79,7 @@ EXTRA_PATTERNS = (
     *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
 )
-# Files whose `auto_map` names classes and the code file of each class.
+# Files with an `auto_map`, which maps Auto classes to classes in the code files.
 CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
 REPO_SEPARATOR = "--"  # separator after a repository id, as in `owner/name--module.Class`
 
@@ -143,7 +143,7 @@ def has_current_onnx_files(folder: Path) -> bool:
 
 
 def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
-    """Return the files, with the folder name in README.md replaced with the repository id."""
+    """Return the files, with the folder name in README.md replaced by the repository id."""
     if CARD not in files or repo_id is None:
         return files
     card = files[CARD]
@@ -207,8 +207,8 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
         names = ", ".join(sorted(name or "the model's own" for name in repositories))
         raise ValueError(
             f"{' and '.join(CODE_REFERENCE_FILES)} reference code in several repositories ({names}), but "
-            "code_revision can pin only one repository. Move all code to one repository, see "
-            "modeling_vitcls/hub/shared_code.py"
+            "code_revision can pin only one repository. Move all code to one repository (see "
+            "modeling_vitcls/hub/shared_code.py)"
         )
     return next(iter(repositories), None)
 
@@ -244,7 +244,8 @@ def read_text(file: Path) -> str:
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """Return the files to publish from the newest undamaged checkpoint in `folder`.
 
-    The published state.json has no flags with local paths. A resumed run uses the flags of the command line instead.
+    The published state.json does not contain flags with local paths. A resumed run uses the flags of the command line
+    instead.
     """
     checkpoint = find_newest_checkpoint(folder)
     state = read_state(checkpoint.folder)

@@ -76,7 +76,7 @@ def push_folder(
     on the main process, after `check_push_permissions`.
 
     Args:
-        folder: Folder with config.json, safetensors, code, image processor, card and results.
+        folder: Folder with the configuration, weights, code, image processor, card and results of a model.
         repo_id: `namespace/name`.
         private: Whether a new repository is private.
         message: Message of the commit.
@@ -125,7 +125,7 @@ def push_once(
     happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.
     """
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: default visibility of the account
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the account's default visibility
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     repo_info = api.model_info(repo_id, revision=branch)

@@ -85,7 +85,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         namespaces = ", ".join([account["name"], *organizations])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
-            f"{REPO_ID_FLAGS[repo_type]} to a name in one of {namespaces}"
+            f"{REPO_ID_FLAGS[repo_type]} to a name in one of these namespaces: {namespaces}"
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(
@@ -147,5 +147,5 @@ def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bo
 
 
 def is_same_name(name: str, other_name: str) -> bool:
-    """Return whether two names on the Hub are equal. Names are not case-sensitive."""
+    """Return whether two names on the Hub are equal, ignoring case."""
     return name.casefold() == other_name.casefold()

@@ -1,4 +1,4 @@
-"""Share one copy of the code, in a separate repository, between many models.
+"""Share one copy of the code, in a separate repository, among many models.
 
     write_code("vitcls-code")                           # the files to publish: hf upload ME/vitcls-code vitcls-code
     use_shared_code("runs/mine", "ME/vitcls-code")      # then: vitcls push --model runs/mine ...
@@ -78,7 +78,7 @@ def add_repo_id(references: Any, repo_id: str) -> Any:
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card text with the code pinned in the code examples and with the name of the code repository.
+    """Return the card text with a pinned code revision in the code examples and the name of the code repository.
 
     The text is returned unchanged if the code examples do not pin a revision.
     """

@@ -222,7 +222,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return path in the Space -> file for each example image."""
+    """Return a dict from paths in the Space to the files of the example images."""
     files: RepoFiles = {}
     for file in examples:
         name = f"{EXAMPLES_FOLDER}/{file.name}"
@@ -259,8 +259,8 @@ def push_space(
     """Push the files of a Space in one commit; create the Space if it does not exist.
 
     Call this function after `check_push_permissions(..., repo_type="space")`. If nothing has changed, no commit is
-    made. `private` and `sdk` apply only to a new Space. `flags` are the other flags of `vitcls space`
-    with which `files` were built. They are part of the command in the error message.
+    made. `private` and `sdk` apply only to a new Space. `flags` contains the other flags of `vitcls space` that were
+    used to build `files`; the command in the error message includes these flags.
 
     Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """

@@ -21,7 +21,7 @@ MODEL_FOLDER = "model"
 LIBRARY_FOLDER = "transformers.js"
 TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
 TRANSFORMERS_JS_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
-# Files in the node_modules folder that the page loads.
+# Files that the page loads, relative to the node_modules folder.
 LIBRARY_FILES = (
     "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",

@@ -92,7 +92,7 @@ class HubLoader:
     trust_remote_code: bool = True
 
     def get_loading_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `from_pretrained`: the pinned commits and `trust_remote_code`."""
+        """Return keyword arguments for `from_pretrained`: the pinned commits and `trust_remote_code`."""
         loading_options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return loading_options | ({"code_revision": self.code_revision} if self.code_revision else {})
 
@@ -130,7 +130,7 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     """Compute the outputs of the model, the image processors and the pipeline for fixed inputs.
 
     Args:
-        loader: `HubLoader`, or `PackageLoader` of verification_reference.py.
+        loader: A `HubLoader`, or a `PackageLoader` from verification_reference.py.
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded

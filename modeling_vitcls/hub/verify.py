@@ -93,7 +93,7 @@ class VerificationReport:
     reference: str  # description of the reference model
     num_files: int  # number of files whose hashes were checked
     classes: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
-    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference of the outputs
+    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference between the outputs
     versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # commit of the code if another repository contains the code
@@ -302,7 +302,7 @@ def run_script(
 
 
 def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with the cache in the folder `home`, and the user's token if `needs_token`."""
+    """Return a minimal environment with the cache in the folder `home` and, if `needs_token`, the user's token."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -339,7 +339,7 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference of the outputs for each Auto class and the pipeline.
+    """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
 
     Raises NotVerified if a difference exceeds the tolerance.
     """
@@ -347,14 +347,14 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
         raise NotVerified(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
     differences: dict[str, float] = {}
-    for name, value in expected_outputs.items():
-        if outputs[name].shape != value.shape:
+    for name, expected_output in expected_outputs.items():
+        if outputs[name].shape != expected_output.shape:
             raise NotVerified(
                 f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "
-                f"not {list(value.shape)}"
+                f"not {list(expected_output.shape)}"
             )
-        difference = compute_max_abs(outputs[name].double() - value.double())
-        limit = TOLERANCE * max(1.0, compute_max_abs(value.double()))
+        difference = compute_max_abs(outputs[name].double() - expected_output.double())
+        limit = TOLERANCE * max(1.0, compute_max_abs(expected_output.double()))
         if not difference <= limit:  # NaN also raises the error
             raise NotVerified(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "

@@ -444,7 +444,7 @@ def test_each_problem_type_displays_its_predictions(photo: Path, tmp_path: Path)
     assert not several.has_top_label and numbers.has_top_label
     values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
     assert numbers.predict(photo).predictions == {
-        "Numbers": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
+        "Regression values": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
     }
 
 
