@@ -145,7 +145,7 @@ class AugmentationOptions:
     """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image. Default: 0.35, or 1 for
     images of at most 64 pixels."""
     flip: bool = True
-    """Flip half of the images horizontally."""
+    """Flip each image horizontally with a probability of 0.5."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
     shift: float | None = None
@@ -204,7 +204,7 @@ class TrainingOptions:
     """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
     """Weight decay of linear layers and the patch projection. Weight decay is not applied to biases, norms,
-    tokens and position embeddings. DeiT uses 0.05."""
+    tokens or position embeddings. DeiT uses 0.05."""
     label_smoothing: float = 0.1
     """Label smoothing: probability that is spread evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
@@ -431,7 +431,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags that prediction and inspection share: a model and images. Labels are not required."""
+    """The flags for the model and the images, which prediction and inspection share. Labels are not required."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
@@ -444,7 +444,7 @@ class ImageOptions:
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. To save memory, the batch size is smaller if complete
+    """Maximum number of images per process and forward pass. To save memory, the batch size is reduced if complete
     attention maps are computed."""
 
 
@@ -468,14 +468,14 @@ class PredictOptions(ImageOptions):
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Maximum number of labels per image, starting with the most probable label. Default: 1, or all labels with a
-    probability of at least --threshold for a multi-label model."""
+    """Maximum number of labels per image, starting with the most probable label. Default: 1; for a multi-label model,
+    all labels with a probability of at least --threshold."""
     threshold: float = 0.5
-    """Minimum probability of a predicted label of a multi-label model."""
+    """Minimum probability of a predicted label (multi-label models only)."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
-    """Tokens of the last layer to write instead of labels (`mean`: the mean of the patch tokens)."""
+    """Features to write instead of labels: tokens of the last layer, or `mean` for the mean of the patch tokens."""
     num_workers: int | None = None
-    """Number of image loading threads per process. Default: one per CPU core, at most 8."""
+    """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
@@ -560,13 +560,13 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 def get_flag_names(options_class: Any) -> set[str]:
     """Return the flag names of a dataclass and its nested dataclasses, for example `batch_size`."""
     names: set[str] = set()
-    for item in dataclasses.fields(options_class):
-        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+    for option in dataclasses.fields(options_class):
+        names |= get_flag_names(option.type) if dataclasses.is_dataclass(option.type) else {option.name}
     return names
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return a dict of all flags of a run except `--config`, with values in types that YAML and JSON support."""
+    """Return a dict of all flags of a run except `--config`, with values of types that YAML and JSON support."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):
@@ -580,7 +580,7 @@ def to_flags(options: Any) -> dict[str, Any]:
 
 
 def to_arguments(name: str, value: Any) -> list[str]:
-    """Return a flag and the value of the flag as command line arguments."""
+    """Return a flag and its value as command line arguments."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
