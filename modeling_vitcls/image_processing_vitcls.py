@@ -65,7 +65,7 @@ AUTO_MAP = {
 # Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 
-# Keys of `size` that the backends of transformers support.
+# Combinations of `size` keys that the backends of transformers support.
 SIZE_KEYS = (("height", "width"), ("shortest_edge",), ("shortest_edge", "longest_edge"), ("max_height", "max_width"))
 
 # Resampling filters that both backends support.

@@ -97,7 +97,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
         logits: [B, num_labels], the prediction of the model (`config.distillation_inference`).
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
-        distillation_logits: [B, num_labels], the output of the distillation classifier; None if the model has none.
+        distillation_logits: [B, num_labels], the output of the distillation classifier, if the model has one.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 

@@ -99,7 +99,7 @@ class ModelOptions:
     token_init: Literal["trunc_normal", "near_zero", "zeros"] | None = None
     """Initial values of new CLS, distillation and register tokens."""
     drop_path_rate: float | None = None
-    """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
+    """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
     """Fraction of patches to drop at random from each training image. Training is faster, but accuracy is lower."""
     merged_patches_per_layer: int | None = None
@@ -142,15 +142,15 @@ class AugmentationOptions:
     """Random augmentation of training images."""
 
     crop_scale: float | None = None
-    """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image. Default: 0.35, or 1 for
-    images of at most 64 pixels."""
+    """Minimum area of a random crop, as a fraction of the image area. 1: resize the whole image. Default: 0.35, or 1
+    for images of at most 64 pixels."""
     flip: bool = True
     """Flip each image horizontally with a probability of 0.5."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
     shift: float | None = None
-    """Maximum translation along each axis, as a fraction of the image. Default: 0.04 for images of at most 64 pixels,
-    which are not cropped, and 0 for larger images."""
+    """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for images of at most 64
+    pixels, which are not cropped, and 0 for larger images."""
     zoom: float = 0.0
     """Maximum change of scale. For example, 0.1 scales images by a factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
@@ -193,9 +193,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 along a cosine.
-    Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a ViT-Ti with
-    random weights and 5e-5 for a pre-trained ViT-B."""
+    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 with a cosine
+    schedule. Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a
+    ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
     layer to the previous layer. Tokens and position embeddings precede the first layer. 1: the same learning rate for
@@ -213,8 +213,8 @@ class TrainingOptions:
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
-    0.999 is suitable for runs of a few thousand steps. Default: no average."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the last
+    weights. 0.999 is suitable for runs of a few thousand steps. Default: no average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
     feature_views: int = 0
@@ -241,7 +241,7 @@ class TrainingOptions:
     best checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
     split, otherwise additional held-out training images."""
     patience: int | None = None
-    """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
+    """With --select best: stop after this number of evaluations without improvement. Default: no early stopping."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")

@@ -8,7 +8,7 @@ A study file (scripts/recipes/study_*.yaml) contains
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
-    metrics            names of numbers in results.json, shown in the tables. `NAME.*` is a list of numbers: the table
+    metrics            dotted keys of numbers in results.json, for the tables. `NAME.*` is a list of numbers: the table
                        has one row per index, for example per layer
     baseline           factor -> level with which the other levels are compared
 
@@ -134,7 +134,7 @@ def load_study(file: Path) -> Study:
 
 
 def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
-    """Group the flags of a level by stage. Flags without a stage are flags of `finetune`."""
+    """Group the flags of a level by stage. Flags without a stage are assigned to `finetune`."""
     stages = {name: value for name, value in flags.items() if name in STAGES}
     finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
     return stages | ({"finetune": (stages.get("finetune") or {}) | finetune_flags} if finetune_flags else {})

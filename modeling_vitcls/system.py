@@ -47,7 +47,7 @@ M_MMAP_MAX = -4  # id of the maximum number of blocks that are allocated with mm
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors in this process, and enable large pages in PyTorch if no tensor exists yet.
 
-    Environment variables of the user take precedence. With C libraries other than glibc, freed memory is not kept.
+    Environment variables set by the user take precedence. With C libraries other than glibc, freed memory is not kept.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)

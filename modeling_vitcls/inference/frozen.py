@@ -280,8 +280,8 @@ def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
 def print_rows(results: dict[str, Any], console: Console) -> None:
     """Print the table of accuracies, and the best row."""
     console.print(
-        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
-        f"{results['num_images']:,} images of {results['dataset']} ({results['split']}); "
+        f"{results['frozen']} on frozen features: fitted to {results['num_training_images']:,} training images, "
+        f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )

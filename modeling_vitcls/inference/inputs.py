@@ -78,9 +78,9 @@ class ListInput:
 
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
-    """Return an input with the files, the URLs, and the images in the folders. Images in a folder are sorted by name.
+    """Return an input with the given files and URLs, and the images in the given folders.
 
-    Raises ValueError if there are no images.
+    Images in a folder are sorted by name. Raises ValueError if there are no images.
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:

@@ -318,7 +318,7 @@ class ShardFolder:
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Update the modification time of a file in a thread, and remove the file at the end of the `with` block.
+    """Touch a file regularly in a thread, and remove the file at the end of the `with` block.
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """

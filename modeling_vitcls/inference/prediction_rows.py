@@ -170,7 +170,7 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
 
 
 PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
-AutocastFactory = Callable[[], AbstractContextManager]  # returns a context manager for each forward pass
+AutocastFactory = Callable[[], AbstractContextManager]  # function that returns a context manager for a forward pass
 
 
 def build_prediction_columns(

@@ -36,7 +36,7 @@ MAX_SECONDS_AT_END = 600.0  # maximum waiting time for an upload at the end of t
 # Maximum waiting time for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
 MAX_SECONDS_AFTER_SIGNAL = 20.0
 
-WriteModel = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
+WriteModel = Callable[[Path, Tensors], None]  # function that writes model files with the given weights to a folder
 GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and facts for `CheckpointStore.save`
 
 
