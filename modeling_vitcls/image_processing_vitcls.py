@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# `auto_map` entries of both backends. By default, `save_pretrained` writes only the class of the saved object.
+# `auto_map` entries of both backends (torchvision, PIL). By default, `save_pretrained` writes only the saved class.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",

@@ -551,7 +551,7 @@ def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> No
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:
-    """Raise ValueError if one of these flags is set to a value below the minimum."""
+    """Raise ValueError if one of the named flags is set to a value below the minimum."""
     for name in names:
         value = getattr(options, name)
         check_value(options, name, value is None or value >= minimum, f"{minimum} or more")

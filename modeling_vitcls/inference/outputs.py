@@ -223,7 +223,7 @@ class ShardFolder:
     size: int
 
     def get_shard_file(self, number: int) -> Path:
-        """Return the path of the shard with this number."""
+        """Return the path of the shard with the given number."""
         return self.path / f"shard-{number:06}.parquet"
 
     def list_shards(self) -> set[int]:

@@ -145,7 +145,7 @@ class BranchUploads:
         self.folder.mkdir(parents=True)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
-        """Write the model card, metrics, flags, license files, and the model with these weights."""
+        """Write the model card, metrics, flags, license files, and the model with the given weights."""
         self.write_model(self.folder, weights)
         for name in ("metrics.jsonl", RECIPE):
             if (self.options.output_dir / name).is_file():

@@ -129,12 +129,12 @@ def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of all linear layers in these modules if each layer is applied to one vector."""
+    """Return the FLOPs of all linear layers in the given modules if each layer is applied to one vector."""
     return sum(2 * linear.in_features * linear.out_features for linear in get_linear_layers(modules))
 
 
 def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Return all linear layers in these modules, at any depth."""
+    """Return all linear layers in the given modules, at any depth."""
     return [child for module in modules for child in module.modules() if isinstance(child, nn.Linear)]
 
 
