@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# `auto_map` entries of both backends. By default, `save_pretrained` writes only the class of the saved object.
+# `auto_map` entries of both backends (torchvision, PIL). By default, `save_pretrained` writes only the saved class.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -65,7 +65,7 @@ AUTO_MAP = {
 # Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 
-# Keys of `size` that the backends of transformers support.
+# Combinations of `size` keys that the backends of transformers support.
 SIZE_KEYS = (("height", "width"), ("shortest_edge",), ("shortest_edge", "longest_edge"), ("max_height", "max_width"))
 
 # Resampling filters that both backends support.
@@ -83,7 +83,7 @@ SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
 
 class ViTCLSBaseImageProcessor(BaseImageProcessor):
-    """Base class of both backends, with the default settings, image loading, channel conversion and checks."""
+    """Base class of the image processors: default settings, image loading, channel conversion and checks."""
 
     do_convert_rgb = True
     do_resize = True
@@ -207,7 +207,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     image, or an array or tensor of shape [H, W], [C, H, W] or [H, W, C]. `IMAGE_FORMATS` lists the file formats.
 
     Steps before resizing:
-        - Orientation: The EXIF tag of files, bytes and PIL images is applied. Only the first frame of a file is used.
+        - Orientation: The EXIF orientation of files, bytes and PIL images is applied. Only the first frame is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are divided by 257, not
           clipped. Other arrays must contain values from 0 to 255, or any floats if `do_rescale=False`. PIL's float
           mode `F` has no defined range and raises an error.
@@ -217,8 +217,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           channel. For a model with `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
-    bicubic resizing, values differ by at most 2 of 255 gray levels (0.05 on average) on photographs, and by at most 16
-    (0.5 on average) on noise, because PIL rounds and clips between two passes. Other filters cause larger differences.
+    bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at most 16
+    (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters cause larger differences.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -331,7 +331,7 @@ def read_url(url: str, name: str) -> bytes:
             return base64.b64decode(url.partition(",")[2], validate=True)
         response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
         response.raise_for_status()
-    except Exception as error:  # versions of huggingface_hub use different HTTP libraries with different exceptions
+    except Exception as error:  # the type of the exception depends on the version of huggingface_hub
         raise ValueError(f"cannot fetch the image at {name}: {get_first_line(error)}") from error
     return response.content
 
@@ -438,14 +438,14 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
         return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)  # rounds to nearest: 65535 = 257 * 255
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
-    low, high = (bound.item() for bound in torch.aminmax(pixels.double()))
-    if not (low >= 0 and high <= 255):
+    minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
+    if not (minimum >= 0 and maximum <= 255):
         raise ValueError(
-            f"the values of this image are between {low:g} and {high:g}: pass values from 0 to 255, 16-bit values "
-            "as uint16, or floats with do_rescale=False"
+            f"the values of this image are between {minimum:g} and {maximum:g}: pass values from 0 to 255, 16-bit "
+            "values as uint16, or floats with do_rescale=False"
         )
-    if pixels.is_floating_point() and 0 < high <= 1:
-        raise ValueError(f"this image is already rescaled (the maximum value is {high:g}): set do_rescale=False")
+    if pixels.is_floating_point() and 0 < maximum <= 1:
+        raise ValueError(f"this image is already rescaled (the maximum value is {maximum:g}): set do_rescale=False")
     return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
 
 
@@ -534,7 +534,7 @@ def check_same_shape(images: list[Any]) -> None:
 
 
 def check_channels(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
-    """Raise ValueError unless `image_mean` and `image_std` have one value, or one value per image channel."""
+    """Raise ValueError unless `image_mean` and `image_std` are scalars or have one value per image channel."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(

@@ -97,7 +97,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
         logits: [B, num_labels], the prediction of the model (`config.distillation_inference`).
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
-        distillation_logits: [B, num_labels], the output of the distillation classifier; None if the model has none.
+        distillation_logits: [B, num_labels], the output of the distillation classifier, if the model has one.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -157,7 +157,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights (truncated normal), biases (zero, like ViT and DeiT) and tokens (`config.token_init`)."""
+        """Initialize weights (truncated normal), biases (0, as in ViT and DeiT) and tokens (`config.token_init`)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
@@ -323,7 +323,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_tokens_read: int | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Run all layers, and return hidden states [B, N, D], or [B, num_tokens_read, D] if this number is set."""
+        """Run the layers. Return hidden states [B, N, D], or [B, num_tokens_read, D] if `num_tokens_read` is set."""
         if self.config.merged_patches_per_layer:
             return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
         for index, layer in enumerate(self.layers):
@@ -380,8 +380,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
 
-        The loss is computed from `logits`. In training, a model with two classifiers uses the mean of both losses, so
-        that both classifiers are trained. The training loop adds distillation from a teacher (training/losses.py).
+        The loss is computed from `logits`. During training, a model with two classifiers uses the mean of both losses,
+        so that both classifiers are trained. The training loop adds distillation from a teacher (training/losses.py).
 
         Args:
             labels, num_items_in_batch: as in `classification_loss`.

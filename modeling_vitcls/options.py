@@ -99,7 +99,7 @@ class ModelOptions:
     token_init: Literal["trunc_normal", "near_zero", "zeros"] | None = None
     """Initial values of new CLS, distillation and register tokens."""
     drop_path_rate: float | None = None
-    """Stochastic depth rate of the last layer; it increases linearly from 0 in the first layer."""
+    """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
     """Fraction of patches to drop at random from each training image. Training is faster, but accuracy is lower."""
     merged_patches_per_layer: int | None = None
@@ -142,15 +142,15 @@ class AugmentationOptions:
     """Random augmentation of training images."""
 
     crop_scale: float | None = None
-    """Minimum area of a random crop, as a fraction of the image. 1: resize the whole image. Default: 0.35, or 1 for
-    images of at most 64 pixels."""
+    """Minimum area of a random crop, as a fraction of the image area. 1: resize the whole image. Default: 0.35, or 1
+    for images of at most 64 pixels."""
     flip: bool = True
-    """Flip half of the images horizontally."""
+    """Flip each image horizontally with a probability of 0.5."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
     shift: float | None = None
-    """Maximum translation along each axis, as a fraction of the image. Default: 0.04 for images of at most 64 pixels,
-    which are not cropped, and 0 for larger images."""
+    """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for images of at most 64
+    pixels, which are not cropped, and 0 for larger images."""
     zoom: float = 0.0
     """Maximum change of scale. For example, 0.1 scales images by a factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
@@ -193,9 +193,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 along a cosine.
-    Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a ViT-Ti with
-    random weights and 5e-5 for a pre-trained ViT-B."""
+    """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0 with a cosine
+    schedule. Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a
+    ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
     layer to the previous layer. Tokens and position embeddings precede the first layer. 1: the same learning rate for
@@ -204,7 +204,7 @@ class TrainingOptions:
     """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
     """Weight decay of linear layers and the patch projection. Weight decay is not applied to biases, norms,
-    tokens and position embeddings. DeiT uses 0.05."""
+    tokens or position embeddings. DeiT uses 0.05."""
     label_smoothing: float = 0.1
     """Label smoothing: probability that is spread evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
@@ -213,8 +213,8 @@ class TrainingOptions:
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the weights.
-    0.999 is suitable for runs of a few thousand steps. Default: no average."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the last
+    weights. 0.999 is suitable for runs of a few thousand steps. Default: no average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
     feature_views: int = 0
@@ -241,7 +241,7 @@ class TrainingOptions:
     best checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
     split, otherwise additional held-out training images."""
     patience: int | None = None
-    """With --select best: stop after this number of evaluations without improvement. Default: train all steps."""
+    """With --select best: stop after this number of evaluations without improvement. Default: no early stopping."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
@@ -431,7 +431,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags that prediction and inspection share: a model and images. Labels are not required."""
+    """The flags for the model and the images, which prediction and inspection share. Labels are not required."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
@@ -444,7 +444,7 @@ class ImageOptions:
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. To save memory, the batch size is smaller if complete
+    """Maximum number of images per process and forward pass. To save memory, the batch size is reduced if complete
     attention maps are computed."""
 
 
@@ -468,14 +468,14 @@ class PredictOptions(ImageOptions):
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Maximum number of labels per image, starting with the most probable label. Default: 1, or all labels with a
-    probability of at least --threshold for a multi-label model."""
+    """Maximum number of labels per image, starting with the most probable label. Default: 1; for a multi-label model,
+    all labels with a probability of at least --threshold."""
     threshold: float = 0.5
-    """Minimum probability of a predicted label of a multi-label model."""
+    """Minimum probability of a predicted label (multi-label models only)."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
-    """Tokens of the last layer to write instead of labels (`mean`: the mean of the patch tokens)."""
+    """Features to write instead of labels: tokens of the last layer, or `mean` for the mean of the patch tokens."""
     num_workers: int | None = None
-    """Number of image loading threads per process. Default: one per CPU core, at most 8."""
+    """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
 
@@ -551,7 +551,7 @@ def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> No
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:
-    """Raise ValueError if one of these flags is set to a value below the minimum."""
+    """Raise ValueError if one of the named flags is set to a value below the minimum."""
     for name in names:
         value = getattr(options, name)
         check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
@@ -560,13 +560,13 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 def get_flag_names(options_class: Any) -> set[str]:
     """Return the flag names of a dataclass and its nested dataclasses, for example `batch_size`."""
     names: set[str] = set()
-    for item in dataclasses.fields(options_class):
-        names |= get_flag_names(item.type) if dataclasses.is_dataclass(item.type) else {item.name}
+    for option in dataclasses.fields(options_class):
+        names |= get_flag_names(option.type) if dataclasses.is_dataclass(option.type) else {option.name}
     return names
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return a dict of all flags of a run except `--config`, with values in types that YAML and JSON support."""
+    """Return a dict of all flags of a run except `--config`, with values of types that YAML and JSON support."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):
@@ -580,7 +580,7 @@ def to_flags(options: Any) -> dict[str, Any]:
 
 
 def to_arguments(name: str, value: Any) -> list[str]:
-    """Return a flag and the value of the flag as command line arguments."""
+    """Return a flag and its value as command line arguments."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

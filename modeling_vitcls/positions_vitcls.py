@@ -154,7 +154,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly for larger patches,
-    in the least-squares sense for smaller patches. The new kernel is pinv(B^T) @ kernel, with the resizing matrix B.
+    in the least-squares sense for smaller patches. The new kernel is pinv(B^T) @ kernel, where B is the resize matrix.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64

@@ -8,7 +8,7 @@ A study file (scripts/recipes/study_*.yaml) contains
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
-    metrics            names of numbers in results.json, shown in the tables. `NAME.*` is a list of numbers: the table
+    metrics            dotted keys of numbers in results.json, for the tables. `NAME.*` is a list of numbers: the table
                        has one row per index, for example per layer
     baseline           factor -> level with which the other levels are compared
 
@@ -16,7 +16,7 @@ In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of
 folder of a subset.
 
 The output folder contains
-    README.md, images/*.png    the page: means with 95 % confidence intervals, and paired differences by seed
+    README.md, images/*.png    the page: means with 95 % confidence intervals, and differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numbers of results.json, and the
                                first and the last value of each number in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
@@ -134,7 +134,7 @@ def load_study(file: Path) -> Study:
 
 
 def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
-    """Group the flags of a level by stage. Flags without a stage are flags of `finetune`."""
+    """Group the flags of a level by stage. Flags without a stage are assigned to `finetune`."""
     stages = {name: value for name, value in flags.items() if name in STAGES}
     finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
     return stages | ({"finetune": (stages.get("finetune") or {}) | finetune_flags} if finetune_flags else {})
@@ -150,7 +150,7 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A running run: the process of the current stage and the remaining stages."""
+    """A run in progress: the process of the current stage and the remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
@@ -166,7 +166,7 @@ class StudyRunner:
     folder: Path
     jobs: int = 1  # maximum number of concurrent runs
     threads: int = 1  # number of threads per run
-    # Maximum memory of all runs, in GiB. A run starts only if enough memory for the largest run so far is left.
+    # Maximum memory of all runs, in GiB. Each run is assumed to need as much memory as the largest run so far.
     memory_limit: float | None = None
     dataset: str | None = None  # dataset for all subsets; overrides the datasets in the study file
     max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
@@ -286,7 +286,7 @@ class StudyRunner:
             row = build_row(self, run_process.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         seconds = sum(self.durations) / len(self.durations) * num_left / self.jobs
-        remaining_time = f"; about {max(1, round(seconds / 60))} min remain" if num_left else ""
+        remaining_time = f"; about {max(1, round(seconds / 60))} min remaining" if num_left else ""
         run_name = f"{levels}, seed {run_process.run.seed}"
         print(f"[{num_finished}/{num_finished + num_left}] {run_name}: {result}{remaining_time}", flush=True)
 
@@ -375,7 +375,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return the numbers in nested dicts and lists, named by keys and indices that are joined by dots. Lists of more
+    """Return the numbers in nested dicts and lists. A name consists of keys and indices, joined by dots. Lists of more
     than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {name: float(value)}
@@ -478,7 +478,7 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Save a plot as a PNG file, with a dot for each run and the mean and interval for each combination of levels."""
+    """Plot a dot for each run, and the mean and interval of each combination of levels. Save the plot as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")

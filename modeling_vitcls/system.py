@@ -6,10 +6,11 @@ Energy is estimated as power times duration. The power is:
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
 
-Peak throughput is measured with large matrix products. The result depends on the number of threads, the clock rate and
-the load of the machine:
+Peak throughput is measured with large matrix products:
 
     measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
+
+The result depends on the number of threads, the clock rate and the load of the machine.
 """
 
 import ctypes
@@ -38,29 +39,29 @@ SHARDING_DESCRIPTIONS = {
 }
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
-# Parameters of mallopt in glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # number of free bytes at the end of the heap above which memory is returned; -1: never
-M_MMAP_MAX = -4  # maximum number of blocks that are allocated with mmap and returned when freed
+# Parameter ids of mallopt, from glibc's <malloc.h>.
+M_TRIM_THRESHOLD = -1  # id of the minimum free memory at the end of the heap, in bytes, that is returned to the system
+M_MMAP_MAX = -4  # id of the maximum number of blocks that are allocated with mmap and returned when freed
 
 
 def keep_freed_memory() -> None:
     """Keep the memory of freed tensors in this process, and enable large pages in PyTorch if no tensor exists yet.
 
-    Environment variables of the user take precedence. With C libraries other than glibc, freed memory is not kept.
+    Environment variables set by the user take precedence. With C libraries other than glibc, freed memory is not kept.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not is_configured:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never return memory
 
 
 # Assumed power per CPU thread in watts, including memory and power supply. This is an upper estimate: servers with 16
 # to 64 cores draw about 100 to 300 W, which is 5 to 6 W per core.
 WATTS_PER_CPU_THREAD = 10.0
 JOULES_PER_KILOWATT_HOUR = 3.6e6
-NVIDIA_SMI_SECONDS = 10.0  # timeout of nvidia-smi, in seconds
+NVIDIA_SMI_TIMEOUT = 10.0  # timeout of nvidia-smi, in seconds
 
 
 def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
@@ -96,7 +97,7 @@ def get_power_limit(device: torch.device) -> float | None:
     gpu_id = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT, check=True)
         return float(process.stdout.strip())
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -112,7 +113,7 @@ DEFAULT_MATRIX_SIZE = 4096
 
 @torch.no_grad()
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products, measured for the fastest implementation and the fastest call.
+    """Return the FLOP/s of large matrix products in the fastest call of the fastest implementation.
 
     The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
     as fast. The result is a lower bound, because other programs that run at the same time reduce the throughput.
@@ -177,7 +178,7 @@ def format_device_name(device: torch.device) -> str:
 
 
 def get_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, of Python, of `LIBRARIES` and of other `libraries` that are installed."""
+    """Return the versions of this package, Python, and the installed libraries in `LIBRARIES` and `libraries`."""
     versions = {"modeling_vitcls": __version__, "python": platform.python_version()}
     for name in (*LIBRARIES, *libraries):
         with suppress(PackageNotFoundError):

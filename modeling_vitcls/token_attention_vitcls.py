@@ -61,7 +61,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
-    """Return the sorted indices of the special tokens in these groups. Raises ValueError for an unknown group."""
+    """Return the sorted indices of the special tokens in the given groups. Raises ValueError for an unknown group."""
     for name in tokens:
         if name not in SPECIAL_TOKENS:
             raise ValueError(f"tokens contains the unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")

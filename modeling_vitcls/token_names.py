@@ -10,9 +10,9 @@ SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers":
 def get_token_names(config: ViTCLSConfig) -> list[str]:
     """Return the name of each special token, in sequence order.
 
-    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2". In a multi-task model, "CLS
-    species" is the token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a token restricted to row 1, column 2
-    of a grid (`config.cls_scopes`). Distillation and register tokens are numbered like CLS tokens.
+    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on. In a multi-task
+    model, "CLS species" is the token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a token restricted to row
+    1, column 2 of a grid (`config.cls_scopes`). Distillation and register tokens are numbered like CLS tokens.
     """
     return [name for names in get_token_names_by_group(config).values() for name in names]
 

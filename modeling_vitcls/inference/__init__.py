@@ -2,13 +2,13 @@
 
     load_model.py       loading of a model by name, and a check that the model is a classifier
     metrics.py          metrics for each kind of labels, and for masked autoencoders
-    evaluator.py        evaluation on a held-out split, in which each image is counted exactly once
-    evaluate.py         the program `vitcls evaluate`
+    evaluator.py        evaluation on a held-out split; each image is counted exactly once
+    evaluate.py         the command `vitcls evaluate`
     frozen.py           simple classifiers on frozen features, for `vitcls evaluate --frozen`
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress
-    predict.py          the program `vitcls predict`
+    predict.py          the command `vitcls predict`
 
 These files are not pushed to the Hub.
 """

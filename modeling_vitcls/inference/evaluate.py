@@ -85,9 +85,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
 
     Raises:
-        ValueError: if the model type is not supported, if the split does not exist, if the options select other
-            held-out images than during training, if the model lacks a label of the dataset, or if too many images are
-            unreadable.
+        ValueError: if the model type is not supported, if the split does not exist, if the options of the
+            held-out split differ from the options that were used in training, if the model lacks a label of the
+            dataset, or if too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, or if the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options)
@@ -214,7 +214,7 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
 def match_task_labels(
     labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
 ) -> list[dict[str, int]]:
-    """Return one dict per image, which maps each task to the class index of the model."""
+    """Return one dict per image, from task names to class indices of the model."""
     if data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "

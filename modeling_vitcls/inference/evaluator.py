@@ -108,8 +108,8 @@ class Evaluator:
         max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
             are unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
-        num_channels: number of input channels of the model. Images with another number of channels are counted as
-            unreadable.
+        num_channels: number of input channels of the model. Images with a different number of channels are
+            counted as unreadable.
     """
 
     def __init__(

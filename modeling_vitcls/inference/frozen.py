@@ -92,7 +92,7 @@ class FeatureStore:
 
     def compute(self) -> dict[str, Any]:
         """Return the features and labels of all processes in the order of the images."""
-        gathered_batches = gather_object([self.batches])  # one list per process; batches were assigned in turn
+        gathered_batches = gather_object([self.batches])  # one list per process; batches are assigned round-robin
         ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
         features, labels = (np.concatenate(arrays) for arrays in zip(*ordered_batches, strict=True))
         return {"num_images": len(labels), "features": features, "labels": labels}
@@ -118,7 +118,10 @@ def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build a k-NN classifier (fewer neighbors for few images) or a logistic regression on standardized features."""
+    """Build a k-NN classifier or a logistic regression on standardized features.
+
+    The number of neighbors is at most the number of training images.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -277,8 +280,8 @@ def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
 def print_rows(results: dict[str, Any], console: Console) -> None:
     """Print the table of accuracies, and the best row."""
     console.print(
-        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
-        f"{results['num_images']:,} images of {results['dataset']} ({results['split']}); "
+        f"{results['frozen']} on frozen features: fitted to {results['num_training_images']:,} training images, "
+        f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )

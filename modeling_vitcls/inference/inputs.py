@@ -1,8 +1,8 @@
 """Inputs of a prediction (image records with an index, a name and undecoded content), and image preprocessing.
 
     PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
-    other datasets                        DatasetInput   read by the `datasets` library, in any order
-    --streaming                           StreamInput    read once from the start; images outside a range are skipped
+    other datasets                        DatasetInput   random access with the `datasets` library
+    --streaming                           StreamInput    read once from the start; images not in a range are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
 of the input. Several threads decode and preprocess the images ahead of the model.
@@ -78,9 +78,9 @@ class ListInput:
 
 
 def open_image_files(paths: Iterable[str]) -> ListInput:
-    """Return an input with the files, the URLs, and the images in the folders. Images in a folder are sorted by name.
+    """Return an input with the given files and URLs, and the images in the given folders.
 
-    Raises ValueError if there are no images.
+    Images in a folder are sorted by name. Raises ValueError if there are no images.
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
@@ -110,7 +110,7 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_file_state(path: str) -> list[int] | None:
-    """Return the size of a file in bytes and its modification time in nanoseconds; None for a URL or missing file."""
+    """Return the size of a file in bytes and its modification time in nanoseconds; None for URLs and missing files."""
     try:
         state = Path(path).stat()
     except (OSError, ValueError):
@@ -258,7 +258,7 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """Raised for network errors, which stop the prediction. An error row would suggest an unreadable image."""
+    """Network error, which stops the prediction. An error row would wrongly suggest that the image is unreadable."""
 
 
 def prepare_images(

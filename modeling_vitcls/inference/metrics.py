@@ -31,14 +31,14 @@ from ..heads_vitcls import IGNORED_LABEL
 MAX_MATRIX_CLASSES = 1000  # maximum number of classes for which a confusion matrix is computed
 MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes for which a run saves the confusion matrix
 NUM_CALIBRATION_BINS = 15
-# Metric -> name of the model output with the logits of the head.
+# Accuracy metric of a head -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
 MetricValues = dict[str, Any]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the metrics that are single numbers, in the same order, for logging and comparison."""
+    """Return the metrics that are single numbers, in their original order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a prediction: a table, CSV, JSON, JSON lines, Parquet, a folder of Parquet files, and progress.
+"""Outputs of a prediction: a table, CSV, JSON, JSON Lines, Parquet, a folder of Parquet files, and progress.
 
 Rows are written while the prediction runs. An output file has a temporary name until all rows are written.
 
@@ -82,7 +82,7 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def format_cell(value: Any) -> Any:
-    """Join lists, and put an apostrophe before text that a spreadsheet would run as a formula."""
+    """Join lists, and put an apostrophe before text that a spreadsheet would interpret as a formula."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
@@ -203,10 +203,12 @@ class Progress:
         """Print a progress line."""
         self.last_line_time = time.perf_counter()
         images_per_second = self.num_images / (self.last_line_time - self.start_time)
-        total = "" if self.total is None else f" of {self.total:,}"
-        failures = f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
+        total_text = "" if self.total is None else f" of {self.total:,}"
+        failure_text = ""
+        if self.num_failed:
+            failure_text = f", {self.num_failed:,} without a prediction (see the column `error`)"
         self.console.print(
-            f"{self.num_images:,}{total} images, {images_per_second:,.0f} images/s{failures}", markup=False
+            f"{self.num_images:,}{total_text} images, {images_per_second:,.0f} images/s{failure_text}", markup=False
         )
 
 
@@ -221,7 +223,7 @@ class ShardFolder:
     size: int
 
     def get_shard_file(self, number: int) -> Path:
-        """Return the path of the shard with this number."""
+        """Return the path of the shard with the given number."""
         return self.path / f"shard-{number:06}.parquet"
 
     def list_shards(self) -> set[int]:
@@ -270,7 +272,7 @@ class ShardFolder:
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat.
 
-        Raises OSError if shards are missing after all other processes have ended, or while a heartbeat is too old.
+        Raises OSError if shards are missing, but all other processes have ended or a heartbeat is too old.
         """
         own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
@@ -316,7 +318,7 @@ class ShardFolder:
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Update the modification time of a file in a thread, and remove the file at the end of the `with` block.
+    """Touch a file regularly in a thread, and remove the file at the end of the `with` block.
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """

@@ -88,7 +88,7 @@ def predict(
             selects all images in the folder.
         top_k, threshold, features: see the flags of `vitcls predict`.
         batch_size: number of images per forward pass.
-        num_workers: number of threads that preprocess images. The default is one thread per CPU core, at most 8.
+        num_workers: number of threads that preprocess images. The default is the number of CPU cores, but at most 8.
 
     Returns:
         A dict for each image: `index`, `image` (the path or index), the columns listed in prediction_rows.py, and
@@ -111,7 +111,7 @@ def predict(
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process.
 
-    `images` replaces PATHS, and contains images in the same formats as in `predict`. If `images` is empty, the options
+    `images` replaces PATHS and accepts the same types as in `predict`. If `images` is empty, the options
     specify the input.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
@@ -123,7 +123,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
     """Return the rows of all images. Raise ValueError if the number of images is unknown, as for a stream."""
     if source.num_images is None:
-        raise ValueError("streaming requires an output, because the number of images is unknown. Disable streaming")
+        raise ValueError("cannot return the rows of a stream, because its length is unknown. Disable streaming")
     return list(predictor.iterate_rows(source, [range(source.num_images)], chunk_size=source.num_images))
 
 

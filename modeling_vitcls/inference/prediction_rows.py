@@ -7,7 +7,7 @@ several tasks               <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens
 
 The first columns are `index` (index in the input) and `image`, and the last column is `error`. outputs.py writes the
-rows. Each kind of model has a class with the attribute `columns`, a dict of column types, and two methods: `predict`
+rows. Each kind of model has a class with the attribute `columns` (a dict of column types) and two methods: `predict`
 returns a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
 """
 
@@ -170,7 +170,7 @@ def count_tokens(config: ViTCLSConfig, group: str) -> int:
 
 
 PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
-AutocastFactory = Callable[[], AbstractContextManager]  # returns a context manager for each forward pass
+AutocastFactory = Callable[[], AbstractContextManager]  # function that returns a context manager for a forward pass
 
 
 def build_prediction_columns(

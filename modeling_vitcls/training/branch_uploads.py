@@ -36,7 +36,7 @@ MAX_SECONDS_AT_END = 600.0  # maximum waiting time for an upload at the end of t
 # Maximum waiting time for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
 MAX_SECONDS_AFTER_SIGNAL = 20.0
 
-WriteModel = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
+WriteModel = Callable[[Path, Tensors], None]  # function that writes model files with the given weights to a folder
 GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and facts for `CheckpointStore.save`
 
 
@@ -66,7 +66,7 @@ class BranchUploads:
     # Called by all processes together --------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.remove_folder()  # remove the folder of a killed run
+        self.remove_folder()  # the folder may remain from a killed run
         if self.accelerator.is_main_process:
             # Find the provenance before training, so that training does not wait for the network.
             self.provenance = get_model_provenance(self.options)
@@ -145,7 +145,7 @@ class BranchUploads:
         self.folder.mkdir(parents=True)
 
     def fill_folder(self, step: int, weights: Tensors) -> None:
-        """Write the model card, metrics, flags, license files, and the model with these weights."""
+        """Write the model card, metrics, flags, license files, and the model with the given weights."""
         self.write_model(self.folder, weights)
         for name in ("metrics.jsonl", RECIPE):
             if (self.options.output_dir / name).is_file():
@@ -187,12 +187,12 @@ class BranchUploads:
                 "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
             )
 
-    def wait(self, max_seconds: float) -> None:
+    def wait(self, timeout: float) -> None:
         """Wait until the upload is finished or the time limit is reached."""
         if self.thread is None or not self.thread.is_alive():
             return
-        self.reporter.print_line("waiting", f"for the upload of step {self.step:,}, up to {max_seconds:.0f} s")
-        self.thread.join(max_seconds)
+        self.reporter.print_line("waiting", f"for the upload of step {self.step:,}, up to {timeout:.0f} s")
+        self.thread.join(timeout)
         if self.thread.is_alive():
             self.has_timed_out = True
             self.reporter.warn(f"the upload of step {self.step:,} to the branch {self.branch} did not finish in time")

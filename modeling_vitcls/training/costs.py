@@ -47,7 +47,7 @@ class MemoryEstimate:
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
     """Return the FLOPs of a forward pass, computed with a formula. In contrast, `model.flops()` counts the operations
-    of a running copy of the model."""
+    that a copy of the model executes."""
     encoder = model.base_model
     num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
@@ -129,12 +129,12 @@ def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of all linear layers in these modules if each layer is applied to one vector."""
+    """Return the FLOPs of all linear layers in the given modules if each layer is applied to one vector."""
     return sum(2 * linear.in_features * linear.out_features for linear in get_linear_layers(modules))
 
 
 def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Return all linear layers in these modules, at any depth."""
+    """Return all linear layers in the given modules, at any depth."""
     return [child for module in modules for child in module.modules() if isinstance(child, nn.Linear)]
 
 
@@ -195,7 +195,7 @@ def estimate_memory(
     Raises:
         ValueError: if the image size is smaller than the patch size.
     """
-    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
     is_on_cpu = torch.device(model.device if device is None else device).type == "cpu"
     settings = StepSettings(
@@ -206,8 +206,8 @@ def estimate_memory(
         activations += settings.matmul_bytes * count_cast_weights(model, is_on_cpu)
     return MemoryEstimate(
         parameters=count_bytes(model.parameters()),
-        gradients=count_bytes(trained_parameters),
-        optimizer=2 * count_bytes(trained_parameters),
+        gradients=count_bytes(trainable_parameters),
+        optimizer=2 * count_bytes(trainable_parameters),
         activations=activations,
     )
 
@@ -301,7 +301,7 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     num_vectors += (num_queries + num_keys) * maps_per_head  # outputs and values
     num_vectors += num_queries * config.attention_norm
     num_vectors += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
-    # Fused kernels store one number per query instead of attention maps.
+    # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     elements_per_query = count_stored_maps(attention, settings.is_on_cpu) * num_keys or 1
     return width * num_vectors * settings.matmul_bytes + num_maps * num_queries * FLOAT32_BYTES * elements_per_query
 
@@ -344,8 +344,8 @@ def get_first_trained_layer(encoder: Any) -> int:
     trainable."""
     if has_trained_parameters(encoder.embeddings):
         return 0
-    trained_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
-    return min(trained_indices, default=len(encoder.layers))
+    trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
+    return min(trainable_indices, default=len(encoder.layers))
 
 
 def has_trained_parameters(module: nn.Module) -> bool:
