@@ -217,7 +217,7 @@ def prepare_dinov3(weights: Weights) -> Weights:
 
 
 def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields inferred from the weights. `width_to_num_heads` contains the widths of the published models."""
+    """Return the fields inferred from the weights. `width_to_num_heads` contains the published models' widths."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):

@@ -100,7 +100,10 @@ def compare_models(
             outputs = compute_model_outputs(model, pixel_values)
         names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
         if has_source_classifier and "logits" not in names:
-            raise ConversionError(f"the logits of {source.name} cannot be compared")
+            raise ConversionError(
+                f"the logits of {source.name} cannot be compared, because the source or the converted model returns "
+                "no logits"
+            )
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
             f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT

@@ -58,7 +58,7 @@ SIGNATURES = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Family of a plain encoder, by container key. An iBOT encoder may be detected as DINO, but the conversion is identical.
+# Family of a plain encoder, by container key. iBOT encoders may be detected as DINO; the conversion is identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
@@ -205,9 +205,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file may raise any exception
         check_not_pickled_code(str(file), error)
         is_torchscript = "TorchScript" in str(error)
-        reason = (
-            "TorchScript archives, which contain code, are not supported" if is_torchscript else format_error(error)
-        )
+        reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
     if not isinstance(weights, Mapping):
         raise ConversionError(f"{file} does not contain a state dict, but an object of type {type(weights).__name__}")

@@ -47,7 +47,7 @@ class LabeledImages:
         return len(self.labels)
 
     def select(self, indices: Iterable[int]) -> "LabeledImages":
-        """Return the images and labels at these indices, in this order."""
+        """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
         return LabeledImages(ImageSubset(self.images, indices), [self.labels[index] for index in indices])
 
@@ -225,15 +225,15 @@ def encode_value(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Join a path to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
+    """Join a path to a folder. URLs and absolute paths are unchanged. Return "" for a missing path."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
 def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in upright
-    orientation, in the stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
+    mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
     As in Pillow, the attribute `filename` of the image contains the name for error messages: the path, or
     `fallback_name`.
@@ -270,8 +270,8 @@ class UnreadableImageCounter:
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
-    describe: Callable[[int], str]  # index of an unreadable image -> error message of one line
-    warn: Callable[[str], None]  # prints a one-line warning
+    describe: Callable[[int], str]  # function that returns the one-line error message for an image index
+    warn: Callable[[str], None]  # function that prints a one-line warning
     limit: int  # maximum number of unreadable images (`--max-broken-images`); a larger number stops the run
     indices: set[int] = field(default_factory=set)
 

@@ -25,7 +25,7 @@ from ..image_processing_vitcls import image_to_tensor
 
 
 MEMORY_PREFIX = "memory:"
-DATASETS: dict[str, Any] = {}  # name -> DatasetDict
+DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
@@ -77,7 +77,7 @@ def convert_split(data: Any) -> Any:
 
 
 def convert_item(item: Any, index: int) -> dict[str, Any]:
-    """Convert an item (image, label) to a row of a `datasets.Dataset`."""
+    """Convert an (image, label) item to a row of a `datasets.Dataset`."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ValueError(
             f"item {index} of the dataset must be an (image, label) pair, but the type of the item is "

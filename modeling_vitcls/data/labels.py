@@ -9,7 +9,7 @@
         single_label_classification                   class index                   [B] int64
 
 The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. This file also contains the selection of the image column.
+this order of precedence. This file also selects the image column.
 """
 
 import math
@@ -85,8 +85,8 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit. This includes models with a single label, as in
-    transformers."""
+    """Return whether a sigmoid is applied to each logit. As in transformers, models with a single label are
+    included."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -129,7 +129,7 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Converter from rows of a dataset to labels."""
+    """Reader of the labels in the rows of a dataset."""
 
     kind: LabelKind
     columns: list[LabelColumn]
@@ -185,16 +185,18 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
-    """Build one label column. The class names are declared, set by --label-names, or the distinct values."""
+    """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
     class_label = next(
-        (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
+        (candidate for candidate in (feature, get_item_type(feature)) if type(candidate).__name__ == "ClassLabel"),
+        None,
     )
     if class_label is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(
-                "--label-names requires a single label column, but --label-column names several. Remove --label-names"
+                "--label-names requires a single label column, but --label-column names several columns. Remove "
+                "--label-names"
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     if read_column is None:

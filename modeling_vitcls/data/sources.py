@@ -48,7 +48,7 @@ IDX_CLASSES = {
 
 log = logging.getLogger(__name__)
 
-SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits -> names of the splits to read
+SplitSelector = Callable[[list[str]], Collection[str]]  # function that selects the splits to read by name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {name: add_missing_labels(part.images) for name, part in images_by_split.items()}
+    images_by_split = {name: add_missing_labels(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
@@ -273,7 +273,7 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     """Convert stored splits to streams if --streaming is set, and return the splits."""
-    return {name: part.to_iterable_dataset() for name, part in splits.items()} if options.streaming else splits
+    return {name: split.to_iterable_dataset() for name, split in splits.items()} if options.streaming else splits
 
 
 def get_dataset_name(options: DataOptions) -> str:
