@@ -64,15 +64,15 @@ def convert_state_dict(
     """Convert a published state dict, including the classifier if there is one, to a model in eval mode.
 
     Args:
-        weights: Mapping of names to tensors or arrays, as saved, optionally inside `{"model": ...}`.
+        weights: Mapping from names to tensors or arrays, as published, optionally nested as `{"model": ...}`.
         family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III), `"dino"`, `"ibot"`, `"msn"`, `"mae"`, `"ijepa"` or
             `"big_vision"`. A DINOv2 state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
         drop: Prefixes of the weight names to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
-        fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
-            width, `image_size` for a non-square patch grid), or labels (`id2label`). With `rope_periods=None`, the
+        fields: Fields of `ViTCLSConfig` whose values differ from the published models (`num_attention_heads` for other
+            widths, `image_size` for a non-square patch grid), or labels (`id2label`). With `rope_periods=None`, the
             periods of DINOv3 are computed in float32, as in timm and transformers, and the stored periods are ignored.
 
     Raises:
@@ -334,7 +334,7 @@ def read_mae(weights: Weights) -> Fields:
 
 
 def prepare_big_vision(weights: Weights) -> Weights:
-    """Return the weights of the image model without the prefix, and split arrays that stack all blocks."""
+    """Return the weights of the image model without the prefix, and split arrays of stacked blocks."""
     prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
     prepared_weights: Weights = {}
     for name, weight in weights.items():

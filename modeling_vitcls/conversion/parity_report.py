@@ -4,8 +4,8 @@
     comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
 The comparison covers all token groups of the final hidden state, and the logits. The inputs are random images of the
-native size. If the source supports other sizes, random images of a non-square size, for which the position embeddings
-are resampled, are also compared.
+native size. If the source supports other sizes, the comparison is repeated at a non-square size, for which the
+position embeddings are resampled.
 """
 
 import copy
@@ -107,7 +107,7 @@ def compare_models(
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
             f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
-        ]  # or NaN
+        ]  # includes NaN
         if excessive_differences:
             raise ConversionError(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "

@@ -8,7 +8,7 @@
    parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
 4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
-   embeddings of the timm model as in the authors' code, which often differs from timm.
+   embeddings of the timm model as in the authors' code. The resampling in timm often differs.
 
 Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
 converted in from_timm.py.
@@ -45,7 +45,7 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Regular expression of weight names that only one family has, by family. The first match is used.
+# Regular expression for weight names that only one family has, by family. The first match is used.
 SIGNATURES = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",

@@ -172,14 +172,13 @@ class TargetMatch:
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match with the fewest mismatches. If several matches are tied, return the one with the fewest
-    rewrites."""
+    """Return the match with the fewest mismatches. Ties are broken by the number of rewrites."""
     matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
     return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
 
 
 def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match of a configuration after all rewrites that remove mismatches."""
+    """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
         if not rewrite.fields & match.mismatched_names or (rewrite.at_native_size_only and not native_size_only):
@@ -315,7 +314,7 @@ def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
 
 
 def has_weightless_pooler(config: ViTCLSConfig) -> bool:
-    """Return whether pooling has no weights, so that callers of a class without a pooler can pool the tokens."""
+    """Return whether pooling has no weights. The caller can then pool the tokens of a class without a pooler."""
     return config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
 
 
@@ -344,7 +343,7 @@ NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
 def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """Build the transformers model of a match with the weights of a model."""
+    """Build the transformers model that `match` describes, with the weights of `model`."""
     target = match.target
     transformers_model = target.build(match.config)
     encoder_name = target.convertible_class.encoder

@@ -117,7 +117,8 @@ class Rule:
 
 
 def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict of another project. Tensors for targets `NAME[0]`, `NAME[1]`, ... are stacked to `NAME`."""
+    """Convert a state dict of another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
+    in the order of the indices."""
     rules = list(rules)
     converted_weights: Weights = {}
     stacked_parts: dict[str, Weights] = {}

@@ -86,7 +86,7 @@ class Erasing(nn.Module):
         self.erase = v2.RandomErasing(probability, value="random")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
+        """Erase a random rectangle of an image [C, H, W] `uint8`, and return an image of the same shape and dtype."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
         return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
@@ -131,7 +131,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice between the two for each batch."""
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or one of the two methods, drawn for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []

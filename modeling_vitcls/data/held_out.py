@@ -35,7 +35,7 @@ class HeldOutRule:
     fraction: float  # fraction of the images to hold out
     seed: int  # seed of the hash
     # Text that makes two rules with the same seed independent: "" for the images of the reported results, "selection"
-    # for the images that select the best checkpoint.
+    # for the images that are used to select the best checkpoint.
     purpose: str = ""
     num_folds: int | None = None  # number of cross-validation folds; None: no cross-validation
     fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold

@@ -115,7 +115,7 @@ def make_printable(name: str) -> str:
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
-    ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
+    ValueError if labels are used and there are no class folders, or if the split folders are ambiguous.
 
     With metadata files, the columns are `image` and the columns of these files. Otherwise, the columns are `image`
     and, if labels are used, `label`. If labels are not used, images at any depth are included.
@@ -278,7 +278,7 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
 
 
 def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_folders: bool) -> dict[str, Any]:
-    """Return the dataset of each split, which contains the rows of the metadata files and the images in `file_name`.
+    """Return the dataset of each split: the rows of the metadata files, and the images at the paths in `file_name`.
     Raise ValueError if a metadata file cannot be read, has no column `file_name`, or contains the path of an image
     outside the folder of the file."""
     import datasets
@@ -311,7 +311,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
-    """Return the columns of a metadata file other than `file_name`, and the images in `file_name`."""
+    """Return the columns of a metadata file without `file_name`, and the image paths from `file_name`."""
     import pandas
     import pyarrow
     import pyarrow.json

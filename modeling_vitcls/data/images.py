@@ -172,7 +172,7 @@ class EncodedImages(EncodedSequence):
 
 @dataclass(frozen=True)
 class ColumnImages(EncodedSequence):
-    """Images in a column of a dataset. The column contains bytes or `datasets.Image(decode=False)`."""
+    """Images in a column of a dataset. The type of the column is `datasets.Image(decode=False)`."""
 
     dataset: Any
     column: str

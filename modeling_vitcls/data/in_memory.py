@@ -1,9 +1,9 @@
-"""Datasets in memory for the Python functions (api.py). The following types become a named `datasets.DatasetDict`:
+"""Datasets in memory for the Python functions (api.py). Each dataset is converted to a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are found as in files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
-    {"train": ..., "test": ...}           splits, each of a type above
+    {"train": ..., "test": ...}           datasets of the types above, by split
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 

@@ -8,8 +8,8 @@
     any other column
         single_label_classification                   class index                   [B] int64
 
-The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. This file also selects the image column.
+The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as the sorted distinct
+values, in this order of precedence. This file also selects the image column.
 """
 
 import math
@@ -80,7 +80,7 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Return whether a label is a class index, unlike None, -100 (IGNORED_LABEL) and other negative values."""
+    """Return whether a label is a class index, and not None, -100 (IGNORED_LABEL) or another negative value."""
     return label is not None and label >= 0
 
 

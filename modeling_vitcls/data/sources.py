@@ -3,9 +3,9 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
     an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
-    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library without network
+    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, offline
     Parquet
-    saved with `datasets` a folder that `save_to_disk` wrote
+    saved with `datasets` a folder written by `save_to_disk`
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 

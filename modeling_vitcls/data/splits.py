@@ -344,8 +344,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
-    """Return a description of the first difference between the stored and the current data of a run, both from
-    `describe_data`, or None if there is no difference."""
+    """Describe the first difference between the stored and the current description of a run's data (from
+    `describe_data`). Return None if there is no difference."""
     if stored_description == current_description:
         return None
     for column, names in current_description["classes"].items():
