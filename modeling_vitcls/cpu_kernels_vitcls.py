@@ -320,7 +320,7 @@ class KernelLinear(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """GELU followed by a linear layer with oneDNN. The backward pass recomputes the GELU output."""
+    """GELU followed by a linear layer, computed by oneDNN. The backward pass recomputes the GELU output."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -554,8 +554,8 @@ def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[
     if size >= num_images:
         yield query, key, *others
         return
-    for first in range(0, num_images, size):
-        chunk = slice(first, first + size)
+    for start in range(0, num_images, size):
+        chunk = slice(start, start + size)
         yield tuple(x if x is None or len(x) < num_images else x[chunk] for x in (query, key, *others))
 
 

@@ -101,8 +101,8 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
-    for part, letter in enumerate("qkv"):
-        layers = [{kind: tensor.chunk(3)[part] for kind, tensor in layer.items()} for layer in qkv_layers]
+    for index, letter in enumerate("qkv"):
+        layers = [{name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers]
         concatenate_outputs(weights, f"{prefix}attn.{letter}_proj", layers)
     concatenate_outputs(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps])
     concatenate_inputs(weights, f"{prefix}attn.proj", [fold_layer_scale(branch, "attn.proj") for branch in attentions])
@@ -139,8 +139,8 @@ def fold_layer_scale(branch: Weights, layer: str) -> Weights:
 
 def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
     """Add a linear layer whose output is the concatenation of the outputs of `layers`."""
-    for kind in ("weight", "bias"):
-        weights[f"{name}.{kind}"] = torch.cat([layer[kind] for layer in layers])
+    for parameter in ("weight", "bias"):
+        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layers])
 
 
 def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:

@@ -122,7 +122,7 @@ class TimmSource:
 
 
 class TransformersSource:
-    """A transformers model that can be converted. The interface is the same as the interface of `TimmSource`."""
+    """A transformers model that can be converted, with the same interface as `TimmSource`."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":

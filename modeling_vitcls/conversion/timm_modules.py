@@ -106,9 +106,9 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return {}
     name = get_class_name(rope)
     check_supported(name in ROTARY_POSITION_READERS, f"rotary positions of class {name}")
-    kind = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
+    rotary_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
-        "position_embedding_type": kind if model.pos_embed is None else f"learned_{kind}",
+        "position_embedding_type": rotary_type if model.pos_embed is None else f"learned_{rotary_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
         **ROTARY_POSITION_READERS[name](rope),
@@ -161,9 +161,9 @@ def read_norms(model: TimmModule) -> Fields:
         len(norm_types) == 1,
         f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
     )
-    [(kind, eps)] = norm_types
+    [(norm_type, eps)] = norm_types
     return {
-        "norm_type": kind,
+        "norm_type": norm_type,
         "layer_norm_eps": eps,
         "final_norm": is_present(model.norm),
         "pooled_norm": is_present(model.fc_norm),

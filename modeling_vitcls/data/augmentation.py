@@ -116,12 +116,12 @@ class BatchTransform:
         """Flip, rotate, shift and zoom the pixels about the center, with bilinear interpolation. Pixels outside the
         image become black. `random_numbers` is [B, 4], from -1 to 1."""
         height, width = pixels.shape[-2:]
-        angle, right, down, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
+        angle, shift_x, shift_y, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
         # Map each output pixel to the input coordinates, in pixels from the center.
-        x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
-        y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
+        x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
+        y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y

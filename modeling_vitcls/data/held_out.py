@@ -43,8 +43,8 @@ class HeldOutRule:
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
-        bits = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        hash_value = int.from_bytes(bits, "big")
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        hash_value = int.from_bytes(digest, "big")
         if self.num_folds is not None and self.fold is not None:
             return hash_value * self.num_folds >> 64 == self.fold - 1
         return hash_value / 2**64 < self.fraction

@@ -262,18 +262,18 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     modification times of the files."""
     import datasets
 
-    fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
+    digest = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
     for name in names:
         try:
             stat = (folder.path / name).stat()
         except OSError:  # an error is reported when the image is read
             continue
-        fingerprint.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
         split=datasets.NamedSplit(split),
-        fingerprint=fingerprint.hexdigest()[:16],
+        fingerprint=digest.hexdigest()[:16],
     )
 
 

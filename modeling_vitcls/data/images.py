@@ -33,7 +33,7 @@ NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not r
 
 
 class UnreadableImage(ValueError):
-    """Raised for an unreadable image. The message is one line with the name of the image and the reason."""
+    """Raised for an unreadable image. The message consists of one line: the name of the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
-    """Return a value of an image or path column as {"path": ..., "bytes": ...}. Relative paths are joined to
+    """Convert a value of an image or path column to {"path": ..., "bytes": ...}. Relative paths are joined to
     `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}

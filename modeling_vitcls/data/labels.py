@@ -46,7 +46,7 @@ class LabelSpace:
         return names
 
     def to_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that describe these labels."""
+        """Return the fields of ViTCLSConfig that describe the labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
         return {
@@ -274,7 +274,7 @@ def is_image(feature: Any) -> bool:
 
 def is_label(feature: Any) -> bool:
     """Return whether a column is declared as class labels."""
-    return any(type(kind).__name__ == "ClassLabel" for kind in (feature, get_item_type(feature)))
+    return any(type(candidate).__name__ == "ClassLabel" for candidate in (feature, get_item_type(feature)))
 
 
 def get_item_type(feature: Any) -> Any:
