@@ -53,7 +53,7 @@ MAX_MLP_RATIO = 16
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A change of configuration fields and weights that results in an equivalent form of a model."""
+    """A change of configuration fields and weights that preserves the outputs of a model."""
 
     fields: frozenset[str]  # configuration fields that the rewrite may change
     list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values

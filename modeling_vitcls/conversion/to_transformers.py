@@ -3,9 +3,10 @@
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
-the configuration of the model. Otherwise, the error names the fields that differ. Fields that do not affect outputs in
-eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only
-images of that size, because transformers interpolates position embeddings only for square images.
+the configuration of the model. If no class supports the model, the error names the fields that differ. Fields that do
+not affect outputs in eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square
+image_size accepts only images of that size, because transformers interpolates position embeddings only for square
+images.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@
                         -> MaskGenerator: masked patches
 
 The transforms run on the CPU with 8-bit pixels, and depend only on the seed and the index of each image. Held-out
-images are not augmented, but only preprocessed by the image processor. Pixels are rescaled and normalized on the
+images are preprocessed by the image processor without augmentation. Pixels are rescaled and normalized on the
 model's device (batches.py).
 """
 

@@ -139,7 +139,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first-level folders are splits (see the top of this file).
+    """Return the images of each split, and whether the first-level folders are splits (see the module docstring).
 
     Raises:
         ValueError: if two folder names refer to the same split, or it is ambiguous whether a folder is a split.

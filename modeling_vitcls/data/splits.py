@@ -321,7 +321,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_bytes: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
+    """Return the digests that are listed in the module docstring. `labels` are values that JSON supports.
     `read_bytes` returns the bytes of the image at an index, or None if the image cannot be read."""
     sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_bytes(index) for index in sample_indices)
