@@ -13,8 +13,8 @@
 
 On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
 subclasses have no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
-Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, with hooks, with quantized,
-sharded or parametrized weights, and if PyTorch lacks a required private name. Under autocast, oneDNN is not called.
+Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for modules with hooks, for
+quantized, sharded or parametrized weights, and if a private PyTorch name is missing. Under autocast, oneDNN is unused.
 """
 
 import os
@@ -232,13 +232,13 @@ def is_onednn_enabled() -> bool:
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
-    """Return whether weight and bias are plain parameters, which are not quantized, sharded or parametrized."""
+    """Return whether weight and bias are plain parameters, that is, not quantized, sharded or parametrized."""
     parameters = linear._parameters
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters  # the bias may be None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether this module has hooks, or a replaced `forward`."""
+    """Return whether a module has hooks or a replaced `forward`."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__
 
@@ -250,7 +250,7 @@ def is_capturing_graph() -> bool:
 
 # oneDNN --------------------------------------------------------------------------------------------------------------
 def onednn_linear(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """Return `activation(inputs @ weight.T + bias)`, [..., in] and [out, in] -> [..., out]; "gelu" is exact."""
+    """Return `activation(inputs @ weight.T + bias)`, [..., in], [out, in] -> [..., out]; "gelu" is the exact GELU."""
     return onednn_pointwise.default(inputs, weight, bias, activation, [], "none")
 
 
@@ -320,7 +320,7 @@ class KernelLinear(torch.autograd.Function):
 
 
 class OneDNNGELULinear(torch.autograd.Function):
-    """GELU followed by a linear layer with oneDNN. The backward pass recomputes the GELU output."""
+    """GELU followed by a linear layer, computed by oneDNN. The backward pass recomputes the GELU output."""
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -356,7 +356,7 @@ def is_onednn_correct() -> bool:
         return False
 
 
-# (dtype, whether gradients are enabled) -> minimum number of multiplications for which oneDNN is faster.
+# Minimum number of multiplications for which oneDNN is faster, by (dtype, whether gradients are enabled).
 MIN_WORK: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
@@ -367,7 +367,7 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# On these CPUs, PyTorch multiplies half-precision numbers one by one, which is 8 times as slow as in float32.
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, which takes 8 times as long as in float32.
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
@@ -387,14 +387,14 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_product_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers multiply: the dtype of autocast, otherwise the dtype of `inputs`."""
+    """Return the dtype in which linear layers multiply: the autocast dtype, or without autocast, the input dtype."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
 
 
 def cast_for_autocast(inputs: Tensor) -> Tensor:
-    """Cast float32 inputs to the dtype of autocast once, so that several projections share the copy."""
+    """Cast float32 inputs to the autocast dtype once, so that several projections share the copy."""
     if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
         return inputs  # a cast to the same dtype would become part of exported programs
     return inputs.to(get_product_dtype(inputs))
@@ -404,7 +404,7 @@ def compute_in_float32(function: Callable[..., Tensor], first: Tensor, *others: 
     """Compute `function(first, *others)` in float32 from half-precision values; return a half-precision result."""
     dtype = get_product_dtype(first)
     with torch.autocast("cpu", enabled=False):
-        return function(*(to_float32(each, dtype) for each in (first, *others))).to(dtype)
+        return function(*(to_float32(tensor, dtype) for tensor in (first, *others))).to(dtype)
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -450,9 +450,9 @@ def can_recompute(inputs: Tensor) -> bool:
 # Attention is computed for a few images at a time, so that the attention scores fit in the cache. The backward pass
 # recomputes the attention weights chunk by chunk.
 
-MAX_CHUNKED_KEYS = 1200  # maximum sequence length at which chunked attention was faster
-MIN_CHUNKED_SCORES = 20_000  # minimum number of attention scores of all images and heads
-SCORES_PER_THREAD = 2**19  # attention scores per chunk and thread: 1 MiB in bfloat16, about the L2 cache of a core
+MAX_CHUNKED_KEYS = 1200  # maximum number of keys for which chunked attention was measured to be faster
+MIN_CHUNKED_SCORES = 20_000  # minimum number of attention scores, over all images and heads, for chunked attention
+SCORES_PER_THREAD = 2**19  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
 
 
 def sdpa_attention(
@@ -466,7 +466,7 @@ def sdpa_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output [B, n, heads, head_dim], computed by chunked attention or SDPA, and None."""
-    if dropout == 0 and use_chunked_attention(query, key):
+    if dropout == 0 and should_use_chunked_attention(query, key):
         return chunked_attention(query, key, value, attention_mask, scaling), None
 
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -478,10 +478,10 @@ def sdpa_attention(
     return call_sdpa(query, key, value, attention_mask), None
 
 
-def use_chunked_attention(query: Tensor, key: Tensor) -> bool:
+def should_use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
 
-    Returns False for exported programs, which may run on other CPUs, and compiled training, which stores all weights.
+    Return False for exported programs, which may run on other CPUs, and compiled training, which stores all weights.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
         return False
@@ -526,7 +526,7 @@ class ChunkedAttention(torch.autograd.Function):
         chunks = split_batch(query.contiguous() * ctx.scaling, key.contiguous(), value.contiguous(), mask, grad)
         grads = [compute_chunk_gradients(needs_mask_grad, *chunk) for chunk in chunks]
         query_grad, key_grad, value_grad = (
-            torch.cat(each).transpose(1, 2) for each in list(zip(*grads, strict=True))[:3]
+            torch.cat(chunk_grads).transpose(1, 2) for chunk_grads in list(zip(*grads, strict=True))[:3]
         )
         mask_grad = None
         if needs_mask_grad:
@@ -549,18 +549,18 @@ def get_chunk_size(query: Tensor, key: Tensor) -> int:
 
 
 def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield the tensors of a few images at a time. Tensors that all images share are yielded unchanged."""
+    """Yield the tensors for a few images at a time. Tensors that all images share are yielded unchanged."""
     size, num_images = get_chunk_size(query, key), len(query)
     if size >= num_images:
         yield query, key, *others
         return
-    for first in range(0, num_images, size):
-        chunk = slice(first, first + size)
-        yield tuple(each if each is None or len(each) < num_images else each[chunk] for each in (query, key, *others))
+    for start in range(0, num_images, size):
+        chunk = slice(start, start + size)
+        yield tuple(x if x is None or len(x) < num_images else x[chunk] for x in (query, key, *others))
 
 
 def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention weights [B, heads, n, N] of scaled queries."""
+    """Return the attention weights [B, heads, n, N] for scaled queries."""
     scores = torch.matmul(query, key.transpose(2, 3))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -570,7 +570,7 @@ def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention output [B, n, heads, d] of scaled queries."""
+    """Return the attention output [B, n, heads, d] for scaled queries."""
     return torch.matmul(compute_attention_weights(query, key, mask), value).transpose(1, 2)
 
 

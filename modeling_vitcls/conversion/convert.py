@@ -1,4 +1,4 @@
-"""Convert a model and write the model, image processor, parity report and card to a folder.
+"""Convert a model, and write the converted model, image processor, parity report and card to a folder.
 
 If an error occurs, nothing is written.
 
@@ -34,7 +34,7 @@ from .to_transformers import convert_to_transformers
 from .weight_rules import ClassifierChoice, ConversionError
 
 
-# Function (folder, model, image processor, results) that draws images and returns {name: path relative to the folder}.
+# Function (folder, model, image processor, results) that draws card images and returns {name: path in the folder}.
 DrawImages = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
 
 
@@ -47,7 +47,7 @@ def convert_checkpoint(
     draw_images: DrawImages | None = None,
     family: str | None = None,
 ) -> ParityReport:
-    """Write the converted model, image processor, parity report and card, and the source's license, to `output`.
+    """Convert a checkpoint, and write the model, image processor, parity report, card and license to `output`.
 
     Args:
         source_name: `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file.
@@ -61,8 +61,8 @@ def convert_checkpoint(
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
-        ValueError, OSError: If the source does not exist or is not supported, a difference exceeds the limit, or
-            `output` is not empty. The error message has one line, and nothing is written.
+        ValueError, OSError: If the source does not exist or is not supported, the outputs differ by more than the
+            limit, or `output` is not empty. The error message consists of one line, and nothing is written.
     """
     check_output_is_empty(output)
     source = load_any_source(source_name, random_init, family)
@@ -136,7 +136,7 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
     source.model.float()
     model = source.convert(classifier, num_labels)
     if all(torch.equal(weight.to(saved_dtype).float(), weight) for weight in model.base_model.state_dict().values()):
-        model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+        model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
         return model
     source.notes.append(
         f"the weights are written in float32, because {saved_dtype} cannot represent all weights exactly"
@@ -145,7 +145,7 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
 
 
 def get_classifier_state(source: SourceModel, model: ViTCLSPreTrainedModel, classifier: ClassifierChoice) -> str:
-    """Return "kept", "new", "dropped", or "none" if neither the source nor the model has a classifier."""
+    """Return the classifier state: "kept", "new", "dropped" or "none" (neither source nor model has a classifier)."""
     if isinstance(model, ViTCLSForImageClassification):
         return "kept" if source.has_classifier and classifier == "keep" else "new"
     return "dropped" if source.has_classifier else "none"
@@ -200,8 +200,8 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             outputs at the native size is sufficient.
 
     Raises:
-        ValueError, OSError: If the model does not exist, no transformers class supports the model, a difference
-            exceeds the limit, or `output` is not empty. The error message has one line.
+        ValueError, OSError: If the model does not exist, no transformers class supports the model, the outputs differ
+            by more than the limit, or `output` is not empty. The error message consists of one line.
     """
     check_output_is_empty(output)
     folder = Path(get_model_folder(source))
@@ -258,7 +258,7 @@ def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrai
 
 
 def write_processor(folder: Path, target: Path) -> dict[str, Any]:
-    """Save the image processor of a model folder as a `ViTImageProcessor`, and return a description for the report."""
+    """Save the image processor of a model folder as a `ViTImageProcessor`, and return its parity report entry."""
     if not (folder / "preprocessor_config.json").is_file():
         return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
     original_processor = ViTCLSImageProcessor.from_pretrained(folder)

@@ -1,12 +1,14 @@
-"""Rewrite a model into equivalent forms with the same outputs, which a transformers class may support.
+"""Rewrite a model into equivalent forms, one of which a transformers class may support.
+
+These forms have the same outputs for images of any size:
 
     pooling="cls" or "mean"            a classifier on [CLS, mean], with zero weights for the unused half
     position_embedding_tokens          position embeddings of special tokens: zeros, or added to the tokens
     position_embedding_type="none"     learned position embeddings that are zero
     intermediate_size                  additional hidden units with zero weights
-    distillation_inference="cls"       the unused distillation classifier is removed
+    distillation_inference="cls"       no distillation classifier, because inference does not use it
 
-These forms have the same outputs only at the native image size, where position embeddings are not resampled:
+The following forms have the same outputs only at the native image size, where position embeddings are not resampled:
 
     position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned position embeddings with the same values
@@ -51,7 +53,7 @@ MAX_MLP_RATIO = 16
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A change of configuration fields and weights that results in an equivalent form of a model."""
+    """A change of configuration fields and weights that preserves the outputs of a model."""
 
     fields: frozenset[str]  # configuration fields that the rewrite may change
     list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
@@ -75,8 +77,8 @@ def widen_classifier(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, n
     head["classifier.weight"] = torch.cat(halves if old.pooling == "cls" else halves[::-1], dim=1)
 
 
-def list_without_distillation_head(config: ViTCLSConfig) -> list[Fields]:
-    """Return the fields that remove the distillation classifier, if inference does not use this classifier."""
+def list_distillation_head_removal(config: ViTCLSConfig) -> list[Fields]:
+    """Return the fields that remove the distillation classifier if inference does not use it."""
     is_unused = config.has_distillation_head and config.distillation_inference == "cls"
     return [{"distillation_inference": "mean", "distillation_head": False}] if is_unused else []
 
@@ -98,7 +100,7 @@ def list_position_embedding_tokens(config: ViTCLSConfig) -> list[Fields]:
 
 
 def move_positions(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Add position embeddings of special tokens to the tokens, or create zero embeddings, as the new form requires."""
+    """Add the position embeddings of special tokens to the tokens, or create zero embeddings, for the new form."""
     old_groups, new_groups = (GROUPS_WITH_POSITIONS[config.position_embedding_tokens] for config in (old, new))
     for group, token in TOKEN_NAMES.items():
         if token in encoder and group in old_groups and group not in new_groups:
@@ -153,11 +155,11 @@ def widen_mlp(encoder: WeightDict, head: WeightDict, old: ViTCLSConfig, new: ViT
             encoder[name] = pad(weight, (0, num_added))
 
 
-# All rewrites, in the order in which `to_transformers.py` tries the rewrites.
+# All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
     Rewrite(
         frozenset({"distillation_inference", "distillation_head"}),
-        list_without_distillation_head,
+        list_distillation_head_removal,
         drop_distillation_classifier,
     ),
     Rewrite(frozenset({"pooling"}), list_cls_mean_pooling, widen_classifier),

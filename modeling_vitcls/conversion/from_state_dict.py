@@ -7,11 +7,11 @@
     model = convert_state_dict(weights, family="big_vision")
 
 A state dict has no configuration. Values that cannot be inferred from the weight shapes (number of heads, eps,
-resampling of position embeddings) are taken from the authors' code, and set by the `read_` function of the family.
+resampling of position embeddings) are taken from the authors' code and set by the `read_` function of the family.
 
-Arrays of big_vision and its predecessor google-research/vision_transformer have the layout of Flax: dense kernels are
-[in, out], attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Array names contain
-slashes instead of dots.
+big_vision and its predecessor google-research/vision_transformer use the Flax layout: dense kernels are [in, out],
+attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Array names contain slashes instead
+of dots.
 """
 
 import math
@@ -64,15 +64,15 @@ def convert_state_dict(
     """Convert a published state dict, including the classifier if there is one, to a model in eval mode.
 
     Args:
-        weights: Mapping of names to tensors or arrays, as saved, optionally inside `{"model": ...}`.
+        weights: Mapping from names to tensors or arrays, as published, optionally nested as `{"model": ...}`.
         family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III), `"dino"`, `"ibot"`, `"msn"`, `"mae"`, `"ijepa"` or
             `"big_vision"`. A DINOv2 state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
-        drop: Prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
+        drop: Prefixes of the weight names to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
-        fields: Fields of `ViTCLSConfig` that differ from the published models (`num_attention_heads` for another
-            width, `image_size` for a non-square position grid), or labels (`id2label`). With `rope_periods=None`, the
+        fields: Fields of `ViTCLSConfig` whose values differ from the published models (`num_attention_heads` for other
+            widths, `image_size` for a non-square patch grid), or labels (`id2label`). With `rope_periods=None`, the
             periods of DINOv3 are computed in float32, as in timm and transformers, and the stored periods are ignored.
 
     Raises:
@@ -103,8 +103,8 @@ def convert_state_dict(
 
 
 def drop_key_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the biases of queries and values from a fused bias [3 * D]. The bias of the keys is zero and is
-    omitted."""
+    """Split a fused bias [3 * D] into query, key and value biases. The key bias is zero and becomes an empty tensor,
+    which is skipped."""
     query, _, value = tensor.chunk(3)
     return [query, tensor.new_empty(0), value]
 
@@ -168,7 +168,7 @@ def build_dense_rules(source: str, target: str) -> list[Rule]:
 
 BLOCK_PREFIX = "Transformer/encoderblock_{i}"
 
-# `{n}` is the index of a module in a block, which differs between big_vision and google-research/vision_transformer.
+# `{n}` is the index of a module in a block; indices differ between big_vision and google-research/vision_transformer.
 BIG_VISION_RULES = [
     Rule("cls", "embeddings.cls_token"),
     Rule(
@@ -217,7 +217,7 @@ def prepare_dinov3(weights: Weights) -> Weights:
 
 
 def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields inferred from the weight shapes. `width_to_num_heads` covers the published models."""
+    """Return the fields inferred from the weights. `width_to_num_heads` contains the published models' widths."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
@@ -334,7 +334,7 @@ def read_mae(weights: Weights) -> Fields:
 
 
 def prepare_big_vision(weights: Weights) -> Weights:
-    """Return the weights of the image model without the prefix, and split arrays that stack all blocks."""
+    """Return the weights of the image model without the prefix, and split arrays of stacked blocks."""
     prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
     prepared_weights: Weights = {}
     for name, weight in weights.items():
@@ -409,10 +409,10 @@ def read_big_vision_pooling(weights: Weights) -> Fields:
     return fields
 
 
-def convert_to_tensor(name: str, value: Any) -> torch.Tensor:
+def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
     """Convert an array to a tensor. Raise ConversionError if torch does not support the dtype."""
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError):
         raise ConversionError(
             f"{name} is not an array of numbers that torch supports. Convert the array to float32"

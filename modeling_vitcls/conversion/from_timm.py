@@ -48,9 +48,9 @@ def convert_from_timm(
 ) -> ViTCLSPreTrainedModel:
     """Convert a ViT from timm to a model in eval mode with the same outputs, dtype and device.
 
-    The source is unchanged. A model with a classifier becomes `ViTCLSForImageClassification`. A model without a
-    classifier (`num_classes=0`) becomes `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For
-    images of non-native size, the outputs equal the outputs of the source after `set_input_size`.
+    The source is unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
+    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For
+    image sizes other than the native size, the outputs equal the outputs of the source after `set_input_size`.
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
@@ -94,15 +94,15 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
 def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
 
-    All branches read the same tokens. The scale and bias of each norm are folded into the projections after the norm,
-    and LayerScale is folded into the projection before LayerScale. The sum of the branches is then one attention
-    module with the heads of all branches and one MLP with the neurons of all branches.
+    All branches read the same tokens. The scale and bias of each norm are folded into the subsequent projections, and
+    LayerScale is folded into the preceding projection. The branches are then equivalent to one attention module with
+    the heads of all branches and one MLP with the hidden units of all branches.
     """
     attentions = [pop_branch(weights, f"{prefix}attns.{index}.") for index in range(num_branches)]
     mlps = [pop_branch(weights, f"{prefix}ffns.{index}.") for index in range(num_branches)]
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
-    for part, letter in enumerate("qkv"):
-        layers = [{kind: tensor.chunk(3)[part] for kind, tensor in layer.items()} for layer in qkv_layers]
+    for index, letter in enumerate("qkv"):
+        layers = [{name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers]
         concatenate_outputs(weights, f"{prefix}attn.{letter}_proj", layers)
     concatenate_outputs(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps])
     concatenate_inputs(weights, f"{prefix}attn.proj", [fold_layer_scale(branch, "attn.proj") for branch in attentions])
@@ -114,7 +114,7 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
 
 
 def pop_branch(weights: Weights, prefix: str) -> Weights:
-    """Remove one branch from the state dict and return it without the prefix, with a bias in every layer."""
+    """Remove one branch from the state dict and return its weights without the prefix. Missing biases are zeros."""
     branch = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         if f"{layer}.weight" in branch and f"{layer}.bias" not in branch:
@@ -123,7 +123,7 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 
 def fold_norm(branch: Weights, layer: str) -> Weights:
-    """Return the weight and bias of a layer with the preceding norm folded in. The biases are added in float64."""
+    """Return the weight and bias of a layer with the preceding norm folded in. The bias is computed in float64."""
     weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"].double()
     if "norm.bias" in branch:
         bias = bias + weight.double() @ branch["norm.bias"].double()
@@ -139,13 +139,13 @@ def fold_layer_scale(branch: Weights, layer: str) -> Weights:
 
 def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
     """Add a linear layer whose output is the concatenation of the outputs of `layers`."""
-    for kind in ("weight", "bias"):
-        weights[f"{name}.{kind}"] = torch.cat([layer[kind] for layer in layers])
+    for parameter in ("weight", "bias"):
+        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layers])
 
 
 def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
     """Add a linear layer whose input is the concatenation of the inputs of `layers`, and whose output is the sum of
-    the outputs."""
+    their outputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layers]).sum(dim=0)
 
@@ -187,7 +187,7 @@ GATED_MLP_NAMES = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{r
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split the input projection of a parallel block [mlp + 3 * D, ...] into MLP, query, key and value."""
+    """Split the input projection [mlp + 3 * D, ...] of a parallel block into MLP, query, key and value projections."""
     mlp, qkv = tensor.tensor_split([config.intermediate_size])
     return [mlp, *qkv.chunk(3)]
 
@@ -246,7 +246,7 @@ PARALLEL_RULES = [
 
 MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
 MLP_DOWN_RULE = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
-# Rules for each class of MLP. The fused first layer of `GluMlp` contains the gate in the first or in the last half.
+# Rules for each MLP class. The first half or the last half of the fused first layer of `GluMlp` is the gate.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),

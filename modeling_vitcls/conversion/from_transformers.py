@@ -54,14 +54,15 @@ def convert_from_transformers(
 ) -> ViTCLSPreTrainedModel:
     """Convert a ViT from transformers to a model in eval mode with the same outputs, dtype and device.
 
-    The source is unchanged. A classifier becomes `ViTCLSForImageClassification` with the same labels. An image
-    embedding model (CLIP with projection) also becomes `ViTCLSForImageClassification`, with the embeddings as logits.
-    Any other model becomes `ViTCLSModel`. If transformers has no classification class for the model (DINOv3, MAE,
-    Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
+    The source is unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
+    embedding model (CLIP with projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as
+    logits. Any other model becomes a `ViTCLSModel`. If transformers has no classification class for the model (DINOv3,
+    MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
-    For images of non-native size, the outputs equal the outputs of the source with `interpolate_pos_encoding`. There
-    are two exceptions: the converted MAE encoder reads all patches in order, without random masking, and the
-    `image_size` of RADIO is the maximum image size, for which RADIO stores position embeddings.
+    For image sizes other than the native size, the outputs equal the outputs of the source with
+    `interpolate_pos_encoding=True`. There are two exceptions: the converted MAE encoder reads all patches in order,
+    without random masking, and the `image_size` of RADIO is the maximum image size, because RADIO stores position
+    embeddings for that size.
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
@@ -116,7 +117,7 @@ def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
-    """Return whether a module is an instance of a supported transformers class, but not of a subclass."""
+    """Return whether the class of a module is a supported transformers class; subclasses are not supported."""
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
 
 

@@ -1,11 +1,11 @@
-"""Measure the differences between a source and the converted model, and write the report to certificate.json.
+"""Compare the outputs of a source and the converted model, and write the parity report to certificate.json.
 
     # Raises ConversionError if a difference exceeds LIMIT.
     comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
-The comparison covers every token of the final hidden state, by token group, and the logits. The inputs are random
-images of the native size and, if the source supports other sizes, of a non-square size, for which the position
-embeddings are resampled.
+The comparison covers all token groups of the final hidden state, and the logits. The inputs are random images of the
+native size. If the source supports other sizes, the comparison is repeated at a non-square size, for which the
+position embeddings are resampled.
 """
 
 import copy
@@ -27,7 +27,7 @@ from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
 
-# Maximum absolute difference of any float32 output.
+# Maximum allowed absolute difference between float32 outputs.
 LIMIT = 1e-5
 
 NUM_IMAGES = 2
@@ -36,7 +36,7 @@ FILE_NAME = "certificate.json"
 
 @dataclasses.dataclass(frozen=True)
 class SizeComparison:
-    """Differences at one image size. The keys are token groups ("cls", "patches", ...), "logits" or "pooled"."""
+    """Output differences at one image size. The dict keys are token groups ("cls", ...), "logits" or "pooled"."""
 
     image_size: tuple[int, int]  # (height, width) in pixels
     differences: dict[str, float]  # largest absolute differences in float32
@@ -45,20 +45,20 @@ class SizeComparison:
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """The content of certificate.json."""
+    """Content of certificate.json."""
 
-    source: str  # `timm:NAME` or `transformers:PATH_OR_ID`, without local folders
+    source: str  # name of the source, such as `timm:NAME`, without local folders
     source_revision: str | None  # commit hash of the source on the Hub; None if the hash is unknown
     source_class: str
     random_init: bool
     model_class: str
     classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
-    limit: float  # maximum absolute difference
+    limit: float  # maximum allowed absolute difference
     comparisons: list[SizeComparison]
     not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
     preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.describe`
     versions: dict[str, str]
-    sha256: dict[str, str]  # name of a weights file -> SHA-256
+    sha256: dict[str, str]  # SHA-256 of each weights file, by file name
     notes: list[str]  # notes on loading the source, and on differences from other implementations
     family: str | None = None  # family of a state-dict file; None for other sources
     source_sha256: str | None = None  # SHA-256 of the state-dict file; None for other sources
@@ -75,7 +75,8 @@ def compare_models(
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `LIMIT`.
 
-    Both models run in plain PyTorch, because the rounding errors of CPU kernels grow with the values (docs/speed.md).
+    Both models run without the CPU kernels, because rounding errors of CPU kernels grow with the magnitude of the
+    values (docs/speed.md).
 
     Args:
         source: Source whose model is in float32.
@@ -83,15 +84,14 @@ def compare_models(
         native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
-        The comparisons, and the reason why only the native size is compared, which is empty if both sizes are
-        compared.
+        The comparisons, and the reason why only the native size is compared (empty if both sizes are compared).
     """
     comparisons: list[SizeComparison] = []
     for height, width in (source.image_size, get_non_square_size(source, model)):
         pixel_values = build_random_images((NUM_IMAGES, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
-        except Exception as error:  # the type depends on the source
+        except Exception as error:  # the exception type depends on the source
             if not comparisons:
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
@@ -100,11 +100,14 @@ def compare_models(
             outputs = compute_model_outputs(model, pixel_values)
         names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
         if has_source_classifier and "logits" not in names:
-            raise ConversionError(f"the logits of {source.name} cannot be compared")
+            raise ConversionError(
+                f"the logits of {source.name} cannot be compared, because the source or the converted model returns "
+                "no logits"
+            )
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
             f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
-        ]  # or NaN
+        ]  # includes NaN
         if excessive_differences:
             raise ConversionError(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
@@ -163,7 +166,7 @@ def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tens
     """Return the outputs of the converted model by token group, in the dtype of the images."""
     if model.dtype != pixel_values.dtype:
         model = copy.deepcopy(model)
-        model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+        model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     encoder_outputs = model.base_model(pixel_values)
     groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
     if not isinstance(model, ViTCLSForImageClassification):
@@ -174,7 +177,7 @@ def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tens
 
 
 def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Outputs:
-    """Replace the output "sequence" [B, N, D] by one output per token group that has tokens."""
+    """Replace the output "sequence" [B, N, D] with one output per non-empty token group."""
     sequence = outputs["sequence"]
     groups = {name: sequence[:, group] for name, group in model.config.token_layout.items()}
     other_outputs = {name: output for name, output in outputs.items() if name != "sequence"}

@@ -1,4 +1,4 @@
-"""Convert the preprocessing of other projects to an image processor of this package, and compare the pixels.
+"""Convert the preprocessing of other projects to an image processor of this package, and compare the outputs.
 
     timm            `pretrained_cfg`: input_size, interpolation, mean, std, crop_pct, crop_mode
     transformers    `preprocessor_config.json`, read by AutoImageProcessor
@@ -23,9 +23,9 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum difference per pixel of a test image, in gray levels (0 to 255). The converted processor is compared with the
-# source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for sources that round
-# to gray levels after resizing (DINOv3).
+# Maximum allowed difference per pixel of the test images, in gray levels (0 to 255). The converted processor is
+# compared with the source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for
+# sources that round to gray levels after resizing (DINOv3).
 LIMIT = 1.0
 
 RESAMPLING_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -44,7 +44,7 @@ class ConvertedPreprocessing:
     processor: ViTCLSImageProcessor
     provenance: str  # name of the settings from which the image processor was built
     difference: float | None  # largest difference per pixel of the test images; None for the default processor
-    default_reason: str = ""  # reason why the default processor is used; otherwise empty
+    default_reason: str = ""  # reason why the default processor is used; empty for a converted processor
 
     def describe(self) -> dict[str, Any]:
         """Return all fields except the processor, for the parity report."""
@@ -104,7 +104,8 @@ def convert_timm_settings(
 
 
 def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
-    """Convert the image processor in a folder. The default image processor resizes to `image_size` (height, width)."""
+    """Convert the image processor in a folder, or build the default image processor for `image_size` (height, width)
+    if the folder has no supported image processor."""
     try:
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
@@ -137,10 +138,10 @@ def check_processor(
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     provenance: str,
 ) -> ConvertedPreprocessing:
-    """Compare an image processor with the source's preprocessing. Raise ValueError if the pixels differ.
+    """Compare an image processor with the source's preprocessing. Raise ValueError if the difference exceeds `LIMIT`.
 
     `same_backend_processor` has the settings of `processor` and the backend of the source. `provenance` is the name of
-    these settings.
+    the source's settings.
     """
     difference = measure_difference(same_backend_processor, preprocess)
     if not difference <= LIMIT:
@@ -152,7 +153,7 @@ def check_processor(
 def measure_difference(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Return the largest difference per pixel in gray levels, or infinity if the shapes differ."""
+    """Return the largest difference per pixel of the test images in gray levels, or infinity if the shapes differ."""
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")

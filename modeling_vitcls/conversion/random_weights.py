@@ -1,7 +1,7 @@
-"""Fill a model with random values, to test a conversion without a checkpoint.
+"""Fill a model with random values to test a conversion without a checkpoint.
 
-A newly initialized model hides mistakes, because biases and position embeddings are zero and LayerScale values are
-1e-5. The values in this file keep activations close to 1, so that an absolute limit on differences is meaningful.
+A newly initialized model hides conversion errors, because biases and position embeddings are zero and LayerScale
+values are 1e-5. The random values keep activations close to 1, so that an absolute limit on differences is meaningful.
 """
 
 import torch
@@ -12,10 +12,10 @@ from torch import nn
 def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fill a model in place with random values and return it in eval mode; the same seed results in the same values.
 
-    Scales (norms, LayerScale, variances) are uniform from 0.5 to 1.5. Other values are normally distributed with these
-    standard deviations: 1 / sqrt(fan in) for weights of linear and convolution layers, 0.2 for biases, 0.1 for the
-    lambdas of differential attention (because their products are exponentiated), and 0.5 for other tensors (tokens,
-    position embeddings, bias tables). Non-persistent buffers are unchanged.
+    Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
+    distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
+    layers, 0.2 for biases, 0.1 for the lambdas of differential attention (whose products are exponentiated), and 0.5
+    for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

@@ -8,7 +8,7 @@
    parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
 4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
-   embeddings of the timm model as in the authors' code, which often differs from timm.
+   embeddings of the timm model as in the authors' code. The resampling in timm often differs.
 
 Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
 converted in from_timm.py.
@@ -45,7 +45,7 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Family -> names of weights that only this family has, as a regular expression. The first match is used.
+# Regular expression for weight names that only one family has, by family. The first match is used.
 SIGNATURES = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
@@ -58,14 +58,14 @@ SIGNATURES = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Container -> family of a plain encoder in this container. DINO and iBOT are converted in the same way.
+# Family of a plain encoder, by container key. iBOT encoders may be detected as DINO; the conversion is identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
-# Prefixes of weights that are used only in pre-training.
+# Name prefixes of weights that are used only in pre-training, by family.
 PRETRAINING_PREFIXES = {"mae": ("decoder", "mask_token")}
 
-# Family without rules -> timm model names by (width, patch size).
+# timm model names of the families without rules, by family and (width, patch size).
 TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
     "clip": {
         (768, 32): "vit_base_patch32_clip_quickgelu_224.openai",
@@ -85,14 +85,14 @@ TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
         (3072, 14): "aimv2_3b_patch14_224.apple_pt",
     },
 }
-# Family -> timm model name. Other families have several timm models, or use the timm model of DINO.
+# timm model name by family. Other families have several timm models, or use the timm model of DINO.
 TIMM_NAMES = {
     "deit": "deit_small_patch16_224.fb_in1k",
     "mae": "vit_base_patch16_224.mae",
     "ijepa": "vit_huge_patch14_gap_224.in1k_ijepa",
     "big_vision": "vit_base_patch16_224.augreg_in21k",
 }
-ALTERNATIVE_SOURCES = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # family -> alternative source
+ALTERNATIVE_SOURCES = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # alternative source by family
 FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
 
@@ -200,11 +200,12 @@ def read_file(file: Path) -> Mapping[str, Any]:
         if file.suffix == ".safetensors":
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warning about TorchScript archives, which raise an error below
+            warnings.simplefilter("ignore")  # a TorchScript archive causes a warning and an error
             weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise errors of any type
+    except Exception as error:  # a damaged file may raise any exception
         check_not_pickled_code(str(file), error)
-        reason = "a TorchScript archive, which contains code" if "TorchScript" in str(error) else format_error(error)
+        is_torchscript = "TorchScript" in str(error)
+        reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
     if not isinstance(weights, Mapping):
         raise ConversionError(f"{file} does not contain a state dict, but an object of type {type(weights).__name__}")
@@ -214,7 +215,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
     """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
 
-    Add a note if the file contains weights outside of the encoder, such as the projection head of a teacher.
+    Add a note if the file contains weights outside the encoder, such as the projection head of a teacher.
     """
     container = None
     while key := next((key for key in CONTAINERS if isinstance(weights.get(key), Mapping)), None):
@@ -241,7 +242,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Return whether the weights contain an image encoder whose parameter names have this prefix."""
+    """Return whether the weights contain an image encoder whose parameter names start with `prefix`."""
     return any(
         re.match(rf"{re.escape(prefix)}.*(patch_embed\.proj|conv1|patchifier\.proj)\.weight", name) for name in weights
     )
@@ -269,7 +270,7 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
 
 
 def build_reference_model(weights: Weights, family: str, converted_model: ViTCLSPreTrainedModel, file: Path) -> Any:
-    """Build a timm model from the weights of a family that has rules. `converted_model` has the same weights."""
+    """Build a timm model from the weights of a family with rules. `converted_model` has the same weights."""
     timm = import_timm()
     config: ViTCLSConfig = converted_model.config
     is_gated = config.mlp_type != "mlp"
@@ -309,11 +310,11 @@ def get_timm_name(family: str, config: ViTCLSConfig) -> str:
     """Return the name of a timm model of the family, with a tag that selects the preprocessing of the family."""
     is_gated = config.mlp_type != "mlp"
     if family == "dinov2":
-        registers = "reg4_" if config.num_register_tokens else ""
-        return f"vit_{'giant' if is_gated else 'small'}_patch14_{registers}dinov2.lvd142m"
+        registers_infix = "reg4_" if config.num_register_tokens else ""
+        return f"vit_{'giant' if is_gated else 'small'}_patch14_{registers_infix}dinov2.lvd142m"
     if family == "dinov3":
-        bias = "_qkvb" if config.qkv_bias or not is_gated else ""
-        return f"vit_small_{'plus_' if is_gated else ''}patch16_dinov3{bias}.lvd1689m"
+        bias_suffix = "_qkvb" if config.qkv_bias or not is_gated else ""
+        return f"vit_small_{'plus_' if is_gated else ''}patch16_dinov3{bias_suffix}.lvd1689m"
     if family == "deit" and config.layer_scale_init_value:
         return "deit3_small_patch16_224.fb_in1k"
     if family == "big_vision" and config.pooling == "attention":
@@ -324,7 +325,7 @@ def get_timm_name(family: str, config: ViTCLSConfig) -> str:
 
 
 def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
-    """Build a timm model from a big_vision file with timm's own reader."""
+    """Build a timm model, and load a big_vision file with timm's own loader."""
     options |= {"act_layer": "gelu_tanh"}
     if not config.num_cls_tokens and config.pooling == "mean":
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -336,7 +337,7 @@ def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config
 
 
 def build_timm_model(weights: Weights, family: str) -> Any:
-    """Build a timm model of a family without rules, with the width, patch size and grid of the weights."""
+    """Build a timm model from the weights of a family without rules."""
     timm = import_timm()
     kernel = next(
         tensor
@@ -357,8 +358,8 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     side = math.isqrt(positions.shape[-2])
     blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
     options: dict[str, Any] = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0}
-    for head in ("visual.proj", "proj"):
-        options["num_classes"] = weights[head].shape[1] if head in weights else options["num_classes"]
+    for projection in ("visual.proj", "proj"):
+        options["num_classes"] = weights[projection].shape[1] if projection in weights else options["num_classes"]
     if "head.weight" in weights:
         options["num_classes"] = len(weights["head.weight"])
     model = timm.create_model(name, pretrained=False, **options)

@@ -39,7 +39,7 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 Outputs = dict[str, torch.Tensor]
 
-# Architecture of a checkpoint -> class that loads the part of the checkpoint that can be converted.
+# Name of the class that loads the convertible part of a checkpoint, by architecture of the checkpoint.
 PARTIAL_CLASSES = {
     "CLIPModel": "CLIPVisionModel",
     "MetaClip2Model": "MetaClip2VisionModel",
@@ -61,14 +61,14 @@ class TimmSource:
     """A timm model that can be converted."""
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
-        self.name = name  # name on the command line
+        self.name = name  # source name on the command line
         self.model: Any = model.eval()
         self.revision = revision  # commit hash on the Hub; None if the hash is unknown
         self.notes = notes  # notes for the user about loading the model
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """Load a model by its timm name, with or without a tag, or with timm's prefixes `hf-hub:` and `local-dir:`."""
+        """Load a model by its timm name, with or without a tag, or with timm's prefix `hf-hub:` or `local-dir:`."""
         timm = import_timm()
         architecture = name.partition(".")[0]
         if ":" not in name and not timm.is_model(architecture):
@@ -101,7 +101,7 @@ class TimmSource:
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
 
-        For other image sizes than the model's own, the outputs are computed by a copy of the model after
+        For image sizes other than the native size, the outputs are computed by a copy of the model after
         `set_input_size`. timm may raise any exception if the model does not support the image size.
         """
         height, width = pixel_values.shape[-2:]
@@ -122,7 +122,7 @@ class TimmSource:
 
 
 class TransformersSource:
-    """A transformers model that can be converted, with the methods of `TimmSource`."""
+    """A transformers model that can be converted, with the same interface as `TimmSource`."""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
@@ -133,7 +133,7 @@ class TransformersSource:
         )
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # ValueError for unknown types, OSError for missing files, errors of the Hub
+        except Exception as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
             if "trust_remote_code" in str(error):
                 raise ConversionError(
                     f"{path} requires the code in the repository, but this code is never run. Use a model with a "
@@ -177,7 +177,7 @@ class TransformersSource:
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs for images [B, C, H, W], with interpolated position embeddings for non-native sizes."""
+        """Return the outputs for images [B, C, H, W]. The position embeddings are interpolated for other sizes."""
         encoder, inputs = self.encoder, self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}
@@ -212,7 +212,7 @@ class TransformersSource:
         return inputs
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert preprocessor_config.json, if the file exists."""
+        """Convert preprocessor_config.json if the file exists, or build the default image processor."""
         return convert_transformers_preprocessing(self.folder, self.image_size)
 
 

@@ -1,8 +1,8 @@
 """Read fields of `ViTCLSConfig` from the modules of a timm model.
 
-The fields come from the modules and their shapes, not from the model's name, so models from any
-`timm.create_model(..., **kwargs)` can be converted. Modules are identified by their class names, without importing
-timm. An unsupported feature raises an error that names the feature. The rules for parameter names are in from_timm.py.
+The fields come from the modules and their shapes, not from the model's name, so models with any keyword arguments of
+`timm.create_model` can be converted. Modules are identified by their class names, without importing timm. An
+unsupported feature raises an error that names the feature. The rules for parameter names are in from_timm.py.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,8 @@ def read_model(model: TimmModule) -> Fields:
 
 
 def read_image_and_patches(model: TimmModule) -> Fields:
-    """Return the fields of the patch embedding. `image_size` covers whole patches, because timm ignores other
-    pixels."""
+    """Return the fields of the patch embedding. `image_size` is rounded down to whole patches, because timm ignores
+    the remaining pixels."""
     embedding = model.patch_embed
     check_supported(get_class_name(embedding) == "PatchEmbed", f"patch embedding {get_class_name(embedding)}")
     check_supported(not embedding.dynamic_img_pad, "dynamic_img_pad, which pads images to whole patches")
@@ -106,9 +106,9 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return {}
     name = get_class_name(rope)
     check_supported(name in ROTARY_POSITION_READERS, f"rotary positions of class {name}")
-    kind = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
+    rotary_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
-        "position_embedding_type": kind if model.pos_embed is None else f"learned_{kind}",
+        "position_embedding_type": rotary_type if model.pos_embed is None else f"learned_{rotary_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
         **ROTARY_POSITION_READERS[name](rope),
@@ -161,9 +161,9 @@ def read_norms(model: TimmModule) -> Fields:
         len(norm_types) == 1,
         f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
     )
-    [(kind, eps)] = norm_types
+    [(norm_type, eps)] = norm_types
     return {
-        "norm_type": kind,
+        "norm_type": norm_type,
         "layer_norm_eps": eps,
         "final_norm": is_present(model.norm),
         "pooled_norm": is_present(model.fc_norm),
@@ -288,7 +288,7 @@ def read_mlp(mlp: TimmModule) -> Fields:
 
 
 def read_layer_scale(block: TimmModule) -> Fields:
-    """Return the initial LayerScale value. If only attention has LayerScale, the MLP's values become 1."""
+    """Return the initial LayerScale value. If only attention has LayerScale, the MLP's LayerScale values become 1."""
     scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
     if scale is not None and is_present(scale):
         return {"layer_scale_init_value": float(scale.init_values)}
@@ -362,7 +362,7 @@ def read_activation(module: TimmModule) -> str:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Return whether the model has one pooled output: it has a `global_pool` and no distillation token."""
+    """Return whether the model has a single pooled output, that is, a `global_pool` and no distillation token."""
     return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 

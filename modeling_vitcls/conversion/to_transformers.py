@@ -3,9 +3,10 @@
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 
 A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
-the configuration of the model. Otherwise, the error names the fields that differ. Fields that do not affect outputs in
-eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only
-images of that size, because transformers interpolates position embeddings only for square images.
+the configuration of the model. If no class supports the model, the error names the fields that differ. Fields that do
+not affect outputs in eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square
+image_size accepts only images of that size, because transformers interpolates position embeddings only for square
+images.
 """
 
 import dataclasses
@@ -69,10 +70,10 @@ class Target:
     """A transformers class to which models are converted."""
 
     name: str
-    build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns the configuration of the class
-    # Function that returns keyword arguments of the constructor
+    build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
+    # Function that returns keyword arguments of the class
     build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    always_pools: bool = True  # whether the class has a pooled output even if the model has no pooler with weights
+    always_pools: bool = True  # whether the class has a pooled output even if the pooler of the model has no weights
 
     @property
     def convertible_class(self) -> ConvertibleClass:
@@ -172,13 +173,13 @@ class TargetMatch:
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match with the fewest mismatches and, if several matches are equal, with the fewest rewrites."""
+    """Return the match with the fewest mismatches. Ties are broken by the number of rewrites."""
     matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
     return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
 
 
 def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match of a configuration after all rewrites that remove mismatches."""
+    """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
         if not rewrite.fields & match.mismatched_names or (rewrite.at_native_size_only and not native_size_only):
@@ -272,7 +273,7 @@ IGNORED_FIELDS = frozenset(
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
-    """Return the fields that affect the outputs of a model. Equivalent values are replaced by the same value."""
+    """Return the fields that affect the outputs of a model. Equivalent values are mapped to the same value."""
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     values = {name: getattr(config, name) for name in names}
@@ -314,7 +315,7 @@ def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
 
 
 def has_weightless_pooler(config: ViTCLSConfig) -> bool:
-    """Return whether pooling has no weights, so that callers of a class without a pooler can pool the tokens."""
+    """Return whether pooling has no weights. The caller can then pool the tokens of a class without a pooler."""
     return config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
 
 
@@ -338,12 +339,12 @@ def get_position_embedding_tokens(config: ViTCLSConfig) -> str:
     return "patches" if config.position_embedding_tokens == "patches" or not config.num_cls_tokens else "cls"
 
 
-# Last part of a parameter name -> value with which the parameter has no effect. Mask tokens are initialized to zero.
+# Value with which a parameter has no effect, by the last component of its name. Mask tokens are initialized to zero.
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
 def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
-    """Build the transformers model of a match with the weights of a model."""
+    """Build the transformers model that `match` describes, with the weights of `model`."""
     target = match.target
     transformers_model = target.build(match.config)
     encoder_name = target.convertible_class.encoder
@@ -360,7 +361,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     for name, weight in transformers_model.state_dict().items():
         if name not in weights:
             weights[name] = build_neutral_weight(name, weight)
-    transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     transformers_model.load_state_dict(weights)
     transformers_model.eval()
     return transformers_model

@@ -63,14 +63,14 @@ def read_common(config: Any, weights: Weights) -> Fields:
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
-    """Round an image size in pixels down to whole patches. For example, 384 becomes 378 for patches of 14 pixels."""
+    """Round an image size in pixels down to whole patches. For example, 384 becomes 378 for 14-pixel patches."""
     pairs = ((size, size) if isinstance(size, int) else size for size in (image_size, patch_size))
     height, width = (pixels // patch * patch for pixels, patch in zip(*pairs, strict=True))
     return simplify_size(height, width)
 
 
 def require_square(config: Any) -> None:
-    """Raise ConversionError if the image is not square, because transformers resamples to square position grids."""
+    """Raise ConversionError if the image size is not square, because transformers assumes a square position grid."""
     if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
         raise ConversionError(
             f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
@@ -122,7 +122,7 @@ def read_ijepa(config: Any, weights: Weights) -> Fields:
 
 
 def read_pixio(config: Any, weights: Weights) -> Fields:
-    """Return the fields of Pixio, which pools several CLS tokens by averaging."""
+    """Return the fields of Pixio, which averages several CLS tokens for pooling."""
     require_square(config)
     return read_common(config, weights) | {
         "num_cls_tokens": config.n_cls_tokens,
@@ -178,9 +178,10 @@ def read_dinov2_layers(config: Any) -> Fields:
 
 
 def read_dinov2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2. Unlike the original code, transformers resamples positions without an offset.
+    """Return the fields of DINOv2, with or without registers.
 
-    The class with registers resamples with antialiasing. The registers have no position embeddings.
+    Unlike the authors' code, transformers resamples position embeddings without an offset. The class with registers
+    resamples with antialiasing. The registers have no position embeddings.
     """
     require_square(config)
     fields = read_common(config, weights) | read_dinov2_layers(config)
@@ -504,8 +505,8 @@ def read_radio(config: Any, weights: Weights) -> Fields:
 
 
 def fold_pixel_normalization(weights: Weights) -> Weights:
-    """Fold the pixel normalization, (x - mean) / std, into the patch projection with float64 arithmetic."""
-    if "input_conditioner.norm_mean" not in weights:  # the user has removed the conditioner
+    """Fold the pixel normalization, (x - mean) / std, into the patch projection in float64."""
+    if "input_conditioner.norm_mean" not in weights:  # the user has removed the input conditioner
         return weights
     folded_weights = dict(weights)
     mean = folded_weights.pop("input_conditioner.norm_mean").double().flatten()  # [C]

@@ -1,4 +1,4 @@
-"""Convert the weights of other projects to this package, and back, with tables of rules.
+"""Convert weights between other projects and this package with tables of rules.
 
 Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The rules map parameter
 names of the family to parameter names of this package. This file applies the rules of any family, and builds the model
@@ -11,7 +11,7 @@ with the classifier of the source, with a new classifier or without a classifier
         Rule("head_drop.{rest}", []),                      # ignored
     ]
 
-In a pattern, `{i}` matches a number and `{rest}` matches any text. The first matching rule applies.
+In a pattern, `{i}` matches a number, and other placeholders match any text. The first matching rule applies.
 """
 
 import re
@@ -32,10 +32,10 @@ Fields = dict[str, Any]  # fields of ViTCLSConfig
 ClassifierChoice = Literal["keep", "new", "drop"]
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
-# Targets of `split_positions`.
+# Names of the weights that `split_positions` returns.
 POSITIONS = [f"embeddings.position_embeddings.{group}" for group in ("cls", "distillation", "registers", "patches")]
 
-# Targets of `append_ones`.
+# Names of the weights that `append_ones` returns.
 LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]
 
 
@@ -84,7 +84,7 @@ def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[tor
 
 
 def simplify_size(height: int, width: int) -> int | list[int]:
-    """Return one number if height and width are equal, and [height, width] otherwise."""
+    """Return one integer if height and width are equal, and [height, width] otherwise."""
     return height if height == width else [height, width]
 
 
@@ -117,7 +117,8 @@ class Rule:
 
 
 def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict of another project. Targets that end with `[i]` are stacked into one parameter."""
+    """Convert a state dict of another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
+    in the order of the indices."""
     rules = list(rules)
     converted_weights: Weights = {}
     stacked_parts: dict[str, Weights] = {}
@@ -185,8 +186,8 @@ def build_model(
     Args:
         encoder: Weights of `ViTCLSModel`.
         head: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no classifier.
-        classifier: "keep", "new" or "drop", which returns a `ViTCLSModel`. "keep" creates a new classifier if the
-            source has no classifier and `num_labels` is set.
+        classifier: "keep", "new", or "drop" to return a `ViTCLSModel`. "keep" creates a new classifier if the source
+            has no classifier and `num_labels` is set.
         num_labels: Number of labels of a new classifier.
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
 
@@ -208,7 +209,7 @@ def build_model(
         else:
             model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
     kernel = encoder["embeddings.patch_embeddings.projection.weight"]
-    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # transformers wraps `to` untyped
+    model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     return load_converted_weights(model, weights)
 
 
@@ -265,6 +266,6 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
 
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:
-    """Return the first names, separated by commas, and the number of the other names."""
+    """Return the first `max_names` names, separated by commas, and the number of the other names."""
     suffix = f" and {len(names) - max_names} more" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + suffix

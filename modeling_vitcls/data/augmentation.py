@@ -7,7 +7,7 @@
                         -> MaskGenerator: masked patches
 
 The transforms run on the CPU with 8-bit pixels, and depend only on the seed and the index of each image. Held-out
-images are not augmented, but only preprocessed by the image processor. Pixels are rescaled and normalized on the
+images are preprocessed by the image processor without augmentation. Pixels are rescaled and normalized on the
 model's device (batches.py).
 """
 
@@ -28,7 +28,7 @@ class Augmentation:
     """The three transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random, uses torch's generator and preserves the image shape
+    image_transform: nn.Module | None  # random; uses the default torch generator and preserves the image shape
     batch_transform: "BatchTransform"
 
     def __call__(
@@ -77,16 +77,16 @@ def build_augmentation(
 
 
 class Erasing(nn.Module):
-    """Random erasing (Zhong et al. 2020) with normal noise around mid-gray, which is close to the mean color."""
+    """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray, which is close to the mean color."""
 
-    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # in gray levels from 0 to 255
+    NOISE_MEAN, NOISE_STD = 128.0, 64.0  # mean and standard deviation of the noise, in gray levels (0 to 255)
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.erase = v2.RandomErasing(probability, value="random")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the image [C, H, W] `uint8` with a random rectangle erased, in the same shape and type."""
+        """Erase a random rectangle of an image [C, H, W] `uint8`, and return an image of the same shape and dtype."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
         return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
@@ -94,7 +94,7 @@ class Erasing(nn.Module):
 class BatchTransform:
     """Random flips, rotations, shifts and zooms of a batch, with separate random numbers for each image."""
 
-    num_random_numbers = 5  # per image
+    num_random_numbers = 5  # number of random numbers per image
 
     def __init__(self, options: AugmentationOptions) -> None:
         self.flip = options.flip
@@ -104,7 +104,7 @@ class BatchTransform:
         self.zoom = options.zoom
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """Return the transformed pixels [B, C, H, W] `uint8`, for random numbers [B, 5] from 0 to 1."""
+        """Return the transformed pixels [B, C, H, W] `uint8` for random numbers [B, 5] in [0, 1)."""
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if self.rotation or self.shift or self.zoom:
             return self.resample(pixels, is_flipped, torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float())
@@ -116,12 +116,12 @@ class BatchTransform:
         """Flip, rotate, shift and zoom the pixels about the center, with bilinear interpolation. Pixels outside the
         image become black. `random_numbers` is [B, 4], from -1 to 1."""
         height, width = pixels.shape[-2:]
-        angle, right, down, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
+        angle, shift_x, shift_y, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
         # Map each output pixel to the input coordinates, in pixels from the center.
-        x = torch.arange(width) - (width - 1) / 2 - right * self.shift * width  # [B, 1, W]
-        y = (torch.arange(height) - (height - 1) / 2)[:, None] - down * self.shift * height  # [B, H, 1]
+        x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
+        y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
@@ -131,7 +131,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or a random choice between both methods for each batch."""
+    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or one of the two methods, drawn for each batch."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []
@@ -150,7 +150,7 @@ class BatchMixer:
 class MaskGenerator:
     """Generator of random masks for a grid of patches.
 
-        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 4 x 4 patches)
+        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 16 patches)
         # . . #               # # . .
         . # # .               # # . .
         # . . #               . . # #

@@ -1,8 +1,8 @@
 """Batches of training images, loaded and augmented in DataLoader workers. sampling.py selects the images.
 
 A batch is a dict:
-    pixels   [B, C, H, W] `uint8`    augmented, of the model's image size
-    labels                           by kind (labels.py)
+    pixels   [B, C, H, W] `uint8`    augmented images at the model's image size
+    labels                           labels in the format of the label kind (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image
     view     [B] `int64`             index of the augmented view: `epoch`, or `epoch` modulo `num_views`
@@ -88,7 +88,7 @@ def collate_labels(labels: list[Any]) -> Any:
 class TrainingImages:
     """Dataset of augmented training images. An item is a batch, indexed by a list of (epoch, image index) pairs.
 
-    An unreadable image is replaced by the readable image with the next index.
+    An unreadable image is replaced with the next readable image.
     """
 
     def __init__(self, source: LabeledImages, builder: BatchBuilder) -> None:
@@ -106,7 +106,7 @@ class TrainingImages:
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
-        """Return the batch of the images with these keys. Raise ValueError if no image can be read."""
+        """Return the batch for a list of keys. Raise ValueError if no image can be read."""
         if self.arrays is not None:
             return self.load_array_batch(self.arrays, keys)
         loaded_indices, pixels = zip(*(self.load_readable_image(index) for _, index in keys), strict=True)

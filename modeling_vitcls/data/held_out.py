@@ -24,7 +24,7 @@ from typing import Any
 from ..files import read_json
 
 
-RESULTS_FILE = "results.json"  # file in a model folder with the results of the training run
+RESULTS_FILE = "results.json"  # file with the results of the training run, in a model folder
 RECORD_KEY = "held_out"  # key of the held-out record in results.json
 
 
@@ -35,19 +35,19 @@ class HeldOutRule:
     fraction: float  # fraction of the images to hold out
     seed: int  # seed of the hash
     # Text that makes two rules with the same seed independent: "" for the images of the reported results, "selection"
-    # for the images that select the best checkpoint.
+    # for the images that are used to select the best checkpoint.
     purpose: str = ""
-    num_folds: int | None = None  # number of folds of a cross-validation; None: no cross-validation
+    num_folds: int | None = None  # number of cross-validation folds; None: no cross-validation
     fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold
 
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
-        bits = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        value = int.from_bytes(bits, "big")
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        hash_value = int.from_bytes(digest, "big")
         if self.num_folds is not None and self.fold is not None:
-            return value * self.num_folds >> 64 == self.fold - 1
-        return value / 2**64 < self.fraction
+            return hash_value * self.num_folds >> 64 == self.fold - 1
+        return hash_value / 2**64 < self.fraction
 
     def __str__(self) -> str:
         if self.num_folds is not None:

@@ -1,7 +1,7 @@
 """Read image folders (one subfolder of images per class) as `datasets.DatasetDict`, without copying images.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
-    photos/cat/2024/may/1.jpg                           class cat: images may be at any depth of a class folder
+    photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
@@ -39,7 +39,7 @@ IMAGE_SUFFIXES = frozenset(
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
-# Folder name in lower case -> split.
+# Split by lowercase folder name.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -51,7 +51,7 @@ MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The files of an image folder. Paths are sorted, are relative to `path`, and use "/" as separator."""
+    """The files of an image folder. Paths are sorted, are relative to `path`, and use "/" as the separator."""
 
     path: Path
     images: list[str]
@@ -104,7 +104,7 @@ def get_file_kind(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden, or was created by macOS."""
+    """Return whether a file or folder is hidden or is a `__MACOSX` folder, which macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -115,7 +115,7 @@ def make_printable(name: str) -> str:
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
-    ValueError if labels are used and there are no class folders, or the split folders are ambiguous.
+    ValueError if labels are used and there are no class folders, or if the split folders are ambiguous.
 
     With metadata files, the columns are `image` and the columns of these files. Otherwise, the columns are `image`
     and, if labels are used, `label`. If labels are not used, images at any depth are included.
@@ -139,7 +139,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
-    """Return the images of each split, and whether the first-level folders are splits (see the top of this file).
+    """Return the images of each split, and whether the first-level folders are splits (see the module docstring).
 
     Raises:
         ValueError: if two folder names refer to the same split, or it is ambiguous whether a folder is a split.
@@ -158,7 +158,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
         split = SPLIT_NAMES[folder_name.lower()]
         if split in splits:
             raise ValueError(
-                f"{folder.path}: the folders {splits[split]!r} and {folder_name!r} are both names of the split "
+                f"{folder.path}: the folder names {splits[split]!r} and {folder_name!r} both stand for the split "
                 f"{split!r}. Merge the folders, or rename one of them"
             )
         splits[split] = folder_name
@@ -182,7 +182,7 @@ def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[st
 
 
 def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return the dataset of each split. The label of an image is the name of the class folder. `depth` is the number
+    """Return the dataset of each split. The label of an image is the name of its class folder. `depth` is the number
     of folders above the class folders. A split without class folders is skipped. Raise ValueError if no split has
     class folders."""
     import datasets
@@ -262,23 +262,23 @@ def build_dataset(folder: ImageFolder, split: str, names: list[str], table: "pya
     modification times of the files."""
     import datasets
 
-    fingerprint = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
+    digest = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
     for name in names:
         try:
             stat = (folder.path / name).stat()
         except OSError:  # an error is reported when the image is read
             continue
-        fingerprint.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
         split=datasets.NamedSplit(split),
-        fingerprint=fingerprint.hexdigest()[:16],
+        fingerprint=digest.hexdigest()[:16],
     )
 
 
 def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_folders: bool) -> dict[str, Any]:
-    """Return the dataset of each split, which contains the rows of the metadata files and the images in `file_name`.
+    """Return the dataset of each split: the rows of the metadata files, and the images at the paths in `file_name`.
     Raise ValueError if a metadata file cannot be read, has no column `file_name`, or contains the path of an image
     outside the folder of the file."""
     import datasets
@@ -311,7 +311,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
-    """Return the columns of a metadata file other than `file_name`, and the images in `file_name`."""
+    """Return the columns of a metadata file without `file_name`, and the image paths from `file_name`."""
     import pandas
     import pyarrow
     import pyarrow.json
@@ -326,7 +326,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         else:
             table = pyarrow.parquet.read_table(path)
         names = [str(name) for name in table.column("file_name").to_pylist()]
-    except (OSError, ValueError, KeyError) as error:  # the errors of pandas and Arrow are included
+    except (OSError, ValueError, KeyError) as error:  # includes pandas and Arrow errors
         raise ValueError(
             f"cannot read {path}: {format_error(error)}. The file requires a column `file_name` of paths relative to "
             "the folder of the file"
@@ -352,5 +352,5 @@ def add_unused_note(folder: ImageFolder, names: list[str], reason: str) -> None:
 
 def shorten_list(names: list[str]) -> str:
     """Return the first names and the number of omitted names."""
-    more = f" and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
-    return ", ".join(map(replace_control_characters, names[:MAX_SHOWN_NAMES])) + more
+    suffix = f" and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
+    return ", ".join(map(replace_control_characters, names[:MAX_SHOWN_NAMES])) + suffix

@@ -33,7 +33,7 @@ NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not r
 
 
 class UnreadableImage(ValueError):
-    """Raised for an unreadable image. The message is one line with the name of the image and the reason."""
+    """Raised for an unreadable image. The message consists of one line: the name of the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LabeledImages:
         return len(self.labels)
 
     def select(self, indices: Iterable[int]) -> "LabeledImages":
-        """Return the images and labels at these indices, in this order."""
+        """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
         return LabeledImages(ImageSubset(self.images, indices), [self.labels[index] for index in indices])
 
@@ -172,7 +172,7 @@ class EncodedImages(EncodedSequence):
 
 @dataclass(frozen=True)
 class ColumnImages(EncodedSequence):
-    """Images in a column of a dataset. The column contains bytes or `datasets.Image(decode=False)`."""
+    """Images in a column of a dataset. The type of the column is `datasets.Image(decode=False)`."""
 
     dataset: Any
     column: str
@@ -215,7 +215,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def encode_value(value: Any, folder: Path) -> dict[str, Any]:
-    """Return a value of an image or path column as {"path": ..., "bytes": ...}. Relative paths are joined to
+    """Convert a value of an image or path column to {"path": ..., "bytes": ...}. Relative paths are joined to
     `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
@@ -225,15 +225,15 @@ def encode_value(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Join a path to a folder. URLs and absolute paths are unchanged, and a missing path is empty."""
+    """Join a path to a folder. URLs and absolute paths are unchanged. Return "" for a missing path."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)
 
 
 def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in upright
-    orientation, in the stored mode. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
+    mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
     As in Pillow, the attribute `filename` of the image contains the name for error messages: the path, or
     `fallback_name`.
@@ -270,8 +270,8 @@ class UnreadableImageCounter:
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
-    describe: Callable[[int], str]  # index of an unreadable image -> error message of one line
-    warn: Callable[[str], None]  # prints a one-line warning
+    describe: Callable[[int], str]  # function that returns the one-line error message for an image index
+    warn: Callable[[str], None]  # function that prints a one-line warning
     limit: int  # maximum number of unreadable images (`--max-broken-images`); a larger number stops the run
     indices: set[int] = field(default_factory=set)
 

@@ -1,9 +1,9 @@
-"""Datasets in memory for the Python functions (api.py). The following types become a named `datasets.DatasetDict`:
+"""Datasets in memory for the Python functions (api.py). Each dataset is converted to a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are found as in files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
-    {"train": ..., "test": ...}           splits, each of a type above
+    {"train": ..., "test": ...}           datasets of the types above, by split
 
     name = add_dataset(data)             # "memory:3f2a...", the value of `DataOptions.dataset` in this process
 
@@ -25,7 +25,7 @@ from ..image_processing_vitcls import image_to_tensor
 
 
 MEMORY_PREFIX = "memory:"
-DATASETS: dict[str, Any] = {}  # name -> DatasetDict
+DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
@@ -77,7 +77,7 @@ def convert_split(data: Any) -> Any:
 
 
 def convert_item(item: Any, index: int) -> dict[str, Any]:
-    """Convert an item (image, label) to a row of a `datasets.Dataset`."""
+    """Convert an (image, label) item to a row of a `datasets.Dataset`."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise ValueError(
             f"item {index} of the dataset must be an (image, label) pair, but the type of the item is "

@@ -8,8 +8,8 @@
     any other column
         single_label_classification                   class index                   [B] int64
 
-The label names are declared by the dataset (`ClassLabel`), set by --label-names, or the sorted distinct values, in
-this order of precedence. This file also contains the selection of the image column.
+The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as the sorted distinct
+values, in this order of precedence. This file also selects the image column.
 """
 
 import math
@@ -46,7 +46,7 @@ class LabelSpace:
         return names
 
     def to_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that describe these labels."""
+        """Return the fields of ViTCLSConfig that describe the labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
         return {
@@ -80,13 +80,13 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def is_known(label: int | None) -> bool:
-    """Return whether a label is a class index, unlike None, -100 (IGNORED_LABEL) and other negative values."""
+    """Return whether a label is a class index, and not None, -100 (IGNORED_LABEL) or another negative value."""
     return label is not None and label >= 0
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit. This includes models with a single label, as in
-    transformers."""
+    """Return whether a sigmoid is applied to each logit. As in transformers, models with a single label are
+    included."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -129,7 +129,7 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Converter from rows of a dataset to labels."""
+    """Reader of the labels in the rows of a dataset."""
 
     kind: LabelKind
     columns: list[LabelColumn]
@@ -185,16 +185,18 @@ def build_label_reader(
 def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
-    """Build one label column. The class names are declared, set by --label-names, or the distinct values."""
+    """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
     class_label = next(
-        (kind for kind in (feature, get_item_type(feature)) if type(kind).__name__ == "ClassLabel"), None
+        (candidate for candidate in (feature, get_item_type(feature)) if type(candidate).__name__ == "ClassLabel"),
+        None,
     )
     if class_label is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
             raise ValueError(
-                "--label-names requires a single label column, but --label-column names several. Remove --label-names"
+                "--label-names requires a single label column, but --label-column names several columns. Remove "
+                "--label-names"
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     if read_column is None:
@@ -272,7 +274,7 @@ def is_image(feature: Any) -> bool:
 
 def is_label(feature: Any) -> bool:
     """Return whether a column is declared as class labels."""
-    return any(type(kind).__name__ == "ClassLabel" for kind in (feature, get_item_type(feature)))
+    return any(type(candidate).__name__ == "ClassLabel" for candidate in (feature, get_item_type(feature)))
 
 
 def get_item_type(feature: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Select the images of each batch from the seed and the step, so no sampler or generator state needs to be saved.
+"""Select the images of each batch as a function of the seed and the step, so no sampler state needs to be saved.
 
 The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
 `batch size x accumulation steps x processes` images, divided among the processes:
@@ -94,9 +94,9 @@ class ShuffledOrder:
 class BalancedOrder(ShuffledOrder):
     """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
 
-    The positions of an epoch are assigned to the classes in rotation. Each class cycles through the images of the
-    class, which are shuffled again for each cycle. The images of a rare class are therefore repeated within an epoch,
-    and a frequent class requires several epochs to use all images.
+    The positions of an epoch are assigned to the classes in rotation. Each class cycles through its images, which are
+    shuffled again for each cycle. The images of a rare class are therefore repeated within an epoch, and a frequent
+    class requires several epochs to use all of its images.
     """
 
     def __init__(self, labels: Sequence[int], seed: int) -> None:

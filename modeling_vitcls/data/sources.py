@@ -3,9 +3,9 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
     an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
-    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library without network
+    CSV, JSON Lines,      a file, or a folder with a file per split; read by the `datasets` library, offline
     Parquet
-    saved with `datasets` a folder that `save_to_disk` wrote
+    saved with `datasets` a folder written by `save_to_disk`
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
 
@@ -48,7 +48,7 @@ IDX_CLASSES = {
 
 log = logging.getLogger(__name__)
 
-SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits -> names of the splits to read
+SplitSelector = Callable[[list[str]], Collection[str]]  # function that selects the splits to read by name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {name: add_missing_labels(part.images) for name, part in images_by_split.items()}
+    images_by_split = {name: add_missing_labels(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
@@ -273,7 +273,7 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
     """Convert stored splits to streams if --streaming is set, and return the splits."""
-    return {name: part.to_iterable_dataset() for name, part in splits.items()} if options.streaming else splits
+    return {name: split.to_iterable_dataset() for name, split in splits.items()} if options.streaming else splits
 
 
 def get_dataset_name(options: DataOptions) -> str:

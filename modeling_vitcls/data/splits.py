@@ -34,7 +34,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Digest name -> description of the change. The first digest that differs determines the description.
+# Description of a change, by digest name. The first digest that differs determines the description.
 CHANGE_DESCRIPTIONS = {
     "name_set_sha256": "the number of images is the same, but the names of the images differ",
     "names_sha256": "the images are the same, but the order of the images differs",
@@ -68,12 +68,12 @@ class TrainingData:
 def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
-    """Load the training images and the held-out images: two splits of the dataset, or a division of one split by a
-    seeded rule (held_out.py).
+    """Load the training images and the held-out images: two splits of the dataset, or one split divided by a seeded
+    rule (held_out.py).
 
-    If `use_selection_split` is set, the checkpoint is selected on images that are separate from the held-out images.
-    The separate images are the validation split if the dataset also has a test split. Otherwise, the separate images
-    are selected from the training images by another seeded rule.
+    If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
+    held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
+    the selection images are taken from the training images by another seeded rule.
 
     The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
     evaluation split, only the first 10,000 held-out images are stored.
@@ -175,7 +175,7 @@ def check_splits(
         )
     if use_selection_split and splits.selection is None and not options.held_out_fraction:
         raise ValueError(
-            "--select best requires images to select on, but --held-out-fraction is 0. Set a larger "
+            "--select best requires images for checkpoint selection, but --held-out-fraction is 0. Set a larger "
             "--held-out-fraction"
         )
 
@@ -224,10 +224,10 @@ def load_evaluation_data(
 ) -> EvaluationData:
     """Load the images of one split.
 
-    If the dataset has a single split, `"train"` means the images of this split that training uses. `"test"` means the
-    images that training holds out, unless the split itself is named "test". By default, `split` is the split that the
-    model's run held out, or "test". If `record` (the held-out record of the model's run) contains a rule, this rule
-    selects the images.
+    If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
+    the images that training holds out, unless the split itself is named "test". By default, `split` is the split that
+    the model's run held out, or "test". If `record` (the held-out record of the model's run) contains a rule, this
+    rule selects the images.
 
     Raises:
         ValueError: if the split does not exist or cannot be evaluated, or if the options contradict `record`.
@@ -321,7 +321,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_bytes: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed at the top of this file. `labels` are values that JSON supports.
+    """Return the digests that are listed in the module docstring. `labels` are values that JSON supports.
     `read_bytes` returns the bytes of the image at an index, or None if the image cannot be read."""
     sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_bytes(index) for index in sample_indices)
@@ -343,21 +343,21 @@ def compute_digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def describe_change(stored_fingerprint: dict[str, Any], current_data: dict[str, Any]) -> str | None:
-    """Return a description of the first difference between the stored and the current data of a run, both from
-    `describe_data`, or None if there is no difference."""
-    if stored_fingerprint == current_data:
+def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
+    """Describe the first difference between the stored and the current description of a run's data (from
+    `describe_data`). Return None if there is no difference."""
+    if stored_description == current_description:
         return None
-    for column, names in current_data["classes"].items():
-        if (stored_names := stored_fingerprint["classes"].get(column)) != names:
+    for column, names in current_description["classes"].items():
+        if (stored_names := stored_description["classes"].get(column)) != names:
             return (
                 f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
             )
     for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if stored_fingerprint[name] != current_data[name]:
-            return f"there were {stored_fingerprint[name]:,} {noun}, but there are {current_data[name]:,} now"
+        if stored_description[name] != current_description[name]:
+            return f"there were {stored_description[name]:,} {noun}, but there are {current_description[name]:,} now"
     for name, change in CHANGE_DESCRIPTIONS.items():
-        if stored_fingerprint[name] != current_data[name]:
+        if stored_description[name] != current_description[name]:
             return change
     return "different images are held out"
 

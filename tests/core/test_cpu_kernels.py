@@ -35,7 +35,7 @@ from modeling_vitcls.cpu_kernels_vitcls import (
     recompute_in_backward,
     sdpa_attention,
     sdpa_attention_forward,
-    use_chunked_attention,
+    should_use_chunked_attention,
 )
 from modeling_vitcls.variants_vitcls import RegisterNeurons
 
@@ -791,7 +791,7 @@ def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def is_used(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
         made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
-        return use_chunked_attention(made, made)
+        return should_use_chunked_attention(made, made)
 
     assert is_used(torch.bfloat16, 17) and is_used(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
     assert not is_used(torch.bfloat16, 17, num_images=10)

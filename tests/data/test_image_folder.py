@@ -125,7 +125,7 @@ def test_folders_that_may_be_splits_or_classes_are_errors(tmp_path: Path) -> Non
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
     write_class(tmp_path / "b", "dev/cat", 2)
-    with raises_one_line("'dev' and 'val' are both names of the split 'validation'"):
+    with raises_one_line("'dev' and 'val' both stand for the split 'validation'"):
         read(tmp_path / "b")
 
 

@@ -314,7 +314,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
             {"label_column": ("size",), "label_separator": "|"},
             "has the label 0.5, but --label-separator requires a text column",
         ),
-        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but --label-column names several"),
+        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but --label-column names several columns"),
         ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
     ):
         with pytest.raises(ValueError, match=message):

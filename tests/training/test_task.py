@@ -225,7 +225,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     with pytest.raises(ValueError, match="--held-out-fraction is 0, so training used all images of digits"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 1797
-    with pytest.raises(ValueError, match="--select best requires images to select on"):
+    with pytest.raises(ValueError, match="--select best requires images for checkpoint selection"):
         load_training_data(data, use_selection_split=True)
 
 
