@@ -16,7 +16,7 @@ In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of
 folder of a subset.
 
 The output folder contains
-    README.md, images/*.png    the page: means with 95 % confidence intervals, and differences paired by seed
+    README.md, images/*.png    the page: means with 95% confidence intervals, and differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numbers of results.json, and the
                                first and the last value of each number in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
@@ -400,7 +400,7 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
 
 
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of the 95 % confidence interval (Student's t; NaN for a single value)."""
+    """Return the mean and the half width of the 95% confidence interval (Student's t; NaN for a single value)."""
     import numpy as np
     from scipy import stats
 
@@ -430,7 +430,7 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     sections.append(
         f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
         f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
-        f"{get_processor_name()}. A value is the mean over seeds with its 95 % confidence interval (Student's t). "
+        f"{get_processor_name()}. A value is the mean over seeds with its 95% confidence interval (Student's t). "
         "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
@@ -489,7 +489,7 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
         axes.errorbar(mean, row, xerr=None if math.isnan(half_width) else half_width, fmt="D", color="#1f5fbf")
     axes.set_yticks(range(len(groups)), [", ".join(levels) for levels in groups])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric} (dots: runs; diamonds: mean and 95 % interval)")
+    axes.set_xlabel(f"{metric} (dots: runs; diamonds: mean and 95% interval)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
 

@@ -6,7 +6,7 @@
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
     ablations = compute_ablations(model, batches, findings.mean_states)
-    ablations["information"]["registers[0]"].effect        the effect, with a 95 % interval (effects.py)
+    ablations["information"]["registers[0]"].effect        the effect, with a 95% interval (effects.py)
     ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds both null
                                                            distributions
 
@@ -79,7 +79,7 @@ Ablations = dict[str, dict[str, Ablation]]  # kind -> token key or group name ->
 
 
 def compute_null_limit(sizes: Sequence[float]) -> float:
-    """Return the limit of a null distribution: the largest of the maximum effect size, the upper end of the 95 %
+    """Return the limit of a null distribution: the largest of the maximum effect size, the upper end of the 95%
     prediction interval (normal distribution with unknown variance), and MIN_NULL_LIMIT. The interval accounts for rare
     large effects that a few random draws may miss."""
     num_sizes = len(sizes)

@@ -1,4 +1,4 @@
-"""Effects of an ablation: differences between the outputs before and after the ablation, with 95 % intervals.
+"""Effects of an ablation: differences between the outputs before and after the ablation, with 95% intervals.
 
 compute_effect(before, after)    AblationEffect for `Predictions`, FeatureEffect for `Features` (model_outputs.py)
 """
@@ -15,7 +15,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 
 
-Interval = tuple[float, float]  # lower and upper end of a 95 % confidence interval
+Interval = tuple[float, float]  # lower and upper end of a 95% confidence interval
 
 CONFIDENCE = 0.95
 MIN_RELATIVE_DEVIATION = (
@@ -27,7 +27,7 @@ NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
 @dataclass(frozen=True)
 class AblationEffect:
-    """Effect of an ablation on predictions. Intervals are 95 % confidence intervals.
+    """Effect of an ablation on predictions. Intervals are 95% confidence intervals.
 
     Attributes:
         changed_answers: fraction of images whose prediction changes.
@@ -60,7 +60,7 @@ class AblationEffect:
 
     @property
     def interval(self) -> Interval:
-        """Return the 95 % interval of `size`."""
+        """Return the 95% interval of `size`."""
         return self.logit_interval
 
     @property
@@ -79,7 +79,7 @@ class FeatureEffect:
         knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for fewer than
             MIN_IMAGES images.
         num_images: number of images.
-        interval: 95 % interval of `size`, from bootstrap samples of the images.
+        interval: 95% interval of `size`, from bootstrap samples of the images.
     """
 
     cosine_change: dict[str, float]
@@ -145,15 +145,15 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
 
 
 def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
-    """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934). The interval is one-sided if the
-    fraction is 0 or 1; for example, 0 of 256 means at most 1.2 %."""
+    """Return the exact 95% interval of a fraction (Clopper and Pearson 1934). The interval is one-sided if the
+    fraction is 0 or 1; for example, 0 of 256 means at most 1.2%."""
     alternative = {0: "less", num_images: "greater"}.get(num_changed, "two-sided")
     interval = stats.binomtest(num_changed, num_images, alternative=alternative).proportion_ci(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
 def compute_bootstrap_interval(values: torch.Tensor) -> Interval:
-    """Return the 95 % interval of the mean of values [images], from bootstrap samples of the images."""
+    """Return the 95% interval of the mean of values [images], from bootstrap samples of the images."""
     generator = torch.Generator().manual_seed(0)
     resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
     probabilities = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

@@ -201,7 +201,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     axes_image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     ticks = [0, 0.05, 0.2, 0.5, 1]
     colorbar = figure.colorbar(axes_image, ax=axes, shrink=0.8, label="fraction of the true class", ticks=ticks)
-    colorbar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
+    colorbar.ax.set_yticklabels(["0", "5%", "20%", "50%", "100%"])
     axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
     if num_classes <= MAX_NUMBERED_CLASSES:

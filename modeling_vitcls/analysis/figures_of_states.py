@@ -196,7 +196,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
         figure.subplots(1, len(measurements), sharey=True), measurements.items(), strict=True
     ):
         bars = axes.barh(names, values, color=[GROUP_COLORS[key.partition("[")[0]] for key in keys], height=0.7)
-        axes.bar_label(bars, [f"{100 * value:.3g} %" for value in values], padding=3, fontsize=8, color=INK)
+        axes.bar_label(bars, [f"{100 * value:.3g}%" for value in values], padding=3, fontsize=8, color=INK)
         axes.set_title(title, fontsize=9, color=INK)
         axes.axvline(0, color=INK, linewidth=0.8)
         low, high = min(*values, 0, -1e-3 * (min(values) < 0)), max(*values, 0, 1e-3)

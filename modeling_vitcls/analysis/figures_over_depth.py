@@ -188,7 +188,7 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens, the norms of the central 90 % of the patches, and the fraction of outlier
+    """Plot the norms of the special tokens, the norms of the central 90% of the patches, and the fraction of outlier
     patches.
 
     Models without registers may store global information in uninformative patches, whose norms then become outliers

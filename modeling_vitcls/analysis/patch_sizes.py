@@ -289,7 +289,7 @@ def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
 
 def describe_native_size(row: PatchSizeRow) -> str:
     """Describe the model's own patch size."""
-    accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f} %"
+    accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
     return (
         f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
         f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy}"
@@ -311,10 +311,10 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
         f"percentage point of the best accuracy on {cheapest_row.num_images:,} images"
     )
     if cheapest_row is best_row:
-        return [f"{text} ({best_accuracy * 100:.1f} %, at this size)."]
+        return [f"{text} ({best_accuracy * 100:.1f}%, at this size)."]
     ratio = format_ratio(cheapest_row.gflops, best_row.gflops)
     return [
-        f"{text} ({best_accuracy * 100:.1f} %, with patches of {format_patch_size(best_row.patch_size)}), at {ratio} "
+        f"{text} ({best_accuracy * 100:.1f}%, with patches of {format_patch_size(best_row.patch_size)}), at {ratio} "
         "the compute of that size."
     ]
 
@@ -327,9 +327,9 @@ def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
         f"{format_ratio(row.milliseconds, native_row.milliseconds)} the time"
     )
     if row.accuracy is not None and native_row.accuracy is not None:
-        text += f", accuracy {native_row.accuracy * 100:.1f} → {row.accuracy * 100:.1f} % before any fine-tuning"
+        text += f", accuracy {native_row.accuracy * 100:.1f} → {row.accuracy * 100:.1f}% before any fine-tuning"
     elif row.agreement is not None:
-        text += f", the same predictions for {row.agreement * 100:.1f} % of the images before any fine-tuning"
+        text += f", the same predictions for {row.agreement * 100:.1f}% of the images before any fine-tuning"
     return text
 
 

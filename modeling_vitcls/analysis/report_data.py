@@ -266,7 +266,7 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
 
     `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
     the largest cosine distance between the features of an encoder before and after the replacement. `interval` is the
-    95 % interval of the effect, and `null` contains the smallest effect and the limit of the null distributions.
+    95% interval of the effect, and `null` contains the smallest effect and the limit of the null distributions.
     "information" and "presence" contain all values of both ablations.
     """
     return [

@@ -84,7 +84,7 @@ async function show(source) {
   for (const { label, score } of result.predictions.slice(0, TOP_K)) {
     const row = find("labels").insertRow();
     row.insertCell().textContent = label;
-    row.insertCell().textContent = `${(100 * score).toFixed(1)} %`;
+    row.insertCell().textContent = `${(100 * score).toFixed(1)}%`;
   }
   find("attention").hidden = !result.attention;
   if (!result.attention) return;

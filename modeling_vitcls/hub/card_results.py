@@ -42,9 +42,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
-        suffix = (
-            f" (95 % interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
-        )
+        suffix = f" (95% interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
         rows.append([name, format_percent(results[key]) + suffix])
     return rows
 
@@ -97,7 +95,7 @@ def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Itera
             task_phrase = f" of {task}" if task else ""
             num_images = results.get(f"{prefix}num_images", results["num_images"])
             yield (
-                f"The accuracy{task_phrase} was measured on {num_images:,} images. The 95 % confidence interval is "
+                f"The accuracy{task_phrase} was measured on {num_images:,} images. The 95% confidence interval is "
                 f"{format_percent(interval[0])} to {format_percent(interval[1])}."
             )
 

@@ -135,7 +135,7 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 def measure_accuracies(
     kind: str, training_features: Features, held_out_features: Features, num_repeats: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the accuracy of a classifier on each token of each layer, with a 95 % confidence interval.
+    """Return the accuracy of a classifier on each token of each layer, with a 95% confidence interval.
 
     For `knn` and `logreg`, the interval is the Wilson interval over the held-out images. Few-shot classifiers are
     fitted to `num_repeats` random selections of images; the interval is the confidence interval of the mean accuracy.
@@ -185,7 +185,7 @@ def select_few_shot_images(
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean accuracy over repeats, with a 95 % interval from a normal distribution (None for one repeat)."""
+    """Return the mean accuracy over repeats, with a 95% interval from a normal distribution (None for one repeat)."""
     mean, interval = fmean(accuracies), None
     if len(accuracies) > 1:
         half_width = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
@@ -289,7 +289,7 @@ def print_rows(results: dict[str, Any], console: Console) -> None:
     for row in results["rows"]:
         interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
         table_rows.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
-    console.print(build_table("", ["Layer", "Token", "Accuracy", "95 % interval"], table_rows))
+    console.print(build_table("", ["Layer", "Token", "Accuracy", "95% interval"], table_rows))
     best_row = results["best"]
     console.print(
         f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "

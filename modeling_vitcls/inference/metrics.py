@@ -61,7 +61,7 @@ class SingleLabelMetrics:
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
     num_images
-    accuracy_interval       95 % confidence interval [low, high]
+    accuracy_interval       95% confidence interval [low, high]
     per_class               name, number of images, recall, precision and F1 of each class
     confusion_matrix        rows are true classes, columns are predictions; omitted above 1,000 classes
     """

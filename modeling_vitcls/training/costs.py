@@ -4,7 +4,7 @@
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
-embeddings and the interpolation of position embeddings are excluded (less than 1 % of the FLOPs of a ViT-S at 224
+embeddings and the interpolation of position embeddings are excluded (less than 1% of the FLOPs of a ViT-S at 224
 pixels). A backward pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
@@ -179,7 +179,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
-    The estimated size of the activations is within 20 % of the measured size. The estimate assumes one process, fused
+    The estimated size of the activations is within 20% of the measured size. The estimate assumes one process, fused
     attention unless the implementation is "eager", and activation functions that store their inputs. On CPUs, some
     activations are recomputed (cpu_kernels_vitcls.py). The estimate excludes temporary buffers, the allocator's
     overhead, and images that are not yet cast or moved to the device. Frozen parameters, gradient checkpointing and

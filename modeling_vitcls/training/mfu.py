@@ -10,7 +10,7 @@ merge patches.
 
 The peak (the FLOP/s of large matrix products) is measured before and during training, on all processes at the same
 time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is
-the peak. Other programs can only lower a measurement, so the largest measurement is used. A utilization above 100 %
+the peak. Other programs can only lower a measurement, so the largest measurement is used. A utilization above 100%
 means that other programs lowered every measurement so far. The utilization is then reported as unknown.
 """
 
@@ -195,7 +195,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
 
     Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
-    the heads' input is not computed. The count still includes this gradient if the pooler has weights (1 % of the
+    the heads' input is not computed. The count still includes this gradient if the pooler has weights (1% of the
     FLOPs of a ViT-S).
     """
     encoder: Any = model.base_model

@@ -244,7 +244,7 @@ def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any])
     """Build the Hub's evaluation result for the selection metric (huggingface.co/docs/hub/eval-results)."""
     metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
-    interval_text = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    interval_text = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
     return EvalResultEntry(
         dataset_id=benchmark,
         task_id=task_id,

@@ -436,7 +436,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
     run_on_main(runner.accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
     low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
     runner.reporter.print_line(
-        "folds", f"mean {format_metric(metric, mean)} (95 % interval: {low} to {high}) over {len(values)} folds"
+        "folds", f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds"
     )
     return summary
 

@@ -239,7 +239,7 @@ def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_null_images", [MIN_NULL_IMAGES, MIN_IMAGES])
 def test_rare_false_alarms_of_random_tokens(num_null_images: int) -> None:
-    """Check registers in models with random weights: of 60 tokens, at most 5 % have an apparent effect."""
+    """Check registers in models with random weights: of 60 tokens, at most 5% have an apparent effect."""
     verdicts = [
         found[name]
         for seed in range(20)

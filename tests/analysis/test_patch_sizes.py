@@ -203,14 +203,13 @@ def test_the_advice() -> None:
     native = row(16, is_native=True, sequence_length=197, gflops=10.0, milliseconds=10.0, accuracy=0.912, agreement=1)
     sentences = describe_patch_sizes([row(8), native])
     assert sentences[0].startswith("16 (the model's own): 197 tokens, 10 GFLOPs and 10 ms")
-    assert "some processor" in sentences[0] and "accuracy 91.2 %" in sentences[0]
+    assert "some processor" in sentences[0] and "accuracy 91.2%" in sentences[0]
     assert sentences[1] == (
-        "8: 4 times the tokens, 4.6 times the compute, 5 times the time, accuracy 91.2 → 89.0 % before any "
-        "fine-tuning."
+        "8: 4 times the tokens, 4.6 times the compute, 5 times the time, accuracy 91.2 → 89.0% before any fine-tuning."
     )
     assert sentences[2] == (
         "Recommended: 16 (the model's own), the cheapest patch size within 1 percentage point of the best accuracy "
-        "on 200 images (91.2 %, at this size)."
+        "on 200 images (91.2%, at this size)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
     remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: patches may be too large")
@@ -218,7 +217,7 @@ def test_the_advice() -> None:
     assert describe_patch_sizes([remarkable])[0].endswith(note)
     unknown = [row(8, accuracy=None, note="coarse"), row(16, is_native=True, accuracy=None)]
     assert describe_patch_sizes(unknown)[1].endswith(
-        "the same predictions for 93.0 % of the images before any fine-tuning (coarse)."
+        "the same predictions for 93.0% of the images before any fine-tuning (coarse)."
     )
     assert len(describe_patch_sizes([native])) == 1
 
@@ -234,12 +233,12 @@ def test_the_advice_compares_costs_and_accuracy() -> None:
 
     start = "cheapest patch size within 1 percentage point of the best accuracy on 200 images"
     assert get_advice(0.92, 0.911, 0.9, 0.5) == [
-        f"Recommended: 8, the {start} (92.0 %, with patches of 4), at 0.25 times the compute of that size."
+        f"Recommended: 8, the {start} (92.0%, with patches of 4), at 0.25 times the compute of that size."
     ]
     (own,) = get_advice(0.92, 0.915, 0.912, 0.9)
-    assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0 %, with patches of 4), at 0.062")
-    assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0 %, at this size)."]
-    assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0 %, at this size)."]
+    assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0%, with patches of 4), at 0.062")
+    assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0%, at this size)."]
+    assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0%, at this size)."]
     assert get_advice(None, None, None, None) == []
 
 

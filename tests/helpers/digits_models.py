@@ -17,7 +17,7 @@ HELD_OUT = PIXELS[NUM_TRAINED : NUM_TRAINED + 128], LABELS[NUM_TRAINED : NUM_TRA
 def train_digits_model(
     seed: int = 0, epochs: int = 12, batch_size: int = 100, **fields: object
 ) -> ViTCLSForImageClassification:
-    """Train a model with 16 patches, width 32, three layers and two registers to an accuracy of about 90 %.
+    """Train a model with 16 patches, width 32, three layers and two registers to an accuracy of about 90%.
 
     `fields` overrides fields of the configuration.
     """

@@ -247,7 +247,7 @@ def test_results_of_one_label() -> None:
         num_broken_images=3,
         per_class=PER_CLASS,
     )
-    assert "| Accuracy | 98.33% (95 % interval: 96.40% to 99.25%) |" in card.text
+    assert "| Accuracy | 98.33% (95% interval: 96.40% to 99.25%) |" in card.text
     assert "| Accuracy, CLS head | 50.00% |\n| Accuracy, distillation head | 60.00% |" in card.text
     assert "3 more images were unreadable and are not counted." in card.text
     table = card.text.split("Per class:\n\n")[1].split("\n\n")[0].splitlines()
@@ -297,7 +297,7 @@ def test_results_of_several_tasks() -> None:
         place_per_class=[row | {"name": "wood"} for row in PER_CLASS],
     )
     assert "for multi-task image classification: light (2 classes), place (3 classes)" in card.text
-    assert "| light: Accuracy | 90.00% (95 % interval: 80.00% to 95.00%) |" in card.text
+    assert "| light: Accuracy | 90.00% (95% interval: 80.00% to 95.00%) |" in card.text
     assert "place: Accuracy" not in card.text
     assert "light, per class:" in card.text and "place, per class:" in card.text and "| `wood` | 160 |" in card.text
     assert "pipeline(" not in card.text and card.data.pipeline_tag == "image-feature-extraction"
@@ -335,7 +335,7 @@ def test_limits_are_the_measured_ones() -> None:
         per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
         confusion_matrix=[[198, 2], [16, 144]],
     )
-    assert "measured on 360 images. The 95 % confidence interval is 96.40% to 99.25%." in card.text
+    assert "measured on 360 images. The 95% confidence interval is 96.40% to 99.25%." in card.text
     assert (
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )

@@ -82,7 +82,9 @@ def test_cached_hub_datasets_load_without_the_hub(
     assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
-        with raises_one_line("ann/none", "not complete in the cache", f"{DEAD} does not respond", error=OSError):
+        with raises_one_line(
+            "ann/none", "missing or incomplete in the cache", f"{DEAD} does not respond", error=OSError
+        ):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):
         load_unlabeled_data(DataOptions("ann/none"))
@@ -165,7 +167,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
         "runs/none": [", and the Hub has no such"],
         "runs/my/none": ["not a valid id of a"],
         "runs/gone": [
-            "and not complete in the cache",
+            "missing or incomplete in the cache",
             f"{DEAD} does not respond",
             "Check the network",
         ],

@@ -489,7 +489,7 @@ def test_a_single_label_model(
         assert average(parts, name) == close(by_one_process["single"][name])
     assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
     printed = capsys.readouterr().out
-    for words in ("each counted once", "Balanced accuracy", "95 % interval", "distillation head", "gnu"):
+    for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "gnu"):
         assert words in printed
 
 
