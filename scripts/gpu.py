@@ -1,15 +1,27 @@
 """Run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md (`make gpu`).
 
-Without a CUDA device, the script prints a message and exits with status 0.
+    python scripts/gpu.py                                                   all parts, about 30 minutes
+    python scripts/gpu.py --parts training fsdp2 --output training.md       some parts, each under 10 minutes
+
+The file is written after each row. A failed row or part is reported in the file, and the other parts are measured; the
+exit status is then 1. Without a CUDA device, the script prints a message and exits with status 0.
+
+`make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
+packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
 """
 
+import argparse
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +31,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
 from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
-from modeling_vitcls.benchmarking.work import compare
+from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
 from modeling_vitcls.files import read_json
 from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import count_training_flops
@@ -29,39 +41,87 @@ Rows = Iterator[tuple[str, ...]]
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
 TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
+TEST_PROCESSES = ("-n", "4", "--dist", "loadfile")
 BENCHMARKS = ("inference", "growth", "step", "inexact")
+NUM_PAIRS = 5  # number of pairs of measurements per comparison
+FSDP2_SECONDS = 300  # timeout of the run with sharded weights, in seconds
 BATCH_SIZE = 64
+# With CUDA graphs, the first call runs without a graph, the second call records a graph, and later calls replay it.
+NUM_WARM_UP_CALLS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name -> mode of torch.compile; max-autotune uses CUDA graphs.
 COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
+AUTOTUNED_PRECISION = "bf16"  # forward passes are only autotuned in this precision, which takes a minute or more
 FLASH_MODE = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
 NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
+failures: list[str] = []  # descriptions of failed rows and parts
+
 
 def main() -> None:
-    """Run the tests and the benchmarks, and exit with the status of the tests."""
+    """Run the selected parts, and exit with status 1 if a row or part failed."""
+    parser = argparse.ArgumentParser(description="Run tests and benchmarks on a CUDA device.")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown file; default: docs/speed-gpu.md")
+    flags = parser.parse_args()
     if not torch.cuda.is_available():
-        print("This machine has no CUDA device: no tests or benchmarks were run")
+        print("PyTorch finds no CUDA device: no tests or benchmarks were run")
         return
-    status = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=REPOSITORY, check=False).returncode
-    settings = BenchmarkSettings(("transformers", "timm"), num_pairs=9, device="cuda")
-    comparisons = [print_comparison(comparison) for comparison in compare(BENCHMARKS, (), settings)]
-    sections = [
+    lines = [
         f"# Speed on {torch.cuda.get_device_name()}",
+        "",
         f"Written by `make gpu`. ViT-S/16 at 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
-        f"## Forward passes, batch {BATCH_SIZE}",
-        format_table(("precision", "mode", "tokens", "images/s", "difference"), measure_forward_passes("cuda")),
-        f"## Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
-        format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
-        "## Sharded training (FSDP2)",
-        run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml", torch.cuda.device_count()),
-        "## Compared with transformers and timm",
-        format_markdown(comparisons),
     ]
-    OUTPUT.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
-    print(f"written to {OUTPUT}")
-    raise SystemExit(status)
+    for name in flags.parts:
+        for line in run_part(name):
+            print(line, flush=True)
+            lines.append(line)
+            flags.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"written to {flags.output}")
+    raise SystemExit(1 if failures else 0)
+
+
+def run_part(name: str) -> Iterator[str]:
+    """Yield the lines of a part of the page. An exception becomes the last line."""
+    title, measure = PARTS[name]
+    yield from ("", f"## {title}", "")
+    try:
+        yield from measure()
+    except Exception as error:
+        yield from ("", describe_failure(error))  # a table may precede
+
+
+def describe_failure(error: Exception) -> str:
+    """Print the traceback of an exception, record the failure, and return one line without vertical bars."""
+    traceback.print_exception(error)
+    message = next(iter(str(error).splitlines()), "")
+    if isinstance(error, subprocess.SubprocessError):
+        message = "see the output"  # instead of a command with paths of this machine
+    failures.append(f"failed: {type(error).__name__}: {message[:200]}".replace("|", "/"))
+    return failures[-1]
+
+
+def run_tests() -> Iterator[str]:
+    """Run the tests, and yield one line with the result. The output of the tests is printed."""
+    command = [sys.executable, "-m", "pytest", "-q", *TEST_PROCESSES, *TESTS]
+    # One thread per test process, as in the Makefile
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    yield f"passed: `pytest {' '.join(TESTS[:-1])} '{TESTS[-1]}'`"
+
+
+def compare_models(work: str) -> Iterator[str]:
+    """Yield a table of the speed compared with other models, after one line for each failed row."""
+    settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
+    comparisons = []
+    for row in WORK_KINDS[work].rows:
+        try:
+            for comparison in compare((work,), (row,), settings):
+                comparisons.append(print_comparison(comparison))
+        except Exception as error:
+            yield from (f"{row}: {describe_failure(error)}", "")
+    if comparisons:
+        yield format_markdown(comparisons).rstrip()
 
 
 def build_model(num_registers: int) -> ViTCLSForImageClassification:
@@ -72,29 +132,45 @@ def build_model(num_registers: int) -> ViTCLSForImageClassification:
 
 
 def measure_forward_passes(device: str) -> Rows:
-    """Yield a row for each precision, mode and number of tokens.
-
-    Raises:
-        ValueError: If the logits differ by more than LIMITS from fp32 logits computed on the CPU.
-    """
+    """Yield a row for each precision, mode and number of tokens."""
     for tokens, num_registers in NUM_REGISTERS.items():
         model = build_model(num_registers).eval()
         images = build_random_images(BATCH_SIZE, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
-            pixel_values = images.to(device, dtype)
-            modes = COMPILE_MODES if precision == "fp32" else COMPILE_MODES | {FLASH_MODE: None}
-            for mode, compile_mode in modes.items():
-                predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
-                with torch.inference_mode(), select_attention(mode):
-                    logits = predict(pixel_values).logits[:2].float().cpu()
-                difference = ((logits - expected).abs().max() / expected.abs().max()).item()
-                if not difference <= LIMITS[precision]:
-                    raise ValueError(f"{precision}, {mode}: logits differ from the CPU logits by {difference:.1e}")
-                with select_attention(mode):
-                    speed = measure_throughput(torch.inference_mode()(partial(predict, pixel_values)), BATCH_SIZE)
-                yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
+            modes = [
+                mode
+                for mode, compile_mode in COMPILE_MODES.items()
+                if compile_mode != "max-autotune" or precision == AUTOTUNED_PRECISION
+            ]
+            for mode in modes if precision == "fp32" else [*modes, FLASH_MODE]:
+                try:
+                    predict = compile_model(
+                        build_model(num_registers).eval().to(device, dtype), COMPILE_MODES.get(mode)
+                    )
+                    run = torch.inference_mode()(partial(predict, images.to(device, dtype)))
+                    speed, difference = measure_forward_pass(run, mode, expected, LIMITS[precision])
+                    yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
+                except Exception as error:
+                    yield precision, mode, tokens, describe_failure(error), ""
+
+
+def measure_forward_pass(
+    run: Callable[[], Any], mode: str, expected: torch.Tensor, limit: float
+) -> tuple[float, float]:
+    """Return the images per second, and the relative difference between the logits and the expected logits.
+
+    Raises:
+        ValueError: If the logits differ by more than `limit` from fp32 logits computed on the CPU.
+    """
+    with select_attention(mode):
+        for _ in range(NUM_WARM_UP_CALLS):
+            logits = run().logits[:2].float().cpu()
+        difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= limit:
+            raise ValueError(f"the logits differ from the CPU logits by {difference:.1e}")
+        return measure_throughput(run, BATCH_SIZE), difference
 
 
 def measure_steps(device: str) -> Rows:
@@ -102,21 +178,31 @@ def measure_steps(device: str) -> Rows:
     peak = measure_gemm_peak(device, torch.bfloat16)
     for tokens, num_registers in NUM_REGISTERS.items():
         for mode, compile_mode in COMPILE_MODES.items():
-            model = build_model(num_registers).to(device).train()
-            pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
-            labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-            forward = compile_model(model, compile_mode)
+            try:
+                speed, flops = measure_step(device, num_registers, compile_mode)
+                yield mode, tokens, f"{speed:,.0f}", f"{speed * flops / peak:.0%}"
+            except Exception as error:
+                yield mode, tokens, describe_failure(error), ""
 
-            def step(forward=forward, pixel_values=pixel_values, labels=labels, optimizer=optimizer) -> None:
-                with torch.autocast(torch.device(device).type, torch.bfloat16):
-                    loss = nn.functional.cross_entropy(forward(pixel_values).logits, labels)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
 
-            speed = measure_throughput(step, BATCH_SIZE)
-            yield mode, tokens, f"{speed:,.0f}", f"{speed * count_training_flops(model) / peak:.0%}"
+def measure_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
+    """Return the images per second of training steps, and the FLOPs of a step per image."""
+    model = build_model(num_registers).to(device).train()
+    pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
+    labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    forward = compile_model(model, compile_mode)
+
+    def step() -> None:
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = nn.functional.cross_entropy(forward(pixel_values).logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(NUM_WARM_UP_CALLS):
+        step()
+    return measure_throughput(step, BATCH_SIZE), count_training_flops(model)
 
 
 def select_attention(mode: str) -> AbstractContextManager:
@@ -128,13 +214,13 @@ def run_fsdp2(settings: Path, num_processes: int) -> str:
     """Train a small model with sharded weights, and return one sentence with the loss.
 
     Raises:
-        subprocess.CalledProcessError: If the run fails. Its output was printed.
+        subprocess.SubprocessError: If the run fails, or takes longer than `FSDP2_SECONDS`. Its output was printed.
     """
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", num_processes]
         flags = ["--config", "digits", "--max-steps", 10, "--no-report", "--output-dir", folder, "--overwrite"]
         command = [sys.executable, *launch, "-m", "modeling_vitcls.cli", "finetune", *flags]
-        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True)
+        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_SECONDS)
         results = read_json(Path(folder, "results.json"))
     return (
         f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: loss {results['loss']:.3f}"
@@ -147,9 +233,31 @@ def compile_model(model: nn.Module, mode: str | None) -> Callable:
     return model if mode is None else torch.compile(model, mode=mode)
 
 
-def format_table(header: tuple, rows: Rows) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    for row in chain((header, ("---",) * len(header)), rows):
+        yield f"| {' | '.join(row)} |"
+
+
+# Name -> heading, and function that returns the lines of the part. Tests run last, because they write no measurements.
+PARTS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
+    "forward": (
+        f"Forward passes, batch {BATCH_SIZE}",
+        lambda: format_table(
+            ("precision", "mode", "tokens", "images/s", "difference"), measure_forward_passes("cuda")
+        ),
+    ),
+    "training": (
+        f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
+        lambda: format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
+    ),
+    "fsdp2": (
+        "Sharded training (FSDP2)",
+        lambda: [run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml", torch.cuda.device_count())],
+    ),
+    **{name: (f"`vitcls benchmark --work {name}`", partial(compare_models, name)) for name in BENCHMARKS},
+    "tests": ("Tests", run_tests),
+}
 
 
 if __name__ == "__main__":

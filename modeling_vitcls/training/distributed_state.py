@@ -193,7 +193,9 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
     run_on_main(accelerator, lambda: check_same_tensors(weights, targets))
-    is_distributed = accelerator.num_processes > 1
+    # FSDP2 on one process also has DTensors, into which full tensors cannot be copied without these options.
+    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
+    is_distributed = is_sharded or accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
 

@@ -1,6 +1,10 @@
-"""scripts/gpu.py: without a GPU, its exit and its measurements on the CPU."""
+"""scripts/gpu.py: without a GPU, its exit, its pages, and its measurements on the CPU."""
 
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +12,12 @@ from fresh_processes import run_fresh
 from tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.benchmarking.comparison import Comparison
 from scripts import gpu
 
 
 REPOSITORY = Path(__file__).parents[2]
+MACHINE = {"processor": "CPU", "cores": 2, "threads": 1, "load": 0.0, "accelerator": "GPU of the test"}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs everything")
 
 
@@ -19,6 +25,11 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 def test_without_a_gpu_it_ends_with_a_message() -> None:
     ended = run_fresh(REPOSITORY / "scripts" / "gpu.py")
     assert ended.returncode == 0 and "no CUDA device" in ended.stdout
+
+
+@pytest.fixture(autouse=True)
+def _no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "failures", [])
 
 
 @pytest.fixture
@@ -44,10 +55,45 @@ def test_measurements_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp16", "eager", "197 tokens"),
         ("fp16", gpu.FLASH_MODE, "197 tokens"),
     ]
-    assert len(rows) == 10 and len(list(gpu.measure_steps("cpu"))) == 2
-    monkeypatch.setattr(gpu, "LIMITS", {"fp32": -1.0})
-    with pytest.raises(ValueError, match="logits differ from the CPU logits"):
-        next(gpu.measure_forward_passes("cpu"))
+    assert len(rows) == 10 and len(list(gpu.measure_steps("cpu"))) == 2 and not gpu.failures
+    monkeypatch.setattr(gpu, "LIMITS", gpu.LIMITS | {"fp32": -1.0})
+    failed, *others = gpu.measure_forward_passes("cpu")
+    assert failed[3].startswith("failed: ValueError: the logits differ from the CPU logits") and not failed[4]
+    assert len(others) == 9 and len(gpu.failures) == 2  # one row for each number of tokens
+
+
+def test_a_failed_part_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail() -> list[str]:
+        raise torch.OutOfMemoryError("CUDA | out of memory\nmore")
+
+    table = partial(gpu.format_table, ("mode", "images/s"), [("eager", "1,000")])
+    monkeypatch.setattr(gpu, "PARTS", {"first": ("First", fail), "second": ("Second", table)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of the test")
+    file = tmp_path / "speed.md"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(file)])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# Speed on GPU of the test\n\nWritten by `make gpu`.")
+    assert "## First\n\n\nfailed: OutOfMemoryError: CUDA / out of memory\n\n## Second\n" in text
+    assert text.endswith("| mode | images/s |\n| --- | --- |\n| eager | 1,000 |\n")
+    assert text.partition("\n\n## ")[2] in capsys.readouterr().out
+
+
+def test_a_failed_row_does_not_stop_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(work: tuple[str, ...], rows: tuple[str, ...], settings: Any) -> Iterator[Comparison]:
+        if rows == ("fp32, batch 8",):
+            raise ValueError("the outputs differ")
+        yield Comparison(work[0], rows[0], "timm", [2.0, 2.0], [1.0, 1.0], 0.0, {"device": settings.device})
+
+    monkeypatch.setattr(gpu, "compare", compare)
+    monkeypatch.setattr("modeling_vitcls.benchmarking.tables.get_machine", lambda: MACHINE)
+    failed, empty, table = gpu.compare_models("inference")
+    assert failed == "fp32, batch 8: failed: ValueError: the outputs differ" and not empty
+    assert "| inference: fp32, batch 1 | 2.0 | timm 2.00 (2.00 to 2.00) |" in table and "GPU of the test" in table
 
 
 @pytest.mark.slow

@@ -23,10 +23,11 @@ import torch
 from accelerate import Accelerator
 from checkpoint_worker import CHECKS, NUM_PROCESSES
 from tiny_models import raises_one_line
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from warm_processes import READY, SECONDS, run_checks
+from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import (
@@ -37,7 +38,7 @@ from modeling_vitcls.checkpoints import (
     read_state,
 )
 from modeling_vitcls.data.batches import leave_signals_to_parent
-from modeling_vitcls.training.distributed_state import gather_state, scatter_state
+from modeling_vitcls.training.distributed_state import gather_state, gather_tensors, scatter_state, scatter_weights
 from modeling_vitcls.training.loop import SignalHandler
 from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
@@ -692,3 +693,22 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_two_processes(name: str, report: dict[str, str]) -> None:
     if report[name]:
         pytest.fail(report[name], pytrace=False)
+
+
+def load_on_one_process(port: int) -> None:
+    """Load weights into a model that FSDP2 shards on one process, as on a machine with one GPU."""
+    os.environ.update(get_rank_variables(0, 1, port))
+    distributed.init_process_group("gloo")
+    model = fully_shard(nn.Linear(3, 2), mesh=distributed.init_device_mesh("cpu", (1,)))
+    weights = {"weight": torch.full((2, 3), 2.0), "bias": torch.ones(2)}
+    scatter_weights(weights, model, Accelerator(cpu=True))
+    loaded = gather_tensors(model.state_dict(), is_main=True)
+    assert loaded.keys() == weights.keys() and all(loaded[name].equal(weights[name]) for name in weights)
+    distributed.destroy_process_group()
+
+
+def test_fsdp2_on_one_process() -> None:
+    process = READY.Process(target=load_on_one_process, args=(find_free_port(),))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
