@@ -472,9 +472,15 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
 
 
 def format_interval(values: list[float], sign_format: str = "") -> str:
-    """Format the mean and the half width of the interval (`0.978 ± 0.0041`), or only the mean for a single value."""
+    """Format the mean and the half width of the interval, with two significant digits of the half width
+    (`0.9780 ± 0.0041`). Format only the mean if there is a single value."""
     mean, half_width = compute_interval(values)
-    return f"{mean:{sign_format}.4g}" + ("" if math.isnan(half_width) else f" ± {half_width:.2g}")
+    if math.isnan(half_width):
+        return f"{mean:{sign_format}.4g}"
+    if half_width == 0:
+        return f"{mean:{sign_format}.4g} ± 0"
+    decimals = max(0, 1 - math.floor(math.log10(half_width)))
+    return f"{mean:{sign_format}.{decimals}f} ± {half_width:.{decimals}f}"
 
 
 def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:

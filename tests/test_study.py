@@ -20,6 +20,7 @@ from modeling_vitcls.study import (
     add_label_groups,
     build_row,
     compute_interval,
+    format_interval,
     format_table,
     group_values,
     load_study,
@@ -176,7 +177,14 @@ def test_differences_are_paired_by_seed() -> None:
     assert (mean - half_width, mean + half_width) == pytest.approx((low, high))
     difference = stats.ttest_rel(values["mean"], values["cls"]).confidence_interval(0.95)
     assert table[2].endswith("| baseline |")
-    assert f"{sum(difference) / 2:+.4g} ± {(difference.high - difference.low) / 2:.2g}" in table[3]
+    assert f"{sum(difference) / 2:+.3f} ± {(difference.high - difference.low) / 2:.3f}" in table[3]
+
+
+def test_intervals_show_two_digits_of_the_half_width() -> None:
+    assert format_interval([1.2345]) == "1.234"  # a single run has no interval
+    assert format_interval([2.0, 2.0]) == "2 ± 0"
+    assert format_interval([1000.0, 1234.0, 1468.0]) == "1234 ± 581"
+    assert format_interval([0.018, 0.02, 0.022], "+") == "+0.0200 ± 0.0050"
 
 
 @pytest.mark.slow
