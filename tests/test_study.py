@@ -68,22 +68,16 @@ if pooling == "endless":
         sys.exit(143)
     signal.signal(signal.SIGTERM, stop)
     (folder / "started").touch()
-    time.sleep(60)
+    time.sleep(20)
 while pooling == "patient" and not list(folder.parent.glob("*/started")):
     time.sleep(0.01)
 if arguments[0] == "finetune":
-    running = folder.parent.parent / "running"
-    running.mkdir(exist_ok=True)
-    (running / str(os.getpid())).touch()
-    time.sleep(0.05)
-    concurrent = len(list(running.iterdir()))
-    (running / str(os.getpid())).unlink()
     seed = int(flags["--seed"])
     accuracy = {{"cls": 0.5, "mean": 0.75}}.get(pooling, 0.25) + seed / 16
     threads = int(os.environ["OMP_NUM_THREADS"])
     output = folder / "finetune"
     output.mkdir()
-    results = {{"accuracy": accuracy, "seconds": 90, "threads": threads, "concurrent": concurrent}}
+    results = {{"accuracy": accuracy, "seconds": 90, "threads": threads}}
     (output / "results.json").write_text(json.dumps(results))
 elif "median" in flags["--model"]:
     sys.exit("error: no median")
@@ -438,7 +432,11 @@ def test_intervals_show_two_digits_of_the_half_width() -> None:
 
 
 @pytest.mark.usefixtures("program")
-def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_runs_are_executed_and_summarized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_running: list[int] = []
+    monkeypatch.setattr(StudyRunner, "measure_memory", lambda self, running: num_running.append(len(running)))
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
     changes = {
@@ -459,7 +457,7 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
         ("median", 0, "unfinished", 0.25),
         ("median", 1, "unfinished", 0.3125),
     ]
-    assert all(row["threads"] == 3 and row["concurrent"] <= 2 for row in rows)
+    assert all(row["threads"] == 3 for row in rows) and max(num_running) == 2
     assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4 and "evaluate.is_frozen" not in rows[0]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "6 runs (0 already finished)" and lines[-1] == f"page: {output / 'README.md'}"
@@ -505,12 +503,19 @@ def test_an_interrupted_study_stops_its_runs_and_writes_the_page(
 
     monkeypatch.setattr(StudyRunner, "print_progress", interrupt)
     factors = {"pooling": {"endless": {"pooling": "endless"}, "patient": {"pooling": "patient"}}}
-    changes = {"stages": {"finetune": {"model": "vitcls-tiny"}}, "seeds": [0], "baseline": {"pooling": "patient"}}
+    Dataset.from_dict({"label": [0, 1]}).to_parquet(tmp_path / "data" / "train.parquet")
+    changes = {
+        "stages": {"finetune": {"model": "vitcls-tiny", "dataset": "{subset:one}"}},
+        "subsets": {"one": {"dataset": str(tmp_path / "data"), "num_images": 1}},
+        "baseline": {"pooling": "patient"},
+        "seeds": [0],
+    }
     study = load_study(write_study(tmp_path, factors=factors, **changes))
     with pytest.raises(KeyboardInterrupt):
         run_study(study, tmp_path / "out", "vitcls study", jobs=2)
     assert (tmp_path / "out" / "runs" / "pooling-endless_seed-0" / "stopped").exists()
     assert "1 of 2 runs finished" in (tmp_path / "out" / "README.md").read_text()
+    assert parquet.read_table(tmp_path / "out" / "subsets" / "one" / "train.parquet").num_rows == 1
 
 
 def test_the_remaining_time_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
