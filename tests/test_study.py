@@ -546,10 +546,11 @@ def test_the_memory_of_the_largest_run_is_measured(tmp_path: Path) -> None:
     runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
     run = runner.study.plan_runs()[0]
     code = "values = bytearray(int(sys.argv[1])); print(flush=True); sys.stdin.read()"
-    command = f"{sys.executable} -IS -c 'import sys; {code}' $0; true"
+    program = tmp_path / "program.sh"
+    program.write_text(f"{sys.executable} -IS -c 'import sys; {code}' $1\ntrue\n")
     sizes = []
     for size in (80_000_000, 1):
-        with subprocess.Popen(["sh", "-c", command, str(size)], stdin=-1, stdout=-1) as process:
+        with subprocess.Popen(["sh", "-c", f"sh {program} {size}; true"], stdin=-1, stdout=-1) as process:
             assert process.stdout is not None
             process.stdout.readline()
             running = [RunProcess(run, process, iter(()), 0.0)]

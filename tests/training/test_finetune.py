@@ -368,13 +368,17 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_features_are_not_cached_if_they_change(pretrained: Path, tmp_path: Path) -> None:
+def test_features_are_not_cached_if_they_change(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=pretrained, trainable="head"))
     assert run.get_no_caching_reason() is None
     options = run.options
     for flag in ("mixup", "cutmix"):
         run.options = replace(options, augmentation=replace(options.augmentation, **{flag: 0.5}))
         assert run.get_no_caching_reason() == "images are mixed"
+        assert run.build_components(lambda model: {}).model is run.model
+        assert "computed in every step, because images are mixed" in capsys.readouterr().out
     run.options = options
     run.model.vitcls.layernorm.weight.requires_grad_(True)
     assert run.get_no_caching_reason() == "vitcls.layernorm.weight is trained"

@@ -375,6 +375,10 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     bench.signal_at = 3
     assert bench.run()["accuracy"] == 0.5
     assert bench.saved == [(3, False), (3, True)]
+    reset_accelerate()
+    bench = LoopRecorder(epochs=9, max_steps=None, batch_size=479, select="best", patience=1)
+    bench.accuracies, bench.signal_at = iter([0.75, 0.5]), 6  # three steps per epoch
+    assert bench.run()["accuracy"] == 0.5 and bench.state.step == 6
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
