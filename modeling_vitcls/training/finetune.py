@@ -308,9 +308,8 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
     trained = record.rule
-    if (rule.seed, rule.num_folds, rule.fold) == (trained.seed, trained.num_folds, trained.fold) and (
-        rule.num_folds is not None or rule.fraction <= trained.fraction
-    ):
+    is_same_fold = (rule.num_folds, rule.fold) == (trained.num_folds, trained.fold)
+    if rule.seed == trained.seed and is_same_fold and rule.fraction <= trained.fraction:
         return None
     flags = f"--folds {trained.num_folds} --fold {trained.fold}"
     if trained.num_folds is None:

@@ -166,10 +166,10 @@ def test_queries_and_keys_of_patches_are_rotated_by_their_row_and_column(axes: s
 
 
 def test_initial_frequencies_of_mixed_rotary_positions_equal_those_of_timm() -> None:
-    config = build_tiny_config(position_embedding_type="rope_mixed", rope_theta=10.0)
+    config = build_tiny_config(position_embedding_type="rope_mixed", rope_theta=10.0, num_hidden_layers=3)
     positions = ViTCLSModel(config).rotary_positions
     torch.manual_seed(0)
-    expected = init_random_2d_freqs(head_dim=8, depth=2, num_heads=2, temperature=10.0)
+    expected = init_random_2d_freqs(head_dim=8, depth=3, num_heads=2, temperature=10.0)
     torch.manual_seed(0)
     assert get_largest_difference(positions.get_initial_frequencies(), expected) <= 1e-6
     assert positions.frequencies.abs().max() > 0.1  # the parameter has such values
