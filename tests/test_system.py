@@ -1,13 +1,28 @@
-"""Training on CPUs reuses memory of freed tensors."""
+"""Reuse of memory of freed tensors, power and energy, and the names of devices, processors and libraries."""
 
+import importlib.metadata
 import os
 import platform
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from fresh_processes import run_fresh
 
+from modeling_vitcls.system import (
+    estimate_energy,
+    format_device_name,
+    get_peak_memory,
+    get_power_limit,
+    get_processor_name,
+    get_versions,
+)
+from modeling_vitcls.version import __version__
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such settings")
 
 # Repeatedly allocates and frees three tensors of 40 MB, and prints the number of pages that the system cleared for
 # them.
@@ -39,10 +54,66 @@ def count_cleared_pages(*arguments: str, **variables: str) -> int:
 
 
 @pytest.mark.slow
+@needs_glibc
 def test_memory_is_kept() -> None:
     assert count_cleared_pages() < 1_000
     assert count_cleared_pages("as it is") > 1_000
 
 
+@needs_glibc
 def test_settings_of_the_user_are_kept() -> None:
     assert count_cleared_pages(MALLOC_TRIM_THRESHOLD_="131072") > 1_000
+
+
+# nvidia-smi of a machine with two GPUs
+NVIDIA_SMI = """#!/bin/sh
+test "$2 $3" = "--query-gpu=power.limit --format=csv,noheader,nounits" || exit 2
+case "$1" in
+    --id=GPU-first) echo 350.00 ;;
+    --id=GPU-second) echo "[N/A]" ;;
+    *) echo 100.00; exit 6 ;;
+esac
+"""
+
+
+def test_the_power_of_a_gpu_is_the_limit_of_its_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["first", "first", "second", "third", "first"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(names)))
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    device = torch.device("cuda", 0)
+    assert get_power_limit(device) == 350.0
+    estimate = estimate_energy(7200.0, 4, device)
+    assert estimate is not None
+    assert (estimate["kilowatt_hours"], estimate["watts_per_process"]) == (2.8, 350.0)
+    assert estimate["assumption"].startswith("each GPU drew the power limit of its board all the time")
+    assert get_power_limit(device) is None  # the driver does not know the limit
+    assert get_power_limit(device) is None  # the program fails
+    (tmp_path / "nvidia-smi").unlink()
+    assert estimate_energy(7200.0, 4, device) is None
+
+
+def test_the_peak_memory_of_this_process_is_in_bytes() -> None:
+    peak = get_peak_memory(torch.device("cpu"))
+    assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
+
+
+def test_versions_of_installed_libraries() -> None:
+    versions = get_versions("numpy", "not-a-library")
+    libraries = ("torchvision", "transformers", "accelerate", "numpy")
+    expected = {name: importlib.metadata.version(name) for name in libraries}
+    expected |= {"modeling_vitcls": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    assert versions == expected
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs /proc/cpuinfo")
+def test_the_name_of_the_processor() -> None:
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
+    names = {fields[1].strip() for fields in lines if fields[0].strip() == "model name"}
+    assert get_processor_name() in (names or {platform.processor(), platform.machine()})
+
+
+def test_names_of_devices() -> None:
+    assert format_device_name(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} thread(s)"
+    assert format_device_name(torch.device("mps")) == "mps"

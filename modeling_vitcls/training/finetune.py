@@ -307,10 +307,14 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     record, rule = read_held_out_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    if rule.seed == record.rule.seed and rule.fraction <= record.rule.fraction:
+    trained = record.rule
+    is_same_fold = (rule.num_folds, rule.fold) == (trained.num_folds, trained.fold)
+    if rule.seed == trained.seed and is_same_fold and rule.fraction <= trained.fraction:
         return None
+    flags = f"--folds {trained.num_folds} --fold {trained.fold}"
+    if trained.num_folds is None:
+        flags = f"--held-out-fraction {trained.fraction}"
     return (
         f"{source} was trained on {data.name} with different held-out images, so the held-out images of this run may "
-        f"include training images of {source}. Use the same split with --split-seed {record.rule.seed} "
-        f"--held-out-fraction {record.rule.fraction}"
+        f"include training images of {source}. Use the same split with --split-seed {trained.seed} {flags}"
     )

@@ -454,6 +454,23 @@ def test_positions_are_resampled_as_configured(policy: dict[str, Any], target: d
     assert torch.equal(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
 
 
+@pytest.mark.parametrize("size", [(48, 24), (16, 64)], ids=str)
+def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]) -> None:
+    """DINO adds the offset to the new grid size in the scale factors. RADIO crops a square."""
+    rows, columns = size[0] // 8, size[1] // 8
+    for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
+        model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **policy)))
+        found = model.adapt(image_size=size).embeddings.position_embeddings.patches
+        maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 6)).permute(0, 3, 1, 2)
+        if "position_offset" in policy:
+            factors = [(rows + 0.1) / 4, (columns + 0.1) / 6]
+            wanted = nn.functional.interpolate(maps, scale_factor=factors, mode="bicubic")
+        else:
+            square = nn.functional.interpolate(maps, size=2 * (max(rows, columns),), mode="bilinear")
+            wanted = square[:, :, :rows, :columns]
+        assert torch.equal(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
+
+
 @pytest.mark.parametrize("policy", [{}, {"position_offset": 0.1}, {"position_interpolation": "crop"}])
 @pytest.mark.parametrize("kind", ["learned", "sincos_2d", "rope_2d", "learned_rope_mixed", "none"])
 def test_adapting_equals_running_with_larger_images(kind: str, policy: dict[str, Any]) -> None:

@@ -113,6 +113,9 @@ def test_a_model_without_pooler() -> None:
     model = ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False)
     assert model(build_images()).pooler_output is None
     assert not [name for name, _ in model.named_parameters() if "pooler" in name]
+    for model_class in (ViTCLSForMaskedImageModeling, ViTCLSBackbone):
+        model = model_class(build_tiny_config(pooling="attention"))
+        assert not [name for name, _ in model.named_parameters() if "pooler" in name]
 
 
 # Block options
@@ -184,8 +187,13 @@ def test_every_parameter_of_a_block_option_is_used(fields: dict[str, Any]) -> No
             {"labels": {"age": torch.tensor([0, 1])}},
         ),
         (ViTCLSForMaskedImageModeling, BLOCKS["tokens"], {"bool_masked_pos": torch.zeros(2, 16, dtype=torch.bool)}),
+        (
+            ViTCLSForMaskedImageModeling,
+            BLOCKS["attention_pooling"],
+            {"bool_masked_pos": torch.ones(2, 16, dtype=torch.bool)},
+        ),
     ],
-    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked"],
+    ids=["two_heads", "unused_mask_token", "missing_task", "nothing_masked", "no_pooler"],
 )
 def test_every_parameter_has_a_gradient_in_every_step(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
@@ -449,6 +457,15 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
     for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
         assert get_largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
     assert get_largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
+
+
+@pytest.mark.parametrize("apply_layernorm", [True, False])
+def test_feature_maps_without_a_final_norm(apply_layernorm: bool) -> None:
+    config = build_tiny_config(out_indices=[1, 2], apply_layernorm=apply_layernorm, final_norm=False)
+    maps = randomize(ViTCLSBackbone(config))(build_images()).feature_maps
+    states = randomize(ViTCLSModel(config))(build_images(), output_hidden_states=True).hidden_states
+    for feature_map, state in zip(maps, states[1:], strict=True):
+        assert torch.equal(feature_map.flatten(2).transpose(1, 2), state[:, 1:])
 
 
 def test_feature_maps_as_tokens() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from tiny_models import (
     LAYOUTS,
     POSITIONS,
@@ -108,6 +109,73 @@ def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any]) -
     )
     expected = model.embeddings.patch_embeddings(pixels) + resampled.flatten(2).transpose(1, 2)
     assert get_largest_difference(model.embeddings(pixels)[:, 1:], expected) < 1e-5
+
+
+# Rotary positions
+
+
+def rotate(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels [..., head_dim], as complex numbers, by angles [..., head_dim / 2]."""
+    rotated = torch.complex(*states.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("axes", ["yx", "xy"])
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [("rope_2d", 1.0), ("rope_2d", 10 / 3), ("rope_mixed", 1.0), ("learned_rope_mixed", 1.0)],
+    ids=lambda value: str(value),
+)
+def test_queries_and_keys_of_patches_are_rotated_by_their_row_and_column(axes: str, kind: str, scale: float) -> None:
+    """The second case has grid coordinates with an offset, scaled to a reference grid."""
+    fields: dict[str, Any] = {"rope_coordinates": "grid"} if kind == "rope_2d" else {}
+    offset = 0.0
+    if scale != 1:
+        offset = 0.5
+        fields |= {"rope_grid_offset": offset, "rope_reference_grid": [10, 10]}
+    config = build_tiny_config(
+        position_embedding_type=kind, rope_axes=axes, num_register_tokens=2, rope_theta=50.0, **fields
+    )
+    model = randomize(ViTCLSModel(config))
+    pixels = build_images(2, 24, 24)
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    inputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.layers):
+        layer.attention.recorder = lambda query, key, *_, index=index: recorded.update({index: (query, key)})
+        layer.layernorm_before.register_forward_hook(lambda *args, index=index: inputs.update({index: args[2]}))
+    model(pixels)
+    for index, layer in enumerate(model.layers):
+        for head in range(2):
+            angles = torch.zeros(3 + 9, 4)  # special tokens are not rotated
+            for patch in range(9):
+                row, column = (offset + patch // 3) * scale, (offset + patch % 3) * scale
+                first, second = (row, column) if axes == "yx" else (column, row)
+                if kind == "rope_2d":
+                    frequencies = torch.tensor([1.0, 50.0**-0.5])
+                    angles[3 + patch] = torch.cat([first * frequencies, second * frequencies])
+                else:
+                    along_first, along_second = model.rotary_positions.frequencies[:, index, head]
+                    angles[3 + patch] = first * along_first + second * along_second
+            channels = slice(8 * head, 8 * head + 8)
+            for found, projection in zip(
+                recorded[index], (layer.attention.q_proj, layer.attention.k_proj), strict=True
+            ):
+                expected = rotate(projection(inputs[index])[..., channels], angles)
+                assert get_largest_difference(found[:, head], expected) <= 1e-5
+
+
+def test_initial_frequencies_of_mixed_rotary_positions_equal_those_of_timm() -> None:
+    config = build_tiny_config(position_embedding_type="rope_mixed", rope_theta=10.0, num_hidden_layers=3)
+    positions = ViTCLSModel(config).rotary_positions
+    torch.manual_seed(0)
+    expected = init_random_2d_freqs(head_dim=8, depth=3, num_heads=2, temperature=10.0)
+    torch.manual_seed(0)
+    assert get_largest_difference(positions.get_initial_frequencies(), expected) <= 1e-6
+    assert positions.frequencies.abs().max() > 0.1  # the parameter has such values
+    lengths = positions.frequencies.square().sum(dim=0).sqrt()  # a rotation keeps the magnitudes
+    magnitudes = torch.tensor([1.0, 10**-0.5])
+    assert get_largest_difference(lengths, magnitudes.tile(2).expand_as(lengths)) <= 1e-6
 
 
 # Loading with another image size

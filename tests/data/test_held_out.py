@@ -1,6 +1,7 @@
 """Held-out images: stable if datasets grow or move, and used by evaluations of the run's model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from modeling_vitcls.data.splits import (
     load_training_data,
     load_unlabeled_data,
 )
+from modeling_vitcls.hub.loading import MODEL_FILES
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_classifier
@@ -27,7 +29,7 @@ from modeling_vitcls.options import (
     EvaluateOptions,
     InspectOptions,
 )
-from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.finetune import FinetuneTask, describe_other_split
 from modeling_vitcls.training.task import run_task
 
 
@@ -206,6 +208,43 @@ def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
             and "Use the same split with --split-seed 7" in output
         )
         assert found is is_warned
+
+
+@pytest.mark.parametrize(
+    ("trained", "other", "flags"),
+    [
+        ({}, {}, None),
+        ({}, {"held_out_fraction": 0.1}, None),
+        ({}, {"held_out_fraction": 0.3}, "--split-seed 0 --held-out-fraction 0.2"),
+        ({}, {"split_seed": 1}, "--split-seed 0 --held-out-fraction 0.2"),
+        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 2}, None),
+        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, "--split-seed 0 --folds 3 --fold 2"),
+        ({"folds": 3, "fold": 2}, {"folds": 2, "fold": 2}, "--split-seed 0 --folds 3 --fold 2"),
+        ({"folds": 3, "fold": 2}, {}, "--split-seed 0 --folds 3 --fold 2"),
+        ({}, {"folds": 3, "fold": 2}, "--split-seed 0 --held-out-fraction 0.2"),
+    ],
+    ids=str,
+)
+def test_a_model_trained_on_held_out_images_is_named(
+    trained: dict[str, Any], other: dict[str, Any], flags: str | None, tmp_path: Path
+) -> None:
+    folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
+    model.mkdir()
+    for file in MODEL_FILES:
+        (model / file).touch()
+    first, second = read(folder, **trained), read(folder, **other)
+    results = {"dataset": first.name, "held_out": first.record.to_dict()}
+    (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    warning = describe_other_split(str(model), second)
+    assert warning is None if flags is None else warning.endswith(f"Use the same split with {flags}")
+    assert bool(get_names(first.train) & get_names(second.held_out)) is (flags is not None)
+    assert describe_other_split(str(model), replace(second, name="another dataset")) is None
+    assert describe_other_split("vitcls-tiny", second) is None
+    assert describe_other_split(str(model), replace(second, record=HeldOutRecord("test", 5))) is None
+    (model / "results.json").write_text(json.dumps(results | {"held_out": {"split": "test", "num_images": 5}}))
+    assert describe_other_split(str(model), second) is None
+    (model / "results.json").unlink()
+    assert describe_other_split(str(model), second) is None
 
 
 def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:

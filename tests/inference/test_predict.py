@@ -732,8 +732,9 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
         with raises_one_line(words, error=(ValueError, OSError)):
             predict_images(PredictOptions(str(source), (str(photos),)))
         reset_accelerate()
-    with raises_one_line("the model has no labels"):
-        predict(ViTCLSForImageClassification(build_tiny_config(num_labels=0)), ViTCLSImageProcessor(size=32), photos)
+    for fields in ({"num_labels": 0}, {"num_labels": 1, "problem_type": "regression"}):
+        with raises_one_line("the model has no labels"):
+            predict(ViTCLSForImageClassification(build_tiny_config(**fields)), ViTCLSImageProcessor(size=32), photos)
 
 
 def test_mixed_precision_is_close(models: Path, photos: Path, tmp_path: Path) -> None:

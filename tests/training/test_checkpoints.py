@@ -560,6 +560,7 @@ def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> No
     for change, message in (
         ({"num_labels": 5}, "classifier.weight is .3, 32. in the checkpoint and .5, 32. in the model"),
         ({"layer_scale_init_value": 0.1}, "only the model has vitcls.layers.0"),
+        ({"num_hidden_layers": 1}, "only the checkpoint has vitcls.layers.1"),
     ):
         other = ViTCLSForImageClassification(ViTCLSConfig(**(SIZES | {"num_labels": 3} | change)))
         with pytest.raises(ValueError, match=message):

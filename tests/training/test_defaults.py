@@ -29,6 +29,8 @@ def get_values(options: Any) -> dict[str, Any]:
         "epochs": training.epochs,
         "initializer_range": options.model.initializer_range,
         "crop_scale": augmentation.crop_scale,
+        "shift": augmentation.shift,
+        "batch_size": training.batch_size,
     }
 
 
@@ -37,12 +39,21 @@ def get_values(options: Any) -> dict[str, Any]:
     [
         ({}, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
         ({"width": 192, "image_size": 224}, {"learning_rate": 5e-4, "initializer_range": 0.058, "crop_scale": 0.35}),
+        ({"width": 48}, {"learning_rate": 1e-3, "initializer_range": 0.115}),
         ({"width": 4096}, {"initializer_range": 0.02}),
+        ({"image_size": 64}, {"crop_scale": 1.0, "shift": 0.04}),
+        ({"image_size": 65}, {"crop_scale": 0.35, "shift": 0.0}),
+        ({"num_training_images": 9_999}, {"batch_size": 32, "epochs": 30.0}),
+        ({"num_training_images": 10_000}, {"batch_size": 64, "epochs": 30.0}),
+        ({"num_training_images": None}, {"batch_size": 64, "epochs": 30.0}),
         (
             {"weights": "pre-trained weights", "is_preset": False, "width": 768, "image_size": 224},
             {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
         ({"weights": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
+        ({"weights": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
+        ({"weights": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
+        ({"weights": "pre-trained weights", "num_training_images": 9_999}, {"epochs": 30.0}),
         ({"weights": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
         ({"weights": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
         ({"weights": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
@@ -63,6 +74,9 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "learning rate" not in line
+    assert "random weights, 2,000 images: epochs 30, batch size 32" in line
+    stream = replace(SCRATCH, num_training_images=None)
+    assert "random weights, a stream: " in format_defaults(resolve_defaults(build_options(), stream)[1])
     again, none = resolve_defaults(options, SCRATCH)
     assert (again, none) == (options, {})
 

@@ -39,6 +39,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.commands.parsing import exit_on_error, parse
+from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_trackers, run_on_main
 from modeling_vitcls.files import read_json
@@ -365,6 +366,43 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     assert "encoding 1,425 images once" in capsys.readouterr().out
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert "WARNING" not in capsys.readouterr().out
+
+
+def test_features_are_not_cached_if_they_change(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=pretrained, trainable="head"))
+    assert run.get_no_caching_reason() is None
+    options = run.options
+    for flag in ("mixup", "cutmix"):
+        run.options = replace(options, augmentation=replace(options.augmentation, **{flag: 0.5}))
+        assert run.get_no_caching_reason() == "images are mixed"
+        assert run.build_components(lambda model: {}).model is run.model
+        assert "computed in every step, because images are mixed" in capsys.readouterr().out
+    run.options = options
+    run.model.vitcls.layernorm.weight.requires_grad_(True)
+    assert run.get_no_caching_reason() == "vitcls.layernorm.weight is trained"
+
+
+def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
+    run = FinetuneTask(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
+    batch = {"pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), "labels": torch.arange(8) % 2}
+    options, normalize = run.options, Normalizer(run.processor, torch.device("cpu"))
+    for flag in (None, "mixup", "cutmix"):
+        changes = {flag: 5.0} if flag else {}
+        run.options = replace(options, augmentation=replace(options.augmentation, **changes))
+        inputs = run.build_objective(normalize).prepare_batch(batch)
+        is_mixed = inputs["labels"].is_floating_point()
+        assert is_mixed == (not torch.equal(inputs["pixels"], batch["pixels"])) == (flag is not None)
+    counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
+    logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
+    run.options = options
+    torch.testing.assert_close(run.build_label_loss()(logits, labels), weighted)
+    run.options = replace(options, training=replace(options.training, class_balance="none"))
+    torch.testing.assert_close(run.build_label_loss()(logits, labels), expected.mean())
+    assert counts[0] != counts[1]
 
 
 def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path) -> None:

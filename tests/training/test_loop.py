@@ -82,7 +82,17 @@ class LoopRecorder:
             save=lambda is_best: self.saved.append((self.state.step, is_best)),
             get_stop_signal=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
         )
-        objective = Classification(PixelInputs(self.normalise), SingleLabelLoss(label_smoothing=0.1))
+        classification = Classification(PixelInputs(self.normalise), SingleLabelLoss(label_smoothing=0.1))
+        self.losses: list[float] = []  # loss of each batch
+        self.seeds: list[int] = []  # random seed of each batch
+
+        def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+            assert self.model.training
+            self.seeds.append(torch.initial_seed())
+            losses = classification(model, batch)
+            self.losses.append(losses["loss"].item())
+            return losses
+
         self.loop = TrainingLoop(
             self.state,
             objective,
@@ -183,6 +193,47 @@ def test_logged_losses_are_means_over_the_processes(monkeypatch: pytest.MonkeyPa
     assert [bench.records[0]["loss"]] == pytest.approx([loss + 1 for loss in own], abs=1e-5)
 
 
+def test_losses_and_speed_are_measured_since_the_last_record() -> None:
+    bench, speeds = LoopRecorder(max_steps=5, log_every=2, gradient_accumulation_steps=2), []
+
+    def record_speed(num_images: int, seconds: float) -> dict[str, Any]:
+        speeds.append((num_images, seconds))
+        return {"mfu": 0.5}
+
+    bench.loop.hooks.record_speed = record_speed
+    bench.run()
+    means = [sum(losses) / len(losses) for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])]
+    assert [record["loss"] for record in bench.records] == pytest.approx(means, abs=1e-6)
+    assert [num_images for num_images, _ in speeds] == [32, 32, 16]
+    assert [record["images_per_second"] for record in bench.records] == [round(n / s, 1) for n, s in speeds]
+    assert all(record["mfu"] == 0.5 for record in bench.records)
+
+
+def test_attention_is_logged_with_the_next_record() -> None:
+    bench = LoopRecorder(max_steps=7, log_every=3, health_every=2)
+    bench.loop.hooks.measure_attention = lambda batch: {"entropy": bench.state.step}
+    bench.run()
+    assert [(record["step"], record.get("entropy")) for record in bench.records] == [(3, 2), (6, 6), (7, None)]
+
+
+def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume() -> None:
+    whole, batches, pushed = LoopRecorder(max_steps=4, gradient_accumulation_steps=2), [], []
+    whole.loop.hooks.on_batch = batches.append
+    whole.loop.hooks.push_checkpoint = lambda: pushed.append(whole.state.step)
+    whole.run()
+    assert len(whole.seeds) == len(set(whole.seeds)) == len(batches) == 8
+    assert pushed == [1, 2, 3]  # the last step pushes the result
+    reset_accelerate()
+    resumed = LoopRecorder(max_steps=4, gradient_accumulation_steps=2)
+    resumed.state.step = 2
+    resumed.run()
+    assert resumed.seeds == whole.seeds[4:]
+    reset_accelerate()
+    other = LoopRecorder(max_steps=4, gradient_accumulation_steps=2, seed=1)
+    other.run()
+    assert not set(other.seeds) & set(whole.seeds)
+
+
 def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
     bench = LoopRecorder(max_steps=4)
     bench.state.step = 4
@@ -274,6 +325,12 @@ def test_the_best_checkpoint_is_marked() -> None:
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
+    reset_accelerate()
+    equal = LoopRecorder(epochs=3, max_steps=None, batch_size=479, save_every=100)
+    equal.accuracies = iter([0.5, 0.5, 0.5])
+    equal.run()
+    assert equal.saved == [(3, True), (9, False)]  # the first of equal evaluations
+    assert equal.state.num_evaluations_since_best == 2
 
 
 def test_a_signal_after_the_best_evaluation_keeps_it_the_best() -> None:
@@ -318,6 +375,10 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     bench.signal_at = 3
     assert bench.run()["accuracy"] == 0.5
     assert bench.saved == [(3, False), (3, True)]
+    reset_accelerate()
+    bench = LoopRecorder(epochs=9, max_steps=None, batch_size=479, select="best", patience=1)
+    bench.accuracies, bench.signal_at = iter([0.75, 0.5]), 6  # three steps per epoch
+    assert bench.run()["accuracy"] == 0.5 and bench.state.step == 6
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -382,10 +443,14 @@ def test_token_monitor_records_the_current_step() -> None:
     before = token.detach().clone()
     gradients: list[torch.Tensor] = []
     token.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    squares: list[float] = []
+    for parameter in bench.model.parameters():
+        parameter.register_hook(lambda gradient: squares.append(gradient.double().square().sum().item()))
     bench.run()
     (record,) = bench.records
     assert record["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
     assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(gradients[0].norm().item(), rel=1e-5)
+    assert record["gradient_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
     update = (token.detach() - before).norm() / before.norm()
     assert record["token_update_ratio"]["cls[0]"] == pytest.approx(update.item(), rel=1e-4)
 

@@ -13,8 +13,15 @@ from tiny_models import build_images, build_tiny_config, get_largest_difference,
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.options import DataOptions, DistillationOptions, FinetuneOptions, ModelOptions, TrainingOptions
-from modeling_vitcls.training.finetune import FinetuneTask, check_combinations
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    DataOptions,
+    DistillationOptions,
+    FinetuneOptions,
+    ModelOptions,
+    TrainingOptions,
+)
+from modeling_vitcls.training.finetune import FinetuneTask, check_combinations, check_label_kind
 from modeling_vitcls.training.model import build_model, merge_lora, set_train_mode, set_trainable_parameters
 
 
@@ -99,10 +106,61 @@ def test_contradictory_flags_are_errors() -> None:
             "data": DataOptions("digits", streaming=True),
             "training": TrainingOptions(class_balance="weights"),
         },
+        "--teacher-views caches the teacher's logits of each image": {
+            "data": DataOptions("digits", streaming=True),
+            "distillation": DistillationOptions(teacher_views=1),
+        },
+        "--trainable last-1 requires a trained checkpoint, but vitcls-tiny has random weights": {
+            "model": ModelOptions("vitcls-tiny"),
+            "training": TrainingOptions(trainable="last-1"),
+        },
     }
     for message, changes in refused.items():
         with pytest.raises(ValueError, match=message):
             check_combinations(replace(options, **changes))
+    token, head = ModelOptions("some/checkpoint", num_distillation_tokens=1), TrainingOptions(trainable="head")
+    accepted: list[dict[str, Any]] = [
+        {"distillation": DistillationOptions(teacher="t"), "model": token},
+        {"training": replace(head, feature_views=2)},
+        {"training": TrainingOptions(class_balance="weights")},
+        {"distillation": DistillationOptions(teacher="t", teacher_views=1), "model": token},
+        {"data": DataOptions("digits", streaming=True)},
+        {"model": ModelOptions("vitcls-tiny")},
+        {"model": ModelOptions("some/checkpoint", patch_drop_rate=0.5)},
+        {
+            "distillation": DistillationOptions(teacher="t"),
+            "model": replace(token, patch_drop_rate=0.5),
+            "training": head,
+        },
+    ]
+    for changes in accepted:
+        check_combinations(replace(options, **changes))
+
+
+def test_a_teacher_adds_a_distillation_token() -> None:
+    options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
+    assert FinetuneTask.check_options(options) == options
+    taught = replace(options, distillation=DistillationOptions(teacher="t"))
+    assert FinetuneTask.check_options(taught).model.num_distillation_tokens == 1
+    two = replace(taught, model=replace(options.model, num_distillation_tokens=2))
+    assert FinetuneTask.check_options(two) == two
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])
+def test_flags_that_require_one_label_per_image(kind: str) -> None:
+    options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
+    check_label_kind(options, kind)
+    refused: dict[str, dict[str, Any]] = {
+        "--mixup": {"augmentation": AugmentationOptions(mixup=0.1)},
+        "--cutmix": {"augmentation": AugmentationOptions(cutmix=0.1)},
+        "--class-balance": {"training": TrainingOptions(class_balance="sampling")},
+        "--teacher": {"distillation": DistillationOptions(teacher="t")},
+    }
+    for flag, changes in refused.items():
+        changed = replace(options, **changes)
+        check_label_kind(changed, "single_label_classification")
+        with raises_one_line(f"{flag} requires one label per image, but the label kind of the dataset is {kind}"):
+            check_label_kind(changed, kind)
 
 
 LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}

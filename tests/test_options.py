@@ -1,0 +1,240 @@
+"""Flags: limits of values, combinations of flags, and conversion to configurations, recipes and command lines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import raises_one_line
+
+from modeling_vitcls.options import (
+    AugmentationOptions,
+    DataOptions,
+    DistillationOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    MaskingOptions,
+    ModelOptions,
+    PredictOptions,
+    RunOptions,
+    TrainingOptions,
+    get_flag_names,
+    parse_cls_scopes,
+    to_arguments,
+    to_flags,
+)
+
+
+# Required arguments of the option classes.
+REQUIRED: dict[type, dict[str, Any]] = {
+    DataOptions: {"dataset": "digits"},
+    ModelOptions: {"model": "vitcls-tiny"},
+    EvaluateOptions: {"model": "m", "data": DataOptions("digits")},
+    PredictOptions: {"model": "m", "paths": ("a.jpg",)},
+    InspectOptions: {"model": "m", "paths": ("a.jpg",)},
+}
+
+# Class, flag, accepted values, rejected values, and the requirement in the error message.
+LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
+    (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0], "at least 0 and below 1"),
+    (DataOptions, "folds", [None, 2], [1], "2 or more"),
+    (DataOptions, "shuffle_buffer", [1], [0], "1 or more"),
+    (DataOptions, "split_seed", [0], [-1], "0 or more"),
+    (DataOptions, "max_broken_images", [0], [-1], "0 or more"),
+    (DataOptions, "num_workers", [0], [-1], "0 or more"),
+    (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1], "above 0 and at most 1"),
+    (AugmentationOptions, "rotation", [0, 180], [-1, 181], "from 0 to 180"),
+    (AugmentationOptions, "rand_augment_operations", [1], [0], "1 or more"),
+    (AugmentationOptions, "repeated_augmentation", [1], [0], "1 or more"),
+    (AugmentationOptions, "rand_augment_magnitude", [0, 30], [-1, 31], "from 0 to 30"),
+    (AugmentationOptions, "random_erasing", [0, 1], [-0.1, 1.1], "from 0 to 1"),
+    (AugmentationOptions, "shift", [None, 0, 0.9], [-0.1, 1], "at least 0 and below 1"),
+    (AugmentationOptions, "zoom", [0, 0.9], [-0.1, 1], "at least 0 and below 1"),
+    (AugmentationOptions, "mixup", [0, 0.1], [-0.1], "0 or more"),
+    (AugmentationOptions, "cutmix", [0, 0.1], [-0.1], "0 or more"),
+    (TrainingOptions, "epochs", [None, 0.1], [0], "above 0"),
+    (TrainingOptions, "max_steps", [None, 1], [0], "1 or more"),
+    (TrainingOptions, "batch_size", [None, 1], [0], "1 or more"),
+    (TrainingOptions, "gradient_accumulation_steps", [1], [0], "1 or more"),
+    (TrainingOptions, "learning_rate", [None, 1e-9], [0, -1.0], "above 0"),
+    (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1], "above 0 and at most 1"),
+    (TrainingOptions, "warmup", [0, 0.9], [-0.1, 1], "at least 0 and below 1"),
+    (TrainingOptions, "weight_decay", [0], [-0.1], "0 or more"),
+    (TrainingOptions, "label_smoothing", [0, 0.9], [-0.1, 1], "at least 0 and below 1"),
+    (TrainingOptions, "max_gradient_norm", [0.1], [0], "above 0"),
+    (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1], "between 0 and 1"),
+    (TrainingOptions, "feature_views", [0], [-1], "0 or more"),
+    (TrainingOptions, "lora_rank", [1], [0], "1 or more"),
+    (TrainingOptions, "seed", [0], [-1], "0 or more"),
+    (TrainingOptions, "log_every", [1], [0], "1 or more"),
+    (TrainingOptions, "health_every", [0], [-1], "0 or more"),
+    (TrainingOptions, "evaluate_every", [1], [0], "1 or more"),
+    (TrainingOptions, "patience", [None], [0], "1 or more"),
+    (
+        TrainingOptions,
+        "trainable",
+        ["full", "head", "lora", "last-1", "last-12"],
+        ["none", "last", "last-0", "last-1x"],
+        "full, head, lora or last-N such as last-2",
+    ),
+    (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1], "above 0 and at most 1"),
+    (DistillationOptions, "distillation_tau", [0.1], [0], "above 0"),
+    (DistillationOptions, "teacher_views", [0], [-1], "0 or more"),
+    (MaskingOptions, "mask_ratio", [0.1, 0.9], [0, 1], "between 0 and 1"),
+    (MaskingOptions, "mask_block", [1], [0], "1 or more"),
+    (RunOptions, "save_every", [None, 1], [0], "1 or more"),
+    (RunOptions, "keep_checkpoints", [1], [0], "1 or more"),
+    (RunOptions, "hub_checkpoint_every", [None], [0], "1 or more"),
+    (RunOptions, "hub_checkpoint_branch", ["mains"], ["", "main"], "a branch other than main"),
+    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit"], "a license identifier of the Hub"),
+    (EvaluateOptions, "batch_size", [1], [0], "1 or more"),
+    (EvaluateOptions, "frozen_repeats", [1], [0], "1 or more"),
+    (
+        EvaluateOptions,
+        "frozen",
+        [None, "knn", "logreg", "few-shot:5"],
+        ["svm", "None", "few-shot:0", "few-shot:5x"],
+        "knn, logreg or few-shot:N",
+    ),
+    (PredictOptions, "shard_size", [1], [0], "1 or more"),
+    (PredictOptions, "batch_size", [1], [0], "1 or more"),
+    (PredictOptions, "top_k", [None, 1], [0], "1 or more"),
+    (PredictOptions, "num_workers", [None, 1], [0], "1 or more"),
+    (PredictOptions, "threshold", [0, 1], [-0.1, 1.1], "from 0 to 1"),
+    (InspectOptions, "num_images", [1], [0], "1 or more"),
+    (InspectOptions, "max_images", [1], [0], "1 or more"),
+    (InspectOptions, "batch_size", [1], [0], "1 or more"),
+    (InspectOptions, "patch_sizes", [(), (1, 16)], [(8, 0), (0, 8)], "a list of positive integers (pixels)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "accepted", "rejected", "requirement"),
+    LIMITS,
+    ids=[f"{case[0].__name__}-{case[1]}" for case in LIMITS],
+)
+def test_limits_of_values(kind: type, name: str, accepted: list[Any], rejected: list[Any], requirement: str) -> None:
+    for value in accepted:
+        assert getattr(kind(**REQUIRED.get(kind, {}) | {name: value}), name) == value
+    for value in rejected:
+        with raises_one_line(f"--{name.replace('_', '-')} is {value}, but it must be {requirement}"):
+            kind(**REQUIRED.get(kind, {}) | {name: value})
+
+
+# Class, flags that are accepted, changes that are rejected, and a part of the error message.
+COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
+    (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "--fold is 0, but it must be from 1 to the value of --folds"),
+    (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "--fold is 4"),
+    (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "--fold is 2"),
+    (TrainingOptions, {"patience": 1, "select": "best"}, {"select": "last"}, "--patience requires --select best"),
+    (
+        RunOptions,
+        {"hub_checkpoint_every": 1, "push_to_hub": True},
+        {"push_to_hub": False},
+        "--hub-checkpoint-every requires --push-to-hub",
+    ),
+    (
+        RunOptions,
+        {"hub_push_optimizer": True, "push_to_hub": True},
+        {"push_to_hub": False},
+        "--hub-push-optimizer requires --push-to-hub",
+    ),
+    (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_task_id": None}, "require each other"),
+    (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": None}, "require each other"),
+    (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": "b"}, "a dataset on the Hub"),
+    (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "exactly one of PATHS, --list and --dataset"),
+    (PredictOptions, {"paths": ("a",)}, {"list": Path("b")}, "exactly one of PATHS, --list and --dataset"),
+    (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "exactly one of PATHS, --list and --dataset"),
+    (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "exactly one of PATHS"),
+    *(
+        (
+            PredictOptions,
+            {"paths": (), "dataset": "c", name: value},
+            {"paths": ("a",), "dataset": None},
+            "--split, --image-column and --streaming require --dataset",
+        )
+        for name, value in {"split": "test", "image_column": "x", "streaming": True}.items()
+    ),
+    *(
+        (PredictOptions, {"output": Path(f"a{suffix}")}, {"output": Path("a.txt")}, "--output a.txt: set a .csv")
+        for suffix in ("", ".csv", ".JSON", ".jsonl", ".parquet")
+    ),
+    (
+        PredictOptions,
+        {"features": "cls", "output": Path("a.parquet")},
+        {"output": None},
+        "--features cls requires an output format for long vectors, not a table",
+    ),
+    (
+        PredictOptions,
+        {"features": "cls", "output": Path("a")},
+        {"output": Path("a.csv")},
+        "--features cls requires an output format for long vectors, not CSV",
+    ),
+    (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "Set either PATHS or --dataset"),
+    (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "Set either PATHS or --dataset"),
+    *(
+        (
+            InspectOptions,
+            {"paths": (), "dataset": "c", name: value},
+            {"paths": ("a",), "dataset": None},
+            "--image-column, --label-column and --label-separator require --dataset",
+        )
+        for name, value in {"image_column": "x", "label_column": ("x",), "label_separator": "|"}.items()
+    ),
+    (
+        InspectOptions,
+        {"output": Path("a.HTM")},
+        {"output": Path("a.json")},
+        "--output a.json: set the name of a .html",
+    ),
+    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "--json a.html: set the name of a .json"),
+]
+
+
+@pytest.mark.parametrize(("kind", "accepted", "changes", "words"), COMBINATIONS)
+def test_combinations_of_flags(kind: type, accepted: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    kind(**REQUIRED.get(kind, {}) | accepted)
+    with raises_one_line(words):
+        kind(**REQUIRED.get(kind, {}) | accepted | changes)
+
+
+def test_an_existing_folder_is_an_output_for_any_name(tmp_path: Path) -> None:
+    (tmp_path / "features.v2").mkdir()
+    PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v2", features="cls")
+    with raises_one_line("features.v3"):
+        PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v3", features="cls")
+
+
+def test_regions_of_cls_tokens() -> None:
+    assert parse_cls_scopes(["1x2", "image", "2x1"]) == [
+        [1, 2, 0, 0],
+        [1, 2, 0, 1],
+        "image",
+        [2, 1, 0, 0],
+        [2, 1, 1, 0],
+    ]
+    for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
+        with raises_one_line(f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {text!r}"):
+            ModelOptions("vitcls-tiny", cls_scopes=("image", text))
+
+
+def test_fields_of_the_configuration() -> None:
+    assert ModelOptions("vitcls-tiny").get_config_values() == {}
+    options = ModelOptions("vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"))
+    scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
+    assert options.get_config_values() == {"num_register_tokens": 0, "cls_scopes": scopes, "num_cls_tokens": 3}
+    assert ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()["num_cls_tokens"] == 2
+
+
+def test_flags_of_a_run_are_those_of_a_recipe() -> None:
+    options = FinetuneOptions(
+        Path("out"), DataOptions("digits", label_column=("a", "b")), ModelOptions("vitcls-tiny"), config=Path("a.yaml")
+    )
+    flags = to_flags(options)
+    assert flags.keys() == get_flag_names(FinetuneOptions) - {"config"}
+    assert flags["output_dir"] == "out" and flags["label_column"] == ["a", "b"] and flags["model"] == "vitcls-tiny"
+    assert flags["distillation_tau"] == 3.0 and flags["flip"] is True and flags["teacher"] is None
+    arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]
+    assert arguments == [["--output-dir", "out"], ["--label-column", "a", "b"], ["--flip"]]
+    assert to_arguments("hub_verify", False) == ["--no-hub-verify"] and to_arguments("seed", 0) == ["--seed", "0"]
