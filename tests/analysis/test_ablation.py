@@ -386,6 +386,7 @@ def test_labels_of_datasets_are_converted() -> None:
 def test_limits_of_null_distributions() -> None:
     """The limit is the upper end of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
     assert compute_null_limit([1.0, 2.0, 3.0, 4.0]) == pytest.approx(7.093, abs=1e-3)
+    assert compute_null_limit([1.0, 2.0]) == pytest.approx(12.504, abs=1e-3)  # 1.5 + 12.71 * 0.7071 * 1.5 ** 0.5
     assert compute_null_limit([0.2, 0.2]) == compute_null_limit([0.2]) == 0.2
     assert compute_null_limit([1e-5] * 8) == compute_null_limit([1e-5]) == 1e-3
     effect = FeatureEffect({"cls": 0.5}, None, 20, (0.4, 0.6))

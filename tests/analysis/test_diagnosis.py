@@ -528,6 +528,18 @@ def test_the_token_with_the_nearest_attention_maps_is_named() -> None:
     assert judge(0.041)[3].word == "not judged" and judge(0.041)[3].numbers["equal_attention_token"] is None
 
 
+def test_attention_is_compared_in_the_layers_in_which_both_tokens_are_read() -> None:
+    """The head reads the CLS token after layer 3, but the register only after layer 2."""
+    model = build_classifier(num_distillation_tokens=0, num_register_tokens=1)
+
+    def change(distances: torch.Tensor) -> None:
+        distances[:2], distances[2] = 0.02, 1.0
+
+    planted = plant(findings_of(model), map_distance=change, map_selectivity=lambda values: values.fill_(0.5))
+    found = diagnose_tokens(model.config, planted)
+    assert [verdict.numbers["equal_attention_distance"] for verdict in found] == [pytest.approx(0.04)] * 2
+
+
 def build_ablations(changed: dict[str, Ablation], keys: list[str]) -> Ablations:
     """Return the same ablations for both kinds, without effect except for the changed keys."""
     none = Ablation(build_effect(), 0.0, [0.1] * 8, [0.2] * 8, 0.3)
@@ -710,6 +722,8 @@ def test_a_register_of_a_single_layer_is_not_read() -> None:
     model = build_classifier(num_hidden_layers=1, num_distillation_tokens=0, num_register_tokens=1)
     _, register = describe_depth(model.config, findings_of(model))
     assert register == "register attends to other tokens only in layer 1, and its output is not read."
+    numbers = diagnose_tokens(model.config, findings_of(model))[1].numbers
+    assert numbers["read_layers"] == 0 and numbers["patch_mass"] == numbers["embedding_similarity"] == pytest.approx(1)
 
 
 def test_the_description_uses_the_tokens_of_the_head() -> None:

@@ -33,7 +33,7 @@ def open_digits(model: Any, **fields: Any) -> InspectionImages:
     return open_images(InspectOptions("model", dataset="digits", **fields), model)
 
 
-def test_folder_names_are_labels(tmp_path: Path) -> None:
+def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder without a class has unknown labels. Images are in the order of the paths."""
     folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
     found = open_paths(build_classifier(CLASSES), folder, folder / "cat" / "1.png")
@@ -43,6 +43,9 @@ def test_folder_names_are_labels(tmp_path: Path) -> None:
     for index, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
         assert np.array_equal(np.asarray(found.images[index]), np.asarray(Image.open(folder / name)))
     assert open_paths(build_classifier(CLASSES), folder / "else").labels is None
+    monkeypatch.chdir(folder / "cat")
+    here = open_paths(build_classifier(CLASSES), Path())
+    assert (here.labels, here.source) == ([2, 2], "cat")
 
 
 def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:
@@ -86,6 +89,15 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
         assert (len(found.images), found.source) == (count, f"photos, split {split or 'test'}")
     with raises_one_line("no split 'nothing'", "train"):
         open_images(InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder)
+
+
+def test_an_encoder_requires_no_labels(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(2), "dog")
+    (tmp_path / "photos.csv").write_text("image\ndog/1.png\ndog/0.png\n")
+    options = InspectOptions("model", dataset=str(tmp_path / "photos.csv"))
+    found = open_images(options, ViTCLSModel(build_tiny_config()))
+    assert len(found.images) == 2 and found.labels is None
+    assert np.array_equal(np.asarray(found.images[0]), np.asarray(Image.open(tmp_path / "dog" / "1.png")))
 
 
 @pytest.mark.parametrize("has_labels", [False, True])

@@ -251,10 +251,12 @@ def test_kept_tokens_keep_their_positions() -> None:
 
 
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero", "zeros"])
-def test_new_tokens_start_by_token_init(token_init: str) -> None:
+def test_new_tokens_start_by_token_init(token_init: str, caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(token_init=token_init, initializer_range=0.5)))
     count = 1 if token_init == "zeros" else 4
     tokens = model.adapt(num_register_tokens=count).embeddings.register_tokens
+    initialization = f"0 kept, {count} added, initialized by token_init={token_init!r}"
+    assert f"embeddings.register_tokens: {initialization}" in get_logged_lines(caplog)
     if token_init == "zeros":
         assert not tokens.any()
     else:
