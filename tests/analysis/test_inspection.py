@@ -136,6 +136,8 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     )
     assert found.accuracy == pytest.approx(4 / 6) and found.findings.num_images == 7
     assert found.num_unreadable == 1 and len(warnings) == 1 and "mode F" in warnings[0]
+    keys = ("cls[0]", "registers[0]", "registers[1]")
+    assert found.effects == {key: found.ablations["information"][key].effect for key in keys}
     confidences = {index: values.max().item() for index, values in probabilities.items()}
     wrong = sorted([4, 5], key=lambda index: -confidences[index])
     uncertain = min({0, 1, 2, 6, 7}, key=lambda index: confidences[index])
