@@ -106,7 +106,7 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     measure only the last layer. The reason also describes earlier layers.
     """
     last_layer = count_read_layers(config, has_head)[-1]
-    first_layer = max(last_layer - max(last_layer // 4, 1) + 1, min(last_layer, 1))
+    first_layer = last_layer - max(last_layer // 4, 1) + 1
     modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last_layer + 1)]
     fractions = [mode.fraction if mode else 0.0 for mode in modes]
     layer = max(range(first_layer, last_layer + 1), key=lambda index: fractions[index])

@@ -95,20 +95,21 @@ def load_from_dataset(
         examples = match_labels(examples, label_space, get_label_space(model.config))
         images, labels = examples.images, examples.labels
     else:
-        split = options.split or "test"
-        images, labels = load_unlabeled_images(data_options, split), None
+        images, split = load_unlabeled_images(data_options, options.split or "test")
+        labels = None
     dataset_name = get_short_name(dataset)
     names = [f"{dataset_name} {index}" for index in range(len(images))]
     return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
 
 
-def load_unlabeled_images(data_options: DataOptions, split: str) -> Sequence[Image.Image]:
-    """Load the images of a split. If the dataset has a single split with another name, load this split."""
+def load_unlabeled_images(data_options: DataOptions, split: str) -> tuple[Sequence[Image.Image], str]:
+    """Return the images of a split and the name of the split. If the dataset has a single split with another name,
+    load this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:
             raise ValueError(f"{data_options.dataset} has no split {split!r}. Choose one of {', '.join(names)}.")
         return [split if split in names else names[0]]
 
-    (examples,) = load_splits(data_options, use_labels=False, select=select_split).images_by_split.values()
-    return examples.images
+    ((name, examples),) = load_splits(data_options, use_labels=False, select=select_split).images_by_split.items()
+    return examples.images, name

@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics.pairwise import cosine_similarity
 from tiny_models import (
     LAYOUTS,
     TASKS,
@@ -20,14 +23,17 @@ from varied_models import center_logits, collect_findings
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
     NUM_NULL_DRAWS,
+    Ablation,
     collect_mean_states,
     compute_ablation_effects,
     compute_ablations,
+    compute_null_limit,
+    draw_patches,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.analysis.effects import compute_effect
+from modeling_vitcls.analysis.effects import FeatureEffect, compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.model_outputs import (
     Predictions,
@@ -70,9 +76,12 @@ def compute_mean_states(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def compute_logits(model: Any, place: int | None, means: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels], computed layer by layer; one token is replaced by its mean after each layer."""
+    """Return the logits [B, labels], computed layer by layer; one token is replaced by its mean in the embeddings and
+    after each layer."""
     encoder = model.vitcls
     states = encoder.embeddings(PIXELS, None)
+    if place is not None:
+        states[:, place] = means[0, place]
     grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
     mask = build_attention_mask(model.config, states, None, grid, encoder.view, encoder.gates)
     position_embeddings = None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
@@ -266,6 +275,9 @@ def test_effects_in_numbers() -> None:
     after = Predictions(logits + torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([[0], [0]]), before.labels)
     found = compute_effect(before, after)
     assert (found.changed_answers, found.logit_change, found.accuracy_change, found.num_images) == (0.5, 2.0, 0.5, 2)
+    assert (found.improvement, found.is_better_than_chance) == (0.5, False)
+    assert found.changed_interval == pytest.approx((0.0126, 0.9874), abs=1e-4)
+    assert found.logit_interval == pytest.approx((0.0, 8**0.5)) and found.interval == found.logit_interval
     alike = Predictions(torch.full((2, 2), 100.0), before.predicted, None)
     rounding = Predictions(alike.logits + 1e-5, before.predicted, None)
     same = compute_effect(alike, alike)
@@ -273,6 +285,28 @@ def test_effects_in_numbers() -> None:
     assert compute_effect(alike, rounding).logit_change < 1e-3  # not divided by a variation of zero
     nothing = Predictions(torch.zeros(2, 2), before.predicted, None)
     assert compute_effect(nothing, nothing).logit_change == 0
+
+
+def test_the_improvement_is_an_exact_test_of_the_images_whose_correctness_changes() -> None:
+    """Five images are gained and one is lost. Unknown labels do not count."""
+    right = torch.tensor([[0]] * 9 + [[IGNORED_LABEL]] * 3)
+    first = Predictions(torch.zeros(12, 2), torch.tensor([[1]] * 5 + [[0]] * 4 + [[1]] * 3), right)
+    second = Predictions(torch.zeros(12, 2), torch.tensor([[0]] * 5 + [[1]] + [[0]] * 6), right)
+    assert compute_effect(first, second).improvement == pytest.approx(7 / 64)
+    assert compute_effect(second, first).improvement == pytest.approx(63 / 64)
+    assert compute_effect(first, first).improvement == 1
+    assert compute_effect(first, second).accuracy_change == pytest.approx(4 / 9)
+
+
+def test_intervals_are_bootstrap_intervals_over_images() -> None:
+    """The logits have a standard deviation of 1 over images. Compare with the bootstrap of SciPy."""
+    signs, changes = torch.tensor([1.0, -1.0]).repeat(200), torch.rand(400, generator=torch.Generator().manual_seed(0))
+    before = Predictions(signs[:, None].repeat(1, 2), torch.zeros(400, 1), None)
+    after = Predictions(before.logits + changes[:, None], before.predicted, None)
+    expected = stats.bootstrap([changes.square().numpy()], np.mean, method="percentile", rng=0).confidence_interval
+    found = compute_effect(before, after)
+    assert found.logit_change == pytest.approx(changes.square().mean().sqrt().item(), rel=1e-5)
+    assert found.logit_interval == pytest.approx([end**0.5 for end in expected], rel=0.01)
 
 
 def test_the_effect_on_one_image_is_none() -> None:
@@ -349,6 +383,84 @@ def test_labels_of_datasets_are_converted() -> None:
 # Null distributions --------------------------------------------------------------------------------------------------
 
 
+def test_limits_of_null_distributions() -> None:
+    """The limit is the upper end of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
+    assert compute_null_limit([1.0, 2.0, 3.0, 4.0]) == pytest.approx(7.093, abs=1e-3)
+    assert compute_null_limit([1.0, 2.0]) == pytest.approx(12.504, abs=1e-3)  # 1.5 + 12.71 * 0.7071 * 1.5 ** 0.5
+    assert compute_null_limit([0.2, 0.2]) == compute_null_limit([0.2]) == 0.2
+    assert compute_null_limit([1e-5] * 8) == compute_null_limit([1e-5]) == 1e-3
+    effect = FeatureEffect({"cls": 0.5}, None, 20, (0.4, 0.6))
+    ablation = Ablation(effect, 0.5, [0.2, 0.2], [0.1, 0.1])
+    assert ablation.null_interval == (0.1, 0.2) and ablation.is_beyond_null
+    assert Ablation(effect, 0.5, [0.1, 0.1], [0.2, 0.2]).null_interval == (0.1, 0.2)
+    assert Ablation(effect, 0.5, [0.3, 0.3]).null_interval == (0.3, 0.3)
+    assert not Ablation(effect, 0.2, [0.2, 0.2]).is_beyond_null  # the effect on the same images is decisive
+    assert not Ablation(effect, 0.5).is_beyond_null and Ablation(effect, 0.5).null_interval is None
+    rounding = FeatureEffect({"cls": 0.0, "patches": 9e-4}, None, 20, (0.0, 1e-3))
+    assert rounding.size == 9e-4 and not Ablation(rounding, 0.5, [0.2, 0.2]).is_beyond_null
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_patches_of_the_null_distribution_are_ablated_like_tokens(pooling: str) -> None:
+    """Compare with each of the 16 patches, ablated with the means of its own states."""
+    model = build_classifier(num_register_tokens=1, pooling=pooling)
+    with torch.no_grad():
+        means = torch.stack(model(PIXELS, output_hidden_states=True).hidden_states, dim=1).mean(dim=0)  # [L + 1, N, D]
+    ablations = compute_ablations(model, Batches(), means[:, :2])
+    before = collect_predictions(model, Batches())
+    for kind in ablations:
+        expected = []
+        for place in range(2, 18):
+            mask = torch.ones(6, 18, dtype=torch.long)
+            mask[:, place] = 0
+            with torch.no_grad():
+                hidden = model(PIXELS, attention_mask=mask).logits
+            logits = compute_logits(model, place, means) if kind == "information" else hidden
+            expected.append(compute_effect(before, Predictions(logits, before.predicted, None)).size)
+        found = torch.tensor(ablations[kind]["registers[0]"].patch_effects)
+        distances = (found[:, None] - torch.tensor(expected)).abs()
+        assert len(set(distances.argmin(dim=1).tolist())) == NUM_NULL_DRAWS  # distinct patches
+        assert distances.amin(dim=1).max() <= 1e-4
+        assert ablations[kind]["cls[0]"].patch_effects == found.tolist()  # one patch is as many as one token
+
+
+def test_random_tokens_of_the_null_distribution_are_compared_with_themselves() -> None:
+    """The effect of ablating a redrawn token is measured from the outputs with this redrawn token. The draws are
+    repeated in the documented order: patches, the CLS token, registers."""
+    model = build_classifier(num_register_tokens=1)
+    ablations = compute_ablations(model, Batches(), compute_mean_states(model))
+    before, hidden = collect_predictions(model, Batches()), collect_outputs(model, Batches(), [1])
+    generator = torch.Generator().manual_seed(0)
+    draw_patches(torch.arange(2, 18), 1, generator)
+    effects: dict[str, list[float]] = {"redraw cls": [], "redraw": [], "information": [], "presence": []}
+    for place in [0] * (NUM_NULL_DRAWS // 2) + [1] * NUM_NULL_DRAWS:
+        with redraw_tokens(model, [place], generator), torch.no_grad():
+            own = model(PIXELS, output_hidden_states=True)
+            redrawn = Predictions(own.logits, before.predicted, None)
+            means = torch.stack(own.hidden_states, dim=1).mean(dim=0)
+            ablated = Predictions(compute_logits(model, place, means), before.predicted, None)
+        if place == 0:
+            effects["redraw cls"].append(compute_effect(before, redrawn).size)
+            continue
+        effects["redraw"].append(compute_effect(before, redrawn).size)
+        effects["information"].append(compute_effect(redrawn, ablated).size)
+        effects["presence"].append(compute_effect(redrawn, hidden).size)
+    for kind in ablations:
+        cls, register = ablations[kind]["cls[0]"], ablations[kind]["registers[0]"]
+        assert register.redrawn_effects == pytest.approx(effects[kind], rel=1e-3)
+        assert register.redraw_effect == pytest.approx(np.mean(effects["redraw"]), rel=1e-3)
+        assert cls.redraw_effect == pytest.approx(np.mean(effects["redraw cls"]), rel=1e-3)
+
+
+def test_random_sets_of_patches() -> None:
+    patches = torch.arange(4, 10)
+    singles = draw_patches(patches, 1, torch.Generator().manual_seed(0))
+    assert sorted(singles) == [[index] for index in range(4, 10)]  # fewer than NUM_NULL_DRAWS, each of them once
+    pairs = draw_patches(patches, 2, torch.Generator().manual_seed(0))
+    assert len(pairs) == NUM_NULL_DRAWS and len(set(map(tuple, pairs))) > 1
+    assert all(len(set(pair)) == 2 and set(pair) <= set(range(4, 10)) and pair == sorted(pair) for pair in pairs)
+
+
 def test_random_tokens_have_equal_norms() -> None:
     """Their states are computed with the random embedding, which is the same for all images."""
     model = build_classifier(num_register_tokens=2)
@@ -373,11 +485,14 @@ def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) ->
         assert list(found[kind]) == [*get_token_keys(model.config.token_layout), group]
         for key, ablation in found[kind].items():
             assert len(ablation.patch_effects) == NUM_NULL_DRAWS and ablation.redraw_effect > 0
-            assert bool(ablation.redrawn_effects) == (key not in ("cls[0]", "cls"))
+            assert len(ablation.redrawn_effects) == (0 if key in ("cls[0]", "cls") else NUM_NULL_DRAWS)
             assert ablation.null_interval[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
             assert ablation.is_beyond_null == (
                 ablation.effect_on_null_images > ablation.null_interval[1] and ablation.effect.changed_answers > 0
             )
+        others = [f"{group}[1]", f"{group}[2]"]
+        assert found[kind][others[0]].redrawn_effects == found[kind][others[1]].redrawn_effects  # they take turns
+        assert found[kind][others[0]].patch_effects != found[kind][group].patch_effects  # one and three patches
     for key, effect in single.items():
         held = found["information"][key].effect  # one image is sufficient if the head reads no other token
         assert held.logit_change == pytest.approx(effect.logit_change, rel=1e-4)
@@ -424,6 +539,20 @@ def test_features_of_encoders_are_compared_by_cosine_similarity() -> None:
             for pair in zip(rows, after.vectors[name], strict=True)
         ]
         assert found.cosine_change[name] == pytest.approx(1 - torch.stack(cosines).mean().item(), abs=1e-5)
-    assert found.size == max(found.cosine_change.values()) and found.interval[0] <= found.size <= found.interval[1]
-    assert compute_effect(before, before).knn_agreement == 1 >= found.knn_agreement
+    assert found.size == max(found.cosine_change.values()) and found.num_images == 20
+    largest = max(found.cosine_change, key=lambda name: found.cosine_change[name])
+    changes = [
+        1 - nn.functional.cosine_similarity(*pair, dim=-1).mean().item()
+        for pair in zip(before.vectors[largest], after.vectors[largest], strict=True)
+    ]
+    expected = stats.bootstrap([changes], np.mean, method="percentile", rng=0).confidence_interval
+    assert found.interval == pytest.approx(list(expected), rel=0.1)
+    nearest = []  # the 5 most similar other images before and after
+    for features in (before, after):
+        similarities = cosine_similarity(torch.stack(features.vectors["cls"]).flatten(1))
+        np.fill_diagonal(similarities, -1)
+        nearest.append([set(row) for row in similarities.argsort(axis=1)[:, -5:].tolist()])
+    num_same = sum(len(one & other) for one, other in zip(*nearest, strict=True))
+    assert found.knn_agreement == pytest.approx(num_same / (5 * 20)) and num_same < 5 * 20
+    assert compute_effect(before, before).knn_agreement == 1
     assert compute_effect(before.select(range(4)), after.select(range(4))).knn_agreement is None

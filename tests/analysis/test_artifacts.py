@@ -1,6 +1,7 @@
 """Artifacts: a second mode in the distribution of patch norms, planted in samples, statistics and models."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -52,6 +53,50 @@ def test_a_second_mode_is_found_at_any_distance(fraction: float, ratio: float, s
         assert mode.ratio == pytest.approx(ratio, rel=0.1) and 1.2 < mode.threshold < ratio
 
 
+def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torch.Tensor:
+    """Return norms within 1% of their median, and outliers that all have the same logarithm."""
+    ratios = torch.linspace(0.99, 1.01, count)
+    ratios[:num_outliers] = math.exp(logarithm)
+    return ratios
+
+
+def test_the_second_mode_in_numbers() -> None:
+    """Windows have 5 bins of 0.05. The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty."""
+    mode = find_second_mode(build_ratios(20, 1.02))
+    assert mode is not None
+    assert mode.score == pytest.approx(20**0.5) and mode.fraction == pytest.approx(20 / 4096)
+    assert mode.ratio == pytest.approx(math.exp(1.02)) and mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
+    assert find_second_mode(build_ratios(15, 1.02)) is None  # 15 ** 0.5 is less than 4 standard deviations
+    assert find_second_mode(build_ratios(20, 0.45)) is None  # too near to the median: no valley from 0.25 to 0.5
+    assert find_second_mode(build_ratios(20, 0.62)) is not None
+    far = find_second_mode(build_ratios(20, 8.0))  # beyond the histogram
+    assert far is not None and far.ratio == pytest.approx(math.exp(8)) and far.fraction == mode.fraction
+
+
+def test_patches_in_the_valley_lower_the_score() -> None:
+    """Each bin contains one patch, so windows of 5 bins contain 5 patches in the valley and 45 in the mode."""
+    ratios = build_ratios(40, 1.02)
+    ratios[40:139] = torch.exp(0.05 * (torch.arange(1, 100) + 0.5))
+    mode = find_second_mode(ratios)
+    assert mode is not None and mode.score == pytest.approx(40 / 50**0.5)
+    assert mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
+
+
+def test_very_many_and_very_few_patches_are_not_a_second_mode() -> None:
+    assert find_second_mode(build_ratios(800, 1.02)) is not None
+    assert find_second_mode(build_ratios(840, 1.02)) is None  # more than 20%
+    assert find_second_mode(build_ratios(60, 1.02, 50_000)) is not None
+    assert find_second_mode(build_ratios(40, 1.02, 50_000)) is None  # less than 0.1%
+
+
+def test_the_best_window_width_is_used() -> None:
+    """A wide mode has few patches in each narrow window, so the widest window of 17 bins has the highest score."""
+    ratios = build_ratios(30, 0.0)
+    ratios[:30] = torch.linspace(1.52, 2.28, 30).exp()
+    mode = find_second_mode(ratios)
+    assert mode is not None and mode.score == pytest.approx(30**0.5) and mode.fraction == pytest.approx(30 / 4096)
+
+
 def replace_ratios(
     findings: Findings, by_layer: dict[int, float], without: dict[int, float] | None = None
 ) -> Findings:
@@ -86,6 +131,28 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     assert through.mode is not None and through.mode.ratio == pytest.approx(6, rel=0.05)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert encoder.word == "artifacts" and encoder.layer == 9
+    # the last quarter of 8 layers begins with layer 7
+    assert diagnose_patches(model.config, replace_ratios(findings, {6: 0.02})).word == "no artifacts"
+    both = diagnose_patches(model.config, replace_ratios(findings, {0: 0.05, 7: 0.02, 8: 0.03}))
+    assert (both.word, both.layer, both.num_patches) == ("artifacts", 8, 4096)
+    assert both.reason.endswith(
+        ". The largest second mode in earlier layers contains 5.00% of the patches (in the embeddings)."
+    )
+    ratios = replace_ratios(findings, {}).patch_ratios
+    assert diagnose_patches(model.config, replace_ratios(findings, {})).reason == (
+        "No artifacts: the norms of 4,096 patches have one mode after layer 7; "
+        f"the largest norm is {ratios[7].max():.1f} times the median norm of its image."
+    )
+
+
+def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
+    """The head does not read the patches of the last layer."""
+    model = build_classifier(num_hidden_layers=1)
+    findings = replace_ratios(collect_planted_findings(model), {0: 0.02})
+    found = diagnose_patches(model.config, findings)
+    assert (found.word, found.layer) == ("artifacts", 0) and found.reason.startswith(
+        "Artifacts: in the embeddings, 2.00%"
+    )
 
 
 @pytest.mark.parametrize("num_registers", [0, 2])
@@ -105,6 +172,12 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
     findings = collect_planted_findings(model)
     absorbed = diagnose_patches(model.config, replace_ratios(findings, {}, {2: 0.03})).reason
     assert "The registers absorb outliers" in absorbed and "from 0.00% to 3.00%" in absorbed
+    for before, after, is_increase in ((0.02, 0.033, False), (0.02, 0.036, True)):  # 3.7 and 4.4 standard deviations
+        found = diagnose_patches(model.config, replace_ratios(findings, {2: before}, {2: after}))
+        assert found.mode_without_registers is not None
+        assert found.mode_without_registers.fraction == pytest.approx(after, rel=0.02)
+        assert ("absorb outliers" in found.reason) == is_increase
+    assert diagnose_patches(model.config, replace_ratios(findings, {2: 0.03}, {})).mode_without_registers is None
     for without in ({}, {2: 0.03}):
         same = diagnose_patches(model.config, replace_ratios(findings, {2: 0.03} if without else {}, without)).reason
         assert "absorb outliers" not in same

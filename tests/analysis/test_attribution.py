@@ -273,7 +273,9 @@ def test_weights_are_not_changed(frozen: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = compute_attribution(model, pixels, target=0)
+            same = compute_attribution(model, pixels.clone(), target=0)  # images that are created in this mode
         assert get_largest_difference(found, expected) <= TOLERANCE
+        assert get_largest_difference(same, expected) <= TOLERANCE
     assert all(parameter.grad is None for parameter in model.parameters())
     assert pixels.grad is None and not pixels.requires_grad
     assert [parameter.requires_grad for parameter in part.parameters()] == [False] * len(list(part.parameters()))

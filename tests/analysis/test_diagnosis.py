@@ -1,6 +1,7 @@
 """Verdicts about planted faults: each fault is found with its measurements, and healthy tokens have no fault."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,13 @@ from tiny_models import TASKS, build_images, build_tiny_config, randomize
 from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import NUM_NULL_DRAWS, compute_ablations, compute_null_limit
+from modeling_vitcls.analysis.ablation import (
+    NUM_NULL_DRAWS,
+    Ablation,
+    Ablations,
+    compute_ablations,
+    compute_null_limit,
+)
 from modeling_vitcls.analysis.artifacts import diagnose_patches
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
@@ -21,7 +28,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
     summarize_diagnosis,
 )
-from modeling_vitcls.analysis.effects import compute_binomial_interval
+from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, compute_binomial_interval
 from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
@@ -426,6 +433,212 @@ def test_the_summary_is_one_line() -> None:
     assert summary.endswith("patches: no artifacts")
 
 
+# Verdicts on planted measurements ------------------------------------------------------------------------------------
+
+
+def plant(findings: Findings, **values: Any) -> Findings:
+    """Return findings with other values; each value is a function that changes a copy of a tensor."""
+    changed = {name: getattr(findings, name).clone() for name in values}
+    for name, change in values.items():
+        change(changed[name])
+    return dataclasses.replace(findings, **changed)
+
+
+def test_measured_values_of_each_token() -> None:
+    model = build_classifier()
+    findings = findings_of(model)
+    found = diagnose_tokens(model.config, findings, None, {"registers[0]": 0.25})
+    for index, verdict in enumerate(found):
+        last = 3 if index < 2 else 2  # the head reads the CLS and the distillation token
+        numbers = verdict.numbers
+        assert numbers["read_layers"] == last and numbers["movement"] == (0.25 if index == 2 else None)
+        assert numbers["variation"] == pytest.approx(findings.variation[last, index].item())
+        ratio = findings.token_norms[0, index] / findings.patch_norms[0].median()
+        assert numbers["norm_ratio"] == pytest.approx(ratio.item())
+        assert numbers["embedding_similarity"] == pytest.approx(findings.across_layers[index, 0, last].item())
+        fractions = findings.attention_fractions[:last, :, index, 3]
+        assert numbers["patch_mass"] == pytest.approx(fractions.max().item())
+
+
+def test_a_token_is_too_large_if_its_norm_is_large_and_layers_hardly_change_it() -> None:
+    model = build_classifier()
+    findings = findings_of(model)
+    median = findings.patch_norms[0].median().item()
+
+    def judge(ratio: float, cosine: float) -> Verdict:
+        planted = plant(
+            findings,
+            token_norms=lambda norms: norms[0, 3:4].fill_(ratio * median),
+            across_layers=lambda cosines: cosines[3, 0, 2:3].fill_(cosine),
+        )
+        return diagnose_tokens(model.config, planted)[3]
+
+    assert judge(3.1, 0.91).word == "norm too large"
+    assert judge(3.1, 0.91).reason == (
+        "the norm of the embedding is 3.1 times the median norm of the patches, so layers hardly change the token "
+        "(cosine 0.910 between embedding and last state)."
+    )
+    assert judge(2.9, 0.91).word == judge(3.1, 0.89).word == "not judged"
+
+
+def test_only_tokens_that_the_head_reads_must_attend_to_patches() -> None:
+    """One head in one layer is sufficient."""
+    model = build_classifier()
+
+    def judge(mass: float) -> list[Verdict]:
+        def change(fractions: torch.Tensor) -> None:
+            fractions[..., 3] = 0.001
+            fractions[1, 1, :, 3] = mass
+
+        return diagnose_tokens(model.config, plant(findings_of(model), attention_fractions=change))
+
+    assert [verdict.word for verdict in judge(0.009)] == ["cut off from the patches"] * 2 + ["not judged"] * 3
+    assert "at most 0.90% of the token's attention goes to patches" in judge(0.009)[0].reason
+    assert {verdict.word for verdict in judge(0.011)} == {"not judged"}
+
+
+def test_the_token_with_the_nearest_attention_maps_is_named() -> None:
+    """Maps are compared in the layers whose output is read, relative to their distance from uniform maps."""
+    model = build_classifier()
+
+    def judge(distance: float) -> list[Verdict]:
+        def change(distances: torch.Tensor) -> None:
+            distances.fill_(0.5)
+            distances[:2, 2, 3], distances[:2, 3, 2] = distance, distance
+            distances[:2, 2, 4], distances[:2, 4, 2] = 0.027, 0.027
+
+        selectivity = [0.5, 0.5, 0.2, 0.6, 0.4]
+        planted = plant(
+            findings_of(model),
+            map_distance=change,
+            map_selectivity=lambda values: values.copy_(torch.tensor(selectivity).expand_as(values)),
+        )
+        return diagnose_tokens(model.config, planted)
+
+    found = judge(0.02)
+    assert [verdict.word for verdict in found] == ["not judged"] * 2 + ["equal attention"] * 2 + ["equal attention"]
+    names = [verdict.numbers["equal_attention_token"] for verdict in found]
+    assert names == [None, None, "register 2", "register 1", "register 1"]
+    assert found[2].numbers["equal_attention_distance"] == pytest.approx(0.02 / 0.4)
+    assert found[4].numbers["equal_attention_distance"] == pytest.approx(0.027 / 0.3)
+    assert found[2].reason == (
+        "the attention maps are nearly equal to the maps of register 2 in all layers whose output is read "
+        "(the distance between the maps is 0.05 times their distance from uniform attention)."
+    )
+    assert judge(0.041)[3].word == "not judged" and judge(0.041)[3].numbers["equal_attention_token"] is None
+
+
+def test_attention_is_compared_in_the_layers_in_which_both_tokens_are_read() -> None:
+    """The head reads the CLS token after layer 3, but the register only after layer 2."""
+    model = build_classifier(num_distillation_tokens=0, num_register_tokens=1)
+
+    def change(distances: torch.Tensor) -> None:
+        distances[:2], distances[2] = 0.02, 1.0
+
+    planted = plant(findings_of(model), map_distance=change, map_selectivity=lambda values: values.fill_(0.5))
+    found = diagnose_tokens(model.config, planted)
+    assert [verdict.numbers["equal_attention_distance"] for verdict in found] == [pytest.approx(0.04)] * 2
+
+
+def build_ablations(changed: dict[str, Ablation], keys: list[str]) -> Ablations:
+    """Return the same ablations for both kinds, without effect except for the changed keys."""
+    none = Ablation(build_effect(), 0.0, [0.1] * 8, [0.2] * 8, 0.3)
+    return {kind: {key: changed.get(key, none) for key in keys} for kind in ("information", "presence")}
+
+
+def build_effect(**fields: Any) -> AblationEffect:
+    values = {"changed_answers": 0.0, "logit_change": 0.5, "accuracy_change": None, "num_images": 16}
+    intervals = {"changed_interval": (0.0, 0.25), "logit_interval": (0.4, 0.6)}
+    return AblationEffect(**(values | intervals | fields))  # type: ignore[arg-type]
+
+
+def test_effects_in_words() -> None:
+    """Effects are compared with null distributions on the same images."""
+    model = build_classifier()
+    beyond = Ablation(build_effect(changed_answers=0.25), 0.5, [0.1, 0.1], [0.2, 0.2])
+    below = Ablation(build_effect(changed_answers=0.25), 0.2, [0.1, 0.1], [0.2, 0.2])
+    groups = {"registers": beyond, "registers[0]": beyond, "registers[1]": below}
+    ablations = build_ablations(groups, [*KEYS, "registers"])
+    ablations["presence"]["registers[0]"] = below
+    findings = findings_of(model)
+    found = diagnose_tokens(model.config, findings, ablations, build_movement(2) | {"cls[0]": 0.0})
+    values = "4 of 16 (at most 25.0%) predictions change, and logits change by 0.5 (95% interval 0.4 to 0.6; null: "
+    values += "patches 0.1 to 0.1, random tokens 0.2 to 0.2)"
+    moved = f"training moved the token by {2 * findings.token_norms[0, 2]:.3g} (2 times the norm of its embedding)."
+    assert (found[2].word, found[2].rating, found[2].reason) == (
+        "effect beyond the null",
+        "good",
+        f"effect beyond the null (information): if replaced by its mean, {values}; "
+        f"if hidden from attention, {values}; {moved}",
+    )
+    assert (found[3].word, found[3].rating) == ("no measurable effect", "neutral")
+    assert found[3].reason.startswith("no effect beyond the null: if replaced by its mean, 4 of 16")
+    assert (found[0].word, found[0].rating) == ("not moved", "bad")  # no effect, while other tokens moved
+    (group,) = diagnose_groups(model.config, ablations)
+    assert (group.token, group.word) == ("all 3 registers", "effect beyond the null")
+    assert group.reason == (
+        "effect beyond the null (information and presence): if replaced by their mean, "
+        f"{values}; if hidden from attention, {values}."
+    )
+    assert group.numbers["effect"] == 0.5 and group.numbers["null"] == [0.1, 0.2]
+    summary = summarize_diagnosis(found, [group], diagnose_patches(model.config, findings))
+    assert summary == (
+        "CLS: not moved; distillation, register 2, register 3: no measurable effect; "
+        "register 1, all 3 registers: effect beyond the null; patches: no artifacts"
+    )
+
+
+def test_an_unmoved_token_with_an_effect_is_frozen_or_already_trained() -> None:
+    model = build_classifier()
+    beyond = Ablation(build_effect(changed_answers=0.25), 0.5, [0.1, 0.1], [0.2, 0.2])
+    ablations = build_ablations({"registers[0]": beyond}, [*KEYS, "registers"])
+    movement = build_movement(1) | {"registers[0]": 0.0}
+    found = diagnose_tokens(model.config, findings_of(model), ablations, movement)[2]
+    assert (found.word, found.rating) == ("not moved", "neutral") and "frozen or already trained;" in found.reason
+    unmeasured = diagnose_tokens(model.config, findings_of(model), None, movement)[2]
+    assert (unmeasured.word, unmeasured.rating) == ("not moved", "neutral")
+    assert unmeasured.reason.endswith("it is frozen or receives no gradient.")
+    all_frozen = diagnose_tokens(model.config, findings_of(model), ablations, dict.fromkeys(KEYS, 0.0))[3]
+    assert all_frozen.rating == "neutral" and "the token is frozen, like all tokens in this run" in all_frozen.reason
+
+
+@pytest.mark.parametrize(
+    ("p_value", "is_better", "is_harmful"),
+    [(0.004, True, True), (0.005, True, False), (0.004, False, False), (0.004, None, False), (None, True, False)],
+)
+def test_a_token_is_harmful_if_the_accuracy_rises_significantly_above_chance(
+    p_value: float | None, is_better: bool | None, is_harmful: bool
+) -> None:
+    """There are 12 tests, 2 for each of 5 tokens and a group, so that the limit of the p-value is 0.05 / 12."""
+    model = build_classifier()
+    effect = build_effect(accuracy_change=0.125, improvement=p_value, is_better_than_chance=is_better)
+    ablations = build_ablations({}, [*KEYS, "registers"])
+    for key in ("registers[1]", "registers"):
+        ablations["presence"][key] = Ablation(effect, 0.5)
+    found = diagnose_tokens(model.config, findings_of(model), ablations, build_movement(1))
+    verdicts = {verdict.token: verdict for verdict in [*found, *diagnose_groups(model.config, ablations)]}
+    harmful = {name for name, verdict in verdicts.items() if verdict.word == "harmful"}
+    assert harmful == ({"register 2", "all 3 registers"} if is_harmful else set())
+    if is_harmful:
+        text = "the accuracy changes by +12.5% (p = 0.004, 16 images)"
+        assert verdicts["register 2"].reason.startswith(f"if the token is hidden from attention, {text}; training")
+        assert verdicts["all 3 registers"].reason == f"if the tokens are hidden from attention, {text}."
+        assert verdicts["register 2"].numbers["presence"]["p_value_of_improvement"] == 0.004
+
+
+def test_effects_on_features_in_words() -> None:
+    encoder = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3, **TOKENS)))
+    effect = FeatureEffect({"cls": 0.25, "patches": 0.125}, 0.8, 16, (0.2, 0.3))
+    ablation = Ablation(effect, 0.25, [0.1, 0.1])
+    ablations = build_ablations(dict.fromkeys([*KEYS, "registers"], ablation), [*KEYS, "registers"])
+    found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
+    text = "the cosine distance between the features before and after is cls 0.25, patches 0.12, and 80% of the "
+    text += "nearest images stay the same (95% interval 0.2 to 0.3; null: patches 0.1 to 0.1)"
+    assert f"if replaced by its mean, {text}; if hidden" in found.reason
+    assert found.reason.endswith("; the movement of the token in training is unknown.")
+    assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
+
+
 # Depth ---------------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +676,54 @@ def test_whether_the_description_applies(selective: list[int], end: str) -> None
             layer.attention.q_proj.bias *= index in selective
     (story,) = describe_depth(model.config, findings_of(model))
     assert story.endswith(end)
+
+
+def describe_planted_depth(counts: list[float], **fields: Any) -> str:
+    """Return the description of a CLS token that attends to these numbers of 20 visible tokens in each layer."""
+    fields = {"num_distillation_tokens": 0, "num_register_tokens": 0, "num_hidden_layers": len(counts)} | fields
+    model = build_classifier(**fields)
+    entropies = torch.tensor(counts).log()[:, None, None] + torch.tensor([-0.5, 0.5])[:, None]  # [L, H, 1]
+    findings = dataclasses.replace(
+        findings_of(model), entropy=entropies, uniform_by_token={"entropy": torch.tensor([math.log(20)])}
+    )
+    return describe_depth(model.config, findings)[0]
+
+
+def test_the_description_in_numbers() -> None:
+    """The entropy is averaged over heads. Seven layers have thirds of 3, 2 and 2 layers."""
+    assert describe_planted_depth([20.0, 18.0, 16.0, 10.0, 6.0, 3.6, 12.0]) == (
+        "CLS attends to 90%, 40%, 39% of the visible tokens in the first, middle and last layers (100% is uniform), "
+        "and is most selective in layer 6: 4 tokens. This is the expected pattern: nearly uniform in early layers, "
+        "selective in middle layers."
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "pattern"),
+    [
+        ([15.2, 10.0, 20.0], "expected"),
+        ([14.8, 2.0, 20.0], "not expected"),  # 74% in the first layer
+        ([18.0, 12.2, 20.0], "not expected"),  # more than 2 / 3 of the first layer
+        ([18.0, 11.8, 20.0], "expected"),
+        ([18.2, 18.2, 18.2], "uniform"),
+        ([17.8, 18.2, 18.2], "not expected"),
+    ],
+)
+def test_limits_of_the_expected_pattern(counts: list[float], pattern: str) -> None:
+    ends = {
+        "expected": "This is the expected pattern: nearly uniform in early layers, selective in middle layers.",
+        "not expected": "is not the expected pattern (nearly uniform in early layers, selective in middle layers).",
+        "uniform": "Attention is uniform in every layer, so the token selects no patches.",
+    }
+    assert describe_planted_depth(counts).endswith(ends[pattern])
+
+
+def test_a_register_of_a_single_layer_is_not_read() -> None:
+    model = build_classifier(num_hidden_layers=1, num_distillation_tokens=0, num_register_tokens=1)
+    _, register = describe_depth(model.config, findings_of(model))
+    assert register == "register attends to other tokens only in layer 1, and its output is not read."
+    numbers = diagnose_tokens(model.config, findings_of(model))[1].numbers
+    assert numbers["read_layers"] == 0 and numbers["patch_mass"] == numbers["embedding_similarity"] == pytest.approx(1)
 
 
 def test_the_description_uses_the_tokens_of_the_head() -> None:

@@ -291,13 +291,14 @@ def test_a_classifier_has_all_images_and_is_not_changed(tmp_path):
     config = build_tiny_config(num_register_tokens=1, num_channels=1, hidden_dropout_prob=0.5)
     model = randomize(ViTCLSForImageClassification(config)).train()
     results = {"accuracy": 0.9, "confusion_matrix": [[3, 0, 0], [1, 2, 0], [0, 0, 4]]}
-    paths = write_card_images(tmp_path, model, ViTCLSImageProcessor(**FITTING, **GREY), results, load_digit_images())
+    folder = tmp_path / "new" / "card"
+    paths = write_card_images(folder, model, ViTCLSImageProcessor(**FITTING, **GREY), results, load_digit_images())
     assert paths == {
         "token_layout": "pictures/token_layout.png",
         "confusion_matrix": "pictures/confusion_matrix.png",
         "attention": "pictures/attention.png",
     }
-    assert check_files(tmp_path, paths)["token_layout"].width > 800
+    assert check_files(folder, paths)["token_layout"].width > 800
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from tiny_models import LAYOUTS, TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from varied_models import collect_findings
@@ -77,7 +78,22 @@ def is_readable(figure: Figure) -> None:
         assert place.x0 >= 0 and place.x1 <= whole.x1 and place.y0 >= 0 and place.y1 <= whole.y1
 
 
+def shows_all_points(axes: Axes) -> bool:
+    """Return whether all points of all lines are between the limits of the axes."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    points = np.concatenate([line.get_xydata() for line in axes.get_lines() if len(line.get_xydata()) > 2])
+    return bool(((points >= (left, bottom)) & (points <= (right, top))).all())
+
+
 # Curves --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_axes_show_all_values_and_zero_in_the_unit_of_the_curve(found: Any, name: str) -> None:
+    (axes,) = plot_curve(*found, name).axes
+    assert shows_all_points(axes) and axes.get_ylim()[0] <= 0
+    assert (axes.get_title(), axes.get_ylabel()) == (CURVES[name].title, CURVES[name].y_label)
+    assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == (name in ("variation", "received"))
 
 
 @pytest.mark.parametrize("name", ["entropy", "spread", "received"])
@@ -150,7 +166,12 @@ def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
         bars = [one for one in axes.containers if isinstance(one, BarContainer)]
         heights = np.array([[bar.get_height() for bar in group] for group in bars])  # [4, L]
         assert np.allclose(heights.T, shares[:, place]) and np.allclose(heights.sum(axis=0), 1, atol=1e-5)
+        bottoms = np.array([[bar.get_y() for bar in group] for group in bars])
+        assert np.allclose(bottoms, heights.cumsum(axis=0) - heights, atol=1e-5) and axes.get_ylim() == (0, 1)
         assert [to_rgb(group[0].get_facecolor()) for group in bars] == list(map(to_rgb, GROUP_COLORS.values()))
+    handles = {handle.get_label(): to_rgb(handle.get_facecolor()) for handle in figure.legends[0].legend_handles}
+    colors = {"CLS": "cls", "distillation": "distillation", "registers": "registers", "patches": "patches"}
+    assert handles == {label: to_rgb(GROUP_COLORS[group]) for label, group in colors.items()}
 
 
 def test_norms_of_tokens_are_drawn_with_those_of_patches(found: Any) -> None:
@@ -159,6 +180,12 @@ def test_norms_of_tokens_are_drawn_with_those_of_patches(found: Any) -> None:
     drawn = get_lines(norms)
     assert np.allclose(drawn["patches"], findings.patch_norms.median(dim=1).values, rtol=0.05)
     assert np.allclose(drawn["CLS 2"], findings.token_norms[:, 1])
+    corners = norms.collections[0].get_paths()[0].vertices  # the central 90% of the patches
+    for layer in range(4):
+        height = corners[corners[:, 0] == layer][:, 1]
+        low, high = np.quantile(findings.patch_norms[layer].numpy(), (0.05, 0.95))
+        assert (height.min(), height.max()) == pytest.approx((low, high), rel=1e-4)
+    assert shows_all_points(norms) and shows_all_points(outliers)
     shares = get_lines(outliers)
     assert np.allclose(shares["patches"], findings.outliers)
     assert np.allclose(shares["patches, registers hidden"], findings.outliers_without_registers)
@@ -172,6 +199,8 @@ def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:
     )
     assert plot_norms(config, far).axes[0].get_yscale() == "log"
     assert plot_norms(config, near).axes[0].get_yscale() == "linear"
+    assert [plot_norms(config, one).axes[0].get_ylabel() for one in (far, near)] == ["norm, logarithmic", "norm"]
+    assert plot_norms(config, near).axes[0].get_ylim()[0] == 0
 
 
 def test_the_histogram_marks_outliers(found: Any) -> None:
@@ -184,6 +213,10 @@ def test_the_histogram_marks_outliers(found: Any) -> None:
     (bars,) = axes.containers
     counted = {bar.get_height(): bar.get_facecolor() for bar in bars if bar.get_height()}
     assert set(counted) == {950, 50} and to_rgb(counted[950]) == to_rgb(GROUP_COLORS["patches"])
+    edges = {bar.get_height(): (bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars if bar.get_height()}
+    assert edges[950][0] < 1 < edges[950][1] and edges[50][0] < 20 < 1.05 * edges[50][1]
+    low, high = axes.get_xlim()
+    assert low <= edges[950][0] and high == pytest.approx(20) and axes.get_ylim()[1] > 950
     assert to_rgb(counted[50]) != to_rgb(counted[950])
     limit, registers = axes.get_lines()[:2]
     assert 1 < limit.get_xdata()[0] < 20 and "5.00% of the patches, at 20.0 × median" in axes.texts[0].get_text()
@@ -219,10 +252,16 @@ def test_effects_are_bars_with_accuracy_only_if_it_is_known(found: Any) -> None:
     axes = plot_ablation_effects(config, effects).axes
     assert len(axes) == 3
     widths = [[bar.get_width() for bar in one.containers[0]] for one in axes]
+    for one, values in zip(axes, widths, strict=True):
+        assert one.get_xlim()[0] <= min(values) and one.get_xlim()[1] >= max(values)
+    assert [text.get_text() for text in axes[0].texts] == ["0%", "10%", "20%", "30%", "40%", "50%"]
+    colors = [to_rgb(bar.get_facecolor()) for bar in axes[0].containers[0]]
+    assert colors == [to_rgb(GROUP_COLORS[key.partition("[")[0]]) for key in keys]
     assert np.allclose(widths, [[0.1 * n for n in range(6)], range(6), [-0.05 * n for n in range(6)]])
     assert [label.get_text() for label in axes[0].get_yticklabels()] == get_token_names(config)
     unknown = {key: replace(effect, accuracy_change=None) for key, effect in effects.items()}
     assert len(plot_ablation_effects(config, unknown).axes) == 2
+    assert len(plot_ablation_effects(config, effects | {"cls[0]": unknown["cls[0]"]}).axes) == 2
     with raises_one_line("no tokens", "cls[0]"):
         plot_ablation_effects(config, {})
 

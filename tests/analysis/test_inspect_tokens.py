@@ -138,10 +138,16 @@ def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None
     assert found.num_unreadable == 1
 
 
-def test_an_encoder_on_a_dataset(tmp_path: Path) -> None:
+def test_an_encoder_on_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The distances that training moved the tokens are read from results.json."""
     model = save(tmp_path / "model", randomize(ViTCLSModel(build_tiny_config(num_register_tokens=1))))
-    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=5))
+    write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.5, "registers[0]": 0.25}})
+    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=5, num_images=2))
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
+    assert [verdict.numbers["movement"] for verdict in found.verdicts] == [0.5, 0.25]
+    file = tmp_path / "report.html"
+    size = f"{file.stat().st_size / 2**20:.1f} MB; statistics over 5 images, 2 shown"
+    assert capsys.readouterr().out.endswith(f"saved {file} ({size})\n")
 
 
 def test_a_revision_of_a_model_on_the_hub(

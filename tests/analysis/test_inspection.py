@@ -1,9 +1,13 @@
-"""Forward passes of an inspection: their number is known in advance, and is small for large models."""
+"""Forward passes of an inspection: their number is known in advance, and is small for large models. Images and labels
+stay together, although unreadable images are skipped and batches have images of one shape.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import build_tiny_config
 from varied_models import center_logits
@@ -11,8 +15,18 @@ from varied_models import center_logits
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis import inspection
 from modeling_vitcls.analysis.ablation import count_null_passes
-from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, inspect_model
+from modeling_vitcls.analysis.inspection import (
+    MIN_NULL_IMAGES,
+    InspectionBatches,
+    check_sampled_maps,
+    compute_confidences,
+    inspect_model,
+    select_evenly_spaced,
+    select_images,
+)
+from modeling_vitcls.analysis.model_outputs import Features, Predictions
 from modeling_vitcls.analysis.report import write_page
+from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
 NUM_IMAGES = 18
@@ -24,9 +38,9 @@ def build_images() -> list[Image.Image]:
     return [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
 
 
-def build_classifier() -> ViTCLSForImageClassification:
+def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     """1 CLS token, which the head reads, and 2 registers."""
-    model = ViTCLSForImageClassification(build_tiny_config(num_labels=8, num_register_tokens=2))
+    model = ViTCLSForImageClassification(build_tiny_config(**{"num_labels": 8, "num_register_tokens": 2, **fields}))
     return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
 
 
@@ -50,7 +64,8 @@ def test_progress_counts_all_forward_passes(monkeypatch: pytest.MonkeyPatch) -> 
     assert finished == sorted(finished) and {name for name, *_ in passes} == set(names)
     # 4 parts without information and without presence, and once without ablation; registers are hidden only once
     assert total == NUM_IMAGES * (1 + 2 * 4) + MIN_NULL_IMAGES * count_null_passes(model)
-    assert max(finished) <= total
+    # the last batch is reported before its pass, and a pass that one image completes is not reported as finished
+    assert max(finished) == total - MIN_NULL_IMAGES - NUM_IMAGES
     # a head that reads only a constant CLS token requires one image, and one pass only counts tokens
     assert num_passes == total - (NUM_IMAGES - 1) - MIN_NULL_IMAGES
 
@@ -63,3 +78,159 @@ def test_large_models_use_fewer_images_for_null_distributions(monkeypatch: pytes
     write_page(tmp_path / "report.html", found)
     statement = f"null distributions on {MIN_NULL_IMAGES} of the {NUM_IMAGES} images"
     assert statement in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_number_of_null_images_depends_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass requires 2 floating-point operations per parameter and token: 16 patches, CLS, 2 registers."""
+    model = build_classifier()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 10.5 * 2 * num_parameters * 19)
+    monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
+    monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
+    assert inspect_model(model, PROCESSOR, build_images()).num_null_images == 10
+
+
+def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = list(PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
+
+    def count_checked(num_null: int, **fields: Any) -> int:
+        model = build_classifier(**fields)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19)
+        checks = check_sampled_maps(model, InspectionBatches(model, pixels, None, 32), lambda *_: None)
+        return checks["attribution"].num_images if checks else 0
+
+    assert [count_checked(number) for number in (15, 16, 56)] == [0, 5, 7]
+    assert count_checked(56, problem_type="multi_label_classification") == 0
+
+
+# Images and labels ---------------------------------------------------------------------------------------------------
+
+
+def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of two shapes alternate, one image is unreadable, and one label is unknown."""
+    generator = np.random.default_rng(1)
+    shapes = [(32, 32, 3), (32, 48, 3)] * 4
+    images = [Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    images[3] = Image.new("F", (32, 32))
+    processor, model = ViTCLSImageProcessor(size={"shortest_edge": 32}), build_classifier()
+    readable = [index for index in range(8) if index != 3]
+    probabilities = {}
+    for index in readable:
+        with torch.no_grad():
+            logits = model(processor(images[index], return_tensors="pt")["pixel_values"]).logits[0]
+        probabilities[index] = logits.softmax(dim=0)
+    labels = [int(probabilities[index].argmax()) if index in readable else 0 for index in range(8)]
+    labels[4], labels[5], labels[6] = (labels[4] + 1) % 8, (labels[5] + 1) % 8, IGNORED_LABEL
+    monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
+    warnings: list[str] = []
+    found = inspect_model(
+        model,
+        processor,
+        images,
+        names=[f"name {index}" for index in range(8)],
+        labels=labels,
+        num_shown=4,
+        batch_size=2,
+        on_warning=warnings.append,
+    )
+    assert found.accuracy == pytest.approx(4 / 6) and found.findings.num_images == 7
+    assert found.num_unreadable == 1 and len(warnings) == 1 and "mode F" in warnings[0]
+    keys = ("cls[0]", "registers[0]", "registers[1]")
+    assert found.effects == {key: found.ablations["information"][key].effect for key in keys}
+    confidences = {index: values.max().item() for index, values in probabilities.items()}
+    wrong = sorted([4, 5], key=lambda index: -confidences[index])
+    uncertain = min({0, 1, 2, 6, 7}, key=lambda index: confidences[index])
+    shown = [(report.name, report.truth, report.kind) for report in found.image_reports]
+    assert shown[:2] == [(f"name {index}", f"LABEL_{labels[index]}", "wrong") for index in wrong]
+    assert shown[2][0] == f"name {uncertain}" and [kind for *_, kind in shown[2:]] == ["uncertain", "typical"]
+    for report in found.image_reports:
+        index = int(report.name.removeprefix("name "))
+        label, probability = report.predictions[0].labels[0]
+        assert label == f"LABEL_{probabilities[index].argmax()}"
+        assert probability == pytest.approx(confidences[index], abs=1e-5)
+
+
+def test_samples_of_batches_keep_their_labels() -> None:
+    """Positions are in the order in which batches yield images: first one shape, then the other."""
+    model = build_classifier()
+    pixels = [torch.full((3, 32, 40 if index % 2 else 32), float(index)) for index in range(9)]
+    labels = 10 * torch.arange(9)[:, None]
+    batches = InspectionBatches(model, pixels, labels, batch_size=3)
+    assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert [len(pixel_values) for pixel_values, _ in batches()] == [3, 2, 3, 1]
+    sampled, positions = batches.sample(3)
+    assert positions == [1, 4, 7]
+    for (pixel_values, found), indices in zip(sampled(), [[2, 8], [5]], strict=True):
+        assert pixel_values[:, 0, 0, 0].tolist() == indices
+        assert found is not None and found.flatten().tolist() == [10 * index for index in indices]
+    assert all(found is None for _, found in InspectionBatches(model, pixels, None, 3).sample(3)[0]())
+
+
+@pytest.mark.parametrize(("fields", "num_maps"), [({}, 2), ({"attention_type": "differential"}, 4)])
+def test_batches_fit_into_memory(fields: dict[str, Any], num_maps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """19 tokens have states of width 16 in 2 + 8 copies, twice 24 MLP activations, and 3 copies of the maps."""
+    pixels = [torch.zeros(3, 32, 32)] * 7
+    num_bytes = 4 * (19 * 16 * (2 + 8) + 19 * 2 * 24 + 3 * num_maps * 19 * 19)
+    for limit, sizes in {
+        4 * num_bytes: [4, 3],
+        4 * num_bytes - 1: [3, 3, 1],
+        1: [1] * 7,
+        99 * num_bytes: [5, 2],
+    }.items():
+        monkeypatch.setattr(inspection, "MAX_BATCH_BYTES", limit)
+        batches = InspectionBatches(build_classifier(**fields), pixels, None, 5)
+        assert [len(pixel_values) for pixel_values, _ in batches()] == sizes
+
+
+# Selection of images -------------------------------------------------------------------------------------------------
+
+
+def test_images_are_selected_at_regular_intervals() -> None:
+    assert select_evenly_spaced(range(10), 3) == [1, 5, 8]
+    assert select_evenly_spaced([7, 8, 9], 5) == [7, 8, 9]
+    assert select_evenly_spaced(range(10), 1) == [5]
+    assert select_evenly_spaced(range(10), 0) == select_evenly_spaced(range(10), -2) == []
+
+
+def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predictions:
+    """Return predictions of class 0; a larger margin is a higher confidence. None means an unknown label."""
+    logits = torch.tensor([[margin, 0.0] for margin in margins])
+    labels = torch.tensor([[IGNORED_LABEL if wrong is None else wrong] for wrong in is_wrong])
+    return Predictions(logits, torch.zeros(len(margins), 1, dtype=torch.long), labels)
+
+
+def test_the_most_instructive_images_are_selected() -> None:
+    """Check at most half wrong images (confident ones first), a quarter uncertain ones, and typical ones."""
+    config = build_tiny_config(num_labels=2)
+    before = build_predictions([5, 9, 1, 7, 3, 8, 2, 6, 4, 5.5], [1, 1, 1, 0, 0, None, 0, 0, 0, 0])
+    # wrong: 1, 0, 2; others by confidence: 6, 4, 8, 9, 7, 3, 5
+    assert select_images(before, config, 5) == dict.fromkeys([1, 0, 2], "wrong") | {6: "uncertain", 4: "uncertain"}
+    assert select_images(before, config, 4) == {1: "wrong", 0: "wrong", 6: "uncertain", 7: "typical"}
+    assert list(select_images(before, config, 1)) == [1]
+    everything = select_images(before, config, 10)
+    assert [index for index, kind in everything.items() if kind == "typical"] == [3, 5, 7, 9]
+    assert list(everything)[:6] == [1, 0, 2, 6, 4, 8] and select_images(before, config, 20).keys() == everything.keys()
+    # with few other images, more than half are wrong
+    few = build_predictions([5, 4, 3, 2, 1], [1, 1, 1, 1, 0])
+    assert select_images(few, config, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
+    unknown = Predictions(few.logits, few.predicted, None)
+    assert select_images(unknown, config, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
+    features = Features({"patches": [torch.zeros(1, 2)] * 10})
+    assert select_images(features, config, 3) == dict.fromkeys([1, 5, 8])
+
+
+def test_the_confidence_is_the_minimum_over_tasks_and_labels() -> None:
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    single = compute_confidences(logits, build_tiny_config())
+    assert single.tolist() == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist())
+    tasks = compute_confidences(
+        torch.tensor([[2.0, 0.0, 0.0, 0.0, 3.0], [1.0, 0.0, 0.0, 9.0, 0.0]]),
+        build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3}),
+    )
+    expected = [np.exp(2) / (np.exp(2) + 1), np.exp(1) / (np.exp(1) + 1)]
+    assert tasks.tolist() == pytest.approx(expected, abs=1e-4)
+    several = compute_confidences(
+        torch.tensor([[3.0, -1.0, 2.0]]), build_tiny_config(problem_type="multi_label_classification")
+    )
+    assert several.tolist() == pytest.approx([1 / (1 + np.exp(-1))], abs=1e-5)

@@ -2,15 +2,19 @@
 wrong.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
+from scipy import stats
 from tiny_models import build_images, build_tiny_config
 from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks
-from modeling_vitcls.analysis.map_checks import FRACTIONS, check_maps, measure_curves, shuffle_weights
+from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.map_checks import FRACTIONS, MapCheck, check_maps, measure_curves, shuffle_weights
 
 
 def test_curves_replace_the_highest_patches_first() -> None:
@@ -40,6 +44,72 @@ def test_shuffled_weights_have_the_same_values() -> None:
     assert not torch.equal(weight, other) and torch.equal(
         weight.flatten().sort().values, other.flatten().sort().values
     )
+
+
+def test_checks_average_over_images() -> None:
+    """Compare with curves, correlations and a Wilcoxon test that are computed separately for each image."""
+    model = center_logits(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), build_images(6))
+    images = [image.unsqueeze(0) for image in build_images(6)]
+    found = check_maps(model, images, seed=3)
+    assert list(found) == ["attribution", "rollout"]
+    generator = torch.Generator().manual_seed(3)
+    shuffled = shuffle_weights(model, generator)
+    curves: dict[str, list[torch.Tensor]] = {"attribution": [], "rollout": [], "random": []}
+    correlations: dict[str, list[float]] = {"attribution": [], "rollout": []}
+    for pixels in images:
+        with torch.no_grad():
+            target = int(model(pixels).logits.argmax())
+        maps = [
+            {
+                "attribution": compute_attribution(each, pixels, target)[0, 2:].view(4, 4),
+                "rollout": compute_attention_rollout(each, pixels)[0, 0, 2:].view(4, 4),
+            }
+            for each in (model, shuffled)
+        ]
+        for name, values in (maps[0] | {"random": torch.rand(4, 4, generator=generator)}).items():
+            curves[name].append(measure_curves(model, pixels, values, target))
+        for name in correlations:
+            correlations[name].append(stats.spearmanr(maps[0][name].flatten(), maps[1][name].flatten()).statistic)
+    means = {name: torch.stack(values).mean(dim=0) for name, values in curves.items()}
+    for name, check in found.items():
+        assert check.num_images == 6
+        assert check.deletion == pytest.approx(means[name][0].tolist(), abs=1e-5)
+        assert check.insertion == pytest.approx(means[name][1].tolist(), abs=1e-5)
+        assert check.random_deletion == pytest.approx(means["random"][0].tolist(), abs=1e-5)
+        assert check.random_insertion == pytest.approx(means["random"][1].tolist(), abs=1e-5)
+        assert check.weight_correlation == pytest.approx(sum(correlations[name]) / 6, abs=1e-5)
+        gains = [
+            (one[1] - one[0] - other[1] + other[0]).mean().item()
+            for one, other in zip(curves[name], curves["random"], strict=True)
+        ]
+        assert check.p_value == pytest.approx(stats.wilcoxon(gains, alternative="greater").pvalue)
+
+
+def test_checks_in_words() -> None:
+    """The areas under the curves are 0.5, 0.8, 0.6 and 0.3."""
+    curves = ([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], [0.3, 0.9, 0.9, 0.9, 0.8, 0.7], [0.6] * 6, [0.3] * 6)
+    check = MapCheck(9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05)
+    assert check.is_faithful
+    assert check.describe("attribution") == (
+        "attribution shows what predictions depend on: the area under the deletion curve is 0.50 (random order 0.80, "
+        "lower is better), the area under the insertion curve is 0.60 (random order 0.30, higher is better; p = 0.05 "
+        "for both curves), and the rank correlation with the map for shuffled weights is 0.50 (9 images)."
+    )
+    constant = dataclasses.replace(check, weight_correlation=0.51)
+    assert not constant.is_faithful and constant.describe("rollout").startswith(
+        "rollout depends little on the weights"
+    )
+    chance = dataclasses.replace(check, p_value=0.051)
+    assert not chance.is_faithful
+    assert chance.describe("rollout").startswith("rollout is not measurably better than a random order of patches: ")
+
+
+def test_constant_maps_have_no_correlation_and_curves_without_gains_are_not_better() -> None:
+    model = center_logits(ViTCLSForImageClassification(build_tiny_config()), build_images())
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    check = check_maps(model, [build_images(1)])["attribution"]
+    assert check.weight_correlation == 0 and check.p_value == 1
 
 
 @pytest.mark.slow

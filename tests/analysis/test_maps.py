@@ -15,7 +15,14 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps, get_visible_region, overlay, upsample_maps
+from modeling_vitcls.analysis.maps import (
+    VisibleRegion,
+    extract_patch_maps,
+    get_head_names,
+    get_visible_region,
+    overlay,
+    upsample_maps,
+)
 from modeling_vitcls.token_names import get_token_names
 
 
@@ -51,6 +58,12 @@ def test_special_tokens_have_unique_names_in_the_order_of_the_sequence(fields, n
     config = build_tiny_config(**fields)
     assert get_token_names(config) == names
     assert len(names) == config.token_layout.num_prefix_tokens
+
+
+def test_differential_attention_has_two_maps_per_head():
+    assert get_head_names(build_tiny_config()) == ["head 1", "head 2"]
+    names = ["head 1, first map", "head 1, second map", "head 2, first map", "head 2, second map"]
+    assert get_head_names(build_tiny_config(attention_type="differential")) == names
 
 
 # Maps ------------------------------------------------------------------------------------------------------------

@@ -199,8 +199,9 @@ def test_other_arguments_are_applied(tmp_path: Path) -> None:
             drop_path_rate=0.2,
             num_labels=3,
             output_loading_info=True,
+            gate_new_tokens=True,
         )
-        assert not info["missing_keys"]
+        assert not info["missing_keys"] and model.config.gated_tokens == {"registers": 2}
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         assert model.config._attn_implementation == model.vitcls.config._attn_implementation == "eager"
         assert model.vitcls.layers[1].drop_path.rate == 0.2
@@ -250,10 +251,12 @@ def test_kept_tokens_keep_their_positions() -> None:
 
 
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero", "zeros"])
-def test_new_tokens_start_by_token_init(token_init: str) -> None:
+def test_new_tokens_start_by_token_init(token_init: str, caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(token_init=token_init, initializer_range=0.5)))
     count = 1 if token_init == "zeros" else 4
     tokens = model.adapt(num_register_tokens=count).embeddings.register_tokens
+    initialization = f"0 kept, {count} added, initialized by token_init={token_init!r}"
+    assert f"embeddings.register_tokens: {initialization}" in get_logged_lines(caplog)
     if token_init == "zeros":
         assert not tokens.any()
     else:
@@ -351,6 +354,21 @@ def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> No
         assert (larger.embeddings.distillation_token is None) == (not more)
         assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
     assert config.to_dict() == before
+
+
+def test_adapting_with_the_path_of_a_configuration(tmp_path: Path) -> None:
+    """Its fields and the arguments replace the fields of the checkpoint, which is in a subfolder."""
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    model.save_pretrained(tmp_path / "models" / "small")
+    build_tiny_config(drop_path_rate=0.2, num_cls_tokens=2).save_pretrained(tmp_path / "other")
+    options = {"config": str(tmp_path / "other"), "num_register_tokens": 2}
+    larger = ViTCLSModel.from_pretrained(tmp_path / "models" / "small", **options)
+    assert (larger.config.num_cls_tokens, larger.config.drop_path_rate) == (2, 0.2)
+    assert larger.embeddings.register_tokens.shape[1] == 2
+    assert torch.equal(larger.embeddings.cls_token[:, :1], model.embeddings.cls_token)
+    nested = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small", num_register_tokens=2)
+    assert nested.embeddings.register_tokens.shape[1] == 2
+    assert torch.equal(nested.embeddings.cls_token, model.embeddings.cls_token)
 
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])

@@ -582,7 +582,7 @@ def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
 
 def test_a_missing_folder_that_looks_like_a_hub_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with raises_one_line("runs/nowhere", error=OSError):
+    with raises_one_line("cannot load runs/nowhere: ", error=OSError):
         ViTCLSForImageClassification.from_pretrained("runs/nowhere")
 
 
@@ -590,5 +590,9 @@ def test_a_missing_folder_that_looks_like_a_hub_id_is_named(monkeypatch: pytest.
 def test_weights_of_a_wrong_shape_are_named(load: Any, tmp_path: Path) -> None:
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     build_tiny_config(intermediate_size=20).save_pretrained(tmp_path)
-    with raises_one_line("layers.0.mlp.fc1", "[24", "[20", error=CHECKPOINT_ERRORS):
+    words = ["layers.0.mlp.fc1.bias has shape [24], but the model requires [20] (6 mismatched weights in total). Use"]
+    with raises_one_line(*words, error=CHECKPOINT_ERRORS):
+        load.from_pretrained(tmp_path)
+    build_tiny_config(patch_bias=False, num_channels=1).save_pretrained(tmp_path)
+    with raises_one_line("has shape [16, 3, 8, 8], but the model requires [16, 1, 8, 8]. Use", error=RuntimeError):
         load.from_pretrained(tmp_path)

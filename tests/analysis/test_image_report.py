@@ -1,0 +1,93 @@
+"""The report on one image, compared with the functions for predictions, maps and patch features."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
+from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.image_report import build_image_report
+from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps
+from modeling_vitcls.analysis.patch_features import compute_patch_features
+
+
+PROCESSOR = ViTCLSImageProcessor(
+    size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 40}
+)
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
+PIXELS = PROCESSOR(PHOTO, return_tensors="pt")["pixel_values"]
+TOKENS: dict[str, Any] = {"num_register_tokens": 2, "num_hidden_layers": 3}
+
+
+def test_the_maps_and_features_of_an_image() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
+    report = build_image_report(model, PROCESSOR, PHOTO, "photo", "cat", "wrong")
+    assert (report.name, report.truth, report.kind) == ("photo", "cat", "wrong")
+    assert np.array_equal(np.asarray(report.image), np.asarray(PHOTO))
+    assert report.visible_region == VisibleRegion(20, 8, 100, 72)  # the crop of 40 x 60 pixels, twice as large
+    expected: dict[str, Any] = {
+        "attention": model.token_attention(PIXELS)[0],
+        "rollout": compute_attention_rollout(model, PIXELS)[0],
+    }
+    for name, rows in expected.items():
+        assert get_largest_difference(getattr(report, name), extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+    (attribution,) = report.attributions
+    rows = compute_attribution(model, PIXELS)[0]
+    assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+    assert get_largest_difference(report.features, compute_patch_features(model, PIXELS)[0]) < 1e-5
+    assert not report.features.requires_grad
+
+
+def test_the_three_most_probable_labels_are_predicted() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5)))
+    with torch.no_grad():
+        probabilities, indices = model(PIXELS).logits[0].softmax(dim=0).topk(3)
+    (prediction,) = build_image_report(model, PROCESSOR, PHOTO).predictions
+    assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in indices.tolist()]
+    assert [value for _, value in prediction.labels] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    assert (prediction.task, prediction.top_label) == (None, f"LABEL_{indices[0]}")
+
+
+def test_several_labels_are_predicted_from_one_half() -> None:
+    """The most probable label is named even if no label is predicted."""
+    config = build_tiny_config(num_labels=5, problem_type="multi_label_classification")
+    model = randomize(ViTCLSForImageClassification(config))
+    with torch.no_grad():
+        logits = model(PIXELS).logits[0]
+        for threshold, num_labels in ((logits.sort().values[:2].mean(), 4), (logits.max() + 1, 0)):
+            model.classifier.bias -= threshold
+            (prediction,) = build_image_report(model, PROCESSOR, PHOTO).predictions
+            model.classifier.bias += threshold
+            order = logits.argsort(descending=True)[:num_labels]
+            assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in order]
+            values = (logits[order] - threshold).sigmoid()
+            assert [value for _, value in prediction.labels] == pytest.approx(values.tolist(), abs=1e-5)
+            assert prediction.top_label == f"LABEL_{logits.argmax()}"
+
+
+def test_each_task_has_a_prediction_and_an_attribution() -> None:
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    report = build_image_report(model, PROCESSOR, PHOTO)
+    assert [prediction.task for prediction in report.predictions] == ["age", "species"]
+    for prediction, attribution in zip(report.predictions, report.attributions, strict=True):
+        with torch.no_grad():
+            index = model(PIXELS).logits[prediction.task][0].argmax()
+        assert prediction.top_label == prediction.labels[0][0] == f"LABEL_{index}"
+        rows = compute_attribution(model, PIXELS, task=prediction.task)[0]
+        assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
+
+
+def test_an_encoder_has_no_predictions() -> None:
+    encoder = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
+    report = build_image_report(encoder, PROCESSOR, PHOTO)
+    assert report.predictions == report.attributions == []
+    assert report.attention.shape == (3, 2, 3, 4, 5)
