@@ -19,7 +19,13 @@ import pytest
 import torch
 from fresh_processes import run_fresh
 from tiny_models import SIZES, build_tiny_config, raises_one_line
-from transformers import AutoConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+)
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -27,6 +33,7 @@ from modeling_vitcls import (
     ViTCLSBackbone,
     ViTCLSConfig,
     ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
@@ -71,6 +78,19 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
         {"num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}, "cls_scopes": ["image", [2, 2, 0, 0]]},
         ["cls_scopes", "age, species"],
     ),
+    ({"gated_tokens": {"patches": 1}}, ["unknown group 'patches'", "cls, distillation, registers"]),
+    ({"gated_tokens": {"cls": 0}}, ["from 1 to 1, but it is 0", "omit 'cls'"]),
+    ({"num_register_tokens": 1, "register_neurons": [[2, 0]]}, ["[2, 0]", "a layer below 2"]),
+    ({"num_register_tokens": 1, "register_neurons": [[-1, 0]]}, ["[-1, 0]"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, 24]]}, ["[0, 24]", "a neuron below 24"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, -1]]}, ["[0, -1]"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, 1, 2]]}, ["[0, 1, 2] must be [layer, neuron]"]),
+    ({"pooled_cls_tokens": []}, ["pooled_cls_tokens", "is empty"]),
+    ({"num_cls_tokens": 2, "pooled_cls_tokens": [0, 2]}, ["contains 2", "from 0 to 1"]),
+    ({"pooled_cls_tokens": [-1]}, ["contains -1"]),
+    ({"rope_reference_grid": [4]}, ["rope_reference_grid", "[4]"]),
+    ({"rope_reference_grid": [4, 0]}, ["rope_reference_grid", "[4, 0]"]),
+    ({"rope_periods": [1.0, math.inf]}, ["rope_periods", "head_dim / 4 = 2", "inf"]),
     ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, ["num_labels", "id2label"]),
     ({"out_features": ["stage3"]}, ["out_features", "stage3"]),
     ({"out_indices": [3]}, ["out_indices", "3"]),
@@ -88,7 +108,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ),
     *(
         (name, value)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate")
         for value in (-0.1, 1.0, 1.5, NAN, "0.1", None)
     ),
     *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (0.0, -1.0, NAN)),
@@ -116,6 +136,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("layer_scale_init_value", value) for value in (NAN, math.inf, "1e-5")),
     *(("head_hidden_size", value) for value in (0, -1, 8.0)),
     *(("hidden_act", value) for value in ("geluu", "", None, 1)),
+    *(("pooled_activation", value) for value in ("tanhh", "", 1)),
     *(("problem_type", value) for value in ("classification", 1)),
     *(("num_labels", value) for value in (-1, 2.0, "2")),
     *(("id2label", value) for value in (3, "cat", ["cat", "dog"], {"cat": 0}, {5: "cat"})),
@@ -337,6 +358,15 @@ def test_labels_at_load(tmp_path: Path) -> None:
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
 
+def test_stages_at_load(tmp_path: Path) -> None:
+    """The stored stages apply only to models with the same number of layers."""
+    build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
+    assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == ["stem", "stage2"]
+    for num_layers in (1, 3):
+        config = ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=num_layers)
+        assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])
+
+
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
@@ -427,6 +457,22 @@ def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: 
         ViTCLSModel(config)
     with raises_one_line("num_cls_tokens=1"):
         config.save_pretrained(tmp_path)
+    config = build_tiny_config()
+    config.num_attention_heads = 0
+    with raises_one_line("`num_attention_heads` must be between 1 and"):
+        ViTCLSModel(config)
+
+
+def test_every_auto_class_builds_the_class_of_this_package() -> None:
+    config = build_tiny_config()
+    assert isinstance(AutoConfig.for_model("vitcls"), ViTCLSConfig)
+    classes = {
+        AutoModel: ViTCLSModel,
+        AutoModelForImageClassification: ViTCLSForImageClassification,
+        AutoModelForMaskedImageModeling: ViTCLSForMaskedImageModeling,
+        AutoBackbone: ViTCLSBackbone,
+    }
+    assert {auto_class: type(auto_class.from_config(config)) for auto_class in classes} == classes
 
 
 def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:

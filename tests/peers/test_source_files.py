@@ -52,6 +52,8 @@ def widen(shapes: dict[str, tuple[int, ...]], width: int) -> Weights:
 
 
 HEAD = {"head.weight": (LABELS, WIDTH), "head.bias": (LABELS,)}
+DISTILLED_HEAD = {"dist_token": (1, 1, WIDTH), "head_dist.weight": (LABELS, WIDTH), "head_dist.bias": (LABELS,)}
+GAMMAS = {f"blocks.{index}.gamma_{number}": (WIDTH,) for index in range(2) for number in (1, 2)}
 SCALES = {f"blocks.{index}.ls{number}.gamma": (WIDTH,) for index in range(2) for number in (1, 2)}
 FILES: dict[str, tuple[str, str | None, Any]] = {
     # name: family, --family, content
@@ -83,6 +85,16 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
     ),
     "mae": ("mae", None, lambda: {"model": widen(vit_shapes(1 + GRID**2), 768)}),
     "deit": ("deit", None, lambda: {"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}),
+    "deit distilled": (
+        "deit",
+        None,
+        lambda: {"model": widen(vit_shapes(2 + GRID**2) | HEAD | DISTILLED_HEAD, 192)},
+    ),
+    "deit iii": (
+        "deit",
+        None,
+        lambda: {"model": widen(vit_shapes(GRID**2) | HEAD | GAMMAS, 384)},
+    ),
     "dinov2": (
         "dinov2",
         None,
@@ -370,8 +382,9 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_npz_files_of_big_vision(tmp_path: Path) -> None:
-    saved(random_weights(flax_shapes(*BIG_VISION, GRID**2)), tmp_path / "vit.npz", "params/")
+@pytest.mark.parametrize("extra", [{}, {"cls": (1, 1, WIDTH)}], ids=["mean", "cls"])
+def test_npz_files_of_big_vision(extra: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    saved(random_weights(flax_shapes(*BIG_VISION, GRID**2) | extra), tmp_path / "vit.npz", "params/")
     source = FileSource.load(tmp_path / "vit.npz")
     assert source.family == "big_vision" and "aligns the corners" in source.notes[0]
     with torch.no_grad():

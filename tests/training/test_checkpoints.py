@@ -147,6 +147,27 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
     assert store.list_steps() == [20, 25]
 
 
+def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
+    with raises_one_line("contains no checkpoint with the best evaluation", "--overwrite"):
+        store.load_best()
+    save(store, 10, best=10)
+    save(store, 20, best=20)
+    save(store, 30)
+    assert store.load_best().step == 20
+    flip(store.get_path(20) / "model.safetensors")
+    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpoint):
+        store.load_best()
+
+
+def test_a_reformatted_state_is_intact(store: CheckpointStore) -> None:
+    """The checksum depends on the values of state.json, not on the order of the keys."""
+    save(store, 10)
+    file = store.get_path(10) / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(dict(reversed(state.items()))), encoding="utf-8")
+    assert get_newest(store) == (10, [])
+
+
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 10)
     store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
@@ -399,6 +420,10 @@ def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     save(store, 10, 20)
     store.get_path(20).rename(store.folder / ".step-00000020.replaced")
     shutil.copytree(store.get_path(10), store.folder / ".step-00000020.partial")
+    assert get_newest(store) == (20, [])
+    assert not list(store.folder.glob(".*"))
+    # after both renames, before the replaced folder is removed
+    shutil.copytree(store.get_path(10), store.folder / ".step-00000020.replaced")
     assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
 
