@@ -386,6 +386,9 @@ SAVED_CONFIGS = [
     {"out_features": ["stem", "stage2"]},
     {"out_indices": [0, 1]},
     {"layer_scale_init_value": 1e-5, "drop_path_rate": 0.1, "layer_norm_eps": 1e-12},
+    {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
+    {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}, "register_neurons": [[0, 0], [1, 23]]},
+    {"num_cls_tokens": 2, "pooled_cls_tokens": [1, 0], "cls_pooling": "concat", "pooled_activation": "tanh"},
 ]
 
 

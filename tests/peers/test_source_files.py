@@ -30,6 +30,9 @@ from peers.test_from_state_dict import (
     Weights,
     dinov2_weights,
     dinov3_weights,
+    flax_attention,
+    flax_mlp,
+    flax_norm,
     flax_shapes,
     random_weights,
     saved,
@@ -49,6 +52,12 @@ def widen(shapes: dict[str, tuple[int, ...]], width: int) -> Weights:
     """Return random weights of these shapes with another width."""
     sizes = {WIDTH: width, 3 * WIDTH: 3 * width}
     return random_weights({name: tuple(sizes.get(size, size) for size in shape) for name, shape in shapes.items()})
+
+
+def build_dinov3(mlp: str, bias: bool) -> Weights:
+    """Return the weights of a DINOv3 model of a published width."""
+    weights = {name: widen_dinov3(tensor, 384) for name, tensor in dinov3_weights(mlp, bias).items()}
+    return weights | {"rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16()}
 
 
 HEAD = {"head.weight": (LABELS, WIDTH), "head.bias": (LABELS,)}
@@ -108,6 +117,16 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
             | {"mask_token": torch.ones(1, 384), "register_tokens": torch.randn(1, 4, 384)}
         ),
     ),
+    "dinov2 giant": (
+        "dinov2",
+        None,
+        lambda: (
+            widen(vit_shapes(1 + GRID**2, "DINOv2 giant") | SCALES, 1536)
+            | {"mask_token": torch.ones(1, 1536), "register_tokens": torch.randn(1, 4, 1536)}
+        ),
+    ),
+    "dinov3 plus": ("dinov3", None, lambda: build_dinov3("DINOv3 gated", bias=True)),
+    "dinov3 without biases": ("dinov3", None, lambda: build_dinov3("DINOv3 gated", bias=False)),
 }
 
 
@@ -176,9 +195,7 @@ def test_dinov3_with_stored_and_with_computed_periods() -> None:
 
 
 def test_stored_periods_survive_saving_and_are_named(tmp_path: Path) -> None:
-    width = 384
-    weights = {name: widen_dinov3(tensor, width) for name, tensor in dinov3_weights().items()}
-    weights["rope_embed.periods"] = (100.0 ** (torch.arange(16) / 16)).bfloat16()
+    weights = build_dinov3("plain", bias=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "dinov3.safetensors")
     report = convert_checkpoint(str(tmp_path / "dinov3.safetensors"), tmp_path / "made")
     assert report.family == "dinov3" and "rotary periods: as stored in the file" in report.notes[0]
@@ -382,7 +399,15 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("extra", [{}, {"cls": (1, 1, WIDTH)}], ids=["mean", "cls"])
+MAP_HEAD = {
+    "MAPHead_0/probe": (1, 1, WIDTH),
+    **flax_attention("MAPHead_0/MultiHeadDotProductAttention_0"),
+    **flax_norm("MAPHead_0/LayerNorm_0"),
+    **flax_mlp("MAPHead_0/MlpBlock_0"),
+}
+
+
+@pytest.mark.parametrize("extra", [{}, {"cls": (1, 1, WIDTH)}, MAP_HEAD], ids=["mean", "cls", "attention"])
 def test_npz_files_of_big_vision(extra: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     saved(random_weights(flax_shapes(*BIG_VISION, GRID**2) | extra), tmp_path / "vit.npz", "params/")
     source = FileSource.load(tmp_path / "vit.npz")
