@@ -354,6 +354,14 @@ def test_the_classifier(
     assert found == ([shape] if shape else [])
 
 
+def test_the_classifier_of_a_timm_model() -> None:
+    source = source_models.load_source("timm:test_vit", random_init=True)
+    assert type(source.convert("drop", None)) is ViTCLSModel
+    kept, new = source.convert("keep", None), source.convert("new", 7)
+    assert torch.equal(kept.classifier.weight, source.model.head.weight)
+    assert new.classifier.weight.shape == (7, source.model.embed_dim)
+
+
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
         convert_checkpoint(
@@ -579,6 +587,8 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "source 'resnet' is not supported": lambda folder: "resnet",
+    "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
+    "source 'timm:' is not supported": lambda folder: "timm:",
     "--random-init requires timm:NAME or transformers:PATH_OR_ID, not weights.pth": lambda folder: "weights.pth",
     "is already a ViTCLS model. Use --model": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
@@ -705,6 +715,15 @@ def test_unknown_settings_of_timm_give_the_default() -> None:
         assert reason in made.default_reason
         height, width = model.pretrained_cfg["input_size"][1:]
         assert dict(made.processor.size) == {"height": height, "width": width}
+
+
+def test_timm_images_are_squashed_before_the_crop() -> None:
+    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
+    made = processors.convert_timm_preprocessing(model)
+    assert made.difference == 0 and not made.default_reason
+    assert dict(made.processor.size) == {"height": 256, "width": 219}
+    assert dict(made.processor.crop_size) == {"height": 224, "width": 192}
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

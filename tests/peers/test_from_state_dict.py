@@ -255,7 +255,11 @@ PUBLISHED_SIZES = {
     "ibot": [f"vit_{size}_patch16_224" for size in ("small", "base", "large")],
     "msn": [f"vit_{size}_patch16_224" for size in ("small", "base", "large")],
     "mae": ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
-    "ijepa": ["vit_huge_patch14_gap_224", "vit_giant_patch16_gap_224"],
+    "ijepa": [
+        *(f"vit_{size}_patch16_224" for size in ("base", "large")),
+        "vit_huge_patch14_gap_224",
+        "vit_giant_patch16_gap_224",
+    ],
 }
 
 
@@ -353,6 +357,10 @@ def test_big_vision_npz(tmp_path: Path) -> None:
     weights["cls"] = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(2))
     ours = convert_state_dict(saved(weights, tmp_path / "tok.npz", "params/"), "big_vision")
     assert_same(timm_from_npz("vit_base_patch16_224", tmp_path / "tok.npz", no_embed_class=True), ours)
+    encoder = convert_state_dict({key: part for key, part in weights.items() if "head" not in key}, "big_vision")
+    assert type(encoder) is ViTCLSModel
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    assert torch.equal(encoder(images).last_hidden_state, ours.vitcls(images).last_hidden_state)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Published state-dict files: containers, families, accuracy against timm, and what is refused."""
 
 import argparse
+import copy
 import json
 import os
 from pathlib import Path
@@ -78,7 +79,7 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
             | {"module.head.last_layer.weight": torch.zeros(3)},
         },
     ),
-    "ibot": ("ibot", None, lambda: {"state_dict": plain_weights() | {"masked_embed": torch.ones(1, 192)}}),
+    "ibot": ("ibot", None, lambda: {"state_dict": plain_weights() | {"masked_embed": torch.ones(1, 192), "epoch": 3}}),
     "msn": ("msn", None, lambda: {"target_encoder": {f"module.{n}": t for n, t in plain_weights(384).items()}}),
     "ijepa": (
         "ijepa",
@@ -142,9 +143,14 @@ def test_published_files_are_converted_exactly(name: str, tmp_path: Path) -> Non
     saved_report = json.loads((tmp_path / "made" / "certificate.json").read_text())
     assert saved_report["source_sha256"] == report.source_sha256
     assert str(tmp_path) not in (tmp_path / "made" / "README.md").read_text() + json.dumps(saved_report)
-    if family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2":
-        assert "without antialiasing (the authors' code)" in " ".join(report.notes)
-    assert ("offset 0.1" in " ".join(report.notes)) is (family in ("dino", "ibot") or name == "dinov2")
+    assert report.classifier == ("kept" if family == "deit" else "none")
+    assert ("logits" in report.comparisons[0].differences) is (family == "deit")
+    notes = " ".join(report.notes)
+    has_other_resampling = family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2"
+    assert ("without antialiasing (the authors' code)" in notes) is has_other_resampling
+    assert ("offset 0.1" in notes) is (family in ("dino", "ibot") or name == "dinov2")
+    unused = "1 weights outside of backbone.* are not converted, for example head.last_layer.weight"
+    assert (unused in report.notes) is (name == "dino, full")
 
 
 @torch.no_grad()
@@ -260,6 +266,11 @@ def test_families_that_timm_reads(family: str, name: str, tmp_path: Path) -> Non
     assert loaded.family == family
     images = torch.randn(1, 3, *source.patch_embed.img_size)
     torch.testing.assert_close(loaded.model(images), source(images))
+    height, width = source.patch_embed.patch_size
+    wide = torch.randn(1, 3, 3 * height, 5 * width)
+    resized = copy.deepcopy(source)
+    resized.set_input_size(img_size=wide.shape[-2:])
+    torch.testing.assert_close(loaded.build_resized_model(wide.shape[-2:])(wide), resized(wide))
     model: Any = loaded.convert("keep", None)
     expected = source.forward_features(images)
     torch.testing.assert_close(model.base_model(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
