@@ -14,11 +14,12 @@ from typing import Any, TextIO
 import pytest
 import torch
 from fresh_processes import run_fresh
+from local_hub import LocalHub
 from tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import env, push, space
+from modeling_vitcls.commands import demo, env, push, space
 from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse, parse_flags
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.version import __version__
@@ -286,6 +287,12 @@ def test_invalid_flags_exit_with_status_2(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
+    hub.create("ann/mine", private=False, files={"config.json": b'{"model_type": "vitcls"}'})
+    with raises_one_line("ann/mine has no revision v9", error=OSError):
+        demo.run(demo.DemoOptions("ann/mine", revision="v9"))
 
 
 def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:

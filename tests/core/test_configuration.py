@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from fresh_processes import run_fresh
+from local_hub import LocalHub
 from tiny_models import SIZES, build_tiny_config, raises_one_line
 from transformers import (
     AutoBackbone,
@@ -367,6 +368,15 @@ def test_stages_at_load(tmp_path: Path) -> None:
         assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])
 
 
+def test_gated_tokens_at_load(tmp_path: Path) -> None:
+    """Gates stay with their tokens, the last of a group."""
+    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}).save_pretrained(tmp_path)
+    expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
+    for num_registers, gated_tokens in expected.items():
+        config = ViTCLSConfig.from_pretrained(tmp_path, num_register_tokens=num_registers, num_cls_tokens=2)
+        assert config.gated_tokens == gated_tokens
+
+
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
@@ -429,6 +439,24 @@ def test_saved_files_of_multi_task_models_contain_their_class(tmp_path: Path) ->
     build_tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
+
+
+def test_a_reference_to_shared_code_is_kept_until_the_configuration_is_saved(tmp_path: Path) -> None:
+    build_tiny_config().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    own_code = stored["auto_map"]
+    shared_code = {name: f"ann/code--{reference}" for name, reference in own_code.items()}
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"auto_map": shared_code}))
+    config = ViTCLSConfig.from_pretrained(tmp_path)
+    assert config.auto_map == shared_code
+    config.save_pretrained(tmp_path)  # next to the code of this package
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == own_code
+
+
+def test_a_configuration_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
+    folder = str(tmp_path / "mine")
+    build_tiny_config(num_register_tokens=2).save_pretrained(folder, push_to_hub=True, repo_id="ann/mine")
+    assert json.loads(hub.read("ann/mine", "config.json"))["num_register_tokens"] == 2
 
 
 def test_saved_files_contain_no_loading_arguments(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_nothing_to_resume(store: CheckpointStore) -> None:
     assert get_newest(store) == (None, [])
 
 
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "missing" / "run" / "checkpoints", num_kept=2)
+    save(store, 10)
+    assert get_newest(store) == (10, [])
+
+
 def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
     shared = torch.randn(6, 4)
     tensors = {
