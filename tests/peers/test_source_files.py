@@ -418,16 +418,22 @@ MAP_HEAD = {
 }
 
 
-@pytest.mark.parametrize("extra", [{}, {"cls": (1, 1, WIDTH)}, MAP_HEAD], ids=["mean", "cls", "attention"])
+RECTANGLES = {"embedding/kernel": (PATCH, 2 * PATCH, 3, WIDTH)}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"cls": (1, 1, WIDTH)}, MAP_HEAD, RECTANGLES],
+    ids=["mean", "cls", "attention", "rectangular patches"],
+)
 def test_npz_files_of_big_vision(extra: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     saved(random_weights(flax_shapes(*BIG_VISION, GRID**2) | extra), tmp_path / "vit.npz", "params/")
     source = FileSource.load(tmp_path / "vit.npz")
     assert source.family == "big_vision" and "aligns the corners" in source.notes[0]
     with torch.no_grad():
-        images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
-        torch.testing.assert_close(
-            source.convert("keep", None)(images).logits, source.model(images), atol=1e-5, rtol=0
-        )
+        model, images = source.convert("keep", None), torch.randn(2, 3, *source.image_size)
+        assert source.image_size == tuple(GRID * size for size in model.config.patch_height_width)
+        torch.testing.assert_close(model(images).logits, source.model(images), atol=1e-5, rtol=0)
 
 
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
