@@ -336,6 +336,9 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
     )
     assert config.pooling == "mean"
     assert "device_map" in unused
+    others = {"token": "hf_ann", "generation_config": None, "kernel_config": None, "tp_size": 1}  # similar to fields
+    for name, value in others.items():
+        assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
 
 def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
