@@ -327,6 +327,8 @@ def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None
         config = ViTCLSConfig.from_pretrained(tmp_path)
     assert "num_regster_tokens" in logs.out
     assert (config.num_regster_tokens, config.num_register_tokens) == (4, 0)
+    config, _ = ViTCLSConfig.from_pretrained(tmp_path, return_unused_kwargs=True)  # as models do
+    assert config.num_regster_tokens == 4
 
 
 def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None:

@@ -198,6 +198,15 @@ def test_clear_removes_the_rest_of_a_killed_removal(store: CheckpointStore) -> N
     assert not store.folder.exists()
 
 
+def test_other_files_and_folders_are_ignored_and_kept(store: CheckpointStore) -> None:
+    save(store, 10)
+    (store.folder / "notes").mkdir()
+    (store.folder / "step-00000020").touch()
+    assert get_newest(store) == (10, [])
+    store.clear()
+    assert list_files(store.folder) == ["notes", "step-00000020"]
+
+
 def test_facts_that_are_not_json_write_nothing(store: CheckpointStore) -> None:
     save(store, 10)
     with pytest.raises(TypeError, match="set is not JSON serializable"):
@@ -432,6 +441,11 @@ def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     shutil.copytree(store.get_path(10), store.folder / ".step-00000020.replaced")
     assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
+    # the next save removes the folder of the same step
+    shutil.copytree(store.get_path(10), store.folder / ".step-00000030.partial")
+    save(store, 30)
+    assert get_newest(store) == (30, [])
+    assert not list(store.folder.glob(".*"))
 
 
 # Disk full -----------------------------------------------------------------------------------------------------------
@@ -488,6 +502,8 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 1 to .*checkpoints"):
         save(CheckpointStore(tmp_path / "checkpoints", num_kept=2), 1)
+    with pytest.raises(OSError, match=r"to .*checkpoints/run: .* requires 1 MB, and [\d,]+ MB are free"):
+        save(CheckpointStore(tmp_path / "checkpoints" / "run", num_kept=2), 1)
 
 
 # The state of training -----------------------------------------------------------------------------------------------
