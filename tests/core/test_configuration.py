@@ -403,6 +403,8 @@ SAVED_CONFIGS = [
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
     {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     {"num_cls_tokens": 3, "tasks": {"species": ["cat", "dog"], "age": 3, "colour": 2}},
+    {"num_cls_tokens": 2, "tasks": {"age": 3, "species": 2}, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    {"num_distillation_tokens": 1, "distillation_head": True, "distillation_inference": "distillation"},
     {"out_features": ["stem", "stage2"]},
     {"out_indices": [0, 1]},
     {"layer_scale_init_value": 1e-5, "drop_path_rate": 0.1, "layer_norm_eps": 1e-12},
