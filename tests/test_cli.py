@@ -7,15 +7,19 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
+import torch
 from fresh_processes import run_fresh
+from local_hub import LocalHub
+from tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import env, push, space
+from modeling_vitcls.commands import demo, env, push, space
 from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse, parse_flags
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.version import __version__
@@ -129,6 +133,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["finetun"], "error: vitcls has no command finetun: did you mean finetune?\n"),
         (["tokens"], "error: vitcls has no command tokens: choose from finetune, pretrain, "),
         (["completion"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
+        (["completion", "fish"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
+        (["completion", "bash", "zsh"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
         (["env", "now"], "error: vitcls env accepts no flags\n"),
     ],
 )
@@ -136,6 +142,17 @@ def test_wrong_commands_are_one_line(arguments: list[str], message: str, capsys:
     assert run_here(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "modeling_vitcls.commands.predict", raising=False)
+    monkeypatch.setitem(sys.modules, "tyro", None)  # importing it fails
+    assert run_here("predict", "--help") == 1
+    message = "error: the vitcls command requires tyro: run pip install 'modeling_vitcls[scripts]'\n"
+    assert capsys.readouterr().err == message
+    monkeypatch.setitem(sys.modules, "modeling_vitcls.commands.predict", None)
+    with pytest.raises(ModuleNotFoundError, match="predict"):  # not a library that the user can install
+        run_here("predict", "--help")
 
 
 def test_flags_of_all_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +183,125 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.delenv("VITCLS_CPU_KERNELS")
     monkeypatch.setattr(env.kernels, "HAS_PRIVATE_NAMES", False)
     assert "lacks a private name" in env.describe_cpu_kernels()
+
+
+def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VITCLS_CPU_KERNELS", raising=False)
+    monkeypatch.setattr(env.kernels, "MIN_WORK", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
+    assert env.describe_cpu_kernels() == "on, oneDNN for bfloat16, float32"
+    monkeypatch.setattr(env.kernels, "MIN_WORK", {})
+    for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch has no oneDNN")):
+        monkeypatch.setattr(env.kernels, "HAS_ONEDNN", has_onednn)
+        assert env.describe_cpu_kernels() == f"on, without oneDNN: {reason}"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert env.describe_cpu_kernels() == "off: torch.backends.mkldnn is disabled"
+
+
+def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
+    recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
+    options = parse(FinetuneOptions, [*flags, "--epochs", "5"])
+    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
+    recipe.write_text("# no flags\n", encoding="utf-8")
+    assert replace(parse(FinetuneOptions, flags), config=None) == parse(FinetuneOptions, flags[2:])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "error: cannot read the recipe {recipe}: "),
+        (b"\xff\xfe\xff", "error: cannot read the recipe {recipe}: "),
+        (b"epochs: [3", "error: cannot read the recipe {recipe}: "),
+        (b"- epochs", "error: the recipe {recipe} must contain lines of the form `flag: value`"),
+        (b"epochs: 3\nlr: 0.1", "error: {recipe}, line 2: unknown flag lr; use learning_rate"),
+        (b"xyzzy: 1", "error: {recipe}, line 1: unknown flag xyzzy; `--help` lists the flags"),
+    ],
+)
+def test_errors_of_recipes_are_one_line(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        parse(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message.format(recipe=recipe)) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "valid_flags"),
+    [
+        ("benchmark", {"work": ("inference",), "pairs": 1}),
+        ("benchmark", {"work": ("inference", "growth"), "plot": Path("cost.svg")}),
+        ("convert", {"source": "timm:test_vit", "num_labels": 1}),
+        ("convert", {"source": "transformers:ann/model@v1"}),
+        ("convert", {"source": "weights.pth", "family": "dino"}),
+        ("convert", {"to": "transformers", "model": "ann/model"}),
+        ("export", {"format": "onnx", "opset": 18, "image_size": (1, 1), "dynamic": False, "dtype": "float16"}),
+        ("export", {"format": "torch"}),
+        ("export", {"format": "transformers.js"}),
+        ("export", {"format": "transformers.js", "dataset": "digits", "split": "test"}),
+    ],
+)
+def test_valid_flags_are_accepted(
+    command: str, valid_flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the benchmark sets it otherwise
+    module = cli.load_module(command)
+    fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
+    module.check_options(module.OPTIONS(**fields, **valid_flags))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("benchmark", {"work": ("training",), "pairs": 0}, "--pairs is 0: set --pairs to 1 or more"),
+        ("benchmark", {"work": ()}, "--work and --against require a value"),
+        ("benchmark", {"work": ("inference",), "against": ()}, "--work and --against require a value"),
+        ("benchmark", {"work": ("step",), "plot": Path("a.png")}, "--plot requires --work growth"),
+        ("benchmark", {"work": ("growth",), "plot": Path("a.txt")}, "--plot a.txt: set a file name that ends in .png"),
+        ("convert", {"source": "resnet50"}, "--source resnet50 is not supported. Use timm:NAME"),
+        ("convert", {"source": "timm:x", "num_labels": 0}, "--num-labels must be at least 1, but it is 0"),
+        ("convert", {"source": "timm:x", "model": "mine"}, "requires --source, and does not support --model"),
+        ("export", {"format": "onnx", "image_size": (0, 32)}, "two positive numbers, but it is 0 32"),
+        ("export", {"format": "onnx", "opset": 17}, "--opset must be at least 18, but it is 17"),
+        ("export", {"format": "torch", "opset": 18}, "--opset requires --format onnx or openvino"),
+        ("export", {"format": "torch", "dataset": "digits"}, "--dataset requires --format transformers.js"),
+        ("export", {"format": "transformers.js", "split": "test"}, "--split requires --dataset"),
+        ("export", {"format": "transformers.js", "image_size": (32, 32)}, "does not support --image-size"),
+        ("export", {"format": "transformers.js", "dynamic": False}, "does not support --image-size, --no-dynamic"),
+        ("export", {"format": "transformers.js", "dtype": "float16"}, "--dtype or --opset"),
+        ("export", {"format": "transformers.js", "opset": 18}, "--dtype or --opset"),
+    ],
+)
+def test_invalid_flags_exit_with_status_2(
+    command: str, flags: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = cli.load_module(command)
+    fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
+    with pytest.raises(SystemExit) as ended:
+        module.check_options(module.OPTIONS(**fields, **flags))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
+    hub.create("ann/mine", private=False, files={"config.json": b'{"model_type": "vitcls"}'})
+    with raises_one_line("ann/mine has no revision v9", error=OSError):
+        demo.run(demo.DemoOptions("ann/mine", revision="v9"))
+
+
+def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:
+    for flags, name in (({"space_id": "ann/demo"}, "--space-id"), ({"private": True}, "--private")):
+        with raises_one_line("--output pushes nothing", f"{name} only applies to pushes"):
+            space.SpaceOptions("ann/model", output=tmp_path, **flags)
+        assert space.SpaceOptions("ann/model", **flags).output is None
+    assert space.SpaceOptions("ann/model", output=tmp_path).output == tmp_path
+    assert space.SpaceOptions("ann/model", static=True, node_modules=tmp_path).static
 
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

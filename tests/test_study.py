@@ -24,6 +24,8 @@ from scipy import stats
 from tiny_models import raises_one_line
 
 from modeling_vitcls import study as study_module
+from modeling_vitcls.commands.study import StudyOptions
+from modeling_vitcls.commands.study import run as run_command
 from modeling_vitcls.study import (
     RunProcess,
     Study,
@@ -576,6 +578,43 @@ def test_failed_runs_do_not_stop_others_and_finished_runs_are_not_repeated(tmp_p
     written = (output / "runs" / "pooling-cls_seed-0" / "finetune" / "results.json").stat().st_mtime_ns
     start_study(file, output).communicate()
     assert (output / "runs" / "pooling-cls_seed-0" / "finetune" / "results.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("statuses", "message"), [(("finished",) * 2, ""), (("finished", "unfinished"), "1 of 2")])
+def test_the_command_passes_its_flags_and_counts_failed_runs(
+    statuses: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(*arguments: Any, **options: Any) -> list[dict[str, str]]:
+        calls.append((arguments, options))
+        return [{"status": status} for status in statuses]
+
+    monkeypatch.setattr("modeling_vitcls.study.run_study", record)
+    file, output = write_study(tmp_path), tmp_path / "out"
+    options = StudyOptions(file, output, dataset="other", jobs=3, threads=2, memory_limit=1.5)
+    if message:
+        with pytest.raises(SystemExit) as ended:
+            run_command(options)
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == f"error: {message} runs failed. See log.txt in their folders\n"
+    else:
+        run_command(options)
+    ((study, folder, command), settings), *others = calls
+    assert (study, folder, others) == (load_study(file), output, [])
+    assert command == f"vitcls study --config {file} --output-dir {output} --jobs 3 --dataset other"
+    assert settings == {"jobs": 3, "threads": 2, "memory_limit": 1.5, "dataset": "other"}
+
+
+@pytest.mark.parametrize("name", ["jobs", "threads"])
+def test_the_numbers_of_jobs_and_threads_are_positive(name: str) -> None:
+    with raises_one_line(f"--{name} is 0: set --{name} to 1 or more"):
+        StudyOptions(Path("study.yaml"), Path("out"), **{name: 0})
+    assert getattr(StudyOptions(Path("study.yaml"), Path("out"), **{name: 1}), name) == 1
 
 
 def test_other_flags_require_another_folder(tmp_path: Path) -> None:

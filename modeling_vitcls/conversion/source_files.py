@@ -277,7 +277,7 @@ def build_reference_model(weights: Weights, family: str, converted_model: ViTCLS
     has_head = isinstance(converted_model, ViTCLSForImageClassification) and "linear_head.weight" not in weights
     options: dict[str, Any] = {
         "img_size": config.image_height_width,
-        "patch_size": config.patch_height_width[0],
+        "patch_size": config.patch_height_width,
         "in_chans": config.num_channels,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,19 @@ import yaml
 from accelerate_state import reset_accelerate
 from huggingface_hub import constants
 from source_checkpoints import build_vit_classifier, save_checkpoint
+from timm.models import save_for_hf
 from tiny_models import build_tiny_config, randomize
 from tiny_options import PLAIN
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion import any_checkpoint
-from modeling_vitcls.conversion.any_checkpoint import is_pinned, pin_revision, resolve_checkpoint
+from modeling_vitcls.conversion.any_checkpoint import (
+    compute_cache_name,
+    is_pinned,
+    pin_revision,
+    resolve_checkpoint,
+)
+from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.export.exportable import load_exportable
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
@@ -87,6 +96,49 @@ def test_a_changed_source_is_converted_again(source: Path) -> None:
     assert after != before
     biases = [ViTCLSForImageClassification.from_pretrained(folder).classifier.bias for folder in (before, after)]
     assert torch.allclose(biases[1], biases[0] + 1)
+
+
+def test_conversions_of_other_sources_and_versions_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders may have the same name, and files of the same names, sizes and times."""
+    for name in ("one", "two"):
+        (tmp_path / name / "source").mkdir(parents=True)
+        (tmp_path / name / "source" / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "source" / "config.json", (0, 0))
+    names = [compute_cache_name(str(tmp_path / name / "source")) for name in ("one", "two")]
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        names.append(compute_cache_name("source"))
+    names += [compute_cache_name(f"timm:test_vit{number}") for number in ("", 2)]
+    monkeypatch.setattr(any_checkpoint, "__version__", "9.9.9")
+    names += [compute_cache_name("timm:test_vit"), compute_cache_name(str(tmp_path / "one" / "source"))]
+    assert len(set(names)) == len(names) == 8
+    assert compute_cache_name("timm:test_vit") == names[-2]
+
+
+def test_a_folder_of_timm_is_converted(tmp_path: Path) -> None:
+    theirs = randomize_weights(timm.create_model("test_vit", num_classes=5))
+    save_for_hf(theirs, tmp_path / "theirs", safe_serialization=True)
+    ours, _ = load_model(str(tmp_path / "theirs"), with_head=True)
+    pixel_values = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert (ours(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
+
+
+def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -> None:
+    """The commit is in the parity report, and a new commit is converted again."""
+    repository = tmp_path / "cache" / "hub" / "models--ann--vit"
+    (repository / "refs").mkdir(parents=True)
+    folders = []
+    for commit in (COMMIT, COMMIT[::-1]):
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs" / "main").write_text(commit)
+        folders.append(resolve_checkpoint("ann/vit"))
+        report = json.loads((Path(folders[-1]) / "certificate.json").read_text(encoding="utf-8"))
+        assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
+    assert folders[0] != folders[1]
+    assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
 
 
 def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,21 @@ def test_other_sizes_are_named_only_if_one_was_compared(tmp_path: Path) -> None:
     assert "12,345 parameters" in text
 
 
+@pytest.mark.parametrize("name", ["google/vit", "google/vit@main"])
+def test_a_source_on_the_hub_is_linked_at_its_commit(name: str, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
+    report = replace(report, source=f"transformers:{name}", source_revision=commit)
+    config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
+    provenance = Provenance("google/vit", base_model="google/vit")
+    text = build_conversion_card("mine", config, 12345, report, provenance).text
+    assert f"[`google/vit`](https://huggingface.co/google/vit) (at commit `{commit}`)" in text
+    assert f"vitcls convert --source transformers:google/vit@{commit} --output mine\n" in text
+    # a model that was fine-tuned from google/vit is not linked under this name
+    text = build_conversion_card("mine", config, 12345, report, replace(provenance, name="theirs")).text
+    assert f"`theirs` (at commit `{commit}`)" in text and "[`theirs`]" not in text
+
+
 def test_a_relative_path_is_replaced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_source(tmp_path / "secret" / "theirs")
     monkeypatch.chdir(tmp_path / "secret")

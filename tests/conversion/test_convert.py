@@ -27,7 +27,7 @@ from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_image
 from source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
 from timm.data import create_transform, resolve_data_config
-from tiny_models import raises_one_line
+from tiny_models import build_tiny_config, raises_one_line
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import (
@@ -39,6 +39,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.conversion import processors, source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
@@ -314,6 +315,8 @@ def test_random_weights_are_reproducible(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     assert all(weight.std() > 0.01 for weight in one.values() if weight.numel() > 1)
+    reports = [json.loads((tmp_path / name / "certificate.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["comparisons"] == reports[1]["comparisons"]  # of the same random images
 
 
 def test_random_init_requires_no_weights(tmp_path: Path) -> None:
@@ -351,12 +354,68 @@ def test_the_classifier(
     assert found == ([shape] if shape else [])
 
 
+def test_the_classifier_of_a_timm_model() -> None:
+    source = source_models.load_source("timm:test_vit", random_init=True)
+    assert type(source.convert("drop", None)) is ViTCLSModel
+    kept, new = source.convert("keep", None), source.convert("new", 7)
+    assert torch.equal(kept.classifier.weight, source.model.head.weight)
+    assert new.classifier.weight.shape == (7, source.model.embed_dim)
+
+
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
         convert_checkpoint(
             save_checkpoint(build_vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7
         )
     assert not (tmp_path / "made").exists()
+
+
+def test_both_classifiers_of_a_distilled_model_are_compared(tmp_path: Path) -> None:
+    config = transformers.DeiTConfig(**SIZES, id2label=NAMES)
+    deit = randomize_weights(transformers.DeiTForImageClassificationWithTeacher(config))
+    made = convert_checkpoint(save_checkpoint(deit, tmp_path / "source"), tmp_path / "made")
+    for comparison in made.comparisons:
+        names = {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"}
+        assert comparison.differences.keys() == names
+
+
+def test_masked_autoencoders_are_compared_without_masking(tmp_path: Path) -> None:
+    """Also at another size, although the source masks 75% of the patches in random order."""
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    mae = randomize_weights(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, **decoder)))
+    made = convert_checkpoint(save_checkpoint(mae, tmp_path / "source"), tmp_path / "made")
+    assert made.source_class == "ViTMAEModel" and not made.not_compared
+    assert [set(comparison.differences) for comparison in made.comparisons] == [{"cls", "patches"}] * 2
+
+
+def test_models_of_flattened_patches_are_compared(tmp_path: Path) -> None:
+    sizes = {name: value for name, value in SIZES.items() if name != "image_size"} | {"num_patches": 16}
+    config = transformers.Siglip2VisionConfig(**sizes)
+    model = randomize_weights(transformers.Siglip2VisionModel(config))
+    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
+    assert [comparison.image_size for comparison in made.comparisons] == [(32, 32), (24, 48)]
+    assert [set(comparison.differences) for comparison in made.comparisons] == [{"patches", "pooled"}] * 2
+
+
+def test_a_source_of_one_size_is_compared_at_this_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Any, size: tuple[int, int]) -> Any:
+        raise RuntimeError("one size\nonly")
+
+    monkeypatch.setattr(source_models.TimmSource, "build_resized_model", refuse)
+    made = convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True)
+    assert [comparison.image_size for comparison in made.comparisons] == [(160, 160)]
+    assert made.not_compared == "the source does not support 112 x 208 pixels: one size only"
+    monkeypatch.setattr(source_models.TimmSource, "compute_outputs", refuse)  # not even the native size
+    with pytest.raises(RuntimeError, match="one size"):
+        convert_checkpoint("timm:test_vit", tmp_path / "other", random_init=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_classifier_is_kept_only_if_its_logits_are_compared(tmp_path: Path) -> None:
+    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    source = source_models.load_source(save_checkpoint(encoder, tmp_path / "source"))
+    with raises_one_line("the logits of transformers:", "cannot be compared", error=ConversionError):
+        compare_models(source, source.convert("keep", None), has_source_classifier=True)
 
 
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
@@ -528,6 +587,10 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "source 'resnet' is not supported": lambda folder: "resnet",
+    "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
+    "source 'timm:' is not supported": lambda folder: "timm:",
+    "--random-init requires timm:NAME or transformers:PATH_OR_ID, not weights.pth": lambda folder: "weights.pth",
+    "is already a ViTCLS model. Use --model": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }
 
@@ -543,6 +606,11 @@ def test_errors_have_one_line(message: str, tmp_path: Path, monkeypatch: pytest.
         convert_checkpoint(source, tmp_path / "made", random_init=True)
     assert "\n" not in str(raised.value)
     assert list_all(tmp_path) == before
+
+
+def test_a_family_requires_a_state_dict_file(tmp_path: Path) -> None:
+    with raises_one_line("--family dino requires a state-dict file", "timm:test_vit", error=ConversionError):
+        convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True, family="dino")
 
 
 # Image processors, on real photographs
@@ -639,6 +707,7 @@ def test_unknown_settings_of_timm_give_the_default() -> None:
     for change, reason in (
         ({"crop_mode": "border"}, "crop_mode='border'"),
         ({"input_size": (3, 224, 192)}, "crop_mode='center' for 224 x 192"),
+        ({"interpolation": "hamming"}, "interpolation='hamming'"),
     ):
         model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
         model.pretrained_cfg |= change
@@ -646,6 +715,15 @@ def test_unknown_settings_of_timm_give_the_default() -> None:
         assert reason in made.default_reason
         height, width = model.pretrained_cfg["input_size"][1:]
         assert dict(made.processor.size) == {"height": height, "width": width}
+
+
+def test_timm_images_are_squashed_before_the_crop() -> None:
+    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
+    made = processors.convert_timm_preprocessing(model)
+    assert made.difference == 0 and not made.default_reason
+    assert dict(made.processor.size) == {"height": 256, "width": 219}
+    assert dict(made.processor.crop_size) == {"height": 224, "width": 192}
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,15 @@ def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
     assert "| logits |" in card.text and str(tmp_path) not in str(card)
 
 
+def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
+    folder = save(tmp_path / "mine")
+    (folder / "preprocessor_config.json").unlink()
+    report = write_native_model(str(folder), tmp_path / "native")
+    assert report.preprocessing["assumed_because"] == "the model has no image processor"
+    assert report.preprocessing["largest_difference_in_grey_levels"] is None
+    assert not (tmp_path / "native" / "preprocessor_config.json").exists()
+
+
 def test_unsupported_features_are_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", qk_norm=True)
     with raises_one_line("qk_norm=True", "ViTForImageClassification", error=ConversionError):
@@ -113,6 +122,21 @@ def test_the_command_requires_equal_outputs_at_any_size_if_the_flag_is_set(tmp_p
         run(ConvertOptions(tmp_path / "native", to="transformers", model=folder, any_size=True))
 
 
+def test_the_command_prints_the_report_and_how_to_load_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, native = save(tmp_path / "mine", **DEMO), tmp_path / "native"
+    run(ConvertOptions(native, to="transformers", model=str(folder)))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert f'model = AutoModelForImageClassification.from_pretrained("{native}")' in lines
+    assert f'processor = AutoImageProcessor.from_pretrained("{native}")' in lines
+    assert f"vitcls push --model {native} --hub-model-id YOUR-NAME/native" in lines
+    certificate = json.loads((native / "certificate.json").read_text())
+    assert f"Not compared at a second image size: {certificate['not_compared']}" in lines
+    assert "Image processor: from ViTCLSImageProcessor, largest difference 0 of 255 gray levels" in lines
+    assert f"SHA-256 of model.safetensors: {certificate['sha256']['model.safetensors']}" in lines
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", **DEMO)
@@ -132,6 +156,8 @@ def test_the_command(tmp_path: Path) -> None:
             {"source": "mine"},
             "mine is already a ViTCLS model. To convert the model to transformers, set --to transformers --model mine",
         ),
+        ({"source": "vit"}, "--source vit is not supported. Use timm:NAME, transformers:PATH_OR_ID"),
+        ({"source": "damaged"}, "--source damaged is not supported"),
     ],
 )
 def test_wrong_flags(
@@ -142,6 +168,9 @@ def test_wrong_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save(tmp_path / "mine")
+    for name, content in {"vit": '{"model_type": "vit"}', "damaged": "{"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         check_options(ConvertOptions(output=tmp_path / "out", **flags))

@@ -18,8 +18,15 @@ from typing import Any
 import pytest
 import torch
 from fresh_processes import run_fresh
+from local_hub import LocalHub
 from tiny_models import SIZES, build_tiny_config, raises_one_line
-from transformers import AutoConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+)
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -27,6 +34,7 @@ from modeling_vitcls import (
     ViTCLSBackbone,
     ViTCLSConfig,
     ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
@@ -57,10 +65,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"position_embedding_type": "sincos_2d", "hidden_size": 18}, ["sincos_2d", "hidden_size", "18"]),
     ({"cls_scopes": ["image", "image"]}, ["cls_scopes", "2 entries", "num_cls_tokens is 1"]),
     ({"cls_scopes": ["whole"]}, ["cls_scopes", "whole", '"image"']),
+    ({"cls_scopes": ["tile"]}, ["'tile' must be \"image\" or [rows, columns, row, column]"]),
     ({"cls_scopes": [[2, 2, 0]]}, ["cls_scopes", "[2, 2, 0]"]),
     ({"cls_scopes": [[2, 2, 2, 0]]}, ["cls_scopes", "[2, 2, 2, 0]"]),
     ({"cls_scopes": [[2, 2, -1, 0]]}, ["cls_scopes", "[2, 2, -1, 0]"]),
     ({"cls_scopes": [[5, 1, 0, 0]]}, ["cls_scopes", "4 x 4 patches"]),
+    ({"cls_scopes": [[2, 2, 0, 2]]}, ["cls_scopes", "[2, 2, 0, 2]"]),
+    ({"cls_scopes": [[2, 2, 0, -1]]}, ["cls_scopes", "[2, 2, 0, -1]"]),
+    ({"cls_scopes": [[1, 5, 0, 0]]}, ["cls_scopes", "4 x 4 patches"]),
     ({"tasks": {"species": 2, "age": 2}}, ["tasks", "2 tasks", "num_cls_tokens=2"]),
     ({"tasks": {"species": 2}, "pooling": "mean"}, ["tasks", 'pooling="cls"']),
     ({"tasks": {}}, ["tasks"]),
@@ -71,6 +83,20 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
         {"num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}, "cls_scopes": ["image", [2, 2, 0, 0]]},
         ["cls_scopes", "age, species"],
     ),
+    ({"gated_tokens": {"patches": 1}}, ["unknown group 'patches'", "cls, distillation, registers"]),
+    ({"gated_tokens": {"cls": 0}}, ["from 1 to 1, but it is 0", "omit 'cls'"]),
+    ({"register_neurons": [[0, 0]]}, ["register_neurons", "num_register_tokens=1"]),
+    ({"num_register_tokens": 1, "register_neurons": [[2, 0]]}, ["[2, 0]", "a layer below 2"]),
+    ({"num_register_tokens": 1, "register_neurons": [[-1, 0]]}, ["[-1, 0]"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, 24]]}, ["[0, 24]", "a neuron below 24"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, -1]]}, ["[0, -1]"]),
+    ({"num_register_tokens": 1, "register_neurons": [[0, 1, 2]]}, ["[0, 1, 2] must be [layer, neuron]"]),
+    ({"pooled_cls_tokens": []}, ["pooled_cls_tokens", "is empty"]),
+    ({"num_cls_tokens": 2, "pooled_cls_tokens": [0, 2]}, ["contains 2", "from 0 to 1"]),
+    ({"pooled_cls_tokens": [-1]}, ["contains -1"]),
+    ({"rope_reference_grid": [4]}, ["rope_reference_grid", "[4]"]),
+    ({"rope_reference_grid": [4, 0]}, ["rope_reference_grid", "[4, 0]"]),
+    ({"rope_periods": [1.0, math.inf]}, ["rope_periods", "head_dim / 4 = 2", "inf"]),
     ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, ["num_labels", "id2label"]),
     ({"out_features": ["stage3"]}, ["out_features", "stage3"]),
     ({"out_indices": [3]}, ["out_indices", "3"]),
@@ -88,7 +114,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ),
     *(
         (name, value)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate")
         for value in (-0.1, 1.0, 1.5, NAN, "0.1", None)
     ),
     *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (0.0, -1.0, NAN)),
@@ -116,6 +142,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("layer_scale_init_value", value) for value in (NAN, math.inf, "1e-5")),
     *(("head_hidden_size", value) for value in (0, -1, 8.0)),
     *(("hidden_act", value) for value in ("geluu", "", None, 1)),
+    *(("pooled_activation", value) for value in ("tanhh", "", 1)),
     *(("problem_type", value) for value in ("classification", 1)),
     *(("num_labels", value) for value in (-1, 2.0, "2")),
     *(("id2label", value) for value in (3, "cat", ["cat", "dog"], {"cat": 0}, {5: "cat"})),
@@ -305,6 +332,8 @@ def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None
         config = ViTCLSConfig.from_pretrained(tmp_path)
     assert "num_regster_tokens" in logs.out
     assert (config.num_regster_tokens, config.num_register_tokens) == (4, 0)
+    config, _ = ViTCLSConfig.from_pretrained(tmp_path, return_unused_kwargs=True)  # as models do
+    assert config.num_regster_tokens == 4
 
 
 def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None:
@@ -314,6 +343,9 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
     )
     assert config.pooling == "mean"
     assert "device_map" in unused
+    others = {"token": "hf_ann", "generation_config": None, "kernel_config": None, "tp_size": 1}  # similar to fields
+    for name, value in others.items():
+        assert ViTCLSConfig.from_pretrained(tmp_path, **{name: value}).pooling == "cls"
 
 
 def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
@@ -337,6 +369,24 @@ def test_labels_at_load(tmp_path: Path) -> None:
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
 
+def test_stages_at_load(tmp_path: Path) -> None:
+    """The stored stages apply only to models with the same number of layers."""
+    build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
+    assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == ["stem", "stage2"]
+    for num_layers in (1, 3):
+        config = ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=num_layers)
+        assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])
+
+
+def test_gated_tokens_at_load(tmp_path: Path) -> None:
+    """Gates stay with their tokens, the last of a group."""
+    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}).save_pretrained(tmp_path)
+    expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
+    for num_registers, gated_tokens in expected.items():
+        config = ViTCLSConfig.from_pretrained(tmp_path, num_register_tokens=num_registers, num_cls_tokens=2)
+        assert config.gated_tokens == gated_tokens
+
+
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
@@ -353,9 +403,14 @@ SAVED_CONFIGS = [
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
     {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     {"num_cls_tokens": 3, "tasks": {"species": ["cat", "dog"], "age": 3, "colour": 2}},
+    {"num_cls_tokens": 2, "tasks": {"age": 3, "species": 2}, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    {"num_distillation_tokens": 1, "distillation_head": True, "distillation_inference": "distillation"},
     {"out_features": ["stem", "stage2"]},
     {"out_indices": [0, 1]},
     {"layer_scale_init_value": 1e-5, "drop_path_rate": 0.1, "layer_norm_eps": 1e-12},
+    {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
+    {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}, "register_neurons": [[0, 0], [1, 23]]},
+    {"num_cls_tokens": 2, "pooled_cls_tokens": [1, 0], "cls_pooling": "concat", "pooled_activation": "tanh"},
 ]
 
 
@@ -398,6 +453,24 @@ def test_saved_files_of_multi_task_models_contain_their_class(tmp_path: Path) ->
     assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
 
+def test_a_reference_to_shared_code_is_kept_until_the_configuration_is_saved(tmp_path: Path) -> None:
+    build_tiny_config().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    own_code = stored["auto_map"]
+    shared_code = {name: f"ann/code--{reference}" for name, reference in own_code.items()}
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"auto_map": shared_code}))
+    config = ViTCLSConfig.from_pretrained(tmp_path)
+    assert config.auto_map == shared_code
+    config.save_pretrained(tmp_path)  # next to the code of this package
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == own_code
+
+
+def test_a_configuration_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
+    folder = str(tmp_path / "mine")
+    build_tiny_config(num_register_tokens=2).save_pretrained(folder, push_to_hub=True, repo_id="ann/mine")
+    assert json.loads(hub.read("ann/mine", "config.json"))["num_register_tokens"] == 2
+
+
 def test_saved_files_contain_no_loading_arguments(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     ViTCLSConfig.from_pretrained(tmp_path, image_size=64).save_pretrained(tmp_path / "again")
@@ -427,6 +500,22 @@ def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: 
         ViTCLSModel(config)
     with raises_one_line("num_cls_tokens=1"):
         config.save_pretrained(tmp_path)
+    config = build_tiny_config()
+    config.num_attention_heads = 0
+    with raises_one_line("`num_attention_heads` must be between 1 and"):
+        ViTCLSModel(config)
+
+
+def test_every_auto_class_builds_the_class_of_this_package() -> None:
+    config = build_tiny_config()
+    assert isinstance(AutoConfig.for_model("vitcls"), ViTCLSConfig)
+    classes = {
+        AutoModel: ViTCLSModel,
+        AutoModelForImageClassification: ViTCLSForImageClassification,
+        AutoModelForMaskedImageModeling: ViTCLSForMaskedImageModeling,
+        AutoBackbone: ViTCLSBackbone,
+    }
+    assert {auto_class: type(auto_class.from_config(config)) for auto_class in classes} == classes
 
 
 def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:

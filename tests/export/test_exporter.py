@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.commands.export import format_notes, print_report
 from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
@@ -190,7 +192,7 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
-def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
+def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
     report = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
@@ -201,6 +203,22 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
     assert b"Resize" not in file.read_bytes()
     with pytest.raises(Exception, match="index: 3 Got: 48 Expected: 56"):
         run_onnx(file, build_images(1, 24, 48))
+    print_report(report, file)
+    printed = capsys.readouterr().out
+    assert "Accepts any batch size and only images of 24 x 56 pixels\n" in printed
+    assert "The image size is fixed" not in printed and "weights are random" not in printed
+    for comparison in report.tried:
+        assert f"{comparison.differences['logits']:.1e}" in printed
+    changes = {"fixed_because": "positions", "weights": "random", "preprocessing": None, "opset": 18}
+    changes["input"] = report.input | {"shape": ["batch", 3, "height", "width"], "smallest_image_size": [16, 24]}
+    *notes, versions = format_notes(replace(report, **changes))
+    assert notes == [
+        "Accepts any batch size and images of at least 16 x 24 pixels",
+        "The image size is fixed: positions",
+        "The weights are random, because a preset is untrained",
+        "The checkpoint has no image processor",
+    ]
+    assert versions.startswith("Versions: opset 18, ")
 
 
 @pytest.mark.slow

@@ -772,6 +772,14 @@ def test_incompatible_flags_exit_with_status_2(flags: str, words: list[str], cap
     assert all(word in printed for word in words), printed
 
 
+def test_the_script_verifies_the_revision_of_its_flag(
+    hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_folder(folder, "ann/model")
+    assert run_in_process("push_to_hub.py", "--verify-only", "ann/model", "--revision", "v9") == 1
+    assert "ann/model has no revision v9" in capsys.readouterr().err
+
+
 def test_errors_of_the_script_are_one_line_with_status_1(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

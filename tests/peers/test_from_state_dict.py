@@ -17,7 +17,7 @@ from timm.models import eva, vision_transformer
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.conversion.from_state_dict import convert_state_dict
+from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_dict
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
@@ -241,6 +241,41 @@ def test_fine_tuned_mae() -> None:
     assert ours.config.id2label[6] == "g"
 
 
+# Family -> timm models of the published sizes.
+PUBLISHED_SIZES = {
+    "dinov2": [f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant")],
+    "dinov3": [f"vit_{size}_patch16_dinov3" for size in ("small", "base", "large", "huge_plus", "7b")],
+    "deit": [
+        *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+        "deit3_medium_patch16_224",
+        "deit3_large_patch16_224",
+        "deit3_huge_patch14_224",
+    ],
+    "dino": [f"vit_{size}_patch16_224" for size in ("small", "base")],
+    "ibot": [f"vit_{size}_patch16_224" for size in ("small", "base", "large")],
+    "msn": [f"vit_{size}_patch16_224" for size in ("small", "base", "large")],
+    "mae": ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
+    "ijepa": [
+        *(f"vit_{size}_patch16_224" for size in ("base", "large")),
+        "vit_huge_patch14_gap_224",
+        "vit_giant_patch16_gap_224",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED_SIZES)
+def test_published_widths_have_the_published_number_of_heads(family: str) -> None:
+    """The weights do not contain the number of heads, and a comparison would use the same number."""
+    shapes = vit_shapes(1 + GRID**2) | {"storage_tokens": (1, 4, WIDTH)}
+    for name in PUBLISHED_SIZES[family]:
+        model = timm.create_model(name, device="meta", depth=1, num_classes=0)
+        weights = {
+            key: torch.empty([model.embed_dim if size == WIDTH else size for size in shape], device="meta")
+            for key, shape in shapes.items()
+        }
+        assert FAMILIES[family].read_fields(weights)["num_attention_heads"] == model.blocks[0].attn.num_heads, name
+
+
 def flax_shapes(modules: tuple[int, int, int], positions: str, num_positions: int) -> Shapes:
     """big_vision's names; `modules` are the positions of attention, second norm and MLP within a block."""
     shapes: Shapes = {
@@ -322,6 +357,10 @@ def test_big_vision_npz(tmp_path: Path) -> None:
     weights["cls"] = torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(2))
     ours = convert_state_dict(saved(weights, tmp_path / "tok.npz", "params/"), "big_vision")
     assert_same(timm_from_npz("vit_base_patch16_224", tmp_path / "tok.npz", no_embed_class=True), ours)
+    encoder = convert_state_dict({key: part for key, part in weights.items() if "head" not in key}, "big_vision")
+    assert type(encoder) is ViTCLSModel
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    assert torch.equal(encoder(images).last_hidden_state, ours.vitcls(images).last_hidden_state)
 
 
 @torch.no_grad()
@@ -369,6 +408,7 @@ def test_layer_before_the_classifier() -> None:
 
 def test_errors_name_the_remedy() -> None:
     weights = random_weights(vit_shapes(1 + GRID**2))
+    flax = random_weights(flax_shapes(*BIG_VISION, GRID**2))
     errors = {
         "family='swin' is unknown. Use one of dinov2": ((weights, "swin"), {}),
         "Set num_attention_heads=": ((weights, "deit"), {}),
@@ -396,6 +436,19 @@ def test_errors_name_the_remedy() -> None:
                 "deit",
             ),
             {"num_attention_heads": 4},
+        ),
+        "weights must be a state dict, but the type is list": (([torch.zeros(1)], "deit"), {}),
+        "the weight shapes do not match the family deit": (
+            (weights | {"pos_embed": torch.zeros(3)}, "deit"),
+            {"num_attention_heads": 4},
+        ),
+        "requires attention and MLP weights in Transformer/encoderblock_0": (
+            ({name: part for name, part in flax.items() if "encoderblock_0/Multi" not in name}, "big_vision"),
+            {},
+        ),
+        "the weights contain no position embeddings": (
+            ({name: part for name, part in flax.items() if name != "pos_embedding"}, "big_vision"),
+            {},
         ),
         "is not an array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
     }

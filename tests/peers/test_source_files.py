@@ -1,6 +1,7 @@
 """Published state-dict files: containers, families, accuracy against timm, and what is refused."""
 
 import argparse
+import copy
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,9 @@ from peers.test_from_state_dict import (
     Weights,
     dinov2_weights,
     dinov3_weights,
+    flax_attention,
+    flax_mlp,
+    flax_norm,
     flax_shapes,
     random_weights,
     saved,
@@ -51,7 +55,15 @@ def widen(shapes: dict[str, tuple[int, ...]], width: int) -> Weights:
     return random_weights({name: tuple(sizes.get(size, size) for size in shape) for name, shape in shapes.items()})
 
 
+def build_dinov3(mlp: str, bias: bool) -> Weights:
+    """Return the weights of a DINOv3 model of a published width."""
+    weights = {name: widen_dinov3(tensor, 384) for name, tensor in dinov3_weights(mlp, bias).items()}
+    return weights | {"rope_embed.periods": (100.0 ** (torch.arange(16) / 16)).bfloat16()}
+
+
 HEAD = {"head.weight": (LABELS, WIDTH), "head.bias": (LABELS,)}
+DISTILLED_HEAD = {"dist_token": (1, 1, WIDTH), "head_dist.weight": (LABELS, WIDTH), "head_dist.bias": (LABELS,)}
+GAMMAS = {f"blocks.{index}.gamma_{number}": (WIDTH,) for index in range(2) for number in (1, 2)}
 SCALES = {f"blocks.{index}.ls{number}.gamma": (WIDTH,) for index in range(2) for number in (1, 2)}
 FILES: dict[str, tuple[str, str | None, Any]] = {
     # name: family, --family, content
@@ -67,7 +79,7 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
             | {"module.head.last_layer.weight": torch.zeros(3)},
         },
     ),
-    "ibot": ("ibot", None, lambda: {"state_dict": plain_weights() | {"masked_embed": torch.ones(1, 192)}}),
+    "ibot": ("ibot", None, lambda: {"state_dict": plain_weights() | {"masked_embed": torch.ones(1, 192), "epoch": 3}}),
     "msn": ("msn", None, lambda: {"target_encoder": {f"module.{n}": t for n, t in plain_weights(384).items()}}),
     "ijepa": (
         "ijepa",
@@ -83,6 +95,16 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
     ),
     "mae": ("mae", None, lambda: {"model": widen(vit_shapes(1 + GRID**2), 768)}),
     "deit": ("deit", None, lambda: {"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}),
+    "deit distilled": (
+        "deit",
+        None,
+        lambda: {"model": widen(vit_shapes(2 + GRID**2) | HEAD | DISTILLED_HEAD, 192)},
+    ),
+    "deit iii": (
+        "deit",
+        None,
+        lambda: {"model": widen(vit_shapes(GRID**2) | HEAD | GAMMAS, 384)},
+    ),
     "dinov2": (
         "dinov2",
         None,
@@ -96,6 +118,16 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
             | {"mask_token": torch.ones(1, 384), "register_tokens": torch.randn(1, 4, 384)}
         ),
     ),
+    "dinov2 giant": (
+        "dinov2",
+        None,
+        lambda: (
+            widen(vit_shapes(1 + GRID**2, "DINOv2 giant") | SCALES, 1536)
+            | {"mask_token": torch.ones(1, 1536), "register_tokens": torch.randn(1, 4, 1536)}
+        ),
+    ),
+    "dinov3 plus": ("dinov3", None, lambda: build_dinov3("DINOv3 gated", bias=True)),
+    "dinov3 without biases": ("dinov3", None, lambda: build_dinov3("DINOv3 gated", bias=False)),
 }
 
 
@@ -111,9 +143,14 @@ def test_published_files_are_converted_exactly(name: str, tmp_path: Path) -> Non
     saved_report = json.loads((tmp_path / "made" / "certificate.json").read_text())
     assert saved_report["source_sha256"] == report.source_sha256
     assert str(tmp_path) not in (tmp_path / "made" / "README.md").read_text() + json.dumps(saved_report)
-    if family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2":
-        assert "without antialiasing (the authors' code)" in " ".join(report.notes)
-    assert ("offset 0.1" in " ".join(report.notes)) is (family in ("dino", "ibot") or name == "dinov2")
+    assert report.classifier == ("kept" if family == "deit" else "none")
+    assert ("logits" in report.comparisons[0].differences) is (family == "deit")
+    notes = " ".join(report.notes)
+    has_other_resampling = family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2"
+    assert ("without antialiasing (the authors' code)" in notes) is has_other_resampling
+    assert ("offset 0.1" in notes) is (family in ("dino", "ibot") or name == "dinov2")
+    unused = "1 weights outside of backbone.* are not converted, for example head.last_layer.weight"
+    assert (unused in report.notes) is (name == "dino, full")
 
 
 @torch.no_grad()
@@ -164,9 +201,7 @@ def test_dinov3_with_stored_and_with_computed_periods() -> None:
 
 
 def test_stored_periods_survive_saving_and_are_named(tmp_path: Path) -> None:
-    width = 384
-    weights = {name: widen_dinov3(tensor, width) for name, tensor in dinov3_weights().items()}
-    weights["rope_embed.periods"] = (100.0 ** (torch.arange(16) / 16)).bfloat16()
+    weights = build_dinov3("plain", bias=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "dinov3.safetensors")
     report = convert_checkpoint(str(tmp_path / "dinov3.safetensors"), tmp_path / "made")
     assert report.family == "dinov3" and "rotary periods: as stored in the file" in report.notes[0]
@@ -231,6 +266,11 @@ def test_families_that_timm_reads(family: str, name: str, tmp_path: Path) -> Non
     assert loaded.family == family
     images = torch.randn(1, 3, *source.patch_embed.img_size)
     torch.testing.assert_close(loaded.model(images), source(images))
+    height, width = source.patch_embed.patch_size
+    wide = torch.randn(1, 3, 3 * height, 5 * width)
+    resized = copy.deepcopy(source)
+    resized.set_input_size(img_size=wide.shape[-2:])
+    torch.testing.assert_close(loaded.build_resized_model(wide.shape[-2:])(wide), resized(wide))
     model: Any = loaded.convert("keep", None)
     expected = source.forward_features(images)
     torch.testing.assert_close(model.base_model(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
@@ -370,15 +410,30 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_npz_files_of_big_vision(tmp_path: Path) -> None:
-    saved(random_weights(flax_shapes(*BIG_VISION, GRID**2)), tmp_path / "vit.npz", "params/")
+MAP_HEAD = {
+    "MAPHead_0/probe": (1, 1, WIDTH),
+    **flax_attention("MAPHead_0/MultiHeadDotProductAttention_0"),
+    **flax_norm("MAPHead_0/LayerNorm_0"),
+    **flax_mlp("MAPHead_0/MlpBlock_0"),
+}
+
+
+RECTANGLES = {"embedding/kernel": (PATCH, 2 * PATCH, 3, WIDTH)}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"cls": (1, 1, WIDTH)}, MAP_HEAD, RECTANGLES],
+    ids=["mean", "cls", "attention", "rectangular patches"],
+)
+def test_npz_files_of_big_vision(extra: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    saved(random_weights(flax_shapes(*BIG_VISION, GRID**2) | extra), tmp_path / "vit.npz", "params/")
     source = FileSource.load(tmp_path / "vit.npz")
     assert source.family == "big_vision" and "aligns the corners" in source.notes[0]
     with torch.no_grad():
-        images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
-        torch.testing.assert_close(
-            source.convert("keep", None)(images).logits, source.model(images), atol=1e-5, rtol=0
-        )
+        model, images = source.convert("keep", None), torch.randn(2, 3, *source.image_size)
+        assert source.image_size == tuple(GRID * size for size in model.config.patch_height_width)
+        torch.testing.assert_close(model(images).logits, source.model(images), atol=1e-5, rtol=0)
 
 
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ EQUIVALENT = [
     (ViTCLSModel, {"position_embedding_tokens": "patches"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"position_embedding_type": "none"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "all"}, "Dinov2WithRegistersModel", "registers"),
+    (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "patches"}, "Dinov2WithRegistersModel", "registers"),
     (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "Dinov2WithRegistersModel", "registers"),
     (
         ViTCLSModel,

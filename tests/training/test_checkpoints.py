@@ -89,6 +89,12 @@ def test_nothing_to_resume(store: CheckpointStore) -> None:
     assert get_newest(store) == (None, [])
 
 
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "missing" / "run" / "checkpoints", num_kept=2)
+    save(store, 10)
+    assert get_newest(store) == (10, [])
+
+
 def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
     shared = torch.randn(6, 4)
     tensors = {
@@ -147,6 +153,27 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
     assert store.list_steps() == [20, 25]
 
 
+def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
+    with raises_one_line("contains no checkpoint with the best evaluation", "--overwrite"):
+        store.load_best()
+    save(store, 10, best=10)
+    save(store, 20, best=20)
+    save(store, 30)
+    assert store.load_best().step == 20
+    flip(store.get_path(20) / "model.safetensors")
+    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpoint):
+        store.load_best()
+
+
+def test_a_reformatted_state_is_intact(store: CheckpointStore) -> None:
+    """The checksum depends on the values of state.json, not on the order of the keys."""
+    save(store, 10)
+    file = store.get_path(10) / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(dict(reversed(state.items()))), encoding="utf-8")
+    assert get_newest(store) == (10, [])
+
+
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 10)
     store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
@@ -169,6 +196,15 @@ def test_clear_removes_the_rest_of_a_killed_removal(store: CheckpointStore) -> N
     (left / "model.safetensors").touch()
     store.clear()
     assert not store.folder.exists()
+
+
+def test_other_files_and_folders_are_ignored_and_kept(store: CheckpointStore) -> None:
+    save(store, 10)
+    (store.folder / "notes").mkdir()
+    (store.folder / "step-00000020").touch()
+    assert get_newest(store) == (10, [])
+    store.clear()
+    assert list_files(store.folder) == ["notes", "step-00000020"]
 
 
 def test_facts_that_are_not_json_write_nothing(store: CheckpointStore) -> None:
@@ -401,6 +437,15 @@ def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     shutil.copytree(store.get_path(10), store.folder / ".step-00000020.partial")
     assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
+    # after both renames, before the replaced folder is removed
+    shutil.copytree(store.get_path(10), store.folder / ".step-00000020.replaced")
+    assert get_newest(store) == (20, [])
+    assert not list(store.folder.glob(".*"))
+    # the next save removes the folder of the same step
+    shutil.copytree(store.get_path(10), store.folder / ".step-00000030.partial")
+    save(store, 30)
+    assert get_newest(store) == (30, [])
+    assert not list(store.folder.glob(".*"))
 
 
 # Disk full -----------------------------------------------------------------------------------------------------------
@@ -457,6 +502,8 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 1 to .*checkpoints"):
         save(CheckpointStore(tmp_path / "checkpoints", num_kept=2), 1)
+    with pytest.raises(OSError, match=r"to .*checkpoints/run: .* requires 1 MB, and [\d,]+ MB are free"):
+        save(CheckpointStore(tmp_path / "checkpoints" / "run", num_kept=2), 1)
 
 
 # The state of training -----------------------------------------------------------------------------------------------
