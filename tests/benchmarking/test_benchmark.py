@@ -1,18 +1,26 @@
 """The benchmarks at toy size: comparisons, files, and errors if the outputs of the two sides differ."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fresh_processes import run_fresh
+from PIL import Image
+from sklearn.datasets import load_digits
 from tiny_models import raises_one_line
+from torchvision.transforms import v2
+from transformers import ViTForImageClassification
 
+from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.benchmarking import comparison
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
@@ -20,6 +28,7 @@ from modeling_vitcls.benchmarking.comparison import (
     check_tensors,
     compute_quartiles,
     measure_alternately,
+    measure_peaks,
     measure_throughput,
 )
 from modeling_vitcls.benchmarking.image_files import (
@@ -52,13 +61,26 @@ from modeling_vitcls.benchmarking.peers import (
     compare_forward_pass,
     compare_step,
 )
-from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
+from modeling_vitcls.benchmarking.tables import (
+    compute_lowest_ratios,
+    format_markdown,
+    print_comparison,
+    print_tables,
+    write_reports,
+)
 from modeling_vitcls.benchmarking.training_runs import (
+    CROP_AUGMENTATION,
     DIGITS,
     MAX_STEPS,
+    SHIFT_AUGMENTATION,
     TRAINING_RUNS,
+    LineWriter,
     SuspendedRun,
     build_our_command,
+    build_their_command,
+    build_transforms,
+    collate,
+    load_dataset,
     save_models,
 )
 from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
@@ -135,13 +157,33 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     assert "images per second" in done.stdout and "MiB" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
+@pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow), "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK_KINDS[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
+
+
+def test_reading_attention_is_compared_with_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that measures the memory of each side is replaced by constants."""
+    requests = []
+
+    def measure(*arguments: str) -> int:
+        requests.append(arguments)
+        return 100 if "--theirs" in arguments else 250
+
+    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    names = ("token_attention, batch 1", "statistics, batch 16")
+    entries = [result.to_dict() for result in compare(("attention",), names, TOY_SETTINGS)]
+    assert [entry["name"] for entry in entries] == list(names)
+    assert {entry["against"] for entry in entries} == {"a plain forward pass"}
+    assert [entry["batch_size"] for entry in entries] == [1, 16]
+    for entry in entries:
+        assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (250, 100)
+        assert entry["size"] == vars(TOY) and entry["pairs"] == 1 and entry["largest_difference_of_outputs"] < 1e-5
+    module = "modeling_vitcls.benchmarking.own_features"
+    assert requests == [(module, name, "--toy", *side) for name in names for side in ((), ("--theirs",))]
 
 
 @pytest.mark.slow
@@ -206,6 +248,29 @@ def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
     ours.resample = 3
     with raises_one_line(name, "the pixel values differ"):
         compare_processors(name, row, files, ours, theirs, TOY_SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["one file", "lists of 16 files, as paths for both image processors"])
+def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path) -> None:
+    files = write_benchmark_files(tmp_path, is_toy=True) * 5  # 20 files
+    assert len(files) == 20 and len(set(files)) == 4
+    ours, theirs = build_image_processors(TOY, tmp_path)
+    calls: dict[str, list[Any]] = {"ours": [], "theirs": []}
+
+    def record(side: str, processor: Any) -> Any:
+        def process(batch: list[Any], **kwargs: Any) -> Any:
+            calls[side].append([getattr(image, "filename", image) for image in batch])
+            return processor(batch, **kwargs)
+
+        return process
+
+    row = PIXEL_ROWS[name]
+    sides = record("ours", ours), record("theirs", theirs)
+    found = compare_processors(name, row, files, *sides, TOY_SETTINGS)
+    batches = [files[:16], files[16:]] if row.num_files == 16 else [[file] for file in files]
+    num_calls = 2 + 2  # two checks, a warm-up and a measurement
+    assert calls == {"ours": batches * num_calls, "theirs": batches * num_calls}
+    assert found.details["num_files"] == 20
 
 
 def test_labels_and_weights_that_differ_are_not_compared() -> None:
@@ -310,6 +375,15 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
     assert ours.config.id2label == dict(enumerate(names))
     assert ours.config.hidden_size == TOY.hidden_size
+    theirs = ViTForImageClassification.from_pretrained(tmp_path / "their_model")
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "our_model")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    transform = build_transforms({"crop_scale": 1.0, "flip": False, "rotation": 0}, TOY.image_size)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    batch = collate([(image, 2), (image, 1)], transform)
+    assert batch["labels"].tolist() == [2, 1] and torch.allclose(batch["pixel_values"][1:], pixel_values, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(ours(pixel_values).logits, theirs(pixel_values).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TRAINING_RUNS)
@@ -323,6 +397,51 @@ def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_pa
     assert (training.mixed_precision, training.log_every) == (run.mixed_precision, run.log_every)
     assert options.data.num_workers == run.num_workers
     assert {field: getattr(options.augmentation, field) for field in run.augmentation} == run.augmentation
+
+
+def test_their_run_has_the_settings_of_the_row(tmp_path: Path) -> None:
+    run = replace(DIGITS, size=TOY, num_workers=3)
+    *program, file = build_their_command(run, "digits", tmp_path)
+    assert program[1:] == ["-m", "modeling_vitcls.benchmarking.training_runs"]
+    settings = json.loads(Path(file).read_text())
+    for name in ("batch_size", "mixed_precision", "num_workers", "log_every", "learning_rate", "augmentation"):
+        assert settings[name] == getattr(run, name), name
+    assert (settings["dataset"], settings["image_size"]) == ("digits", 32)
+    paths = [settings[name] for name in ("model", "output_dir", "metrics")]
+    assert paths == [str(tmp_path / name) for name in ("their_model", "theirs", "theirs.jsonl")]
+
+
+def test_their_augmentation_has_the_strength_of_the_row() -> None:
+    """Check the ranges of the random transforms, and that the crop has the size of the model."""
+    crops = build_transforms(CROP_AUGMENTATION, 32).transforms
+    (crop,) = [one for one in crops if isinstance(one, v2.RandomResizedCrop)]
+    (flip,) = [one for one in crops if isinstance(one, v2.RandomHorizontalFlip)]
+    assert (crop.size, crop.scale, flip.p) == ((32, 32), (0.35, 1.0), 0.5)
+    assert not any(isinstance(one, v2.RandomAffine) for one in crops)
+    shifts = build_transforms(SHIFT_AUGMENTATION | {"shift": 0.2}, 32).transforms
+    (affine,) = [one for one in shifts if isinstance(one, v2.RandomAffine)]
+    assert (affine.degrees, affine.translate, affine.scale) == ([-10, 10], (0.2, 0.2), pytest.approx((0.9, 1.1)))
+    assert not any(isinstance(one, (v2.RandomResizedCrop, v2.RandomHorizontalFlip)) for one in shifts)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    pixel_values = v2.Compose(crops)(image)
+    assert pixel_values.shape == (3, 32, 32) and -1 <= pixel_values.min() < -0.5 < 0.5 < pixel_values.max() <= 1
+
+
+def test_digits_are_images_of_the_size_of_the_model() -> None:
+    images = load_dataset("digits", 32)
+    digits = load_digits()
+    assert len(images) == 1797 and [label for _, label in images[:20]] == digits.target[:20].tolist()
+    image = images[7][0]
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)[..., 0]
+    assert np.abs(small - digits.images[7] * 255 / 16).mean() < 20
+
+
+def test_a_line_is_written_after_every_few_steps(tmp_path: Path) -> None:
+    writer = LineWriter(tmp_path / "lines", log_every=3)
+    for step in range(1, 8):
+        writer.on_step_end(None, SimpleNamespace(global_step=step), None)
+    assert [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()] == [{"step": 3}, {"step": 6}]
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -365,6 +484,44 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
     assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |"
 
 
+def test_reports_contain_the_measured_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratios 2 to 4 of the first peer, and 1.5 of the second peer; 3 MiB and 4 MiB of memory."""
+    peaks = {"ours_peak_bytes": 3 * 2**20, "theirs_peak_bytes": 4 * 2**20, "device": "cpu"}
+    results = [
+        Comparison("work", "row", "first", [6.0, 9.0, 8.0], [3.0, 3.0, 2.0], 1e-6, peaks),
+        Comparison("work", "row", "second", [6.0] * 3, [4.0] * 3, 1e-7, {}),
+    ]
+    assert print_comparison(results[0]) is results[0]
+    assert capsys.readouterr().out == "work: row, against first: 3.00 times as fast (2.50 to 3.50)\n"
+    print_tables(results)
+    cells = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["work: row", "first", "8.0", "3.0", "3.00", "2.50 to 3.50"],
+        ["work: row", "second", "6.0", "4.0", "1.50", "1.50 to 1.50"],
+        ["work: row", "1.50"],
+        ["work: row", "first", "3", "4"],
+    ):
+        assert row in cells, row
+    assert ["work: row", "second", "6", "4"] not in cells  # without measured memory
+    write_reports(results, tmp_path / "new" / "results.json", None, None)
+    first, second = check_file(tmp_path / "new" / "results.json", 3)
+    assert (first["ratio"], first["quartiles"], first["ratios"]) == (3.0, [2.5, 3.5], [2.0, 3.0, 4.0])
+    assert (first["ours_images_per_second"], first["theirs_images_per_second"]) == (8.0, 3.0)
+    assert (first["largest_difference_of_outputs"], first["ours_peak_bytes"]) == (1e-6, 3 * 2**20)
+    assert second["against"] == "second" and "ours_peak_bytes" not in second
+    lowest = json.loads((tmp_path / "new" / "results.json").read_text())["over_the_better"]
+    assert lowest == [{"work": "work", "name": "row", "ratio": 1.5}]
+
+
+def test_memory_is_read_from_the_last_line_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys\nprint('log', os.environ['MALLOC_MMAP_THRESHOLD_'])\nprint(7 if sys.argv[2:] else 5)"
+    (tmp_path / "measured_module.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert measure_peaks("measured_module", "row") == {"ours_peak_bytes": 5, "theirs_peak_bytes": 7}
+    with raises_one_line("cannot measure the memory of row --toy", "No module named no_module"):
+        measure_peaks("no_module", "row", "--toy")
+
+
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "photographs", num_images_per_class=2)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jpg")) == [
@@ -373,6 +530,13 @@ def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
         "flower/000.jpg",
         "flower/001.jpg",
     ]
+    pixels = []
+    for file in sorted(folder.rglob("*.jpg")):
+        with Image.open(file) as image:
+            assert (image.format, image.size) == ("JPEG", (500, 375))
+            pixels.append(np.asarray(image, dtype=int))
+    means = [np.abs(pixels[index] - pixels[index + 1]).mean() for index in range(3)]
+    assert means[0] > 5 and means[2] > 5 and means[1] > 50  # other crops, and another photograph
 
 
 def test_the_last_line_of_a_run_that_ends_is_reported(tmp_path: Path) -> None:
