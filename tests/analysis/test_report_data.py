@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from tiny_models import build_tiny_config
 from varied_models import center_logits
@@ -18,6 +19,7 @@ from varied_models import center_logits
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis import report_data
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
+from modeling_vitcls.analysis.maps import COLORMAP
 from modeling_vitcls.analysis.patch_features import compute_patch_colors, compute_patch_similarity
 from modeling_vitcls.analysis.report_data import build_page_data, encode_data_url, round_values
 
@@ -154,7 +156,8 @@ def test_tokens_have_their_groups_and_read_layers(inspection: Inspection) -> Non
     assert [token["read"] for token in data["tokens"]] == [NUM_LAYERS, NUM_LAYERS - 1, NUM_LAYERS - 1]
     assert (data["layers"], data["patches_read"]) == (NUM_LAYERS, NUM_LAYERS - 1)
     assert len(data["histograms"]) == NUM_LAYERS + 1
-    assert len(bytes.fromhex(data["colors"])) == 3 * 256
+    colors = np.frombuffer(bytes.fromhex(data["colors"]), dtype=np.uint8).reshape(256, 3)
+    assert np.abs(colors - 255 * colormaps[COLORMAP](np.arange(256))[:, :3]).max() <= 0.5
 
 
 def test_small_images_are_exact_and_large_images_are_scaled_down() -> None:
@@ -168,6 +171,7 @@ def test_small_images_are_exact_and_large_images_are_scaled_down() -> None:
     url = encode_data_url(large)
     assert url.startswith("data:image/jpeg;base64,") and large.size == (1280, 320)
     assert open_url(url).format == "JPEG" and open_url(url).size == (640, 160)
+    assert open_url(encode_data_url(Image.new("RGB", (97, 20)))).format == "JPEG"
     assert np.abs(np.asarray(open_url(url), dtype=int) - [200, 100, 50]).max() <= 4
 
 
