@@ -56,6 +56,8 @@ def test_colors_are_the_principal_components() -> None:
             low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
             candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
         assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
+    for small, one in zip(compute_patch_colors([image / 1e4 for image in features]), colors, strict=True):
+        assert torch.allclose(small, one, atol=1e-4)
 
 
 def test_the_foreground_differs_from_the_border() -> None:
@@ -81,6 +83,16 @@ def test_an_object_at_two_borders_is_the_foreground() -> None:
 def test_few_patches_and_channels_have_colors_too() -> None:
     (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
     assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_without_interior_have_a_foreground() -> None:
+    """All patches are at the border."""
+    features = torch.zeros(2, 4, 8)
+    features[0, :2, 3] = 1
+    (colors,) = compute_patch_colors([features + 0.01 * torch.randn(2, 4, 8)], foreground=True)
+    is_shown = ~colors.isnan().any(dim=-1)
+    assert is_shown.sum() in (2, 6) and is_shown[0, 0] == is_shown[0, 1] != is_shown[1, 0]
 
 
 def test_equal_patches_have_one_color_and_no_foreground() -> None:
