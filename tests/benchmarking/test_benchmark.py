@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,10 +22,11 @@ from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.benchmarking import comparison
+from modeling_vitcls.benchmarking import comparison, training_runs
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
+    check_logits,
     check_tensors,
     compute_quartiles,
     measure_alternately,
@@ -284,6 +286,12 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
     assert check_tensors(torch.ones(2), torch.ones(2), 1e-4, "probe", "the weights") == 0
     with raises_one_line("probe", "the weights differ by 0.5"):
         check_tensors(torch.tensor([1.0, 0.5]), torch.ones(2), 1e-4, "probe", "the weights")
+    # The limit is relative to the largest expected value.
+    assert check_tensors(torch.tensor([-1000.0, 0.05]), torch.tensor([-1000.0, 0.0]), 1e-4, "", "") < 0.1
+    with raises_one_line("differ by 0.002, more than 0.001"):
+        check_tensors(torch.tensor([0.01, 0.002]), torch.tensor([0.01, 0.0]), 0.1, "probe", "the weights")
+    with raises_one_line("row: the outputs have different shapes, [2, 1] and [2, 5]"):
+        check_logits(lambda pixels: torch.ones(2, 1), lambda pixels: torch.ones(2, 5), torch.zeros(2), "row")
 
 
 @pytest.mark.slow
@@ -409,6 +417,60 @@ def test_their_run_has_the_settings_of_the_row(tmp_path: Path) -> None:
     assert (settings["dataset"], settings["image_size"]) == ("digits", 32)
     paths = [settings[name] for name in ("model", "output_dir", "metrics")]
     assert paths == [str(tmp_path / name) for name in ("their_model", "theirs", "theirs.jsonl")]
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_both_runs_have_the_same_hyperparameters(
+    mixed_precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained: Trainer is replaced by a function that returns its arguments."""
+    run = replace(DIGITS, size=TOY, mixed_precision=mixed_precision, num_workers=2)
+    save_models(run, [str(digit) for digit in range(10)], tmp_path, "row")
+    calls: list[dict[str, Any]] = []
+
+    def build_trainer(model: Any, arguments: Any, **others: Any) -> Any:
+        return SimpleNamespace(train=lambda: calls.append({"model": model, "arguments": arguments, **others}))
+
+    monkeypatch.setattr(training_runs, "Trainer", build_trainer)
+    training_runs.main(json.loads(Path(build_their_command(run, "digits", tmp_path)[-1]).read_text()))
+    (call,) = calls
+    command = build_our_command(run, "digits", tmp_path)
+    ours, theirs = parse(FinetuneOptions, command[command.index("finetune") + 1 :]).training, call["arguments"]
+    assert (theirs.max_steps, theirs.per_device_train_batch_size) == (ours.max_steps, ours.batch_size)
+    assert (theirs.learning_rate, theirs.weight_decay) == (ours.learning_rate, ours.weight_decay)
+    assert theirs.warmup_steps == ours.warmup * ours.max_steps and theirs.lr_scheduler_type == "cosine"
+    assert (theirs.label_smoothing_factor, theirs.max_grad_norm) == (ours.label_smoothing, ours.max_gradient_norm)
+    assert theirs.bf16 == (mixed_precision == "bf16") == (ours.mixed_precision == "bf16") and not theirs.fp16
+    assert theirs.optim == "adamw_torch_fused" and theirs.dataloader_num_workers == 2
+    assert (theirs.save_strategy.value, theirs.logging_strategy.value) == ("no", "no")
+    batch = call["data_collator"]([call["train_dataset"][index] for index in (0, 5)])
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].tolist() == [0, 5]
+    assert call["model"].config.hidden_size == TOY.hidden_size and len(call["train_dataset"]) == 1797
+    call["callbacks"][0].on_step_end(theirs, SimpleNamespace(global_step=run.log_every), None)
+    assert (tmp_path / "theirs.jsonl").read_text().count("\n") == 1
+
+
+def test_the_speed_is_measured_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a process: while it is not suspended, it writes a line every 0.5 seconds of a simulated clock."""
+    file, clock, signals = tmp_path / "lines", [0.0], []
+    run = SuspendedRun([], file, replace(DIGITS, log_every=20, batch_size=64, lines_per_turn=3))
+    run.process = SimpleNamespace(poll=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 0.5
+        with file.open("a") as lines:
+            lines.write("line\n")
+
+    monkeypatch.setattr(training_runs, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(run, "send_signal", signals.append)
+    file.write_text("line\n" * 7)
+    assert run.measure_speed() == 20 * 64 / 0.5
+    assert signals == [signal.SIGCONT, signal.SIGSTOP] and run.count_lines() == 7 + 1 + 3
+    run.log.write(b"one\nthe last line\n")
+    monkeypatch.setattr(training_runs, "MAX_WAIT_SECONDS", 10)
+    with raises_one_line("the last line"):
+        run.wait_for_lines(11 + 22)  # after 11 seconds
+    run.log.close()
 
 
 def test_their_augmentation_has_the_strength_of_the_row() -> None:
