@@ -74,7 +74,8 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
         there = predict(model.eval().adapt(patch_size=row.patch_size), processor)
         assert row.accuracy == pytest.approx((there == torch.tensor(labels)).float().mean().item())
         assert row.agreement == pytest.approx((there == own).float().mean().item())
-        assert row.milliseconds > 0 and row.device and row.num_images == NUM_IMAGES
+        assert row.milliseconds > 0 and row.num_images == NUM_IMAGES
+        assert f", {torch.get_num_threads()} thread" in row.device
         total, in_maps = count_flops(model.adapt(patch_size=row.patch_size), (32, 32))
         assert row.gflops == pytest.approx(total / 1e9) and row.attention_share == pytest.approx(in_maps / total)
     assert index_by_size(rows)[8].agreement == 1 and index_by_size(rows)[8].accuracy == pytest.approx(5 / 6)

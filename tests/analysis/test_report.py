@@ -58,6 +58,7 @@ from modeling_vitcls.analysis.report import (
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
 from modeling_vitcls.token_names import get_token_names
+from modeling_vitcls.version import __version__
 
 
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
@@ -878,7 +879,7 @@ def test_the_header_of_images_of_several_sizes(faulty_page: Any) -> None:
 
 def test_the_header_names_the_model_and_its_commit(faulty_page: Any, tmp_path: Path) -> None:
     commit = "0123456789" * 4
-    snapshot = tmp_path / "models--ann--small--vit" / "snapshots" / commit
+    snapshot = tmp_path / "models--ann--small-vit" / "snapshots" / commit
     run = tmp_path / "runs" / "mine"
     for folder in (snapshot, run):
         folder.mkdir(parents=True)
@@ -890,7 +891,7 @@ def test_the_header_names_the_model_and_its_commit(faulty_page: Any, tmp_path: P
         assert header["source"] == "a test"
         return header["title"], header["commit"]
 
-    assert build_header(str(snapshot)) == ("ann/small/vit", commit)
+    assert build_header(str(snapshot)) == ("ann/small-vit", commit)
     assert build_header(str(run)) == ("mine", None)
     assert build_header("ann/vit", commit_hash=commit) == ("ann/vit", commit)
     assert build_header("") == ("ViTCLSForImageClassification", None)
@@ -1000,6 +1001,20 @@ def test_figures_for_programs(tmp_path: Path, faulty_page: Any) -> None:
     assert set(figures["effects"]) == {"cls[0]", "registers[0]", "registers[1]", "registers[2]"}
     assert len(figures["findings"]["patch_norms"]["median"]) == 4
     assert [picture["truth"] for picture in figures["pictures"]] == ["LABEL_0", "LABEL_1", None]
+    for picture, report in zip(figures["pictures"], found.image_reports, strict=True):
+        (answer,) = picture["answers"]
+        assert (picture["name"], answer["task"]) == (report.name, None)
+        for (name, probability), (label, expected) in zip(answer["labels"], report.predictions[0].labels, strict=True):
+            assert name == label and probability == pytest.approx(expected, rel=1e-4)
+    assert (figures["commit"], figures["version"], figures["num_broken"]) == (None, __version__, 0)
+    assert figures["depth"] == found.depth and figures["accuracy"] == found.accuracy
+    omitted = {"mean_states", "patch_ratios", "patch_ratios_without_registers"}
+    assert set(figures["findings"]) == set(vars(found.findings)) - omitted
+    for name, check in found.map_checks.items():
+        values = figures["map_checks"][name]
+        assert (values["statement"], values["is_faithful"]) == (check.describe(name), check.is_faithful)
+    for key, effect in found.effects.items():
+        assert figures["effects"][key]["logit_change"] == pytest.approx(effect.logit_change, rel=1e-4)
 
 
 def test_the_model_is_not_changed(tmp_path: Path) -> None:

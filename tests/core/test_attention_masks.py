@@ -83,7 +83,7 @@ def test_masks_hide_tokens_whatever_their_bias_is() -> None:
         assert (found - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
 def test_attention_without_bias_support_is_an_error(implementation: str) -> None:
     model = ViTCLSModel(build_tiny_config(relative_position_bias="layer")).eval()
     model.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
