@@ -1,5 +1,6 @@
 """The benchmarks at toy size: comparisons, files, and errors if the outputs of the two sides differ."""
 
+import copy
 import json
 import re
 import signal
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.benchmarking import comparison, training_runs
+from modeling_vitcls.benchmarking import comparison, own_features, training_runs
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
@@ -46,10 +47,12 @@ from modeling_vitcls.benchmarking.image_files import (
 from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
+    PROBE_ROWS,
     build_attention_inputs,
     build_model,
     check_attention,
     check_disabled_feature,
+    train_probe,
 )
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
@@ -58,6 +61,7 @@ from modeling_vitcls.benchmarking.peers import (
     TOY,
     TRAINING_STEPS,
     ForwardPass,
+    build_random_images,
     build_step_runners,
     check_gradients,
     compare_forward_pass,
@@ -167,6 +171,32 @@ def test_work_without_peers_is_compared(name: str) -> None:
     assert all("ratio" in each.to_dict() for each in found)
 
 
+def test_the_probe_counts_the_images_of_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides train the classifier as a plain loop over the pooled features does."""
+    measured: list[Any] = []
+
+    def measure(ours: Any, theirs: Any, num_images: int, settings: BenchmarkSettings) -> Any:
+        measured.append((num_images, settings.num_pairs, settings.is_toy))
+        return [1.0], [1.0]
+
+    monkeypatch.setattr(own_features, "compare_throughput", measure)
+    (result,) = compare(("probe",), (), TOY_SETTINGS)
+    assert measured == [(10 * 32, 1, True)] and result.details["num_epochs"] == 10
+    row = replace(PROBE_ROWS["10 epochs, batch 16"], num_epochs=3)
+    model, images, labels = build_model(TOY), build_random_images(32, TOY.image_size), torch.arange(32) % 5
+    with torch.no_grad():
+        features = model.vitcls(images).pooler_output
+    classifier = copy.deepcopy(model.classifier)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    for start in (0, 16) * 3:
+        batch = slice(start, start + 16)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(classifier(features[batch]), labels[batch]).backward()
+        optimizer.step()
+    for use_cache in (True, False):
+        assert torch.allclose(train_probe(model, images, labels, row, use_cache), classifier.weight, atol=1e-5)
+
+
 def test_reading_attention_is_compared_with_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that measures the memory of each side is replaced by constants."""
     requests = []
@@ -200,7 +230,7 @@ def test_compiled_models_are_compared(against: str) -> None:
 def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     row = ATTENTION_ROWS[name]
     model, pixel_values = build_attention_inputs(row.batch_size, is_toy=True)
-    assert len(pixel_values) == row.batch_size
+    assert len(pixel_values) == row.batch_size and model.config.num_register_tokens == 4
     assert check_attention(row, model, pixel_values, name) < 1e-5
     with torch.no_grad():
         assert measure_throughput(lambda: row.read(model, pixel_values), row.batch_size, 0.0) > 0
