@@ -877,7 +877,9 @@ def test_the_header_of_images_of_several_sizes(faulty_page: Any) -> None:
     assert build_header() == ("16", "4 × 4")  # of the configuration
 
 
-def test_the_header_names_the_model_and_its_commit(faulty_page: Any, tmp_path: Path) -> None:
+def test_the_header_names_the_model_and_its_commit(
+    faulty_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0123456789" * 4
     snapshot = tmp_path / "models--ann--small-vit" / "snapshots" / commit
     run = tmp_path / "runs" / "mine"
@@ -893,6 +895,8 @@ def test_the_header_names_the_model_and_its_commit(faulty_page: Any, tmp_path: P
 
     assert build_header(str(snapshot)) == ("ann/small-vit", commit)
     assert build_header(str(run)) == ("mine", None)
+    monkeypatch.chdir(run)
+    assert build_header(".") == ("mine", None)
     assert build_header("ann/vit", commit_hash=commit) == ("ann/vit", commit)
     assert build_header("") == ("ViTCLSForImageClassification", None)
     assert build_header(str(run), "my model") == ("my model", None)

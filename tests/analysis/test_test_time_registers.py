@@ -274,6 +274,8 @@ def test_unsupported_models_are_errors() -> None:
         find_register_neurons(healthy, build_images())
     with raises_one_line("num_neurons is 65", "64"):
         find_register_neurons(build_planted_model(), build_images(), num_neurons=65)
+    with raises_one_line("num_neurons is 0"):
+        find_register_neurons(build_planted_model(), build_images(), num_neurons=0)
     with raises_one_line("[1, 99]"):
         add_test_time_register(healthy, [[1, 99]])
     better = add_test_time_register(build_planted_model(), [[LAYER, 5]])

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.benchmarking import comparison, own_features, training_runs
+from modeling_vitcls.benchmarking import comparison, image_files, own_features, peers, training_runs
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
@@ -257,6 +257,70 @@ def test_memory_is_the_peak_of_a_process() -> None:
     """
     done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
     assert 50 * 2**20 < int(done.stdout) < 100 * 2**20
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), (16, 2, 2, 5, 21)), (("--theirs",), (16, 5))])
+def test_the_memory_of_attention_or_of_a_forward_pass_is_measured(
+    flags: tuple[str, ...], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up uses one image. Memory is replaced by the shape of the output."""
+    monkeypatch.setattr(sys, "argv", ["own_features", "token_attention, batch 16", "--toy", *flags])
+    shapes: list[tuple[int, ...]] = []
+
+    def measure(warm_up: Any, function: Any) -> int:
+        shapes.extend(tuple(run().shape) for run in (warm_up, function))
+        return 0
+
+    monkeypatch.setattr(own_features, "measure_memory_growth", measure)
+    own_features.main()
+    assert shapes == [(1, *expected[1:]), expected]
+
+
+@pytest.mark.parametrize("flags", [(), ("--theirs",)])
+def test_the_memory_of_a_step_excludes_the_optimizer_state(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warm-up allocates the optimizer state and frees the gradients."""
+    monkeypatch.setattr(sys, "argv", ["peers", "fp32, batch 16", "timm", "--toy", *flags])
+
+    def measure(warm_up: Any, runner: Any) -> int:
+        warm_up()
+        parameters = list(runner.model.parameters())
+        assert len(runner.optimizer.state) == len(parameters) and len(runner.labels) == 16
+        assert all(parameter.grad is None for parameter in parameters)
+        assert (type(runner.model).__name__ == "VisionTransformer") == bool(flags)
+        return 123
+
+    monkeypatch.setattr(peers, "measure_memory_growth", measure)
+    peers.main()
+    assert capsys.readouterr().out == "123\n"
+
+
+def test_a_process_replies_to_each_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One JSON line per request: the labels of all files, and the images per second."""
+    batch_sizes = []
+
+    def predict(batch_size: int) -> list[tuple[str, float]]:
+        batch_sizes.append(batch_size)
+        return [("cat", 0.5), ("dog", 0.25)]
+
+    write_benchmark_files(tmp_path, is_toy=True)
+    monkeypatch.setitem(image_files.PREDICTORS, "theirs", lambda size, folder: predict)
+    measured = []
+
+    def measure(run: Any, *arguments: Any) -> float:
+        measured.append((run(), *arguments))
+        return 7.5
+
+    monkeypatch.setattr(image_files, "measure_throughput", measure)
+    monkeypatch.setattr(sys, "argv", ["image_files", "theirs", str(tmp_path), "--toy"])
+    monkeypatch.setattr(sys, "stdin", ["labels 16\n", "speed 4\n"])
+    image_files.main()
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert replies == [[["cat", 0.5], ["dog", 0.25]], 7.5]
+    assert batch_sizes == [16, 4] and measured[0][1:] == (4, 0.0)  # 4 files, and a single call
 
 
 @pytest.mark.parametrize("against", PEERS)
