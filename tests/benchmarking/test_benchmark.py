@@ -600,6 +600,11 @@ def test_a_line_is_written_after_every_few_steps(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()] == [{"step": 3}, {"step": 6}]
 
 
+def test_the_plain_peer_has_no_cpu_kernels() -> None:
+    peer = PEERS["plain"](TOY)
+    assert "cpu_kernels=True" in str(peer.ours) and "cpu_kernels=True" not in str(peer.theirs)
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_no_parameter_of_a_peer_is_constant(name: str) -> None:
     """A bias of zeros or a scale of ones would hide differences between the two sides."""
