@@ -606,6 +606,14 @@ def test_the_plain_peer_has_no_cpu_kernels() -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
+def test_peers_have_the_requested_size(name: str) -> None:
+    size = replace(TOY, image_size=40, num_hidden_layers=3, num_attention_heads=4, num_labels=7)
+    config = PEERS[name](size).ours.config
+    assert {field: getattr(config, field) for field in vars(size)} == vars(size)
+    assert config.intermediate_size == 4 * 32
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_no_parameter_of_a_peer_is_constant(name: str) -> None:
     """A bias of zeros or a scale of ones would hide differences between the two sides."""
     for parameter_name, parameter in PEERS[name](TOY).theirs.named_parameters():
