@@ -328,6 +328,8 @@ def test_a_process_replies_to_each_request(
 def test_gradients_are_compared_before_steps_are_measured(name: str, against: str) -> None:
     ours, theirs = build_step_runners(TRAINING_STEPS[name], PEERS[against](TOY))
     assert check_gradients(ours, theirs, name) < ours.row.limit
+    gradient = ours.compute_patch_gradient(num_images=1)  # earlier gradients are discarded
+    assert torch.allclose(ours.compute_patch_gradient(num_images=1), gradient, rtol=0.01)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     ours()
     assert not all(map(torch.equal, before, ours.model.parameters()))
