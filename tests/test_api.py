@@ -16,9 +16,13 @@ from torch.utils.data import Dataset
 
 import modeling_vitcls
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
+from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.api import build_options
 from modeling_vitcls.commands.parsing import parse
-from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, PredictOptions, PretrainOptions
+from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
+from modeling_vitcls.training import task
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.pretrain import PretrainTask
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -91,6 +95,8 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     images[1].save(tmp_path / "1.png")
     (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
     assert from_path["label"] == rows[1]["label"]
+    (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
+    assert from_bytes["label"] == rows[1]["label"] and from_bytes["error"] is None
     assert len(predict(folder, dataset="digits", features="cls")) == 1797
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
     with pytest.raises(TypeError, match="unknown keyword argument 'output'"):
@@ -135,8 +141,53 @@ def test_arguments_are_flags(options_class: Any, flags: list[str], arguments: di
 def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
     assert options == parse(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
+    assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision=None).mixed_precision is None
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
     assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
+
+
+@pytest.mark.parametrize(
+    ("function", "flags", "expected"),
+    [
+        (finetune, {}, "run_task"),
+        (finetune, {"folds": 3}, "run_folds"),
+        (finetune, {"folds": 3, "fold": 1}, "run_task"),
+        (finetune, {"dry_run": True, "folds": 3}, "dry_run"),
+        (pretrain, {}, "run_task"),
+        (pretrain, {"dry_run": True}, "dry_run"),
+    ],
+)
+def test_flags_select_one_run_all_folds_or_a_dry_run(
+    function: Any, flags: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained: the three functions are replaced."""
+    calls: list[tuple[str, Any]] = []
+    task_class = FinetuneTask if function is finetune else PretrainTask
+
+    def replace(name: str, result: Any) -> None:
+        def record(*arguments: Any) -> Any:
+            calls.append((name, arguments))
+            return result
+
+        monkeypatch.setattr(task, name, record)
+
+    monkeypatch.setattr(task_class, "__init__", lambda self, options: setattr(self, "options", options))
+    replace("run_task", {"loss": 1.0})
+    replace("run_folds", {"mean": 1.0})
+    replace("dry_run", None)
+    results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
+    assert results == {"run_task": {"loss": 1.0}, "run_folds": {"mean": 1.0}, "dry_run": {}}[expected]
+    ((name, arguments),) = calls
+    options = arguments[0].options if name == "run_task" else arguments[1]
+    assert name == expected and (isinstance(arguments[0], task_class) or arguments[0] is task_class)
+    assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
+    assert options.data.dataset == "digits" and options.run.dry_run == ("dry_run" in flags)
+
+
+@pytest.mark.parametrize("images", ["photos", Path("photos"), ["photos"], (Path("photos"),)], ids=repr)
+def test_one_path_is_a_list_of_one_path(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_tokens_module, "inspect_tokens", lambda options: options)
+    assert inspect_tokens("m", images) == InspectOptions("m", ("photos",))
 
 
 def test_the_functions_are_documented_and_public() -> None:

@@ -36,6 +36,8 @@ def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
     start = model.config.token_layout.patches.start
     assert torch.equal(features[1, 0, 2, 4], states[1][1, start + 14])
     assert torch.equal(features[0, 1, 1, 0], states[2][0, start + 5])
+    half = compute_patch_features(model.bfloat16(), pixels.bfloat16())
+    assert half.dtype == torch.float32 and torch.allclose(half, features, atol=0.1, rtol=0.1)
 
 
 def test_colors_are_the_principal_components() -> None:
@@ -54,6 +56,8 @@ def test_colors_are_the_principal_components() -> None:
             low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
             candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
         assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
+    for small, one in zip(compute_patch_colors([image / 1e4 for image in features]), colors, strict=True):
+        assert torch.allclose(small, one, atol=1e-4)
 
 
 def test_the_foreground_differs_from_the_border() -> None:
@@ -81,6 +85,24 @@ def test_few_patches_and_channels_have_colors_too() -> None:
     assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_images_without_interior_have_a_foreground() -> None:
+    """All patches are at the border."""
+    features = torch.zeros(2, 4, 8)
+    features[0, :2, 3] = 1
+    (colors,) = compute_patch_colors([features + 0.01 * torch.randn(2, 4, 8)], foreground=True)
+    is_shown = ~colors.isnan().any(dim=-1)
+    assert is_shown.sum() in (2, 6) and is_shown[0, 0] == is_shown[0, 1] != is_shown[1, 0]
+
+
+def test_equal_patches_have_one_color_and_no_foreground() -> None:
+    """For example, of a black image."""
+    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)])
+    assert colors.isfinite().all() and len(colors.flatten(0, 1).unique(dim=0)) == 1
+    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)], foreground=True)
+    assert colors.shape == (3, 4, 3) and colors.isnan().all()
+
+
 def test_similarity_is_the_cosine() -> None:
     (features,) = draw_features((4, 5))
     found = compute_patch_similarity(features, 1, 3)
@@ -95,6 +117,7 @@ def test_compressed_features_keep_similarities(num_components: int, limit: float
     features = compute_patch_features(train_digits_model(epochs=2), HELD_OUT[0][:16])[:, 1]
     compressed = compress_patch_features(list(features), num_components)
     assert len(compressed.values) == 16 and compressed.values[0].dtype == torch.int8
+    assert torch.stack(compressed.values).abs().amax(dim=(0, 1, 2)).tolist() == [127] * num_components  # own scales
     for image in range(16):
         rows = compressed.values[image].flatten(0, 1).float() * compressed.scale
         products = rows @ rows.T + compressed.offset

@@ -18,6 +18,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.analysis import patch_sizes
 from modeling_vitcls.analysis.patch_sizes import (
     PatchSizeRow,
     compare_patch_sizes,
@@ -73,11 +74,32 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
         there = predict(model.eval().adapt(patch_size=row.patch_size), processor)
         assert row.accuracy == pytest.approx((there == torch.tensor(labels)).float().mean().item())
         assert row.agreement == pytest.approx((there == own).float().mean().item())
-        assert row.milliseconds > 0 and row.device and row.num_images == NUM_IMAGES
-        assert 0 < row.attention_share < 1
+        assert row.milliseconds > 0 and row.num_images == NUM_IMAGES
+        assert f", {torch.get_num_threads()} thread" in row.device
+        total, in_maps = count_flops(model.adapt(patch_size=row.patch_size), (32, 32))
+        assert row.gflops == pytest.approx(total / 1e9) and row.attention_share == pytest.approx(in_maps / total)
     assert index_by_size(rows)[8].agreement == 1 and index_by_size(rows)[8].accuracy == pytest.approx(5 / 6)
     assert min(row.agreement for row in rows) < 1
     assert rows[0].gflops > rows[1].gflops > rows[2].gflops
+
+
+def test_the_time_is_the_median_per_image_without_the_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward pass takes 12 ms, but the warmup takes one second. The batches have 4 and 2 images, and five
+    batches are measured: 3, 6, 3, 6 and 3 ms per image."""
+    clock, passes = [0.0], []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(len(args[0]))
+        clock[0] += 1.0 if len(passes) <= 2 else 0.012
+        return plain_forward(self, *args, **kwargs)
+
+    plain_forward = ViTCLSModel.forward
+    monkeypatch.setattr(ViTCLSModel, "forward", forward)
+    monkeypatch.setattr(patch_sizes.time, "perf_counter", lambda: clock[0])
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    rows = compare_patch_sizes(model, build_processor(), build_pil_images(), None, [16], batch_size=4)
+    assert [row.milliseconds for row in rows] == [pytest.approx(3.0)] * 2
+    assert passes[2:12:2] == passes[3:12:2] == [4, 2, 4, 2, 4]  # both sizes in turn
 
 
 def test_the_original_size_is_always_measured() -> None:

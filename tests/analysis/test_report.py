@@ -1,11 +1,13 @@
 """The report in a real browser: planted faults are named, and maps and curves equal those of the model."""
 
+import copy
 import io
 import json
 import re
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import report_data
+from modeling_vitcls.analysis.ablation import Ablation
+from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import (
     MIN_SCALE,
@@ -42,10 +46,19 @@ from modeling_vitcls.analysis.patch_features import (
     compute_patch_similarity,
     draw_patch_colors,
 )
-from modeling_vitcls.analysis.report import build_page_header, write_json_values, write_page, write_report
+from modeling_vitcls.analysis.patch_sizes import PatchSizeRow
+from modeling_vitcls.analysis.report import (
+    build_effect_table,
+    build_page_header,
+    build_patch_size_table,
+    write_json_values,
+    write_page,
+    write_report,
+)
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.inference.predict import predict
 from modeling_vitcls.token_names import get_token_names
+from modeling_vitcls.version import __version__
 
 
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
@@ -848,6 +861,112 @@ def test_a_page_from_existing_results(tmp_path: Path, faulty_page: Any) -> None:
     assert texts[0] == texts[1]
 
 
+def test_the_header_of_images_of_several_sizes(faulty_page: Any) -> None:
+    found = faulty_page[2]
+
+    def build_header(*grids: tuple[int, int]) -> tuple[str, str | None]:
+        report = found.image_reports[0]
+        reports = [replace(report, rollout=torch.zeros(4, *grid)) for grid in grids]
+        header = build_page_header(replace(found, image_reports=reports), None, None)
+        return header["num_patches"], header["grid"]
+
+    assert build_header((4, 6), (4, 6)) == ("24", "4 × 6")
+    assert build_header((4, 6), (6, 4)) == ("24", "4 × 6, 6 × 4")
+    assert build_header((6, 6), (4, 4), (4, 6)) == ("16 to 36", "4 × 4, 4 × 6, 6 × 6")
+    assert build_header((6, 6), (4, 4), (4, 6), (2, 2)) == ("4 to 36", None)
+    assert build_header() == ("16", "4 × 4")  # of the configuration
+
+
+def test_the_header_names_the_model_and_its_commit(
+    faulty_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--ann--small-vit" / "snapshots" / commit
+    run = tmp_path / "runs" / "mine"
+    for folder in (snapshot, run):
+        folder.mkdir(parents=True)
+
+    def build_header(source: str, title: str | None = None, commit_hash: str | None = None) -> tuple[str, str | None]:
+        config = copy.deepcopy(faulty_page[2].config)
+        config.name_or_path, config._commit_hash = source, commit_hash
+        header = build_page_header(replace(faulty_page[2], config=config), title, "a test")
+        assert header["source"] == "a test"
+        return header["title"], header["commit"]
+
+    assert build_header(str(snapshot)) == ("ann/small-vit", commit)
+    assert build_header(str(run)) == ("mine", None)
+    monkeypatch.chdir(run)
+    assert build_header(".") == ("mine", None)
+    assert build_header("ann/vit", commit_hash=commit) == ("ann/vit", commit)
+    assert build_header("") == ("ViTCLSForImageClassification", None)
+    assert build_header(str(run), "my model") == ("my model", None)
+
+
+def test_selected_images_are_grouped_by_kind(faulty_page: Any, tmp_path: Path) -> None:
+    """Without a browser. Other images have no kind and no filter."""
+    found, headings = faulty_page[2], ("wrong predictions", "least confident", "typical")
+    assert not any(heading in faulty_page[0].read_text() for heading in headings)
+    kinds = ("wrong", "typical", "typical")
+    reports = [replace(report, kind=kind) for report, kind in zip(found.image_reports, kinds, strict=True)]
+    write_page(tmp_path / "report.html", replace(found, image_reports=reports))
+    text = (tmp_path / "report.html").read_text()
+    assert '<option value="wrong">wrong predictions</option><option value="typical">typical</option>' in text
+    assert re.findall(r'<span class="truth">([a-z ]+)</span>', text) == ["wrong predictions", "typical", "typical"]
+
+
+def test_the_table_of_effects(faulty_page: Any) -> None:
+    found = faulty_page[2]
+
+    def build_table(effect: Any, **null_effects: list[float]) -> dict[str, str]:
+        """Return the first row of the table, with this effect, by column."""
+        changed = {
+            kind: {key: Ablation(effect, effect.size, **null_effects) for key in ablations}
+            for kind, ablations in found.ablations.items()
+        }
+        table = build_effect_table(replace(found, ablations=changed))
+        assert len(table["rows"]) == 2 * 5
+        return dict(zip(table["header"], table["rows"][0], strict=True))
+
+    effect = AblationEffect(0.25, 0.123, -0.0625, 16, (0.1, 0.5), (0.05, 0.2))
+    assert build_table(effect, patch_effects=[0.3, 0.01, 0.2], redrawn_effects=[0.4, 0.5]) == {
+        "token": "CLS",
+        "ablation": "information: replaced by its mean",
+        "changed predictions": "4 of 16 (at most 50.0%)",
+        "logit change / standard deviation over images": "0.12",
+        "95% interval": "0.05 to 0.2",
+        "null: random patches": "0.01 to 0.3",
+        "null: random tokens": "0.4 to 0.5",
+        "accuracy change, points": "-6.2",
+    }
+    unknown = build_table(replace(effect, accuracy_change=None))
+    assert "accuracy change, points" not in unknown and unknown["null: random patches"] == ""
+    features = FeatureEffect({"cls": 0.5, "patches": 0.25}, 0.75, 16, (0.4, 0.6))
+    encoder = build_table(features)
+    assert (encoder["cosine distance, cls"], encoder["cosine distance, patches"]) == ("0.5", "0.25")
+    assert (encoder["same nearest images"], encoder["95% interval"]) == ("75%", "0.4 to 0.6")
+    assert "same nearest images" not in build_table(replace(features, knn_agreement=None))
+
+
+def test_the_table_of_patch_sizes() -> None:
+    native = PatchSizeRow((8, 4), True, (4, 8), 1033, 1.2345, 0.1, 0.5678, "a CPU", 200, None, 1.0, "")
+    other = replace(native, patch_size=8, is_native=False, grid=(4, 4), sequence_length=17, agreement=0.9375)
+    assert build_patch_size_table([native, other])["header"] == [
+        "patch",
+        "tokens",
+        "GFLOPs per image",
+        "ms per image",
+        "same predictions",
+    ]
+    assert build_patch_size_table([native, other])["rows"] == [
+        ["8 x 4 (the model's own)", "1,033", "1.23", "0.568", "100.0%"],
+        ["8", "17", "1.23", "0.568", "93.8%"],
+    ]
+    known = build_patch_size_table([native, replace(other, accuracy=0.5)])
+    assert [row[4] for row in known["rows"]] == ["", "50.0%"] and known["header"][4] == "accuracy"
+    assert len(known["sentences"]) > 1
+    assert build_patch_size_table([]) == {"header": [], "rows": [], "sentences": []}
+
+
 def test_unknown_arguments_are_errors(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="lables"):
         write_report(
@@ -886,6 +1005,20 @@ def test_figures_for_programs(tmp_path: Path, faulty_page: Any) -> None:
     assert set(figures["effects"]) == {"cls[0]", "registers[0]", "registers[1]", "registers[2]"}
     assert len(figures["findings"]["patch_norms"]["median"]) == 4
     assert [picture["truth"] for picture in figures["pictures"]] == ["LABEL_0", "LABEL_1", None]
+    for picture, report in zip(figures["pictures"], found.image_reports, strict=True):
+        (answer,) = picture["answers"]
+        assert (picture["name"], answer["task"]) == (report.name, None)
+        for (name, probability), (label, expected) in zip(answer["labels"], report.predictions[0].labels, strict=True):
+            assert name == label and probability == pytest.approx(expected, rel=1e-4)
+    assert (figures["commit"], figures["version"], figures["num_broken"]) == (None, __version__, 0)
+    assert figures["depth"] == found.depth and figures["accuracy"] == found.accuracy
+    omitted = {"mean_states", "patch_ratios", "patch_ratios_without_registers"}
+    assert set(figures["findings"]) == set(vars(found.findings)) - omitted
+    for name, check in found.map_checks.items():
+        values = figures["map_checks"][name]
+        assert (values["statement"], values["is_faithful"]) == (check.describe(name), check.is_faithful)
+    for key, effect in found.effects.items():
+        assert figures["effects"][key]["logit_change"] == pytest.approx(effect.logit_change, rel=1e-4)
 
 
 def test_the_model_is_not_changed(tmp_path: Path) -> None:

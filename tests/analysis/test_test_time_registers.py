@@ -18,6 +18,7 @@ from tiny_models import (
     randomize,
     save_and_load,
 )
+from torch import nn
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.test_time_registers import (
@@ -102,6 +103,46 @@ def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> Non
     assert len(found) == 10
     assert sorted(found[:2]) == [[LAYER, neuron] for neuron in PLANTED]
     assert all(layer <= LAYER for layer, _ in found)  # no neurons after the layer in which outliers start
+
+
+@pytest.mark.parametrize(("ratio", "last_layer"), [(1.1, None), (1.2, 0), (1.2, 2)])
+def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float, last_layer: int | None) -> None:
+    """Compare with loops over images, patches and neurons, for random weights."""
+    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3)))
+    inputs: list[torch.Tensor] = []
+    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.layers]
+    with torch.no_grad():
+        states = model(build_images(3), output_hidden_states=True).hidden_states
+        activations = [
+            nn.functional.gelu(nn.functional.linear(rows, layer.mlp.fc1.weight, layer.mlp.fc1.bias))[:, 1:]
+            for rows, layer in zip(inputs, model.layers, strict=True)
+        ]
+    for hook in hooks:
+        hook.remove()
+
+    def list_outliers(step: int) -> list[set[int]]:
+        """Return the indices of the outlier patches of each image in a hidden state."""
+        norms = [[patch.norm().item() for patch in image[1:]] for image in states[step]]
+        return [{i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms]  # 16 patches
+
+    outliers = list_outliers(-1)
+    num_outliers = sum(map(len, outliers))
+    assert all(outliers) and num_outliers < 3 * 16 / 2
+    assert compute_outlier_fraction(model, build_images(3), ratio) == pytest.approx(num_outliers / (3 * 16))
+    if last_layer is None:
+        shared = [sum(map(len, map(set.__and__, list_outliers(step), outliers))) for step in (1, 2, 3)]
+        last_layer = next(layer for layer, number in enumerate(shared) if number >= num_outliers / 2)
+    scores = {}
+    for layer in range(last_layer + 1):
+        for neuron in range(24):
+            means = [
+                sum(abs(activations[layer][image, patch, neuron].item()) for patch in patches) / len(patches)
+                for image, patches in enumerate(outliers)
+            ]
+            scores[layer, neuron] = sum(means) / len(means)
+    expected = sorted(scores, key=lambda place: -scores[place])[:12]
+    found = find_register_neurons(model, build_images(3), 12, ratio, None if ratio == 1.1 else last_layer)
+    assert found == [list(place) for place in expected]
 
 
 def test_the_layer_can_be_set() -> None:
@@ -233,6 +274,8 @@ def test_unsupported_models_are_errors() -> None:
         find_register_neurons(healthy, build_images())
     with raises_one_line("num_neurons is 65", "64"):
         find_register_neurons(build_planted_model(), build_images(), num_neurons=65)
+    with raises_one_line("num_neurons is 0"):
+        find_register_neurons(build_planted_model(), build_images(), num_neurons=0)
     with raises_one_line("[1, 99]"):
         add_test_time_register(healthy, [[1, 99]])
     better = add_test_time_register(build_planted_model(), [[LAYER, 5]])

@@ -83,6 +83,20 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
             steps = zip(row[num_special:], points, strict=True)
             distances.append(sum(w / total * math.dist(point, other) for w, other in steps))
         assert found.patch_distance[layer, head] == pytest.approx(sum(distances) / num_patches, abs=1e-4)
+    for layer, token in ((layer, token) for layer in range(maps.shape[0]) for token in range(num_special)):
+        rows = maps[layer, :, token].tolist()  # [H, N]
+        uniform = [1 / len(rows[0])] * len(rows[0])
+        selectivity = sum(get_total_variation(row, uniform) for row in rows) / len(rows)
+        assert found.map_selectivity[layer, token] == pytest.approx(selectivity, abs=TOLERANCE)
+        for other in range(num_special):
+            others = maps[layer, :, other].tolist()
+            distance = sum(map(get_total_variation, rows, others)) / len(rows)
+            assert found.map_distance[layer, token, other] == pytest.approx(distance, abs=TOLERANCE)
+
+
+def get_total_variation(first: list[float], second: list[float]) -> float:
+    """Return the total variation distance between two attention maps."""
+    return sum(abs(one - other) for one, other in zip(first, second, strict=True)) / 2
 
 
 def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
@@ -96,6 +110,7 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
         outliers = sum(norm > 3 * median for norm in norms) / len(norms)
         assert found.outliers[step] == pytest.approx(outliers, abs=1e-6)
         assert sorted(found.patch_norms[step].tolist()) == pytest.approx(norms, rel=1e-4)
+        assert sorted(found.patch_ratios[step].tolist()) == pytest.approx([norm / median for norm in norms], rel=1e-4)
         for token in range(num_special):
             assert found.token_norms[step, token] == pytest.approx(special[token].norm().item(), rel=1e-4)
             assert found.to_patches[step, token] == pytest.approx(cosine(special[token], patches.mean(0)), abs=1e-5)
@@ -257,6 +272,8 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
     for name in ("entropy", "spread"):
         figures = getattr(found, name)
         assert get_largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
+    assert found.map_selectivity.max() <= 1e-6  # compared with uniform attention to the tokens in the scope
+    assert found.map_distance[:, 0, 1].tolist() == pytest.approx([12 / 19] * 2)  # 12 of 19 tokens are not in the scope
 
 
 def test_gates_and_biases_mask_no_tokens() -> None:
@@ -273,6 +290,21 @@ def test_attention_of_patches_to_themselves_has_distance_zero() -> None:
     points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
     assert token_statistics.compute_attention_distance(torch.eye(196)[None, None], points).item() == 0
     assert token_statistics.compute_spread(torch.eye(196), points).abs().max() <= 1e-4
+
+
+def test_zeros_are_not_divided_by_zero() -> None:
+    """Black images without biases and positions, a register of zeros, and a token without attention to patches."""
+    fields = {"position_embedding_type": "none", "patch_bias": False, "num_register_tokens": 1}
+    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
+    with torch.no_grad():
+        model.embeddings.register_tokens.zero_()
+    found = collect_findings(model, torch.zeros(2, 3, 32, 32))
+    assert not found.patch_norms[0].any() and not found.token_norms[0, 1]
+    for values in (found.patch_ratios, found.outliers, found.to_patches, found.variation, found.channel_variation):
+        assert not values[0].any()
+    points = torch.tensor([[4.0, 4.0], [4.0, 12.0]])
+    assert not token_statistics.compute_spread(torch.zeros(3, 2), points).any()
+    assert not token_statistics.compute_attention_distance(torch.zeros(1, 1, 2, 2), points).any()
 
 
 def test_outliers_are_counted_after_each_layer() -> None:
@@ -354,8 +386,9 @@ def test_half_precision() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
+    tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    assert all(value.dtype == torch.float32 for value in (*tensors, *found.uniform_by_token.values()))
     for name in ("entropy", "attention_fractions", "received", "between_tokens"):
-        assert getattr(found, name).dtype == torch.float32
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
     assert get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
 

@@ -1,25 +1,37 @@
 """The benchmarks at toy size: comparisons, files, and errors if the outputs of the two sides differ."""
 
+import copy
 import json
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fresh_processes import run_fresh
+from PIL import Image
+from sklearn.datasets import load_digits
 from tiny_models import raises_one_line
+from torchvision.transforms import v2
+from transformers import ViTForImageClassification
 
-from modeling_vitcls.benchmarking import comparison
+from modeling_vitcls import ViTCLSImageProcessor
+from modeling_vitcls.benchmarking import comparison, image_files, own_features, peers, training_runs
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
+    check_logits,
     check_tensors,
     compute_quartiles,
     measure_alternately,
+    measure_peaks,
     measure_throughput,
 )
 from modeling_vitcls.benchmarking.image_files import (
@@ -35,10 +47,12 @@ from modeling_vitcls.benchmarking.image_files import (
 from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
+    PROBE_ROWS,
     build_attention_inputs,
     build_model,
     check_attention,
     check_disabled_feature,
+    train_probe,
 )
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
@@ -47,18 +61,32 @@ from modeling_vitcls.benchmarking.peers import (
     TOY,
     TRAINING_STEPS,
     ForwardPass,
+    build_random_images,
     build_step_runners,
     check_gradients,
     compare_forward_pass,
     compare_step,
 )
-from modeling_vitcls.benchmarking.tables import compute_lowest_ratios, format_markdown
+from modeling_vitcls.benchmarking.tables import (
+    compute_lowest_ratios,
+    format_markdown,
+    print_comparison,
+    print_tables,
+    write_reports,
+)
 from modeling_vitcls.benchmarking.training_runs import (
+    CROP_AUGMENTATION,
     DIGITS,
     MAX_STEPS,
+    SHIFT_AUGMENTATION,
     TRAINING_RUNS,
+    LineWriter,
     SuspendedRun,
     build_our_command,
+    build_their_command,
+    build_transforms,
+    collate,
+    load_dataset,
     save_models,
 )
 from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
@@ -135,13 +163,59 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     assert "images per second" in done.stdout and "MiB" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixels", "prediction", "probe"])
+@pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow), "probe"])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK_KINDS[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
+
+
+def test_the_probe_counts_the_images_of_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides train the classifier as a plain loop over the pooled features does."""
+    measured: list[Any] = []
+
+    def measure(ours: Any, theirs: Any, num_images: int, settings: BenchmarkSettings) -> Any:
+        measured.append((num_images, settings.num_pairs, settings.is_toy))
+        return [1.0], [1.0]
+
+    monkeypatch.setattr(own_features, "compare_throughput", measure)
+    (result,) = compare(("probe",), (), TOY_SETTINGS)
+    assert measured == [(10 * 32, 1, True)] and result.details["num_epochs"] == 10
+    row = replace(PROBE_ROWS["10 epochs, batch 16"], num_epochs=3)
+    model, images, labels = build_model(TOY), build_random_images(32, TOY.image_size), torch.arange(32) % 5
+    with torch.no_grad():
+        features = model.vitcls(images).pooler_output
+    classifier = copy.deepcopy(model.classifier)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-3)
+    for start in (0, 16) * 3:
+        batch = slice(start, start + 16)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(classifier(features[batch]), labels[batch]).backward()
+        optimizer.step()
+    for use_cache in (True, False):
+        assert torch.allclose(train_probe(model, images, labels, row, use_cache), classifier.weight, atol=1e-5)
+
+
+def test_reading_attention_is_compared_with_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that measures the memory of each side is replaced by constants."""
+    requests = []
+
+    def measure(*arguments: str) -> int:
+        requests.append(arguments)
+        return 100 if "--theirs" in arguments else 250
+
+    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    names = ("token_attention, batch 1", "statistics, batch 16")
+    entries = [result.to_dict() for result in compare(("attention",), names, TOY_SETTINGS)]
+    assert [entry["name"] for entry in entries] == list(names)
+    assert {entry["against"] for entry in entries} == {"a plain forward pass"}
+    assert [entry["batch_size"] for entry in entries] == [1, 16]
+    for entry in entries:
+        assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (250, 100)
+        assert entry["size"] == vars(TOY) and entry["pairs"] == 1 and entry["largest_difference_of_outputs"] < 1e-5
+    module = "modeling_vitcls.benchmarking.own_features"
+    assert requests == [(module, name, "--toy", *side) for name in names for side in ((), ("--theirs",))]
 
 
 @pytest.mark.slow
@@ -156,7 +230,7 @@ def test_compiled_models_are_compared(against: str) -> None:
 def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     row = ATTENTION_ROWS[name]
     model, pixel_values = build_attention_inputs(row.batch_size, is_toy=True)
-    assert len(pixel_values) == row.batch_size
+    assert len(pixel_values) == row.batch_size and model.config.num_register_tokens == 4
     assert check_attention(row, model, pixel_values, name) < 1e-5
     with torch.no_grad():
         assert measure_throughput(lambda: row.read(model, pixel_values), row.batch_size, 0.0) > 0
@@ -185,11 +259,77 @@ def test_memory_is_the_peak_of_a_process() -> None:
     assert 50 * 2**20 < int(done.stdout) < 100 * 2**20
 
 
+@pytest.mark.parametrize(("flags", "expected"), [((), (16, 2, 2, 5, 21)), (("--theirs",), (16, 5))])
+def test_the_memory_of_attention_or_of_a_forward_pass_is_measured(
+    flags: tuple[str, ...], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up uses one image. Memory is replaced by the shape of the output."""
+    monkeypatch.setattr(sys, "argv", ["own_features", "token_attention, batch 16", "--toy", *flags])
+    shapes: list[tuple[int, ...]] = []
+
+    def measure(warm_up: Any, function: Any) -> int:
+        shapes.extend(tuple(run().shape) for run in (warm_up, function))
+        return 0
+
+    monkeypatch.setattr(own_features, "measure_memory_growth", measure)
+    own_features.main()
+    assert shapes == [(1, *expected[1:]), expected]
+
+
+@pytest.mark.parametrize("flags", [(), ("--theirs",)])
+def test_the_memory_of_a_step_excludes_the_optimizer_state(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warm-up allocates the optimizer state and frees the gradients."""
+    monkeypatch.setattr(sys, "argv", ["peers", "fp32, batch 16", "timm", "--toy", *flags])
+
+    def measure(warm_up: Any, runner: Any) -> int:
+        warm_up()
+        parameters = list(runner.model.parameters())
+        assert len(runner.optimizer.state) == len(parameters) and len(runner.labels) == 16
+        assert all(parameter.grad is None for parameter in parameters)
+        assert (type(runner.model).__name__ == "VisionTransformer") == bool(flags)
+        return 123
+
+    monkeypatch.setattr(peers, "measure_memory_growth", measure)
+    peers.main()
+    assert capsys.readouterr().out == "123\n"
+
+
+def test_a_process_replies_to_each_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One JSON line per request: the labels of all files, and the images per second."""
+    batch_sizes = []
+
+    def predict(batch_size: int) -> list[tuple[str, float]]:
+        batch_sizes.append(batch_size)
+        return [("cat", 0.5), ("dog", 0.25)]
+
+    write_benchmark_files(tmp_path, is_toy=True)
+    monkeypatch.setitem(image_files.PREDICTORS, "theirs", lambda size, folder: predict)
+    measured = []
+
+    def measure(run: Any, *arguments: Any) -> float:
+        measured.append((run(), *arguments))
+        return 7.5
+
+    monkeypatch.setattr(image_files, "measure_throughput", measure)
+    monkeypatch.setattr(sys, "argv", ["image_files", "theirs", str(tmp_path), "--toy"])
+    monkeypatch.setattr(sys, "stdin", ["labels 16\n", "speed 4\n"])
+    image_files.main()
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert replies == [[["cat", 0.5], ["dog", 0.25]], 7.5]
+    assert batch_sizes == [16, 4] and measured[0][1:] == (4, 0.0)  # 4 files, and a single call
+
+
 @pytest.mark.parametrize("against", PEERS)
 @pytest.mark.parametrize("name", TRAINING_STEPS)
 def test_gradients_are_compared_before_steps_are_measured(name: str, against: str) -> None:
     ours, theirs = build_step_runners(TRAINING_STEPS[name], PEERS[against](TOY))
     assert check_gradients(ours, theirs, name) < ours.row.limit
+    gradient = ours.compute_patch_gradient(num_images=1)  # earlier gradients are discarded
+    assert torch.allclose(ours.compute_patch_gradient(num_images=1), gradient, rtol=0.01)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     ours()
     assert not all(map(torch.equal, before, ours.model.parameters()))
@@ -208,6 +348,29 @@ def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
         compare_processors(name, row, files, ours, theirs, TOY_SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["one file", "lists of 16 files, as paths for both image processors"])
+def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path) -> None:
+    files = write_benchmark_files(tmp_path, is_toy=True) * 5  # 20 files
+    assert len(files) == 20 and len(set(files)) == 4
+    ours, theirs = build_image_processors(TOY, tmp_path)
+    calls: dict[str, list[Any]] = {"ours": [], "theirs": []}
+
+    def record(side: str, processor: Any) -> Any:
+        def process(batch: list[Any], **kwargs: Any) -> Any:
+            calls[side].append([getattr(image, "filename", image) for image in batch])
+            return processor(batch, **kwargs)
+
+        return process
+
+    row = PIXEL_ROWS[name]
+    sides = record("ours", ours), record("theirs", theirs)
+    found = compare_processors(name, row, files, *sides, TOY_SETTINGS)
+    batches = [files[:16], files[16:]] if row.num_files == 16 else [[file] for file in files]
+    num_calls = 2 + 2  # two checks, a warm-up and a measurement
+    assert calls == {"ours": batches * num_calls, "theirs": batches * num_calls}
+    assert found.details["num_files"] == 20
+
+
 def test_labels_and_weights_that_differ_are_not_compared() -> None:
     name = next(iter(PREDICTION_ROWS))
     cat = ("cat", 0.5)
@@ -219,6 +382,12 @@ def test_labels_and_weights_that_differ_are_not_compared() -> None:
     assert check_tensors(torch.ones(2), torch.ones(2), 1e-4, "probe", "the weights") == 0
     with raises_one_line("probe", "the weights differ by 0.5"):
         check_tensors(torch.tensor([1.0, 0.5]), torch.ones(2), 1e-4, "probe", "the weights")
+    # The limit is relative to the largest expected value.
+    assert check_tensors(torch.tensor([-1000.0, 0.05]), torch.tensor([-1000.0, 0.0]), 1e-4, "", "") < 0.1
+    with raises_one_line("differ by 0.002, more than 0.001"):
+        check_tensors(torch.tensor([0.01, 0.002]), torch.tensor([0.01, 0.0]), 0.1, "probe", "the weights")
+    with raises_one_line("row: the outputs have different shapes, [2, 1] and [2, 5]"):
+        check_logits(lambda pixels: torch.ones(2, 1), lambda pixels: torch.ones(2, 5), torch.zeros(2), "row")
 
 
 @pytest.mark.slow
@@ -310,6 +479,15 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
     assert ours.config.id2label == dict(enumerate(names))
     assert ours.config.hidden_size == TOY.hidden_size
+    theirs = ViTForImageClassification.from_pretrained(tmp_path / "their_model")
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "our_model")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    transform = build_transforms({"crop_scale": 1.0, "flip": False, "rotation": 0}, TOY.image_size)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    batch = collate([(image, 2), (image, 1)], transform)
+    assert batch["labels"].tolist() == [2, 1] and torch.allclose(batch["pixel_values"][1:], pixel_values, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(ours(pixel_values).logits, theirs(pixel_values).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TRAINING_RUNS)
@@ -323,6 +501,118 @@ def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_pa
     assert (training.mixed_precision, training.log_every) == (run.mixed_precision, run.log_every)
     assert options.data.num_workers == run.num_workers
     assert {field: getattr(options.augmentation, field) for field in run.augmentation} == run.augmentation
+
+
+def test_their_run_has_the_settings_of_the_row(tmp_path: Path) -> None:
+    run = replace(DIGITS, size=TOY, num_workers=3)
+    *program, file = build_their_command(run, "digits", tmp_path)
+    assert program[1:] == ["-m", "modeling_vitcls.benchmarking.training_runs"]
+    settings = json.loads(Path(file).read_text())
+    for name in ("batch_size", "mixed_precision", "num_workers", "log_every", "learning_rate", "augmentation"):
+        assert settings[name] == getattr(run, name), name
+    assert (settings["dataset"], settings["image_size"]) == ("digits", 32)
+    paths = [settings[name] for name in ("model", "output_dir", "metrics")]
+    assert paths == [str(tmp_path / name) for name in ("their_model", "theirs", "theirs.jsonl")]
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_both_runs_have_the_same_hyperparameters(
+    mixed_precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained: Trainer is replaced by a function that returns its arguments."""
+    run = replace(DIGITS, size=TOY, mixed_precision=mixed_precision, num_workers=2)
+    save_models(run, [str(digit) for digit in range(10)], tmp_path, "row")
+    calls: list[dict[str, Any]] = []
+
+    def build_trainer(model: Any, arguments: Any, **others: Any) -> Any:
+        return SimpleNamespace(train=lambda: calls.append({"model": model, "arguments": arguments, **others}))
+
+    monkeypatch.setattr(training_runs, "Trainer", build_trainer)
+    training_runs.main(json.loads(Path(build_their_command(run, "digits", tmp_path)[-1]).read_text()))
+    (call,) = calls
+    command = build_our_command(run, "digits", tmp_path)
+    ours, theirs = parse(FinetuneOptions, command[command.index("finetune") + 1 :]).training, call["arguments"]
+    assert (theirs.max_steps, theirs.per_device_train_batch_size) == (ours.max_steps, ours.batch_size)
+    assert (theirs.learning_rate, theirs.weight_decay) == (ours.learning_rate, ours.weight_decay)
+    assert theirs.warmup_steps == ours.warmup * ours.max_steps and theirs.lr_scheduler_type == "cosine"
+    assert (theirs.label_smoothing_factor, theirs.max_grad_norm) == (ours.label_smoothing, ours.max_gradient_norm)
+    assert theirs.bf16 == (mixed_precision == "bf16") == (ours.mixed_precision == "bf16") and not theirs.fp16
+    assert theirs.optim == "adamw_torch_fused" and theirs.dataloader_num_workers == 2
+    assert (theirs.save_strategy.value, theirs.logging_strategy.value) == ("no", "no")
+    batch = call["data_collator"]([call["train_dataset"][index] for index in (0, 5)])
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].tolist() == [0, 5]
+    assert call["model"].config.hidden_size == TOY.hidden_size and len(call["train_dataset"]) == 1797
+    call["callbacks"][0].on_step_end(theirs, SimpleNamespace(global_step=run.log_every), None)
+    assert (tmp_path / "theirs.jsonl").read_text().count("\n") == 1
+
+
+def test_the_speed_is_measured_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a process: while it is not suspended, it writes a line every 0.5 seconds of a simulated clock."""
+    file, clock, signals = tmp_path / "lines", [0.0], []
+    run = SuspendedRun([], file, replace(DIGITS, log_every=20, batch_size=64, lines_per_turn=3))
+    run.process = SimpleNamespace(poll=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 0.5
+        with file.open("a") as lines:
+            lines.write("line\n")
+
+    monkeypatch.setattr(training_runs, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(run, "send_signal", signals.append)
+    file.write_text("line\n" * 7)
+    assert run.measure_speed() == 20 * 64 / 0.5
+    assert signals == [signal.SIGCONT, signal.SIGSTOP] and run.count_lines() == 7 + 1 + 3
+    run.log.write(b"one\nthe last line\n")
+    monkeypatch.setattr(training_runs, "MAX_WAIT_SECONDS", 10)
+    with raises_one_line("the last line"):
+        run.wait_for_lines(11 + 22)  # after 11 seconds
+    run.log.close()
+
+
+def test_their_augmentation_has_the_strength_of_the_row() -> None:
+    """Check the ranges of the random transforms, and that the crop has the size of the model."""
+    crops = build_transforms(CROP_AUGMENTATION, 32).transforms
+    (crop,) = [one for one in crops if isinstance(one, v2.RandomResizedCrop)]
+    (flip,) = [one for one in crops if isinstance(one, v2.RandomHorizontalFlip)]
+    assert (crop.size, crop.scale, flip.p) == ((32, 32), (0.35, 1.0), 0.5)
+    assert not any(isinstance(one, v2.RandomAffine) for one in crops)
+    shifts = build_transforms(SHIFT_AUGMENTATION | {"shift": 0.2}, 32).transforms
+    (affine,) = [one for one in shifts if isinstance(one, v2.RandomAffine)]
+    assert (affine.degrees, affine.translate, affine.scale) == ([-10, 10], (0.2, 0.2), pytest.approx((0.9, 1.1)))
+    assert not any(isinstance(one, (v2.RandomResizedCrop, v2.RandomHorizontalFlip)) for one in shifts)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    pixel_values = v2.Compose(crops)(image)
+    assert pixel_values.shape == (3, 32, 32) and -1 <= pixel_values.min() < -0.5 < 0.5 < pixel_values.max() <= 1
+
+
+def test_digits_are_images_of_the_size_of_the_model() -> None:
+    images = load_dataset("digits", 32)
+    digits = load_digits()
+    assert len(images) == 1797 and [label for _, label in images[:20]] == digits.target[:20].tolist()
+    image = images[7][0]
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)[..., 0]
+    assert np.abs(small - digits.images[7] * 255 / 16).mean() < 20
+
+
+def test_a_line_is_written_after_every_few_steps(tmp_path: Path) -> None:
+    writer = LineWriter(tmp_path / "lines", log_every=3)
+    for step in range(1, 8):
+        writer.on_step_end(None, SimpleNamespace(global_step=step), None)
+    assert [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()] == [{"step": 3}, {"step": 6}]
+
+
+def test_the_plain_peer_has_no_cpu_kernels() -> None:
+    peer = PEERS["plain"](TOY)
+    assert "cpu_kernels=True" in str(peer.ours) and "cpu_kernels=True" not in str(peer.theirs)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_have_the_requested_size(name: str) -> None:
+    size = replace(TOY, image_size=40, num_hidden_layers=3, num_attention_heads=4, num_labels=7)
+    config = PEERS[name](size).ours.config
+    assert {field: getattr(config, field) for field in vars(size)} == vars(size)
+    assert config.intermediate_size == 4 * 32
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -365,6 +655,44 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
     assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |"
 
 
+def test_reports_contain_the_measured_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratios 2 to 4 of the first peer, and 1.5 of the second peer; 3 MiB and 4 MiB of memory."""
+    peaks = {"ours_peak_bytes": 3 * 2**20, "theirs_peak_bytes": 4 * 2**20, "device": "cpu"}
+    results = [
+        Comparison("work", "row", "first", [6.0, 9.0, 8.0], [3.0, 3.0, 2.0], 1e-6, peaks),
+        Comparison("work", "row", "second", [6.0] * 3, [4.0] * 3, 1e-7, {}),
+    ]
+    assert print_comparison(results[0]) is results[0]
+    assert capsys.readouterr().out == "work: row, against first: 3.00 times as fast (2.50 to 3.50)\n"
+    print_tables(results)
+    cells = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["work: row", "first", "8.0", "3.0", "3.00", "2.50 to 3.50"],
+        ["work: row", "second", "6.0", "4.0", "1.50", "1.50 to 1.50"],
+        ["work: row", "1.50"],
+        ["work: row", "first", "3", "4"],
+    ):
+        assert row in cells, row
+    assert ["work: row", "second", "6", "4"] not in cells  # without measured memory
+    write_reports(results, tmp_path / "new" / "results.json", None, None)
+    first, second = check_file(tmp_path / "new" / "results.json", 3)
+    assert (first["ratio"], first["quartiles"], first["ratios"]) == (3.0, [2.5, 3.5], [2.0, 3.0, 4.0])
+    assert (first["ours_images_per_second"], first["theirs_images_per_second"]) == (8.0, 3.0)
+    assert (first["largest_difference_of_outputs"], first["ours_peak_bytes"]) == (1e-6, 3 * 2**20)
+    assert second["against"] == "second" and "ours_peak_bytes" not in second
+    lowest = json.loads((tmp_path / "new" / "results.json").read_text())["over_the_better"]
+    assert lowest == [{"work": "work", "name": "row", "ratio": 1.5}]
+
+
+def test_memory_is_read_from_the_last_line_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys\nprint('log', os.environ['MALLOC_MMAP_THRESHOLD_'])\nprint(7 if sys.argv[2:] else 5)"
+    (tmp_path / "measured_module.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert measure_peaks("measured_module", "row") == {"ours_peak_bytes": 5, "theirs_peak_bytes": 7}
+    with raises_one_line("cannot measure the memory of row --toy", "No module named no_module"):
+        measure_peaks("no_module", "row", "--toy")
+
+
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
     folder = write_photographs(tmp_path / "photographs", num_images_per_class=2)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jpg")) == [
@@ -373,6 +701,13 @@ def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
         "flower/000.jpg",
         "flower/001.jpg",
     ]
+    pixels = []
+    for file in sorted(folder.rglob("*.jpg")):
+        with Image.open(file) as image:
+            assert (image.format, image.size) == ("JPEG", (500, 375))
+            pixels.append(np.asarray(image, dtype=int))
+    means = [np.abs(pixels[index] - pixels[index + 1]).mean() for index in range(3)]
+    assert means[0] > 5 and means[2] > 5 and means[1] > 50  # other crops, and another photograph
 
 
 def test_the_last_line_of_a_run_that_ends_is_reported(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Outputs of a model for many images: labels, chance accuracy, features and their nearest neighbors.
+
+tests/analysis/test_ablation.py tests the predictions of classifiers.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TASKS, build_images, build_tiny_config, randomize
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls.analysis.model_outputs import (
+    MIN_IMAGES,
+    Features,
+    Predictions,
+    collect_outputs,
+    encode_label,
+    encode_labels,
+)
+from modeling_vitcls.heads_vitcls import IGNORED_LABEL
+
+
+def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Predictions:
+    return Predictions(torch.zeros(len(predicted), 2), torch.tensor(predicted), torch.tensor(labels))
+
+
+# Chance --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_without_labels_does_not_change_chance() -> None:
+    unknown = IGNORED_LABEL
+    found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
+    assert found.compute_chance_accuracy() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
+
+
+def test_each_image_with_a_known_label_counts_as_one_image() -> None:
+    """Chance is 1/2. The standard error is 1/8 for 16 images and 1/4 for the 4 images in which both labels are known;
+    the number of labels, 20, is not the number of images."""
+    unknown = IGNORED_LABEL
+    labels = [[0, 0], [1, 1]] * 2 + [[0, unknown], [1, unknown], [unknown, 0], [unknown, 1]] * 3 + [[unknown] * 2]
+    for num_wrong, is_better in ((4, True), (5, False)):  # 0.8 and 0.75, compared with 0.5 + 2 / 8
+        predicted = [[0 if label == unknown else label for label in row] for row in labels]
+        for index in range(num_wrong):
+            column = 0 if labels[4 + index][0] != unknown else 1
+            predicted[4 + index][column] = 1 - predicted[4 + index][column]
+        found = build_predictions(predicted, labels)
+        assert found.compute_chance_accuracy() == 0.5
+        assert found.compute_accuracy() == pytest.approx(1 - num_wrong / 20)
+        assert found.is_better_than_chance() is is_better
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_pooler"),
+    [({"num_cls_tokens": 2, "num_register_tokens": 1}, True), ({"num_register_tokens": 1}, False)],
+)
+def test_features_are_the_tokens_and_the_pooled_vector(fields: dict[str, Any], has_pooler: bool) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**fields, pooling="max"), add_pooling_layer=has_pooler))
+    batches = [build_images(2), build_images(1, seed=1)]
+    found = collect_outputs(model, lambda: [(batch, None) for batch in batches])
+    with torch.no_grad():
+        outputs = [model(batch) for batch in batches]
+    tokens = {name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "patches")}
+    maximum, mean = tokens["patches"].amax(dim=1, keepdim=True), tokens["patches"].mean(dim=1, keepdim=True)
+    expected = tokens | {"pooled": maximum if has_pooler else mean}
+    assert set(found.vectors) == set(expected) and len(found) == 3
+    for name, vectors in expected.items():
+        assert torch.allclose(torch.stack(found.vectors[name]), vectors, atol=1e-6), name
+
+
+def test_encoders_without_cls_tokens_have_no_cls_features() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
+    found = collect_outputs(model, lambda: [(build_images(), None)])
+    assert set(found.vectors) == {"pooled", "patches"}
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_neighbors_have_the_largest_cosine_similarity(has_cls: bool) -> None:
+    """The similarity is of all CLS tokens together, or of the pooled vector without CLS tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"pooled": (1, 4), "patches": (3, 4)} | ({"cls": (2, 4)} if has_cls else {})
+    vectors = {
+        name: [torch.randn(shape, generator=generator) * (1 + index) + 1 for index in range(MIN_IMAGES)]
+        for name, shape in shapes.items()
+    }
+    rows = torch.stack(vectors["cls" if has_cls else "pooled"]).flatten(1).double().numpy()
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = rows @ rows.T - 10 * np.eye(MIN_IMAGES)  # an image is not its own neighbor
+    expected = [set(np.argsort(row)[-5:].tolist()) for row in similarity]
+    assert Features(vectors).find_neighbors() == expected
+    assert Features(vectors).select(range(MIN_IMAGES - 1)).find_neighbors() is None
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_index_is_the_only_label_of_an_image() -> None:
+    config = build_tiny_config(problem_type="multi_label_classification")
+    assert [encode_label(label, config).tolist() for label in (0, 2, -100)] == [
+        [1, 0, 0],
+        [0, 0, 1],
+        [IGNORED_LABEL] * 3,
+    ]
+
+
+def test_labels_of_a_dataset_are_one_tensor() -> None:
+    classifier = ViTCLSForImageClassification(build_tiny_config())
+    found = encode_labels([2, None, 0], classifier)
+    assert found is not None and found.tolist() == [[2], [IGNORED_LABEL], [0]]
+    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    found = encode_labels([{"species": 3}, None], tasks)
+    assert found is not None and found.tolist() == [[IGNORED_LABEL, 3], [IGNORED_LABEL] * 2]
+    assert encode_labels(None, classifier) is None
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression"])
+def test_models_that_are_not_classifiers_have_no_labels(problem_type: str | None) -> None:
+    """Such labels cannot be encoded as class indices."""
+    config = build_tiny_config(problem_type=problem_type)
+    model = ViTCLSForImageClassification(config) if problem_type else ViTCLSModel(config)
+    assert encode_labels([[0.5, 1.5, 2.5], {"species": 1}, None], model) is None
