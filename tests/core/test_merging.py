@@ -248,3 +248,14 @@ def test_unsupported_attention_is_an_error() -> None:
     with raises_one_line("merged_patches_per_layer", "flash_attention_2"):
         model(build_images())
     assert type(model.vitcls.layers[0]) is MergingLayer
+
+
+@torch.no_grad()
+def test_heads_split_by_tensor_parallelism_are_an_error() -> None:
+    """Each process would merge patches by the keys of its own heads."""
+    model = build_classifier(2)
+    attention = model.vitcls.layers[0].attention
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(16, 8))  # one of two heads
+    with raises_one_line("does not support tensor parallelism", "merged_patches_per_layer=0"):
+        model(build_images())

@@ -450,6 +450,32 @@ def test_an_encoder_card_describes_its_pretraining() -> None:
     assert not re.search(r"More Information Needed|None|\{\{|\{%|\n\n\n", card.text)
 
 
+def build_cards(changes: dict[str, Any], missing: tuple[str, ...] = ()) -> list[ModelCard]:
+    """Return the cards of a classifier and an encoder."""
+    classifier, encoder = (
+        {name: value for name, value in (results | changes).items() if name not in missing}
+        for results in (RESULTS, ENCODER)
+    )
+    cards = (build_card("mine", CONFIG, classifier, FLAGS), build_encoder_card("mine", CONFIG, encoder, FLAGS))
+    return [ModelCard(str(card)) for card in cards]
+
+
+def test_the_evaluated_step_is_named() -> None:
+    for card in build_cards({}):
+        assert ", after the last training step." in card.text
+    for card in build_cards({"selection": {"step": 1100, "num_images": 285}}):
+        assert ", after training step 1,100, which was selected on 285 other images." in card.text
+        assert "last training step" not in card.text
+
+
+def test_a_model_without_held_out_images_was_not_evaluated() -> None:
+    for card in build_cards({"num_images": 0}, missing=("accuracy", "loss", "reconstruction_loss")):
+        assert "No results were measured, because the model was trained without held-out images." in card.text
+        assert "valuated on" not in card.text and "| Metric |" not in card.text
+        sections = re.split(r"^#+ .*$", card.text, flags=re.MULTILINE)[1:]
+        assert all(section.strip() for section in sections) and "\n\n\n" not in card.text
+
+
 # Files next to the card ----------------------------------------------------------------------------------------------
 
 
@@ -575,3 +601,23 @@ def test_missing_images_do_not_stop_the_card(tmp_path: Path) -> None:
     drawn = build_model_report(*given, True, warnings.append)
     assert "report.html could not be written" in warnings[-1]  # not an image
     assert drawn == {"token_layout": "pictures/token_layout.png"} and (tmp_path / drawn["token_layout"]).is_file()
+
+
+@pytest.mark.integration
+def test_trackers_get_no_held_out_images_if_the_card_contains_none(tmp_path: Path) -> None:
+    """Trackers may be remote, and local images are not published without consent."""
+    fields = {"num_register_tokens": 1, "num_hidden_layers": 1}
+    randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    noise = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    held_out = LabeledImages([Image.fromarray(pixels.numpy()) for pixels in noise], [0, 1, 2])
+    space = LabelSpace("single_label_classification", {"label": ["dawn", "dusk", "noon"]})
+    results = RESULTS | {"token_movement": {"cls[0]": 0.5, "registers[0]": 0.25}}
+    given = (tmp_path, ViTCLSForImageClassification, results, held_out, space, torch.device("cpu"), True)
+    warnings: list[str] = []
+    tracked: dict[str, Image.Image] = {}
+    paths = build_model_report(*given, warnings.append, tracked.update, with_samples=False)
+    assert warnings == []
+    assert paths == {"token_layout": "pictures/token_layout.png", "report": "report.html"}
+    assert "patches: " in results["diagnosis"]
+    assert tracked.keys() == {"token_layout", "norms", "patch_distance", "entropy", "mass", "effects"}

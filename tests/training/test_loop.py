@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,14 +30,22 @@ from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import (
     Classification,
+    Distillation,
     MaskedImageModeling,
     MultiLabelLoss,
     MultiTaskLoss,
     PixelInputs,
     SingleLabelLoss,
+    compute_distillation_loss,
 )
 from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_parameter_groups, get_learning_rate
+from modeling_vitcls.training.optimizer import (
+    DeepSpeedOptimizerStep,
+    Ema,
+    build_optimizer,
+    build_parameter_groups,
+    get_learning_rate,
+)
 from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
 
 
@@ -147,12 +156,40 @@ def test_accumulation_equals_the_large_batch() -> None:
     assert moved > 1e-4  # much larger than the tolerance
 
 
+def test_steps_equal_a_plain_training_loop() -> None:
+    """Check the loss, the learning rates, clipping, and that the gradients of a step are cleared."""
+    groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0), lr=1.0)  # noqa: E731
+    settings = {"max_steps": 3, "learning_rate": 0.5, "warmup": 0.0, "max_gradient_norm": 0.1, "log_every": 1}
+    bench = LoopRecorder(groups, health_every=0, **settings)
+    torch.manual_seed(0)
+    reference = build_model(TINY, DIGITS.label_space).model.train()
+    optimizer, norms = torch.optim.SGD(reference.parameters()), []
+    for step, batch in zip(range(3), bench.batches(), strict=False):
+        logits = reference(bench.normalise(batch["pixels"])).logits
+        torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.1).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1).item())
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / 3)) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+    bench.run()
+    assert [record["gradient_norm"] for record in bench.records] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) > 0.2  # all steps are clipped
+    for name, weight in reference.named_parameters():
+        torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
+
+
 def test_a_weighted_loss_accumulates_too() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(8, 10), torch.randint(10, (8,))
-    loss = SingleLabelLoss(0.1, class_weights=torch.rand(10))
+    logits, labels, weights = torch.randn(8, 10), torch.randint(10, (8,)), torch.rand(10)
+    loss = SingleLabelLoss(0.1, class_weights=weights)
     halves = (loss(logits[:4], labels[:4]) + loss(logits[4:], labels[4:])) / 2
     torch.testing.assert_close(loss(logits, labels), halves)
+    image_losses = [
+        torch.nn.functional.cross_entropy(row[None], label[None], label_smoothing=0.1)
+        for row, label in zip(logits, labels, strict=True)
+    ]
+    expected = sum(weights[label] * loss for label, loss in zip(labels, image_losses, strict=True)) / 8
+    torch.testing.assert_close(loss(logits, labels), expected)
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -161,6 +198,8 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
     assert 0 < rates[-1] < 0.001
+    assert rates[55] == pytest.approx(0.5)  # half of the cosine decay
+    assert rates[40] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
     assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
 
 
@@ -279,11 +318,34 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
         assert scale == expected[prefix], name
 
 
-def test_learning_rate_reaches_each_group() -> None:
-    bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0)
+def test_learning_rate_and_weight_decay_reach_each_group() -> None:
+    bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0, weight_decay=0.3)
     bench.loop.run_optimizer_step(bench.batches(), with_health=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
+    assert {group["weight_decay"] for group in bench.state.optimizer.param_groups} == {0.3, 0.0}
+
+
+class Engine:
+    """Stand-in for DeepSpeed's engine that records its calls."""
+
+    def __init__(self, norm: float, calls: list[Any]) -> None:
+        self.get_global_grad_norm = lambda: norm
+        self.set_gradient_accumulation_boundary = lambda value: calls.append(("boundary", value))
+        self.backward = lambda loss: calls.append(("backward", loss))
+        self.step = lambda: calls.append("step")
+
+
+@pytest.mark.parametrize(("reported", "norm"), [(2.5, 2.5), (0.0, 0.0), (-1.0, math.nan)])
+def test_deepspeed_updates_between_the_checks(reported: float, norm: float) -> None:
+    """DeepSpeed returns -1 for a norm that is not finite."""
+    calls: list[Any] = []
+    accelerator: Any = SimpleNamespace(sync_gradients=False)
+    optimizer_step = DeepSpeedOptimizerStep(accelerator, Engine(reported, calls))
+    optimizer_step.backward(torch.tensor(3.0))
+    found = optimizer_step.step(calls.append, lambda: calls.append("before update"))
+    assert calls[:-1] == [("boundary", False), ("backward", torch.tensor(3.0)), 0.0, "before update", "step"]
+    assert [found, calls[-1]] == pytest.approx([norm, norm], nan_ok=True)
 
 
 # Moving average ------------------------------------------------------------------------------------------------------
@@ -492,6 +554,20 @@ def test_multi_label_loss_is_binary() -> None:
     logits, labels = torch.randn(6, 4), torch.randint(2, (6, 4)).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
     torch.testing.assert_close(MultiLabelLoss(0.0)(logits, labels), expected)
+    smooth = torch.where(labels == 1, 0.9, 0.1)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
+    torch.testing.assert_close(MultiLabelLoss(0.2)(logits, labels), expected)
+
+
+def test_multi_task_loss_is_the_sum_over_tasks_in_float32() -> None:
+    torch.manual_seed(0)
+    logits = {"age": torch.randn(6, 3).bfloat16(), "kind": torch.randn(6, 4).bfloat16()}
+    labels = {"age": torch.randint(3, (6,)), "kind": torch.randint(4, (6,))}
+    loss = MultiTaskLoss(0.1)(logits, labels)
+    expected = sum(
+        torch.nn.functional.cross_entropy(logits[task].float(), labels[task], label_smoothing=0.1) for task in labels
+    )
+    torch.testing.assert_close(loss, expected)
 
 
 def test_multi_task_loss_ignores_missing_labels() -> None:
@@ -516,12 +592,36 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
 
 def test_every_head_is_trained_without_a_teacher() -> None:
     torch.manual_seed(0)
-    model = build_random_model(num_distillation_tokens=1)
+    model = build_random_model(num_distillation_tokens=1, initializer_range=0.5)
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
-    Classification(PixelInputs(normalise), SingleLabelLoss(0.0))(model, batch)["loss"].backward()
+    loss = Classification(PixelInputs(normalise), SingleLabelLoss(0.0))(model, batch)["loss"]
+    loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
+    outputs = model(normalise(batch["pixels"]))
+    head_losses = [
+        torch.nn.functional.cross_entropy(logits, batch["labels"])
+        for logits in (outputs.cls_logits, outputs.distillation_logits)
+    ]
+    torch.testing.assert_close(loss, (head_losses[0] + head_losses[1]) / 2)
+
+
+def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
+    """The mixer returns the images and the labels in other orders."""
+    torch.manual_seed(0)
+    model = build_random_model(num_distillation_tokens=1, num_labels=5, initializer_range=0.5)
+    pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
+    inputs = PixelInputs(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
+    predict = lambda batch: batch["pixels"].flatten(1)[:, :5] / 50  # noqa: E731
+    objective = Distillation(inputs, SingleLabelLoss(0.1), predict, "soft", alpha=0.3, tau=2.0)
+    losses = objective(model, {"pixels": pixels, "labels": labels})
+    outputs = model(pixels.flip(0) / 255)
+    label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)
+    teacher_logits = pixels.flip(0).flatten(1)[:, :5] / 50
+    teacher_loss = compute_distillation_loss("soft", outputs.distillation_logits, teacher_logits, 2.0)
+    expected = {"loss": 0.7 * label_loss + 0.3 * teacher_loss}
+    torch.testing.assert_close(losses, expected | {"label_loss": label_loss, "distillation_loss": teacher_loss})
 
 
 def test_masked_images_are_masked_as_specified() -> None:

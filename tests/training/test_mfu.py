@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate_state import reset_accelerate
 from tiny_models import TASKS, build_images, build_tiny_config, randomize
 from tiny_options import build_tiny_options
@@ -268,6 +269,41 @@ def test_memory_is_estimated_for_the_training_device() -> None:
     accelerator.state.device = torch.device("cuda")
     of_mlps = 64 * (17 + 1) * 24 * 4  # bytes after the activations of both layers; the last layer computes one token
     assert estimate_memory_beyond_weights(model, build_plan(batch_size=64), accelerator) == here + of_mlps
+
+
+def test_memory_is_estimated_for_the_precision_and_the_shards() -> None:
+    model, plan = build_classifier(), replace(build_plan(), num_processes=4)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    estimate = estimate_memory(model, batch_size=64, autocast=torch.bfloat16)
+    whole = estimate.total - estimate.parameters
+    assert estimate_memory_beyond_weights(model, plan, accelerator) == whole
+    accelerator.state.distributed_type = DistributedType.FSDP
+    sharded = estimate.activations + (estimate.gradients + estimate.optimizer) // 4
+    assert estimate_memory_beyond_weights(model, plan, accelerator) == sharded < whole
+
+
+def test_only_long_runs_measure_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The FLOPs of the whole run decide."""
+    model, plan = build_classifier(), build_plan(batch_size=5, gradient_accumulation_steps=4)
+    monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: 1e9)
+    run_flops = 3 * 20 * count_training_flops(model)
+    for min_flops, peak in ((run_flops, 1e9), (run_flops + 1, None)):
+        monkeypatch.setattr(mfu, "MIN_FLOPS", min_flops)
+        found, lines = get_utilization(model, plan)
+        assert found.peak == peak and ("peak" in lines) is (peak is not None)
+    monkeypatch.setattr(mfu, "MIN_FLOPS", 0)
+    assert get_utilization(model, plan)[1]["peak"] == "1 GFLOP/s in float32 matrix products (measured)"
+
+
+def test_a_device_without_memory_for_the_measurement_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device, dtype: torch.dtype) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(mfu, "MIN_FLOPS", 0)
+    monkeypatch.setattr(mfu, "measure_gemm_peak", fail)
+    found, _ = get_utilization(build_classifier(), build_plan())
+    assert found.update(num_images=64, seconds=1.0) == {"utilisation": None}
+    assert found.get_results() is None
 
 
 def test_models_that_merge_patches_have_no_utilization(fast_peaks: list[float]) -> None:

@@ -1,6 +1,7 @@
 """The initial model of training, invalid flags, the effect of `--trainable`, and merged LoRA models."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from modeling_vitcls.options import (
     TrainingOptions,
 )
 from modeling_vitcls.training.finetune import FinetuneTask, check_combinations, check_label_kind
-from modeling_vitcls.training.model import build_model, merge_lora, set_train_mode, set_trainable_parameters
+from modeling_vitcls.training.model import (
+    build_model,
+    check_preset,
+    merge_lora,
+    set_processor_size,
+    set_train_mode,
+    set_trainable_parameters,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -73,6 +81,67 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Pat
         assert built.model.config.num_cls_tokens == len(label_space.columns)
     else:
         assert logits.shape == (1, 2) and built.model.config.tasks is None
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
+def test_a_classifier_is_kept_only_for_the_same_kind_of_labels(kind: Any, tmp_path: Path) -> None:
+    """Both checkpoints have the same label names."""
+    names = ["ant", "bee", "cat"]
+    fields = {"id2label": dict(enumerate(names)), "problem_type": "multi_label_classification"}
+    saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    saved.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    built = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
+    is_same = kind == "multi_label_classification"
+    assert built.newly_initialized == (set() if is_same else {"classifier.weight", "classifier.bias"})
+    assert torch.equal(built.model.classifier.weight, saved.classifier.weight) is is_same
+    assert built.model.config.problem_type == kind
+
+
+@pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])
+def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
+    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"})
+    randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    label_space = LabelSpace("single_label_classification", {"label": names})
+    model = build_model(ModelOptions(model=str(tmp_path)), label_space).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_number_of_cls_tokens_of_several_tasks_is_their_number() -> None:
+    label_space = LabelSpace("multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]})
+    options = ModelOptions(model="vitcls-tiny", image_size=32, patch_size=8)
+    assert build_model(options, label_space).model.config.num_cls_tokens == 3
+
+
+def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vitcls-mine").mkdir()
+    for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
+        check_preset(name)
+    with raises_one_line("--model vitcls-yours is not a preset", "vitcls-tiny, vitcls-small"):
+        check_preset("vitcls-yours")
+
+
+@pytest.mark.parametrize(
+    ("settings", "image_size", "is_cropped"),
+    [
+        ({"size": 40, "do_center_crop": True, "crop_size": 32}, 32, True),
+        ({"size": 40, "do_center_crop": True, "crop_size": 32}, 40, False),
+        ({"size": 40}, 24, False),
+    ],
+)
+def test_the_image_processor_returns_images_of_the_size_of_the_model(
+    settings: dict[str, Any], image_size: int, is_cropped: bool
+) -> None:
+    """A center crop is kept only if it has this size."""
+    processor = ViTCLSImageProcessor(**settings)
+    set_processor_size(processor, build_tiny_config(image_size=image_size))
+    image = torch.arange(48 * 48, dtype=torch.uint8).view(1, 48, 48).expand(3, -1, -1)
+    fields = {"size": {"height": image_size, "width": image_size}}
+    expected = ViTCLSImageProcessor(**(settings if is_cropped else fields))
+    found, wanted = (each(image, return_tensors="pt")["pixel_values"] for each in (processor, expected))
+    assert found.shape == (1, 3, image_size, image_size) and torch.equal(found, wanted)
 
 
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
@@ -282,6 +351,12 @@ def test_invalid_choices_are_errors() -> None:
     for choice in ("last-0", "tail", "last-"):
         with raises_one_line(repr(choice), "last-2"):
             set_trainable_parameters(build_random_model(), choice)
+
+
+def test_lora_requires_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with raises_one_line("--trainable lora requires PEFT: pip install peft"):
+        set_trainable_parameters(build_random_model(), "lora")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

@@ -6,22 +6,32 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
+import yaml
 from accelerate_state import reset_accelerate
 from tiny_models import raises_one_line
 from tiny_options import build_tiny_options
 from warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import CheckpointStore
-from modeling_vitcls.options import FinetuneOptions
+from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.output_folder import LOCK_FILE, FolderLock, LockOwner, list_final_files, remove_run
-from modeling_vitcls.training.runner import RunStopped
+from modeling_vitcls.training.output_folder import (
+    LOCK_FILE,
+    FolderLock,
+    LockOwner,
+    check_replaceable,
+    list_final_files,
+    remove_run,
+)
+from modeling_vitcls.training.runner import RunStopped, resolve_names
 from modeling_vitcls.training.task import dry_run, run_task
 
 
@@ -198,6 +208,37 @@ def test_only_one_process_takes_over_a_stale_lock(folder: Path) -> None:
     assert not (folder / LOCK_FILE).exists()
 
 
+def test_the_lock_of_another_run_is_not_released(folder: Path) -> None:
+    """The lock file was deleted by hand, and another run has started."""
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        write_owner(folder, host="node-17")
+    assert read_owner(folder)["host"] == "node-17"
+
+
+def test_a_thread_locks_without_signal_handlers(folder: Path) -> None:
+    """Python allows signal handlers only in the main thread."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(can_lock, folder).result()
+    assert not folder.exists()
+
+
+def test_another_handler_of_sigterm_is_kept(folder: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with FolderLock(folder) as lock:
+            lock.acquire()
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_systems_without_file_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_folder, "fcntl", None)  # Windows
+    assert can_lock(folder)
+
+
 def test_it_is_released_in_order(folder: Path) -> None:
     """The handler of SIGTERM is restored, and a folder that contains files is kept."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # other tests leave locks
@@ -207,6 +248,7 @@ def test_it_is_released_in_order(folder: Path) -> None:
         assert signal.getsignal(signal.SIGTERM) == lock.release_and_exit
         (folder / "metrics.jsonl").touch()
     assert signal.getsignal(signal.SIGTERM) == before
+    lock.release()  # nothing is left to release
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
@@ -332,6 +374,28 @@ def test_the_initial_model_is_not_removed(earlier: Path) -> None:
     assert contents(earlier) == before
 
 
+def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, inside, beside = tmp_path / "run", tmp_path / "run" / "models" / "mine", tmp_path / "run-2"
+    inside.mkdir(parents=True)
+    beside.mkdir()
+    monkeypatch.chdir(folder)  # Hub names are not folders in the output folder
+
+    def check(**sources: object) -> None:
+        flags = {name: str(value) for name, value in sources.items()}
+        options = resolve_names(options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags))
+        check_replaceable(options, CheckpointStore(folder / "checkpoints", num_kept=1))
+
+    for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
+        for flag in ("model", "teacher"):
+            with raises_one_line(f"--{flag} is in --output-dir {folder}, which --overwrite clears"):
+                check(**{flag: source})
+    for source in (beside, tmp_path, "acme/model"):
+        check(model=source, teacher=source)
+    pretraining = build_tiny_options(folder, "digits", PretrainOptions, overwrite=True, model=str(inside))
+    with raises_one_line("--model is in --output-dir"):
+        check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
+
+
 OTHERS = ["README.md", "config.json", "LICENSE", "report.html", "metrics.jsonl", "pictures/cat.png"]
 
 
@@ -374,11 +438,35 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) 
 
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     mine = ["notes.txt", "train.py", "pictures/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
-    for name in mine:
+    failed = ["non_finite.json", "non_finite/step-00000001/model.safetensors", "adapter/adapter_config.json"]
+    for name in (*mine, *failed):
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
     remove_run(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
+def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
+    """A folder with checkpoints is the folder of a run, too."""
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    store = CheckpointStore(folder / "checkpoints", num_kept=1)
+    remove_run(folder, store)
+    assert contents(folder) == {"README.md": b"mine"}
+    if name is None:
+        store.save(1, {"model": {"weight": torch.zeros(1)}}, {"step": 1}, is_best=False)
+    else:
+        (folder / name).touch()
+    remove_run(folder, store)
+    assert contents(folder) == {}
+
+
+def test_the_recipe_of_a_run_does_not_overwrite(finished: Path) -> None:
+    """Repeating a run with its config.resolved.yaml must not remove files."""
+    flags = yaml.safe_load((finished / "config.resolved.yaml").read_text(encoding="utf-8"))
+    assert flags["max_steps"] == 1 and not flags.keys() & {"overwrite", "resume", "dry_run"}
+    assert not (finished / "adapter").exists()  # written only with LoRA
 
 
 def test_a_run_writes_only_listed_files(finished: Path) -> None:

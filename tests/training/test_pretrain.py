@@ -23,13 +23,11 @@ from modeling_vitcls.files import read_json
 from modeling_vitcls.heads_vitcls import masked_pixel_loss
 from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import (
-    AugmentationOptions,
     DataOptions,
     MaskingOptions,
     ModelOptions,
     PretrainOptions,
     RunOptions,
-    TrainingOptions,
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
@@ -221,15 +219,36 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_for_fine_tuning_are_errors(tmp_path: Path) -> None:
-    options = tiny_options(tmp_path / "never")
-    with raises_one_line("--mixup", "only supported in fine-tuning"):
-        PretrainTask(replace(options, augmentation=AugmentationOptions(mixup=0.2)))
-    with raises_one_line("--trainable", "only supported in fine-tuning"):
-        PretrainTask(replace(options, training=TrainingOptions(trainable="last-1")))
-    with raises_one_line("Remove --patch-drop-rate"):
-        PretrainTask(replace(options, model=replace(TINY, patch_drop_rate=0.5)))
+@pytest.mark.parametrize(
+    ("flag", "changes"),
+    [
+        ("--mixup", {"mixup": 0.2}),
+        ("--cutmix", {"cutmix": 1.0}),
+        ("--class-balance", {"class_balance": "weights"}),
+        ("--trainable", {"trainable": "last-1"}),
+        ("--eval-benchmark", {"eval_benchmark": "org/benchmark", "eval_task_id": "top_1"}),
+    ],
+)
+def test_flags_for_fine_tuning_are_errors(flag: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    with raises_one_line(f"{flag} is only supported in fine-tuning"):
+        PretrainTask(tiny_options(tmp_path / "never", **changes))
     assert not (tmp_path / "never").exists()
+
+
+def test_dropping_patches_is_an_error(tmp_path: Path) -> None:
+    with raises_one_line("Remove --patch-drop-rate"):
+        PretrainTask(replace(tiny_options(tmp_path / "never"), model=replace(TINY, patch_drop_rate=0.5)))
+    assert not (tmp_path / "never").exists()
+
+
+def test_pre_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"held_out_fraction": 0.0, "max_steps": 1, "batch_size": 8, "report": False}
+    results = run_task(PretrainTask(tiny_options(tmp_path, **flags)))
+    output = capsys.readouterr().out
+    assert "nothing was measured, because --held-out-fraction is 0" in output
+    assert "masks     10 of 4 x 4 patches are masked, in squares of 1 x 1 patches" in output
+    assert (results["num_training_images"], results["num_images"]) == (1797, 0)
+    assert "reconstruction_loss" not in results and results["num_hidden_patches"] == 10
 
 
 # The output folder ---------------------------------------------------------------------------------------------------
@@ -259,6 +278,14 @@ def test_pre_training_starts_from_a_checkpoint(pretrained: Path) -> None:
     model, processor = build_model(ModelOptions(model=str(pretrained), image_size=48))
     assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
     assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path: Path) -> None:
+    ViTCLSModel(build_tiny_config()).bfloat16().save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=48).save_pretrained(tmp_path)
+    model, processor = build_model(ModelOptions(model=str(tmp_path)))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (processor.size.height, processor.size.width) == (32, 32)
 
 
 def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:

@@ -1,16 +1,30 @@
 """Output of a run during training (reporter.py)."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from rich.console import Console
+from tiny_models import build_tiny_config
 
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.options import FinetuneOptions, TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
-from modeling_vitcls.training.reporter import Reporter, format_duration
+from modeling_vitcls.training.reporter import (
+    Reporter,
+    describe_batches,
+    describe_model,
+    describe_run,
+    flatten_record,
+    format_duration,
+    format_metric,
+)
 from modeling_vitcls.training.runner import Runner
 from modeling_vitcls.training.task import estimate_run_seconds
 
@@ -73,6 +87,102 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
     assert "lr 2.5e-04" in last and "2/20" in last
 
 
+def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
+    """A run that continues after step 4 keeps the records up to step 4. The last line was truncated."""
+    reporter, _ = build_reporter(tmp_path)
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[]", '{"loss": 1.0}', '{"step": 3, "lo']))
+    reporter.start_at(4, 10)
+    assert (tmp_path / "metrics.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
+    reporter.log(RECORD | {"step": 5}, "accuracy")
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [json.dumps(RECORD | {"step": 5})]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    reporter.start_at(0, 10)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_only_the_main_process_writes_and_prints(tmp_path: Path) -> None:
+    reporter, output = build_reporter(tmp_path)
+    reporter.is_main_process = False
+    reporter.start_at(0, 10)
+    reporter.log(RECORD | {"step": 1}, "accuracy")
+    assert not list(tmp_path.iterdir()) and output.getvalue() == ""
+
+
+def test_brackets_are_not_markup(tmp_path: Path) -> None:
+    reporter, output = build_reporter(tmp_path)
+    reporter.print_line("data", "[red] and registers[1]")
+    reporter.warn("[bold]noon[/bold].png cannot be read")
+    assert output.getvalue() == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
+
+
+def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
+    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200, color_system=None)
+    reporter.progress.disable = False
+    reporter.start_at(0, 20)
+    with reporter:
+        reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25}, "accuracy")
+    assert "epoch   0.5  held out: accuracy 25.00%" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("top_5_accuracy", 0.98765, "top 5 accuracy 98.77%"),
+        ("reconstruction_loss", 0.123456, "reconstruction loss 0.1235"),
+        ("accuracy", None, "accuracy unknown"),
+    ],
+)
+def test_metrics_are_formatted(name: str, value: float | None, text: str) -> None:
+    assert format_metric(name, value) == text
+
+
+def test_trackers_get_only_numbers() -> None:
+    record = {
+        "step": 3,
+        "norms": {"cls[0]": 1.5, "cls[1]": None},
+        "entropy": [0.25, {"a": 2}],
+        "name": "x",
+        "loss": None,
+    }
+    assert flatten_record(record) == {"step": 3, "norms/cls[0]": 1.5, "entropy/00": 0.25, "entropy/01/a": 2}
+    assert Reporter(Path("metrics.jsonl"), Accelerator(cpu=True)).track_images is None
+
+
+# The model and the batches -------------------------------------------------------------------------------------------
+
+
+def build_plan(**changes: Any) -> BatchPlan:
+    training = TrainingOptions(max_steps=30, batch_size=5, gradient_accumulation_steps=2)
+    return replace(BatchPlan.from_options(400, training, num_processes=4), **changes)
+
+
+def test_the_model_and_the_batches_are_described() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(image_size=[32, 16], num_register_tokens=3))
+    lines = describe_model("some/checkpoint", model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert lines["model"].startswith(
+        f"some/checkpoint: {total:,} parameters, {total:,} trainable, 2 layers of width 16"
+    )
+    assert lines["tokens"] == "[ 1 cls | 3 registers | 8 patches ] = 12 for 32 x 16 pixels"
+    model.vitcls.requires_grad_(False)
+    assert f" {total:,} parameters, {16 * 3 + 3} trainable" in describe_model("some/checkpoint", model)["model"]
+    batches = describe_batches(build_plan(), Accelerator(cpu=True))["batches"]
+    assert batches == "40 images per step = 5 x 2 accumulated x 4 process(es); 30 steps = 3.0 epochs"
+    stream = describe_batches(build_plan(num_images=None), Accelerator(cpu=True))["batches"]
+    assert stream.endswith("; 30 steps")
+
+
+def test_the_facts_of_a_run() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    facts = describe_run(build_plan(), 10, model, Accelerator(cpu=True), seconds=16.0)
+    assert (facts["steps"], facts["epochs"], facts["seconds"], facts["images_per_second"]) == (10, 1.0, 16.0, 25.0)
+    assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["token_layout"] == {"cls": 1, "distillation": 0, "registers": 0, "patches": 16}
+    assert facts["sequence_length"] == 17 and facts["versions"]["torch"] == torch.__version__
+    assert describe_run(build_plan(num_images=None), 10, model, Accelerator(cpu=True), 16.0)["epochs"] is None
+
+
 def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
     """The first step, which takes longer, is not counted; the evaluation uses a quarter of the images."""
 
@@ -89,3 +199,5 @@ def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
     runner.options = options
     plan: Any = Plan()
     assert estimate_run_seconds(runner, plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
+    runner.step_seconds, runner.evaluation_seconds, plan.num_images = [9.0], [2.0, 1.5], None
+    assert estimate_run_seconds(runner, plan, 1.0) == 100 * 9.0 + 1.5  # a stream is evaluated once

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from accelerate_state import reset_accelerate
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import build_tiny_config
 from tiny_options import build_tiny_options, read_metrics
 
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -99,6 +102,18 @@ def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
     message = r"was started with --learning-rate 0\.001, but the value in this run is 0\.5"
     with pytest.raises(ValueError, match=message):
         FinetuneTask(replace(other, run=replace(options.run, resume=True)))
+
+
+def test_the_license_of_the_initial_model_is_passed_on(tmp_path: Path) -> None:
+    start, folder = tmp_path / "start", tmp_path / "run"
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
+    ViTCLSImageProcessor(size=32).save_pretrained(start)
+    (start / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: acme/model\n---\n")
+    (start / "LICENSE").write_text("not for sale")
+    run_task(FinetuneTask(build_options(folder, max_steps=1, model=start)))
+    card = ModelCard.load(folder / "README.md").data
+    assert (card.license, card.base_model) == ("cc-by-nc-4.0", "acme/model")
+    assert (folder / "LICENSE").read_text() == "not for sale"
 
 
 # The best checkpoint -------------------------------------------------------------------------------------------------
@@ -191,7 +206,13 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
-    assert f"mean accuracy {summary['mean']:.2%}" in capsys.readouterr().out
+    half_width = compute_interval(accuracies)[1]
+    interval = [summary["mean"] - half_width, summary["mean"] + half_width]
+    assert summary["interval"] == pytest.approx(interval, abs=2e-6) and half_width > 0
+    folds = [{"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)]
+    assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
+    line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
+    assert line in capsys.readouterr().out
     keys = [load_training_data(replace(data, fold=fold)).held_out.images.compute_keys() for fold in (1, 2, 3)]
     assert len(set().union(*keys)) == sum(map(len, keys))
     reset_accelerate()
@@ -204,6 +225,13 @@ def test_the_interval_of_folds() -> None:
     assert compute_interval([0.5, 0.6, 0.7])[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     with pytest.raises(ValueError, match="--fold is 4, but it must be from 1 to the value of --folds"):
         replace(DIGITS, folds=3, fold=4)
+
+
+def test_folds_are_not_pushed(tmp_path: Path) -> None:
+    options = build_options(tmp_path / "run", replace(DIGITS, folds=3), push_to_hub=True)
+    with pytest.raises(ValueError, match="--folds trains several models, but --push-to-hub pushes only one model"):
+        run_folds(FinetuneTask, options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folds_require_a_single_split(tmp_path: Path) -> None:

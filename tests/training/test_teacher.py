@@ -1,5 +1,6 @@
 """Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import AugmentationOptions, DataOptions
 from modeling_vitcls.training.losses import compute_distillation_loss
-from modeling_vitcls.training.teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
+from modeling_vitcls.training.teacher import (
+    Teacher,
+    TeacherCache,
+    check_teacher_views,
+    get_interpolation,
+    load_teacher,
+)
 from scripts.train_cnn_teacher import train_cnn_teacher
 
 
@@ -228,6 +235,22 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
     )
 
 
+def test_teachers_in_bfloat16_predict_in_float32(resnet: Path, tmp_path: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(resnet).bfloat16()
+    for name in ("bfloat16", "float32"):
+        model.save_pretrained(tmp_path / name)
+        build_half_processor().save_pretrained(tmp_path / name)
+        model = model.float()
+    found, expected = (load_labeled_teacher(tmp_path / name)(build_pixels()) for name in ("bfloat16", "float32"))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("resample", "mode"), [(None, "bilinear"), ("random", "bilinear"), (1, "bicubic")])
+def test_filters_of_teachers(resample: Any, mode: str) -> None:
+    """PIL's number of Lanczos is 1."""
+    assert get_interpolation(resample).value == mode
+
+
 def test_other_channels_are_errors(resnet: Path) -> None:
     with raises_one_line("3 channel(s)", "have 4"):
         load_labeled_teacher(resnet, channels=4)
@@ -262,6 +285,13 @@ def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path
 def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
     with raises_one_line("'dog'", "ant, bee, cat"):
         load_labeled_teacher(resnet, "ant", "dog", "cat")
+
+
+def test_many_labels_of_the_teacher_are_not_all_named(tmp_path: Path) -> None:
+    names = [f"label {index}" for index in range(10)]
+    folder = save_teacher(tmp_path / "many", build_tiny_resnet(names=names), build_half_processor())
+    with raises_one_line("has no label 'dog', only label 0, ", "label 7, .... Use a teacher"):
+        load_labeled_teacher(folder, "label 3", "dog")
 
 
 def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
@@ -339,6 +369,12 @@ def test_timm_model_with_local_weights(name: str, timm_weights: tuple[Path, nn.M
     assert "order" in teacher.note
     with torch.no_grad():
         assert get_largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
+
+
+def test_timm_teachers_require_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with raises_one_line("the teacher timm:test_resnet requires timm: pip install timm", error=OSError):
+        load_labeled_teacher("timm:test_resnet")
 
 
 def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,206 @@
+"""Runs that are stopped and resumed in this process, and errors for changes between start and resume (runner.py).
+
+tests/integration/test_resume.py kills and resumes whole runs in other processes.
+"""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate_state import reset_accelerate
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import raises_one_line
+from tiny_options import build_tiny_options, read_metrics
+
+from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
+from modeling_vitcls.files import read_json
+from modeling_vitcls.options import FinetuneOptions
+from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.runner import RunStopped, check_same_flags
+from modeling_vitcls.training.task import run_task
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions")
+
+
+def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
+    """Return the options of a run of three steps with averaged weights, which saves after each step."""
+    settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 1}
+    return build_tiny_options(folder, "digits", **{**settings, "log_every": 1, "keep_checkpoints": 5} | flags)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    reset_accelerate()
+    run_task(FinetuneTask(build_options(folder)))
+    return folder
+
+
+@pytest.fixture
+def killed(whole: Path, tmp_path: Path) -> Path:
+    """Return the folder of a run that was killed after step 2."""
+    folder = shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    for name in ("results.json", "model.safetensors"):
+        (folder / name).unlink()
+    return folder
+
+
+def change_facts(folder: Path, **changes: Any) -> None:
+    """Change the metadata of the checkpoint of step 2. None removes a value."""
+    file = folder / "checkpoints" / "step-00000002" / "state.json"
+    state = read_state(file.parent)
+    facts = state["facts"] | changes
+    state["facts"] = {name: facts[name] for name in facts if name not in changes or changes[name] is not None}
+    file.write_text(format_state(state), encoding="utf-8")
+
+
+def get_compared_values(folder: Path) -> list[dict[str, Any]]:
+    """Return results.json and the records of metrics.jsonl without speeds."""
+    return [
+        {name: value for name, value in values.items() if name not in NOT_COMPARED}
+        for values in (read_json(folder / "results.json"), *read_metrics(folder))
+    ]
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_model_has_the_averaged_weights(whole: Path) -> None:
+    checkpoint = CheckpointStore(whole / "checkpoints", num_kept=5).load_newest(print)
+    assert checkpoint is not None
+    saved, averages = load_file(whole / "model.safetensors"), checkpoint.load_tensors("ema")
+    assert saved.keys() == averages.keys()
+    assert all(torch.equal(saved[name], averages[name]) for name in saved)
+    assert not torch.equal(saved["classifier.weight"], checkpoint.load_tensors("model")["classifier.weight"])
+
+
+def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags that do not affect the result may change. Times and unreadable images of earlier steps are counted."""
+    changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
+    change_facts(killed, seconds=1000.0)
+    results = run_task(FinetuneTask(build_options(killed, resume=True, **changes)))
+    assert "resumed   after step 2 of 3" in capsys.readouterr().out
+    found, expected = get_compared_values(killed), get_compared_values(whole)
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
+    assert [record["step"] for record in found[1:]] == [1, 2, 3]
+    assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
+    checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
+    assert checkpoints.list_steps() == [3]
+    reset_accelerate()
+    facts = read_json(checkpoints.get_path(3) / "state.json")["facts"]
+    assert 1000 < facts["seconds"] <= results["seconds"] and facts["flags"]["batch_size"] == 4
+
+
+def test_unreadable_images_of_earlier_steps_are_counted(killed: Path) -> None:
+    change_facts(killed, broken=[7, 3])
+    results = run_task(FinetuneTask(build_options(killed, resume=True)))
+    assert results["num_broken_training_images"] == 2
+    state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
+    assert state["facts"]["broken"] == [3, 7]
+
+
+def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path: Path) -> None:
+    for index in range(8):
+        image = tmp_path / "images" / ("dusk" if index % 2 else "noon") / f"{index}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (30 * index, 0, 0)).save(image)
+    image.write_bytes(b"not an image")
+    flags = {"held_out_fraction": 0.0, "max_steps": 2, "log_every": 100}
+    options = build_tiny_options(tmp_path / "run", tmp_path / "images", batch_size=8, save_every=1, **flags)
+    run_task(FinetuneTask(options))
+    (index,) = read_json(tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json")["facts"]["broken"]
+    assert 0 <= index < 8
+
+
+def test_a_signal_saves_a_checkpoint_to_resume_from(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    task = FinetuneTask(build_options(folder, save_every=100))
+    log = task.runner.reporter.log
+
+    def log_and_stop(record: dict[str, Any], selection_metric: str) -> None:
+        log(record, selection_metric)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    task.runner.reporter.log = log_and_stop  # type: ignore[method-assign]
+    message = "stopped by SIGTERM; a checkpoint was saved. Repeat the command with --resume to continue the run"
+    with raises_one_line(message, error=RunStopped):
+        run_task(task)
+    assert not (folder / "results.json").exists() and not (folder / ".vitcls.lock").exists()
+    assert CheckpointStore(folder / "checkpoints", num_kept=1).list_steps() == [1]
+    reset_accelerate()
+    run_task(FinetuneTask(build_options(folder, resume=True, save_every=100)))
+    assert get_compared_values(folder) == get_compared_values(whole)
+
+
+def test_the_exit_status_of_a_stopped_run() -> None:
+    assert (RunStopped("stopped").exit_status, str(RunStopped("stopped"))) == (1, "stopped")
+    assert RunStopped("stopped", 143).exit_status == 143
+
+
+# Changes between start and resume ------------------------------------------------------------------------------------
+
+LENGTH = "The number of steps is fixed, because the learning rate decays to 0"
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"learning_rate": 1e-3}, "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags"),
+    ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),
+    ({"max_steps": 9}, f"--max-steps 3, but the value in this run is 9. {LENGTH}"),
+    ({"epochs": 9.0}, LENGTH),
+    ({"seed": 1}, "--seed 0, but the value in this run is 1"),
+    ({"batch_size": 4}, "has 3 steps of 8 images, but this run has 3 steps of 4 images"),
+    ({"gradient_accumulation_steps": 2}, "has 3 steps of 8 images, but this run has 3 steps of 16 images"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANGES)
+def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message: str) -> None:
+    with raises_one_line("--resume: ", message):
+        FinetuneTask(build_options(killed, resume=True, **changes))
+    assert not (killed / ".vitcls.lock").exists()
+
+
+def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launched configuration sets the precision if no flag does."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with raises_one_line("uses the mixed precision 'no', but the mixed precision of this run is 'bf16'"):
+        FinetuneTask(build_options(killed, resume=True))
+
+
+def test_another_number_of_steps_is_an_error(killed: Path) -> None:
+    change_facts(killed, num_steps=1234)
+    with raises_one_line("has 1,234 steps of 8 images, but this run has 3 steps of 8 images"):
+        FinetuneTask(build_options(killed, resume=True))
+
+
+def test_a_checkpoint_of_an_older_version_is_an_error(killed: Path) -> None:
+    change_facts(killed, data=None)
+    with raises_one_line("was written by an older version", "Restart the run with --overwrite"):
+        FinetuneTask(build_options(killed, resume=True))
+
+
+def test_a_checkpoint_of_another_model_is_an_error(killed: Path) -> None:
+    file = killed / "checkpoints" / "step-00000002" / "state.json"
+    change_facts(killed, flags=read_json(file)["facts"]["flags"] | {"intermediate_size": 48})
+    with raises_one_line("--resume: ", "belongs to another", error=RunStopped):
+        run_task(FinetuneTask(build_options(killed, resume=True, intermediate_size=48)))
+
+
+def test_unset_flags_with_defaults_of_the_run_are_accepted(tmp_path: Path) -> None:
+    """The default of the learning rate depends on the run, but the default of --seed does not."""
+    check_same_flags({"learning_rate": 0.001}, {"learning_rate": None}, tmp_path)
+    check_same_flags({"model": f"acme/model@{'0' * 40}"}, {"model": "acme/model"}, tmp_path)
+    with raises_one_line("--seed 1, but the value in this run is unset"):
+        check_same_flags({"seed": 1}, {"seed": None}, tmp_path)
+    with raises_one_line("--label-column age kind, but the value in this run is age"):
+        check_same_flags({"label_column": ["age", "kind"]}, {"label_column": ["age"]}, tmp_path)
