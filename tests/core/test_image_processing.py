@@ -168,6 +168,10 @@ def test_integers_are_accepted_as_floats_as_in_json(backend: type) -> None:
     assert pixel_values[0, :, 0, 0].tolist() == [5, 4, 3]
 
 
+def test_no_filter_is_required_without_resizing(backend: type) -> None:
+    np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_gradient(), resample=None)), build_gradient())
+
+
 def test_a_size_may_come_from_another_processor(backend: type) -> None:
     assert backend(size=backend(size=32).size).size == {"height": 32, "width": 32}
 
@@ -523,7 +527,7 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
     ("image", "settings", "hint"),
     [
         ([], {}, "empty"),
-        (np.zeros(5), {}, "[5]"),
+        (np.zeros(5), {}, "with at least one pixel, not [5]"),
         (np.zeros((0, 4, 3), dtype=np.uint8), {}, "[0, 4, 3]"),
         (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
         (np.zeros((2, 8, 8), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),

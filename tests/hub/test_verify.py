@@ -302,6 +302,17 @@ def test_models_of_transformers_are_loaded_with_their_classifier() -> None:
     assert get_auto_class("ViTModel") == get_auto_class("ViTCLSModel") == "AutoModel"
 
 
+def test_the_image_processor_is_that_of_the_commit(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = hub.create("ann/model", private=False, files={"config.json": b"{}"})
+    first = repository.branches["main"]
+    repository.commit("main", "processor", {"preprocessor_config.json": hub.store("preprocessor_config.json", b"{}")})
+    assert not HubLoader("ann/model", first).has_processor()
+    assert HubLoader("ann/model", repository.branches["main"]).has_processor()
+
+
 def test_the_commits_of_weights_and_code_are_pinned() -> None:
     pinned = {"revision": "a" * 40, "trust_remote_code": True}
     assert HubLoader("ann/model", "a" * 40).get_loading_options() == pinned

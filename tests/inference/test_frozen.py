@@ -226,6 +226,13 @@ def test_splits_of_the_data_set_and_unreadable_images(model: Path, tmp_path: Pat
     assert results["best"]["accuracy"] == 1.0
 
 
+def test_a_model_saved_in_half_precision(model: Path, tmp_path: Path) -> None:
+    ViTCLSForImageClassification.from_pretrained(model).bfloat16().save_pretrained(tmp_path / "half")
+    ViTCLSImageProcessor(size=16).save_pretrained(tmp_path / "half")
+    data = DataOptions(dataset=str(write_folder(tmp_path / "data")), num_workers=0)
+    assert run(tmp_path / "half", "knn", data=data, split="validation")["best"]["accuracy"] == 1.0
+
+
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))

@@ -198,7 +198,7 @@ def test_without_any_prediction_the_status_is_1(
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "out.json"
+    output = tmp_path / "new" / "folder" / "out.json"
     predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4))
     rows = read_json(output)
     assert [row["image"] for row in rows] == sorted_photos(photos)
