@@ -154,26 +154,34 @@ def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any]
 
 
 def build_clusters(number: int, seed: int) -> Features:
-    """Return features of three overlapping classes for two tokens."""
+    """Return features of three overlapping classes for two tokens. The length of a vector contains no information."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, number)
-    vectors = {
-        (layer, token): (generator.normal(size=(number, 4)) + np.eye(4)[labels] * layer).astype(np.float32)
-        for layer, token in ((1, "CLS"), (2, TOKENS[-1]))
-    }
+    vectors = {}
+    for layer, token in ((1, "CLS"), (2, TOKENS[-1])):
+        directions = generator.normal(size=(number, 4)) + np.eye(4)[labels] * layer
+        vectors[layer, token] = (directions * generator.lognormal(size=(number, 1))).astype(np.float32)
     return Features(vectors, np.array(["ant", "bee", "cat"])[labels], num_unreadable=0)
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_classifiers_are_fitted_to_each_token(kind: str) -> None:
-    training, held_out = build_clusters(60, seed=0), build_clusters(40, seed=1)
+    training, held_out = build_clusters(60, seed=0), build_clusters(400, seed=1)
     rows = measure_accuracies(kind, training, held_out, num_repeats=1, seed=0)
     assert [(row["layer"], row["token"]) for row in rows] == list(training.vectors)
     for row, vectors in zip(rows, training.vectors.values(), strict=True):
         classifier = CLASSIFIERS[kind]().fit(vectors, training.labels)
         accuracy = classifier.score(held_out.vectors[row["layer"], row["token"]], held_out.labels)
         assert 0 < accuracy < 1 and row["accuracy"] == pytest.approx(accuracy)
-        assert row["accuracy_interval"] == compute_wilson_interval(round(40 * accuracy), 40)
+        assert row["accuracy_interval"] == compute_wilson_interval(round(400 * accuracy), 400)
+
+
+def test_few_images_have_few_neighbors() -> None:
+    training, held_out = build_clusters(7, seed=0), build_clusters(400, seed=1)
+    (row, _) = measure_accuracies("knn", training, held_out, num_repeats=1, seed=0)
+    classifier = KNeighborsClassifier(7, weights="distance", metric="cosine")
+    classifier.fit(training.vectors[1, "CLS"], training.labels)
+    assert row["accuracy"] == pytest.approx(classifier.score(held_out.vectors[1, "CLS"], held_out.labels))
 
 
 def test_few_shot_classifiers_are_fitted_to_the_selected_images() -> None:
@@ -194,6 +202,7 @@ def test_few_shot_classifiers_are_fitted_to_the_selected_images() -> None:
 def test_the_interval_of_repeats_is_within_0_and_1() -> None:
     assert summarize_repeats([0.0, 0.1])["accuracy_interval"][0] == 0.0
     assert summarize_repeats([1.0, 0.9])["accuracy_interval"][1] == 1.0
+    assert summarize_repeats([0.5]) == {"accuracy": 0.5, "accuracy_interval": None, "accuracies": [0.5]}
 
 
 def test_few_shot_requires_enough_images() -> None:
@@ -201,8 +210,8 @@ def test_few_shot_requires_enough_images() -> None:
         ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
     ):
         select_few_shot_images(np.array(list("aaabb")), 3, 1, seed=0)
-    (selected,) = select_few_shot_images(np.array(list("aaabb")), 2, 1, seed=0)
-    assert len(selected) == 4 and {3, 4} < set(selected)
+    (selected,) = select_few_shot_images(np.array([*"a" * 20, *"b" * 30]), 20, 1, seed=0)
+    assert len(set(selected)) == len(selected) == 40 and set(range(20)) < set(selected)
     with pytest.raises(ValueError, match="--frozen is few-shot:0"):
         EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
 
