@@ -141,14 +141,14 @@ def test_a_push_replaces_only_the_files_of_the_page(hub: LocalHub) -> None:
     }
     push_space(first | {"notes/mine.md": b"1", "mine.txt": b"1"}, MODEL, "ann/demo", private=True)
     assert hub.repositories["spaces/ann/demo"].private
-    pushed = push_space({"app.py": b"2", "model/y": b"2"}, MODEL, "ann/demo")
+    pushed = push_space({"app.py": b"2", "model/x": b"2", "model/y": b"2"}, MODEL, "ann/demo")
     assert pushed.url == f"{hub.url}/spaces/ann/demo"
     repository = hub.repositories["spaces/ann/demo"]
     assert repository.branches["main"] == pushed.commit
     assert repository.commits[pushed.commit].message == "Show ann/mine at 0000000"
     names = set(hub.files("spaces/ann/demo")) - {".gitattributes"}
-    assert names == {"app.py", "model/y", "notes/mine.md", "mine.txt"}
-    assert hub.read("spaces/ann/demo", "app.py") == b"2"
+    assert names == {"app.py", "model/x", "model/y", "notes/mine.md", "mine.txt"}
+    assert {hub.read("spaces/ann/demo", name) for name in ("app.py", "model/x", "model/y")} == {b"2"}
     push_space(first, MODEL, "ann/other")
     assert not hub.repositories["spaces/ann/other"].private
 
