@@ -844,8 +844,10 @@ def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, mo
         folder.get_shard_file(1).unlink()
         waits = [0.0]
         if has_ended:
-            with raises_one_line("lacks shards of a process that has ended", error=OSError):
-                folder.wait_for_shards(8, 2)
+            folder.get_heartbeat_file(2).touch()  # of a third process, which is running
+            for num_processes in (2, 3):
+                with raises_one_line("lacks shards of a process that has ended", error=OSError):
+                    folder.wait_for_shards(8, num_processes)
             folder.wait_for_shards(4, 2)
         else:
             folder.wait_for_shards(8, 2)
