@@ -161,7 +161,8 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
             batch = processor(pixels.movedim(-1, 0), return_tensors="pt")
             outputs[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
         is_classifier = get_auto_class(architecture) == "AutoModelForImageClassification"
-        if is_classifier and getattr(config, "tasks", None) is None and config.num_channels in (1, 3):
+        # The pipeline converts images to RGB, and supports one task.
+        if is_classifier and getattr(config, "tasks", None) is None and config.num_channels == 3:
             outputs["pipeline/scores"] = compute_pipeline_scores(loader, config, processor)
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
@@ -197,7 +198,7 @@ def build_image(config: Any, processor: Any) -> Any:
 def compute_pipeline_scores(loader: Any, config: Any, processor: Any) -> torch.Tensor:
     """Return the scores [num_labels] of the image-classification pipeline in the order of the label indices."""
     pipeline = loader.load_pipeline(config)
-    image = Image.fromarray(build_image(config, processor).squeeze())  # PIL expects [H, W] for a single channel
+    image = Image.fromarray(build_image(config, processor))
     scores = {prediction["label"]: prediction["score"] for prediction in pipeline(image, top_k=config.num_labels)}
     return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])
 

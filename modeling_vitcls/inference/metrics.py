@@ -126,7 +126,8 @@ class SingleLabelMetrics:
         values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
         values["per_class"] = class_metrics
         if self.matrix is not None:
-            values["confusion_matrix"] = self.matrix.compute().tolist()
+            num_classes = len(self.names)
+            values["confusion_matrix"] = self.matrix.compute().reshape(num_classes, num_classes).tolist()
         return values
 
 
@@ -171,7 +172,7 @@ class MultiLabelMetrics:
         class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
-            average_precisions = self.average_precision.compute().tolist()
+            average_precisions = self.average_precision.compute().reshape(-1).tolist()  # a scalar for one class
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {

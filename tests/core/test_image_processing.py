@@ -102,6 +102,35 @@ def test_shortest_edge_and_center_crop_keep_the_proportions(backend: type) -> No
     assert (pixel_values[..., 3:-3] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "crop", "rounding", "top", "left"),
+    [
+        (9, 12, (6, 7), "down", 1, 2),  # margins of 1.5 and 2.5 pixels
+        (9, 12, (6, 7), "even", 2, 2),
+        (11, 10, (6, 7), "even", 2, 2),
+        (11, 10, (6, 7), "down", 2, 1),
+        (6, 7, (6, 7), "down", 0, 0),
+    ],
+)
+def test_margins_of_a_center_crop_are_rounded(
+    backend: type, height: int, width: int, crop: tuple[int, int], rounding: str, top: int, left: int
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    size = dict(zip(("height", "width"), crop, strict=True))
+    processor = backend(**RAW, do_center_crop=True, crop_size=size, crop_rounding=rounding)
+    cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(cropped, values[top : top + crop[0], left : left + crop[1]])
+
+
+@pytest.mark.parametrize("rounding", ["down", "even"])
+def test_images_smaller_than_the_crop_are_padded_with_black(backend: type, rounding: str) -> None:
+    """Check an image that is smaller in one dimension only."""
+    values = np.random.default_rng(0).integers(1, 256, (6, 12, 3), dtype=np.uint8)
+    processor = backend(**RAW, do_center_crop=True, crop_size=8, crop_rounding=rounding)
+    cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(cropped, np.pad(values[:, 2:10], ((1, 1), (0, 0), (0, 0))))
+
+
 @pytest.mark.parametrize("settings", SIZES, ids=str)
 @pytest.mark.parametrize("resample", [2, 3], ids=["bilinear", "bicubic"])
 def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, settings: dict) -> None:
@@ -139,6 +168,10 @@ def test_integers_are_accepted_as_floats_as_in_json(backend: type) -> None:
     assert pixel_values[0, :, 0, 0].tolist() == [5, 4, 3]
 
 
+def test_no_filter_is_required_without_resizing(backend: type) -> None:
+    np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_gradient(), resample=None)), build_gradient())
+
+
 def test_a_size_may_come_from_another_processor(backend: type) -> None:
     assert backend(size=backend(size=32).size).size == {"height": 32, "width": 32}
 
@@ -147,6 +180,13 @@ def test_settings_of_a_call_override_those_of_the_processor(backend: type) -> No
     processor = backend()
     assert processor(build_gradient(), size=32, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
     assert processor(build_gradient(), return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+
+
+def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
+    images = [build_gradient(), build_gradient(9, 4)]
+    pixel_values = backend(**RAW)(images)["pixel_values"]
+    for values, image in zip(pixel_values, images, strict=True):
+        np.testing.assert_array_equal(as_hwc(np.asarray(values)), np.asarray(image))
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
@@ -298,10 +338,12 @@ def test_other_modes_become_rgb(backend: type, mode: str) -> None:
 
 
 def test_floats_are_rounded_to_eight_bits(backend: type) -> None:
-    image = torch.tensor([[0.4, 0.6], [99.5, 254.6]])
+    image = torch.tensor([[0.4, 0.6], [99.5, 255.0]])
     assert get_raw_values(backend, image).dtype == np.float32  # is not rescaled, so its values may have any range
     pixel_values = backend(do_resize=False, do_normalize=False)(image, return_tensors="pt").pixel_values
     torch.testing.assert_close(255 * pixel_values[0, 0], torch.tensor([[0.0, 1.0], [100.0, 255.0]]))
+    black = backend(do_resize=False, do_normalize=False)(torch.zeros(4, 4), return_tensors="pt").pixel_values
+    assert torch.equal(black, torch.zeros(1, 3, 4, 4))
 
 
 def test_one_bit_images_become_black_and_white(backend: type) -> None:
@@ -485,7 +527,7 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
     ("image", "settings", "hint"),
     [
         ([], {}, "empty"),
-        (np.zeros(5), {}, "[5]"),
+        (np.zeros(5), {}, "with at least one pixel, not [5]"),
         (np.zeros((0, 4, 3), dtype=np.uint8), {}, "[0, 4, 3]"),
         (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
         (np.zeros((2, 8, 8), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),
@@ -494,9 +536,12 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
         (np.full((4, 4), -1.0), {}, "-1"),
         (np.full((4, 4), np.nan), {}, "nan"),
         (np.full((4, 4), 0.5), {}, "do_rescale=False"),
+        (np.ones((4, 4)), {}, "already rescaled (the maximum value is 1)"),
         (np.zeros((4, 4), dtype=complex), {}, "complex"),
         (PIL.Image.new("F", (4, 4)), {}, "mode F"),
         (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
+        (PIL.Image.new("I", (4, 4), -1), {}, "range from -1 to -1"),
+        (np.full((4, 4), 256), {}, "between 256 and 256"),
         (
             build_gradient().convert("L"),
             {"do_convert_rgb": False},
@@ -527,6 +572,10 @@ def test_unusable_images_are_explained(backend: type, image: object, settings: d
         ({"do_center_crop": True}, "crop_size"),
         ({"do_center_crop": True, "crop_size": {"shortest_edge": 8}}, "crop_size"),
         ({"do_center_crop": True, "crop_size": 256}, "256"),
+        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 225}}, "larger than an image resized to"),
+        ({"do_center_crop": True, "crop_size": {"height": 225, "width": 8}}, "larger than an image resized to"),
+        ({"crop_size": [8, 8, 8]}, "crop_size must be [height, width]"),
+        ({"image_means": [0.5] * 3}, "did you mean 'image_mean'"),
         ({"do_center_crop": True, "crop_size": 256, "size": {"shortest_edge": 224}}, "256"),
         ({"resample": "bicubic"}, "bicubic"),
         ({"resample": 5}, "5"),

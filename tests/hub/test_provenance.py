@@ -89,6 +89,32 @@ def test_timm_weights_have_their_license() -> None:
     assert find_provenance("timm:no_such_model") == Provenance("timm:no_such_model")
 
 
+def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
+    name = "aimv2_1b_patch14_224.apple_pt"
+    metadata = {
+        "license": "other",
+        "license_name": "apple-ascl",
+        "license_link": f"https://huggingface.co/timm/{name}",
+    }
+    assert find_provenance(f"timm:{name}").license_metadata == metadata
+    unknown = Provenance("timm:dla60_res2net.in1k", base_model="timm/dla60_res2net.in1k")
+    assert find_provenance("timm:dla60_res2net.in1k") == unknown
+
+
+@pytest.mark.parametrize(
+    ("license", "name", "label"),
+    [
+        (["mit", "apache-2.0"], None, "mit, apache-2.0"),
+        ("other", "their-license", "their-license"),
+        ("other", None, "other"),
+        ("mit", "their-license", "mit"),
+        (None, None, None),
+    ],
+)
+def test_a_license_has_one_label(license: str | list[str] | None, name: str | None, label: str | None) -> None:
+    assert Provenance("model", license=license, license_name=name).license_label == label
+
+
 def test_timm_folders_are_read(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: mit\n")
     assert find_provenance(f"timm:local-dir:{source}").license == "mit"

@@ -29,7 +29,7 @@ from modeling_vitcls.hub import connection, publish, push_permissions
 from modeling_vitcls.hub.card_renaming import rename_card
 from modeling_vitcls.hub.connection import set_hub_timeout
 from modeling_vitcls.hub.publish import PushFailed, build_push_command, push_folder
-from modeling_vitcls.hub.push_permissions import check_push_permissions
+from modeling_vitcls.hub.push_permissions import check_namespace, check_push_permissions, check_token
 
 
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
@@ -411,6 +411,16 @@ def test_a_token_without_permission_is_an_error_and_nothing_is_pushed(
         check_push_permissions(repo_id, "my-run")
     assert set(hub.repositories) == {"ann/there"}
     assert {method for method, _ in hub.requests} <= {"GET"}
+
+
+def test_unknown_roles_and_tokens_are_tested_by_the_push() -> None:
+    """The Hub may not return a role or a token, for example for a login in a browser."""
+    for organization in ({"name": "Lab"}, {"name": "lab", "roleInOrg": None}, {"name": "lab", "roleInOrg": "admin"}):
+        check_namespace("lab/model", {"name": "ann", "orgs": [organization]}, "model")
+    with raises_one_line("role in lab is 'read'", "push to ann/model"):
+        check_namespace("lab/model", {"name": "ann", "orgs": [{"name": "lab", "roleInOrg": "read"}]}, "model")
+    for account in ({"name": "ann"}, {"name": "ann", "auth": {}}, {"auth": {"accessToken": {"role": "write"}}}):
+        check_token("ann/model", account, repo_exists=False)
 
 
 def test_a_private_push_to_a_public_repository_is_an_error(hub: LocalHub) -> None:

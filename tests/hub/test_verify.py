@@ -16,7 +16,7 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import HfApi, constants
 from local_hub import LocalHub, Token
-from tiny_models import KINDS, TASKS, build_tiny_config, raises_one_line, randomize
+from tiny_models import KINDS, TASKS, build_tiny_config, list_tensors, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
@@ -25,9 +25,17 @@ from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
 from modeling_vitcls.hub.verification_reference import PackageLoader
-from modeling_vitcls.hub.verification_script import AUTO_CLASSES, collect_outputs
+from modeling_vitcls.hub.verification_script import (
+    AUTO_CLASSES,
+    HubLoader,
+    build_pixel_values,
+    collect_outputs,
+    get_auto_class,
+    main,
+)
 from modeling_vitcls.hub.verify import (
     NotVerified,
+    VerificationReport,
     build_clean_environment,
     check_script_report,
     compare_outputs,
@@ -216,8 +224,100 @@ def test_the_reference_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> 
         except ValueError as error:  # an unknown field
             assert "custom_pipelines" in str(error)
         assert not ran.exists()
-    assert answers and set(report["models"]) == {"AutoModel", AUTO_CLASSES.get(model_class.__name__, "AutoModel")}
+    auto_class = AUTO_CLASSES.get(model_class.__name__, "AutoModel")
+    assert set(report["models"]) == {"AutoModel", auto_class}
+    assert report["models"][auto_class]["class"] == model_class.__name__
+    model = model_class.from_pretrained(folder)
+    with torch.no_grad():
+        tensors = list(list_tensors(model(build_pixel_values(model.config))))
+    assert len([name for name in answers if name.startswith(f"{auto_class}/")]) == len(tensors) > 0
     assert {model["module"] for model in report["models"].values()} == {"modeling_vitcls.modeling_vitcls"}
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_the_compared_outputs_are_those_of_the_model(tmp_path: Path, num_channels: int) -> None:
+    """Check the tensors, the image and the order of the scores. In config.json, label 10 comes before label 2.
+
+    transformers' pipeline converts images to RGB, so it does not support models for gray images.
+    """
+    config = build_tiny_config(num_channels=num_channels, num_labels=11)
+    model = randomize(vitcls.ViTCLSForImageClassification(config))
+    model.save_pretrained(tmp_path)
+    settings = {} if num_channels == 3 else {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
+    vitcls.ViTCLSImageProcessor(size=32, **settings).save_pretrained(tmp_path)
+    found, report = collect_outputs(PackageLoader(tmp_path))
+    pixel_values = torch.randn(2, num_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (41, 49, num_channels), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    ).movedim(-1, 0)
+    processors = {
+        "torchvision": vitcls.ViTCLSImageProcessor(size=32, **settings),
+        "pil": vitcls.ViTCLSImageProcessorPil(size=32, **settings),
+    }
+    preprocessed = {name: each(image, return_tensors="pt")["pixel_values"] for name, each in processors.items()}
+    with torch.no_grad():
+        expected = {
+            "AutoModelForImageClassification/logits": model(pixel_values).logits,
+            "AutoModel/last_hidden_state": model.vitcls(pixel_values).last_hidden_state,
+            **{f"AutoImageProcessor, {name}/pixel_values": values for name, values in preprocessed.items()},
+        }
+        if num_channels == 3:
+            expected["pipeline/scores"] = model(preprocessed["torchvision"]).logits.softmax(dim=1)[0]
+    assert expected.keys() <= found.keys() and ("pipeline/scores" in found) is (num_channels == 3)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    assert report["processors"] == {name: type(each).__name__ for name, each in processors.items()}
+    assert [model["missing"] for model in report["models"].values()] == [[], []]
+
+
+def test_missing_weights_and_a_missing_image_processor_are_reported(folder: Path) -> None:
+    """The missing weights are random, but the same in all processes."""
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder)
+    weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / "preprocessor_config.json").unlink()
+    found, report = collect_outputs(PackageLoader(folder))
+    assert report["models"]["AutoModelForImageClassification"]["missing"] == ["classifier.bias", "classifier.weight"]
+    assert report["models"]["AutoModel"]["missing"] == [] and report["processors"] == {}
+    assert {name.partition("/")[0] for name in found} == {"AutoModel", "AutoModelForImageClassification"}
+    again, _ = collect_outputs(PackageLoader(folder))
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+
+
+def test_an_error_of_the_process_is_reported(hub: LocalHub, tmp_path: Path) -> None:
+    """A failed download may be repeated, but a repetition would not help for an unknown type of model."""
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    for repo_id, can_retry in (("ann/none", True), (str(tmp_path), False)):
+        request = {"repo_id": repo_id, "revision": "main", "code_repo_id": None, "code_revision": None}
+        request |= {"trust_remote_code": False, "target": str(tmp_path), "num_threads": torch.get_num_threads()}
+        (tmp_path / "request.json").write_text(json.dumps(request))
+        main(tmp_path / "request.json")
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report.keys() == {"error", "can_retry", "has_package"} and "\n" not in report["error"]
+        assert report["can_retry"] is can_retry and report["has_package"]  # this process has imported the package
+
+
+def test_models_of_transformers_are_loaded_with_their_classifier() -> None:
+    assert get_auto_class("ViTForImageClassification") == "AutoModelForImageClassification"
+    assert get_auto_class("ViTModel") == get_auto_class("ViTCLSModel") == "AutoModel"
+
+
+def test_the_image_processor_is_that_of_the_commit(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = hub.create("ann/model", private=False, files={"config.json": b"{}"})
+    first = repository.branches["main"]
+    repository.commit("main", "processor", {"preprocessor_config.json": hub.store("preprocessor_config.json", b"{}")})
+    assert not HubLoader("ann/model", first).has_processor()
+    assert HubLoader("ann/model", repository.branches["main"]).has_processor()
+
+
+def test_the_commits_of_weights_and_code_are_pinned() -> None:
+    pinned = {"revision": "a" * 40, "trust_remote_code": True}
+    assert HubLoader("ann/model", "a" * 40).get_loading_options() == pinned
+    assert HubLoader("ann/model", "a" * 40, "c" * 40).get_loading_options() == pinned | {"code_revision": "c" * 40}
+    assert not HubLoader("ann/model", trust_remote_code=False).get_loading_options()["trust_remote_code"]
 
 
 def test_only_private_repositories_are_loaded_with_the_token(
@@ -271,12 +371,16 @@ def test_the_optimizer_state_is_compared(hub: LocalHub, folder: Path) -> None:
     save_checkpoint(folder, value=2.0)
     with raises_one_line("checkpoints/step-00000002/", " differs from ", error=NotVerified):
         verify("ann/model", commit, folder)
+    (folder / OPTIMIZER).rename(folder / "optimizer.safetensors")
+    CheckpointStore(folder / "checkpoints", num_kept=1).save(3, {"model": {"x": torch.ones(2)}}, {"flags": {}}, False)
+    with raises_one_line("contains checkpoints/step-00000002/", "not a file of the newest", error=NotVerified):
+        verify("ann/model", commit, folder)
     pushed = push_folder(folder, "ann/model")  # which removes it
-    with raises_one_line("lacks checkpoints/step-00000002/", error=NotVerified):
+    with raises_one_line("lacks checkpoints/step-00000003/", error=NotVerified):
         verify("ann/model", pushed.commit, folder, with_optimizer=True)
     assert not pushed.with_optimizer
     lost = replace(pushed, with_optimizer=True)
-    with raises_one_line("pushed, but not verified", "lacks checkpoints/step-00000002/", error=OSError):
+    with raises_one_line("pushed, but not verified", "lacks checkpoints/step-00000003/", error=OSError):
         verify_push(lost, folder)
 
 
@@ -400,3 +504,65 @@ def test_outputs_may_differ_by_a_millionth(found: list[float], is_right: bool) -
             compare_outputs("ann/model", answers, wanted)
     with raises_one_line("unexpected tensors", "AutoModel/logits", error=NotVerified):
         compare_outputs("ann/model", {}, wanted)
+
+
+def test_the_largest_difference_of_each_loader_is_reported() -> None:
+    """Differences of small values are absolute."""
+    wanted = {"AutoModel/a": torch.zeros(2), "AutoModel/b": torch.full((3,), 1e-3), "AutoModel/c": torch.zeros(0)}
+    wanted |= {"pipeline/scores": torch.ones(1)}
+    found = wanted | {
+        "AutoModel/a": torch.tensor([0.0, -4e-7]),
+        "AutoModel/b": torch.tensor([1e-3 + 2e-7, 1e-3, 1e-3]),
+    }
+    differences = compare_outputs("ann/model", found, wanted)
+    assert differences == {"AutoModel": pytest.approx(4e-7), "pipeline": 0.0}
+    with raises_one_line("AutoModel/c has [1], not [0]", error=NotVerified):
+        compare_outputs("ann/model", found | {"AutoModel/c": torch.zeros(1)}, wanted)
+    with raises_one_line("AutoModel/a by 1.1e-06; the limit is 1e-06", error=NotVerified):
+        compare_outputs("ann/model", found | {"AutoModel/a": torch.tensor([0.0, 1.1e-6])}, wanted)
+
+
+REPORT = VerificationReport(
+    repo_id="ann/model",
+    revision="a" * 40,
+    reference="the reference",
+    num_files=7,
+    classes={"AutoModel": "ViTCLSModel", "AutoImageProcessor, pil": "ViTCLSImageProcessorPil"},
+    differences={"AutoModel": 2.5e-7, "pipeline": 0.0},
+    versions={"torch": "2.11.0"},
+    code_comparison="code identical",
+)
+PIN = f'"ann/model", revision="{"a" * 40}"'
+TRUST = "trust_remote_code=True"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, f"AutoModel.from_pretrained({PIN}, {TRUST})"),
+        (
+            {"code_revision": "c" * 40},
+            f'AutoModel.from_pretrained({PIN}, code_revision="{"c" * 40}", {TRUST})',
+        ),
+        ({"is_native": True}, f"AutoModel.from_pretrained({PIN})"),
+        (
+            {"classes": {"AutoModel": "x", "AutoBackbone": "y", "AutoImageProcessor, pil": "z"}},
+            f"AutoBackbone.from_pretrained({PIN}, {TRUST})",
+        ),
+        (
+            {"classes": {"AutoModel": "x", "AutoModelForMaskedImageModeling": "y"}},
+            f"AutoModelForMaskedImageModeling.from_pretrained({PIN}, {TRUST})",
+        ),
+    ],
+    ids=["weights", "code", "native", "backbone", "masked"],
+)
+def test_the_printed_line_loads_the_complete_verified_model(changes: dict[str, Any], line: str) -> None:
+    report = replace(REPORT, **changes)
+    assert report.build_load_line() == line
+    lines = report.format_lines()
+    assert lines[0] == f"verified: ann/model at {'a' * 40}" and lines[-1] == f"  {line}"
+    assert lines[1] == "  7 files match their hashes; code identical" and lines[2].endswith("with the reference:")
+    assert [text.split()[0] for text in lines[3:5]] == ["AutoModel", "pipeline"]
+    assert [text.split()[-1] for text in lines[3:5]] == ["2.5e-07", "0.0e+00"]
+    assert lines[5] == "  limit 1e-06; torch 2.11.0"
+    assert ("pinned commit" in lines[6]) is not report.is_native

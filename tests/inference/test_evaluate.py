@@ -48,8 +48,10 @@ from modeling_vitcls.inference.evaluator import HeldOutBatches
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
+    MultiTaskMetrics,
     SingleLabelMetrics,
     compute_wilson_interval,
+    drop_large_matrices,
     select_scalars,
 )
 from modeling_vitcls.options import DataOptions, EvaluateOptions
@@ -245,6 +247,44 @@ def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
         values = metrics.compute()
         assert ("confusion_matrix" in values, "top_5_accuracy" in values) == (has_matrix, has_top_5)
         assert (values["accuracy"], len(values["per_class"])) == (0.5, num_classes)
+
+
+def test_a_task_without_labeled_images_has_no_effect() -> None:
+    space = LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES})
+    metrics = MultiTaskMetrics(space, CPU)
+    logits = {"age": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), "species": torch.zeros(3, 7)}
+    labels = {"age": torch.tensor([0, 0, -100]), "species": torch.full((3,), -100)}
+    metrics.update(SimpleNamespace(logits=logits), labels)
+    values = metrics.compute()
+    assert (values["accuracy"], values["age_accuracy"], values.get("species_accuracy")) == (0.5, 0.5, None)
+    assert (values["num_images"], values["age_num_images"], values["species_num_images"]) == (3, 2, 0)
+    loss = nn.functional.cross_entropy(logits["age"][:2], labels["age"][:2]).item()
+    assert values["loss"] == close(loss) == values["age_loss"]
+
+
+def test_means_of_many_batches_are_exact() -> None:
+    """In float32, the mean of many small batches would be inexact."""
+    metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
+    logits = torch.full((1, 1), 0.1)
+    for _ in range(300):
+        metrics.update(SimpleNamespace(logits=logits), torch.ones(1, 1))
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.ones(1, 1)).item()
+    assert metrics.compute()["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def test_a_single_class_has_all_metrics() -> None:
+    """A dataset may have one tag, or a task with one class. torchmetrics returns scalars for one class."""
+    tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
+    logits, labels = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    tags.update(SimpleNamespace(logits=logits), labels)
+    expected = sklearn.metrics.average_precision_score(labels[:, 0], logits[:, 0])
+    assert tags.compute()["mean_average_precision"] == tags.compute()["per_class"][0]["average_precision"] == expected
+    tasks = MultiTaskMetrics(LabelSpace("multi_task", {"age": ["old"], "color": ["red", "blue"]}), CPU)
+    task_logits = {"age": torch.zeros(2, 1), "color": torch.eye(2)}
+    tasks.update(SimpleNamespace(logits=task_logits), {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])})
+    values = tasks.compute()
+    assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == ([[2]], [[0, 0], [1, 1]])
+    assert drop_large_matrices(values) == values
 
 
 def test_a_nan_loss_is_none() -> None:
@@ -568,6 +608,10 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
     assert match_labels(
         pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dawn", "dusk", "noon")
     ).labels == [2, 1, 2]
+    many = [f"label {index}" for index in range(22)]
+    for number, shown in ((20, ", label 19$"), (21, r", label 19, \.\.\.$")):
+        with pytest.raises(ValueError, match=shown):
+            match_labels(pictures, build_single_label_space("noon"), build_single_label_space(*many[:number]))
     with pytest.raises(ValueError, match=r"the label 'noon', but the model has only the labels dusk$"):
         match_labels(pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
     # an unused name has no effect

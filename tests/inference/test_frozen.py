@@ -12,11 +12,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_models import LAYOUTS, build_tiny_config, randomize
+from tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.inference.frozen import evaluate_frozen, select_few_shot_images, summarize_repeats
+from modeling_vitcls.inference.frozen import (
+    Features,
+    compute_features,
+    evaluate_frozen,
+    measure_accuracies,
+    select_few_shot_images,
+    summarize_repeats,
+)
 from modeling_vitcls.inference.metrics import compute_wilson_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -128,11 +135,83 @@ def test_few_shot_repeats_with_other_images(model: Path) -> None:
     assert summarize_repeats([0.5])["accuracy_interval"] is None
 
 
+@each_layout
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any], pre_norm: bool) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(pre_norm=pre_norm, **layout), add_pooling_layer=False))
+    outputs: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        found = compute_features(model, build_images(), [1, 2])
+        expected = []
+        for output in outputs:
+            tokens = model.layernorm(output[0] if isinstance(output, tuple) else output)
+            num_special = tokens.shape[1] - 16  # 4 x 4 patches
+            expected += [tokens[:, index] for index in range(num_special)] + [tokens[:, num_special:].mean(dim=1)]
+    assert found.shape[1] == len(expected)
+    torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
+
+
+def build_clusters(number: int, seed: int) -> Features:
+    """Return features of three overlapping classes for two tokens. The length of a vector contains no information."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, number)
+    vectors = {}
+    for layer, token in ((1, "CLS"), (2, TOKENS[-1])):
+        directions = generator.normal(size=(number, 4)) + np.eye(4)[labels] * layer
+        vectors[layer, token] = (directions * generator.lognormal(size=(number, 1))).astype(np.float32)
+    return Features(vectors, np.array(["ant", "bee", "cat"])[labels], num_unreadable=0)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_classifiers_are_fitted_to_each_token(kind: str) -> None:
+    training, held_out = build_clusters(60, seed=0), build_clusters(400, seed=1)
+    rows = measure_accuracies(kind, training, held_out, num_repeats=1, seed=0)
+    assert [(row["layer"], row["token"]) for row in rows] == list(training.vectors)
+    for row, vectors in zip(rows, training.vectors.values(), strict=True):
+        classifier = CLASSIFIERS[kind]().fit(vectors, training.labels)
+        accuracy = classifier.score(held_out.vectors[row["layer"], row["token"]], held_out.labels)
+        assert 0 < accuracy < 1 and row["accuracy"] == pytest.approx(accuracy)
+        assert row["accuracy_interval"] == compute_wilson_interval(round(400 * accuracy), 400)
+
+
+def test_few_images_have_few_neighbors() -> None:
+    training, held_out = build_clusters(7, seed=0), build_clusters(400, seed=1)
+    (row, _) = measure_accuracies("knn", training, held_out, num_repeats=1, seed=0)
+    classifier = KNeighborsClassifier(7, weights="distance", metric="cosine")
+    classifier.fit(training.vectors[1, "CLS"], training.labels)
+    assert row["accuracy"] == pytest.approx(classifier.score(held_out.vectors[1, "CLS"], held_out.labels))
+
+
+def test_few_shot_classifiers_are_fitted_to_the_selected_images() -> None:
+    training, held_out = build_clusters(60, seed=0), build_clusters(40, seed=1)
+    (row, _) = measure_accuracies("few-shot:4", training, held_out, num_repeats=3, seed=5)
+    expected = []
+    for selected in select_few_shot_images(training.labels, 4, 3, seed=5):
+        assert np.unique(training.labels[selected], return_counts=True)[1].tolist() == [4] * 3
+        classifier = CLASSIFIERS["logreg"]().fit(training.vectors[1, "CLS"][selected], training.labels[selected])
+        expected.append(classifier.score(held_out.vectors[1, "CLS"], held_out.labels))
+    assert row["accuracies"] == pytest.approx(expected) and len(set(expected)) > 1
+    distance = 1.959964 * np.std(expected, ddof=1) / 3**0.5
+    interval = [np.mean(expected) - distance, np.mean(expected) + distance]
+    assert row["accuracy"] == pytest.approx(np.mean(expected))
+    assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
+
+
+def test_the_interval_of_repeats_is_within_0_and_1() -> None:
+    assert summarize_repeats([0.0, 0.1])["accuracy_interval"][0] == 0.0
+    assert summarize_repeats([1.0, 0.9])["accuracy_interval"][1] == 1.0
+    assert summarize_repeats([0.5]) == {"accuracy": 0.5, "accuracy_interval": None, "accuracies": [0.5]}
+
+
 def test_few_shot_requires_enough_images() -> None:
     with pytest.raises(
         ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
     ):
         select_few_shot_images(np.array(list("aaabb")), 3, 1, seed=0)
+    (selected,) = select_few_shot_images(np.array([*"a" * 20, *"b" * 30]), 20, 1, seed=0)
+    assert len(set(selected)) == len(selected) == 40 and set(range(20)) < set(selected)
     with pytest.raises(ValueError, match="--frozen is few-shot:0"):
         EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
 
@@ -154,6 +233,13 @@ def test_splits_of_the_data_set_and_unreadable_images(model: Path, tmp_path: Pat
     assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
     assert results["num_broken_images"] == 2
     assert results["best"]["accuracy"] == 1.0
+
+
+def test_a_model_saved_in_half_precision(model: Path, tmp_path: Path) -> None:
+    ViTCLSForImageClassification.from_pretrained(model).bfloat16().save_pretrained(tmp_path / "half")
+    ViTCLSImageProcessor(size=16).save_pretrained(tmp_path / "half")
+    data = DataOptions(dataset=str(write_folder(tmp_path / "data")), num_workers=0)
+    assert run(tmp_path / "half", "knn", data=data, split="validation")["best"]["accuracy"] == 1.0
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:

@@ -37,8 +37,18 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.inference import outputs
-from modeling_vitcls.inference.inputs import FetchError, ImageRecord, PreparedImage, StreamInput, open_input
+from modeling_vitcls.inference.inputs import (
+    DatasetInput,
+    FetchError,
+    ImageColumn,
+    ImageRecord,
+    ListInput,
+    PreparedImage,
+    StreamInput,
+    open_input,
+)
 from modeling_vitcls.inference.outputs import (
     ShardFolder,
     assign_ranges,
@@ -47,7 +57,13 @@ from modeling_vitcls.inference.outputs import (
     print_table,
     write_rows,
 )
-from modeling_vitcls.inference.predict import PredictionCounts, iterate_batches, predict, predict_images
+from modeling_vitcls.inference.predict import (
+    PredictionCounts,
+    compute_model_digest,
+    iterate_batches,
+    predict,
+    predict_images,
+)
 from modeling_vitcls.options import PredictOptions
 
 
@@ -182,7 +198,7 @@ def test_without_any_prediction_the_status_is_1(
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "out.json"
+    output = tmp_path / "new" / "folder" / "out.json"
     predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4))
     rows = read_json(output)
     assert [row["image"] for row in rows] == sorted_photos(photos)
@@ -308,6 +324,42 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     source = open_input(PredictOptions("model", list=file))
     names = [record.name for record in source.read_records([range(source.num_images)])]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
+    file.write_text("\n \n", encoding="utf-8")
+    with raises_one_line(f"the list {file} is empty"):
+        open_input(PredictOptions("model", list=file))
+
+
+def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/2.PNG", "b/1.png", "a/3.jpg", ".c/4.png", "a/.5.png", "a/6.txt", "0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    walk = os.walk
+
+    def walk_backwards(folder: Any) -> Iterator[Any]:
+        for parent, folders, files in walk(folder):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
+    source = open_input(PredictOptions("model", (str(tmp_path),)))
+    assert isinstance(source, ListInput)
+    names = [str(Path(name).relative_to(tmp_path)) for name in source.names]
+    assert names == ["0.png", "a/3.jpg", "b/1.png", "b/2.PNG"]
+
+
+def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> None:
+    """More than 64 rows are read in several parts. Missing images have no content."""
+    values = [None if index == 2 else f"{index}.png" for index in range(150)]
+    dataset = datasets.Dataset.from_dict({"image": values})
+    source = DatasetInput(dataset, ImageColumn("image", tmp_path), {})
+    ranges = [range(1, 3), range(60, 150)]
+    records = list(source.read_records(ranges))
+    assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
+    for record in records:
+        path = str(tmp_path / f"{record.index}.png")
+        assert (record.name, record.content) == (("2", None) if record.index == 2 else (f"{record.index}.png", path))
 
 
 def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -359,6 +411,14 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     assert json.loads(json.dumps(first)) == first  # as stored in the output
 
 
+def test_arrays_are_identified_by_their_pixels() -> None:
+    pixels = np.zeros((2, 4, 4), np.uint8)
+    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_identity()
+    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_identity() == first
+    pixels[1, 3, 3] = 1
+    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_identity() != first
+
+
 def test_digits_are_read(models: Path) -> None:
     source = open_input(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
@@ -376,6 +436,28 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
+
+
+def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
+    for split, number in (("train", 2), ("test", 1)):
+        for index in range(number):
+            (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
+    with raises_one_line("has several splits. Set --split to one of", "train", "test"):
+        open_input(PredictOptions("model", dataset=str(tmp_path)))
+    for split, number in (("train", 2), ("test", 1)):
+        assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number
+
+
+def test_a_row_without_an_image_has_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
+    values = [{"bytes": (photos / "a.jpg").read_bytes(), "path": None}, None]
+    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "images.parquet")
+    options = PredictOptions(
+        str(models / "one_label"), dataset=str(tmp_path / "images.parquet"), output=tmp_path / "out.json"
+    )
+    assert predict_images(options) == PredictionCounts(2, 1)
+    assert [row["error"] for row in read_json(tmp_path / "out.json")] == [None, "row 1 has no image"]
 
 
 def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path) -> None:
@@ -556,6 +638,22 @@ def test_a_second_start_must_have_the_same_options(
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --output")
 
 
+def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
+    """Otherwise, a folder could contain predictions of different models."""
+
+    def build(processor_size: int = 32, **fields: Any) -> str:
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS | fields)))
+        return compute_model_digest(model.train("training" in fields), ViTCLSImageProcessor(size=processor_size))
+
+    digest = build()
+    assert build() == digest
+    renamed = {"id2label": {0: "bee", 1: "ant", 2: "cat"}, "label2id": {"bee": 0, "ant": 1, "cat": 2}}
+    assert digest not in {build(processor_size=48), build(**renamed), build(num_register_tokens=1)}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
+    model.classifier.bias.data[2] += 1e-6
+    assert compute_model_digest(model, ViTCLSImageProcessor(size=32)) != digest
+
+
 def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
     with raises_one_line("contains other files"):
@@ -624,6 +722,30 @@ def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.Ca
             [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
         )
         assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
+
+
+def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: pytest.CaptureFixture) -> None:
+    columns = get_output_columns(
+        {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32()), "probability": pa.float32()}
+    )
+    row = {"index": 0, "image": "1.png", "labels": ["ant", "bee"], "probabilities": [0.75, 0.5], "error": None}
+    print_table(
+        [row | {"probability": 0.123456}, row | {"labels": [], "probabilities": [], "probability": None}], columns
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
+
+
+def test_progress_counts_images_and_errors(capsys: pytest.CaptureFixture) -> None:
+    rows = [{"error": "unreadable" if index % 3 == 0 else None} for index in range(10)]
+    for is_shown in (True, False):
+        with outputs.Progress(2000, is_shown) as progress:
+            assert list(progress.track_rows(rows)) == rows
+        assert (progress.num_images, progress.num_failed) == (10, 4)
+        printed = capsys.readouterr().err
+        assert ("10 of 2,000 images" in printed and "4 without a prediction" in printed) is is_shown
+        assert is_shown or not printed
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
@@ -700,6 +822,51 @@ def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest
         folder.get_shard_file(0).touch()
         folder.wait_for_shards(4, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
+
+
+def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats that are too old or missing are those of processes that have ended."""
+    folder = ShardFolder(tmp_path, size=4)
+    other = folder.get_heartbeat_file(1)
+    other.touch()
+    waits = []
+
+    def wait(seconds: float) -> None:
+        """Write the last shard, as the other process does."""
+        waits.append(seconds)
+        folder.get_shard_file(len(waits) - 1).touch()
+
+    monkeypatch.setattr(outputs.time, "sleep", wait)
+    folder.wait_for_shards(8, 2)
+    assert len(waits) == 2
+    for age, has_ended in ((outputs.MAX_SILENT_SECONDS / 2, False), (outputs.MAX_SILENT_SECONDS * 2, True)):
+        os.utime(other, (time.time() - age,) * 2)
+        folder.get_shard_file(1).unlink()
+        waits = [0.0]
+        if has_ended:
+            folder.get_heartbeat_file(2).touch()  # of a third process, which is running
+            for num_processes in (2, 3):
+                with raises_one_line("lacks shards of a process that has ended", error=OSError):
+                    folder.wait_for_shards(8, num_processes)
+            folder.wait_for_shards(4, 2)
+        else:
+            folder.wait_for_shards(8, 2)
+    other.unlink()
+    with raises_one_line("lacks shards of a process that has ended", error=OSError):
+        folder.wait_for_shards(8, 2)
+
+
+def test_a_heartbeat_is_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.001)
+    file = tmp_path / "heartbeat"
+    with pytest.raises(ValueError, match="an error"), outputs.send_heartbeats(file):
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 60
+        while file.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        raise ValueError("an error")
+    assert not file.exists()
 
 
 def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Commits of models and code on the Hub: branches, tags, visibility, and the files of an old commit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, constants
+from local_hub import LocalHub
+from tiny_models import raises_one_line
+
+from modeling_vitcls.hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
+
+
+@pytest.fixture
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start a Hub with a public model that has two commits, a tag and a branch, and with a private model."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = {"config.json": b"old", "notes.txt": b"notes"}
+    model = hub.create("ann/model", private=False, files=files)
+    HfApi().create_tag("ann/model", tag="v1")
+    model.commit("main", "new", {name: hub.store(name, b"new") for name in files})
+    model.commit("branch", "other", {"config.json": hub.store("config.json", b"branch")})
+    hub.create("ann/secret", private=True)
+    return hub
+
+
+def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
+    model = hub.repositories["ann/model"]
+    old = model.tags["v1"]
+    revisions = {"main": model.branches["main"], "branch": model.branches["branch"], "v1": old, old: old}
+    assert len(set(revisions.values())) == 3
+    for revision, commit in revisions.items():
+        assert resolve_commit("ann/model", revision) == HubCommit("ann/model", commit, needs_token=False)
+    assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
+    assert resolve_commit("ann/secret").needs_token
+    with raises_one_line("ann/model", "v2"):
+        resolve_commit("ann/model", "v2")
+    with raises_one_line("no id at all"):
+        resolve_commit("no id at all")
+
+
+def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp_path: Path) -> None:
+    folder = download_commit(resolve_commit("ann/model", "v1"), ["*.json"], tmp_path / "files")
+    assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"old"
+    assert not (folder / "notes.txt").exists()
+    cached = download_commit(resolve_commit("ann/model"), ["*.txt"])
+    assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("repo_id", ["ann/model", "ann/secret"])
+def test_the_code_is_in_the_repository_that_the_config_names(hub: LocalHub, tmp_path: Path, repo_id: str) -> None:
+    weights = resolve_commit("ann/model")
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": f"{repo_id}--modeling.Model"}}))
+    assert resolve_code_commit(weights, tmp_path) == (None if repo_id == "ann/model" else resolve_commit(repo_id))
