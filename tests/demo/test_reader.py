@@ -1,6 +1,7 @@
 """The results of the demo for an image, compared with the model's own outputs and with the analysis functions."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,11 @@ def test_a_model_that_merges_patches_has_only_predictions(noise: Path) -> None:
     assert result.predictions == {"Label": pytest.approx(expected, abs=1e-6)}
     assert len(result.rows) == len(result.maps) == len(result.rollout) == len(result.features) == 0
     assert result.attributions == {}
+
+
+def test_older_configurations_do_not_merge_patches() -> None:
+    older = SimpleNamespace(config=SimpleNamespace())  # without the field
+    assert not DemoModel(older, None, "mine", None, None, is_classifier=True).merges_patches
 
 
 def test_an_encoder_has_attention_and_no_predictions(noise: Path) -> None:

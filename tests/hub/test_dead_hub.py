@@ -208,8 +208,10 @@ def test_the_demo_sends_no_requests_if_its_model_is_local(
     assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE
 
 
-def test_the_demo_loads_the_model_and_its_code_at_the_given_commits(hub: LocalHub, tmp_path: Path) -> None:
-    """Later commits of both repositories are broken."""
+def test_the_demo_loads_the_model_at_the_given_commit(hub: LocalHub, tmp_path: Path) -> None:
+    """The later commit of the model is broken. In this process, transformers uses the installed code; test_space.py
+    tests that the code is pinned.
+    """
     folder = tmp_path / "mine"
     model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config()))
     model.save_pretrained(folder)
