@@ -221,7 +221,8 @@ def format_energy(estimate: dict[str, Any] | None) -> str | None:
     if estimate is None:
         return None
     kilowatt_hours = estimate["kilowatt_hours"]
-    return f"{kilowatt_hours:.3g} kWh" if kilowatt_hours >= 0.1 else f"{kilowatt_hours * 1000:.2g} Wh"
+    value, unit = (kilowatt_hours, "kWh") if kilowatt_hours >= 0.1 else (kilowatt_hours * 1000, "Wh")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def describe_utilization(measurements: dict[str, Any] | None) -> str | None:

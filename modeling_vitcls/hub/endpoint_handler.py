@@ -31,13 +31,20 @@ class EndpointHandler:
     """The interface of Inference Endpoints: load the model once, and return the predictions for each request."""
 
     def __init__(self, path: str = "") -> None:
-        """Load the model from a folder that contains the files of the repository."""
+        """Load the model from a folder that contains the files of the repository. Raise ValueError if weights are
+        missing, except those of the pooler of an encoder, which is then loaded without a pooler."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)
         auto_class = AutoModelForImageClassification if self.is_classifier else AutoModel
+        model, loading_info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        missing_weights = sorted(loading_info["missing_keys"])
+        if missing_weights and not self.is_classifier and all(name.startswith("pooler.") for name in missing_weights):
+            model, missing_weights = auto_class.from_pretrained(path, add_pooling_layer=False, **options), []
+        if missing_weights:
+            raise ValueError(f"the checkpoint has no weights for {missing_weights[0]}. Train the model first")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = auto_class.from_pretrained(path, **options).to(device).eval()
+        self.model = model.to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(path, **options)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:

@@ -1,8 +1,11 @@
-"""`--resume` with other data than at the start of the run is an error that names the change."""
+"""Splits that training and evaluation read. `--resume` with other data than at the start of the run is an error that
+names the change.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate_state import reset_accelerate
@@ -10,8 +13,20 @@ from photo_folders import write_photos
 from tiny_models import raises_one_line
 from tiny_options import build_tiny_options
 
-from modeling_vitcls.data.splits import compute_fingerprint, describe_change
+from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.splits import (
+    TrainingData,
+    choose_training_splits,
+    compute_fingerprint,
+    describe_change,
+    describe_missing_classes,
+    load_evaluation_data,
+    load_training_data,
+)
 from modeling_vitcls.options import (
+    DataOptions,
     FinetuneOptions,
     PretrainOptions,
 )
@@ -98,6 +113,13 @@ def test_other_names_and_other_held_out_images_have_different_errors() -> None:
     assert describe_change(before, before) is None
     assert describe_change(before, renamed) == "the number of images is the same, but the names of the images differ"
     assert describe_change(before, before | {"held_out": 2}) == "different images are held out"
+    assert describe_change(before, before | {"num_held_out_images": 1009}) == (
+        "there were 9 held-out images, but there are 1,009 now"
+    )
+    classes = {"label": ["a", "b"], "kind": [*"uvwxyz"]}
+    assert describe_change(before, before | {"classes": classes}) == (
+        "the classes of 'kind' were none, but are 6 (u, v, w, x, y, ...) now"
+    )
 
 
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:
@@ -109,3 +131,113 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     write_photos(photos, range(20, 60), "cat")
     with raises_one_line("--resume: the dataset has changed", "training images, but there are"):
         PretrainTask(replace(options, run=replace(options.run, resume=True)))
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "use_selection_split", "expected"),
+    [
+        (["train"], False, ("train", None, None)),
+        (["test"], True, ("test", None, None)),
+        (["a", "b"], False, ("a", None, None)),
+        (["test", "train"], False, ("train", "test", None)),
+        (["test", "train"], True, ("train", "test", None)),
+        (["test", "validation", "train"], False, ("train", "validation", None)),
+        (["test", "validation", "train"], True, ("train", "test", "validation")),
+        (["train", "validation", "dev"], True, ("train", "validation", None)),
+        (["dev", "test"], True, ("dev", "test", None)),
+    ],
+)
+def test_results_are_measured_on_the_test_split_if_the_validation_split_selects_the_checkpoint(
+    names: list[str], use_selection_split: bool, expected: tuple[str | None, ...]
+) -> None:
+    assert choose_training_splits(names, use_selection_split) == expected
+
+
+def get_names(part: Any) -> set[str]:
+    """Return the class folder and file name of each image."""
+    return {"/".join(Path(name).parts[-2:]) for name in part.images.get_names()}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> None:
+    for split, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 12))):
+        write_photos(tmp_path / "photos" / split, numbers)
+    data = load_training_data(DataOptions(str(tmp_path / "photos"), streaming=streaming), use_selection_split=True)
+    assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
+    assert data.record == HeldOutRecord("test", 8)
+    assert get_names(data.held_out) == {f"{name}/{number}.png" for name in ("cat", "dog") for number in range(8, 12)}
+    assert get_names(data.selection) == {f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5, 8)}
+    assert data.num_training_images == (None if streaming else 10)
+
+
+def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(40))
+    options = DataOptions(str(photos), held_out_fraction=0.25, split_seed=3)
+    plain, data = load_training_data(options), load_training_data(options, use_selection_split=True)
+    assert get_names(data.held_out) == get_names(plain.held_out)
+    train, selection = get_names(data.train), get_names(data.selection)
+    assert train | selection == get_names(plain.train) and not train & selection
+    rule = HeldOutRule(0.25, 3, "selection")
+    keys = plain.train.images.compute_keys()  # type: ignore[union-attr]
+    assert len(selection) == sum(map(rule.is_held_out, keys)) > 5
+    assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
+    assert plain.selection is None
+
+
+def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(10))
+    with raises_one_line("--select best requires images", "but --held-out-fraction is 0"):
+        load_training_data(DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True)
+    with raises_one_line("--select best with --streaming requires", "has only train. Remove --streaming"):
+        load_training_data(DataOptions(str(photos), streaming=True), use_selection_split=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, streaming: bool) -> None:
+    photos = write_photos(tmp_path / "photos", range(10))
+    options = DataOptions(str(photos), held_out_fraction=0.0, streaming=streaming)
+    data = load_training_data(options)
+    assert len(data.held_out) == 0 and data.record.num_images == 0
+    if streaming:
+        examples = data.train.iterate_examples(0, 0, 1)  # type: ignore[union-attr]
+        first_pass = [next(examples) for _ in range(20)]
+        assert {example.epoch for example in first_pass} == {0} and next(examples).epoch == 1
+    else:
+        assert data.num_training_images == 20
+    with raises_one_line("evaluation requires held-out images, but --held-out-fraction is 0"):
+        load_evaluation_data(options, "test")
+
+
+def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(10))
+    with raises_one_line(
+        "evaluation on the training images of the single split", "Remove --streaming, or set --split"
+    ):
+        load_evaluation_data(DataOptions(str(photos), streaming=True), "train")
+    training_images = load_training_data(DataOptions(str(photos))).train
+    images = load_evaluation_data(DataOptions(str(photos)), "train").images
+    assert get_names(images) == get_names(training_images)
+
+
+def test_missing_classes_of_tasks_and_tags_are_named() -> None:
+    def describe(space: LabelSpace, train: list[Any], held_out: list[Any]) -> list[str]:
+        parts = [LabeledImages([None] * len(labels), labels) for labels in (train, held_out)]
+        record = HeldOutRecord("test", len(held_out))
+        return describe_missing_classes(TrainingData("mine", space, *parts, "split 'test'", record))
+
+    tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
+    train = [{"light": 0, "place": 0}, {"light": 1, "place": -100}]
+    assert describe(tasks, train, [{"light": 0, "place": 1}]) == [
+        "2 of the 4 classes have no held-out images (light noon, place sea), so the accuracy on these classes is not "
+        "measured. Add images",
+        "1 of the 4 classes have no training images (place wood), because all images of these classes are held out. "
+        "Add images",
+    ]
+    tags = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
+    (warning,) = describe(tags, [[1.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]])
+    assert warning.startswith("1 of the 2 classes have no held-out images (wood)")
+    assert describe(LabelSpace("single_label_classification", {}), [-100], [-100]) == []
+    assert describe(tags, [[1.0, 1.0, 0.0]], []) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import raises_one_line
 
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
@@ -21,7 +22,7 @@ from modeling_vitcls.data.batches import Batch, iterate_training_batches
 from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabeled_data
-from modeling_vitcls.data.streaming import StreamedImages, augment_images, read_ahead
+from modeling_vitcls.data.streaming import Example, StreamedImages, augment_images, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
@@ -219,6 +220,31 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
     assert pictures.describe_unreadable(10**6) == "cannot read the image with checksum f4240"
 
 
+def test_the_names_of_the_newest_images_are_stored(monkeypatch: pytest.MonkeyPatch, two_shards: Path) -> None:
+    monkeypatch.setattr(streaming, "MAX_STORED_NAMES", 3)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
+    pictures = augment_images(read(two_shards).train, augmentation, True, seed=0)
+    pictures.store_names([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
+    assert [pictures.describe_unreadable(index) for index in (7, 3, 9, 5)] == [
+        "cannot read the image with checksum 7",
+        *(f"cannot read the image '{index}.png'" for index in (3, 9, 5)),
+    ]
+
+
+def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path) -> None:
+    folder = write_shards(
+        tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]), broken=tuple(range(NUM_IMAGES))
+    )
+    with raises_one_line("data: none of the 4 images of a batch can be read"):
+        build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
+
+
+def test_a_process_without_images_is_an_error(two_shards: Path) -> None:
+    source = read(two_shards).train
+    with raises_one_line("has no training image for process 63 of 64", "Add images or start fewer processes"):
+        next(source.iterate_examples(0, 63, 64))
+
+
 # Held-out parts and labels -------------------------------------------------------------------------------------------
 
 
@@ -303,6 +329,25 @@ def test_undeclared_labels_require_names(tmp_path: Path) -> None:
     assert list(data.held_out.labels) == [2 - number % 3 for number in get_held_out(data)]
     with pytest.raises(ValueError, match="has the label 'c', which is not one of the 2 classes"):
         read(folder, label_names=("a", "b"))
+
+
+def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
+    labels = [(0, 1, 2, None)[index % 4] for index in range(40)]
+    rows = {"image": [{"bytes": encode_example(index), "path": None} for index in range(40)], "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
+    data = read(tmp_path / "table.parquet")
+    held_out = get_held_out(data)
+    assert list(data.held_out.labels) == [number % 4 for number in held_out]
+    first_pass = list(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out)))
+    assert sorted([*get_indices(first_pass), *held_out]) == [number for number in range(40) if number % 4 != 3]
+    assert next(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out), None)).epoch == 1
+
+
+def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file,kind\n", encoding="utf-8")
+    with raises_one_line("list.csv is empty"):
+        read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
 
 
 def test_table_of_paths(tmp_path: Path) -> None:

@@ -1,22 +1,49 @@
-"""The page of the demo without a browser: its events and its address. test_space.py tests the page in a browser."""
+"""The page of the demo without a browser: its events, its functions and its address. test_space.py tests the page in a
+browser.
+"""
 
+import asyncio
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.request import urlopen
 
+import gradio as gr
+import numpy as np
 import pytest
 from PIL import Image
 from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.demo.page import build_page, launch_page
+from modeling_vitcls.demo.page import (
+    AttentionView,
+    ImageInput,
+    PatchView,
+    build_page,
+    find_clicked_patch,
+    get_clicked_layer,
+    launch_page,
+)
 from modeling_vitcls.demo.reader import DemoModel
+from modeling_vitcls.demo.text import (
+    build_header,
+    build_loading_code,
+    explain_missing_output,
+)
 
 
 @pytest.fixture(scope="module")
 def demo_model() -> DemoModel:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
     return DemoModel(model, ViTCLSImageProcessor(size=32), "mine", None, None, is_classifier=True)
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    file = tmp_path / "noise.png"
+    Image.effect_noise((32, 32), 90).convert("RGB").save(file)
+    return file
 
 
 def test_the_first_example_is_predicted_when_the_page_is_opened(demo_model: DemoModel, tmp_path: Path) -> None:
@@ -40,3 +67,192 @@ def test_the_page_is_served_at_the_given_port(demo_model: DemoModel) -> None:
             assert response.status == 200
     finally:
         page.close()
+
+
+# Image input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder for uploaded files."""
+    (tmp_path / "uploads").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    return tmp_path / "uploads"
+
+
+def build_image_input(*examples: Path) -> ImageInput:
+    with gr.Blocks():
+        return ImageInput(examples)
+
+
+def get_message(update: Any) -> str:
+    """Return the text of the message for the user; "" if no message is shown."""
+    return update.value if update.visible else ""
+
+
+def test_only_uploaded_files_and_examples_are_opened(
+    demo_model: DemoModel, noise: Path, uploads: Path, tmp_path: Path
+) -> None:
+    """A client may send any path or address."""
+    Image.open(noise).save(uploads / "image.png")
+    Image.open(noise).save(tmp_path / "secret.png")
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    image_input = build_image_input(noise)
+    expected = demo_model.predict(noise).predictions
+    for file in (noise, uploads / "image.png"):
+        _, problem, result = image_input.predict(demo_model, {"path": str(file)})
+        assert result is not None and result.predictions == expected and get_message(problem) == ""
+    for path in (
+        *(str(tmp_path / "secret.png"), str(uploads / "link.png"), str(uploads / ".." / "secret.png")),
+        *(str(uploads / "missing.png"), str(uploads), "a\0b", "", "http://127.0.0.1:9/image.png", None, 5),
+    ):
+        image, problem, result = image_input.predict(demo_model, {"path": path})
+        assert image is None and result is None, path
+        assert "has to be uploaded to this page or be one of the example images" in get_message(problem), path
+    assert build_image_input().predict(demo_model, {"path": str(noise)})[2] is None  # not an example
+
+
+def test_messages_about_unreadable_images_contain_no_path(demo_model: DemoModel, uploads: Path) -> None:
+    (uploads / "notes.png").write_text("no picture")
+    image_input = build_image_input()
+    for sent, name in (({"orig_name": "my notes.png"}, "my notes.png"), ({}, "the file")):
+        image, problem, result = image_input.predict(demo_model, {"path": str(uploads / "notes.png")} | sent)
+        assert image is None and result is None
+        message = get_message(problem)
+        assert f"cannot read an image from '{name}'" in message and str(uploads) not in message
+
+
+def test_a_removed_image_clears_the_result_without_a_message(demo_model: DemoModel) -> None:
+    _, problem, result = build_image_input().predict(demo_model, None)
+    assert result is None and get_message(problem) == ""
+
+
+def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
+    store = build_image_input().image.async_move_resource_to_block_cache
+    for address in ("http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"):
+        with pytest.raises(gr.Error, match="has to be uploaded to this page"):
+            asyncio.run(store(address))
+    assert list(uploads.iterdir()) == []
+    stored = asyncio.run(store(str(noise)))
+    assert stored is not None and Path(stored).is_relative_to(uploads)
+    assert Path(stored).read_bytes() == noise.read_bytes()
+
+
+# Functions of the page -----------------------------------------------------------------------------------------------
+
+
+def test_only_the_prediction_is_public(demo_model: DemoModel, noise: Path) -> None:
+    listeners = build_page(demo_model, [noise]).fns.values()
+    assert {listener.api_name for listener in listeners if listener.api_visibility == "public"} == {"predict"}
+    predict = next(listener.fn for listener in listeners if listener.api_name == "predict")
+    *_, label, result = predict({"path": str(noise)})
+    assert label == result.predictions["Label"] == demo_model.predict(noise).predictions["Label"]
+    assert predict(None)[2:] == [None, None]
+
+
+def assert_same_image(first: Image.Image | None, second: Image.Image) -> None:
+    assert first is not None and np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_the_attention_of_the_selected_token_layer_and_head_is_shown(demo_model: DemoModel, noise: Path) -> None:
+    """Layers and heads are counted from 1; head 0 is the mean over the heads."""
+    with gr.Blocks():
+        view = AttentionView(demo_model, gr.State())
+    result = demo_model.predict(noise)
+    for choice, head, name in ((0, None, "mean of all heads"), (2, 1, "head 2")):
+        heads = result.rows[0].mean(dim=0) if head is None else result.rows[0, head]
+        cls, register, patches = *heads[1, :2].tolist(), heads[1, 2:].sum().item()
+        caption = (
+            f"**register**, layer 1 of 2, {name}: {patches:.1%} of its attention goes to the patches, "
+            f"{cls + register:.1%} to special tokens (CLS {cls:.1%}, register {register:.1%})."
+        )
+        drawn, text = view.draw_layer(result, 1, 1, choice)
+        assert_same_image(drawn, result.draw_attention(1, 0, head))
+        assert text == caption
+        drawn, text, gallery, through = view.draw_all(result, 1, 1, choice)
+        assert_same_image(drawn, result.draw_attention(1, 0, head))
+        assert text == caption
+        assert [title for _, title in gallery] == ["layer 1", "layer 2"]
+        for (small_map, _), expected in zip(gallery, result.draw_all_layers(1, head), strict=True):
+            assert_same_image(small_map, expected)
+        assert [title for _, title in through] == [title for _, title in result.draw_through_layers(1)]
+        assert_same_image(through[0][0], result.draw_through_layers(1)[0][0])
+    assert view.draw_layer(result, 1, 2, 0)[1].endswith(
+        "The model does not use the output of this token in this layer."
+    )
+    assert view.draw_layer(None, 1, 1, 0) == (None, "")
+    assert view.draw_all(None, 1, 1, 0) == (None, "", [], [])
+
+
+def test_the_similarity_to_the_selected_patch_is_shown(demo_model: DemoModel, noise: Path) -> None:
+    with gr.Blocks():
+        view = PatchView(demo_model, gr.State())
+    result = demo_model.predict(noise)
+    for patch, (row, column) in (
+        ((3, 0), (3, 0)),
+        ((0, 3), (0, 3)),
+        (None, (2, 2)),
+        ((4, 0), (2, 2)),
+        ((0, 4), (2, 2)),
+    ):
+        colors, similarity, caption = view.draw_all(result, 1, False, patch)
+        assert_same_image(colors, result.draw_colors(0))
+        assert_same_image(similarity, result.draw_similarity(0, row, column))
+        assert f"in row {row + 1}, column {column + 1} " in caption
+    assert_same_image(view.draw_all(result, 2, True, None)[0], result.draw_colors(1, foreground=True))
+    assert view.draw_all(None, 1, False, None) == (None, None, "")
+
+
+def test_clicks_select_a_patch_or_a_layer(demo_model: DemoModel, noise: Path) -> None:
+    result = demo_model.predict(noise)
+    displayed = np.zeros((384, 384, 3))
+    event: Any = SimpleNamespace(index=(100, 290))
+    assert find_clicked_patch(result, displayed, event) == (3, 1)
+    assert find_clicked_patch(result, displayed[:, :100], event) is None
+    assert find_clicked_patch(None, displayed, event) is None and find_clicked_patch(result, None, event) is None
+    assert get_clicked_layer(SimpleNamespace(index=0)) == 1  # type: ignore[arg-type]
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_links_to_the_commit(demo_model: DemoModel, tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    published = DemoModel(demo_model.model, None, "ann/vit", commit, None, is_classifier=True)
+    assert build_header(published) == (
+        f"# ann/vit\n[ann/vit](https://huggingface.co/ann/vit) at commit [`0123456`](https://huggingface.co/ann/vit/tree/"
+        f"{commit}). A Vision Transformer with 2 layers and 2 heads per layer; special tokens: CLS, register."
+    )
+    local = DemoModel(demo_model.model, None, str(tmp_path / "mine"), None, None, is_classifier=True)
+    assert build_header(local).startswith("# mine\nA model in a local folder. A Vision Transformer with 2 layers")
+    single = ViTCLSForImageClassification(
+        build_tiny_config(num_hidden_layers=1, num_attention_heads=1, num_cls_tokens=0, pooling="mean")
+    )
+    bare = DemoModel(single, None, "mine", None, None, is_classifier=True)
+    assert build_header(bare).endswith("with 1 layer and 1 head per layer; no special tokens.")
+
+
+def test_the_loading_code_pins_the_model_and_its_code(demo_model: DemoModel) -> None:
+    def build(is_classifier: bool, commit: str | None, code_revision: str | None) -> str:
+        return build_loading_code(DemoModel(demo_model.model, None, "ann/vit", commit, code_revision, is_classifier))
+
+    own, shared, local = build(True, "abc", None), build(False, "abc", "def"), build(True, None, None)
+    arguments = '"ann/vit", revision="abc", trust_remote_code=True'
+    assert f"model = AutoModelForImageClassification.from_pretrained({arguments})" in own
+    assert f"processor = AutoImageProcessor.from_pretrained({arguments})" in own
+    assert "runs code from the model's repository at the given commit" in own
+    arguments = '"ann/vit", revision="abc", code_revision="def", trust_remote_code=True'
+    assert f"model = AutoModel.from_pretrained({arguments})" in shared
+    assert "runs code from the code repository named in config.json at the given commit" in shared
+    assert 'from_pretrained("ann/vit", trust_remote_code=True)' in local and "given commit" not in local
+
+
+def test_missing_outputs_are_explained(demo_model: DemoModel) -> None:
+    def explain(is_classifier: bool = True, **fields: Any) -> str:
+        model = ViTCLSForImageClassification(build_tiny_config(**fields))
+        return explain_missing_output(DemoModel(model, None, "mine", None, None, is_classifier))
+
+    assert explain_missing_output(demo_model) == ""
+    assert "encoder without a classifier" in explain(is_classifier=False)
+    assert "no special tokens" in explain(num_cls_tokens=0, pooling="mean")
+    assert "Set `merged_patches_per_layer=0`" in explain(merged_patches_per_layer=2)

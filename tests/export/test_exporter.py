@@ -33,7 +33,7 @@ from modeling_vitcls.commands.export import format_notes, print_report
 from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.tracing import get_smallest_size, select_graph_shape, trace_model
+from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -417,6 +417,81 @@ def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     assert select_graph_shape(model, None, dynamic=True, has_antialias=onnx).is_dynamic
 
 
+# The report, without a graph
+
+
+def test_dynamic_axes_have_names() -> None:
+    outputs = {
+        "last_hidden_state": torch.zeros(2, 17, 16),
+        "logits": torch.zeros(2, 3),
+        "stage2": torch.zeros(2, 16, 4, 6),
+    }
+    assert exporter.describe_outputs(outputs, GraphShape((32, 48), (16, 16), is_dynamic=True)) == {
+        "last_hidden_state": ["batch", "tokens", 16],
+        "logits": ["batch", 3],
+        "stage2": ["batch", 16, "rows", "columns"],
+    }
+    assert exporter.describe_outputs(outputs, GraphShape((32, 48), (32, 48), is_dynamic=False)) == {
+        "last_hidden_state": ["batch", 17, 16],
+        "logits": ["batch", 3],
+        "stage2": ["batch", 16, 4, 6],
+    }
+
+
+def test_sizes_of_the_comparison() -> None:
+    """Check the native, requested and smallest sizes, sizes of other shapes, and an incomplete patch."""
+    config = build_tiny_config()
+    shape = GraphShape((48, 32), (16, 24), is_dynamic=True)
+    assert exporter.select_image_shapes(config, shape) == [
+        (1, 3, 32, 32),
+        (3, 3, 48, 32),
+        (2, 3, 32, 48),
+        (1, 3, 64, 24),
+        (2, 3, 55, 33),
+        (1, 3, 16, 24),
+    ]
+    tall = GraphShape((32, 16), (16, 24), is_dynamic=True)
+    assert all(width >= 24 for *_, width in exporter.select_image_shapes(config, tall))
+    fixed = GraphShape((48, 32), (48, 32), is_dynamic=False)
+    assert exporter.select_image_shapes(config, fixed) == [(batch, 3, 48, 32) for batch in (1, 2, 3)]
+
+
+def test_labels_belong_to_the_outputs_that_contain_logits() -> None:
+    names = [*NAMES.values()]
+    config = build_tiny_config(id2label=NAMES)
+    heads = ["logits", "cls_logits", "distillation_logits"]
+    assert exporter.get_label_names(config, [*heads, "cls_attention"]) == dict.fromkeys(heads, names)
+    assert exporter.get_label_names(config, ["last_hidden_state", "pooler_output"]) == {}
+    tasks = build_tiny_config(num_cls_tokens=2, tasks={"age": ["young", "old"], "species": ["oak", "elm", "ash"]})
+    assert exporter.get_label_names(tasks, ["age", "species"]) == {
+        "age": ["young", "old"],
+        "species": ["oak", "elm", "ash"],
+    }
+    assert exporter.describe_preprocessing(None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({}, ""),
+        ({"position_offset": 0.1}, "position_offset"),
+        ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
+        ({"position_interpolation": "crop"}, ""),
+        ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
+        ({"position_antialias": True}, "position_antialias=True"),
+        ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
+    ],
+)
+def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
+    model = ViTCLSModel(build_tiny_config(**fields))
+    native_size = model.config.image_height_width
+    shape = select_graph_shape(model, None, dynamic=True, has_antialias=False)
+    assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
+    assert shape.is_dynamic == (not word) and shape.image_size == native_size
+    assert shape.smallest_size == (native_size if word else (16, 16))
+    assert select_graph_shape(model, None, dynamic=False).fixed_size_reason == ""
+
+
 # Errors
 
 
@@ -466,6 +541,10 @@ def test_unsupported_models(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
         export_model(str(tmp_path / "masked"), "torch", tmp_path / "vit.pt2")
+    tasks = {"pixel_values": ["x", "y"], "age": ["young", "old"]}
+    checkpoint(tmp_path / "tasks", ViTCLSForMultiTaskClassification, num_cls_tokens=2, tasks=tasks)
+    with raises_one_line("the task pixel_values of", "same name as the input of the graph. Rename the task"):
+        export_model(str(tmp_path / "tasks"), "torch", tmp_path / "vit.pt2")
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
     settings["architectures"] = ["ViTCLSForImageClassification"]

@@ -124,6 +124,7 @@ class LocalHub:
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
         self.private_by_default: set[str] = set()  # organizations whose new repositories are private
+        self.gated: set[str] = set()  # repositories whose files cannot be read
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []

@@ -251,6 +251,8 @@ def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:
 def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Return the content of a file, or the address of an LFS file in the storage."""
     name, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
+    if match["repo"] in hub.gated:
+        raise ErrorResponse(403, f"Access to model {match['repo']} is restricted", "GatedRepo")
     file = commit.files.get(unquote(match["file"]))
     if file is None:
         raise ErrorResponse(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": name})

@@ -283,6 +283,14 @@ def test_results_of_several_labels() -> None:
     assert "| Mean average precision | 75.00% |" in card.text
     assert "F1, macro average" not in card.text  # was not measured
     assert "| `dusk` | 200 | 99.00% | 97.50% | 98.25% | 12.50% |" in card.text
+    assert (
+        "The model predicts any number of these classes: `dusk`, `noon`. Other image content is not predicted."
+        in card.text
+    )
+    assert "weakest" not in card.text  # all classes have the same average precision
+    results["per_class"][1]["average_precision"] = 0.0625
+    text = build_card("my-model", config, results | {"confusion_matrix": [[9, 9], [9, 9]]}, FLAGS).text
+    assert "weakest class is `noon|late`: average precision 6.25% on 160 images." in text
 
 
 def test_results_of_several_tasks() -> None:
@@ -299,6 +307,21 @@ def test_results_of_several_tasks() -> None:
     assert "for multi-task image classification: light (2 classes), place (3 classes)" in card.text
     assert "| light: Accuracy | 90.00% (95% interval: 80.00% to 95.00%) |" in card.text
     assert "place: Accuracy" not in card.text
+    assert "The classes of light are `dusk`, `noon`." in card.text
+    assert "The classes of place are `sea`, `wood`, `town`." in card.text
+    weakest = render_card(
+        config,
+        light_num_images=90,
+        light_accuracy_interval=[0.8, 0.95],
+        place_per_class=[PER_CLASS[0] | {"name": "wood"}, PER_CLASS[1] | {"recall": 0.25}],
+        place_confusion_matrix=[[9, 1], [3, 1]],
+    ).text
+    assert (
+        "The accuracy of light was measured on 90 images. The 95% confidence interval is 80.00% to 95.00%." in weakest
+    )
+    assert (
+        "weakest class of place is `noon|late`: recall 25.00% on 160 images, 3 of which were predicted as" in weakest
+    )
     assert "light, per class:" in card.text and "place, per class:" in card.text and "| `wood` | 160 |" in card.text
     assert "pipeline(" not in card.text and card.data.pipeline_tag == "image-feature-extraction"
 
@@ -340,6 +363,14 @@ def test_limits_are_the_measured_ones() -> None:
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )
     assert "differs from the accuracy by 1.23% on average" in card.text
+    rows = [PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}]
+    without_errors = "weakest class is `noon|late`: recall 90.00% on 160 images."
+    assert without_errors in render_card(per_class=rows).text
+    assert without_errors in render_card(per_class=rows, confusion_matrix=[[198, 2], [0, 144]]).text
+    single = render_card(
+        per_class=[rows[0], rows[1] | {"images": 1, "recall": 0.0}], confusion_matrix=[[1, 0], [1, 0]]
+    )
+    assert "recall 0.00% on 1 image, 1 of which was predicted as `dusk`" in single.text
     alike = [row | {"recall": 0.9} for row in PER_CLASS]
     for unknown in ({}, {"per_class": alike}, {"per_class": PER_CLASS[1:]}):
         assert "weakest" not in render_card(**unknown).text
@@ -357,6 +388,9 @@ def test_settings_with_an_effect_are_in_the_table() -> None:
     text = str(build_card("my-model", CONFIG, RESULTS | {"num_processes": 3}, flags))
     assert "| Images per step | 96 |" in text and "| Random horizontal flip | yes |" in text and "| Seed | 0 |" in text
     assert "Mixup" not in text
+    assert "Stochastic depth" not in text
+    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"drop_path_rate": 0.1})
+    assert "| Stochastic depth, rate at the last layer | 0.1 |" in build_card("my-model", config, RESULTS, FLAGS).text
 
 
 @pytest.mark.parametrize(
@@ -376,6 +410,59 @@ def test_patch_dropout_is_in_the_table_if_patches_were_dropped(flags: dict[str, 
     row = "| Patch dropout rate | 0.25 |"
     assert (row in str(build_card("my-model", config, RESULTS, FLAGS | flags))) == is_shown
     assert "Patch dropout" not in str(build_card("my-model", CONFIG, RESULTS, FLAGS | flags))
+
+
+@pytest.mark.parametrize(
+    ("kilowatt_hours", "words"),
+    [(12345.6, "12,346 kWh"), (1.2345, "1.23 kWh"), (0.1, "0.1 kWh"), (0.09999, "100 Wh"), (0.00345, "3.45 Wh")],
+)
+def test_energy_has_a_unit(kilowatt_hours: float, words: str) -> None:
+    energy = {"kilowatt_hours": kilowatt_hours, "assumption": "each CPU uses 9 W"}
+    assert f"The estimate is {words}, assuming that each CPU uses 9 W." in render_card(energy=energy).text
+
+
+def test_the_utilization_has_its_peak() -> None:
+    measured = {
+        "of_training_steps": 0.4321,
+        "gemm_peak_flops_per_second": 1.2345e13,
+        "gemm_dtype": "bfloat16",
+        "training_flops_per_image": 6.6e9,
+    }
+    text = render_card(utilisation=measured).text
+    assert "was 43.2% of the peak throughput of large matrix products, 12,345 GFLOP/s in bfloat16" in text
+    assert "Each image counts as 6,600 million floating-point operations" in text
+    unknown = render_card(utilisation=measured | {"of_training_steps": None}).text
+    assert "utilization is unknown, because other programs disturbed the peak measurement" in unknown
+    assert "utilization" not in render_card().text
+
+
+@pytest.mark.parametrize(
+    ("distillation", "targets"),
+    [("hard", "predicted class"), ("soft", "predicted probabilities"), (None, "predictions")],
+)
+def test_the_targets_of_the_teacher_are_named(distillation: str | None, targets: str) -> None:
+    flags = FLAGS | {"teacher": "/home/me/teacher", "distillation": distillation or ""}
+    text = build_card("my-model", CONFIG, RESULTS, flags).text
+    assert f"The distillation token was trained on the {targets} of the teacher `path/to/teacher`." in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "command"),
+    [("ViTCLSForMaskedImageModeling", "pretrain"), ("ViTCLSForImageClassification", "finetune")],
+)
+def test_a_resumable_checkpoint_names_the_command(architecture: str, command: str) -> None:
+    arguments = ("ann/x", "steps", 12000, architecture, build_common_metadata(FLAGS, None), get_license(FLAGS, None))
+    text = build_checkpoint_card(*arguments, with_optimizer=True).text
+    assert "# ann/x, step 12,000" in text and 'revision="steps"' in text
+    assert f"cli {command} --config runs/mine/config.resolved.yaml" in text
+    assert "## Resume" not in build_checkpoint_card(*arguments, with_optimizer=False).text
+
+
+def test_base_models_are_linked() -> None:
+    card = render_derived_card(Provenance("mine", ["ann/a", "bob/b"]), "runs/mine")
+    links = "[ann/a](https://huggingface.co/ann/a), [bob/b](https://huggingface.co/bob/b)"
+    assert f"`runs/mine`, which is derived from {links}," in card.text
+    assert card.data.base_model == ["ann/a", "bob/b"]
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, None), (1, "merges the pair of"), (8, "merges the 8 pairs of")])

@@ -13,7 +13,7 @@ from tiny_models import KINDS, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
-from modeling_vitcls.hub.card_sections import CITATION, build_use_section
+from modeling_vitcls.hub.card_sections import CITATION, build_use_section, insert_onnx_section
 from modeling_vitcls.hub.code_files import READING_ORDER, compute_code_digest
 from modeling_vitcls.hub.shared_code import pin_code_in_card
 from modeling_vitcls.version import __version__
@@ -88,6 +88,34 @@ def test_code_in_another_repository_is_pinned_only_in_the_second_block() -> None
 def test_a_model_of_transformers_requires_no_remote_code() -> None:
     section = build_use_section("ann/x", "DeiTForImageClassification", has_pipeline=True, is_native=True)
     assert "trust_remote_code" not in section and "contains no code" in section
+    classifier = build_use_section("ann/x", "DeiTForImageClassification", has_pipeline=False, is_native=True)
+    assert "model = AutoModelForImageClassification.from_pretrained(" in classifier
+    encoder = build_use_section("ann/x", "ViTModel", has_pipeline=False, is_native=True)
+    assert "model = AutoModel.from_pretrained(" in encoder and "outputs.last_hidden_state.shape" in encoder
+
+
+def test_the_onnx_section_is_inserted_once_before_the_citation() -> None:
+    comparisons = [
+        {"file": f"onnx/{name}", "largest_difference": difference, "top1_agreement": agreement}
+        for name, difference, agreement in (("model.onnx", 2.34e-6, 1.0), ("model_fp16.onnx", 0.0123, 0.984375))
+    ]
+    card = f"# mine\n\n{CITATION}\n\n## License\n\nmit\n"
+    inserted = insert_onnx_section(card, {"comparisons": comparisons, "labeled": None})
+    start, section, end = (
+        inserted.partition("\n## ONNX files\n")[0],
+        *inserted.split("\n## ONNX files\n")[1].split("\n## Citation\n"),
+    )
+    assert (start, f"## Citation\n{end}") == ("# mine\n", card.partition("# mine\n\n")[2])
+    assert "| `model.onnx` |" not in section and "| `onnx/model.onnx` | 2.3e-06 | 100.00% |\n" in section
+    assert "| `onnx/model_fp16.onnx` | 1.2e-02 | 98.44% |\n" in section
+    assert insert_onnx_section(inserted, {"comparisons": [], "labeled": None}) == inserted
+    scores = {"model.onnx": 0.75, "model_fp16.onnx": 0.5}
+    labeled = {"dataset": "ann/pets", "split": "test", "num_images": 1234, "metric": "accuracy", "model": 0.75}
+    report = {"comparisons": comparisons, "labeled": labeled | {"files": scores}}
+    section = insert_onnx_section("# mine\n", report).removeprefix("# mine\n\n## ONNX files\n")
+    assert "evaluated on 1,234 images of `ann/pets` (test), one image at a time" in section
+    assert "The weights in PyTorch have the accuracy 75.00%." in section
+    assert "| `onnx/model_fp16.onnx` | 1.2e-02 | 98.44% | 50.00% |\n" in section
 
 
 def test_the_citation_equals_the_one_of_the_repository() -> None:

@@ -6,6 +6,7 @@ in this process.
 """
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -30,10 +31,13 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data, load_unlabeled_data
+from modeling_vitcls.demo.page import serve_demo
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
+from modeling_vitcls.hub.code_files import CODE_PATTERN, PACKAGE_FOLDER
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.teacher import load_teacher
 
@@ -110,6 +114,12 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
     assert loading.load_timm("hf_hub:ann/vit")[1] == commit  # the other spelling of timm
+    broken = files | {"model.safetensors": b"broken", "config.json": b"{}"}
+    hub.repositories["ann/vit"].commit(
+        "main", "broken", {name: hub.store(name, data) for name, data in broken.items()}
+    )
+    pinned, pinned_commit = loading.load_timm(f"hf-hub:ann/vit@{commit}")
+    assert pinned_commit == commit and pinned.num_classes == 3
     stop_hub(monkeypatch)
     started = time.monotonic()
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
@@ -196,6 +206,39 @@ def test_the_demo_sends_no_requests_if_its_model_is_local(
         reader = DemoModel.load("ann/mine", commit)
     assert (reader.source, reader.commit) == ("ann/mine", commit)
     assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE
+
+
+def test_the_demo_loads_the_model_at_the_given_commit(hub: LocalHub, tmp_path: Path) -> None:
+    """The later commit of the model is broken. In this process, transformers uses the installed code; test_space.py
+    tests that the code is pinned.
+    """
+    folder = tmp_path / "mine"
+    model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config()))
+    model.save_pretrained(folder)
+    vitcls.ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    hub.create("ann/code", private=False, files={})
+    use_shared_code(folder, "ann/code")
+    commits = {}
+    for name, contents, broken in (
+        ("ann/mine", {file.name: file.read_bytes() for file in folder.iterdir()}, "config.json"),
+        (
+            "ann/code",
+            {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)},
+            "modeling_vitcls.py",
+        ),
+    ):
+        repository = hub.create(name, private=False, files=contents)
+        commits[name] = repository.branches["main"]
+        files = repository.commits[commits[name]].files
+        repository.commit("main", "broken", files | {broken: hub.store(broken, b"raise SystemExit")})
+    demo_model = DemoModel.load("ann/mine", commits["ann/mine"], commits["ann/code"])
+    assert (demo_model.commit, demo_model.code_revision) == (commits["ann/mine"], commits["ann/code"])
+    assert not demo_model.model.training
+    assert torch.equal(demo_model.model.classifier.weight, model.classifier.weight)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with raises_one_line(f"Cannot listen on port {port}. Set --port to a free port", error=OSError):
+            serve_demo("ann/mine", commits["ann/mine"], port=port, host="127.0.0.1", code_revision=commits["ann/code"])
 
 
 @pytest.mark.parametrize("is_offline", [True, False])

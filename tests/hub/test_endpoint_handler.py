@@ -1,4 +1,6 @@
-"""handler.py for Inference Endpoints: pushed with the model, and run in a process without the package."""
+"""handler.py for Inference Endpoints: pushed with the model and run in a process without the package, and its
+functions in this process.
+"""
 
 import base64
 import io
@@ -13,10 +15,12 @@ from fresh_processes import run_fresh
 from huggingface_hub import snapshot_download
 from local_hub import LocalHub
 from PIL import Image
-from tiny_models import KINDS, build_tiny_config, randomize
+from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.hub import endpoint_handler
 from modeling_vitcls.hub.code_files import describe_code_differences
+from modeling_vitcls.hub.endpoint_handler import EndpointHandler, decode_source
 from modeling_vitcls.hub.publish import build_push_command, push_folder
 
 
@@ -125,3 +129,126 @@ def test_the_handler_is_pushed_on_request_only(hub: LocalHub, tmp_path: Path) ->
     push_folder(tmp_path / "mine", "ann/mine")
     assert "handler.py" not in hub.files("ann/mine")
     assert "--endpoint-handler" in build_push_command(tmp_path / "mine", "ann/mine", with_handler=True)
+
+
+# In this process -----------------------------------------------------------------------------------------------------
+
+
+def load_handler(folder: Path, model: Any) -> EndpointHandler:
+    """Save a model with random weights, and return its handler."""
+    randomize(model).save_pretrained(folder)
+    ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    return EndpointHandler(str(folder))
+
+
+def preprocess(*contents: bytes) -> torch.Tensor:
+    return ViTCLSImageProcessor(size=32)(list(contents), return_tensors="pt")["pixel_values"]
+
+
+def assert_lists(answer: Any, labels: list[str], scores: torch.Tensor, top_k: int) -> None:
+    """Check that the answer contains the labels with the highest scores in descending order."""
+    expected = sorted(zip(scores.tolist(), labels, strict=True), reverse=True)[:top_k]
+    assert [entry["label"] for entry in answer] == [label for _, label in expected]
+    assert [entry["score"] for entry in answer] == pytest.approx([score for score, _ in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_scores_of_each_problem_type(problem_type: str, tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(
+        build_tiny_config(problem_type=problem_type, id2label={0: "a", 1: "b", 2: "c"})
+    )
+    handler = load_handler(tmp_path, model)
+    contents = [encode_png(0), encode_png(1)]
+    with torch.no_grad():
+        logits = model(preprocess(*contents)).logits
+    scores = {
+        "single_label_classification": logits.exp() / logits.exp().sum(-1, keepdim=True),
+        "multi_label_classification": 1 / (1 + (-logits).exp()),
+        "regression": logits,
+    }[problem_type]
+    for answer, values in zip(handler({"inputs": contents, "parameters": {"top_k": 2}}), scores, strict=True):
+        assert_lists(answer, [*"abc"], values, top_k=2)
+    assert_lists(handler({"inputs": contents[1]}), [*"abc"], scores[1], top_k=3)
+
+
+def test_labels_of_each_task_and_image(tmp_path: Path) -> None:
+    tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
+    model_class = KINDS["multi_task"][0]
+    model = model_class(build_tiny_config(num_cls_tokens=2, tasks=tasks))
+    handler = load_handler(tmp_path, model)
+    contents = [encode_png(0), encode_png(1)]
+    with torch.no_grad():
+        logits = model(preprocess(*contents)).logits
+    answers = handler({"inputs": contents, "parameters": {"top_k": 2}})
+    for image, answer in enumerate(answers):
+        assert answer.keys() == tasks.keys()
+        for task, labels in tasks.items():
+            assert_lists(answer[task], labels, logits[task][image].softmax(-1), top_k=2)
+
+
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_features_of_an_encoder(tmp_path: Path, has_pooler: bool) -> None:
+    """The checkpoint of an encoder may have no weights of a pooler, which would then be random."""
+    encoder = ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=has_pooler)
+    randomize(encoder)
+    encoder.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    handler = EndpointHandler(str(tmp_path))
+    contents = [encode_png(0), encode_png(1)]
+    with torch.no_grad():
+        outputs = encoder(preprocess(*contents))
+    expected = outputs.pooler_output if has_pooler else outputs.last_hidden_state
+    torch.testing.assert_close(torch.tensor(handler({"inputs": contents})), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("classifier")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with raises_one_line("the checkpoint has no weights for classifier.bias. Train the model first"):
+        EndpointHandler(str(tmp_path))
+
+
+def test_invalid_requests_are_one_line_errors(tmp_path: Path) -> None:
+    handler = load_handler(tmp_path, ViTCLSForImageClassification(build_tiny_config()))
+    content = encode_png(0)
+    for top_k in (0, -1, True, 1.5, "3", None):
+        with raises_one_line(f"top_k must be a positive integer, but is {top_k!r}"):
+            handler({"inputs": content, "parameters": {"top_k": top_k}})
+    for number in (0, 65):
+        with raises_one_line(f"a request must contain 1 to 64 images, but contains {number}"):
+            handler({"inputs": [content] * number})
+    assert len(handler({"inputs": [content] * 2, "parameters": None})) == 2
+
+
+def test_only_images_in_the_request_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = encode_png(0)
+    text = base64.b64encode(content).decode()
+    for source in (content, bytearray(content), text, f"data:image/png;base64,{text}"):
+        assert decode_source(source) == content
+    image = Image.new("RGB", (2, 2))
+    assert decode_source(image) is image
+    (tmp_path / "image.png").write_bytes(content)
+    for source in (str(tmp_path / "image.png"), "file:///etc/hostname", "not base64!", f"{text[:-2]}*="):
+        with raises_one_line("an image that is a string must be base64 or a data URL"):
+            decode_source(source)
+    for source in (tmp_path / "image.png", None, {"url": "x"}):
+        with raises_one_line("an image must be bytes, base64 or a PIL image, but is"):
+            decode_source(source)
+    monkeypatch.setattr(endpoint_handler, "MAX_BYTES", len(content) - 1)
+    for source in (content, text):
+        with raises_one_line(f"an image must have at most {len(content) - 1:,} bytes, but has {len(content):,}"):
+            decode_source(source)
+    monkeypatch.setattr(endpoint_handler, "MAX_BYTES", len(content))
+    assert decode_source(content) == content
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"])
+def test_urls_require_an_environment_variable(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, "", "0", "true"):
+        if value is not None:
+            monkeypatch.setenv("VITCLS_ENDPOINT_URLS", value)
+        with raises_one_line("URLs are disabled", "set VITCLS_ENDPOINT_URLS=1"):
+            decode_source(url)
+    monkeypatch.setenv("VITCLS_ENDPOINT_URLS", "1")
+    assert decode_source(url) == url

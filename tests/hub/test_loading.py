@@ -21,7 +21,8 @@ import pytest
 import torch
 import transformers
 from fresh_processes import run_fresh
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import GatedRepoError
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from safetensors.torch import load_file, save_file
 from source_checkpoints import SIZES, save_checkpoint
@@ -474,6 +475,44 @@ def test_forbidden_files_are_not_read_from_the_cache(hub: LocalHub, monkeypatch:
     hub.create("ann/empty", private=False)
     with raises_one_line("ann/empty does not contain a model", "config.json is missing", error=OSError):
         get_model_folder("ann/empty")
+
+
+def test_gated_files_are_named_with_a_remedy(hub: LocalHub) -> None:
+    """The Hub returns information about a gated repository, but not its files."""
+    hub.gated.add("ann/model")
+    with raises_one_line("ann/model is gated. Accept the conditions at", f"{hub.url}/ann/model", error=OSError):
+        get_model_folder("ann/model")
+    with (
+        raises_one_line("ann/model is gated. Accept the conditions at", error=OSError),
+        loading.fall_back_to_cache("ann/model") as commit,
+    ):
+        assert commit == hub.repositories["ann/model"].branches["main"]
+        try:
+            hf_hub_download("ann/model", "config.json")
+        except GatedRepoError as error:
+            raise RuntimeError("an error of another library") from error
+    with pytest.raises(RuntimeError, match="another error"), loading.fall_back_to_cache("ann/model"):
+        raise RuntimeError("another error")
+
+
+def test_failed_downloads_are_named(hub: LocalHub) -> None:
+    hub.fail("GET", "/resolve/", 500, times=20)
+    hub.fail("HEAD", "/resolve/", 500, times=20)
+    with raises_one_line("cannot download ann/model: HTTP 500", error=OSError):
+        get_model_folder("ann/model")
+
+
+def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "pytorch_model.bin": b"pickled", "notes.txt": b"x"}
+    hub.create("ann/old", private=False, files=files)
+    folder = Path(loading.get_any_model_folder("ann/old"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        name: content for name, content in files.items() if name != "notes.txt"
+    }
+    hub.create("ann/new", private=False, files=files | {"model.safetensors": b"weights"})
+    folder = Path(loading.get_any_model_folder("ann/new"))
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert loading.get_any_model_folder(str(tmp_path)) == str(tmp_path)
 
 
 def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
