@@ -213,6 +213,7 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     """Without augmentation, training and evaluation use equal values."""
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 16}, **settings)
     images = build_noise_images(9)
+    images[0] = images[0].convert("L")
     pictures = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
     expected = processor(images, return_tensors="pt")["pixel_values"]
