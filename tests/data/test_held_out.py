@@ -1,6 +1,7 @@
 """Held-out images: stable if datasets grow or move, and used by evaluations of the run's model."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_each_image_is_in_one_fold() -> None:
     """The folds divide the range of the hash into equal parts. A record selects the same fold again."""
     rules = [HeldOutRule(0.2, 1, num_folds=3, fold=fold) for fold in (1, 2, 3)]
     folds = [[key for key in range(6000) if rule.is_held_out(key)] for rule in rules]
-    assert sorted(sum(folds, [])) == list(range(6000))
+    assert sorted(chain.from_iterable(folds)) == list(range(6000))
     assert all(abs(len(fold) - 2000) < 5 * (6000 * 2 / 9) ** 0.5 for fold in folds)
     assert folds[0] == [key for key in range(6000) if HeldOutRule(1 / 3, 1).is_held_out(key)]
     record = HeldOutRecord.from_keys(rules[1], folds[1])
