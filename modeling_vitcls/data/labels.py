@@ -203,7 +203,7 @@ def build_label_column(
         raise ValueError(
             f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
         )
-    distinct_values = set()
+    distinct_values: set[Any] = set()
     for value in read_column(name):
         for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row"):
             normalized_label = normalize_value(label)
