@@ -69,9 +69,9 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_install():
         return
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and (module.stride != module.kernel_size or module.padding != (0, 0)):
-            continue  # not a patch projection
-        module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
+        settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
+        if not isinstance(module, nn.Conv2d) or settings == [module.kernel_size, (0, 0), (1, 1), 1]:
+            module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
 def can_install() -> bool:

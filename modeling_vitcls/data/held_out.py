@@ -106,8 +106,8 @@ def compute_image_key(content: bytes) -> int:
 
 def get_relative_path(path: str, folder: Path) -> str:
     """Return the path of an image relative to the dataset folder, which does not change if the folder is moved. URLs
-    are unchanged."""
-    return path if "://" in path else Path(os.path.relpath(path or ".", folder)).as_posix()
+    and empty paths are unchanged."""
+    return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
 
 
 def compute_keys_digest(keys: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ missing label. The name is a digest of the data, so that a run can be resumed wi
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,7 @@ def convert_split(data: Any) -> Any:
 
     if isinstance(data, datasets.Dataset):
         return data
-    is_sequence = isinstance(data, Sequence) and not isinstance(data, str | bytes)
-    if not is_sequence and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label) "
             f"pairs, but the type of the data is {type(data).__name__}"

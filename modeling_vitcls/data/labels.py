@@ -13,7 +13,7 @@ values, in this order of precedence. This file also selects the image column.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -203,15 +203,16 @@ def build_label_column(
         raise ValueError(
             f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
         )
-    distinct_values = {
-        normalize_value(label)
-        for value in read_column(name)
-        for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row")
-    } - {None}
-    if any(isinstance(value, float | dict) for value in distinct_values):
-        raise ValueError(
-            f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
-        )
+    distinct_values: set[Any] = set()
+    for value in read_column(name):
+        for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row"):
+            normalized_label = normalize_value(label)
+            if isinstance(normalized_label, float) or not isinstance(normalized_label, Hashable):
+                raise ValueError(
+                    f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
+                )
+            distinct_values.add(normalized_label)
+    distinct_values.discard(None)
     classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
     return LabelColumn(name, classes, is_declared=False)
 

@@ -313,6 +313,18 @@ def test_hooks_inside_an_mlp_are_called_once(name: str, fields: dict[str, Any]) 
 
 
 @requires_onednn
+def test_gradients_of_the_last_layer_of_a_frozen_mlp() -> None:
+    layer, inputs = build_mlp(), torch.randn(2, 7, 48)
+    layer.fc1.requires_grad_(False)
+    layer(inputs).square().sum().backward()
+    found = [layer.fc2.weight.grad, layer.fc2.bias.grad]
+    layer.zero_grad()
+    layer.double()(inputs.double()).square().sum().backward()
+    for one, exact in zip(found, (layer.fc2.weight.grad, layer.fc2.bias.grad), strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@requires_onednn
 def test_gradients_of_an_mlp_with_a_norm() -> None:
     layer, inputs = build_mlp(mlp_norm=True), torch.randn(2, 7, 48)
     found = compute_gradients(layer, inputs, layer)
@@ -339,6 +351,28 @@ def test_patches_are_projected_by_one_product(bias: bool) -> None:
     torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
     _, operators = profile_operators(layer, images.bfloat16())  # with gradients
     assert "aten::conv2d" in operators
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"stride": 2}, CPUPatchProjection),
+        ({"stride": 1}, nn.Conv2d),
+        ({"stride": 2, "padding": 1}, nn.Conv2d),
+        ({"stride": 2, "dilation": 2}, nn.Conv2d),
+        ({"stride": 2, "groups": 3}, nn.Conv2d),
+        ({"stride": 1, "padding": "same"}, nn.Conv2d),
+    ],
+)
+@torch.no_grad()
+def test_other_convolutions_are_not_replaced(settings: dict[str, Any], expected: type) -> None:
+    """A subclass of a model may contain any convolution."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 2, **settings)).bfloat16()
+    images = torch.randn(2, 3, 8, 10).bfloat16()
+    plain = model(images)
+    install_cpu_kernels(model)
+    assert type(model[0]) is expected
+    torch.testing.assert_close(model(images), plain, atol=2e-2, rtol=2e-2)
 
 
 def test_changed_weights_take_effect(linear: CPULinear) -> None:
@@ -510,6 +544,8 @@ def test_other_dtypes_and_devices_are_not_emulated(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         assert is_emulated(torch.zeros(1))
         assert not is_emulated(torch.zeros(1, dtype=torch.float64))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not is_emulated(torch.zeros(1, dtype=dtype))
 
 
 # Activation recomputation --------------------------------------------------------------------------------------------
@@ -816,9 +852,10 @@ def test_chunked_attention_requires_sdpa(monkeypatch: pytest.MonkeyPatch) -> Non
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     torch.compiler.reset()  # the compiler stops recompiling functions that other tests have compiled often
     with torch.no_grad():
-        model(build_images())
+        expected = model(build_images()).last_hidden_state
         assert len(calls) == model.config.num_hidden_layers
-        torch.compile(model, backend="eager")(build_images())
+        compiled = torch.compile(model, backend="eager")(build_images()).last_hidden_state
+        assert torch.nn.functional.cosine_similarity(compiled, expected, dim=-1).min() > 0.99
         assert len(calls) == 2 * model.config.num_hidden_layers
         with torch.enable_grad():
             torch.compile(model, backend="eager")(build_images())

@@ -134,6 +134,40 @@ def test_erasing_changes_only_a_rectangle() -> None:
     assert torch.equal(Erasing(0.0)(source), source)
 
 
+BILINEAR = InterpolationMode.BILINEAR
+PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "crop": (
+        {"crop_scale": 0.9},
+        [v2.RandomResizedCrop((24, 32), scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)],
+    ),
+    "rand": (
+        STILL | {"auto_augment": "rand", "rand_augment_operations": 3, "rand_augment_magnitude": 25},
+        [v2.RandAugment(num_ops=3, magnitude=25, interpolation=BILINEAR)],
+    ),
+    "trivial": (STILL | {"auto_augment": "trivial"}, [v2.TrivialAugmentWide(interpolation=BILINEAR)]),
+    "all": (
+        {"crop_scale": 0.5, "auto_augment": "rand", "random_erasing": 1.0},
+        [
+            v2.RandomResizedCrop((24, 32), scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandAugment(interpolation=BILINEAR),
+            Erasing(1.0),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), PER_IMAGE.values(), ids=PER_IMAGE)
+def test_transforms_of_single_images_are_those_of_torchvision(options: dict[str, Any], expected: list[Any]) -> None:
+    smooth = v2.functional.gaussian_blur(torch.stack(build_pil_images(1, (24, 32)))[0], [7, 7], [3.0, 3.0])
+    transform = build(**options).image_transform
+    assert transform is not None
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found = transform(smooth)
+        torch.manual_seed(seed)
+        assert torch.equal(found, v2.Compose(expected)(smooth))
+
+
 @pytest.mark.parametrize("kind", ["rand", "trivial"])
 def test_automatic_augmentation_changes_images(kind: str) -> None:
     source = v2.functional.gaussian_blur(build_pil_images(1, (24, 32))[0], [7, 7], [3.0, 3.0])
@@ -164,6 +198,17 @@ def test_mixed_labels_equal_the_fractions_of_the_images(options: dict[str, float
         assert torch.equal(again, pixels)
 
 
+@pytest.mark.parametrize(("name", "mixer"), [("mixup", v2.MixUp), ("cutmix", v2.CutMix)])
+@pytest.mark.parametrize("alpha", [0.2, 5.0])
+def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None:
+    pixels = torch.rand(4, 3, 16, 16) * 255
+    torch.manual_seed(0)
+    found = BatchMixer(AugmentationOptions(**{name: alpha}), num_classes=5)(pixels, torch.arange(4))
+    torch.manual_seed(0)
+    expected = mixer(alpha=alpha, num_classes=5)(pixels, torch.arange(4))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_each_batch_gets_mixup_or_cutmix_if_both_are_on() -> None:
     torch.manual_seed(0)
     is_mixup = [len(build_mixed_batch(mixup=1.0, cutmix=1.0)[0][0].unique()) == 1 for _ in range(40)]
@@ -183,3 +228,22 @@ def test_random_numbers_are_uniform_and_uncorrelated() -> None:
     related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))
     assert np.abs(related - np.eye(9)).max() < 0.03
     assert np.array_equal(convert_to_fractions(draw_random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])
+
+
+def mix_in_python(counter: int) -> int:
+    """Return the output of SplitMix64 for one counter value, computed with Python integers."""
+    counter = ((counter ^ (counter >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    counter = ((counter ^ (counter >> 27)) * 0x94D049BB133111EB) % 2**64
+    return counter ^ (counter >> 31)
+
+
+def test_random_numbers_never_change() -> None:
+    """A run that is resumed with a later version of the package uses the same augmentation."""
+    gamma = 0x9E3779B97F4A7C15
+    assert mix_in_python(gamma) == 0xE220A8397B1DCDAF  # first output of SplitMix64 for the seed 0
+    seeds, indices = [derive_seed(3, 0), derive_seed(3, 1)], [12, 5_000_000]
+    assert seeds == [6233904063939786893, 5712964121383671236]
+    found = draw_random_bits(np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64), 3)
+    for row, seed, index in zip(found.tolist(), seeds, indices, strict=True):
+        start = mix_in_python(seed ^ mix_in_python(index + gamma))
+        assert row == [mix_in_python((start + step * gamma) % 2**64) for step in (1, 2, 3)]

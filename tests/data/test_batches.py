@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
+from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
 from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import TrainingStream, augment_images
-from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
+from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 
 
 def build_plan(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
@@ -59,6 +59,8 @@ def test_every_epoch_contains_each_image_once() -> None:
     for epoch in range(3):
         assert sorted(index for at, index in keys if at == epoch) == list(range(10))
     assert [index for at, index in keys if at == 0] != [index for at, index in keys if at == 1]
+    shared = build_plan(10, epochs=3, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
+    assert shared.num_steps == 4 and shared.count_epochs(2) == 1.6  # 8 images per step
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_copies": 2}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
@@ -166,7 +168,9 @@ def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
 
 
 @pytest.mark.parametrize("as_arrays", [True, False])
-@pytest.mark.parametrize("options", [{"rotation": 20, "shift": 0.1}, {"crop_scale": 0.4}, {"auto_augment": "rand"}])
+@pytest.mark.parametrize(
+    "options", [{"rotation": 20, "shift": 0.1}, {"crop_scale": 0.4}, {"auto_augment": "rand"}, {"random_erasing": 1.0}]
+)
 def test_pixels_depend_only_on_seed_epoch_and_image(as_arrays: bool, options: dict[str, Any]) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
     arrays = ArrayImages(values)
@@ -196,26 +200,58 @@ def test_views_repeat_after_the_last_one() -> None:
     assert not torch.equal(first, second)
 
 
-def test_pixels_match_the_image_processor() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 1 / 127},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": 99.0, "image_std": 11.0},
+    ],
+)
+def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     """Without augmentation, training and evaluation use equal values."""
-    data = load_training_data(DataOptions(dataset="digits"))
-    processor = ViTCLSImageProcessor(size={"height": 16, "width": 16})
-    pictures = build_images(data.train)
+    processor = ViTCLSImageProcessor(size={"height": 16, "width": 16}, **settings)
+    images = build_noise_images(9)
+    images[0] = images[0].convert("L")
+    pictures = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
-    expected = processor([data.train.images[index] for _, index in keys], return_tensors="pt")["pixel_values"]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
     measured = Normalizer(processor, torch.device("cpu"))(pictures[keys]["pixels"])
     torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
 
 
-def test_small_datasets_are_decoded_once(tmp_path: Path) -> None:
+def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, build_noise_images(3), strict=True):
         picture.save(path)
-    pictures = build_images(LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2]), crop_scale=0.5)
-    before = pictures[[(5, 0), (5, 1), (5, 2)]]
-    for path in paths:
-        path.unlink()
-    assert are_equal(pictures[[(5, 0), (5, 1), (5, 2)]], before)
+    source = LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2])
+    keys = [(5, 0), (5, 1), (5, 2)]
+    num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
+    for limit, is_stored in ((num_bytes, True), (num_bytes - 1, False)):
+        monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", limit)
+        pictures = build_images(source, crop_scale=0.5)
+        before = pictures[keys]
+        for path in paths:
+            path.rename(path.with_suffix(".moved"))
+        if is_stored:
+            assert are_equal(pictures[keys], before)
+        else:
+            with pytest.raises(ValueError, match="none of the 3 images can be read"):
+                pictures[keys]
+        for path in paths:
+            path.with_suffix(".moved").rename(path)
+
+
+def test_only_small_arrays_are_resized_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
+    source = LabeledImages(ArrayImages(values), [0] * 4)
+    keys = [(0, 2), (1, 3)]
+    stored = build_images(source, rotation=20)
+    monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", 4 * 16 * 16 - 1)
+    resized_later = build_images(source, rotation=20)
+    assert stored.arrays is not None and resized_later.arrays is None
+    assert are_equal(stored[keys], resized_later[keys])
 
 
 # Unreadable images ---------------------------------------------------------------------------------------------------
@@ -284,15 +320,19 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     before = multiprocessing.active_children()
     for _ in range(2):
         next(batches)  # one batch from each worker: both have started
-    workers = [str(child.pid) for child in multiprocessing.active_children() if child not in before]
+    workers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
     for name in ("INT", "TERM"):
-        subprocess.run(["kill", f"-{name}", *workers], check=True)
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50
+    for worker in workers:
+        worker.terminate()  # a SIGTERM from this process, as at exit
+        worker.join(timeout=10)
+        assert worker.exitcode == 0
 
 
-def test_a_gray_model_skips_color_images() -> None:
+def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     pictures = [
         picture.convert(mode) for picture, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
@@ -303,3 +343,7 @@ def test_a_gray_model_skips_color_images() -> None:
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
     assert prepared.describe_unreadable(1) == "an image of mode RGB has 3 channels, but the model requires 1"
+    pictures[1].save(tmp_path / "color.png")
+    files = LabeledImages(FileImages([str(tmp_path / "color.png")]), [0])
+    named = augment_images(files, augmentation, to_rgb=False, seed=0, num_channels=1)
+    assert named.describe_unreadable(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,18 @@ def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
         held_out = [key for key in range(20_000) if part.is_held_out(key)]
         assert abs(len(held_out) - 20_000 * fraction) < 5 * (20_000 * fraction * (1 - fraction)) ** 0.5
         assert all(larger.is_held_out(key) for key in held_out)
+
+
+def test_each_image_is_in_one_fold() -> None:
+    """The folds divide the range of the hash into equal parts. A record selects the same fold again."""
+    rules = [HeldOutRule(0.2, 1, num_folds=3, fold=fold) for fold in (1, 2, 3)]
+    folds = [[key for key in range(6000) if rule.is_held_out(key)] for rule in rules]
+    assert sorted(chain.from_iterable(folds)) == list(range(6000))
+    assert all(abs(len(fold) - 2000) < 5 * (6000 * 2 / 9) ** 0.5 for fold in folds)
+    assert folds[0] == [key for key in range(6000) if HeldOutRule(1 / 3, 1).is_held_out(key)]
+    record = HeldOutRecord.from_keys(rules[1], folds[1])
+    assert record.rule == rules[1] and str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
+    assert (record.num_images, record.split) == (len(folds[1]), None)
 
 
 def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 from PIL import Image
 from tiny_models import raises_one_line
@@ -134,7 +135,10 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     write_class(tmp_path, "train/dog", 2)
     write_class(tmp_path, "test", 5)
     assert list(read(tmp_path)) == ["train"]
-    assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in get_notes(tmp_path)
+    write_images(tmp_path, "stray.png")
+    notes = get_notes(tmp_path)
+    assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in notes
+    assert "skipped 1 file next to the split folders: stray.png" in notes and "subfolders" not in notes
     assert {split: len(found[""]) for split, found in read(tmp_path, labelled=False).items()} == {
         "train": 4,
         "test": 5,
@@ -157,7 +161,7 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_class(tmp_path, "cat", 9)
     write_class(tmp_path, "dog", 9)
-    write_images(tmp_path, "stray.png", ".thumbnails/1.png")
+    write_images(tmp_path, "stray.png", ".thumbnails/1.png", "__MACOSX/1.png")
     (tmp_path / "cow").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
     (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
@@ -166,7 +170,7 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
-        f"{tmp_path}: skipped 3 files of other types: .thumbnails/1.png, cat/notes.txt, labels.csv",
+        f"{tmp_path}: skipped 4 files of other types: .thumbnails/1.png, __MACOSX/1.png, cat/notes.txt and 1 more",
         f"{tmp_path}: folders without images: cow",
     ]
 
@@ -191,6 +195,10 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
     write_class(tmp_path, "packed/photos/dog", 9)
     with raises_one_line("If the inner folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
         load(tmp_path / "packed")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "packed").rename(tmp_path / "splits" / "Train")
+    with raises_one_line("If the inner folders (cat, dog) are the classes", "set --dataset", "splits/Train/photos"):
+        load(tmp_path / "splits")
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
@@ -223,12 +231,68 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     assert "skipped 1 file not listed in a metadata file: train/9.png" in get_notes(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_kinds_of_metadata_files(tmp_path: Path, kind: str) -> None:
+    """Splits may have different columns, and may have no rows; names of splits may be in upper case."""
+    for split in ("Train", "TEST", "val"):
+        write_class(tmp_path, split, 3)
+    for split, columns in (("Train", {"shade": ["a", "b"]}), ("TEST", {"shade": ["b", "a"], "size": [1, 2]})):
+        table = pandas.DataFrame({"file_name": ["0.png", "1.png"], **columns})
+        file = tmp_path / split / f"metadata.{kind}"
+        if kind == "csv":
+            table.to_csv(file, index=False)
+        elif kind == "jsonl":
+            table.to_json(file, orient="records", lines=True)
+        else:
+            table.to_parquet(file)
+    folder = scan_folder(tmp_path)
+    found = read_image_folder(folder, use_labels=True).cast_column("image", datasets.Image(decode=False))
+    assert list(found) == ["train", "test"]
+    for split, name, values in (
+        ("train", "Train", [("a", None), ("b", None)]),
+        ("test", "TEST", [("b", 1), ("a", 2)]),
+    ):
+        assert set(found[split].column_names) == {"image", "shade", "size"}
+        assert [(row["shade"], row["size"]) for row in found[split]] == values
+        assert [row["image"]["path"] for row in found[split]] == [str(tmp_path / name / f"{i}.png") for i in (0, 1)]
+    assert folder.notes == [
+        f"{tmp_path}: skipped 5 files not listed in a metadata file: TEST/2.png, Train/2.png, val/0.png and 2 more"
+    ]
+
+
+def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat/0.png", "other/0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/cat/0.png,a\nother/0.png,b\n", encoding="utf-8")
+    assert read(tmp_path, labelled=False) == {"train": {"": ["train/cat/0.png", "other/0.png"]}}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "names", "expected"),
+    [
+        (0, [], False),
+        (0, ["metadata.csv"], False),
+        (1, [], True),
+        (1, ["a.parquet"], False),
+        (2, ["a.parquet"], True),
+        (1, ["a.parquet", "B.CSV", "metadata.csv"], True),
+    ],
+)
+def test_folders_of_tables_are_not_image_folders(
+    tmp_path: Path, num_images: int, names: list[str], expected: bool
+) -> None:
+    write_class(tmp_path, "cat", num_images)
+    for name in names:
+        (tmp_path / name).write_text("", encoding="utf-8")
+    assert scan_folder(tmp_path).is_image_folder is expected
+
+
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
         ("path,label\nimages/0.png,a\n", "The file requires a column `file_name`"),
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
+        ("file_name,label\nhttps://a.org/b.png,a\n", "'https://a.org/b.png' is outside the folder"),
     ):
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
         with raises_one_line("metadata.csv", words):
@@ -253,8 +317,14 @@ def test_local_datasets_show_no_progress(tmp_path: Path, capfd: pytest.CaptureFi
     write_class(tmp_path, "photos/dog", 9)
     rows = [f"photos/{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(9)]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
-    for dataset in (tmp_path / "photos", tmp_path / "list.csv"):
-        load(dataset)
+    try:
+        for are_shown in (True, False):
+            (datasets.enable_progress_bars if are_shown else datasets.disable_progress_bars)()
+            for dataset in (tmp_path / "photos", tmp_path / "list.csv"):
+                load(dataset)
+            assert datasets.are_progress_bars_disabled() is not are_shown  # unchanged for the caller
+    finally:
+        datasets.enable_progress_bars()
     assert capfd.readouterr() == ("", "")
 
 

@@ -44,6 +44,21 @@ class TorchDataset(torch.utils.data.Dataset):
         return pixels / 255, index % 2
 
 
+class NamedLabels(TorchDataset):
+    """A dataset with class names whose labels are these names."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        pixels, _ = super().__getitem__(index)
+        return pixels, name_class(index)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self) -> Any:
+        return iter([(make_image(0), 1)])
+
+
 def encode(image: Image.Image) -> bytes:
     """Return an image as PNG."""
     image.save(file := io.BytesIO(), "PNG")
@@ -53,8 +68,8 @@ def encode(image: Image.Image) -> bytes:
 def build(kind: str, folder: Path) -> Any:
     """Return the same images and labels as a dataset of one kind."""
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
-    if kind == "torch":
-        return TorchDataset()
+    if kind in ("torch", "torch with named labels"):
+        return TorchDataset() if kind == "torch" else NamedLabels()
     if kind == "datasets":
         rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -69,7 +84,10 @@ def build(kind: str, folder: Path) -> Any:
     return [(convert(image), label) for image, label in pairs]
 
 
-@pytest.mark.parametrize("kind", ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"])
+KINDS = ["images", "arrays", "bytes", "paths", "torch", "torch with named labels", "datasets", "splits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) -> None:
     data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
     assert data.label_space.names == ["cat", "dog"]
@@ -107,10 +125,12 @@ def test_several_tasks_and_several_labels() -> None:
     splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
-    tags = add_dataset([(image, ["a", "b"][: index % 3]) for index in range(12)])
-    splits = load_splits(DataOptions(tags))
-    assert splits.label_space.kind == "multi_label_classification"
-    assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    names = ["a", "b"]
+    for convert in (list, np.array):
+        tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
+        splits = load_splits(DataOptions(tags))
+        assert splits.label_space.kind == "multi_label_classification" and splits.label_space.names == names
+        assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
 def test_gray_images_and_numbers_as_labels() -> None:
@@ -119,6 +139,20 @@ def test_gray_images_and_numbers_as_labels() -> None:
     splits = load_splits(DataOptions(name))
     assert splits.label_space.names == ["0", "1", "2"]
     assert np.array_equal(np.array(splits.images_by_split["train"].images[4]), pixels + 4)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (torch.tensor([[0.0, 1.0], [0.2, 0.4]]), [[0, 255], [51, 102]]),  # from 0 to 1
+        (torch.tensor([[0.0, 255.0], [51.0, 2.0]]), [[0, 255], [51, 2]]),  # from 0 to 255
+        (torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8), [[0, 1], [1, 0]]),  # integers are never scaled
+    ],
+)
+def test_ranges_of_pixels(pixels: torch.Tensor, expected: list[list[int]]) -> None:
+    splits = load_splits(DataOptions(add_dataset([(pixels, 0), (pixels.numpy(), 1)])))
+    for image in splits.images_by_split["train"].images:
+        assert np.array(image).tolist() == expected
 
 
 def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
@@ -135,7 +169,9 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
             [make_image(0)],
             r"item 0 of the dataset must be an \(image, label\) pair, but the type of the item is Image",
         ),
+        ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset must be an \(image, label\) pair"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
+        ([(torch.full((2, 2), -0.5), 1)], "item 0 of the dataset has no valid image"),
     ],
 )
 def test_unusable_data_is_an_error(data: Any, message: str) -> None:
@@ -144,8 +180,9 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 
 def test_unusable_kinds_are_errors() -> None:
-    with pytest.raises(TypeError, match=r"but the type of the data is int"):
-        add_dataset(3)
+    for data in (3, {1, 2}, Stream(), iter([(make_image(0), 1)])):
+        with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
+            add_dataset(data)
     with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
         add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())
     with pytest.raises(ValueError, match="was a dataset in the memory of another process"):

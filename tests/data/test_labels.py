@@ -1,12 +1,13 @@
 """Labels of single values: integers and text, declared or not, with and without class names."""
 
+import math
 from typing import Any
 
 import datasets
 import pytest
 from tiny_models import raises_one_line
 
-from modeling_vitcls.data.labels import LabelReader, build_label_reader
+from modeling_vitcls.data.labels import LabelReader, LabelSpace, build_label_reader, find_image_column
 from modeling_vitcls.options import DataOptions
 
 
@@ -62,3 +63,42 @@ def test_names_of_mixed_types_are_sorted_numbers_first() -> None:
     reader = build_reader(["b", 10, "a", 9], datasets.Value("string"))
     assert reader.space.names == ["9", "10", "a", "b"]
     assert read_all(reader, [10, "10", "b"]) == [1, 1, 3]
+
+
+def test_empty_text_and_nan_are_missing_labels() -> None:
+    reader = build_reader(["b", "", "a", None, math.nan], datasets.Value("string"))
+    assert reader.space.names == ["a", "b"]
+    assert read_all(reader, ["", None, math.nan, "b"]) == [-100, -100, -100, 1]
+
+
+@pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
+def test_columns_of_other_values_are_not_labels(value: Any) -> None:
+    with raises_one_line("table.csv: the column 'label' does not contain class labels. Set another --label-column"):
+        build_reader([value])
+
+
+def test_labels_as_text() -> None:
+    single = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
+    assert [single.format_label(label) for label in (0, 1, -100, None)] == ["cat", "dog", None, None]
+    several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
+    assert [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])] == [
+        "cat, dog",
+        "dog",
+        "nothing",
+    ]
+    tasks = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
+    assert tasks.format_label({"kind": 0, "age": 1}) == "kind cat, age old"
+    assert tasks.format_label({"kind": -100, "age": 0}) == "age young"
+    assert tasks.format_label({"kind": -100, "age": -100}) is None
+
+
+def test_the_image_column_contains_images() -> None:
+    """A usual name is used only among columns of images, or among all columns if none contains images."""
+    options, image, text = DataOptions(dataset="table"), datasets.Image(), datasets.Value("string")
+    encoded = {"bytes": datasets.Value("binary"), "path": text}
+    for feature in (image, encoded, datasets.Value("binary")):
+        assert find_image_column(options, {"image": text, "thumbnail": feature, "photo": feature}) == "photo"
+        assert find_image_column(options, {"image": text, "thumbnail": feature}) == "thumbnail"
+    assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
+    with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
+        find_image_column(options, {"a": image, "b": image})

@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_vitcls.data.held_out import compute_image_key
 from modeling_vitcls.data.images import (
     EncodedImages,
     FileImages,
@@ -22,6 +24,7 @@ from modeling_vitcls.data.images import (
     UnreadableImage,
     UnreadableImageCounter,
 )
+from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
@@ -215,6 +218,22 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ValueError, match="but not train-labels-idx1-ubyte"):
         read(tmp_path)
+
+
+def test_parts_of_folders_in_the_format_of_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of classes is the largest label plus 1, or 10; a split may be missing; the folder may be `.`."""
+    write_mnist(tmp_path / "mine")
+    write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
+    (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
+    monkeypatch.chdir(tmp_path / "mine")
+    splits = load_splits(DataOptions("."))
+    assert (splits.name, splits.names, list(splits.images_by_split)) == ("mine", ["train"], ["train"])
+    assert splits.label_space.names == [str(index) for index in range(12)]
+    unlabeled = load_splits(DataOptions("."), use_labels=False)
+    assert unlabeled.images_by_split["train"].labels == [-100] * 12 and unlabeled.label_space.columns == {}
+    write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(11, dtype=np.uint8))
+    with pytest.raises(ValueError, match="the split 'train' has 12 images, but 11 labels"):
+        load_splits(DataOptions("."))
 
 
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
@@ -412,8 +431,11 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read the dataset") as caught:
         read(tmp_path / "absent.csv")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"digits is always loaded into memory. Remove --streaming"):
-        read("digits", streaming=True)
+    write_mnist(tmp_path / "mnist")
+    in_memory = add_dataset([(Image.new("L", (4, 4)), 0)])
+    for dataset in ("digits", tmp_path / "mnist", in_memory):
+        with pytest.raises(ValueError, match=rf"{dataset} is always loaded into memory. Remove --streaming"):
+            read(dataset, streaming=True)
 
 
 # Unusual and unreadable images ---------------------------------------------------------------------------------------
@@ -495,18 +517,47 @@ def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
     assert EncodedImages([{"path": None, "bytes": None}]).read_bytes(0) is None
 
 
-def test_missing_images_are_unreadable(tmp_path: Path) -> None:
+def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
     pictures = read_single_split(tmp_path / "list.csv").images
     with pytest.raises(UnreadableImage, match=r"absent\.png"):
         pictures[0]
     with pytest.raises(UnreadableImage, match="row 1 has no image"):
         pictures[1]
+    assert pictures.get_names() == ["absent.png", "", "absent.png"]
+    keys = pictures.compute_keys()
+    assert keys[0] == keys[2] != keys[1]
+    monkeypatch.chdir("/")
+    assert pictures.compute_keys() == keys
     table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
     pictures = read_single_split(table).images
+    assert pictures.get_names() == ["", "", ""]
+    assert [pictures.read_bytes(index) for index in range(3)] == [None, b"", None]
+    assert pictures.compute_keys() == [compute_image_key(b"")] * 3
     for index in range(3):
         with pytest.raises(UnreadableImage, match=f"row {index}"):
             pictures[index]
+
+
+def test_addresses_are_not_joined_to_the_folder(tmp_path: Path) -> None:
+    """Check URLs, and files in an archive, which `datasets` opens."""
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "b.png")
+    paths = ["https://example.org/a.png", f"zip://b.png::{tmp_path / 'images.zip'}", "a.png"]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8")
+    pictures = read_single_split(tmp_path / "list.csv").images
+    assert pictures.get_names() == paths
+    assert pictures.read_bytes(0) is None
+    for picture in (pictures[1], pictures[2]):
+        assert picture.size == (5, 4) and picture.getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_checksums_of_long_columns(tmp_path: Path) -> None:
+    """Rows are read in groups of 64."""
+    contents = [bytes([index]) for index in range(150)]
+    table = write_table(tmp_path / "table.parquet", {"image": contents, "label": ["x"] * 150})
+    assert read_single_split(table).images.compute_keys() == [compute_image_key(content) for content in contents]
 
 
 def test_the_tally_names_each_unreadable_image_once_and_has_a_limit() -> None:

@@ -5,7 +5,7 @@ size and, after `set_input_size`, at a rectangle.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"block_fn": partial(DiffParallelScalingBlock, dual_lambda=True)},
     ),
+    "one token, with an unused prefix": ("vit_tiny_patch16_224", {"pool_include_prefix": True, "reg_tokens": 2}),
     "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
     "gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True}),
     "branches without biases": (
@@ -140,6 +141,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
     "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
     "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
+    "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
+    "gated or differential branches": ("vit_small_patch16_18x2_224", {"mlp_layer": GluMlp, "act_layer": "silu"}),
+    "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
     "attention pooling with a different activation": (
         "vit_pe_core_tiny_patch16_384",
         {"swiglu_mlp": False},
@@ -232,6 +236,84 @@ def test_errors_name_the_unsupported_feature(feature: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def use_another_class(module: nn.Module) -> None:
+    """Change the class of a module to a subclass, which may compute anything."""
+    module.__class__ = type("Another", (type(module),), {})
+
+
+# Name of an architecture, a change of the model, and a part of the error message.
+CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "block": ("vit_tiny_patch16_224", lambda model: use_another_class(model.blocks[0]), "blocks of class Another"),
+    "patches": ("vit_tiny_patch16_224", lambda model: use_another_class(model.patch_embed), "embedding Another"),
+    "attention": (
+        "vit_tiny_patch16_224",
+        lambda model: use_another_class(model.blocks[0].attn),
+        "attention of class Another",
+    ),
+    "MLP": ("vit_tiny_patch16_224", lambda model: use_another_class(model.blocks[0].mlp), "MLP of class Another"),
+    "biases": (
+        "vit_tiny_patch16_224",
+        lambda model: setattr(model.blocks[0].mlp.fc1, "bias", None),
+        "an MLP with biases in some layers only",
+    ),
+    "pixels": (
+        "eva02_tiny_patch14_224",
+        lambda model: setattr(model.rope, "in_pixels", True),
+        "rotary positions in pixels",
+    ),
+    "pixel grid": (
+        "eva02_tiny_patch14_224",
+        lambda model: setattr(model.rope, "grid_type", "pixel"),
+        "rotary positions in pixels",
+    ),
+    "periods": (
+        "vit_small_patch16_dinov3",
+        lambda model: vars(model.rope).update(min_period=1.0, max_period=9.0),
+        "min_period and max_period",
+    ),
+    "coordinates": (
+        "vit_small_patch16_dinov3",
+        lambda model: setattr(model.rope, "normalize_coords", "max"),
+        "normalize_coords='max'",
+    ),
+    "pool": (
+        "vit_base_patch16_siglip_224",
+        lambda model: use_another_class(model.attn_pool),
+        "pooling of class Another",
+    ),
+    "two queries": (
+        "vit_base_patch16_siglip_224",
+        lambda model: setattr(model.attn_pool, "latent", nn.Parameter(torch.zeros(1, 2, 96))),
+        "several queries or position embeddings",
+    ),
+    "positions of the pool": (
+        "vit_base_patch16_siglip_224",
+        lambda model: setattr(model.attn_pool, "pos_embed", nn.Parameter(torch.zeros(16, 96))),
+        "several queries or position embeddings",
+    ),
+    "query projection": (
+        "vit_base_patch16_siglip_224",
+        lambda model: setattr(model.attn_pool, "q", nn.Identity()),
+        "attention pooling without q_proj or with q_norm",
+    ),
+    "query norm": (
+        "vit_base_patch16_siglip_224",
+        lambda model: setattr(model.attn_pool, "q_norm", LayerNorm(24)),
+        "attention pooling without q_proj or with q_norm",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), CHANGES.values(), ids=CHANGES)
+def test_changed_modules_raise_an_error(name: str, change: Callable[[Any], Any], message: str) -> None:
+    model = peer(name, **TINY)
+    convert_from_timm(model)
+    change(model)
+    with pytest.raises(ConversionError) as raised:
+        convert_from_timm(model)
+    assert message in str(raised.value)
+
+
 def test_gates_and_foreign_layers_raise_an_error() -> None:
     gated = peer("vit_tiny_patch16_224", **TINY)
     gated.blocks[0].attn.gate = nn.Linear(96, 96)
@@ -259,6 +341,7 @@ def test_without_a_classifier() -> None:
 def test_what_timm_does_not_pool_is_not_pooled() -> None:
     unpooled = convert_from_timm(peer("vit_tiny_patch16_224", **TINY | {"num_classes": 0, "global_pool": ""}))
     distilled = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
+    assert unpooled.config.pooling == "cls"  # pooling of a new classifier
     for ours in (unpooled, distilled):
         assert ours(torch.zeros(1, 3, 64, 64)).pooler_output is None
 
@@ -282,6 +365,8 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     assert ours.dtype == torch.bfloat16 and not ours.training
     assert ours.config.id2label[1] == "b" and ours.config.label2id["g"] == 6
     assert ours.config.drop_path_rate == pytest.approx(0.2) and ours.config.attention_probs_dropout_prob == 0.1
+    model.pretrained_cfg["label_names"] = list("abc")  # of another number of classes
+    assert convert_from_timm(model).config.num_labels == 7
     with torch.no_grad():
         ours.classifier.weight.zero_()
     for name, weight in model.state_dict().items():

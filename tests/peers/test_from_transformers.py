@@ -201,6 +201,20 @@ REFUSED = {
         {},
         "as a square grid",
     ),
+    "rectangular positions of Pixio": (
+        "PixioModel",
+        "PixioConfig",
+        RATIO | {"image_size": [16, 64]},
+        {},
+        "as a square grid",
+    ),
+    "rectangular positions of InternVL": (
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        PLAIN | {"image_size": [16, 64]},
+        {},
+        "as a square grid",
+    ),
     "rectangular distances": (
         "BeitModel",
         "BeitConfig",
@@ -239,6 +253,13 @@ class TestWeightsThatDoNotFit:
         source.layers[1].mlp.extra = nn.Linear(2, 2, bias=False)
         with pytest.raises(ConversionError, match=re.escape("weights unexpected: layers.1.mlp.extra.weight [2, 2]")):
             convert_from_transformers(source)
+
+    def test_long_lists_are_shortened(self) -> None:
+        for number, end in ((8, "extra.7"), (9, "extra.7 and 1 more")):
+            source = CASES["vit"].build()
+            source.extra = nn.ParameterList([torch.zeros(1)] * number)
+            with pytest.raises(ConversionError, match=rf"unexpected weights: extra\.0, .*{re.escape(end)}$"):
+                convert_from_transformers(source)
 
     def test_missing_are_listed(self) -> None:
         source = CASES["vit"].build()

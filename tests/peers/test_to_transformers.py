@@ -79,6 +79,7 @@ SUPPORTED = [
     (ViTCLSModel, {"pooling": "mean"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"query_bias": False, "key_bias": False}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"position_embedding_tokens": "all"}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, {"cls_scopes": ["image"]}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, LAYER_SCALE, "Dinov2Model", "dinov2"),
     (ViTCLSModel, REGISTERS, "Dinov2WithRegistersModel", "registers"),
     (ViTCLSModel, {"position_embedding_type": "rope_2d"}, "DINOv3ViTModel", "dinov3"),
@@ -271,6 +272,29 @@ def test_weights_without_a_counterpart_are_listed() -> None:
         ConversionError, match=re.escape("without a counterpart in the other project: layers.0.mlp.adapter.bias")
     ):
         convert_to_transformers(model)
+
+
+def test_the_error_does_not_suggest_what_was_tried() -> None:
+    """`native_size_only` is suggested only if it is not set, and the encoder only if its class is exact."""
+    rotary = ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d", position_offset=0.1))
+    scaled = ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_offset=0.1, num_cls_tokens=3))
+    for model in (rotary, scaled):
+        with pytest.raises(ConversionError) as error:
+            convert_to_transformers(model, native_size_only=True)
+        assert "native size" not in str(error.value)
+    assert "can be converted to" not in str(error.value)
+
+
+def test_a_missing_mask_token_is_zero() -> None:
+    """DINOv2 with registers always has a mask token."""
+    converted = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | REGISTERS)))
+    assert not converted.embeddings.mask_token.any()
+
+
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_mlp_ratios_of_dinov2(ratio: int) -> None:
+    values = BASE | LAYER_SCALE | {"intermediate_size": 32 * ratio}
+    assert convert_to_transformers(ViTCLSModel(ViTCLSConfig(**values))).config.mlp_ratio == ratio
 
 
 def test_missing_weights_are_named() -> None:

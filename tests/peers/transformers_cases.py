@@ -156,6 +156,7 @@ CASES = {
     "beit": Case("BeitModel", "BeitConfig", PLAIN | PER_LAYER, sizes=(NATIVE, OTHER, AS_MANY_PATCHES)),
     "beit shared": Case("BeitModel", "BeitConfig", PLAIN | SHARED),
     "beit shared and per layer": Case("BeitModel", "BeitConfig", PLAIN | SHARED | PER_LAYER | ABSOLUTE),
+    "beit of twelve layers": Case("BeitModel", "BeitConfig", PLAIN | PER_LAYER | {"num_hidden_layers": 12}),
     "beit absolute": Case("BeitModel", "BeitConfig", PLAIN | ABSOLUTE | {"use_mean_pooling": False}),
     "beit without positions or scale": Case("BeitModel", "BeitConfig", PLAIN | {"layer_scale_init_value": 0.0}),
     "beit without pooler": Case("BeitModel", "BeitConfig", PLAIN | PER_LAYER, {"add_pooling_layer": False}),

@@ -102,6 +102,11 @@ def test_invalid_masks_are_errors() -> None:
         MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
     with raises_one_line("--mask-block 3", "masks only 8 of the 4 x 4 patches"):
         MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
+    # a block that is larger than the grid consists of whole rows or columns, and may be all masked patches
+    for grid in ((2, 8), (8, 2)):
+        masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=4), grid)(9, CPU).view(9, *grid)
+        assert masks.sum(dim=(1, 2)).unique().tolist() == [8]
+        assert masks.view(9, 2, 2, 4).transpose(1, 2).flatten(2).sum(2).unique().tolist() == [0, 8] or grid == (8, 2)
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------
