@@ -166,9 +166,9 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
             raise ValueError(f"{flag} is not supported with DeepSpeed ZeRO-{stage}. Remove {flag}, or use FSDP2")
 
 
-def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from the DeepSpeed
-    configuration."""
+def set_deepspeed_training_options(accelerator: Accelerator, training: TrainingOptions) -> None:
+    """Set DeepSpeed's batch size, gradient accumulation and gradient clipping, which would otherwise come from the
+    DeepSpeed configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None

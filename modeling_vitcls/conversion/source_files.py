@@ -157,11 +157,13 @@ class FileSource(TimmSource):
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix_positions, patch_positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
-            patch_positions = resample_positions(
-                patch_positions, config.grid_size, model.patch_embed.grid_size, config
+            prefix_position_embeddings, patch_position_embeddings = self.model.pos_embed.data.tensor_split(
+                [num_prefix_tokens], dim=1
             )
-            model.pos_embed.data = torch.cat([prefix_positions, patch_positions], dim=1)
+            patch_position_embeddings = resample_positions(
+                patch_position_embeddings, config.grid_size, model.patch_embed.grid_size, config
+            )
+            model.pos_embed.data = torch.cat([prefix_position_embeddings, patch_position_embeddings], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:

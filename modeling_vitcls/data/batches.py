@@ -134,14 +134,14 @@ class TrainingImages:
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.unreadable:
                 try:
-                    return candidate, self.load_image(candidate)
+                    return candidate, self.load_pixels(candidate)
                 except UnreadableImage:
                     self.unreadable.add(candidate)
         raise ValueError(
             f"none of the {len(self.source)} images can be read, for example: {self.describe_unreadable(index)}"
         )
 
-    def load_image(self, index: int) -> torch.Tensor:
+    def load_pixels(self, index: int) -> torch.Tensor:
         """Return the prepared pixels of an image, from the cache if possible."""
         if index in self.cache:
             return self.cache[index]

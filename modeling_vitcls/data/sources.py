@@ -80,11 +80,11 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {name: add_missing_labels(split.images) for name, split in images_by_split.items()}
+    images_by_split = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
-def add_missing_labels(images: Any) -> LabeledImages:
+def mark_as_unlabeled(images: Any) -> LabeledImages:
     """Return images with the label -100 for every image."""
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
 
@@ -165,7 +165,7 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
-        images_by_split = {split: add_missing_labels(unlabeled_images) for split, unlabeled_images in images.items()}
+        images_by_split = {split: mark_as_unlabeled(unlabeled_images) for split, unlabeled_images in images.items()}
         return Splits(name, UNLABELED, images_by_split, list(all_splits))
 
     def read_all(column: str) -> Iterator[Any]:
@@ -178,11 +178,11 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
         split_name = f"{options.dataset}, split {split!r}"
         labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
-        images_by_split[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
+        images_by_split[split] = drop_unlabeled_images(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, images_by_split, list(all_splits))
 
 
-def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
     """Return the images that have a label, and log a warning about images without a label. Raise ValueError if no
     image has a label, or if more than --max-broken-images images have no label."""
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]

@@ -107,7 +107,7 @@ def export_model(
         )
     exportable = load_exportable(source)
     model = exportable.model
-    shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
+    shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
@@ -130,7 +130,7 @@ def export_model(
             },
             tried=comparisons,
             input=describe_input(model.config, shape),
-            outputs=describe_outputs(reference_outputs[0], shape),
+            outputs=get_output_shapes(reference_outputs[0], shape),
             fixed_because=shape.fixed_size_reason,
             preprocessing=describe_preprocessing(exportable.processor),
             labels=get_label_names(model.config, names),
@@ -240,7 +240,7 @@ def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
     }
 
 
-def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
+def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
     """Return the shape of each output, with names for the dynamic axes of [B, N, D] and [B, D, rows, columns]."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():

@@ -225,11 +225,11 @@ class WeightsLicense:
 
     def __str__(self) -> str:
         """Return the sentences as one text."""
-        known_sentence, unknown_sentence = self.sentences
-        sentences = [unknown_sentence]
+        known_license_sentence, unknown_license_sentence = self.sentences
+        sentences = [unknown_license_sentence]
         if self.source is not None and self.source.license_label is not None:
             label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
-            sentences = [known_sentence.format(license=f"[{label}]({link})" if link else label)]
+            sentences = [known_license_sentence.format(license=f"[{label}]({link})" if link else label)]
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")

@@ -149,8 +149,8 @@ def verify(
     """
     check_is_online()
     model = resolve_commit(repo_id, revision)
-    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_name, silence_transformers():
-        scratch = Path(scratch_name)
+    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_path, silence_transformers():
+        scratch = Path(scratch_path)
         files = scratch / "files"
         num_files = download_files(model, files)
         if folder is not None:
@@ -268,8 +268,8 @@ def run_script(
     Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
     """
     error_prefix = f"a new process cannot load {model.repo_id} at {model.commit}"
-    with tempfile.TemporaryDirectory(dir=scratch) as home:
-        target = Path(home, "outputs")
+    with tempfile.TemporaryDirectory(dir=scratch) as home_folder:
+        target = Path(home_folder, "outputs")
         target.mkdir()
         request = {
             "repo_id": model.repo_id,
@@ -280,13 +280,13 @@ def run_script(
             "target": str(target),
             "num_threads": torch.get_num_threads(),
         }
-        request_file = Path(home, "request.json")
+        request_file = Path(home_folder, "request.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
         needs_token = model.needs_token or (code is not None and code.needs_token)
         process = subprocess.run(
             [sys.executable, "-P", verification_script.__file__, str(request_file)],
-            cwd=home,
-            env=build_clean_environment(home, needs_token),
+            cwd=home_folder,
+            env=build_clean_environment(home_folder, needs_token),
             capture_output=True,
             text=True,
             check=False,
@@ -301,15 +301,15 @@ def run_script(
         return load_file(target / "outputs.safetensors"), report
 
 
-def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with the cache in the folder `home` and, if `needs_token`, the user's token."""
+def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, str]:
+    """Return a minimal environment with the cache in `home_folder` and, if `needs_token`, the user's token."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name.upper() in INHERITED_VARIABLES or name.upper().startswith(INHERITED_PREFIXES)
     }
     # PYTHONUSERBASE is the location of packages that were installed with `pip install --user`.
-    environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
+    environment |= {"HOME": home_folder, "HF_HOME": home_folder, "PYTHONUSERBASE": site.getuserbase()}
     token = get_token() if needs_token else None
     return environment | ({"HF_TOKEN": token} if token else {})
 

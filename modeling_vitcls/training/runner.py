@@ -28,7 +28,7 @@ from ..distributed import (
     build_accelerator,
     check_deepspeed_flags,
     run_on_main,
-    set_deepspeed_batch_size,
+    set_deepspeed_training_options,
     shard_by_layer,
 )
 from ..errors import is_on_all_processes, mark_errors_of_all_processes
@@ -141,7 +141,7 @@ class Runner:
             model.compile()
         self.utilization = start_utilization(model, plan, accelerator, self.reporter.print_line)
         shard_by_layer(accelerator, model)
-        set_deepspeed_batch_size(accelerator, training)
+        set_deepspeed_training_options(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
