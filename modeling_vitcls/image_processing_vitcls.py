@@ -250,8 +250,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
-        The first call checks the settings. Later calls with only `return_tensors="pt"` use the fast path.
-        """
+        The first call checks the settings. Later calls with the same settings can use a fast path if all images are on
+        the CPU and `return_tensors="pt"` is the only other argument."""
         if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
             return super().preprocess(images, *args, **kwargs)
         settings = get_settings(self, self._valid_kwargs_names)
@@ -410,7 +410,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
-        raise ValueError(f"an image must be [H, W], [C, H, W] or [H, W, C] with at least one pixel, not {shape}")
+        raise ValueError(f"an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not {shape}")
     if image.ndim == 2:
         return image[None]
     if data_format is None:

@@ -139,7 +139,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
 
 
 def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the cosine similarity between the states of each special token after each pair of layers. Blocks of
+    """For each special token, plot the cosine similarity between its states after any two layers. Blocks of
     high similarity are consecutive layers that hardly change the token.
 
     Raises:

@@ -183,7 +183,7 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # width of the figure with all axes, and height of the figure, in inches
+FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # width of a figure with all columns, and height, in inches
 CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
 OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.

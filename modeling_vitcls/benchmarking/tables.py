@@ -122,7 +122,7 @@ def write_reports(
     """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
 
     Raises:
-        ValueError: If `plot_file` is given, but no axis of growth was measured.
+        ValueError: If `plot_file` is given, but no row of --work growth was measured.
     """
     for file in (output_file, markdown_file, plot_file):
         if file is not None:

@@ -40,7 +40,7 @@ class TrainingRun:
     size: ModelSize
     batch_size: int  # number of images per step
     mixed_precision: str  # autocast precision: "no" (no autocast) or "bf16"
-    num_workers: int  # number of data loading processes
+    num_workers: int  # number of data loader workers
     log_every: int  # number of steps per line of metrics
     lines_per_turn: int  # number of lines of metrics per measurement
     learning_rate: float  # peak learning rate
@@ -114,7 +114,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
 
 
 def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Return the command line that runs `vitcls finetune` without evaluations and checkpoints."""
+    """Return the command line that runs `vitcls finetune` without evaluations or checkpoints."""
     flags = {
         "model": folder / "our_model",
         "dataset": dataset,

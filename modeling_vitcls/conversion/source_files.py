@@ -7,8 +7,8 @@
 2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is one, and prefixes of
    parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
-4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
-   embeddings of the timm model as in the authors' code. The resampling in timm often differs.
+4. A timm model of the family loads the same weights. For image sizes other than the native size, this package
+   resamples the position embeddings of the timm model as in the authors' code. The resampling in timm often differs.
 
 Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
 converted in from_timm.py.

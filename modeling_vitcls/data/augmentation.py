@@ -56,7 +56,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
+    """Build the augmentation described by `options`. The outputs have the size `height_width` in pixels."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None

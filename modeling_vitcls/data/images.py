@@ -235,8 +235,8 @@ def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Im
     """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
     mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
-    As in Pillow, the attribute `filename` of the image contains the name for error messages: the path, or
-    `fallback_name`.
+    The `filename` attribute of the image is the path (as in Pillow) or, without a path, `fallback_name`. Error
+    messages contain this name.
     """
     if not encoded_image or not (encoded_image["bytes"] is not None or encoded_image["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")
@@ -256,7 +256,7 @@ def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Im
 
 def read_image_file(path: str) -> Any:
     """Read an image from a file, a URL, or a file of a dataset on the Hub."""
-    if path.startswith("hf://") or "::" in path:  # a file in a repository or an archive, which `datasets` opens
+    if path.startswith("hf://") or "::" in path:  # `datasets` opens files in Hub repositories and archives
         import datasets
 
         return datasets.Image().decode_example({"path": path, "bytes": None})

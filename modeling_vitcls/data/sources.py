@@ -124,7 +124,9 @@ def load_idx_folder(folder: Path) -> Splits:
         if image_file is None:
             continue
         if label_file is None:
-            raise ValueError(f"{folder} contains {image_file.name}, but not {prefix}-labels-idx1-ubyte")
+            raise ValueError(
+                f"{folder} contains {image_file.name}, but not {prefix}-labels-idx1-ubyte. Add the label file"
+            )
         images, labels = read_idx(image_file, num_dimensions=3), read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
             raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
@@ -196,8 +198,8 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     rows = shorten_list([str(index) for index in unlabeled_indices])
     message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
     if len(unlabeled_indices) > options.max_broken_images:
-        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
-    warn_on_first_process(f"{message} and are left out")
+        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to skip the images")
+    warn_on_first_process(f"{message} and are skipped")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
 

@@ -122,7 +122,8 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row. The image has the input format of `decode_image`."""
+        """Yield the column values and the image key of each row. The image column contains inputs of
+        `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)

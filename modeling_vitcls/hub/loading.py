@@ -111,7 +111,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
         log.warning(
-            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
+            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
+            "Hub",
             error,
             source,
         )

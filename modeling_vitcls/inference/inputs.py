@@ -38,7 +38,8 @@ from ..options import DataOptions, PredictOptions
 class ImageRecord:
     """An image with an index in the input, a name and content.
 
-    The content is a path, a URL, encoded bytes, any other input of the image processor, or None for a missing image.
+    The content is a path, a URL, encoded bytes, any other input that the image processor accepts, or None for
+    a missing image.
     """
 
     index: int

@@ -178,7 +178,7 @@ def build_prediction_columns(
 ) -> PredictionColumns:
     """Build the output columns of a model.
 
-    Raises ValueError if the model has no labels, or if the model does not support the arguments.
+    Raise ValueError if the model is not a classifier, or if the model does not support the arguments.
     """
     config: Any = model.config
     if features is not None:
@@ -186,8 +186,10 @@ def build_prediction_columns(
     if config.tasks:
         return TopLabelColumns(model, config.task_labels(), top_k)
     if not config.num_labels or config.problem_type == "regression":
+        problem = "was trained for regression" if config.num_labels else "has no classifier"
         raise ValueError(
-            "prediction requires labels, but the model has no labels. Fine-tune the model, or set --features"
+            f"label prediction requires a classifier, but the model {problem}. Fine-tune a classifier, or set "
+            "--features"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):

@@ -219,7 +219,7 @@ class Runner:
             state.ema.load_weights(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unmoved_tokens():
-                self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
+                self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
         if len(unreadable_images):
             self.reporter.warn(
                 f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images"
@@ -421,8 +421,8 @@ class Runner:
                     store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
                 )
         except OSError as problem:
-            return f"The images and the state of that step could not be saved: {problem}"
-        return f"The images of that step are listed in {file}"
+            return f"The images and the state of step {error.step + 1} could not be saved: {problem}"
+        return f"The images of step {error.step + 1} are listed in {file}"
 
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:

@@ -297,7 +297,7 @@ def summarize(task: Task) -> dict[str, str]:
 
 
 def collect_results(task: Task) -> dict[str, Any]:
-    """Return the content of results.json except the metrics."""
+    """Return the contents of results.json, except the metrics."""
     runner, data = task.runner, task.data
     return {
         "dataset": data.name,
