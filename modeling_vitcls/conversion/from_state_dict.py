@@ -424,7 +424,7 @@ def get_weight(weights: Weights, name: str) -> torch.Tensor:
     if name not in weights:
         first_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {first_names}, ... Set another family=..."
+            f"the family requires the weight {name}, but the weights are {first_names}, ... Set a different family=..."
         )
     return weights[name]
 

@@ -192,7 +192,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
         return images
     if len(unlabeled_indices) == len(images):
         raise ValueError(
-            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set another "
+            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set a different "
             "--label-column or --split"
         )
     rows = shorten_list([str(index) for index in unlabeled_indices])

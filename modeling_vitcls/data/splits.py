@@ -201,7 +201,8 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
         raise ValueError(
             f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
-            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
+            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or a different "
+            "--split-seed, or add images"
         )
     record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
     return images.select(train_indices), images.select(held_out_indices), record
@@ -382,7 +383,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     num_classes = len(train | held_out)
     remedy = "Add images"
     if training_data.record.rule is not None:
-        remedy += ", or set another --split-seed or --held-out-fraction"
+        remedy += ", or set a different --split-seed or --held-out-fraction"
     warnings = []
     for missing_classes, images, consequence in (
         (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),

@@ -158,7 +158,7 @@ def check_not_existing(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file} exists. Set another --output, or remove the file")
+            raise ValueError(f"{file} exists. Set a different --output, or remove the file")
 
 
 def move_files(source: Path, target: Path) -> None:

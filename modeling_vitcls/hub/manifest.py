@@ -95,7 +95,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
     published only if images of the dataset may be published. The license of the code files is added.
 
-    Raises ValueError if the folder does not contain a complete vitcls model, or if the code is in several
+    Raise ValueError if the folder does not contain a complete vitcls model, or if the code is in several
     repositories.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -199,7 +199,7 @@ def iter_strings(value: Any) -> Iterator[str]:
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
     """Return the repository with a model's code; None if the code is next to the weights, in the repository `repo_id`.
 
-    Raises ValueError if there are several repositories, because `code_revision` can pin only one repository.
+    Raise ValueError if there are several repositories, because `code_revision` can pin only one repository.
     """
     prefixes = {reference.rpartition(REPO_SEPARATOR)[0] for reference in read_code_references(folder)}
     repositories = {None if prefix in ("", repo_id) else prefix for prefix in prefixes}

@@ -69,7 +69,7 @@ class Provenance:
         return ", ".join(label) if isinstance(label, list) else label
 
     def copy_license(self, folder: Path) -> None:
-        """Copy the license text to a model folder. Raises OSError if the files cannot be written."""
+        """Copy the license text to a model folder. Raise OSError if the files cannot be written."""
         for file in self.license_files:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)

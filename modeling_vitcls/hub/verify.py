@@ -181,7 +181,7 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raises PushedButNotVerified if the verification fails.
+    """Verify the model that was pushed from `folder`. Raise PushedButNotVerified if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
@@ -199,7 +199,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
 
 
 def download_files(model: HubCommit, target: Path) -> int:
-    """Download the files of a model and return the number of files. Raises NotVerified if a file has a wrong hash."""
+    """Download the files of a model and return the number of files. Raise NotVerified if a file has a wrong hash."""
     repo_id, commit = model.repo_id, model.commit
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
@@ -265,7 +265,7 @@ def run_script(
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
+    Raise RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
     """
     error_prefix = f"a new process cannot load {model.repo_id} at {model.commit}"
     with tempfile.TemporaryDirectory(dir=scratch) as home_folder:
@@ -341,7 +341,7 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
 
-    Raises NotVerified if a difference exceeds the tolerance.
+    Raise NotVerified if a difference exceeds the tolerance.
     """
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))

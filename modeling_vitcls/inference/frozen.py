@@ -166,7 +166,7 @@ def select_few_shot_images(
 ) -> list[np.ndarray]:
     """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class.
 
-    Raises ValueError if a class has fewer than `num_images_per_class` images.
+    Raise ValueError if a class has fewer than `num_images_per_class` images.
     """
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_images_per_class:

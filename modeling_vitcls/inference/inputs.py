@@ -81,7 +81,7 @@ class ListInput:
 def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders.
 
-    Images in a folder are sorted by name. Raises ValueError if there are no images.
+    Images in a folder are sorted by name. Raise ValueError if there are no images.
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
@@ -236,7 +236,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     """Return the split with the name `--split`, or the only split if `--split` is not set.
 
-    Raises ValueError if there is no such split.
+    Raise ValueError if there is no such split.
     """
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))

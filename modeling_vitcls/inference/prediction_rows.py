@@ -232,7 +232,7 @@ def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autoca
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
     is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)  # [B]
-    overflow_row = {"error": "the model output is not finite. Set another --mixed-precision"}
+    overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
     rows = columns.build_rows(outputs)
     return [
         row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)

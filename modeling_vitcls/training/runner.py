@@ -248,12 +248,12 @@ class Runner:
         if "data" not in self.facts:
             raise ValueError(
                 f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, which "
-                "used another held-out split. Restart the run with --overwrite, or choose another --output-dir"
+                "used a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
             )
         if change := describe_change(self.facts["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
-                "the dataset, or choose another --output-dir"
+                "the dataset, or choose a different --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
@@ -280,7 +280,7 @@ class Runner:
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
                 f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']!r}, but the "
-                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose another "
+                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose a different "
                 "--output-dir"
             )
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
@@ -492,7 +492,7 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
             or (name in FLAGS_WITH_RUN_DEFAULTS and current_value is None)
         ):
             continue
-        advice = "Use the same flags, or choose another --output-dir"
+        advice = "Use the same flags, or choose a different --output-dir"
         if name in LENGTH_FLAGS:
             advice = (
                 "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "

@@ -328,7 +328,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     for options, message in (
         ({"label_column": ("tags", "shade")}, "'tags' contains several labels per image. Set one --label-column"),
         ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' contains several"),
-        ({"label_column": ("size",)}, "'size' does not contain class labels. Set another --label-column"),
+        ({"label_column": ("size",)}, "'size' does not contain class labels. Set a different --label-column"),
         (
             {"label_column": ("size",), "label_separator": "|"},
             "has the label 0.5, but --label-separator requires a text column",
