@@ -189,7 +189,7 @@ def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCos
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
-    """Return a parameter [1, num_tokens, width], initialized later by `_init_weights`; None if `num_tokens` is 0."""
+    """Return a parameter [1, num_tokens, width], initialized by `_init_weights`, or None if `num_tokens` is 0."""
     return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
 
 

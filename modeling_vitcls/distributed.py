@@ -122,7 +122,7 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the ZeRO stage; None if DeepSpeed is not used."""
+    """Return the ZeRO stage, or None if DeepSpeed is not used."""
     return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
 
 

@@ -216,9 +216,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           transparent color images have 4; arrays are unchanged. `image_mean` and `image_std` require one value per
           channel. For a model with `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
-    `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
-    bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at most 16
-    (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters cause larger differences.
+    `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
+    bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
+    most 16 (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -325,7 +325,7 @@ def get_image_formats() -> tuple[str, ...]:
 
 
 def read_url(url: str, name: str) -> bytes:
-    """Return the content of an `http`, `https` or base64 `data` URL."""
+    """Return the contents of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2], validate=True)

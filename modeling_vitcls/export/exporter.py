@@ -254,7 +254,7 @@ def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the image processor settings that are not None; None if there is no image processor."""
+    """Return the image processor settings that are not None, or None if there is no image processor."""
     if processor is None:
         return None
     settings = select_settings(processor, PREPROCESSING_SETTINGS)

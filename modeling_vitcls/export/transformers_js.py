@@ -142,7 +142,7 @@ def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
 
 
 def build_config(exportable: ExportableModel) -> dict[str, Any]:
-    """Return the content of config.json; transformers.js reads the model type and the labels."""
+    """Return the contents of config.json; transformers.js reads the model type and the labels."""
     config = exportable.model.config
     return {
         "model_type": "vit",
@@ -160,7 +160,7 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the content of preprocessor_config.json. Raise ValueError if the image processor does not
+    """Return the contents of preprocessor_config.json. Raise ValueError if the image processor does not
     convert images to RGB."""
     if not processor.do_convert_rgb:
         raise ValueError(

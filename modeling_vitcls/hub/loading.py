@@ -121,7 +121,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
-    """Check that a folder contains a vitcls model, and return the content of config.json.
+    """Check that a folder contains a vitcls model, and return the contents of config.json.
 
     `source` is the name of the model in error messages. Raise ValueError for other model types or a damaged
     config.json, and OSError if config.json is missing.
@@ -240,7 +240,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
-    """Return the folder of a revision in the cache; None if the revision (default: `main`) is not in the cache."""
+    """Return the folder of a revision in the cache, or None if the revision (default: `main`) is not in the cache."""
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:

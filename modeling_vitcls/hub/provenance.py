@@ -110,7 +110,7 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 
 
 def download_card(repo_id: str) -> Path | None:
-    """Return a folder with the card and the license files of a model on the Hub; None if the files are unavailable."""
+    """Return a folder with the card and the license files of a model on the Hub, or None if they are unavailable."""
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True

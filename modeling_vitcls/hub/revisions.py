@@ -80,7 +80,7 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the model's code; None if the code is in the model's own
+    """Return the newest commit of the repository with the model's code, or None if the code is in the model's own
     repository.
 
     `folder` contains the model's files. Raise ValueError if the code is in several repositories. Errors of

@@ -3,7 +3,7 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. The hash of each file must match the hash on the Hub, and the content of each file must
+1. All files are downloaded. The hash of each file must match the hash on the Hub, and the contents of each file must
    match the file in `folder`.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
    (verification_script.py). Because the process may run code by an unknown author, the process receives only a few

@@ -294,7 +294,7 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch_file(url: str) -> bytes:
-    """Return the content of a file in a streamed dataset, for example from an `hf://` or `s3://` URL or an archive."""
+    """Return the contents of a file in a streamed dataset, for example from `hf://`, `s3://` or an archive."""
     import fsspec
 
     try:

@@ -231,7 +231,7 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train and evaluate the model, write and push the output folder, and return the content of results.json. Raise
+    """Train and evaluate the model, write and push the output folder, and return the contents of results.json. Raise
     RunStopped in the same cases as `Runner.train`, and if the output folder cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
