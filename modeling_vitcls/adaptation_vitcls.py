@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change the tokens, image size or patch size of a checkpoint.
+"""Change the special tokens, image size or patch size of a model.
 
     model = ViTCLSModel.from_pretrained(path, image_size=[256, 384], num_register_tokens=4)    # while loading
     model = model.adapt(image_size=[256, 384], num_register_tokens=4)                          # after loading
@@ -218,7 +218,7 @@ def adapt_tokens(context: AdaptationContext) -> AdaptedWeight:
 
 
 def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the first position embeddings [1, n, D] of special tokens; new position embeddings are zero."""
+    """Keep the position embeddings [1, n, D] of the first special tokens; embeddings of new tokens are zero."""
     return copy_prefix_tokens(context, torch.zeros_like(context.initial_value), "initialized to zero")
 
 

@@ -66,7 +66,7 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 
 def run_training(task_class: Any, options: Any) -> dict[str, Any]:
-    """Run a task and return the content of results.json or folds.json, or an empty dict if `dry_run` is set."""
+    """Run a task and return the contents of results.json or folds.json, or an empty dict if `dry_run` is set."""
     from .training.task import dry_run, run_folds, run_task
 
     if options.run.dry_run:

@@ -195,7 +195,7 @@ class TokenGates(nn.Module):
 
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # value of the parameter for g = 1
-    CLOSED = 1e-6 / SCALE  # initial value of the parameter
+    CLOSED = 1e-6 / SCALE  # value of the parameter for g = 1e-6, and initial value
     MIN_GATE = 2.0**-24  # offset of g that keeps log(g) finite; lost to rounding if g = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:

@@ -58,7 +58,7 @@ class ViTCLSPatchEmbeddings(nn.Module):
         return patches if self.norm is None else self.norm(patches)
 
     def get_grid_size(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Return the number of patch rows and columns. Raise ValueError if the model does not accept the images."""
+        """Return the number of patch rows and columns. Raise ValueError if the shape of the images is unsupported."""
         if pixel_values.ndim != 4 or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}: pass images [batch, channels, height, width]"
@@ -189,7 +189,7 @@ def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCos
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
-    """Return a parameter [1, num_tokens, width], initialized later by `_init_weights`; None if `num_tokens` is 0."""
+    """Return a parameter [1, num_tokens, width], initialized by `_init_weights`, or None if `num_tokens` is 0."""
     return nn.Parameter(torch.empty(1, num_tokens, width)) if num_tokens else None
 
 
@@ -451,7 +451,7 @@ def build_mlp(config: ViTCLSConfig) -> ViTCLSMLP | ViTCLSGLU:
 
 
 def build_layer_scale(config: ViTCLSConfig) -> LayerScale | None:
-    """Build the `LayerScale` of a residual branch; None if `config.layer_scale_init_value` is None."""
+    """Build the `LayerScale` of a residual branch, or return None if `config.layer_scale_init_value` is None."""
     if config.layer_scale_init_value is None:
         return None
     return LayerScale(config.hidden_size, config.layer_scale_init_value)

@@ -250,7 +250,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of state.json. Raise DamagedCheckpoint if the file is missing or invalid."""
+    """Return the contents of state.json. Raise DamagedCheckpoint if the file is missing or invalid."""
     if not (folder / STATE_FILE).is_file():
         raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:

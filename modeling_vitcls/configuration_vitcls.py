@@ -6,7 +6,7 @@ The token order is the same in the whole package:
     [ CLS x k | distillation x d | register x r | patches ]
 
 `config.token_layout` has a slice for each group; no other code counts tokens. The fields and their checks have two
-tiers: what you choose, and what other projects' checkpoints need. All checks of a configuration are in this file: a
+tiers: main options, and options for converted checkpoints. All checks of a configuration are in this file: a
 model with a valid configuration can be built and run. This file builds no modules.
 """
 
@@ -146,7 +146,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     The defaults are ViT-B/16 at 224 pixels (arXiv 2010.11929, table 1): one CLS token and 196 patches.
 
-    **What you choose**
+    **Main options**
 
     Tokens:
         num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
@@ -224,7 +224,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to earlier stages.
         reshape_hidden_states (`bool`, defaults to `True`): Whether outputs are [batch, channels, rows, columns].
 
-    **What other projects' checkpoints need**
+    **Options for converted checkpoints**
 
     Positions:
         position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens with learned
@@ -292,7 +292,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         "layernorm": "keep_full_weight",
     }
 
-    # What you choose
+    # Main options
     num_cls_tokens: int = 1
     num_distillation_tokens: int = 0
     num_register_tokens: int = 0
@@ -337,7 +337,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
 
-    # What other projects' checkpoints need
+    # Options for converted checkpoints
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
     position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
     position_antialias: bool = False
@@ -697,7 +697,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_image(self) -> None:
-        """Check that image and patch sizes are positive, and that whole patches cover the image."""
+        """Check that image and patch sizes are positive, and that the image size is a multiple of the patch size."""
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if (not isinstance(value, int) and len(value) != 2) or min(to_pair(value)) < 1:
@@ -749,7 +749,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, allowed_values in MERGING_REQUIREMENTS.items():
             if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
                 raise ValueError(
-                    f"merged_patches_per_layer={self.merged_patches_per_layer} does not support {name}="
+                    f"merged_patches_per_layer={self.merged_patches_per_layer} cannot be combined with {name}="
                     f"{getattr(self, name)!r}. Set merged_patches_per_layer=0, or set {name} to "
                     f"{' or '.join(map(repr, allowed_values))}."
                 )
@@ -766,7 +766,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
 
-    # Checks of what other projects' checkpoints need -----------------------------------------------------------------
+    # Checks of the options for converted checkpoints -----------------------------------------------------------------
     def validate_rope_reference_grid(self) -> None:
         """Check the reference grid and the periods of rotary positions."""
         grid = self.rope_reference_grid
@@ -774,7 +774,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}.")
         periods, count = self.rope_periods, self.head_dim // 4
         if periods is not None and (len(periods) != count or not 0 < min(periods) <= max(periods) < math.inf):
-            raise ValueError(f"`rope_periods` must be head_dim / 4 = {count} positive numbers, but it is {periods}.")
+            raise ValueError(f"`rope_periods` must have head_dim / 4 = {count} positive numbers, but it is {periods}.")
 
     def validate_attention_pool(self) -> None:
         """Check that the number of heads of the attention pooler divides the hidden size."""

@@ -207,7 +207,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN can be used and is faster. Autocast, torch.func and dispatch modes must be off."""
+    """Return whether oneDNN can be used and is faster. Return False under autocast, torch.func or a dispatch mode."""
     min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
     if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False

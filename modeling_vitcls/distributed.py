@@ -1,4 +1,5 @@
-"""Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, run actions on the main process.
+"""Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, and run actions on the main
+process.
 
 ZeRO-2 shards gradients and optimizer state across the processes; ZeRO-3 also shards the weights. The optimizer step
 is in training/optimizer.py. The shards are gathered in training/distributed_state.py.
@@ -42,8 +43,8 @@ def build_accelerator(
 ) -> Accelerator:
     """Build the Accelerator for the launched configuration.
 
-    On CPUs, the process keeps freed memory after this call (system.py). `cpu=True` is required on machines without an
-    accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
+    On CPUs, this call makes the process keep freed memory for reuse (system.py). `cpu=True` is required on machines
+    without an accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
     gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
 
     `mixed_precision` is "no", "bf16" or "fp16"; None selects the precision of the launched configuration.
@@ -121,7 +122,7 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
-    """Return the ZeRO stage; None if DeepSpeed is not used."""
+    """Return the ZeRO stage, or None if DeepSpeed is not used."""
     return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
 
 
@@ -166,9 +167,9 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
             raise ValueError(f"{flag} is not supported with DeepSpeed ZeRO-{stage}. Remove {flag}, or use FSDP2")
 
 
-def set_deepspeed_batch_size(accelerator: Accelerator, training: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size and gradient clipping, which would otherwise come from the DeepSpeed
-    configuration."""
+def set_deepspeed_training_options(accelerator: Accelerator, training: TrainingOptions) -> None:
+    """Set DeepSpeed's batch size, gradient accumulation and gradient clipping, which would otherwise come from the
+    DeepSpeed configuration."""
     if uses_deepspeed(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None

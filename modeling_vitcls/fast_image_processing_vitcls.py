@@ -53,7 +53,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the content of a JPEG file, given as a path or bytes; None for other formats and other types."""
+    """Return the contents of a JPEG file, given as a path or bytes; None for other formats and other types."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):

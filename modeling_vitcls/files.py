@@ -74,6 +74,6 @@ def is_closed_pipe(stream: TextIO) -> bool:
         poller.register(stream, 0)
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # the stream has no file descriptor
+    except (OSError, ValueError):  # the stream is closed or has no file descriptor
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

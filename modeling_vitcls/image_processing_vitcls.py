@@ -216,9 +216,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           transparent color images have 4; arrays are unchanged. `image_mean` and `image_std` require one value per
           channel. For a model with `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
-    `ViTCLSImageProcessorPil` returns the same values up to float rounding if images are not resized. With bilinear or
-    bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at most 16
-    (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters cause larger differences.
+    `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
+    bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
+    most 16 (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -250,8 +250,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call.
 
-        The first call checks the settings. Later calls with only `return_tensors="pt"` use the fast path.
-        """
+        The first call checks the settings. Later calls with the same settings can use a fast path if all images are on
+        the CPU and `return_tensors="pt"` is the only other argument."""
         if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
             return super().preprocess(images, *args, **kwargs)
         settings = get_settings(self, self._valid_kwargs_names)
@@ -325,7 +325,7 @@ def get_image_formats() -> tuple[str, ...]:
 
 
 def read_url(url: str, name: str) -> bytes:
-    """Return the content of an `http`, `https` or base64 `data` URL."""
+    """Return the contents of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2], validate=True)
@@ -410,7 +410,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     """Return an image as [C, H, W]; by default, the channel axis is the first or last axis of length 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
-        raise ValueError(f"an image must be [H, W], [C, H, W] or [H, W, C] with at least one pixel, not {shape}")
+        raise ValueError(f"an image must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not {shape}")
     if image.ndim == 2:
         return image[None]
     if data_format is None:

@@ -11,7 +11,7 @@
 
 blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers, classifiers and losses.
 Other files contain optional features: positions_vitcls.py (rotary), attention_masks_vitcls.py, variants_vitcls.py,
-adaptation_vitcls.py (other tokens and sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
+adaptation_vitcls.py (different special tokens and sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
 """
 
 import copy
@@ -212,7 +212,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
         Returns:
             [batch, layer, head, special token, key], with tokens and keys in the order of `config.token_layout`. Each
-            row sums to 1. Differential attention has two consecutive maps per head.
+            row sums to 1. With differential attention, the head axis contains two consecutive maps per head.
 
         Raises:
             ValueError: if a token group or layer does not exist, or if the images have an unsupported shape.

@@ -198,8 +198,8 @@ class TrainingOptions:
     ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
-    layer to the previous layer. Tokens and position embeddings precede the first layer. 1: the same learning rate for
-    all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
+    layer to the previous layer. Tokens, position embeddings and patch embeddings count as one layer before the first
+    layer. 1: the same learning rate for all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
     warmup: float = 0.1
     """Fraction of the training steps used for learning rate warmup."""
     weight_decay: float = 0.05
@@ -235,7 +235,7 @@ class TrainingOptions:
     health_every: int = 100
     """Number of steps between measurements of the CLS attention entropy per layer. 0: off."""
     evaluate_every: int = 1
-    """Number of epochs between evaluations on held-out images. The last step is always evaluated."""
+    """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] = "last"
     """Checkpoint to save and report: the checkpoint of the last step, or the checkpoint with the best evaluation. The
     best checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test

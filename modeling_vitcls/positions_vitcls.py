@@ -22,7 +22,7 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 
 # Rotary positions ----------------------------------------------------------------------------------------------------
 def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | MixedRotaryPositions | None":
-    """Build the rotary positions for `config.position_embedding_type`; None if queries and keys are not rotated."""
+    """Build the rotary positions for `config.position_embedding_type`, or return None if nothing is rotated."""
     if not config.has_rotary_positions:
         return None
     if config.position_embedding_type.endswith("rope_mixed"):

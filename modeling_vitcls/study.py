@@ -331,7 +331,7 @@ def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequen
     feature = images.features.get("label")
     if not isinstance(feature, ClassLabel):
         raise ValueError(
-            "`groups` requires a column `label` with class names. Remove `groups`, or set another dataset"
+            "`groups` requires a column `label` with class names. Remove `groups`, or set a different dataset"
         )
     group_names = list(groups)
     indices = {label: index for index, name in enumerate(group_names) for label in groups[name]}
@@ -509,7 +509,7 @@ def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list
     record_file = folder / "study.json"
     study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
     if record_file.exists() and read_json(record_file) != json.loads(json.dumps(study_settings)):
-        raise ValueError(f"{folder} contains runs of a study with different flags. Set another --output-dir")
+        raise ValueError(f"{folder} contains runs of a study with different flags. Set a different --output-dir")
     write_json(record_file, study_settings)
     runner = StudyRunner(study, folder, **settings)
     try:

@@ -76,7 +76,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
         A dict with "kilowatt_hours", "watts_per_process" and "assumption", which states how the power was estimated.
     """
     if device.type == "cuda":
-        watts, assumption = get_power_limit(device), "each GPU drew the power limit of its board"
+        watts, assumption = get_power_limit(device), "each GPU ran at its power limit"
     elif device.type == "cpu":
         num_threads = torch.get_num_threads()
         watts = num_threads * WATTS_PER_CPU_THREAD
@@ -88,7 +88,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
     return {
         "kilowatt_hours": float(f"{watts * num_processes * seconds / JOULES_PER_KILOWATT_HOUR:.3g}"),
         "watts_per_process": watts,
-        "assumption": f"{assumption} all the time; the rest of the machine is not counted",
+        "assumption": f"{assumption} throughout the run; the rest of the machine is not counted",
     }
 
 

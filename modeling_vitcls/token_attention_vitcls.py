@@ -61,7 +61,7 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
-    """Return the sorted indices of the special tokens in the given groups. Raises ValueError for an unknown group."""
+    """Return the sorted indices of the special tokens in the given groups. Raise ValueError for an unknown group."""
     for name in tokens:
         if name not in SPECIAL_TOKENS:
             raise ValueError(f"tokens contains the unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
@@ -70,7 +70,7 @@ def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
 
 
 def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
-    """Return non-negative layer indices. Raises ValueError if `layers` is empty, or if an index is out of range."""
+    """Return non-negative layer indices. Raise ValueError if `layers` is empty, or if an index is out of range."""
     if layers == "all":
         return list(range(num_layers))
     if isinstance(layers, str) or not layers:

@@ -3,7 +3,7 @@
 from .configuration_vitcls import ViTCLSConfig
 
 
-# Token group in `config.token_layout` -> name of a single token of the group.
+# Token group in `config.token_layout` -> name of the token if the group has only one token.
 SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
 
 

@@ -51,7 +51,7 @@ NUM_WARM_UP_CALLS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Name -> mode of torch.compile; max-autotune uses CUDA graphs.
 COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
-AUTOTUNED_PRECISION = "bf16"  # forward passes are only autotuned in this precision, which takes a minute or more
+AUTOTUNED_PRECISION = "bf16"  # forward passes are autotuned only in this precision, which takes a minute or more
 FLASH_MODE = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
 NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}

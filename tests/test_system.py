@@ -87,7 +87,7 @@ def test_the_power_of_a_gpu_is_the_limit_of_its_board(tmp_path: Path, monkeypatc
     estimate = estimate_energy(7200.0, 4, device)
     assert estimate is not None
     assert (estimate["kilowatt_hours"], estimate["watts_per_process"]) == (2.8, 350.0)
-    assert estimate["assumption"].startswith("each GPU drew the power limit of its board all the time")
+    assert estimate["assumption"].startswith("each GPU ran at its power limit throughout the run")
     assert get_power_limit(device) is None  # the driver does not know the limit
     assert get_power_limit(device) is None  # the program fails
     (tmp_path / "nvidia-smi").unlink()

@@ -257,10 +257,10 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     Redrawn tokens that the head reads are not ablated, because these tokens always have an effect.
     """
     layout = model.config.token_layout
-    keys, read_flags = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
+    keys, is_read_by_head = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
     for group, members in get_groups(layout).items():
         indices_by_read_status = {
-            is_read: [index for index in members if read_flags[index] == is_read] for is_read in (False, True)
+            is_read: [index for index in members if is_read_by_head[index] == is_read] for is_read in (False, True)
         }
         ablations = [
             ([keys[index] for index in indices], [[index] for index in indices])
@@ -270,7 +270,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
             ablations.append(([group], [members]))
         for names, choices in ablations:
             if choices:
-                has_null = not any(read_flags[index] for index in choices[0])
+                has_null = not any(is_read_by_head[index] for index in choices[0])
                 num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
                 yield names, [choices[draw % len(choices)] for draw in range(num_draws)], has_null
 
@@ -331,9 +331,9 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Replace the states of the tokens at sequence indices `indices` by `mean_states` [L + 1, n, D], after the
     embeddings and after each layer. The last layer is included only if the head reads one of the tokens."""
-    encoder, read_flags = model.base_model, get_read_tokens(model.config, is_classifier(model))
+    encoder, is_read_by_head = model.base_model, get_read_tokens(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
-    if not any(read_flags[min(index, len(read_flags) - 1)] for index in indices):
+    if not any(is_read_by_head[min(index, len(is_read_by_head) - 1)] for index in indices):
         modules.pop()  # a hook on the last layer would make this layer compute all tokens
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks

@@ -51,9 +51,9 @@ class PatchDiagnosis:
         rating: "bad" or "good".
         reason: sentences with the measured values.
         layer: the layer after which the values were measured; 0 means the embeddings.
-        mode: the second mode after this layer; None if there is no second mode.
-        mode_without_registers: the second mode with the registers hidden from attention; None if there is no such
-            mode.
+        second_mode: the second mode after this layer; None if there is no second mode.
+        second_mode_without_registers: the second mode with the registers hidden from attention; None if there is no
+            such mode.
         num_patches: number of patches.
     """
 
@@ -61,8 +61,8 @@ class PatchDiagnosis:
     rating: Literal["good", "bad"]
     reason: str
     layer: int
-    mode: SecondMode | None
-    mode_without_registers: SecondMode | None
+    second_mode: SecondMode | None
+    second_mode_without_registers: SecondMode | None
     num_patches: int
 
 
@@ -134,14 +134,14 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
         statements.append(
             f"The largest second mode in earlier layers contains {fraction} ({describe_layer(earlier_layer)}){suffix}"
         )
-    mode_without_registers, sentences = compare_without_registers(findings, layer)
+    second_mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="artifacts" if mode is not None else "no artifacts",
         rating="bad" if mode is not None else "good",
         reason=". ".join(statements + sentences) + ".",
         layer=layer,
-        mode=mode,
-        mode_without_registers=mode_without_registers,
+        second_mode=mode,
+        second_mode_without_registers=second_mode_without_registers,
         num_patches=len(ratios),
     )
 

@@ -402,8 +402,8 @@ def describe_effect(ablation: Ablation) -> str:
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
     null_effects = {"patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
-    ranges = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in null_effects.items() if sizes]
-    null = f"; null: {', '.join(ranges)}" if ranges else ""
+    range_texts = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in null_effects.items() if sizes]
+    null = f"; null: {', '.join(range_texts)}" if range_texts else ""
     return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
 
 

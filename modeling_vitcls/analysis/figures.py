@@ -169,8 +169,8 @@ def describe_head(config: ViTCLSConfig) -> str:
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------
 
-MAX_NUMBERED_CLASSES = 20  # maximum number of classes for which counts are shown
-MAX_NAMED_CLASSES = 50  # maximum number of classes for which names are shown
+MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
+MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
 MAX_NAME_LENGTH = 18  # maximum length of a class name in characters
 
 
@@ -204,19 +204,19 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     colorbar.ax.set_yticklabels(["0", "5%", "20%", "50%", "100%"])
     axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
-    if num_classes <= MAX_NUMBERED_CLASSES:
+    if num_classes <= MAX_CLASSES_WITH_COUNTS:
         draw_counts(axes, counts, fractions)
     return figure
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
     """Draw class names along both axes, horizontally if the names are short. Names are omitted if there are more than
-    MAX_NAMED_CLASSES classes."""
-    if len(names) > MAX_NAMED_CLASSES:
+    MAX_CLASSES_WITH_NAMES classes."""
+    if len(names) > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
         return
     short_names = [shorten_text(name, MAX_NAME_LENGTH) for name in names]
-    font_size = 9 if len(names) <= MAX_NUMBERED_CLASSES else 6
+    font_size = 9 if len(names) <= MAX_CLASSES_WITH_COUNTS else 6
     axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
     rotation = 0 if max(map(len, short_names)) <= 3 else 90
     axes.set_xticks(range(len(names)), short_names, fontsize=font_size, rotation=rotation)

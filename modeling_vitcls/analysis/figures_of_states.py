@@ -32,7 +32,7 @@ MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; 
 OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
 OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
 COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
-MAX_NUMBERED_TOKENS = 12  # maximum number of tokens for which the cosine is written in each cell
+MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is written in each cell
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     axes_image = draw_cosine_matrix(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    if len(names) <= MAX_NUMBERED_TOKENS:
+    if len(names) <= MAX_TOKENS_WITH_COSINES:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
             color = "white" if abs(value) > 0.55 else INK
             draw_text(axes, column, row, f"{value:.2f}", 8, color)
@@ -139,7 +139,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
 
 
 def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the cosine similarity between the states of each special token after each pair of layers. Blocks of
+    """For each special token, plot the cosine similarity between its states after any two layers. Blocks of
     high similarity are consecutive layers that hardly change the token.
 
     Raises:

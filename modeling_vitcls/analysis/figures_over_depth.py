@@ -133,8 +133,10 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            fade = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
-            red, green, blue = (fade + (1 - fade) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            white_fraction = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
+            red, green, blue = (
+                white_fraction + (1 - white_fraction) * channel for channel in to_rgb(GROUP_COLORS[group])
+            )
             styles.append(LineStyle(shorten_text(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
 
@@ -167,12 +169,12 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
-    group_order = [name for name, _ in config.token_layout.items()]
+    group_names = [name for name, _ in config.token_layout.items()]
     layers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         bottom = np.zeros(len(fractions))
         for group in groups:
-            values = fractions[:, index, group_order.index(group)].numpy()
+            values = fractions[:, index, group_names.index(group)].numpy()
             axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
             bottom += values
         axes.set_ylim(0, 1)

@@ -28,7 +28,7 @@ class ImagePrediction:
     """Prediction of a model for an image, or for one task of a multi-task model."""
 
     task: str | None
-    labels: list[Label]  # most probable label first; a multi-label model may predict no label
+    labels: list[Label]  # in order of decreasing probability; empty if a multi-label model predicts no label
     top_label: str  # the most probable label, even if a multi-label model does not predict it
 
 

@@ -102,13 +102,13 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
         for sentence in patch_sizes["sentences"]:
             console.print(sentence, markup=False)
-    num_megabytes = options.output.stat().st_size / 2**20
+    size_in_mib = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
         "" if num_with_heads == num_shown else f"; single heads are shown for the first {num_with_heads} images"
     )
     image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({num_megabytes:.1f} MB{omission_note}; {image_counts})", markup=False)
+    console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 

@@ -22,7 +22,7 @@ from .model_utils import evaluation_mode, unwrap_model
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # fractions of the patches that deletion replaces and insertion keeps
 MAX_CORRELATION = 0.5  # maximum `weight_correlation` of a map that depends on the weights
-MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is better than a random order
+MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is significantly better than a random order
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,13 @@ class Predictions:
         return Predictions(self.logits[rows], self.predicted[rows], None if self.labels is None else self.labels[rows])
 
     def compute_accuracy(self) -> float | None:
-        """Return the fraction of correct predictions among images with known labels; None if no label is known."""
+        """Return the fraction of correct predictions among images with known labels, or None if no label is known."""
         if self.labels is None or not bool((self.labels != IGNORED_LABEL).any()):
             return None
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def compute_chance_accuracy(self) -> float | None:
-        """Return the accuracy of always predicting the most frequent label of each column; None if no label is
+        """Return the accuracy of always predicting the most frequent label of each column, or None if no label is
         known."""
         if self.labels is None or self.compute_accuracy() is None:
             return None
@@ -60,7 +60,7 @@ class Predictions:
         return sum(counts) / sum(map(len, known_labels))
 
     def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds chance by two standard errors; None if no label is known."""
+        """Return whether the accuracy exceeds chance by two standard errors, or None if no label is known."""
         accuracy, chance = self.compute_accuracy(), self.compute_chance_accuracy()
         if self.labels is None or accuracy is None or chance is None:
             return None
@@ -193,7 +193,7 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
 
 
 def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | None:
-    """Return dataset labels as a tensor [images, A]; None if `labels` is None, or the model is not a classifier."""
+    """Return dataset labels as a tensor [images, A], or None if `labels` is None, or the model is not a classifier."""
     if labels is None or not is_classifier(model):
         return None
     return torch.stack([encode_label(label, model.config) for label in labels])

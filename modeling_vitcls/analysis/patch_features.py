@@ -98,8 +98,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = Fa
 def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
     """Return a boolean mask [patches] of the foreground.
 
-    The sign of the first principal component separates foreground and background. The foreground has the sign that is
-    less frequent at the borders of the images than inside the images.
+    The sign of the first principal component separates the foreground from the background. The foreground has the
+    sign that is less frequent at the borders of the images than inside the images.
     """
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]

@@ -291,7 +291,7 @@ def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
         "statement": values["reason"],
         "layer": values["layer"],
         "num_patches": values["num_patches"],
-        "second_mode": values["mode"],
-        "second_mode_without_registers": values["mode_without_registers"],
+        "second_mode": values["second_mode"],
+        "second_mode_without_registers": values["second_mode_without_registers"],
         "histogram": dataclasses.asdict(histogram),
     }

@@ -154,8 +154,8 @@ function getGray(image, bitmap, longerSide) {
   return image.grays.get(longerSide);
 }
 
-// Return the indices of the two nearest patches of each pixel along a side, and the weight of the second patch. Outside
-// the visible region, the first index is -1.
+// For each pixel along one image axis, return the indices of the two nearest patches, and the weight of the second
+// patch. Outside the visible region, the first index is -1.
 function getNeighbors(length, start, stop, patches, blocks) {
   const first = new Int16Array(length).fill(-1);
   const second = new Int16Array(length);

@@ -147,7 +147,7 @@ def compare_throughput(
 
 
 class LoggedProcess:
-    """A process whose error output is logged. On exit, the context manager kills the process and its workers."""
+    """A process whose stderr is logged. On exit, the context manager kills the process and its workers."""
 
     def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
         self.command = command
@@ -198,7 +198,7 @@ def check_difference(difference: float, limit: float, name: str, compared_values
     if not difference <= limit:
         raise ValueError(
             f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
-            "Speed is only compared for equal outputs."
+            "Speed is compared only if the outputs are equal."
         )
     return difference
 

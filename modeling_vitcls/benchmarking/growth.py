@@ -183,7 +183,7 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # an entry of the JSON file
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-WIDTH, HEIGHT = 12.0, 6.6  # width of the figure with all axes, and height of the figure, in inches
+FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # width of a figure with all columns, and height, in inches
 CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
 OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.
@@ -206,7 +206,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
     if not columns:
         raise ValueError("--plot requires growth rows of at least one axis. Set --work growth, and omit --rows.")
-    figure = create_figure(max(WIDTH * len(columns) / len(AXES), WIDTH / 2), HEIGHT)
+    figure = create_figure(max(FIGURE_WIDTH * len(columns) / len(AXES), FIGURE_WIDTH / 2), FIGURE_HEIGHT)
     axes_grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
     for (time_axes, memory_axes), axis in zip(axes_grid.T, columns, strict=True):
         growth_axis = AXES[axis]

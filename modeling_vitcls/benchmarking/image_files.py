@@ -130,7 +130,7 @@ def compare_processors(
 
     for _ in range(2):  # the first call also initializes the settings of the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
-            raise ValueError(f"{name}: the pixel values differ. Speed is only compared for equal outputs.")
+            raise ValueError(f"{name}: the pixel values differ. Speed is compared only if the outputs are equal.")
     throughputs = compare_throughput(process_ours, process_theirs, len(files), settings)
     return Comparison("file to pixel_values", name, "AutoImageProcessor", *throughputs, 0.0, {"num_files": len(files)})
 

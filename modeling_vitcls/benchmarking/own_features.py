@@ -6,7 +6,7 @@
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merging or dropping patches changes the outputs, so equality of the outputs is only checked with the feature set to 0.
+Merging or dropping patches changes the outputs, so equality of the outputs is checked only with the feature set to 0.
 The loss of accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 

@@ -96,8 +96,8 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
     pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
-    pair_range = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
-    caption = f"Medians of {pair_range} pairs of measurements. {describe_machine(comparisons)}."
+    pair_counts_text = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
+    caption = f"Medians of {pair_counts_text} pairs of measurements. {describe_machine(comparisons)}."
     return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
 
 
@@ -122,7 +122,7 @@ def write_reports(
     """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
 
     Raises:
-        ValueError: If `plot_file` is given, but no axis of growth was measured.
+        ValueError: If `plot_file` is given, but no row of --work growth was measured.
     """
     for file in (output_file, markdown_file, plot_file):
         if file is not None:

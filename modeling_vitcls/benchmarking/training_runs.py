@@ -40,7 +40,7 @@ class TrainingRun:
     size: ModelSize
     batch_size: int  # number of images per step
     mixed_precision: str  # autocast precision: "no" (no autocast) or "bf16"
-    num_workers: int  # number of data loading processes
+    num_workers: int  # number of data loader workers
     log_every: int  # number of steps per line of metrics
     lines_per_turn: int  # number of lines of metrics per measurement
     learning_rate: float  # peak learning rate
@@ -52,15 +52,15 @@ SHIFT_AUGMENTATION = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift":
 
 PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
 # Settings of scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
-DIGITS = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
+DIGITS_RUN = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
 
 TRAINING_RUNS = {
     "ViT-S/16 at 224, bf16": PHOTOGRAPHS,
     "ViT-S/16 at 224, fp32": replace(PHOTOGRAPHS, mixed_precision="no"),
-    "digits, fp32": DIGITS,
-    "digits, bf16": replace(DIGITS, mixed_precision="bf16"),
+    "digits, fp32": DIGITS_RUN,
+    "digits, bf16": replace(DIGITS_RUN, mixed_precision="bf16"),
 }
-TOY_RUNS = {"toy": replace(DIGITS, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
+TOY_RUNS = {"toy": replace(DIGITS_RUN, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
 MAX_STEPS = 1_000_000  # number of steps of a run, larger than any benchmark requires
 # No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
@@ -114,7 +114,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
 
 
 def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
-    """Return the command line that runs `vitcls finetune` without evaluations and checkpoints."""
+    """Return the command line that runs `vitcls finetune` without evaluations or checkpoints."""
     flags = {
         "model": folder / "our_model",
         "dataset": dataset,

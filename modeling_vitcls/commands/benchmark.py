@@ -5,9 +5,9 @@
     vitcls benchmark --work growth --plot cost.png
     vitcls benchmark --work training
 
-Each round measures this package and the other project, one after the other. The result is the median speed ratio of
-all rounds, because the load of the machine affects both measurements of a round. Speed is only measured if the outputs
-are equal. The benchmarks are implemented in modeling_vitcls/benchmarking/.
+Each pair of measurements runs this package and the other project, one after the other. The result is the median speed
+ratio of all pairs, because the load of the machine affects both measurements of a pair. Speed is measured only if the
+outputs are equal. The benchmarks are implemented in modeling_vitcls/benchmarking/.
 """
 
 import os
@@ -40,7 +40,7 @@ class BenchmarkOptions:
     rows: tuple[str, ...] = ()
     """Names of the rows to measure. Default: all rows of --work."""
     pairs: int = 9
-    """Number of timed rounds. Each round measures this package and the peer once."""
+    """Number of timed pairs of measurements. Each pair measures both sides of a comparison once."""
     output: Path | None = None
     """JSON file for the results."""
     markdown: Path | None = None
@@ -59,7 +59,7 @@ OPTIONS = BenchmarkOptions
 
 
 def check_options(options: BenchmarkOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value, or if flags contradict each other."""
     if options.pairs < 1:
         exit_with_message(f"error: --pairs is {options.pairs}: set --pairs to 1 or more")
     if not options.work or not options.against:

@@ -66,8 +66,8 @@ def describe_cpu_kernels() -> str:
         return f"off: PyTorch {torch.__version__} lacks a private name that the kernels require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
-    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})
-    if dtypes:
-        return f"on, oneDNN for {', '.join(dtypes)}"
+    dtype_names = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})
+    if dtype_names:
+        return f"on, oneDNN for {', '.join(dtype_names)}"
     reason = "this CPU has no AVX-512" if kernels.HAS_ONEDNN else "this PyTorch has no oneDNN"
     return f"on, without oneDNN: {reason}"

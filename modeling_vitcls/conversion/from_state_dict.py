@@ -200,7 +200,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): weight for name, weight in weights.items()}
 
 
-def prepare_dinov3(weights: Weights) -> Weights:
+def prepare_dinov3_weights(weights: Weights) -> Weights:
     """Apply the bias masks, and check that the keys have no bias. Raise ConversionError if a check fails."""
     prepared_weights = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
     for name in prepared_weights:
@@ -333,7 +333,7 @@ def read_mae(weights: Weights) -> Fields:
     }
 
 
-def prepare_big_vision(weights: Weights) -> Weights:
+def prepare_big_vision_weights(weights: Weights) -> Weights:
     """Return the weights of the image model without the prefix, and split arrays of stacked blocks."""
     prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
     prepared_weights: Weights = {}
@@ -424,19 +424,19 @@ def get_weight(weights: Weights, name: str) -> torch.Tensor:
     if name not in weights:
         first_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {first_names}, ... Set another family=..."
+            f"the family requires the weight {name}, but the weights are {first_names}, ... Set a different family=..."
         )
     return weights[name]
 
 
 FAMILIES = {
     "dinov2": StateDictFamily(read_dinov2, DINOV2_RULES, remove_chunk_indices),
-    "dinov3": StateDictFamily(read_dinov3, DINOV3_RULES, prepare_dinov3),
+    "dinov3": StateDictFamily(read_dinov3, DINOV3_RULES, prepare_dinov3_weights),
     "deit": StateDictFamily(read_deit, VIT_RULES),
     "dino": StateDictFamily(read_dino, DINO_RULES),
     "ibot": StateDictFamily(read_dino, DINO_RULES),
     "msn": StateDictFamily(read_deit, VIT_RULES),
     "mae": StateDictFamily(read_mae, VIT_RULES),
     "ijepa": StateDictFamily(read_ijepa, VIT_RULES),
-    "big_vision": StateDictFamily(read_big_vision, BIG_VISION_RULES, prepare_big_vision),
+    "big_vision": StateDictFamily(read_big_vision, BIG_VISION_RULES, prepare_big_vision_weights),
 }

@@ -296,7 +296,7 @@ def build_head_rules(attention_pool: str) -> list[Rule]:
 
 
 def build_rules(model: TimmModule) -> list[Rule]:
-    """Build the rules for the modules of a model."""
+    """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
     pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
     has_only_attention_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None

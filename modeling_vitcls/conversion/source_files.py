@@ -7,8 +7,8 @@
 2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is one, and prefixes of
    parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from parameter names that only this family has. Other files require `--family`.
-4. A timm model of the family loads the same weights. For other image sizes, this package resamples the position
-   embeddings of the timm model as in the authors' code. The resampling in timm often differs.
+4. A timm model of the family loads the same weights. For image sizes other than the native size, this package
+   resamples the position embeddings of the timm model as in the authors' code. The resampling in timm often differs.
 
 Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
 converted in from_timm.py.
@@ -157,11 +157,13 @@ class FileSource(TimmSource):
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix_positions, patch_positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
-            patch_positions = resample_positions(
-                patch_positions, config.grid_size, model.patch_embed.grid_size, config
+            prefix_position_embeddings, patch_position_embeddings = self.model.pos_embed.data.tensor_split(
+                [num_prefix_tokens], dim=1
             )
-            model.pos_embed.data = torch.cat([prefix_positions, patch_positions], dim=1)
+            patch_position_embeddings = resample_positions(
+                patch_position_embeddings, config.grid_size, model.patch_embed.grid_size, config
+            )
+            model.pos_embed.data = torch.cat([prefix_position_embeddings, patch_position_embeddings], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:

@@ -180,8 +180,8 @@ def read_dinov2_layers(config: Any) -> Fields:
 def read_dinov2(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv2, with or without registers.
 
-    Unlike the authors' code, transformers resamples position embeddings without an offset. The class with registers
-    resamples with antialiasing. The registers have no position embeddings.
+    Unlike the authors' code, transformers resamples position embeddings without an offset.
+    `Dinov2WithRegistersModel` resamples with antialiasing. The registers have no position embeddings.
     """
     require_square(config)
     fields = read_common(config, weights) | read_dinov2_layers(config)

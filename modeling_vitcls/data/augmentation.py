@@ -56,7 +56,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation described by `options`, with outputs of `height_width` pixels."""
+    """Build the augmentation described by `options`. The outputs have the size `height_width` in pixels."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
@@ -170,7 +170,7 @@ class MaskGenerator:
         if not 0 < self.num_masked < rows * columns:
             raise ValueError(
                 f"--mask-ratio requires masked and visible patches, but {options.mask_ratio} masks {self.num_masked} "
-                f"of the {rows} x {columns} patches. Set another --mask-ratio or a smaller --patch-size"
+                f"of the {rows} x {columns} patches. Set a different --mask-ratio or a smaller --patch-size"
             )
         if min(block_size, rows) * min(block_size, columns) > self.num_masked:
             raise ValueError(

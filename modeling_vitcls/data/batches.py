@@ -61,8 +61,8 @@ class BatchBuilder:
         keys: list[ImageKey],
         replaced_indices: list[int],
     ) -> Batch:
-        """Apply the random transforms of the augmentation, and return a batch. `pixels` are outputs of
-        `prepare_image`, as a list or, if all images have the same size, as a tensor [B, C, H, W]. `replaced_indices`
+        """Apply the random transforms of the augmentation, and return a batch. `pixels` contains outputs of
+        `prepare_image`: a list or, if all images have the same size, a tensor [B, C, H, W]. `replaced_indices`
         contains the index of the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
@@ -134,14 +134,14 @@ class TrainingImages:
         for candidate in (*range(index, len(self.source)), *range(index)):
             if candidate not in self.unreadable:
                 try:
-                    return candidate, self.load_image(candidate)
+                    return candidate, self.load_pixels(candidate)
                 except UnreadableImage:
                     self.unreadable.add(candidate)
         raise ValueError(
             f"none of the {len(self.source)} images can be read, for example: {self.describe_unreadable(index)}"
         )
 
-    def load_image(self, index: int) -> torch.Tensor:
+    def load_pixels(self, index: int) -> torch.Tensor:
         """Return the prepared pixels of an image, from the cache if possible."""
         if index in self.cache:
             return self.cache[index]

@@ -124,15 +124,15 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
     splits, has_split_folders = divide_into_splits(folder)
     if folder.metadata:
-        split_datasets = read_metadata(folder, splits, has_split_folders)
+        datasets_by_split = read_metadata(folder, splits, has_split_folders)
     elif use_labels:
-        split_datasets = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
+        datasets_by_split = label_by_folder(folder, splits, depth=1 if has_split_folders else 0)
     else:
-        split_datasets = {split: build_split(folder, split, names) for split, names in splits.items()}
+        datasets_by_split = {split: build_split(folder, split, names) for split, names in splits.items()}
     add_unused_note(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.empty_folders:
         folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
-    return datasets.DatasetDict(split_datasets)
+    return datasets.DatasetDict(datasets_by_split)
 
 
 # Splits and classes --------------------------------------------------------------------------------------------------
@@ -205,12 +205,12 @@ def label_by_folder(folder: ImageFolder, splits: dict[str, list[str]], depth: in
             "of the class folder"
         )
     feature = datasets.ClassLabel(names=classes)
-    split_datasets = {}
+    datasets_by_split = {}
     for split, names in splits.items():
         if labeled_names := [name for name in names if labels[name] is not None]:
             indices = feature.str2int([labels[name] for name in labeled_names])
-            split_datasets[split] = build_split(folder, split, labeled_names, indices, feature)
-    return split_datasets
+            datasets_by_split[split] = build_split(folder, split, labeled_names, indices, feature)
+    return datasets_by_split
 
 
 def describe_single_class(dataset: str, name: str) -> str:
@@ -296,7 +296,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
     unlisted_names = sorted(set(folder.images) - set(names))
     add_unused_note(folder, unlisted_names, "not listed in a metadata file")
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
-    split_datasets = {}
+    datasets_by_split = {}
     for split in splits:
         rows = [
             row
@@ -306,8 +306,8 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
         if rows:
             images = [names[row] for row in rows]
             columns = table.take(rows).add_column(0, "image", build_image_column(folder, images))
-            split_datasets[split] = build_dataset(folder, split, images, columns, features)
-    return split_datasets
+            datasets_by_split[split] = build_dataset(folder, split, images, columns, features)
+    return datasets_by_split
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:

@@ -100,20 +100,20 @@ class ArrayImages(Sequence):
 
 
 class EncodedSequence(Sequence):
-    """Images that are decoded on access; `get_encoded` returns one image in the format of `decode_image`."""
+    """Images that are decoded on access; `get_encoded_image` returns one image in the format of `decode_image`."""
 
-    get_encoded: Callable[[int], dict[str, Any] | None]
+    get_encoded_image: Callable[[int], dict[str, Any] | None]
     folder: Path  # folder of the dataset
     item_noun = "row"  # noun for an image without a path in error messages
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.get_encoded(index), f"{self.item_noun} {index}")
+        return decode_image(self.get_encoded_image(index), f"{self.item_noun} {index}")
 
     def get_paths(self) -> list[str | None]:
         """Return the path of each image, or None for an image without a path."""
         return [
             encoded_image["path"] if encoded_image else None
-            for encoded_image in map(self.get_encoded, range(len(self)))
+            for encoded_image in map(self.get_encoded_image, range(len(self)))
         ]
 
     def get_names(self) -> list[str]:
@@ -122,7 +122,7 @@ class EncodedSequence(Sequence):
 
     def read_bytes(self, index: int) -> bytes | None:
         """Return the bytes of one image from memory or a file, or None if the image cannot be read or is remote."""
-        encoded_image = self.get_encoded(index)
+        encoded_image = self.get_encoded_image(index)
         if not encoded_image or encoded_image["bytes"] is not None:
             return encoded_image["bytes"] if encoded_image else None
         if not encoded_image["path"] or "://" in encoded_image["path"]:
@@ -137,7 +137,7 @@ class EncodedSequence(Sequence):
         """Return a checksum of the bytes of each image, or of the path of an image whose bytes are missing."""
         return [
             compute_example_key(encoded_image, self.folder)
-            for encoded_image in map(self.get_encoded, range(len(self)))
+            for encoded_image in map(self.get_encoded_image, range(len(self)))
         ]
 
 
@@ -151,7 +151,7 @@ class FileImages(EncodedSequence):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def get_encoded(self, index: int) -> dict[str, Any]:
+    def get_encoded_image(self, index: int) -> dict[str, Any]:
         return {"path": self.paths[index], "bytes": None}
 
 
@@ -166,7 +166,7 @@ class EncodedImages(EncodedSequence):
     def __len__(self) -> int:
         return len(self.encoded_images)
 
-    def get_encoded(self, index: int) -> dict[str, Any]:
+    def get_encoded_image(self, index: int) -> dict[str, Any]:
         return self.encoded_images[index]
 
 
@@ -181,7 +181,7 @@ class ColumnImages(EncodedSequence):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def get_encoded(self, index: int) -> dict[str, Any] | None:
+    def get_encoded_image(self, index: int) -> dict[str, Any] | None:
         return self.dataset[index][self.column]
 
     def get_paths(self) -> list[str | None]:
@@ -235,8 +235,8 @@ def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Im
     """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
     mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
-    As in Pillow, the attribute `filename` of the image contains the name for error messages: the path, or
-    `fallback_name`.
+    The `filename` attribute of the image is the path (as in Pillow) or, without a path, `fallback_name`. Error
+    messages contain this name.
     """
     if not encoded_image or not (encoded_image["bytes"] is not None or encoded_image["path"]):
         raise UnreadableImage(f"{fallback_name} has no image")
@@ -256,7 +256,7 @@ def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Im
 
 def read_image_file(path: str) -> Any:
     """Read an image from a file, a URL, or a file of a dataset on the Hub."""
-    if path.startswith("hf://") or "::" in path:  # a file in a repository or an archive, which `datasets` opens
+    if path.startswith("hf://") or "::" in path:  # `datasets` opens files in Hub repositories and archives
         import datasets
 
         return datasets.Image().decode_example({"path": path, "bytes": None})

@@ -209,7 +209,8 @@ def build_label_column(
             normalized_label = normalize_value(label)
             if isinstance(normalized_label, float) or not isinstance(normalized_label, Hashable):
                 raise ValueError(
-                    f"{options.dataset}: the column {name!r} does not contain class labels. Set another --label-column"
+                    f"{options.dataset}: the column {name!r} does not contain class labels. Set a "
+                    "different --label-column"
                 )
             distinct_values.add(normalized_label)
     distinct_values.discard(None)

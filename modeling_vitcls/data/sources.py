@@ -80,11 +80,11 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
-    images_by_split = {name: add_missing_labels(split.images) for name, split in images_by_split.items()}
+    images_by_split = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=images_by_split)
 
 
-def add_missing_labels(images: Any) -> LabeledImages:
+def mark_as_unlabeled(images: Any) -> LabeledImages:
     """Return images with the label -100 for every image."""
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
 
@@ -124,7 +124,9 @@ def load_idx_folder(folder: Path) -> Splits:
         if image_file is None:
             continue
         if label_file is None:
-            raise ValueError(f"{folder} contains {image_file.name}, but not {prefix}-labels-idx1-ubyte")
+            raise ValueError(
+                f"{folder} contains {image_file.name}, but not {prefix}-labels-idx1-ubyte. Add the label file"
+            )
         images, labels = read_idx(image_file, num_dimensions=3), read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
             raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
@@ -165,7 +167,7 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     folder, name = get_dataset_folder(options), get_dataset_name(options)
     images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
-        images_by_split = {split: add_missing_labels(unlabeled_images) for split, unlabeled_images in images.items()}
+        images_by_split = {split: mark_as_unlabeled(unlabeled_images) for split, unlabeled_images in images.items()}
         return Splits(name, UNLABELED, images_by_split, list(all_splits))
 
     def read_all(column: str) -> Iterator[Any]:
@@ -178,11 +180,11 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
         split_name = f"{options.dataset}, split {split!r}"
         labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
-        images_by_split[split] = drop_unlabeled(LabeledImages(images[split], labels), options, split)
+        images_by_split[split] = drop_unlabeled_images(LabeledImages(images[split], labels), options, split)
     return Splits(name, reader.space, images_by_split, list(all_splits))
 
 
-def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
+def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
     """Return the images that have a label, and log a warning about images without a label. Raise ValueError if no
     image has a label, or if more than --max-broken-images images have no label."""
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
@@ -190,14 +192,14 @@ def drop_unlabeled(images: LabeledImages, options: DataOptions, split: str) -> L
         return images
     if len(unlabeled_indices) == len(images):
         raise ValueError(
-            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set another "
+            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set a different "
             "--label-column or --split"
         )
     rows = shorten_list([str(index) for index in unlabeled_indices])
     message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
     if len(unlabeled_indices) > options.max_broken_images:
-        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to leave the images out")
-    warn_on_first_process(f"{message} and are left out")
+        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to skip the images")
+    warn_on_first_process(f"{message} and are skipped")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
 

@@ -133,7 +133,7 @@ def split_data(
     check_splits(options, space, list(split_images), splits, use_selection_split)
     train = split_images[splits.train]
     if splits.held_out is not None:
-        held_out, description = read_images(split_images[splits.held_out]), f"split {splits.held_out!r}"
+        held_out, description = materialize_images(split_images[splits.held_out]), f"split {splits.held_out!r}"
         record = HeldOutRecord(splits.held_out, len(held_out))
     else:
         rule = get_held_out_rule(options)
@@ -143,7 +143,7 @@ def split_data(
             description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     selection, selection_name = None, ""
     if splits.selection is not None:
-        selection, selection_name = read_images(split_images[splits.selection]), f"split {splits.selection!r}"
+        selection, selection_name = materialize_images(split_images[splits.selection]), f"split {splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
@@ -151,7 +151,7 @@ def split_data(
     return TrainingData(name, space, train, held_out, description, record, selection, selection_name)
 
 
-def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
+def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
     """Return the images of a whole split; the images of a stream are read and stored in memory."""
     return images.read_held_out_images() if isinstance(images, StreamedImages) else images
 
@@ -201,7 +201,8 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
         raise ValueError(
             f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
-            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or another --split-seed, or add images"
+            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or a different "
+            "--split-seed, or add images"
         )
     record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
     return images.select(train_indices), images.select(held_out_indices), record
@@ -237,19 +238,19 @@ def load_evaluation_data(
         streams = open_streams(options)
         names = list(streams)
         name = choose_split(split, names, record)
-        images: LabeledImages | StreamedImages = streams[get_stored_split(name, names, options)]
+        images: LabeledImages | StreamedImages = streams[resolve_split(name, names, options)]
         space = next(iter(streams.values())).label_space
     else:
 
         def select_split(names: list[str]) -> list[str]:
-            return [get_stored_split(choose_split(split, names, record), names, options)]
+            return [resolve_split(choose_split(split, names, record), names, options)]
 
         splits = load_splits(options, select=select_split)
         names, space = splits.names, splits.label_space
         name = choose_split(split, names, record)
         (images,) = splits.images_by_split.values()
     if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
-        return EvaluationData(space, read_images(images), name, None)
+        return EvaluationData(space, materialize_images(images), name, None)
     if name == "train" and options.streaming:
         raise ValueError(
             f"evaluation on the training images of the single split of {options.dataset} is not supported for "
@@ -274,7 +275,7 @@ def choose_split(split: str | None, names: Collection[str], record: HeldOutRecor
     return record.split if record is not None and record.split in names and record.split else "test"
 
 
-def get_stored_split(split: str, names: list[str], options: DataOptions) -> str:
+def resolve_split(split: str, names: list[str], options: DataOptions) -> str:
     """Return the split of the dataset that contains the requested images: the requested split, or the only split."""
     if split in names:
         return split
@@ -382,7 +383,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     num_classes = len(train | held_out)
     remedy = "Add images"
     if training_data.record.rule is not None:
-        remedy += ", or set another --split-seed or --held-out-fraction"
+        remedy += ", or set a different --split-seed or --held-out-fraction"
     warnings = []
     for missing_classes, images, consequence in (
         (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),

@@ -122,7 +122,8 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row. The image has the input format of `decode_image`."""
+        """Yield the column values and the image key of each row. The image column contains inputs of
+        `decode_image`."""
         for values in stream:
             encoded = encode_value(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
@@ -217,7 +218,7 @@ class TrainingStream:
 
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from the given examples. Raise ValueError if none of the images can be read."""
-        pixels = {index: self.load_image(example) for index, example in enumerate(examples)}
+        pixels = {index: self.load_pixels(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:
             raise ValueError(
@@ -238,7 +239,7 @@ class TrainingStream:
             replaced_indices,
         )
 
-    def load_image(self, example: Example) -> torch.Tensor | None:
+    def load_pixels(self, example: Example) -> torch.Tensor | None:
         """Decode an image and apply the fixed transform; return None if the image cannot be read."""
         try:
             return self.builder.prepare_image(decode_image(example.encoded, hex(example.index)))

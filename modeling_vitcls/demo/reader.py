@@ -217,7 +217,7 @@ class DemoModel:
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether a prediction is displayed with a heading; False for independent probabilities."""
+        """Return whether a prediction is displayed with a heading; False for separate probabilities."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not get_sigmoid_scores
 
@@ -322,7 +322,7 @@ def format_values(values: torch.Tensor, names: list[str]) -> Prediction:
 PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
     None: ("Label", get_softmax_scores),
     "single_label_classification": ("Label", get_softmax_scores),
-    "multi_label_classification": ("Labels with independent probabilities", get_sigmoid_scores),
+    "multi_label_classification": ("Labels with separate probabilities", get_sigmoid_scores),
     "regression": ("Regression values", format_values),
 }
 

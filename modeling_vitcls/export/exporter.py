@@ -107,7 +107,7 @@ def export_model(
         )
     exportable = load_exportable(source)
     model = exportable.model
-    shape = select_graph_shape(model, image_size, dynamic, file_format.has_antialias)
+    shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
@@ -130,7 +130,7 @@ def export_model(
             },
             tried=comparisons,
             input=describe_input(model.config, shape),
-            outputs=describe_outputs(reference_outputs[0], shape),
+            outputs=get_output_shapes(reference_outputs[0], shape),
             fixed_because=shape.fixed_size_reason,
             preprocessing=describe_preprocessing(exportable.processor),
             labels=get_label_names(model.config, names),
@@ -158,7 +158,7 @@ def check_not_existing(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file} exists. Set another --output, or remove the file")
+            raise ValueError(f"{file} exists. Set a different --output, or remove the file")
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -240,7 +240,7 @@ def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
     }
 
 
-def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
+def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
     """Return the shape of each output, with names for the dynamic axes of [B, N, D] and [B, D, rows, columns]."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
@@ -254,7 +254,7 @@ def describe_outputs(outputs: Outputs, shape: GraphShape) -> dict[str, list[int 
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the image processor settings that are not None; None if there is no image processor."""
+    """Return the image processor settings that are not None, or None if there is no image processor."""
     if processor is None:
         return None
     settings = select_settings(processor, PREPROCESSING_SETTINGS)

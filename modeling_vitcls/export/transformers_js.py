@@ -104,7 +104,7 @@ def export_for_transformers_js(
         raise ValueError(
             "--format transformers.js requires a classifier for one task (no regression) and its image processor, but "
             f"{source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
-            "processor. Set another --model"
+            "processor. Set a different --model"
         )
     preprocessor_config = build_preprocessor_config(processor)
     batches = [
@@ -142,7 +142,7 @@ def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
 
 
 def build_config(exportable: ExportableModel) -> dict[str, Any]:
-    """Return the content of config.json; transformers.js reads the model type and the labels."""
+    """Return the contents of config.json; transformers.js reads the model type and the labels."""
     config = exportable.model.config
     return {
         "model_type": "vit",
@@ -160,10 +160,12 @@ def build_config(exportable: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the content of preprocessor_config.json. Raise ValueError if the image processor does not
+    """Return the contents of preprocessor_config.json. Raise ValueError if the image processor does not
     convert images to RGB."""
     if not processor.do_convert_rgb:
-        raise ValueError("transformers.js converts images to RGB, but do_convert_rgb is False. Use another --format")
+        raise ValueError(
+            "transformers.js converts images to RGB, but do_convert_rgb is False. Use a different --format"
+        )
     settings = select_settings(processor)
     settings["resample"] = int(PILImageResampling(settings["resample"]))
     return json.loads(json.dumps(settings | {"image_processor_type": "ViTImageProcessor"}))

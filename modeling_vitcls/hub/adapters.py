@@ -46,7 +46,7 @@ def write_adapter(
 
     Args:
         folder: Folder of the adapter; created if it does not exist.
-        weights: All unsharded tensors of a classifier with PEFT's LoRA layers, by name.
+        weights: Complete, unsharded state dict of a classifier with PEFT's LoRA layers.
         config: Configuration of the classifier.
         rank: Rank of the LoRA matrices.
         base_model: Hub id or folder of the base model.

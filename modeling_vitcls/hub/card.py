@@ -18,7 +18,7 @@ from .card_results import (
     CONFIDENCE_LEVEL,
     build_class_tables,
     build_metric_rows,
-    describe_limits,
+    describe_limitations,
     format_name,
     get_metric_names,
 )
@@ -66,7 +66,7 @@ def build_card(
         matrices=list_confusion_matrices(images, config),
         purpose=describe_purpose(config),
         classes=describe_classes(config),
-        limits=describe_limits(results, config),
+        limitations=describe_limitations(results, config),
         use=build_use_section(name, "ViTCLSForImageClassification", has_pipeline=not config.tasks),
         **build_common_fields(name, config, results, flags, base_provenance, teacher_provenance, images, "finetune"),
     )

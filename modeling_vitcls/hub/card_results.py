@@ -1,4 +1,4 @@
-"""Measured values in a card: table rows, and sentences about the limits of the model."""
+"""Measured values in a card: table rows, and sentences about the limitations of the model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -71,11 +71,11 @@ def format_percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
-# Measured limits -----------------------------------------------------------------------------------------------------
+# Measured limitations ------------------------------------------------------------------------------------------------
 
 
-def describe_limits(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
-    """Return sentences about the measured limits of the model."""
+def describe_limitations(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
+    """Return sentences about the measured limitations of the model."""
     sentences = [*describe_uncertainty(results, config), *describe_weakest_classes(results, config)]
     calibration_error = results.get("calibration_error")
     if calibration_error is not None:

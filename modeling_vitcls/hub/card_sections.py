@@ -103,7 +103,7 @@ def build_use_section(
 def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
     """Insert the section "ONNX files" before the citation of a card; return the card unchanged if it has the section.
 
-    `report` is the content of onnx/report.json.
+    `report` is the parsed onnx/report.json.
     """
     if "\n## ONNX files\n" in card:
         return card
@@ -217,7 +217,7 @@ def format_value(value: Any) -> str:
 
 
 def format_energy(estimate: dict[str, Any] | None) -> str | None:
-    """Return the energy in kWh or Wh; None if there is no estimate."""
+    """Return the energy in kWh or Wh, or None if there is no estimate."""
     if estimate is None:
         return None
     kilowatt_hours = estimate["kilowatt_hours"]
@@ -226,7 +226,7 @@ def format_energy(estimate: dict[str, Any] | None) -> str | None:
 
 
 def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
-    """Return sentences about the FLOPs utilization and the peak throughput; None if there are no measurements."""
+    """Return sentences about the FLOPs utilization and the peak throughput, or None if there are no measurements."""
     if measurements is None:
         return None
     fraction = measurements["of_training_steps"]
@@ -242,7 +242,7 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
 
 
 def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | None) -> str | None:
-    """Return sentences about the teacher and its license; None if there is no teacher."""
+    """Return sentences about the teacher and its license, or None if there is no teacher."""
     if not flags.get("teacher"):
         return None
     label = teacher_provenance.license_label if teacher_provenance else None

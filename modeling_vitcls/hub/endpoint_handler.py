@@ -4,10 +4,10 @@
     {"inputs": IMAGE, "parameters": {"top_k": 5}}    -> [{"label": "cat", "score": 0.9}, ...]
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
-An image is a PIL image, or the content of an image file as bytes, base64 or a base64 data URL. http and https URLs are
-disabled by default, because users could make the endpoint send requests to any address; set VITCLS_ENDPOINT_URLS=1 to
-enable URLs. Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An encoder
-returns the pooled features per image, or the last hidden state if the encoder has no pooler.
+An image is a PIL image, or the contents of an image file as bytes, base64 or a base64 data URL. http and https URLs
+are disabled by default, because users could make the endpoint send requests to any address; set VITCLS_ENDPOINT_URLS=1
+to enable URLs. Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An
+encoder returns the pooled features per image, or the last hidden state if the encoder has no pooler.
 
 This file uses the code in the repository, and does not import the package modeling_vitcls.
 """

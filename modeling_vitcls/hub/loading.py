@@ -111,7 +111,8 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
         log.warning(
-            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request",
+            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
+            "Hub",
             error,
             source,
         )
@@ -120,9 +121,9 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
-    """Check that a folder contains a vitcls model, and return the content of config.json.
+    """Check that a folder contains a vitcls model, and return the contents of config.json.
 
-    `source` is the name of the model in error messages. Raises ValueError for other model types or a damaged
+    `source` is the name of the model in error messages. Raise ValueError for other model types or a damaged
     config.json, and OSError if config.json is missing.
     """
     check_checkpoint_folder(str(folder), has_other_config=False)
@@ -147,7 +148,7 @@ def get_any_model_folder(source: str, revision: str | None = None) -> str:
 def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
     """Return the Hub's information about a repository, using at most two requests.
 
-    Raises HubUnreachable if the Hub does not respond, and OSError if there is no such repository or revision.
+    Raise HubUnreachable if the Hub does not respond, and OSError if there is no such repository or revision.
     """
     try:
         return retry(
@@ -239,7 +240,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
-    """Return the folder of a revision in the cache; None if the revision (default: `main`) is not in the cache."""
+    """Return the folder of a revision in the cache, or None if the revision (default: `main`) is not in the cache."""
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:
@@ -298,7 +299,7 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
 def load_timm(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model and, if `name` starts with `hf-hub:`, the commit hash of the repository (otherwise None).
 
-    Raises OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
+    Raise OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
     """
     import timm
 

@@ -95,7 +95,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
     published only if images of the dataset may be published. The license of the code files is added.
 
-    Raises ValueError if the folder does not contain a complete vitcls model, or if the code is in several
+    Raise ValueError if the folder does not contain a complete vitcls model, or if the code is in several
     repositories.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -197,9 +197,9 @@ def iter_strings(value: Any) -> Iterator[str]:
 
 
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
-    """Return the repository with a model's code; None if the code is next to the weights, in the repository `repo_id`.
+    """Return the repository with a model's code, or None if the code is next to the weights, in `repo_id`.
 
-    Raises ValueError if there are several repositories, because `code_revision` can pin only one repository.
+    Raise ValueError if there are several repositories, because `code_revision` can pin only one repository.
     """
     prefixes = {reference.rpartition(REPO_SEPARATOR)[0] for reference in read_code_references(folder)}
     repositories = {None if prefix in ("", repo_id) else prefix for prefix in prefixes}
@@ -280,8 +280,8 @@ SAMPLE_IMAGES = "pictures/attention.png"  # path of the only figure that shows i
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local dataset whose images the card shows; None if the card shows no images of a
-    local dataset, or if `--card-samples` was set."""
+    """Return the local dataset whose images the card shows, or None if the card shows no images of a local
+    dataset, or if `--card-samples` was set."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
         return None
@@ -289,7 +289,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the flags of the run that wrote the folder; None if they are missing or unreadable."""
+    """Return the flags of the run that wrote the folder, or None if they are missing or unreadable."""
     try:
         flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML

@@ -69,7 +69,7 @@ class Provenance:
         return ", ".join(label) if isinstance(label, list) else label
 
     def copy_license(self, folder: Path) -> None:
-        """Copy the license text to a model folder. Raises OSError if the files cannot be written."""
+        """Copy the license text to a model folder. Raise OSError if the files cannot be written."""
         for file in self.license_files:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
@@ -110,7 +110,7 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 
 
 def download_card(repo_id: str) -> Path | None:
-    """Return a folder with the card and the license files of a model on the Hub; None if the files are unavailable."""
+    """Return a folder with the card and the license files of a model on the Hub, or None if they are unavailable."""
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
@@ -225,11 +225,11 @@ class WeightsLicense:
 
     def __str__(self) -> str:
         """Return the sentences as one text."""
-        known_sentence, unknown_sentence = self.sentences
-        sentences = [unknown_sentence]
+        known_license_sentence, unknown_license_sentence = self.sentences
+        sentences = [unknown_license_sentence]
         if self.source is not None and self.source.license_label is not None:
             label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
-            sentences = [known_sentence.format(license=f"[{label}]({link})" if link else label)]
+            sentences = [known_license_sentence.format(license=f"[{label}]({link})" if link else label)]
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")

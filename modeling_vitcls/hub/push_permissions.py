@@ -106,7 +106,7 @@ def is_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
     if private and not repo_info.private:
         raise ValueError(
             f"{repo_id} exists and is public, but a private repository is required. Make the repository private in "
-            f"the settings on the Hub, or set another name with {REPO_ID_FLAGS[repo_type]}"
+            f"the settings on the Hub, or set a different name with {REPO_ID_FLAGS[repo_type]}"
         )
     return True
 

@@ -38,7 +38,7 @@ class HubCommit:
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     """Return the commit of a revision.
 
-    Raises ValueError if the repository or the revision does not exist, and OSError if the Hub does not respond.
+    Raise ValueError if the repository or the revision does not exist, and OSError if the Hub does not respond.
     """
     if not is_hub_id(repo_id):
         raise ValueError(describe_missing_repo(repo_id))
@@ -63,7 +63,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
     """Download files of a commit to a folder, by default to the cache, and return the folder.
 
-    Raises OSError if the download fails. The message is one line.
+    Raise OSError if the download fails. The message is one line.
     """
     repo_id = commit.repo_id
     try:
@@ -80,7 +80,7 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the model's code; None if the code is in the model's own
+    """Return the newest commit of the repository with the model's code, or None if the code is in the model's own
     repository.
 
     `folder` contains the model's files. Raise ValueError if the code is in several repositories. Errors of

@@ -116,7 +116,7 @@ class PublishedModel:
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
     """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Raises ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if the model is not a vitcls
+    Raise ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if the model is not a vitcls
     model, and OSError if the Hub does not respond.
     """
     if Path(repo_id).is_dir():
@@ -145,7 +145,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
     """Build the files of the Space. `title` is the title of the Space on the Hub and of the card.
 
-    Raises ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
+    Raise ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
     app = APP_TEMPLATE.format(
         folder=PAGE_FOLDER,
@@ -236,7 +236,7 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
 def write_space(files: RepoFiles, folder: Path) -> None:
     """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from the folder.
 
-    Raises ValueError if the folder is not empty.
+    Raise ValueError if the folder is not empty.
     """
     check_output_is_empty(folder)
     for name, content in files.items():
@@ -262,7 +262,7 @@ def push_space(
     made. `private` and `sdk` apply only to a new Space. `flags` contains the other flags of `vitcls space` that were
     used to build `files`; the command in the error message includes these flags.
 
-    Raises PushFailed if the push fails. The message is one line and ends with the command that completes the push.
+    Raise PushFailed if the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:

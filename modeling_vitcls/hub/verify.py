@@ -3,7 +3,7 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. The hash of each file must match the hash on the Hub, and the content of each file must
+1. All files are downloaded. The hash of each file must match the hash on the Hub, and the contents of each file must
    match the file in `folder`.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
    (verification_script.py). Because the process may run code by an unknown author, the process receives only a few
@@ -149,8 +149,8 @@ def verify(
     """
     check_is_online()
     model = resolve_commit(repo_id, revision)
-    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_name, silence_transformers():
-        scratch = Path(scratch_name)
+    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_path, silence_transformers():
+        scratch = Path(scratch_path)
         files = scratch / "files"
         num_files = download_files(model, files)
         if folder is not None:
@@ -181,7 +181,7 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raises PushedButNotVerified if the verification fails.
+    """Verify the model that was pushed from `folder`. Raise PushedButNotVerified if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
@@ -199,7 +199,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
 
 
 def download_files(model: HubCommit, target: Path) -> int:
-    """Download the files of a model and return the number of files. Raises NotVerified if a file has a wrong hash."""
+    """Download the files of a model and return the number of files. Raise NotVerified if a file has a wrong hash."""
     repo_id, commit = model.repo_id, model.commit
     download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
@@ -265,11 +265,11 @@ def run_script(
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raises RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
+    Raise RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
     """
     error_prefix = f"a new process cannot load {model.repo_id} at {model.commit}"
-    with tempfile.TemporaryDirectory(dir=scratch) as home:
-        target = Path(home, "outputs")
+    with tempfile.TemporaryDirectory(dir=scratch) as home_folder:
+        target = Path(home_folder, "outputs")
         target.mkdir()
         request = {
             "repo_id": model.repo_id,
@@ -280,13 +280,13 @@ def run_script(
             "target": str(target),
             "num_threads": torch.get_num_threads(),
         }
-        request_file = Path(home, "request.json")
+        request_file = Path(home_folder, "request.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
         needs_token = model.needs_token or (code is not None and code.needs_token)
         process = subprocess.run(
             [sys.executable, "-P", verification_script.__file__, str(request_file)],
-            cwd=home,
-            env=build_clean_environment(home, needs_token),
+            cwd=home_folder,
+            env=build_clean_environment(home_folder, needs_token),
             capture_output=True,
             text=True,
             check=False,
@@ -301,15 +301,15 @@ def run_script(
         return load_file(target / "outputs.safetensors"), report
 
 
-def build_clean_environment(home: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with the cache in the folder `home` and, if `needs_token`, the user's token."""
+def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, str]:
+    """Return a minimal environment with the cache in `home_folder` and, if `needs_token`, the user's token."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name.upper() in INHERITED_VARIABLES or name.upper().startswith(INHERITED_PREFIXES)
     }
     # PYTHONUSERBASE is the location of packages that were installed with `pip install --user`.
-    environment |= {"HOME": home, "HF_HOME": home, "PYTHONUSERBASE": site.getuserbase()}
+    environment |= {"HOME": home_folder, "HF_HOME": home_folder, "PYTHONUSERBASE": site.getuserbase()}
     token = get_token() if needs_token else None
     return environment | ({"HF_TOKEN": token} if token else {})
 
@@ -341,7 +341,7 @@ def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[s
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
 
-    Raises NotVerified if a difference exceeds the tolerance.
+    Raise NotVerified if a difference exceeds the tolerance.
     """
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))

@@ -111,7 +111,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that prints a warning to the console.
 
-    Raises OSError if the folder of `--output` cannot be created.
+    Raise OSError if the folder of `--output` cannot be created.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)

@@ -178,7 +178,8 @@ class Evaluator:
         if values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
                 f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images, "
-                f"but expected {self.num_images} images in total. This is a bug"
+                f"but expected {self.num_images} images in total. This is a bug. Report it with "
+                "the output of `vitcls env`"
             )
         return select_scalars(values) | {"num_broken_images": num_unreadable} | values
 

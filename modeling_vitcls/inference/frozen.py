@@ -138,17 +138,17 @@ def measure_accuracies(
     """Return the accuracy of a classifier on each token of each layer, with a 95% confidence interval.
 
     For `knn` and `logreg`, the interval is the Wilson interval over the held-out images. Few-shot classifiers are
-    fitted to `num_repeats` random selections of images; the interval is the confidence interval of the mean accuracy.
+    fitted to `num_repeats` random subsets of images; the interval is the confidence interval of the mean accuracy.
     """
     _, _, num_images_per_class = kind.partition(":")
-    selections = [np.arange(len(training_features.labels))]
+    subsets = [np.arange(len(training_features.labels))]
     if num_images_per_class:
-        selections = select_few_shot_images(training_features.labels, int(num_images_per_class), num_repeats, seed)
+        subsets = select_few_shot_images(training_features.labels, int(num_images_per_class), num_repeats, seed)
     num_images = len(held_out_features.labels)
     rows = []
     for (layer, token), vectors in training_features.vectors.items():
         correct_counts = []
-        for indices in selections:
+        for indices in subsets:
             classifier = build_classifier(kind, len(indices)).fit(vectors[indices], training_features.labels[indices])
             predictions = classifier.predict(held_out_features.vectors[layer, token])
             correct_counts.append(int((predictions == held_out_features.labels).sum()))
@@ -166,7 +166,7 @@ def select_few_shot_images(
 ) -> list[np.ndarray]:
     """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class.
 
-    Raises ValueError if a class has fewer than `num_images_per_class` images.
+    Raise ValueError if a class has fewer than `num_images_per_class` images.
     """
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_images_per_class:
@@ -174,14 +174,14 @@ def select_few_shot_images(
             f"--frozen few-shot:{num_images_per_class} requires {num_images_per_class} training images of each class, "
             f"but {str(names[counts.argmin()])!r} has {counts.min()}. Set --frozen few-shot:{counts.min()}"
         )
-    selections = []
+    subsets = []
     for repeat in range(num_repeats):
         generator = np.random.default_rng([seed, repeat])
         class_indices = [
             generator.choice(np.flatnonzero(labels == name), num_images_per_class, replace=False) for name in names
         ]
-        selections.append(np.sort(np.concatenate(class_indices)))
-    return selections
+        subsets.append(np.sort(np.concatenate(class_indices)))
+    return subsets
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:

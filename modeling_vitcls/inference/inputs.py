@@ -38,7 +38,8 @@ from ..options import DataOptions, PredictOptions
 class ImageRecord:
     """An image with an index in the input, a name and content.
 
-    The content is a path, a URL, encoded bytes, any other input of the image processor, or None for a missing image.
+    The content is a path, a URL, encoded bytes, any other input that the image processor accepts, or None for
+    a missing image.
     """
 
     index: int
@@ -80,7 +81,7 @@ class ListInput:
 def open_image_files(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders.
 
-    Images in a folder are sorted by name. Raises ValueError if there are no images.
+    Images in a folder are sorted by name. Raise ValueError if there are no images.
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
@@ -235,7 +236,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     """Return the split with the name `--split`, or the only split if `--split` is not set.
 
-    Raises ValueError if there is no such split.
+    Raise ValueError if there is no such split.
     """
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
@@ -293,7 +294,7 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
 
 
 def fetch_file(url: str) -> bytes:
-    """Return the content of a file in a streamed dataset, for example from an `hf://` or `s3://` URL or an archive."""
+    """Return the contents of a file in a streamed dataset, for example from `hf://`, `s3://` or an archive."""
     import fsspec
 
     try:

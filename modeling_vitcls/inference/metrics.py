@@ -305,7 +305,7 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
 
 
 def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
-    """Return the confidence interval [low, high] of `num_correct / num_images`; None if `num_images` is 0.
+    """Return the confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
 
     This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
     inference"). The interval lies between 0 and 1, and has a positive width even if all predictions are correct.
@@ -325,7 +325,7 @@ def safe_divide(numerator: int, denominator: int) -> float | None:
 
 
 def compute_mean(values: list[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None if all values are None."""
+    """Return the mean of the values that are not None, or None if all values are None."""
     defined_values = [value for value in values if value is not None]
     return sum(defined_values) / len(defined_values) if defined_values else None
 

@@ -272,7 +272,7 @@ class ShardFolder:
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat.
 
-        Raises OSError if shards are missing, but all other processes have ended or a heartbeat is too old.
+        Raise OSError if shards are missing, but all other processes have ended or a heartbeat is too old.
         """
         own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
@@ -295,7 +295,7 @@ class ShardFolder:
     def count_rows(self, num_images: int) -> tuple[int, int]:
         """Return the number of rows in all shards, and the number of rows with an error.
 
-        Raises ValueError if a file is damaged, or if the number of rows in a file is wrong.
+        Raise ValueError if a file is damaged, or if the number of rows in a file is wrong.
         """
         num_rows = num_failed = 0
         for number, indices in enumerate(iterate_shards(num_images, self.size)):

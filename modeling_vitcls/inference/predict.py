@@ -235,7 +235,7 @@ def predict_to_folder(
     """Write the missing shards, which are divided among the processes. The main process waits for all shards.
 
     The main process polls for the files, because a collective operation would time out if a process is slow.
-    Raises OSError if a process has ended without writing its shards.
+    Raise OSError if a process has ended without writing its shards.
     """
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)

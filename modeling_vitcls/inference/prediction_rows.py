@@ -178,7 +178,7 @@ def build_prediction_columns(
 ) -> PredictionColumns:
     """Build the output columns of a model.
 
-    Raises ValueError if the model has no labels, or if the model does not support the arguments.
+    Raise ValueError if the model is not a classifier, or if the model does not support the arguments.
     """
     config: Any = model.config
     if features is not None:
@@ -186,8 +186,10 @@ def build_prediction_columns(
     if config.tasks:
         return TopLabelColumns(model, config.task_labels(), top_k)
     if not config.num_labels or config.problem_type == "regression":
+        problem = "was trained for regression" if config.num_labels else "has no classifier"
         raise ValueError(
-            "prediction requires labels, but the model has no labels. Fine-tune the model, or set --features"
+            f"label prediction requires a classifier, but the model {problem}. Fine-tune a classifier, or set "
+            "--features"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
@@ -230,7 +232,7 @@ def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autoca
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
     is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)  # [B]
-    overflow_row = {"error": "the model output is not finite. Set another --mixed-precision"}
+    overflow_row = {"error": "the model output is not finite. Set a different --mixed-precision"}
     rows = columns.build_rows(outputs)
     return [
         row if is_row_finite else overflow_row for row, is_row_finite in zip(rows, is_finite.tolist(), strict=True)

@@ -54,7 +54,7 @@ class BranchUploads:
     teacher: Provenance | None = None
     thread: threading.Thread | None = None
     step: int = 0  # step of the last upload
-    failed_step: int = 0  # last step whose files could not be written
+    last_failed_step: int = 0  # last step whose files could not be written
     has_skipped_upload: bool = False  # whether an upload was skipped
     has_timed_out: bool = False  # whether the last upload exceeded the maximum waiting time
 
@@ -97,7 +97,7 @@ class BranchUploads:
         with state.use_averaged_weights():
             weights = gather_weights(self.model, self.accelerator.is_main_process)
             self.try_write(step, lambda: self.fill_folder(step, weights))
-        if self.accelerator.is_main_process and self.failed_step != step:
+        if self.accelerator.is_main_process and self.last_failed_step != step:
             self.start_push(step)
 
     # Called on the main process --------------------------------------------------------------------------------------
@@ -118,13 +118,13 @@ class BranchUploads:
     def try_write(self, step: int, action: Callable[[], Any]) -> None:
         """On the main process, run an action that writes to the folder. Do nothing if an earlier action of this step
         has failed."""
-        if not self.accelerator.is_main_process or self.failed_step == step:
+        if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
         try:
             with silence_transformers(warnings=False):
                 action()
         except WRITE_ERRORS as error:
-            self.failed_step = step
+            self.last_failed_step = step
             self.remove_folder()
             reason = format_hub_error(error)
             self.reporter.warn(

@@ -295,8 +295,8 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     outputs, and also the attention maps if no fused kernel is used."""
     config, width = attention.config, get_value_width(attention)
     num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
-    has_learned_angles = config.position_embedding_type.endswith("rope_mixed")
-    num_copies = 1 + config.qk_norm + 2 * has_learned_angles
+    has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
+    num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies
     num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
     num_vectors += (num_queries + num_keys) * maps_per_head  # outputs and values
     num_vectors += num_queries * config.attention_norm

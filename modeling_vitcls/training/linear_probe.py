@@ -98,11 +98,11 @@ def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
 
 def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
     """Return the names of trainable parameters outside the heads. Features can be cached only if none exist."""
-    head_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
+    head_parameter_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in head_ids
+        if parameter.requires_grad and id(parameter) not in head_parameter_ids
     ]
 
 

@@ -204,8 +204,9 @@ class TrainingLoop:
         return metrics
 
     def run_optimizer_step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
-        """Run one optimizer step over the accumulated batches. Return the record of the step, and the last batch,
-        which is on the device. If `with_health` is set, the record contains metrics of the special tokens."""
+        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
+        the last batch, which is on the device. If `with_health` is set, the record contains metrics of the special
+        tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         set_learning_rate(state.optimizer, learning_rate)
@@ -299,7 +300,8 @@ def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
     """Return the score for comparing evaluations (higher is better). The score is the selection metric, or the
-    negated selection metric if the metric is a loss. Return None if the metric is unknown."""
+    negated selection metric if the metric is a loss. Return None if `metrics` does not contain the selection
+    metric."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 

@@ -11,7 +11,7 @@ An old model is therefore never next to a new configuration, even if the run is 
 `FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
 the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
 SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The lock of a process
-on another host is not replaced, because the state of this process is unknown.
+on another host is not replaced, because it is unknown whether the process is still running.
 """
 
 import atexit
@@ -75,12 +75,12 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         return
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"{folder} contains a finished run. Replace the run with --overwrite, or choose another --output-dir"
+            f"{folder} contains a finished run. Replace the run with --overwrite, or choose a different --output-dir"
         )
     if steps := store.list_steps():
         raise ValueError(
             f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue the run with "
-            "--resume, restart the run with --overwrite, or choose another --output-dir"
+            "--resume, restart the run with --overwrite, or choose a different --output-dir"
         )
     check_no_other_files(folder)
 
@@ -93,7 +93,7 @@ def check_no_other_files(folder: Path) -> None:
     if names:
         raise ValueError(
             f"{folder} contains files that this run would overwrite ({shorten_list(names)}). Move the files, set "
-            "--overwrite, or choose another --output-dir"
+            "--overwrite, or choose a different --output-dir"
         )
 
 
@@ -107,7 +107,7 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
         path = Path(split_prefix(name)[1]).resolve()
         if is_local(name) and (path == folder or folder in path.parents):
             raise ValueError(
-                f"{flag} is in --output-dir {folder}, which --overwrite clears. Choose another --output-dir"
+                f"{flag} is in --output-dir {folder}, which --overwrite clears. Choose a different --output-dir"
             )
 
 
@@ -254,7 +254,7 @@ class FolderLock:
         if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
             self.file.unlink(missing_ok=True)
             return
-        machine, advice = "this machine", "Wait until that run has ended, or choose another --output-dir"
+        machine, advice = "this machine", "Wait until that run has ended, or choose a different --output-dir"
         if not owner.is_on_this_host:
             machine = f"the host {owner.host}"
             advice += f". If that run has already ended, delete {self.file}"

@@ -104,7 +104,7 @@ def check_combinations(options: PretrainOptions) -> None:
     }
     for flag, is_set in flags.items():
         if is_set:
-            raise ValueError(f"{flag} is only supported in fine-tuning, but this is a pre-training run. Remove {flag}")
+            raise ValueError(f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}")
     if options.model.patch_drop_rate:
         raise ValueError(
             "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"

@@ -28,7 +28,7 @@ from ..distributed import (
     build_accelerator,
     check_deepspeed_flags,
     run_on_main,
-    set_deepspeed_batch_size,
+    set_deepspeed_training_options,
     shard_by_layer,
 )
 from ..errors import is_on_all_processes, mark_errors_of_all_processes
@@ -141,7 +141,7 @@ class Runner:
             model.compile()
         self.utilization = start_utilization(model, plan, accelerator, self.reporter.print_line)
         shard_by_layer(accelerator, model)
-        set_deepspeed_batch_size(accelerator, training)
+        set_deepspeed_training_options(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
@@ -219,7 +219,7 @@ class Runner:
             state.ema.load_weights(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unmoved_tokens():
-                self.reporter.warn(f"the token {token} did not change in {plan.num_steps} steps")
+                self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
         if len(unreadable_images):
             self.reporter.warn(
                 f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images"
@@ -248,12 +248,12 @@ class Runner:
         if "data" not in self.facts:
             raise ValueError(
                 f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, which "
-                "used another held-out split. Restart the run with --overwrite, or choose another --output-dir"
+                "used a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
             )
         if change := describe_change(self.facts["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
-                "the dataset, or choose another --output-dir"
+                "the dataset, or choose a different --output-dir"
             )
 
     def pin_models(self, options: Any) -> Any:
@@ -280,7 +280,7 @@ class Runner:
         if facts and facts["mixed_precision"] != precision:
             raise ValueError(
                 f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']!r}, but the "
-                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose another "
+                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose a different "
                 "--output-dir"
             )
         if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
@@ -421,8 +421,8 @@ class Runner:
                     store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
                 )
         except OSError as problem:
-            return f"The images and the state of that step could not be saved: {problem}"
-        return f"The images of that step are listed in {file}"
+            return f"The images and the state of step {error.step + 1} could not be saved: {problem}"
+        return f"The images of step {error.step + 1} are listed in {file}"
 
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
@@ -492,7 +492,7 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
             or (name in FLAGS_WITH_RUN_DEFAULTS and current_value is None)
         ):
             continue
-        advice = "Use the same flags, or choose another --output-dir"
+        advice = "Use the same flags, or choose a different --output-dir"
         if name in LENGTH_FLAGS:
             advice = (
                 "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "

@@ -231,7 +231,7 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train and evaluate the model, write and push the output folder, and return the content of results.json. Raise
+    """Train and evaluate the model, write and push the output folder, and return the contents of results.json. Raise
     RunStopped in the same cases as `Runner.train`, and if the output folder cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
@@ -297,7 +297,7 @@ def summarize(task: Task) -> dict[str, str]:
 
 
 def collect_results(task: Task) -> dict[str, Any]:
-    """Return the content of results.json except the metrics."""
+    """Return the contents of results.json, except the metrics."""
     runner, data = task.runner, task.data
     return {
         "dataset": data.name,
@@ -352,7 +352,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         write_card(folder, card, provenance, results, options.run, warn)
         write_json(folder / RESULTS_FILE, results)
 
-    def write_quietly() -> None:
+    def write_and_convert_errors() -> None:
         try:
             with silence_transformers(warnings=False):
                 write()
@@ -360,7 +360,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             raise OSError(format_error(error)) from error
 
     try:
-        run_on_main(runner.accelerator, write_quietly)
+        run_on_main(runner.accelerator, write_and_convert_errors)
     except OSError as error:
         remedy = "repeat the command with --resume" if runner.can_save_checkpoints else "restart the run"
         raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {remedy}") from error

@@ -131,7 +131,7 @@ def load_teacher(
             "--teacher"
         )
     if source.startswith(TIMM_PREFIX):
-        loaded_teacher = load_from_timm(source, num_channels, height_width)
+        loaded_teacher = load_timm_teacher(source, num_channels, height_width)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
         loaded_teacher = load_from_transformers(folder, num_channels, height_width)
@@ -240,7 +240,7 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def load_from_timm(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
+def load_timm_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights. The student's image size
     and channels are ignored."""
     try:

@@ -128,7 +128,7 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     assert (
         through.reason.startswith("Artifacts: after layer 7, 2.00% of the patches") and "earlier" not in through.reason
     )
-    assert through.mode is not None and through.mode.ratio == pytest.approx(6, rel=0.05)
+    assert through.second_mode is not None and through.second_mode.ratio == pytest.approx(6, rel=0.05)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert encoder.word == "artifacts" and encoder.layer == 9
     # the last quarter of 8 layers begins with layer 7
@@ -174,10 +174,12 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
     assert "The registers absorb outliers" in absorbed and "from 0.00% to 3.00%" in absorbed
     for before, after, is_increase in ((0.02, 0.033, False), (0.02, 0.036, True)):  # 3.7 and 4.4 standard deviations
         found = diagnose_patches(model.config, replace_ratios(findings, {2: before}, {2: after}))
-        assert found.mode_without_registers is not None
-        assert found.mode_without_registers.fraction == pytest.approx(after, rel=0.02)
+        assert found.second_mode_without_registers is not None
+        assert found.second_mode_without_registers.fraction == pytest.approx(after, rel=0.02)
         assert ("absorb outliers" in found.reason) == is_increase
-    assert diagnose_patches(model.config, replace_ratios(findings, {2: 0.03}, {})).mode_without_registers is None
+    assert (
+        diagnose_patches(model.config, replace_ratios(findings, {2: 0.03}, {})).second_mode_without_registers is None
+    )
     for without in ({}, {2: 0.03}):
         same = diagnose_patches(model.config, replace_ratios(findings, {2: 0.03} if without else {}, without)).reason
         assert "absorb outliers" not in same

@@ -146,7 +146,7 @@ def test_an_encoder_on_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
     assert [verdict.numbers["movement"] for verdict in found.verdicts] == [0.5, 0.25]
     file = tmp_path / "report.html"
-    size = f"{file.stat().st_size / 2**20:.1f} MB; statistics over 5 images, 2 shown"
+    size = f"{file.stat().st_size / 2**20:.1f} MiB; statistics over 5 images, 2 shown"
     assert capsys.readouterr().out.endswith(f"saved {file} ({size})\n")
 
 

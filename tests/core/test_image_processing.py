@@ -527,7 +527,7 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
     ("image", "settings", "hint"),
     [
         ([], {}, "empty"),
-        (np.zeros(5), {}, "with at least one pixel, not [5]"),
+        (np.zeros(5), {}, "must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not [5]"),
         (np.zeros((0, 4, 3), dtype=np.uint8), {}, "[0, 4, 3]"),
         (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
         (np.zeros((2, 8, 8), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),

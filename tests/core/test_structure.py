@@ -21,7 +21,7 @@ MAX_FILES = 13
 MAX_LINES = 4700
 MAX_EXECUTED_FILES = 5
 
-# Each file imports only files of earlier rows. Other files are only checked for import cycles.
+# Each file imports only files of earlier rows. Other files are checked only for import cycles.
 ORDER = (
     ("configuration",),
     ("positions",),

@@ -73,7 +73,9 @@ def test_empty_text_and_nan_are_missing_labels() -> None:
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
 def test_columns_of_other_values_are_not_labels(value: Any) -> None:
-    with raises_one_line("table.csv: the column 'label' does not contain class labels. Set another --label-column"):
+    with raises_one_line(
+        "table.csv: the column 'label' does not contain class labels. Set a different --label-column"
+    ):
         build_reader([value])
 
 

@@ -216,7 +216,7 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
             read(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match="but not train-labels-idx1-ubyte"):
+    with pytest.raises(ValueError, match=r"but not train-labels-idx1-ubyte\. Add the label file"):
         read(tmp_path)
 
 
@@ -315,7 +315,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
         caplog.clear()
         data = read(file)
         assert len(list_all(data)) == 15 and data.label_space.names == classes
-        assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are left out" in caplog.text
+        assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are skipped" in caplog.text
     with pytest.raises(ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-broken-images"):
         read(table, max_broken_images=4)
     assert len(list_all(read(table, max_broken_images=5))) == 15
@@ -328,7 +328,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     for options, message in (
         ({"label_column": ("tags", "shade")}, "'tags' contains several labels per image. Set one --label-column"),
         ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' contains several"),
-        ({"label_column": ("size",)}, "'size' does not contain class labels. Set another --label-column"),
+        ({"label_column": ("size",)}, "'size' does not contain class labels. Set a different --label-column"),
         (
             {"label_column": ("size",), "label_separator": "|"},
             "has the label 0.5, but --label-separator requires a text column",

@@ -410,11 +410,11 @@ def test_openvino(tmp_path: Path) -> None:
 
 def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(position_antialias=True)))
-    openvino, onnx = (formats.FORMATS[name].has_antialias for name in ("openvino", "onnx"))
-    shape = select_graph_shape(model, (24, 40), dynamic=True, has_antialias=openvino)
+    openvino, onnx = (formats.FORMATS[name].has_pytorch_antialias for name in ("openvino", "onnx"))
+    shape = select_graph_shape(model, (24, 40), dynamic=True, has_pytorch_antialias=openvino)
     assert "position_antialias" in shape.fixed_size_reason
     assert (shape.is_dynamic, shape.image_size) == (False, (24, 40))
-    assert select_graph_shape(model, None, dynamic=True, has_antialias=onnx).is_dynamic
+    assert select_graph_shape(model, None, dynamic=True, has_pytorch_antialias=onnx).is_dynamic
 
 
 # The report, without a graph
@@ -426,12 +426,12 @@ def test_dynamic_axes_have_names() -> None:
         "logits": torch.zeros(2, 3),
         "stage2": torch.zeros(2, 16, 4, 6),
     }
-    assert exporter.describe_outputs(outputs, GraphShape((32, 48), (16, 16), is_dynamic=True)) == {
+    assert exporter.get_output_shapes(outputs, GraphShape((32, 48), (16, 16), is_dynamic=True)) == {
         "last_hidden_state": ["batch", "tokens", 16],
         "logits": ["batch", 3],
         "stage2": ["batch", 16, "rows", "columns"],
     }
-    assert exporter.describe_outputs(outputs, GraphShape((32, 48), (32, 48), is_dynamic=False)) == {
+    assert exporter.get_output_shapes(outputs, GraphShape((32, 48), (32, 48), is_dynamic=False)) == {
         "last_hidden_state": ["batch", 17, 16],
         "logits": ["batch", 3],
         "stage2": ["batch", 16, 4, 6],
@@ -485,7 +485,7 @@ def test_labels_belong_to_the_outputs_that_contain_logits() -> None:
 def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     native_size = model.config.image_height_width
-    shape = select_graph_shape(model, None, dynamic=True, has_antialias=False)
+    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias=False)
     assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word) and shape.image_size == native_size
     assert shape.smallest_size == (native_size if word else (16, 16))

@@ -66,7 +66,7 @@ def main() -> None:
     """Write the models of this version, unless they exist."""
     folder = RELEASED / __version__
     if folder.exists():
-        sys.exit(f"{folder} exists, and what a release saved does not change: set another version in version.py")
+        sys.exit(f"{folder} exists, and what a release saved does not change: set a different version in version.py")
     for kind in KINDS:
         write(kind, folder / kind)
     print(f"wrote {folder}: commit it with the release")

@@ -161,7 +161,7 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
         # as written by earlier versions
         check_same_flags(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
     check_same_flags(before, before | {"license": "mit", "card_samples": True}, tmp_path)
-    with raises_one_line("--dataset", "acme/data", "another --output-dir"):
+    with raises_one_line("--dataset", "acme/data", "a different --output-dir"):
         check_same_flags(before, flags("acme/data"), tmp_path)
     (tmp_path / "new").mkdir()
     shutil.move(here / "data/teach", tmp_path / "new/teach")
@@ -180,7 +180,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
     check_output_is_empty(tmp_path)
     (tmp_path / "file").touch()
     for used in (tmp_path, tmp_path / "file"):
-        with raises_one_line(str(used), "not empty", "another --output"):
+        with raises_one_line(str(used), "not empty", "a different --output"):
             check_output_is_empty(used)
 
 

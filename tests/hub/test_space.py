@@ -437,7 +437,7 @@ def test_each_problem_type_displays_its_predictions(photo: Path, tmp_path: Path)
     numbers = DemoModel.load(str(save_uncertain_model(build_classifier_page("regression"), tmp_path / "numbers")))
     logits = several.model(several.processor(photo, return_tensors="pt")["pixel_values"]).logits[0]
     assert several.predict(photo).predictions == {
-        "Labels with independent probabilities": {
+        "Labels with separate probabilities": {
             f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
         }
     }

@@ -899,8 +899,13 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
         with raises_one_line(words, error=(ValueError, OSError)):
             predict_images(PredictOptions(str(source), (str(photos),)))
         reset_accelerate()
-    for fields in ({"num_labels": 0}, {"num_labels": 1, "problem_type": "regression"}):
-        with raises_one_line("the model has no labels"):
+    for fields, problem in (
+        ({"num_labels": 0}, "has no classifier"),
+        ({"num_labels": 1, "problem_type": "regression"}, "was trained for regression"),
+    ):
+        with raises_one_line(
+            f"label prediction requires a classifier, but the model {problem}. Fine-tune a classifier"
+        ):
             predict(ViTCLSForImageClassification(build_tiny_config(**fields)), ViTCLSImageProcessor(size=32), photos)
 
 

@@ -58,7 +58,7 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
     pixels = build_images(3)
     pixels[1, 0, 0, 0] = torch.nan
     first, second, third = predict_batch(pixels, columns, nullcontext)
-    assert second == {"error": "the model output is not finite. Set another --mixed-precision"}
+    assert second == {"error": "the model output is not finite. Set a different --mixed-precision"}
     for row, index in ((first, 0), (third, 2)):
         assert row.keys() == columns.columns.keys()
         (alone,) = predict_batch(pixels[index : index + 1], columns, nullcontext)

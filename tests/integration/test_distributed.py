@@ -16,7 +16,7 @@ from modeling_vitcls.distributed import (
     check_deepspeed_flags,
     configure_deepspeed,
     get_precision,
-    set_deepspeed_batch_size,
+    set_deepspeed_training_options,
 )
 from modeling_vitcls.options import RunOptions, TrainingOptions
 
@@ -65,7 +65,7 @@ def test_deepspeed_keeps_float32_weights_and_computes_in_the_given_precision(
 def test_deepspeed_uses_the_batch_size_and_gradient_norm_of_the_run() -> None:
     accelerator = build_deepspeed_accelerator()
     training = TrainingOptions(batch_size=8, gradient_accumulation_steps=5, max_gradient_norm=0.5)
-    set_deepspeed_batch_size(accelerator, training)
+    set_deepspeed_training_options(accelerator, training)
     settings = accelerator.deepspeed_plugin.deepspeed_config
     assert settings["train_micro_batch_size_per_gpu"] == 8 and settings["gradient_accumulation_steps"] == 5
     assert settings["train_batch_size"] == 8 * 5 * 3 and settings["gradient_clipping"] == 0.5

@@ -176,7 +176,7 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
 def test_dinov3_with_something_else() -> None:
     weights = dinov3_weights()
     for periods in (torch.ones(4), torch.zeros(3), torch.full((3,), float("nan"))):
-        with pytest.raises(ValueError, match=r"`rope_periods` must be head_dim / 4 = 3 positive numbers"):
+        with pytest.raises(ValueError, match=r"`rope_periods` must have head_dim / 4 = 3 positive numbers"):
             convert_state_dict(weights | {"rope_embed.periods": periods}, "dinov3", num_attention_heads=HEADS)
     unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
     with pytest.raises(ConversionError, match="nonzero key biases"):

@@ -672,7 +672,7 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> N
 
 def test_a_non_finite_loss_is_reported_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "non_finite").touch()  # a file in place of the folder
-    with raises_one_line("not finite in step 2", "could not be saved: cannot write", error=RunStopped):
+    with raises_one_line("not finite in step 2", "state of step 2 could not be saved: cannot write", error=RunStopped):
         train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
 
 

@@ -125,7 +125,9 @@ def can_lock(folder: Path) -> bool:
 
 def test_a_second_process_gets_an_error(folder: Path, lock_holder: Any) -> None:
     before = read_owner(folder)
-    with raises_one_line(f"{folder} is in use", f"process {lock_holder.pid} on this machine", "another --output-dir"):
+    with raises_one_line(
+        f"{folder} is in use", f"process {lock_holder.pid} on this machine", "a different --output-dir"
+    ):
         FolderLock(folder).acquire()
     assert read_owner(folder) == before and before["pid"] == lock_holder.pid
 
@@ -369,7 +371,7 @@ def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
 
 def test_the_initial_model_is_not_removed(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line("--model is in --output-dir", "Choose another --output-dir"):
+    with raises_one_line("--model is in --output-dir", "Choose a different --output-dir"):
         run(earlier, model=str(earlier), overwrite=True)
     assert contents(earlier) == before
 

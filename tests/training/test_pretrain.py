@@ -235,7 +235,7 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_flags_for_fine_tuning_are_errors(flag: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    with raises_one_line(f"{flag} is only supported in fine-tuning"):
+    with raises_one_line(f"{flag} is supported only in fine-tuning"):
         PretrainTask(tiny_options(tmp_path / "never", **changes))
     assert not (tmp_path / "never").exists()
 
