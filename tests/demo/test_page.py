@@ -4,6 +4,7 @@ browser.
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,12 +129,18 @@ def test_a_removed_image_clears_the_result_without_a_message(demo_model: DemoMod
 
 
 def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
-    store = build_image_input().image.async_move_resource_to_block_cache
+    store_async = build_image_input().image.async_move_resource_to_block_cache
+
+    def store(address: str) -> Any:
+        # In another thread, because browser tests leave an event loop running in this thread.
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(asyncio.run, store_async(address)).result()
+
     for address in ("http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"):
         with pytest.raises(gr.Error, match="has to be uploaded to this page"):
-            asyncio.run(store(address))
+            store(address)
     assert list(uploads.iterdir()) == []
-    stored = asyncio.run(store(str(noise)))
+    stored = store(str(noise))
     assert stored is not None and Path(stored).is_relative_to(uploads)
     assert Path(stored).read_bytes() == noise.read_bytes()
 
