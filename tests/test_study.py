@@ -161,7 +161,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
         "pretrain": {"dataset": "{subset:few images}"},
         "finetune": {"model": "{folder}/{run}", "flip": False, "image_size": [32, 48], "folds": 2},
         "evaluate": {"dataset": "digits"},
-        "inspect": {"num_images": 4},
+        "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
     }
     subsets = {"few images": {"dataset": "digits", "num_images": 4}}
     study = load_study(
@@ -211,7 +211,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
                 "--num-images",
                 "4",
                 "--model",
-                f"{folder}/finetune",
+                f"{folder}/pretrain",
                 "--json",
                 f"{folder}/inspect.json",
                 "--output",

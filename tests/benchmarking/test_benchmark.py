@@ -39,6 +39,7 @@ from modeling_vitcls.benchmarking.image_files import (
     PREDICTION_ROWS,
     PredictionProcess,
     build_image_processors,
+    build_pipeline_predictor,
     check_labels,
     compare_processors,
     write_benchmark_files,
@@ -369,6 +370,19 @@ def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path) -> 
     num_calls = 2 + 2  # two checks, a warm-up and a measurement
     assert calls == {"ours": batches * num_calls, "theirs": batches * num_calls}
     assert found.details["num_files"] == 20
+
+
+def test_the_pipeline_predicts_sorted_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both programs must return the labels in the same order, whatever the file system lists first."""
+    write_benchmark_files(tmp_path, is_toy=True)
+    list_files = Path.rglob
+    predictions = []
+    for is_reversed in (False, True):
+        monkeypatch.setattr(
+            Path, "rglob", lambda *arguments, reverse=is_reversed: sorted(list_files(*arguments), reverse=reverse)
+        )
+        predictions.append(build_pipeline_predictor(TOY, tmp_path)(2))
+    assert predictions[0] == predictions[1] and len({score for _, score in predictions[0]}) == 4
 
 
 def test_labels_and_weights_that_differ_are_not_compared() -> None:

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from tiny_models import build_tiny_config, randomize
 from tiny_options import PLAIN
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.conversion.any_checkpoint import (
     compute_cache_name,
@@ -139,6 +139,18 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
         assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
     assert folders[0] != folders[1]
     assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
+
+
+def test_the_requested_revision_is_converted(source: Path, tmp_path: Path) -> None:
+    """The newest commit has another configuration."""
+    repository = tmp_path / "cache" / "hub" / "models--ann--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT[::-1])
+    for commit, eps in ((COMMIT, 0.25), (COMMIT[::-1], 0.5)):
+        file = shutil.copytree(source, repository / "snapshots" / commit) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"layer_norm_eps": eps}))
+    for name, eps in ((f"ann/vit@{COMMIT}", 0.25), ("ann/vit", 0.5)):
+        assert ViTCLSConfig.from_pretrained(resolve_checkpoint(name)).layer_norm_eps == eps
 
 
 def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:

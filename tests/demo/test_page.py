@@ -167,16 +167,18 @@ def test_the_attention_of_the_selected_token_layer_and_head_is_shown(demo_model:
         view = AttentionView(demo_model, gr.State())
     result = demo_model.predict(noise)
     for choice, head, name in ((0, None, "mean of all heads"), (2, 1, "head 2")):
+        selected = {"Token": 1, "Layer": 1, "Heads": choice}
+        values = [selected[control.label] for control in view.inputs[1:]]
         heads = result.rows[0].mean(dim=0) if head is None else result.rows[0, head]
         cls, register, patches = *heads[1, :2].tolist(), heads[1, 2:].sum().item()
         caption = (
             f"**register**, layer 1 of 2, {name}: {patches:.1%} of its attention goes to the patches, "
             f"{cls + register:.1%} to special tokens (CLS {cls:.1%}, register {register:.1%})."
         )
-        drawn, text = view.draw_layer(result, 1, 1, choice)
+        drawn, text = view.draw_layer(result, *values)
         assert_same_image(drawn, result.draw_attention(1, 0, head))
         assert text == caption
-        drawn, text, gallery, through = view.draw_all(result, 1, 1, choice)
+        drawn, text, gallery, through = view.draw_all(result, *values)
         assert_same_image(drawn, result.draw_attention(1, 0, head))
         assert text == caption
         assert [title for _, title in gallery] == ["layer 1", "layer 2"]

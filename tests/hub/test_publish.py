@@ -432,6 +432,14 @@ def test_a_private_push_to_a_public_repository_is_an_error(hub: LocalHub) -> Non
         check_push_permissions("ann/public", "my-run", private=True)
 
 
+def test_a_model_and_a_space_may_have_the_same_name(hub: LocalHub) -> None:
+    hub.create("spaces/ann/space", private=False)
+    hub.create("ann/model", private=False)
+    with raises_one_line("ann/space exists and is public", "--space-id"):
+        check_push_permissions("ann/space", "demo", private=True, repo_type="space")
+    assert check_push_permissions("ann/model", "demo", private=True, repo_type="space") == "ann/model"
+
+
 @pytest.mark.parametrize("token", ["hf_wrong", "hf_read", "hf_bob"])
 def test_a_token_that_has_lost_its_permissions(
     hub: LocalHub, folder: Path, token: str, monkeypatch: pytest.MonkeyPatch

@@ -592,8 +592,8 @@ def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:
 def test_labels_of_a_model() -> None:
     for name, space in SPACES.items():
         assert get_label_space(build_classifier(name).config) == space
-    unsaid = ViTCLSConfig(id2label={0: "dusk", 1: "noon"})
-    assert get_label_space(unsaid) == LabelSpace("single_label_classification", {"label": ["dusk", "noon"]})
+    for id2label in ({0: "dusk", 1: "noon"}, {1: "noon", 0: "dusk"}):
+        assert get_label_space(ViTCLSConfig(id2label=id2label)) == build_single_label_space("dusk", "noon")
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------

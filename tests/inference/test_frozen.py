@@ -16,8 +16,10 @@ from tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, r
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import (
     Features,
+    FeatureStore,
     compute_features,
     evaluate_frozen,
     measure_accuracies,
@@ -240,6 +242,17 @@ def test_a_model_saved_in_half_precision(model: Path, tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=16).save_pretrained(tmp_path / "half")
     data = DataOptions(dataset=str(write_folder(tmp_path / "data")), num_workers=0)
     assert run(tmp_path / "half", "knn", data=data, split="validation")["best"]["accuracy"] == 1.0
+
+
+def test_features_of_all_processes_are_in_the_order_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches are distributed over the processes in turn."""
+    stores = [FeatureStore(), FeatureStore()]
+    for number, labels in enumerate(torch.arange(7).split(2)):
+        stores[number % 2].update(labels.view(-1, 1, 1) / 2, labels)
+    monkeypatch.setattr(frozen, "gather_object", lambda _: [store.batches for store in stores])
+    found = stores[0].compute()
+    assert found["num_images"] == 7 and found["labels"].tolist() == list(range(7))
+    assert found["features"].tolist() == [[[index / 2]] for index in range(7)]
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:

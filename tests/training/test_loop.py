@@ -460,14 +460,17 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     assert bench.state.step == 1
 
 
-def build_overflowing_loop(**training: Any) -> LoopRecorder:
-    """Return a loop as with fp16: gradients are infinite, and the loss scaler skips every step."""
+def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> LoopRecorder:
+    """Return a loop as with fp16: gradients are infinite except in every `finite_every`-th step, and the loss scaler
+    skips the other steps."""
     bench = LoopRecorder(**training)
     scaler = bench.accelerator.scaler = torch.amp.GradScaler("cpu")
     bench.state.optimizer = AcceleratedOptimizer(bench.state.optimizer.optimizer, scaler=scaler)
     bench.loop.optimizer_step.optimizer = bench.state.optimizer
     for parameter in bench.model.parameters():
-        parameter.register_hook(lambda gradient: gradient * math.inf)
+        parameter.register_hook(
+            lambda gradient: gradient if finite_every and bench.state.step % finite_every == 0 else gradient * math.inf
+        )
     return bench
 
 
@@ -482,6 +485,13 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
         bench.run()
+
+
+def test_overflows_between_finite_gradients_do_not_stop_the_run() -> None:
+    """Only consecutive overflows are counted."""
+    bench = build_overflowing_loop(finite_every=8, max_steps=32, log_every=32)
+    bench.run()
+    assert bench.state.step == 32
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

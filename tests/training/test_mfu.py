@@ -196,6 +196,19 @@ def test_the_largest_of_several_peaks_counts() -> None:
     assert found.peak == 4e10
 
 
+def test_the_intervals_between_measurements_become_longer() -> None:
+    measured: list[float] = []
+
+    def measure() -> float:
+        measured.append(found.seconds)
+        return 1e10
+
+    found = Utilization(flops_per_image=1e9, peak=1e10, measure=measure)
+    for _ in range(100):
+        found.update(num_images=10, seconds=1.0)  # at the peak
+    assert measured == [10, 30, 60, 100]
+
+
 def test_the_fastest_measurement_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     durations, now = [9.0, 0.5, 0.1, 0.4, 0.4], [0.0]  # the first call warms up
 

@@ -144,6 +144,17 @@ def test_the_image_processor_returns_images_of_the_size_of_the_model(
     assert found.shape == (1, 3, image_size, image_size) and torch.equal(found, wanted)
 
 
+def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    """Only the size changes, with the size of the model."""
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
+    saved = ViTCLSImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=2)
+    saved.save_pretrained(tmp_path)
+    label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+    processor = build_model(ModelOptions(model=str(tmp_path), image_size=48), label_space).processor
+    expected = saved.to_dict() | {"size": {"height": 48, "width": 48}}
+    assert {name: processor.to_dict()[name] for name in expected} == expected
+
+
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)

@@ -101,6 +101,7 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     reset_accelerate()
     facts = read_json(checkpoints.get_path(3) / "state.json")["facts"]
     assert 1000 < facts["seconds"] <= results["seconds"] and facts["flags"]["batch_size"] == 4
+    assert facts["images_per_step"] == 8
 
 
 def test_unreadable_images_of_earlier_steps_are_counted(killed: Path) -> None:
