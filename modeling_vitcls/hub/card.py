@@ -234,7 +234,7 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
     """Return one sentence per task, with a list of its classes."""
     if config.tasks:
         return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
-    names = list_classes(list((config.id2label or {}).values()))
+    names = list_classes([name for _, name in sorted((config.id2label or {}).items())])
     if config.problem_type == "multi_label_classification":
         return [f"The model predicts any number of these classes: {names}. Other image content is not predicted."]
     return [f"The model predicts one of these classes, even if an image shows none of them: {names}."]

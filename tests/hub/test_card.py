@@ -20,6 +20,7 @@ from modeling_vitcls.hub.card import (
     build_checkpoint_card,
     build_common_metadata,
     build_encoder_card,
+    describe_classes,
     format_token_layout,
     get_license,
 )
@@ -381,6 +382,11 @@ def test_only_the_first_classes_are_listed() -> None:
     many = ViTCLSConfig(**CONFIG.to_diff_dict() | {"id2label": {index: f"kind-{index}" for index in range(60)}})
     text = render_card(many).text
     assert "`kind-49` and 10 more" in text and "kind-50" not in text
+
+
+def test_classes_are_listed_by_index() -> None:
+    (sentence,) = describe_classes(ViTCLSConfig(id2label={2: "cat", 0: "ant", 1: "bee"}))
+    assert sentence.endswith("`ant`, `bee`, `cat`.")
 
 
 def test_settings_with_an_effect_are_in_the_table() -> None:
