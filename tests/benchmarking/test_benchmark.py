@@ -77,7 +77,7 @@ from modeling_vitcls.benchmarking.tables import (
 )
 from modeling_vitcls.benchmarking.training_runs import (
     CROP_AUGMENTATION,
-    DIGITS,
+    DIGITS_RUN,
     MAX_STEPS,
     SHIFT_AUGMENTATION,
     TRAINING_RUNS,
@@ -487,7 +487,7 @@ def test_nan_outputs_are_not_compared() -> None:
 def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> None:
     from modeling_vitcls import ViTCLSForImageClassification
 
-    run = replace(DIGITS, size=TOY)
+    run = replace(DIGITS_RUN, size=TOY)
     names = ["a", "b", "c"]
     assert save_models(run, names, tmp_path, "row") < 1e-5
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
@@ -518,7 +518,7 @@ def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_pa
 
 
 def test_their_run_has_the_settings_of_the_row(tmp_path: Path) -> None:
-    run = replace(DIGITS, size=TOY, num_workers=3)
+    run = replace(DIGITS_RUN, size=TOY, num_workers=3)
     *program, file = build_their_command(run, "digits", tmp_path)
     assert program[1:] == ["-m", "modeling_vitcls.benchmarking.training_runs"]
     settings = json.loads(Path(file).read_text())
@@ -534,7 +534,7 @@ def test_both_runs_have_the_same_hyperparameters(
     mixed_precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is trained: Trainer is replaced by a function that returns its arguments."""
-    run = replace(DIGITS, size=TOY, mixed_precision=mixed_precision, num_workers=2)
+    run = replace(DIGITS_RUN, size=TOY, mixed_precision=mixed_precision, num_workers=2)
     save_models(run, [str(digit) for digit in range(10)], tmp_path, "row")
     calls: list[dict[str, Any]] = []
 
@@ -563,7 +563,7 @@ def test_both_runs_have_the_same_hyperparameters(
 def test_the_speed_is_measured_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without a process: while it is not suspended, it writes a line every 0.5 seconds of a simulated clock."""
     file, clock, signals = tmp_path / "lines", [0.0], []
-    run = SuspendedRun([], file, replace(DIGITS, log_every=20, batch_size=64, lines_per_turn=3))
+    run = SuspendedRun([], file, replace(DIGITS_RUN, log_every=20, batch_size=64, lines_per_turn=3))
     run.process = SimpleNamespace(poll=lambda: None)
 
     def sleep(seconds: float) -> None:
@@ -726,19 +726,19 @@ def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
 
 def test_the_last_line_of_a_run_that_ends_is_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('first'); raise SystemExit('no such model')"]
-    with raises_one_line("failed: no such model"), SuspendedRun(command, tmp_path / "lines", DIGITS):
+    with raises_one_line("failed: no such model"), SuspendedRun(command, tmp_path / "lines", DIGITS_RUN):
         pass
 
 
 def test_a_suspended_run_runs_only_in_its_turns(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     loop = "import sys, time\nwhile True:\n print('x', file=open(sys.argv[1], 'a')); time.sleep(0.01)"
-    with SuspendedRun([sys.executable, "-c", loop, str(lines)], lines, DIGITS) as run:
+    with SuspendedRun([sys.executable, "-c", loop, str(lines)], lines, DIGITS_RUN) as run:
         before = run.count_lines()
         subprocess.run(["sleep", "0.2"], check=True)
         assert run.count_lines() - before <= 1  # suspended
         assert run.measure_speed() > 0
-        assert run.count_lines() >= before + 1 + DIGITS.lines_per_turn
+        assert run.count_lines() >= before + 1 + DIGITS_RUN.lines_per_turn
     assert run.process.poll() is not None
 
 
