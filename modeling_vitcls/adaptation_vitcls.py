@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .attention_masks_vitcls import TokenGates, resample_bias_tables
+from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
 from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, get_remaining_gates
 from .positions_vitcls import resample_positions, resize_decoded_patches, resize_patch_kernel
 
@@ -74,7 +74,7 @@ class AdaptableModel(PreTrainedModel):
         return loaded_model.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
-        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if nothing changes.
+        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
 
         Args:
             gate_new_tokens: whether the gates of added tokens are initially closed. Then, only outputs computed
@@ -260,8 +260,8 @@ def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
     """Keep the distillation head. Initialize a new head as a copy of the classifier if the shapes are equal."""
     if context.old_value is not None:
         return context.old_value, ""
-    classifier = context.old_weights.get(context.name.replace("distillation_classifier", "classifier"))
-    if classifier is None or classifier.shape != context.initial_value.shape:
+    classifier = context.old_weights[context.name.replace("distillation_classifier", "classifier")]
+    if classifier.shape != context.initial_value.shape:
         return context.initial_value, "newly initialized"
     return classifier, "initialized as a copy of the classifier"
 
@@ -281,16 +281,6 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     num_kept = len(old_gates.keys() & set(new_gates))
     num_closed = sum(index >= counts[group] for group, index in new_gates)
     return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_closed} closed"
-
-
-def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
-    """Return (group, index within the group) of each gate, in the order of `TokenGates.gates`."""
-    gated_tokens = config.gated_tokens or {}
-    return [
-        (group, index)
-        for group, field in TOKEN_COUNTS.items()
-        for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
-    ]
 
 
 # Substring of a parameter's name -> function that adapts the parameter.
@@ -356,9 +346,10 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, loading_info = load(source, *args, **kwargs)
     mismatched_keys = sorted(loading_info["mismatched_keys"])
-    name, saved, expected = mismatched_keys[0]
+    name, saved_shape, expected_shape = mismatched_keys[0]
     others = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
     return (
-        f"the weights in {source} do not fit: {name} has shape {list(saved)}, but the model requires {list(expected)}"
-        f"{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to reinitialize these weights"
+        f"the weights in {source} do not fit: {name} has shape {list(saved_shape)}, but the model requires "
+        f"{list(expected_shape)}{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
+        "reinitialize these weights"
     )

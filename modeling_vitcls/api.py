@@ -118,9 +118,9 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from .inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    image_names = tuple(map(str, range(len(images))))  # placeholders: the options require one path per image
+    placeholder_paths = tuple(map(str, range(len(images))))  # the options require one path per image
     fixed_flags = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
-    options = build_options(PredictOptions, fixed_flags, model=model, paths=image_names, **flags)
+    options = build_options(PredictOptions, fixed_flags, model=model, paths=placeholder_paths, **flags)
     return predict_from_options(options, images)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from .configuration_vitcls import ViTCLSConfig
+from .configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
 from .positions_vitcls import needs_resampling
 
 
@@ -41,7 +41,11 @@ def build_attention_mask(
     Raises:
         ValueError: if `attention_mask` has an invalid shape, or the attention implementation does not support a mask.
     """
-    check_attention_mask(attention_mask, hidden_states)
+    if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens "
+            f"included, but it has shape {list(attention_mask.shape)}"
+        )
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
@@ -52,16 +56,6 @@ def build_attention_mask(
     if gates is not None:
         mask = gates(hidden_states, mask)
     return mask
-
-
-def check_attention_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> None:
-    """Raise ValueError unless the mask is None, has shape [B, N], or is 4-dimensional."""
-    if attention_mask is None or attention_mask.ndim == 4 or attention_mask.shape == hidden_states.shape[:2]:
-        return
-    raise ValueError(
-        f"attention_mask must have shape [batch, tokens] = {list(hidden_states.shape[:2])}, special tokens included, "
-        f"but it has shape {list(attention_mask.shape)}"
-    )
 
 
 def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
@@ -201,7 +195,8 @@ class TokenGates(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
-        self.indices = get_gated_indices(config)
+        layout = config.token_layout
+        self.indices = [getattr(layout, group).start + index for group, index in list_gated_tokens(config)]
         self.gates = nn.Parameter(torch.empty(len(self.indices)))
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
@@ -217,10 +212,11 @@ class TokenGates(nn.Module):
         return magnitude * self.SCALE + self.MIN_GATE
 
 
-def get_gated_indices(config: ViTCLSConfig) -> list[int]:
-    """Return the sequence indices of the gated tokens, which are the last tokens of each group."""
-    indices: list[int] = []
-    for name, group in config.token_layout.items():
-        num_gated = (config.gated_tokens or {}).get(name, 0)
-        indices += range(group.stop - num_gated, group.stop) if num_gated else ()
-    return indices
+def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
+    """Return (group, index within the group) of each gate, in sequence order. A group's last tokens are gated."""
+    gated_tokens = config.gated_tokens or {}
+    return [
+        (group, index)
+        for group, field in TOKEN_COUNTS.items()
+        for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
+    ]

@@ -176,7 +176,7 @@ class CheckpointStore:
         required_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         steps = self.list_steps()
         earlier_note = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        existing_folder = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        existing_folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free_bytes = shutil.disk_usage(existing_folder).free
         return (
             f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. The "
@@ -197,11 +197,7 @@ def save_on_main(
     is_best: bool,
 ) -> None:
     """Save a checkpoint on the main process while the other processes wait. Errors are raised on all processes."""
-
-    def save() -> None:
-        store.save(step, tensors, facts, is_best)
-
-    run_on_main(accelerator, save)
+    run_on_main(accelerator, lambda: store.save(step, tensors, facts, is_best))
 
 
 def load_on_main(
@@ -211,14 +207,15 @@ def load_on_main(
 
     All processes return the metadata, but only the main process returns the checkpoint.
     """
-    checkpoints: list[Checkpoint | None] = [None]
+    checkpoint: Checkpoint | None = None
 
-    def read() -> dict[str, Any] | None:
-        checkpoints[0] = checkpoint = load()
+    def load_facts() -> dict[str, Any] | None:
+        nonlocal checkpoint
+        checkpoint = load()
         return None if checkpoint is None else checkpoint.facts
 
-    facts = run_on_main(accelerator, read)
-    return checkpoints[0], facts
+    facts = run_on_main(accelerator, load_facts)
+    return checkpoint, facts
 
 
 # Files of one checkpoint ---------------------------------------------------------------------------------------------

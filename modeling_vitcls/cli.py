@@ -4,8 +4,9 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls completion bash > ~/.local/share/bash-completion/completions/vitcls      shell completion
 
-scripts/*.py run the same programs. Flags are parsed before torch is imported, so that `vitcls --help` and errors about
-flags are printed immediately. The programs are in commands/; nothing in the package imports this file.
+The scripts in scripts/ run the same subcommands. Flags are parsed before torch is imported, so that `vitcls --help`
+and errors about flags are printed immediately. The programs are in commands/; no file in the package imports this
+file.
 """
 
 import difflib
@@ -40,7 +41,7 @@ COMMANDS = {
     "pretrain": Command("Pre-train a ViT on images without labels (masked image modeling)", "pretrain", True),
     "evaluate": Command("Evaluate a model on labeled images", "evaluate", has_recipes=True),
     "predict": Command("Predict the labels of images, or write their features", "predict"),
-    "convert": Command("Convert a ViT of timm or transformers, with a parity report", "convert"),
+    "convert": Command("Convert a timm or transformers ViT, with a parity report", "convert"),
     "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),

@@ -690,7 +690,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.id2label is not None and set(map(str, self.id2label)) != set(map(str, range(len(self.id2label)))):
             raise ValueError(f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 without gaps.")
         if num_labels is not None and not (isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS):
-            raise ValueError(f"`num_labels` must be from 0 (no classifier) to {MAX_LABELS:,}, not {num_labels!r}.")
+            raise ValueError(f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not {num_labels!r}.")
         if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
             raise ValueError(
                 f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. Omit num_labels."

@@ -65,8 +65,8 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules in place with the subclasses in `KERNEL_CLASSES`, if `can_install()` is True."""
-    if not can_install():
+    """Replace the classes of modules in place with `KERNEL_CLASSES`, if `can_use_cpu_kernels()` is True."""
+    if not can_use_cpu_kernels():
         return
     for module in model.modules():
         settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
@@ -74,7 +74,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
             module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
-def can_install() -> bool:
+def can_use_cpu_kernels() -> bool:
     """Return whether VITCLS_CPU_KERNELS is not 0 and the installed PyTorch has all required private names."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
@@ -90,9 +90,9 @@ class CPUKernel(nn.Module):
     """Base class of all CPU kernels."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module. The module becomes a plain module if `can_install()` is False."""
+        """Restore a copied or pickled module, as a plain module if `can_use_cpu_kernels()` is False."""
         super().__setstate__(state)
-        if not can_install():
+        if not can_use_cpu_kernels():
             uninstall_cpu_kernels(self)
 
     def extra_repr(self) -> str:
@@ -170,8 +170,8 @@ class CPUGLU(CPUKernel, ViTCLSGLU):
         return self.project(self.activation_fn(gate) * expanded)
 
 
-class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
-    """Base class of the attention kernels."""
+class CPUAttention(CPUKernel, ViTCLSAttention):
+    """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
@@ -182,15 +182,11 @@ class CPUAttentionKernel(CPUKernel, ViTCLSAttention):
         return sdpa_attention if self.config._attn_implementation == "sdpa" else super().get_attention_function()
 
 
-class CPUAttention(CPUAttentionKernel):
-    """CPU kernel of `ViTCLSAttention`."""
-
-
-class CPUDifferentialAttention(CPUAttentionKernel, ViTCLSDifferentialAttention):
+class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
     """CPU kernel of `ViTCLSDifferentialAttention`."""
 
 
-class CPUMergingAttention(CPUAttentionKernel, MergingAttention):
+class CPUMergingAttention(CPUAttention, MergingAttention):
     """CPU kernel of `MergingAttention`."""
 
 
@@ -222,8 +218,8 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
     """Return whether `linear` is a CPULinear, `activation` is the exact GELU, and neither module has hooks."""
-    is_gelu = type(activation) is GELUActivation and not has_hooks(activation)
-    return is_gelu and type(linear) is CPULinear and not has_hooks(linear)
+    is_plain_gelu = type(activation) is GELUActivation and not has_hooks(activation)
+    return is_plain_gelu and type(linear) is CPULinear and not has_hooks(linear)
 
 
 def is_onednn_enabled() -> bool:

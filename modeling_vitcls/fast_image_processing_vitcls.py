@@ -43,8 +43,8 @@ def read_jpeg(source: Any) -> Tensor | None:
     if jpeg_bytes is None:
         return None
     try:
-        encoded = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
-        pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
+        pixels: Tensor = decode_jpeg(encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
     except RuntimeError:
         return None
     if len(pixels) == 1:
@@ -64,7 +64,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         with Path(source).open("rb") as file:
             start = file.read(len(JPEG_SIGNATURE))
             return bytearray(start + file.read()) if start == JPEG_SIGNATURE else None
-    except (OSError, ValueError):
+    except OSError:
         return None
 
 

@@ -149,7 +149,7 @@ class PixelDecoder(nn.Module):
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
-def classification_loss(
+def compute_classification_loss(
     logits: Tensor, labels: Tensor, config: ViTCLSConfig, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
     """Return the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
@@ -166,7 +166,7 @@ def classification_loss(
         ValueError: if a label is not a class index, or if `problem_type` is not set for float labels.
     """
     labels = labels.to(logits.device)
-    if logits.shape[-1] != config.num_labels or not config.num_labels:
+    if logits.shape[-1] != config.num_labels:
         raise ValueError("labels require a classifier, but the model has no classifier: set num_labels")
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
@@ -200,7 +200,7 @@ def cross_entropy(
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(
-            f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one class per image"
+            f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one index per image"
         )
     labels = labels.reshape(-1).long()
     try:

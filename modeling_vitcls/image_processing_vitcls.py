@@ -167,7 +167,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         return image[..., top : top + size.height, left : left + size.width]
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """Return a flat list of single images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
+        """Return a flat list of images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
         single_images = list(flatten_images(self.fetch_images(images)))
         if not single_images:
             raise ValueError("no images were given: the list is empty")
@@ -255,9 +255,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         if args or dict(kwargs) != {"return_tensors": "pt"} or type(self) is not ViTCLSImageProcessor:
             return super().preprocess(images, *args, **kwargs)
         settings = get_settings(self, self._valid_kwargs_names)
-        singles = list(flatten_images(images))
-        if settings == self._checked_settings and singles and all(getattr(image, "is_cpu", True) for image in singles):
-            return self._fast_preprocess(singles)
+        inputs = list(flatten_images(images))
+        if settings == self._checked_settings and inputs and all(getattr(image, "is_cpu", True) for image in inputs):
+            return self._fast_preprocess(inputs)
         batch = super().preprocess(images, **kwargs)
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
@@ -347,7 +347,7 @@ def get_first_line(error: Exception) -> str:
 
 
 def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the single images of nested lists and 4-dimensional batches, in order."""
+    """Yield the images of nested lists and 4-dimensional batches, in order."""
     if isinstance(images, list | tuple):
         for image in images:
             yield from flatten_images(image)
@@ -491,8 +491,8 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
     settings = ImagesKwargs.__annotations__
     for keyword in keywords:
-        if keyword not in settings and (similar := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)):
-            raise ValueError(f"unknown setting {keyword!r}: did you mean {similar[0]!r}?")
+        if keyword not in settings and (matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)):
+            raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
 
 
 def check_sizes(settings: dict[str, Any]) -> None:

@@ -41,8 +41,8 @@ from .heads_vitcls import (
     PixelDecoder,
     build_head,
     build_pooler,
-    classification_loss,
     combine_logits,
+    compute_classification_loss,
     cross_entropy,
     masked_pixel_loss,
 )
@@ -362,7 +362,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_head(self.config, self.config.hidden_size, self.num_labels)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (same method as in timm)."""
+        """Initialize new classifiers, or remove the classifiers if `num_classes` is 0 (as in timm)."""
         self.config.id2label, self.config.label2id = {}, {}
         self.config.num_labels = num_classes
         self.build_classifiers()
@@ -384,7 +384,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         so that both classifiers are trained. The training loop adds distillation from a teacher (training/losses.py).
 
         Args:
-            labels, num_items_in_batch: as in `classification_loss`.
+            labels, num_items_in_batch: as in `compute_classification_loss`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
@@ -403,7 +403,9 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             if self.training and distillation_logits is not None:
                 all_logits = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
-            losses = [classification_loss(head_logits, labels, self.config, num_items) for head_logits in all_logits]
+            losses = [
+                compute_classification_loss(head_logits, labels, self.config, num_items) for head_logits in all_logits
+            ]
             loss = torch.stack(losses).mean()
         return ViTCLSImageClassifierOutput(
             loss=loss,
@@ -450,12 +452,8 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
         outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
         cls_tokens = outputs.last_hidden_state[:, self.config.token_layout.cls].unbind(dim=1)  # [B, D] each
-        logits = {
-            name: classifier(token)
-            for name, classifier, token in zip(
-                self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
-            )
-        }
+        tasks = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
+        logits = {name: classifier(token) for name, classifier, token in tasks}
         loss = losses = None
         if labels is not None:
             losses = self.compute_losses(logits, labels)

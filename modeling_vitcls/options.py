@@ -346,7 +346,7 @@ class RunOptions:
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} requires --push-to-hub, which is not set. Set --push-to-hub.")
+                raise ValueError(f"{flag} requires --push-to-hub. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
         is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
@@ -405,8 +405,8 @@ class EvaluateOptions:
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Split of the dataset. If the dataset has a single split that is not named `test`, then `test` is the held-out
-    split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
+    """Split of the dataset to evaluate on. If the dataset has a single split that is not named `test`, then `test` is
+    the held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -459,7 +459,7 @@ class PredictOptions(ImageOptions):
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
-    """Split of the dataset. Default: the only split."""
+    """Split of the dataset to predict. Default: the only split."""
     streaming: bool = False
     """Read the dataset without downloading or storing it."""
     output: Path | None = None
@@ -508,8 +508,8 @@ class InspectOptions(ImageOptions):
     """
 
     split: str | None = None
-    """Split of the dataset. If the dataset has a single split, then `test` is the held-out split of fine-tuning.
-    Default: the held-out split that was used in training, or `test`."""
+    """Split of the dataset to inspect. If the dataset has a single split, then `test` is the held-out split of
+    fine-tuning. Default: the held-out split that was used in training, or `test`."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
     name."""

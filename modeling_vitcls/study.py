@@ -86,17 +86,16 @@ class Study:
     def plan_runs(self) -> list[StudyRun]:
         """Return all runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
-        for levels in itertools.product(*self.factors.values()):
+        for levels, seed in itertools.product(itertools.product(*self.factors.values()), self.seeds):
             combination = dict(zip(self.factors, levels, strict=True))
-            for seed in self.seeds:
-                level_names = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
-                name = "_".join([*level_names, f"seed-{seed}"])
-                runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
+            level_names = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
+            name = "_".join([*level_names, f"seed-{seed}"])
+            runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
         return runs
 
     def combine_flags(self, levels: Mapping[str, str], seed: int) -> dict[str, Flags]:
         """Combine the flags of the stages, the levels and the seed. Return the flags of each stage of a run."""
-        stages: dict[str, Flags | None] = {name: dict(flags or {}) for name, flags in self.stages.items()}
+        stages: dict[str, Flags | None] = {name: flags or {} for name, flags in self.stages.items()}
         for factor, level in levels.items():
             for name, flags in split_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
@@ -124,11 +123,7 @@ def load_study(file: Path) -> Study:
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
             raise ValueError(f"{file}: the baseline level {level} of {factor} is not in `factors`")
-    stages = {
-        *content["stages"],
-        *(stage for levels in factors.values() for flags in levels.values() for stage in split_by_stage(flags)),
-    }
-    if unknown_stages := sorted(stages - set(STAGES)):
+    if unknown_stages := sorted(set(content["stages"]) - set(STAGES)):
         raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
     return Study(**content | {"factors": factors, "baseline": baseline})
 
@@ -335,9 +330,9 @@ def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequen
         )
     group_names = list(groups)
     indices = {label: index for index, name in enumerate(group_names) for label in groups[name]}
-    if missing := [label for label in feature.names if label not in indices]:
+    if missing_labels := [label for label in feature.names if label not in indices]:
         raise ValueError(
-            f"the groups of the column {column} do not contain the labels {', '.join(missing)}. "
+            f"the groups of the column {column} do not contain the labels {', '.join(missing_labels)}. "
             "Add each label to a group"
         )
     values = [indices[feature.names[label]] for label in images["label"]]
@@ -366,26 +361,21 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    first_values: dict[str, Any] = {}
-    last_values: dict[str, Any] = {}
-    for record in records:
-        first_values = record | first_values
-        last_values |= record
+    first_values = {name: value for record in reversed(records) for name, value in record.items()}
+    last_values = {name: value for record in records for name, value in record.items()}
     return row | flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
     """Return the numbers in nested dicts and lists. A name consists of keys and indices, joined by dots. Lists of more
     than MAX_LIST_LENGTH elements are omitted."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return {name: float(value)}
-    children: dict[Any, Any] = {}
-    if isinstance(value, dict):
-        children = value
-    elif isinstance(value, list) and len(value) <= MAX_LIST_LENGTH:
-        children = dict(enumerate(value))
+    if isinstance(value, list):
+        value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
+    if not isinstance(value, dict):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {name: float(value)} if is_number else {}
     numbers: dict[str, float] = {}
-    for key, child in children.items():
+    for key, child in value.items():
         numbers |= flatten_numbers(child, f"{name}.{key}" if name else str(key))
     return numbers
 
@@ -503,7 +493,8 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
     """Execute a study, write the results, and return the rows of runs.parquet.
 
-    `command` is the command line that the page shows. `settings` are further arguments of `StudyRunner`.
+    `command` is the command line to show on the study page (README.md). `settings` are further arguments of
+    `StudyRunner`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record_file = folder / "study.json"

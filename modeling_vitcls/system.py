@@ -158,7 +158,7 @@ def get_peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory of a GPU to the memory in use. The peak memory of a process cannot be reset."""
+    """Reset the peak memory statistics of a GPU. The peak memory of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .attention_masks_vitcls import add_mask
 from .configuration_vitcls import TOKEN_COUNTS, TokenLayout
 
 
@@ -84,11 +85,7 @@ def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
 def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attention weights [B, heads, n, N] of queries [B, heads, n, d] and keys [B, heads, N, d]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return add_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:

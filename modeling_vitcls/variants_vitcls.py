@@ -40,8 +40,8 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
         attn_output, _ = self.attention(hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs)
         attn_output = self.layernorm_before(self.dropout(attn_output))
         hidden_states = self.add_branch(hidden_states[:, :num_tokens], attn_output, self.layer_scale1)
-        transformed = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
-        return self.add_branch(hidden_states, transformed, self.layer_scale2)
+        mlp_output = self.layernorm_after(self.dropout(self.mlp(hidden_states)))
+        return self.add_branch(hidden_states, mlp_output, self.layer_scale2)
 
 
 class ViTCLSParallelLayer(ViTCLSLayer):
@@ -64,9 +64,9 @@ class ViTCLSParallelLayer(ViTCLSLayer):
         num_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        normalized = self.layernorm_before(hidden_states)
-        attn_output, _ = self.attention(normalized, attention_mask, position_embeddings, num_tokens, **kwargs)
-        branch = self.dropout(attn_output) + self.dropout(self.mlp(normalized[:, :num_tokens]))
+        normalized_states = self.layernorm_before(hidden_states)
+        attn_output, _ = self.attention(normalized_states, attention_mask, position_embeddings, num_tokens, **kwargs)
+        branch = self.dropout(attn_output) + self.dropout(self.mlp(normalized_states[:, :num_tokens]))
         return self.add_branch(hidden_states[:, :num_tokens], branch, self.layer_scale1)
 
 
@@ -128,7 +128,7 @@ def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViT
 class RegisterNeurons(nn.Module):
     """Move the activations of selected MLP neurons from the patches to the last register, without training.
 
-    For each neuron, the register receives the patch activation of largest magnitude, and all patch activations are set
+    For each neuron, the register receives the largest patch activation in magnitude, and all patch activations are set
     to 0. Other special tokens are unchanged, as in the authors' code (Jiang et al. 2025, arXiv 2506.08010, section 4).
     """
 
@@ -320,7 +320,7 @@ class MergedGroups:
 def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
     """Match patches with similar keys [B, n, d] (bipartite soft matching; ToMe, section 3).
 
-    Pair each even-indexed patch with the odd-indexed patch of highest cosine similarity, and return the best pairs.
+    Pair each even-indexed patch with the odd-indexed patch of the highest cosine similarity; return the best pairs.
 
     Returns:
         Indices of the even patches and indices of the paired odd patches, [B, num_pairs] each.
@@ -393,8 +393,8 @@ class MergingLayer(ViTCLSLayer):
         attn_output, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
         tokens = self.add_branch(tokens, self.dropout(attn_output), self.layer_scale1)
         tokens, groups = self.merge(tokens, keys, groups)  # [B, T - r, D]
-        transformed = self.mlp(self.layernorm_after(tokens))
-        tokens = self.add_branch(tokens, self.dropout(transformed), self.layer_scale2)
+        mlp_output = self.mlp(self.layernorm_after(tokens))
+        tokens = self.add_branch(tokens, self.dropout(mlp_output), self.layer_scale2)
         return groups.expand(tokens), groups
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
@@ -409,10 +409,10 @@ class MergingLayer(ViTCLSLayer):
 def run_merging_layers(
     layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
 ) -> Tensor:
-    """Run all layers, pass the groups between layers, and return hidden states [B, N or num_tokens_read, D]."""
+    """Run all layers, pass the groups from layer to layer, return hidden states [B, N or num_tokens_read, D]."""
     groups = MergedGroups.from_tokens(hidden_states)
-    *first_layers, last_layer = layers
-    for layer in first_layers:
+    *earlier_layers, last_layer = layers
+    for layer in earlier_layers:
         hidden_states, groups = layer(hidden_states, mask, groups=groups, **kwargs)
     hidden_states, _ = last_layer(hidden_states, mask, num_tokens=num_tokens_read, groups=groups, **kwargs)
     return hidden_states

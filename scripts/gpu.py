@@ -16,10 +16,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,11 @@ from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import count_training_flops
 
 
-Rows = Iterator[tuple[str, ...]]
+Lines = Iterator[str]  # lines of the Markdown page
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
+FAILURE = "failed: "  # prefix of the description of a failed row or part
+FSDP2_SETTINGS = REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml"
 TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
 TEST_PROCESSES = ("-n", "4", "--dist", "loadfile")
 BENCHMARKS = ("inference", "growth", "step", "inexact")
@@ -55,8 +56,6 @@ AUTOTUNED_PRECISION = "bf16"  # forward passes are autotuned only in this precis
 FLASH_MODE = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
 NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
-
-failures: list[str] = []  # descriptions of failed rows and parts
 
 
 def main() -> None:
@@ -79,10 +78,10 @@ def main() -> None:
             lines.append(line)
             flags.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"written to {flags.output}")
-    raise SystemExit(1 if failures else 0)
+    raise SystemExit(int(any(FAILURE in line for line in lines)))
 
 
-def run_part(name: str) -> Iterator[str]:
+def run_part(name: str) -> Lines:
     """Yield the lines of a part of the page. An exception becomes the last line."""
     title, measure = PARTS[name]
     yield from ("", f"## {title}", "")
@@ -93,16 +92,15 @@ def run_part(name: str) -> Iterator[str]:
 
 
 def describe_failure(error: Exception) -> str:
-    """Print the traceback of an exception, record the failure, and return one line without vertical bars."""
+    """Print the traceback of an exception, and return one line without vertical bars."""
     traceback.print_exception(error)
     message = next(iter(str(error).splitlines()), "")
     if isinstance(error, subprocess.SubprocessError):
         message = "see the output"  # instead of a command with paths of this machine
-    failures.append(f"failed: {type(error).__name__}: {message[:200]}".replace("|", "/"))
-    return failures[-1]
+    return f"{FAILURE}{type(error).__name__}: {message[:200]}".replace("|", "/")
 
 
-def run_tests() -> Iterator[str]:
+def run_tests() -> Lines:
     """Run the tests, and yield one line with the result. The output of the tests is printed."""
     command = [sys.executable, "-m", "pytest", "-q", *TEST_PROCESSES, *TESTS]
     # One thread per test process, as in the Makefile
@@ -110,7 +108,7 @@ def run_tests() -> Iterator[str]:
     yield f"passed: `pytest {' '.join(TESTS[:-1])} '{TESTS[-1]}'`"
 
 
-def compare_models(work: str) -> Iterator[str]:
+def compare_models(work: str) -> Lines:
     """Yield a table of the speed compared with other models, after one line for each failed row."""
     settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
     comparisons = []
@@ -131,29 +129,27 @@ def build_model(num_registers: int) -> ViTCLSForImageClassification:
     return ViTCLSForImageClassification(config)
 
 
-def measure_forward_passes(device: str) -> Rows:
-    """Yield a row for each precision, mode and number of tokens."""
+def measure_forward_passes(device: str = "cuda") -> Lines:
+    """Yield a table with a row for each precision, mode and number of tokens."""
+    yield from format_header("precision", "mode", "tokens", "images/s", "difference")
     for tokens, num_registers in NUM_REGISTERS.items():
         model = build_model(num_registers).eval()
         images = build_random_images(BATCH_SIZE, model.config.image_size)
         with torch.inference_mode():
             expected = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
-            modes = [
-                mode
-                for mode, compile_mode in COMPILE_MODES.items()
-                if compile_mode != "max-autotune" or precision == AUTOTUNED_PRECISION
-            ]
-            for mode in modes if precision == "fp32" else [*modes, FLASH_MODE]:
+            modes = COMPILE_MODES if precision == "fp32" else COMPILE_MODES | {FLASH_MODE: None}
+            for mode, compile_mode in modes.items():
+                if compile_mode == "max-autotune" and precision != AUTOTUNED_PRECISION:
+                    continue
                 try:
-                    predict = compile_model(
-                        build_model(num_registers).eval().to(device, dtype), COMPILE_MODES.get(mode)
-                    )
+                    predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
                     run = torch.inference_mode()(partial(predict, images.to(device, dtype)))
                     speed, difference = measure_forward_pass(run, mode, expected, LIMITS[precision])
-                    yield precision, mode, tokens, f"{speed:,.0f}", f"{difference:.1e}"
+                    results = f"{speed:,.0f}", f"{difference:.1e}"
                 except Exception as error:
-                    yield precision, mode, tokens, describe_failure(error), ""
+                    results = describe_failure(error), ""
+                yield format_row(precision, mode, tokens, *results)
 
 
 def measure_forward_pass(
@@ -164,7 +160,7 @@ def measure_forward_pass(
     Raises:
         ValueError: If the logits differ by more than `limit` from fp32 logits computed on the CPU.
     """
-    with select_attention(mode):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH_MODE else nullcontext():
         for _ in range(NUM_WARM_UP_CALLS):
             logits = run().logits[:2].float().cpu()
         difference = ((logits - expected).abs().max() / expected.abs().max()).item()
@@ -173,16 +169,18 @@ def measure_forward_pass(
         return measure_throughput(run, BATCH_SIZE), difference
 
 
-def measure_steps(device: str) -> Rows:
-    """Yield a row with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
+def measure_steps(device: str = "cuda") -> Lines:
+    """Yield a table with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
+    yield from format_header("mode", "tokens", "images/s", "MFU")
     peak = measure_gemm_peak(device, torch.bfloat16)
     for tokens, num_registers in NUM_REGISTERS.items():
         for mode, compile_mode in COMPILE_MODES.items():
             try:
                 speed, flops = measure_step(device, num_registers, compile_mode)
-                yield mode, tokens, f"{speed:,.0f}", f"{speed * flops / peak:.0%}"
+                results = f"{speed:,.0f}", f"{speed * flops / peak:.0%}"
             except Exception as error:
-                yield mode, tokens, describe_failure(error), ""
+                results = describe_failure(error), ""
+            yield format_row(mode, tokens, *results)
 
 
 def measure_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
@@ -205,26 +203,21 @@ def measure_step(device: str, num_registers: int, compile_mode: str | None) -> t
     return measure_throughput(step, BATCH_SIZE), count_training_flops(model)
 
 
-def select_attention(mode: str) -> AbstractContextManager:
-    """Return a context that allows only the flash attention kernel if the mode is FLASH_MODE."""
-    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH_MODE else nullcontext()
+def run_fsdp2(settings: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
+    """Train a small model with sharded weights, and yield one sentence with the loss.
 
-
-def run_fsdp2(settings: Path, num_processes: int) -> str:
-    """Train a small model with sharded weights, and return one sentence with the loss.
-
-    Raises:
-        subprocess.SubprocessError: If the run fails, or takes longer than `FSDP2_SECONDS`. Its output was printed.
+    By default, each GPU has one process. If the run fails or takes longer than `FSDP2_SECONDS`, a SubprocessError is
+    raised; the output of the run was printed.
     """
+    num_processes = num_processes or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", num_processes]
         flags = ["--config", "digits", "--max-steps", 10, "--no-report", "--output-dir", folder, "--overwrite"]
         command = [sys.executable, *launch, "-m", "modeling_vitcls.cli", "finetune", *flags]
         subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_SECONDS)
         results = read_json(Path(folder, "results.json"))
-    return (
-        f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: loss {results['loss']:.3f}"
-    )
+    device, loss = results["device"], results["loss"]
+    yield f"{results['steps']} steps with {num_processes} process(es) on {device}: loss {loss:.3f}"
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:
@@ -233,28 +226,21 @@ def compile_model(model: nn.Module, mode: str | None) -> Callable:
     return model if mode is None else torch.compile(model, mode=mode)
 
 
-def format_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table."""
-    for row in chain((header, ("---",) * len(header)), rows):
-        yield f"| {' | '.join(row)} |"
+def format_header(*names: str) -> Lines:
+    """Yield the first two lines of a Markdown table."""
+    yield from (format_row(*names), format_row(*["---"] * len(names)))
 
 
-# Name -> heading, and function that returns the lines of the part. Tests run last, because they write no measurements.
-PARTS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
-    "forward": (
-        f"Forward passes, batch {BATCH_SIZE}",
-        lambda: format_table(
-            ("precision", "mode", "tokens", "images/s", "difference"), measure_forward_passes("cuda")
-        ),
-    ),
-    "training": (
-        f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW",
-        lambda: format_table(("mode", "tokens", "images/s", "MFU"), measure_steps("cuda")),
-    ),
-    "fsdp2": (
-        "Sharded training (FSDP2)",
-        lambda: [run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml", torch.cuda.device_count())],
-    ),
+def format_row(*cells: str) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+# Name -> heading, and function that yields the lines of the part. Tests run last, because they write no measurements.
+PARTS: dict[str, tuple[str, Callable[[], Lines]]] = {
+    "forward": (f"Forward passes, batch {BATCH_SIZE}", measure_forward_passes),
+    "training": (f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW", measure_steps),
+    "fsdp2": ("Sharded training (FSDP2)", run_fsdp2),
     **{name: (f"`vitcls benchmark --work {name}`", partial(compare_models, name)) for name in BENCHMARKS},
     "tests": ("Tests", run_tests),
 }

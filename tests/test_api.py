@@ -99,8 +99,9 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     assert from_bytes["label"] == rows[1]["label"] and from_bytes["error"] is None
     assert len(predict(folder, dataset="digits", features="cls")) == 1797
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
-    with pytest.raises(TypeError, match="unknown keyword argument 'output'"):
-        predict(folder, images, output="labels.csv")
+    for flag in ("output", "shard_size", "config"):
+        with pytest.raises(TypeError, match=f"unknown keyword argument '{flag}'"):
+            predict(folder, images, **{flag: None})
 
 
 def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -117,6 +118,8 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         ValueError, match=r"auto_augment is 'random'\. Set auto_augment to one of 'none', 'rand', 'trivial'"
     ):
         finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
+    with pytest.raises(TypeError, match="unknown keyword argument 'config'"):
+        finetune("vitcls-tiny", "digits", tmp_path, config="digits.yaml")
     with pytest.raises(ValueError, match="--epochs is -1, but it must be above 0"):
         finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
 
@@ -141,6 +144,7 @@ def test_arguments_are_flags(options_class: Any, flags: list[str], arguments: di
 def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
     assert options == parse(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
+    assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
     assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision=None).mixed_precision is None
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")
     assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)

@@ -16,6 +16,7 @@ from modeling_vitcls.options import (
     MaskingOptions,
     ModelOptions,
     PredictOptions,
+    PretrainOptions,
     RunOptions,
     TrainingOptions,
     get_flag_names,
@@ -86,7 +87,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (RunOptions, "keep_checkpoints", [1], [0], "1 or more"),
     (RunOptions, "hub_checkpoint_every", [None], [0], "1 or more"),
     (RunOptions, "hub_checkpoint_branch", ["mains"], ["", "main"], "a branch other than main"),
-    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit"], "a license identifier of the Hub"),
+    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"], "a license identifier of the Hub"),
     (EvaluateOptions, "batch_size", [1], [0], "1 or more"),
     (EvaluateOptions, "frozen_repeats", [1], [0], "1 or more"),
     (
@@ -142,6 +143,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_task_id": None}, "require each other"),
     (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": None}, "require each other"),
     (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": "b"}, "a dataset on the Hub"),
+    (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": "a/b/c"}, "a dataset on the Hub"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "exactly one of PATHS, --list and --dataset"),
     (PredictOptions, {"paths": ("a",)}, {"list": Path("b")}, "exactly one of PATHS, --list and --dataset"),
     (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "exactly one of PATHS, --list and --dataset"),
@@ -207,13 +209,8 @@ def test_an_existing_folder_is_an_output_for_any_name(tmp_path: Path) -> None:
 
 
 def test_regions_of_cls_tokens() -> None:
-    assert parse_cls_scopes(["1x2", "image", "2x1"]) == [
-        [1, 2, 0, 0],
-        [1, 2, 0, 1],
-        "image",
-        [2, 1, 0, 0],
-        [2, 1, 1, 0],
-    ]
+    grid = [[2, 3, row, column] for row in (0, 1) for column in (0, 1, 2)]  # row by row
+    assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]
     for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
         with raises_one_line(f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {text!r}"):
             ModelOptions("vitcls-tiny", cls_scopes=("image", text))
@@ -225,6 +222,39 @@ def test_fields_of_the_configuration() -> None:
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
     assert options.get_config_values() == {"num_register_tokens": 0, "cls_scopes": scopes, "num_cls_tokens": 3}
     assert ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()["num_cls_tokens"] == 2
+
+
+DEFAULTS = """
+    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_broken_images=100 num_workers=2 model=m
+    flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
+    gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
+    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 health_every=100 evaluate_every=1 select=last
+    keep_checkpoints=2 report=True hub_verify=True hub_checkpoint_branch=checkpoints distillation=hard
+    distillation_alpha=0.5 distillation_tau=3.0
+
+    mask_ratio=0.6 mask_block=1
+
+    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_broken_images=100 num_workers=2 batch_size=64
+    frozen_layers=last frozen_repeats=10
+
+    model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5
+
+    model=m dataset=digits batch_size=32 output=report.html num_images=8 max_images=256
+"""
+
+
+def test_defaults_of_flags() -> None:
+    """The help texts, the documentation and published results depend on these values. Other flags are off."""
+    run = Path("out"), DataOptions("digits"), ModelOptions("m")
+    options = [
+        FinetuneOptions(*run),
+        PretrainOptions(*run).masking,
+        EvaluateOptions("m", run[1]),
+        PredictOptions("m", dataset="digits"),
+        InspectOptions("m", dataset="digits"),
+    ]
+    flags = [{f"{name}={value}" for name, value in to_flags(each).items() if value} for each in options]
+    assert flags == [set(text.split()) for text in DEFAULTS.split("\n\n")]
 
 
 def test_flags_of_a_run_are_those_of_a_recipe() -> None:

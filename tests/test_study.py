@@ -97,17 +97,8 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 def start_study(file: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
     """Start `vitcls study` in a process."""
-    command = [
-        sys.executable,
-        "-m",
-        "modeling_vitcls.cli",
-        "study",
-        "--config",
-        str(file),
-        "--output-dir",
-        str(output),
-    ]
-    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "modeling_vitcls.cli", "study", "--config", file, "--output-dir", output, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -145,15 +136,16 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
 def test_the_levels_of_a_later_factor_can_add_a_skipped_stage(tmp_path: Path) -> None:
     factors = {
         "stage": {"none": {"finetune": None}},
-        "epochs": {"default": None, "two": {"finetune": {"epochs": 2}, "evaluate": {"split": "test"}}},
+        "epochs": {1: None, 2: {"finetune": {"epochs": 2}, "warmup": 0.2, "evaluate": {"split": "test"}}},
     }
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
-    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"stage": "none"}, seeds=[3])
+    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"stage": "none", "epochs": 1}, seeds=[3])
     default, two = load_study(file).plan_runs()
     assert default.stages == {"evaluate": {}}  # evaluation has no seed
-    assert two.stages == {"finetune": {"epochs": 2, "seed": 3}, "evaluate": {"split": "test"}}
+    assert two.stages == {"finetune": {"epochs": 2, "warmup": 0.2, "seed": 3}, "evaluate": {"split": "test"}}
     assert list(two.stages) == ["finetune", "evaluate"]
-    assert [default.name, two.name] == ["stage-none_epochs-default_seed-3", "stage-none_epochs-two_seed-3"]
+    assert [default.name, two.name] == ["stage-none_epochs-1_seed-3", "stage-none_epochs-2_seed-3"]
+    assert two.levels == {"stage": "none", "epochs": "2"}
 
 
 def test_flags_of_each_stage(tmp_path: Path) -> None:
@@ -173,59 +165,17 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
     run, runner = study.plan_runs()[0], StudyRunner(study, out)
     folder = out / "runs" / "lr-1-2-a-b_seed-0"
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    assert runner.build_commands(run) == [
-        (
-            "pretrain",
-            [
-                "--dataset",
-                f"{out}/subsets/few-images",
-                "--seed",
-                "0",
-                "--output-dir",
-                f"{folder}/pretrain",
-                "--resume",
-            ],
-        ),
-        (
-            "finetune",
-            [
-                "--model",
-                f"{out}/{folder}",
-                "--no-flip",
-                "--image-size",
-                "32",
-                "48",
-                "--folds",
-                "2",
-                "--seed",
-                "0",
-                "--output-dir",
-                f"{folder}/finetune",
-                "--overwrite",
-            ],
-        ),
-        ("evaluate", ["--dataset", "digits", "--model", f"{folder}/finetune", "--output", f"{folder}/evaluate.json"]),
-        (
-            "inspect",
-            [
-                "--num-images",
-                "4",
-                "--model",
-                f"{folder}/pretrain",
-                "--json",
-                f"{folder}/inspect.json",
-                "--output",
-                f"{folder}/report.html",
-            ],
-        ),
-    ]
-    files = [
-        folder / "pretrain" / "results.json",
-        folder / "finetune" / "results.json",
-        folder / "evaluate.json",
-        folder / "inspect.json",
-    ]
-    for file in files:
+    (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
+    assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
+        "pretrain": f"--dataset {out}/subsets/few-images --seed 0 --output-dir {folder}/pretrain --resume",
+        "finetune": f"--model {out}/{folder} --no-flip --image-size 32 48 --folds 2 --seed 0 "
+        f"--output-dir {folder}/finetune --overwrite",
+        "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
+        "inspect": f"--num-images 4 --model {folder}/pretrain --json {folder}/inspect.json "
+        f"--output {folder}/report.html",
+    }
+    names = ("pretrain/results.json", "finetune/results.json", "evaluate.json", "inspect.json")
+    for file in (folder / name for name in names):
         assert not runner.is_finished(run)
         file.parent.mkdir(exist_ok=True)
         file.touch()
@@ -248,9 +198,12 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, changes: dict[str, obj
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "words"), [("- a", "is not a YAML mapping"), ("title: [", "cannot read")])
-def test_a_file_that_is_no_mapping_gets_one_line(tmp_path: Path, content: str, words: str) -> None:
-    (tmp_path / "study.yaml").write_text(content)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"- a", "is not a YAML mapping"), (b"title: [", "cannot read"), (b"title: \xff", "cannot read")],
+)
+def test_a_file_that_is_no_mapping_gets_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
     with raises_one_line(words, "study.yaml"):
         load_study(tmp_path / "study.yaml")
 
@@ -323,6 +276,7 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         json.dumps(
             {
                 "accuracy": 0.5,
+                "loss": 2.0,
                 "dataset": "digits",
                 "resumed": True,
                 "counts": [1, 2, 3],
@@ -339,9 +293,9 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
     assert row["layers.31"] == 1.0 and row["tokens.cls.norm"] == 2.0
     assert not any(name.startswith(("pixels", "resumed")) for name in row)
     one_task = replace(run, stages={"finetune": {"label_column": "kind"}})
-    assert build_row(runner, one_task)["kind_accuracy"] == 0.5
+    assert build_row(runner, one_task) == row | {"kind_accuracy": 0.5, "kind_loss": 2.0}
     two_tasks = replace(run, stages={"finetune": {"label_column": ["kind", "age"]}})
-    assert "kind_accuracy" not in build_row(runner, two_tasks)
+    assert build_row(runner, two_tasks) == row
     logged = {name: value for name, value in row.items() if name.startswith(("first", "last"))}
     assert logged == {
         "first.loss": 2.5,
@@ -464,6 +418,7 @@ def test_all_runs_are_executed_and_summarized(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "6 runs (0 already finished)" and lines[-1] == f"page: {output / 'README.md'}"
     assert sorted(line.partition("/")[0] for line in lines[1:-1]) == [f"[{number}" for number in range(1, 7)]
+    assert {line.partition("; ")[2] for line in lines[1:-1]} == {"about 1 min remaining", ""}
     progress = {line.partition("] ")[2].partition(";")[0] for line in lines[1:-1]}
     assert {
         "pooling cls, seed 1: accuracy 0.5625, evaluate.accuracy 1",
@@ -491,9 +446,12 @@ def test_all_runs_are_executed_and_summarized(
     (log.parent / "evaluate.json").unlink()
     run_study(study, output, "vitcls study")
     assert "6 runs (3 already finished)" in capsys.readouterr().out
+    assert "1 thread(s) per run" in (output / "README.md").read_text()
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
+    with pytest.raises(ValueError, match="contains runs of a study with different flags"):
+        run_study(replace(study, subsets={"one": {}}), output, "vitcls study")
 
 
 @pytest.mark.usefixtures("program")
@@ -651,6 +609,6 @@ def test_the_study_of_digits(tmp_path: Path) -> None:
     rows = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
     assert len(rows) == 9 and min(row["accuracy"] for row in rows) > 0.5
     assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == [
-        "pooling-accuracy.png",
-        "pooling-loss.png",
+        "pooling-on-handwritten-digits-accuracy.png",
+        "pooling-on-handwritten-digits-loss.png",
     ]

@@ -3,21 +3,27 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from accelerate import DistributedType
 from fresh_processes import run_fresh
 
+from modeling_vitcls import system
 from modeling_vitcls.system import (
+    describe_device,
     estimate_energy,
     format_device_name,
     get_peak_memory,
     get_power_limit,
     get_processor_name,
     get_versions,
+    keep_freed_memory,
 )
 from modeling_vitcls.version import __version__
 
@@ -94,6 +100,53 @@ def test_the_power_of_a_gpu_is_the_limit_of_its_board(tmp_path: Path, monkeypatc
     assert estimate_energy(7200.0, 4, device) is None
 
 
+def test_the_power_of_a_cpu_depends_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert estimate_energy(10.0, 4, torch.device("cpu")) == {
+        "kilowatt_hours": 0.000667,  # 6 threads of 10 W in 4 processes
+        "watts_per_process": 60.0,
+        "assumption": "6 thread(s) per process drew 10 W each throughout the run; the rest of the machine is not "
+        "counted",
+    }
+    assert estimate_energy(10.0, 4, torch.device("mps")) is None
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("variable", "settings"), [("", [(-4, 0), (-1, -1)]), ("MALLOC_ARENA_MAX", []), ("GLIBC_TUNABLES", [])]
+)
+def test_freed_memory_is_kept_unless_the_user_configures_malloc(
+    variable: str, settings: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int]] = []
+    mallopt = SimpleNamespace(mallopt=lambda *setting: found.append(setting))
+    monkeypatch.setattr(system.ctypes, "CDLL", lambda name: mallopt)
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "THP_"))]:
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    keep_freed_memory()
+    assert found == settings and os.environ["THP_MEM_ALLOC_ENABLE"] == ("0" if variable else "1")
+
+
+def test_the_peak_is_the_throughput_of_the_fastest_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, shapes = iter([0.5, 0.25]), []
+
+    def measure(function: Callable[[], torch.Tensor], device: torch.device) -> float:
+        product = function()
+        shapes.append((product.shape, product.dtype))
+        return next(seconds)
+
+    monkeypatch.setattr(system, "measure_fastest_call", measure)
+    monkeypatch.setattr(system, "MATRIX_SIZES", {"cpu": 24})
+    assert system.measure_gemm_peak("cpu", torch.bfloat16) == 2 * 24**3 / (
+        0.25 if torch.backends.mkldnn.is_available() else 0.5
+    )
+    assert set(shapes) == {((24, 24), torch.bfloat16)}
+
+
 def test_the_peak_memory_of_this_process_is_in_bytes() -> None:
     peak = get_peak_memory(torch.device("cpu"))
     assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
@@ -115,5 +168,13 @@ def test_the_name_of_the_processor() -> None:
 
 
 def test_names_of_devices() -> None:
-    assert format_device_name(torch.device("cpu")) == f"CPU, {torch.get_num_threads()} thread(s)"
+    threads = f"CPU, {torch.get_num_threads()} thread(s)"
+    for name, kind, expected in (
+        ("cpu", DistributedType.NO, f"{threads} per process"),
+        ("cpu", DistributedType.FSDP, f"{threads} per process, weights sharded by FSDP"),
+        ("mps", DistributedType.DEEPSPEED, "mps, sharded by DeepSpeed"),
+    ):
+        accelerator: Any = SimpleNamespace(device=torch.device(name), distributed_type=kind)
+        assert describe_device(accelerator) == expected
+    assert format_device_name(torch.device("cpu")) == threads
     assert format_device_name(torch.device("mps")) == "mps"

@@ -34,9 +34,8 @@ from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_mode
 
 
 ABLATION_KINDS = ("information", "presence")
-MIN_NULL_LIMIT = (
-    1e-3  # lower bound on the limit of a null distribution; smaller effects are treated as rounding errors
-)
+# Lower bound on the limit of a null distribution; smaller effects are treated as rounding errors.
+MIN_NULL_LIMIT = 1e-3
 NUM_NULL_DRAWS = 8  # number of random draws of patches or tokens per null distribution
 
 
@@ -178,10 +177,10 @@ def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices:
     if not isinstance(before, Predictions) or not read_indices <= set(indices):
         return None
     first_image = next(iter(batches()))[0][:1]
-    single_outputs = collect_outputs(model, lambda: [(first_image, None)])
+    first_image_outputs = collect_outputs(model, lambda: [(first_image, None)])
     return Predictions(
-        single_outputs.logits.expand_as(before.logits),
-        single_outputs.predicted.expand_as(before.predicted),
+        first_image_outputs.logits.expand_as(before.logits),
+        first_image_outputs.predicted.expand_as(before.predicted),
         before.labels,
     )
 
@@ -252,7 +251,7 @@ def measure_redraw_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
-    redrawn tokens. Each draw replaces either all tokens of a group or a single token; single tokens take turns.
+    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens.
 
     Redrawn tokens that the head reads are not ablated, because these tokens always have an effect.
     """

@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; t
 MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
 MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction without registers, in binomial standard deviations
+MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction if registers are hidden, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class PatchDiagnosis:
         rating: "bad" or "good".
         reason: sentences with the measured values.
         layer: the layer after which the values were measured; 0 means the embeddings.
+        num_patches: number of patches.
         second_mode: the second mode after this layer; None if there is no second mode.
         second_mode_without_registers: the second mode with the registers hidden from attention; None if there is no
             such mode.
-        num_patches: number of patches.
     """
 
     word: Literal["artifacts", "no artifacts"]
     rating: Literal["good", "bad"]
     reason: str
     layer: int
+    num_patches: int
     second_mode: SecondMode | None
     second_mode_without_registers: SecondMode | None
-    num_patches: int
 
 
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
@@ -107,42 +107,39 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     """
     last_layer = count_read_layers(config, has_head)[-1]
     first_layer = last_layer - max(last_layer // 4, 1) + 1
-    modes = [find_second_mode(findings.patch_ratios[layer]) for layer in range(last_layer + 1)]
-    fractions = [mode.fraction if mode else 0.0 for mode in modes]
-    layer = max(range(first_layer, last_layer + 1), key=lambda index: fractions[index])
-    mode, ratios = modes[layer], findings.patch_ratios[layer]
-    if mode is not None:
+    second_modes = [find_second_mode(ratios) for ratios in findings.patch_ratios[: last_layer + 1]]
+    fractions = [0.0 if second_mode is None else second_mode.fraction for second_mode in second_modes]
+    layer = max(range(first_layer, last_layer + 1), key=fractions.__getitem__)
+    second_mode, ratios, where = second_modes[layer], findings.patch_ratios[layer], describe_layer(layer)
+    if second_mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
-        advice = (
-            f"{registers} may absorb artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
-        )
-        fraction = f"{mode.fraction:.2%} of the patches form a second mode of the norm distribution"
-        where = describe_layer(layer)
         statements = [
-            f"Artifacts: {where}, {fraction}, at {mode.ratio:.1f} times the median norm of the image; {advice}"
+            f"Artifacts: {where}, {second_mode.fraction:.2%} of the patches form a second mode of the norm "
+            f"distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers} may absorb "
+            "artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
         ]
+        suffix = ""
     else:
-        largest_norm = f"the largest norm is {ratios.max():.1f} times the median norm of its image"
-        norms = f"the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}"
-        statements = [f"No artifacts: {norms}; {largest_norm}"]
-    earlier_layer = max(range(first_layer), key=lambda index: fractions[index], default=0)
-    if earlier_layer < first_layer and fractions[earlier_layer] > 1.01 * fractions[layer]:
-        suffix = (
-            "" if mode is not None else "; the patch norms have no second mode in the last layers whose output is used"
-        )
-        fraction = f"{fractions[earlier_layer]:.2%} of the patches"
+        statements = [
+            f"No artifacts: the norms of {len(ratios):,} patches have one mode {where}; the largest norm is "
+            f"{ratios.max():.1f} times the median norm of its image"
+        ]
+        suffix = "; the patch norms have no second mode in the last layers whose output is used"
+    earlier_layer = max(range(first_layer), key=fractions.__getitem__, default=layer)
+    if fractions[earlier_layer] > 1.01 * fractions[layer]:
         statements.append(
-            f"The largest second mode in earlier layers contains {fraction} ({describe_layer(earlier_layer)}){suffix}"
+            f"The largest second mode in earlier layers contains {fractions[earlier_layer]:.2%} of the patches "
+            f"({describe_layer(earlier_layer)}){suffix}"
         )
     second_mode_without_registers, sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
-        word="artifacts" if mode is not None else "no artifacts",
-        rating="bad" if mode is not None else "good",
+        word="no artifacts" if second_mode is None else "artifacts",
+        rating="good" if second_mode is None else "bad",
         reason=". ".join(statements + sentences) + ".",
         layer=layer,
-        second_mode=mode,
-        second_mode_without_registers=second_mode_without_registers,
         num_patches=len(ratios),
+        second_mode=second_mode,
+        second_mode_without_registers=second_mode_without_registers,
     )
 
 
@@ -162,18 +159,19 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    mode = find_second_mode(ratios_without_registers)
-    if mode is None:
+    second_mode = find_second_mode(ratios_without_registers)
+    if second_mode is None:
         return None, []
     fraction_before, fraction_after = (
-        (norm_ratios > mode.threshold).float().mean().item() for norm_ratios in (ratios, ratios_without_registers)
+        (norm_ratios > second_mode.threshold).float().mean().item()
+        for norm_ratios in (ratios, ratios_without_registers)
     )
     pooled_fraction = (fraction_before + fraction_after) / 2
-    if (
-        fraction_after - fraction_before
-        < MIN_RISE_SCORE * (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
-    ):
-        return mode, []
-    fractions = f"from {fraction_before:.2%} to {fraction_after:.2%}"
-    rise = f"with the registers hidden from attention, the fraction of outliers increases {fractions}"
-    return mode, [f"The registers absorb outliers (norms above {mode.threshold:.1f} times the median): {rise}"]
+    standard_error = (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
+    if fraction_after - fraction_before < MIN_RISE_SCORE * standard_error:
+        return second_mode, []
+    return second_mode, [
+        f"The registers absorb outliers (norms above {second_mode.threshold:.1f} times the median): with the "
+        "registers hidden from attention, the fraction of outliers increases "
+        f"from {fraction_before:.2%} to {fraction_after:.2%}"
+    ]

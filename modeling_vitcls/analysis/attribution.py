@@ -133,7 +133,9 @@ def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
     """Return the logits [B, labels] of a classifier, or of one task of a multi-task model."""
     logits = getattr(outputs, "logits", None)
     if logits is None:
-        raise ValueError("Attribution requires predictions, but this model has no classifier. Use a classifier.")
+        raise ValueError(
+            "Attribution requires predictions, but this model has no classifier. Use a model with a classifier."
+        )
     if not isinstance(logits, dict):
         if task is not None:
             raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")

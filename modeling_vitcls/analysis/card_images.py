@@ -162,8 +162,8 @@ def format_title(label: str | None, prediction: Row) -> str:
 def encode_small_png(figure: Figure) -> bytes:
     """Return the figure as a PNG file, in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
     the lowest quality if no file is small enough."""
-    for resolution, num_colors in QUALITIES:
-        image, png = render_figure(figure, resolution), BytesIO()
+    for dpi, num_colors in QUALITIES:
+        image, png = render_figure(figure, dpi), BytesIO()
         if num_colors is not None:
             image = image.quantize(palette=image.quantize(num_colors))  # dithered
         image.save(png, format="PNG", optimize=True)

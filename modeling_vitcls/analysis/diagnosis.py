@@ -10,6 +10,7 @@ output of a token in the last layer is read only if the head reads this token (`
 attention are judged in the last layer whose output is read.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,7 +47,8 @@ MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, rela
 MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform maps
 MIN_PATCH_MASS = 0.01  # minimum `patch_mass` of a token that is not cut off from the patches
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-MAX_EMBEDDING_SIMILARITY = 0.9  # maximum cosine similarity of embedding and last state of a token that layers change
+# Maximum cosine similarity between the embedding and the last state of a token, if the layers change the token.
+MAX_EMBEDDING_SIMILARITY = 0.9
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided by the number of ablations (Bonferroni)
 # Expected attention over depth: minimum fraction of tokens attended to in the first third of the layers, and maximum
@@ -95,7 +97,7 @@ def diagnose_tokens(
         findings: statistics over a few dozen images or more; with fewer than MIN_IMAGES images, effects are
             not judged.
         ablations: output of `compute_ablations`; if None, effects are not judged.
-        token_movement: distance that training moved each token, with keys such as `cls[0]` (`token_movement` in
+        token_movement: distance by which training moved each token, with keys such as `cls[0]` (`token_movement` in
             results.json); None if unknown.
         predictions: predictions with known labels (`collect_predictions`). If the accuracy is not better than chance,
             the verdicts state this, because effects on such predictions are not meaningful.
@@ -155,7 +157,7 @@ class TokenEvidence:
         return self.last_state > 0 and findings.num_images > 1 and is_constant
 
     @property
-    def identical_token(self) -> tuple[int, int] | None:
+    def identical_token_and_state(self) -> tuple[int, int] | None:
         """Return the index of an identical token and the index of the last state at which both tokens are read, or
         None if there is no identical token."""
         findings, index = self.findings, self.index
@@ -172,7 +174,7 @@ class TokenEvidence:
         return min(candidates)[1:] if candidates else None
 
     @property
-    def equal_attention_token(self) -> tuple[int, float] | None:
+    def equal_attention_token_and_distance(self) -> tuple[int, float] | None:
         """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
         both tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps
         from uniform maps."""
@@ -184,10 +186,8 @@ class TokenEvidence:
             selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
             if other != index and selectivity > 0:
                 candidates.append((distance / selectivity, other))
-        if not candidates or min(candidates)[0] > MAX_MAP_DISTANCE:
-            return None
-        distance, other = min(candidates)
-        return other, distance
+        distance, other = min(candidates, default=(math.inf, index))
+        return None if distance > MAX_MAP_DISTANCE else (other, distance)
 
     @property
     def patch_mass(self) -> float:
@@ -217,7 +217,8 @@ class TokenEvidence:
 
     def collect_numbers(self) -> dict[str, Any]:
         """Return the measured values by name."""
-        findings, identical, equal_attention = self.findings, self.identical_token, self.equal_attention_token
+        findings = self.findings
+        identical_match, attention_match = self.identical_token_and_state, self.equal_attention_token_and_distance
         return summarize_ablations(self.ablations) | {
             "movement": self.movement,
             "read_layers": self.last_state,
@@ -225,9 +226,9 @@ class TokenEvidence:
             "patch_mass": self.patch_mass,
             "norm_ratio": self.norm_ratio,
             "embedding_similarity": self.embedding_similarity,
-            "identical_token": None if identical is None else self.names[identical[0]],
-            "equal_attention_token": None if equal_attention is None else self.names[equal_attention[0]],
-            "equal_attention_distance": None if equal_attention is None else equal_attention[1],
+            "identical_token": None if identical_match is None else self.names[identical_match[0]],
+            "equal_attention_token": None if attention_match is None else self.names[attention_match[0]],
+            "equal_attention_distance": None if attention_match is None else attention_match[1],
         }
 
 
@@ -235,11 +236,11 @@ def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
     """Return the word, rating and reason of the verdict on a token. The first true condition determines the
     verdict."""
     findings = evidence.findings
+    other, state = evidence.identical_token_and_state or (None, evidence.last_state)
     where = "after the last layer,"
-    if not evidence.is_read_by_head:
-        where = f"after layer {evidence.last_state}, the last layer whose output is read,"
-    if evidence.identical_token is not None:
-        other, state = evidence.identical_token
+    if state < len(findings.entropy):
+        where = f"after layer {state}, the last layer whose output is read,"
+    if other is not None:
         similarity = f"cosine {findings.between_tokens[state, evidence.index, other]:.4f}"
         distance = f"distance {findings.state_distance[state, evidence.index, other]:.2g}"
         reason = f"{where} the token is identical to {evidence.names[other]} ({similarity}, {distance})."
@@ -259,8 +260,8 @@ def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
         ratio = f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches"
         cosine = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
         return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){evidence.caveat}."
-    if evidence.equal_attention_token is not None:
-        other, map_distance = evidence.equal_attention_token
+    if evidence.equal_attention_token_and_distance is not None:
+        other, map_distance = evidence.equal_attention_token_and_distance
         equality = (
             f"the attention maps are nearly equal to the maps of {evidence.names[other]} in all layers whose "
             "output is read"
@@ -270,7 +271,7 @@ def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
     if evidence.movement == 0:
         return "not moved", *judge_unmoved_token(evidence)
     if not evidence.ablations:
-        return "not judged", "neutral", "the effects of the 2 ablations of the token were not measured."
+        return "not judged", "neutral", "the effects of the two ablations of the token were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
     reason = f"{describe_comparison(evidence.ablations)}; {evidence.describe_movement()}{evidence.caveat}."
@@ -299,8 +300,8 @@ def judge_unmoved_token(evidence: TokenEvidence) -> tuple[Rating, str]:
 def diagnose_groups(
     config: ViTCLSConfig, ablations: Ablations | None, predictions: Predictions | None = None
 ) -> list[Verdict]:
-    """Return one verdict for each group of several special tokens. Single registers can be redundant although all
-    registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
+    """Return one verdict for each group of several special tokens. An individual register can be redundant even if
+    all registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
     verdicts = []
     for group, members in get_groups(config.token_layout).items():
         if ablations is None or len(members) == 1:
@@ -334,7 +335,8 @@ def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tu
 def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
     """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
     than a constant prediction; None if there is no such ablation."""
-    for kind, effect in ((kind, ablation.effect) for kind, ablation in ablations.items()):
+    for kind, ablation in ablations.items():
+        effect = ablation.effect
         is_measured = isinstance(effect, AblationEffect) and effect.improvement is not None
         if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_P_VALUE / num_tests:
             return kind, effect
@@ -427,10 +429,10 @@ def describe_chance_accuracy(predictions: Any) -> str:
     """Return a note if the accuracy is not better than chance, and an empty text if it is better or unknown."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
-    accuracy, chance_accuracy = predictions.compute_accuracy(), predictions.compute_chance_accuracy()
+    accuracy, majority_accuracy = predictions.compute_accuracy(), predictions.compute_majority_accuracy()
     return (
         f"; but the accuracy is not better than chance ({accuracy:.1%} on {len(predictions.predicted):,} images; "
-        f"most frequent label: {chance_accuracy:.1%} of the images)"
+        f"most frequent label: {majority_accuracy:.1%} of the images)"
     )
 
 
@@ -469,8 +471,9 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
-    """Compare the fractions of tokens attended to, per layer [L] and averaged over thirds [3], with the expected
-    pattern. The returned sentence begins with a space."""
+    """Return a sentence that compares the fractions of tokens attended to with the expected pattern. `fractions` [L]
+    has one value per layer, and `thirds` is the mean of each third of the layers, [3] or fewer values for fewer than
+    three layers. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
         return " Attention is uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:

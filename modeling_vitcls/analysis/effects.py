@@ -18,9 +18,8 @@ from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 Interval = tuple[float, float]  # lower and upper end of a 95% confidence interval
 
 CONFIDENCE = 0.95
-MIN_RELATIVE_DEVIATION = (
-    1e-3  # minimum standard deviation of the logits over images, as a fraction of their root mean square
-)
+# Minimum standard deviation of the logits over images, as a fraction of their root mean square
+MIN_RELATIVE_DEVIATION = 1e-3
 MIN_FEATURE_CHANGE = 1e-3  # minimum cosine distance of changed features; smaller distances count as rounding errors
 NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 

@@ -357,9 +357,9 @@ def create_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=100, facecolor="white", layout=margins)
 
 
-def render_figure(figure: Figure, resolution: float = 100) -> Image.Image:
-    """Render a figure as an RGB image; the resolution is in dots per inch."""
-    figure.set_dpi(resolution)
+def render_figure(figure: Figure, dpi: float = 100) -> Image.Image:
+    """Render a figure as an RGB image with a resolution of `dpi` dots per inch."""
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -74,7 +74,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     Raises:
         ValueError: if the layer does not exist.
     """
-    layer = normalize_layer(layer, findings)
+    layer = normalize_layer_index(layer, findings)
     histogram = compute_norm_histogram(config, findings, layer)
     figure = create_figure(6.4, 3.4)
     axes = figure.subplots()
@@ -115,7 +115,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     Raises:
         ValueError: if the layer does not exist, or the model has fewer than two special tokens.
     """
-    layer = normalize_layer(layer, findings)
+    layer = normalize_layer_index(layer, findings)
     names = [shorten_text(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     if len(names) < 2:
         raise ValueError(
@@ -146,10 +146,6 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
         ValueError: if the model has no special tokens.
     """
     names = get_token_names(config)
-    if not names:
-        raise ValueError(
-            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
-        )
     figure, grid = create_token_grid(names, width=2.2, height=2.3, extra_width=1, extra_height=0.3)
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
         axes_image = draw_cosine_matrix(axes, matrix)
@@ -187,14 +183,13 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
         "changed predictions": [effect.changed_answers for effect in effects.values()],
         "logit change relative\nto standard deviation": [effect.logit_change for effect in effects.values()],
     }
-    accuracies = [effect.accuracy_change for effect in effects.values() if effect.accuracy_change is not None]
-    if len(accuracies) == len(effects):
-        measurements["change in accuracy"] = accuracies
+    accuracy_changes = [effect.accuracy_change for effect in effects.values() if effect.accuracy_change is not None]
+    if len(accuracy_changes) == len(effects):
+        measurements["change in accuracy"] = accuracy_changes
     names = [shorten_text(name, MAX_NAME_LENGTH) for name in get_token_names(config)]
     figure = create_figure(2.7 * len(measurements) + 0.8, 0.32 * len(names) + 1.3)
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(measurements), sharey=True), measurements.items(), strict=True
-    ):
+    grid = figure.subplots(1, len(measurements), sharey=True)
+    for axes, (title, values) in zip(grid, measurements.items(), strict=True):
         bars = axes.barh(names, values, color=[GROUP_COLORS[key.partition("[")[0]] for key in keys], height=0.7)
         axes.bar_label(bars, [f"{100 * value:.3g}%" for value in values], padding=3, fontsize=8, color=INK)
         axes.set_title(title, fontsize=9, color=INK)
@@ -213,7 +208,7 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 # Axes ----------------------------------------------------------------------------------------------------------------
 
 
-def normalize_layer(layer: int, findings: Findings) -> int:
+def normalize_layer_index(layer: int, findings: Findings) -> int:
     """Return a nonnegative layer index; 0 means the embeddings. Raise ValueError if the layer does not exist."""
     num_states = len(findings.patch_norms)
     if not -num_states <= layer < num_states:

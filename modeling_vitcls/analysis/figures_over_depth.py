@@ -162,10 +162,6 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
         ValueError: if the model has no special tokens.
     """
     names = get_token_names(config)
-    if not names:
-        raise ValueError(
-            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
-        )
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
@@ -239,7 +235,12 @@ def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of the
-    axes in inches, and `extra_width` and `extra_height` are the space for legends and labels."""
+    axes in inches, and `extra_width` and `extra_height` are the space for legends and labels.
+    Raise ValueError if there are no tokens."""
+    if not names:
+        raise ValueError(
+            "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
+        )
     num_columns = min(len(names), MAX_COLUMNS)
     num_rows = math.ceil(len(names) / num_columns)
     figure = create_figure(max(width * num_columns + extra_width, MIN_WIDTH), height * num_rows + extra_height)

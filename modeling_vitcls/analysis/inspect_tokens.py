@@ -44,7 +44,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
     folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
     architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
-    model, processor = load_model(folder, with_head=any(name.endswith("Classification") for name in architectures))
+    model, processor = load_model(folder, use_head=any(name.endswith("Classification") for name in architectures))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
     images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
@@ -69,7 +69,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
 
 def read_token_movement(folder: str) -> dict[str, float] | None:
-    """Return the distance that training moved each token, as stored in results.json; None if unknown."""
+    """Return the distance by which training moved each token, as stored in results.json; None if unknown."""
     file = Path(folder, RESULTS_FILE)
     return (read_json(file).get("token_movement") or None) if file.is_file() else None
 
@@ -83,8 +83,8 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
         return
     with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
         task = bar.add_task("", total=None)
-        yield lambda description, finished, total: bar.update(
-            task, description=description, completed=finished, total=total
+        yield lambda description, num_finished, total: bar.update(
+            task, description=description, completed=num_finished, total=total
         )
 
 
@@ -98,14 +98,14 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     for text in (inspection.artifact_description, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
         console.print(text, markup=False)
     if inspection.patch_sizes:
-        patch_sizes = build_patch_size_table(inspection.patch_sizes)
-        console.print(build_table("Patch sizes", patch_sizes["header"], patch_sizes["rows"]))
-        for sentence in patch_sizes["sentences"]:
+        patch_size_table = build_patch_size_table(inspection.patch_sizes)
+        console.print(build_table("Patch sizes", patch_size_table["header"], patch_size_table["rows"]))
+        for sentence in patch_size_table["sentences"]:
             console.print(sentence, markup=False)
     size_in_mib = options.output.stat().st_size / 2**20
     num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
-        "" if num_with_heads == num_shown else f"; single heads are shown for the first {num_with_heads} images"
+        "" if num_with_heads == num_shown else f"; individual heads are shown for the first {num_with_heads} images"
     )
     image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
     console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts})", markup=False)

@@ -167,14 +167,14 @@ def inspect_model(
         len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
     )
     watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, before, without_registers = collect_statistics(model, watched_batches)
+    findings, before, outputs_without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
         model,
         progress.watch(batches, "ablating tokens"),
         findings.mean_states,
         before,
         (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
-        without_registers,
+        outputs_without_registers,
     )
     selected_kinds = dict.fromkeys(range(len(images)))
     if num_shown is not None:
@@ -250,8 +250,8 @@ def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str 
     typical_indices = select_evenly_spaced(
         sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)
     )
-    selected = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
-    return dict([(index, kind) for kind, indices in selected.items() for index in indices][:num_selected])
+    indices_by_kind = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
+    return dict([(index, kind) for kind, indices in indices_by_kind.items() for index in indices][:num_selected])
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:

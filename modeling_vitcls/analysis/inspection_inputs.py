@@ -18,7 +18,7 @@ from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.evaluate import match_labels
-from ..inference.inputs import open_image_files
+from ..inference.inputs import build_list_input
 from ..options import DataOptions, InspectOptions
 from .inspection import select_evenly_spaced
 from .model_utils import is_classifier
@@ -46,7 +46,7 @@ class InspectionImages:
 
 
 def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
-    """Open the images of PATHS or `--dataset`. `record` contains the held-out images of the training run.
+    """Open the images of PATHS or `--dataset`. `record` is the held-out record of the model's training run.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or the model lacks labels of the dataset.
@@ -58,7 +58,7 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
     """Load image files, and derive labels from the folder names."""
-    image_files = open_image_files(paths)
+    image_files = build_list_input(paths)
     files = [str(content) for content in image_files.contents]
     for file in files:
         if "://" not in file and not Path(file).exists():

@@ -27,14 +27,14 @@ MAX_P_VALUE = 0.05  # maximum `p_value` of a map that is significantly better th
 
 @dataclass(frozen=True)
 class MapCheck:
-    """Checks of one kind of map, averaged over images.
+    """Checks of one kind of map. Curves and correlations are means over images.
 
     Attributes:
         num_images: number of images.
-        deletion: probability of the predicted class if the patches with the highest values are replaced; one value for
-            each of FRACTIONS.
+        deletion: probability of the predicted class if the patches with the highest values are replaced; one value per
+            fraction in FRACTIONS.
         insertion: probability of the predicted class if only the patches with the highest values are kept; one value
-            for each of FRACTIONS.
+            per fraction in FRACTIONS.
         random_deletion, random_insertion: `deletion` and `insertion` for a random order of patches.
         weight_correlation: rank correlation (Spearman) between the map of the model and the map of a copy with
             shuffled weights.

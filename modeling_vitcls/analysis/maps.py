@@ -82,7 +82,7 @@ def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
 
 
 def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return the number of layers whose output is read, for each special token and, as the last value, the patches.
+    """Return the number of layers whose output is read: one value per special token, then one value for the patches.
 
     If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because its output
     for this token is not used. The attention of a token is read in the same layers.
@@ -174,22 +174,20 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
         height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    y_scale, x_scale = (
-        original_length / resized_length
-        for original_length, resized_length in zip(image_size, resized_size, strict=True)
-    )
+    y_scale, x_scale = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
     return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
+
+
+def resize_shortest_edge(image_size: Size, shortest_edge: int, longest_edge: int | None = None) -> Size:
+    """Return the height and width after resizing the shortest edge. The longest edge is at most `longest_edge`."""
+    return get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
 
 
 # Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): lambda image_size, shortest_edge: get_size_with_aspect_ratio(
-        image_size, shortest_edge
-    ),
-    frozenset({"shortest_edge", "longest_edge"}): lambda image_size, shortest_edge, longest_edge: (
-        get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
-    ),
+    frozenset({"shortest_edge"}): resize_shortest_edge,
+    frozenset({"shortest_edge", "longest_edge"}): resize_shortest_edge,
     frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
 }
 

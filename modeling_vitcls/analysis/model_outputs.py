@@ -50,7 +50,7 @@ class Predictions:
             return None
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
-    def compute_chance_accuracy(self) -> float | None:
+    def compute_majority_accuracy(self) -> float | None:
         """Return the accuracy of always predicting the most frequent label of each column, or None if no label is
         known."""
         if self.labels is None or self.compute_accuracy() is None:
@@ -61,7 +61,7 @@ class Predictions:
 
     def is_better_than_chance(self) -> bool | None:
         """Return whether the accuracy exceeds chance by two standard errors, or None if no label is known."""
-        accuracy, chance = self.compute_accuracy(), self.compute_chance_accuracy()
+        accuracy, chance = self.compute_accuracy(), self.compute_majority_accuracy()
         if self.labels is None or accuracy is None or chance is None:
             return None
         num_images = int((self.labels != IGNORED_LABEL).any(dim=1).sum())
@@ -112,7 +112,9 @@ def collect_predictions(model: Any, batches: Batches) -> Predictions:
         ValueError: if the model has no classifier, there are no images, or labels have the wrong shape.
     """
     if not is_classifier(model):
-        raise ValueError("Ablation requires predictions, but this model has no classifier. Use a classifier.")
+        raise ValueError(
+            "Ablation requires predictions, but this model has no classifier. Use a model with a classifier."
+        )
     return collect_outputs(model, batches)
 
 

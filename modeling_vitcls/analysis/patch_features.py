@@ -70,21 +70,21 @@ def arrange_patch_features(
 # Colors --------------------------------------------------------------------------------------------------------------
 
 
-def compute_patch_colors(features: Sequence[torch.Tensor], foreground: bool = False) -> list[torch.Tensor]:
+def compute_patch_colors(features: Sequence[torch.Tensor], foreground_only: bool = False) -> list[torch.Tensor]:
     """Return the first three principal components of the patches of one layer as colors.
 
     The components are computed from all images together, so that equal colors mean similar features in all images.
 
     Args:
         features: [gh, gw, D] for each image; sizes may differ.
-        foreground: whether to color only the foreground (`find_foreground`). The colors are then the principal
+        foreground_only: whether to color only the foreground (`find_foreground`). The colors are then the principal
             components of the foreground patches.
 
     Returns:
         [gh, gw, 3] for each image, values from 0 to 1; NaN in the background.
     """
     rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
-    is_shown = find_foreground(features, rows) if foreground else np.ones(len(rows), dtype=bool)
+    is_shown = find_foreground(features, rows) if foreground_only else np.ones(len(rows), dtype=bool)
     colors = np.full((len(rows), NUM_COLORS), np.nan, dtype=np.float32)
     num_components = min(NUM_COLORS, *rows[is_shown].shape)
     if num_components:

@@ -23,7 +23,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_ROUNDS = 5  # minimum number of timed batches; batches are repeated if necessary
-MIN_GRID_SIDE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
+MIN_GRID_SIZE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
 HIGH_ATTENTION_FRACTION = 0.5  # fraction of operations in attention maps, above which a note is added
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
@@ -127,9 +127,9 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     sentences += recommend_patch_size(rows)
     if other_rows and native_row.agreement is not None:
         sentences.append(
-            f"Predictions for {native_row.num_images} images use resampled weights, before any fine-tuning. These "
-            "predictions show the difference from the model's own size, not the accuracy after fine-tuning. To "
-            "measure the accuracy after fine-tuning, fine-tune with --patch-size."
+            f"At other patch sizes, the model was evaluated on {native_row.num_images} images with resampled weights, "
+            "before any fine-tuning. The results show the difference from the model's own size, not the accuracy "
+            "after fine-tuning. To measure the accuracy after fine-tuning, fine-tune with --patch-size."
         )
     return sentences
 
@@ -259,7 +259,7 @@ def build_row(
         num_images=len(pixels),
         accuracy=accuracy,
         agreement=agreement,
-        note=describe_problems(grid, attention_share),
+        note=describe_patch_size_problems(grid, attention_share),
     )
 
 
@@ -274,10 +274,10 @@ def get_device_name(device: torch.device) -> str:
 # Sentences -----------------------------------------------------------------------------------------------------------
 
 
-def describe_problems(grid: tuple[int, int], attention_fraction: float) -> str:
+def describe_patch_size_problems(grid: tuple[int, int], attention_fraction: float) -> str:
     """Return a note if patches may be too large or too small for the images, or an empty string otherwise."""
     notes = []
-    if min(grid) < MIN_GRID_SIDE:
+    if min(grid) < MIN_GRID_SIZE:
         notes.append(f"a patch spans 1/{min(grid)} of the image's side: patches may be too large for small details")
     if attention_fraction > HIGH_ATTENTION_FRACTION:
         notes.append(
@@ -320,7 +320,7 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
 
 
 def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
-    """Compare a different patch size with the model's own patch size."""
+    """Describe a different patch size, compared with the model's own patch size."""
     text = (
         f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native_row.sequence_length)} the "
         f"tokens, {format_ratio(row.gflops, native_row.gflops)} the compute, "

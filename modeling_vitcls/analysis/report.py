@@ -167,8 +167,7 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
         for kind, ablations in inspection.ablations.items():
             row = {"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"}
             rows.append(row | format_effect(ablations[key]))
-    header = list(rows[0]) if rows else []
-    return {"header": header, "rows": [[row.get(name, "") for name in header] for row in rows]}
+    return {"header": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
 
 def format_effect(ablation: Ablation) -> dict[str, str]:

@@ -281,6 +281,7 @@ function drawMass(box) {
     const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
     box.append(figure);
     if (read < data.layers) figure.firstChild.append(element("p", {}, `Nothing reads layer ${data.layers} of this token.`));
+    const getFraction = (group, layer) => data.curves.mass[token][groups.indexOf(group)][layer];
     const height = 162;
     addDrawing(figure, height, `attention of ${name} to groups of tokens, by layer`, (svg, width) => {
       const y = buildYAxis([0, 1], height, { format: formatPercent, unit: "attention" });
@@ -290,16 +291,15 @@ function drawMass(box) {
       inLayers.forEach((_, layer) => {
         let below = 0;
         for (const group of visibleGroups) {
-          const share = data.curves.mass[token][groups.indexOf(group)][layer];
-          const top = Math.min(below + share, 1);
+          const top = Math.min(below + getFraction(group, layer), 1);
           svg.append(element("rect", { x: getX(layer) - step * 0.46, width: step * 0.92, y: y.toY(top), height: Math.max(y.toY(below) - y.toY(top), 0), class: `bar g-${group}${layer < read ? "" : " unread-bar"}` }));
           below = top;
         }
       });
-      const describe = (layer) => visibleGroups.map((group) => `${GROUP_WORDS[group]}: ${formatPercent(data.curves.mass[token][groups.indexOf(group)][layer])}`);
+      const describe = (layer) => visibleGroups.map((group) => `${GROUP_WORDS[group]}: ${formatPercent(getFraction(group, layer))}`);
       showValues(svg, data.layers, getX, (layer) => [`${name}, layer ${layer + 1}`, ...describe(layer).reverse()], height);
     });
-    addTable(figure, ["layer", ...visibleGroups.map((group) => GROUP_WORDS[group])], inLayers.map((label, layer) => [String(label), ...visibleGroups.map((group) => data.curves.mass[token][groups.indexOf(group)][layer])]));
+    addTable(figure, ["layer", ...visibleGroups.map((group) => GROUP_WORDS[group])], inLayers.map((label, layer) => [String(label), ...visibleGroups.map((group) => getFraction(group, layer))]));
   });
   const names = visibleGroups.map((group) => element("span", {}, element("span", { class: `square g-${group}` }), GROUP_WORDS[group]));
   box.after(element("div", { class: "legend" }, ...names));

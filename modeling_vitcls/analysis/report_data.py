@@ -89,7 +89,8 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
     num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
     colors = [
-        [compute_patch_colors(layer, is_foreground) for layer in features_by_layer] for is_foreground in (False, True)
+        [compute_patch_colors(layer, foreground_only) for layer in features_by_layer]
+        for foreground_only in (False, True)
     ]
     compressed_features = [
         compress_patch_features(layer[:num_with_features]) for layer in features_by_layer if num_with_features
@@ -266,8 +267,8 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
 
     `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
     the largest cosine distance between the features of an encoder before and after the replacement. `interval` is the
-    95% interval of the effect, and `null` contains the smallest effect and the limit of the null distributions.
-    "information" and "presence" contain all values of both ablations.
+    95% confidence interval of the effect. `null` contains the smallest effect and the largest limit of the null
+    distributions. "information" and "presence" each contain all values of one of the two ablations.
     """
     return [
         {
@@ -286,12 +287,9 @@ def build_patch_statement(inspection: Inspection) -> dict[str, Any]:
     values = dataclasses.asdict(inspection.patches)
     histogram = compute_norm_histogram(inspection.config, inspection.findings, inspection.patches.layer)
     return {
-        "diagnosis": values["word"],
-        "meaning": values["rating"],
-        "statement": values["reason"],
-        "layer": values["layer"],
-        "num_patches": values["num_patches"],
-        "second_mode": values["second_mode"],
-        "second_mode_without_registers": values["second_mode_without_registers"],
+        "diagnosis": values.pop("word"),
+        "meaning": values.pop("rating"),
+        "statement": values.pop("reason"),
+        **values,
         "histogram": dataclasses.asdict(histogram),
     }

@@ -390,7 +390,7 @@ function fillBox(box) {
   });
   box.replaceChildren(overview, buildGrid(index, layers));
   if (data.heads.length > 1 && !image.num_heads)
-    box.append(element("p", { class: "quiet" }, "Maps of single heads are omitted for this image to limit the size of the page."));
+    box.append(element("p", { class: "quiet" }, "Maps of individual heads are omitted for this image to limit the size of the page."));
   box.querySelector(".cell").tabIndex = 0;
 }
 

@@ -25,7 +25,7 @@ MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histo
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Statistics of the special tokens, averaged over images.
+    """Statistics of the special tokens over images. Unless described otherwise, values are means over images.
 
     Shapes: L layers, H attention maps (two per head with differential attention), S special tokens, n patches.
 
@@ -159,7 +159,7 @@ class TokenStatistics:
         return outputs, outputs_without_registers
 
     def compute(self) -> Findings:
-        """Return the statistics, averaged over all images.
+        """Return the statistics over all images.
 
         Raises:
             ValueError: if `update` has not been called.

@@ -31,7 +31,7 @@ MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # dtype -> maximum difference between logits, divided by the largest absolute logit.
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
-Predict = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
+PredictionFunction = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
 Throughputs = tuple[list[float], list[float]]  # images per second of (this package, the baseline), one value per pair
 
 
@@ -53,7 +53,7 @@ class BenchmarkSettings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of one row of the report."""
+    """Result of the comparison in one row of the benchmark report."""
 
     work: str  # kind of work, for the reports
     name: str  # name of the row
@@ -69,7 +69,7 @@ class Comparison:
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as an entry of the JSON file."""
+        """Return the comparison as an entry of the --output file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {
             "work": self.work,
@@ -213,7 +213,7 @@ def check_tensors(
 
 
 @torch.inference_mode()
-def check_logits(ours: Predict, theirs: Predict, pixel_values: torch.Tensor, name: str) -> float:
+def check_logits(ours: PredictionFunction, theirs: PredictionFunction, pixel_values: torch.Tensor, name: str) -> float:
     """Return the largest absolute difference between the logits. Raise ValueError if the difference is NaN or exceeds
     the limit in `LOGIT_LIMITS`, or if the shapes differ."""
     logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()

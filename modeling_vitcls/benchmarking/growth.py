@@ -25,7 +25,7 @@ from ..analysis.figures_over_depth import hide_frame
 from .comparison import (
     BenchmarkSettings,
     Comparison,
-    Predict,
+    PredictionFunction,
     measure_gpu_memory_growth,
     measure_memory_growth,
     measure_peaks,
@@ -36,7 +36,7 @@ from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, 
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A row of the report: image size, patch size, batch size and number of registers."""
+    """Settings of a forward pass, in one row of the benchmark report."""
 
     image_size: int
     patch_size: int
@@ -100,30 +100,31 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with each peer that supports the row. Raise ValueError if no peer supports any row."""
+    """Compare this package with each peer, for each row that the peer supports. Raise ValueError if no peer supports
+    any row."""
     rows_and_peers = [
-        (name, peer)
+        (name, peer_name)
         for name, point in rows.items()
-        for peer in settings.against
-        if point.num_registers == 0 or peer in PEERS_WITH_REGISTERS
+        for peer_name in settings.against
+        if point.num_registers == 0 or peer_name in PEERS_WITH_REGISTERS
     ]
     if not rows_and_peers:
         peer_names = " ".join(PEERS_WITH_REGISTERS)
         raise ValueError(f"--rows {', '.join(rows)} requires a peer with registers. Set --against {peer_names}.")
-    for name, peer in rows_and_peers:
-        yield compare_point(name, rows[name], build_peer(rows[name], peer, settings.is_toy), settings)
+    for name, peer_name in rows_and_peers:
+        yield compare_point(name, rows[name], build_peer(rows[name], peer_name, settings.is_toy), settings)
 
 
-def build_peer(point: GrowthPoint, against: str, is_toy: bool) -> Peer:
+def build_peer(point: GrowthPoint, peer_name: str, is_toy: bool) -> Peer:
     """Build the peer's model and the model of this package for a point."""
     size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
-        return PEERS_WITH_REGISTERS[against](size, point.num_registers)
-    return PEERS[against](size)
+        return PEERS_WITH_REGISTERS[peer_name](size, point.num_registers)
+    return PEERS[peer_name](size)
 
 
 def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare the time and memory of one row with one peer."""
+    """Compare the time and memory of this package and of one peer, for one row."""
     precision, device = settings.precision, settings.device
     peer = peer.to(PRECISIONS[precision], device)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
@@ -157,7 +158,9 @@ def get_axis(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
 
 
 @torch.inference_mode()
-def measure_peak(predict: Predict, pixel_values: torch.Tensor, predict_toy: Predict, toy_images: torch.Tensor) -> int:
+def measure_peak_memory(
+    predict: PredictionFunction, pixel_values: torch.Tensor, predict_toy: PredictionFunction, toy_images: torch.Tensor
+) -> int:
     """Return the peak memory of a forward pass in bytes, excluding parameters.
 
     The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A forward pass
@@ -174,13 +177,13 @@ def main() -> None:
     peers = [build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY).to(dtype)]
     predict, predict_toy = (peer.predict_theirs if flags.theirs else peer.predict_ours for peer in peers)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
-    print(measure_peak(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype)))
+    print(measure_peak_memory(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype)))
 
 
 # Figure --------------------------------------------------------------------------------------------------------------
 
 
-ComparisonDict = dict[str, Any]  # an entry of the JSON file
+ComparisonDict = dict[str, Any]  # value returned by `Comparison.to_dict`
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
 FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # width of a figure with all columns, and height, in inches
@@ -189,14 +192,15 @@ OURS = "modeling_vitcls"
 # Project -> color (from the palette of Okabe and Ito) and marker.
 LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
 MIN_BYTES = 2**12  # size of a memory page in bytes; smaller values are drawn at this size (log axes have no 0)
-DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
+DEVICE_NAMES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image (upper row) and the peak memory of a batch (lower row), with one column per axis.
 
     Args:
-        comparisons: entries of the JSON file. Entries of other kinds of work are skipped.
+        comparisons: dictionaries returned by `Comparison.to_dict`, or read from the --output file. Entries of other
+            kinds of work are skipped.
         machine: description of the hardware and the versions, for the caption.
 
     Raises:
@@ -231,9 +235,9 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
 def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
     """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
-    The costs of this package are medians over the peers. The time of a peer is the time of this package multiplied by
-    the median ratio of the pairs. The distance between two lines therefore shows the ratio of paired measurements,
-    even if the load of the machine changed between rows.
+    The costs of this package are medians of its measurements in the comparisons with all peers. The time of a peer is
+    the time of this package multiplied by the median ratio of the pairs. The distance between two lines therefore
+    shows the ratio of paired measurements, even if the load of the machine changed between rows.
     """
     times: Costs = {OURS: {}}
     peaks: Costs = {OURS: {}}
@@ -265,9 +269,8 @@ def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
             linewidth=2,
             label=name,
         )
-    axes.set_xscale(
-        "log" if growth_axis.is_logarithmic else "linear", **({"base": 2} if growth_axis.is_logarithmic else {})
-    )
+    if growth_axis.is_logarithmic:
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_inverted(growth_axis.is_cost_decreasing)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -294,26 +297,17 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
     first_entry = comparisons[0]
-    size = first_entry["size"]
+    size, device = first_entry["size"], DEVICE_NAMES[first_entry["device"]]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
+    caption = f"Inference in {first_entry['precision']} on {device}: ViT, {model}; "
     base_entry = next((entry for entry in comparisons if entry["axis"] is None), None)
-    fixed_values = (
-        f"; {base_entry['image_size']} pixels, patch {base_entry['patch_size']}, batch {base_entry['batch_size']} "
-        "unless varied"
-        if base_entry is not None
-        else ""
-    )
-    has_peer_without_registers = any(entry["against"] == "transformers" for entry in comparisons) and any(
-        entry["axis"] == "num_registers" for entry in comparisons
-    )
-    sentences = (
-        f"Inference in {first_entry['precision']} on {DEVICES[first_entry['device']]}: ViT, {model}{fixed_values}; "
-        "equal outputs.",
-        f"Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements.",
-        "The ViT of transformers has no registers." if has_peer_without_registers else "",
-        f"{machine}.",
-    )
-    return " ".join(sentence for sentence in sentences if sentence)
+    if base_entry is not None:
+        caption += "{image_size} pixels, patch {patch_size}, batch {batch_size} unless varied; ".format(**base_entry)
+    caption += f"equal outputs. Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements. "
+    peers, axes = {entry["against"] for entry in comparisons}, {entry["axis"] for entry in comparisons}
+    if "transformers" in peers and "num_registers" in axes:
+        caption += "The ViT of transformers has no registers. "
+    return f"{caption}{machine}."
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.inputs import open_image_files
+from ..inference.inputs import build_list_input
 from ..inference.predict import Predictor, get_num_workers
 from ..inference.prediction_rows import build_prediction_columns
 from ..system import keep_freed_memory
@@ -91,10 +92,10 @@ def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImagePr
 
 @dataclass(frozen=True)
 class PixelRow:
-    """A row of the report: the number of files per call, and the function that opens a file for AutoImageProcessor."""
+    """Settings of one row of the benchmark report."""
 
-    num_files: int
-    open_file: Callable[[str], Any]
+    num_files: int  # number of files per call
+    open_file: Callable[[str], Any]  # function that opens a file for AutoImageProcessor
 
 
 PIXEL_ROWS = {
@@ -106,7 +107,7 @@ PIXEL_ROWS = {
 
 
 def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with AutoImageProcessor."""
+    """Compare `ViTCLSImageProcessor` with AutoImageProcessor, for each row."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_benchmark_files(Path(folder), settings.is_toy)
         ours, theirs = build_image_processors(get_model_size(settings.is_toy), Path(folder))
@@ -117,7 +118,8 @@ def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> It
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare one row with AutoImageProcessor. Raise ValueError if the pixel values differ."""
+    """Compare `ViTCLSImageProcessor` with AutoImageProcessor, for one row. Raise ValueError if the pixel values
+    differ."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -142,11 +144,12 @@ MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # row name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
-PredictFiles = Callable[[int], list[TopLabel]]  # batch size -> top labels of all files, sorted by path
+FilePredictionFunction = Callable[[int], list[TopLabel]]  # batch size -> top labels of all files, sorted by path
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with transformers' pipeline. The time to load the model is not measured."""
+    """Compare `vitcls predict` with transformers' pipeline, for each row. The time to load the model is not
+    measured."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
@@ -157,11 +160,9 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
             for name, batch_size in rows.items():
                 labels, expected = (process.request("labels", batch_size) for process in (ours, theirs))
                 difference = check_labels(labels, expected, name)
-                throughputs = measure_alternately(
-                    lambda size=batch_size: ours.request("speed", size),  # type: ignore[misc]
-                    lambda size=batch_size: theirs.request("speed", size),  # type: ignore[misc]
-                    settings.num_pairs,
-                )
+                measure_ours = partial(ours.request, "speed", batch_size)
+                measure_theirs = partial(theirs.request, "speed", batch_size)
+                throughputs = measure_alternately(measure_ours, measure_theirs, settings.num_pairs)
                 yield Comparison("vitcls predict on JPEG files", name, "pipeline", *throughputs, difference, details)
 
 
@@ -196,7 +197,7 @@ class PredictionProcess(LoggedProcess):
         raise self.build_error()
 
 
-def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
+def build_vitcls_predictor(size: ModelSize, folder: Path) -> FilePredictionFunction:
     """Return a function that predicts labels like `vitcls predict`."""
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
@@ -205,14 +206,14 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> PredictFiles:
 
     def predict(batch_size: int) -> list[TopLabel]:
         predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
-        image_files = open_image_files([str(folder / "photographs")])
+        image_files = build_list_input([str(folder / "photographs")])
         rows = predictor.iterate_rows(image_files, [range(image_files.num_images)], chunk_size=image_files.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
 
     return predict
 
 
-def build_pipeline_predictor(size: ModelSize, folder: Path) -> PredictFiles:
+def build_pipeline_predictor(size: ModelSize, folder: Path) -> FilePredictionFunction:
     """Return a function that predicts labels with transformers' pipeline."""
     from transformers import pipeline
 
@@ -242,10 +243,8 @@ def main() -> None:
     num_files = len(list(flags.folder.rglob("*.jpg")))
     for line in sys.stdin:
         request_kind, batch_size = line.split()
-        if request_kind == "labels":
-            reply: Any = predict(int(batch_size))
-        else:
-            reply = measure_throughput(lambda size=int(batch_size): predict(size), num_files, 0.0)  # type: ignore[misc]
+        predict_files = partial(predict, int(batch_size))
+        reply = predict_files() if request_kind == "labels" else measure_throughput(predict_files, num_files, 0.0)
         print(json.dumps(reply), flush=True)
 
 

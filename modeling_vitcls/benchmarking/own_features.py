@@ -12,7 +12,7 @@ The loss of accuracy depends on the data. To measure the accuracy, use `vitcls f
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,11 @@ from torch import nn
 
 from ..analysis.attribution import compute_attention_rollout, compute_attribution
 from ..analysis.token_statistics import TokenStatistics
-from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.random_weights import randomize_weights
 from ..modeling_vitcls import ViTCLSForImageClassification
 from ..training.linear_probe import build_classifier_heads, compute_features
 from .comparison import (
     BenchmarkSettings,
     Comparison,
-    Predict,
     check_difference,
     check_logits,
     check_tensors,
@@ -37,26 +34,21 @@ from .comparison import (
     measure_peaks,
     parse_memory_flags,
 )
-from .peers import TRAINING_STEPS, ModelSize, StepRunner, build_random_images, get_model_size
-
-
-def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
-    """Build a classifier with random weights, in evaluation mode."""
-    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size, **fields)
-    model = ViTCLSForImageClassification(config)
-    randomize_weights(model)
-    return model
-
-
-def build_predict_function(model: nn.Module) -> Predict:
-    """Return a function that maps images [B, C, H, W] to logits [B, labels]."""
-    return lambda pixel_values: model(pixel_values).logits
+from .peers import (
+    TRAINING_STEPS,
+    ModelSize,
+    StepRunner,
+    build_model,
+    build_predict_function,
+    build_random_images,
+    get_model_size,
+)
 
 
 # Merged and dropped patches ------------------------------------------------------------------------------------------
 
 
-INEXACT_BATCH_SIZE = 4  # number of images per forward pass
+FORWARD_BATCH_SIZE = 4  # number of images per forward pass
 INEXACT_STEP = "bf16 autocast, batch 16"  # name of a row of TRAINING_STEPS
 
 Computation = Callable[[], object]
@@ -64,8 +56,8 @@ Computation = Callable[[], object]
 
 def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that runs a forward pass in float32, and the number of images per call."""
-    pixel_values = build_random_images(INEXACT_BATCH_SIZE, size.image_size).to(device)
-    return torch.inference_mode()(lambda: model(pixel_values)), INEXACT_BATCH_SIZE
+    pixel_values = build_random_images(FORWARD_BATCH_SIZE, size.image_size).to(device)
+    return torch.inference_mode()(lambda: model(pixel_values)), FORWARD_BATCH_SIZE
 
 
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
@@ -76,7 +68,8 @@ def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple
 
 @dataclass(frozen=True)
 class InexactRow:
-    """A row of the report: a config field, its value (0 in the plain model), and the computation to measure."""
+    """Settings of one row of the benchmark report: a config field, its value (0 in the plain model), and the
+    computation to measure."""
 
     field: str
     value: float
@@ -85,7 +78,7 @@ class InexactRow:
 
 # Rows for ViT-S/16 at 224 pixels.
 INEXACT_ROWS = {
-    f"merged_patches_per_layer {num_patches}, inference in fp32, batch {INEXACT_BATCH_SIZE}": InexactRow(
+    f"merged_patches_per_layer {num_patches}, inference in fp32, batch {FORWARD_BATCH_SIZE}": InexactRow(
         "merged_patches_per_layer", num_patches, build_forward_pass
     )
     for num_patches in (4, 8, 16)
@@ -96,7 +89,7 @@ INEXACT_ROWS = {
 
 
 def compare_inexact_options(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with the plain model."""
+    """Compare the models with and without the option of each row."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
         plain_model = build_model(size)
@@ -134,7 +127,7 @@ def check_disabled_feature(
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-ReadAttention = Callable[
+AttentionReadingFunction = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
 ]  # model, images [B, C, H, W] -> tensor of any shape
 
@@ -160,11 +153,12 @@ def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Ten
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """A row of the report. `reference` computes the expected values; None means `read` with eager attention."""
+    """Settings of a computation with attention maps, in one row of the benchmark report. `reference` computes the
+    expected values; None means `read` with eager attention."""
 
-    read: ReadAttention
+    read: AttentionReadingFunction
     batch_size: int
-    reference: ReadAttention | None = None
+    reference: AttentionReadingFunction | None = None
 
 
 # Rows for ViT-S/16 at 224 pixels with four registers, in float32.
@@ -182,9 +176,9 @@ ATTENTION_ROWS = {
 
 @torch.no_grad()
 def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with a plain forward pass of the same images."""
+    """Compare the computation of each row with a plain forward pass of the same images."""
     for name, row in rows.items():
-        model, pixel_values = build_attention_inputs(row.batch_size, settings.is_toy)
+        model, pixel_values = build_model_and_images(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
         ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
         throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
@@ -193,7 +187,7 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
         yield Comparison("attention", name, "a plain forward pass", *throughputs, difference, details)
 
 
-def build_attention_inputs(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
+def build_model_and_images(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImageClassification, torch.Tensor]:
     """Build a model with registers, and images [B, 3, H, W]."""
     size = get_model_size(is_toy)
     model = build_model(size, num_register_tokens=NUM_REGISTERS)
@@ -221,7 +215,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A row of the report: number of epochs, number of images and batch size of a training run."""
+    """Settings of the training of a linear probe, in one row of the benchmark report."""
 
     num_epochs: int
     num_images: int
@@ -245,12 +239,8 @@ def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> It
         )
         difference = check_tensors(train_cached(), train_uncached(), PROBE_LIMIT, name, "the trained weights")
         # With is_toy=True, a measurement is a single training run.
-        throughputs = compare_throughput(
-            train_cached,
-            train_uncached,
-            row.num_epochs * row.num_images,
-            BenchmarkSettings((), settings.num_pairs, is_toy=True),
-        )
+        num_images = row.num_epochs * row.num_images
+        throughputs = compare_throughput(train_cached, train_uncached, num_images, replace(settings, is_toy=True))
         details = {"size": vars(size), **vars(row)}
         yield Comparison("linear probe", name, "recomputing the backbone", *throughputs, difference, details)
 
@@ -286,7 +276,7 @@ def main() -> None:
     """Print the peak memory of reading attention, or (with --theirs) of a plain forward pass, in bytes."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
-    model, pixel_values = build_attention_inputs(row.batch_size, flags.toy)
+    model, pixel_values = build_model_and_images(row.batch_size, flags.toy)
     read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
     with torch.no_grad():  # the warm-up uses one image
         print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))

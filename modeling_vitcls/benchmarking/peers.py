@@ -23,7 +23,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification
 from .comparison import (
     BenchmarkSettings,
     Comparison,
-    Predict,
+    PredictionFunction,
     Throughputs,
     check_difference,
     check_logits,
@@ -61,15 +61,28 @@ def get_model_size(is_toy: bool) -> ModelSize:
     return TOY if is_toy else SMALL
 
 
+def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
+    """Build a vitcls classifier with random weights, in evaluation mode."""
+    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size, **fields)
+    model = ViTCLSForImageClassification(config)
+    randomize_weights(model)
+    return model
+
+
+def build_predict_function(model: nn.Module) -> PredictionFunction:
+    """Return a function that maps images [B, C, H, W] to logits [B, labels]."""
+    return lambda pixel_values: model(pixel_values).logits
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A model of another project, and a model of this package with the same weights."""
+    """A baseline, such as a model of another project, and a model of this package with the same weights."""
 
     name: str
     size: ModelSize
     theirs: nn.Module
     ours: ViTCLSForImageClassification
-    predict_theirs: Predict
+    predict_theirs: PredictionFunction
 
     def predict_ours(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, labels] of the model of this package."""
@@ -96,7 +109,7 @@ def build_transformers_peer(size: ModelSize) -> Peer:
     theirs = build_transformers_vit(size)
     randomize_weights(theirs)
     ours: Any = convert_from_transformers(theirs)
-    return Peer("transformers", size, theirs, ours, lambda pixel_values: theirs(pixel_values).logits)
+    return Peer("transformers", size, theirs, ours, build_predict_function(theirs))
 
 
 def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
@@ -119,12 +132,10 @@ def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
 
 def build_plain_peer(size: ModelSize) -> Peer:
     """Build a vitcls model without CPU kernels, and the same model with CPU kernels."""
-    config = ViTCLSConfig(**vars(size), intermediate_size=size.intermediate_size)
-    ours = ViTCLSForImageClassification(config)
-    randomize_weights(ours)
+    ours = build_model(size)
     theirs = copy.deepcopy(ours)
     uninstall_cpu_kernels(theirs)
-    return Peer("plain", size, theirs, ours, lambda pixel_values: theirs(pixel_values).logits)
+    return Peer("plain", size, theirs, ours, build_predict_function(theirs))
 
 
 PEERS: dict[str, Callable[[ModelSize], Peer]] = {
@@ -141,12 +152,24 @@ def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
+def compare_with_peers(
+    compare_row: Callable[[str, Any, Peer, BenchmarkSettings], Comparison],
+    rows: dict[str, Any],
+    settings: BenchmarkSettings,
+) -> Iterator[Comparison]:
+    """Compare this package with each peer, for each row."""
+    for name, row in rows.items():
+        for peer_name in settings.against:
+            yield compare_row(name, row, PEERS[peer_name](get_model_size(settings.is_toy)), settings)
+
+
 # Forward passes ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A row of the report. If `use_compile` is true, both models are compiled by torch.compile."""
+    """Settings of a forward pass, in one row of the benchmark report. If `use_compile` is true, both models are
+    compiled by torch.compile."""
 
     dtype: torch.dtype
     batch_size: int
@@ -163,15 +186,8 @@ FORWARD_PASSES = {
 }
 
 
-def compare_inference(rows: dict[str, ForwardPass], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare the forward pass of each row with each peer."""
-    for name, row in rows.items():
-        for peer in settings.against:
-            yield compare_forward_pass(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
-
-
 def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare the forward pass of one row with one peer."""
+    """Compare the forward passes of this package and of one peer, for one row."""
     peer = peer.to(row.dtype, settings.device)
     if row.use_compile:
         torch.compiler.reset()  # discard the compiled graphs of earlier rows
@@ -199,7 +215,8 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A row of the report. Weights are float32; `limit` is the maximum relative difference between gradients."""
+    """Settings of a training step, in one row of the benchmark report. Weights are float32; `limit` is the maximum
+    relative difference between gradients."""
 
     autocast: torch.dtype | None
     batch_size: int
@@ -217,7 +234,12 @@ class StepRunner:
     """A model in training mode, its optimizer, and one batch of images and labels."""
 
     def __init__(
-        self, model: nn.Module, predict: Predict, row: TrainingStep, size: ModelSize, device: str | torch.device
+        self,
+        model: nn.Module,
+        predict: PredictionFunction,
+        row: TrainingStep,
+        size: ModelSize,
+        device: str | torch.device,
     ) -> None:
         self.model = model.train()
         self.predict = predict
@@ -258,15 +280,8 @@ class StepRunner:
         return peak
 
 
-def compare_steps(rows: dict[str, TrainingStep], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare the training step of each row with each peer."""
-    for name, row in rows.items():
-        for peer in settings.against:
-            yield compare_step(name, row, PEERS[peer](get_model_size(settings.is_toy)), settings)
-
-
 def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSettings) -> Comparison:
-    """Compare the time and memory of one training step with one peer."""
+    """Compare the time and memory of a training step of this package and of one peer, for one row."""
     ours, theirs = build_step_runners(row, peer, settings.device)
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     throughputs = compare_throughput(ours, theirs, row.batch_size, settings)

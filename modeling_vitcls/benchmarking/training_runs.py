@@ -28,13 +28,13 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_alternately
 from .image_files import write_photographs
-from .own_features import build_predict_function
-from .peers import SMALL, ModelSize, build_transformers_vit
+from .peers import SMALL, ModelSize, build_predict_function, build_transformers_vit
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A row of the report. Both programs use AdamW, warmup and cosine decay, label smoothing and gradient clipping."""
+    """Settings of a training run, in one row of the benchmark report. Both programs use AdamW, warmup and cosine
+    decay, label smoothing and gradient clipping."""
 
     dataset: str  # name of the dataset, "digits" or "photographs"
     size: ModelSize
@@ -70,14 +70,15 @@ MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics, in seconds
 
 
 def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare each row with transformers' Trainer."""
+    """Compare `vitcls finetune` with transformers' Trainer, for each row."""
     for name, run in rows.items():
         with tempfile.TemporaryDirectory() as folder:
             yield compare_runs(name, run, settings.num_pairs, Path(folder))
 
 
 def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> Comparison:
-    """Compare one row with transformers' Trainer. Data, models and logs are written to `folder`."""
+    """Compare `vitcls finetune` with transformers' Trainer, for one row. Data, models and logs are written to
+    `folder`."""
     dataset, label_names = "digits", [str(digit) for digit in range(10)]
     if run.dataset == "photographs":
         dataset = str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS))
@@ -238,7 +239,7 @@ def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
 
 
 def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
-    """Build transforms that augment single images in the same way as data/augmentation.py."""
+    """Build transforms that augment individual images in the same way as data/augmentation.py."""
     transforms: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
         transforms.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .own_features import (
     compare_inexact_options,
     compare_probes,
 )
-from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_inference, compare_steps
+from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_forward_pass, compare_step, compare_with_peers
 from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 
@@ -32,9 +33,9 @@ class WorkKind:
 
 
 WORK_KINDS = {
-    "inference": WorkKind(FORWARD_PASSES, compare_inference, supports_gpu=True),
+    "inference": WorkKind(FORWARD_PASSES, partial(compare_with_peers, compare_forward_pass), supports_gpu=True),
     "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
-    "step": WorkKind(TRAINING_STEPS, compare_steps, supports_gpu=True),
+    "step": WorkKind(TRAINING_STEPS, partial(compare_with_peers, compare_step), supports_gpu=True),
     "inexact": WorkKind(INEXACT_ROWS, compare_inexact_options, supports_gpu=True),
     "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
     "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),

@@ -1,4 +1,4 @@
-"""`vitcls convert`: convert a ViT of timm or transformers exactly, or a vitcls model to a transformers model.
+"""`vitcls convert`: convert a timm or transformers ViT exactly, or a vitcls model to a transformers model.
 
     vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10

@@ -29,7 +29,7 @@ class SpaceOptions:
     model: str
     """Hub id of the model."""
     revision: str = "main"
-    """Commit hash, branch or tag. The Space is pinned to the current commit of a branch or tag."""
+    """Commit hash, branch or tag. For a branch or tag, the Space is pinned to the current commit."""
     space_id: str | None = None
     """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
     private: bool = False

@@ -62,7 +62,7 @@ def pin_revision(source: str) -> str:
     """Append the commit hash to the name of a Hub model, and return the result. Return other names unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
-    if source.startswith("timm:") or Path(name).exists():
+    if source.startswith("timm:"):
         return source
     commit = get_cached_commit(get_model_folder(name, CONFIG_FILES, revision))
     return f"{prefix}{name}@{commit}" if commit else source

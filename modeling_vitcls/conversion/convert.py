@@ -26,7 +26,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .conversion_card import build_conversion_card
-from .parity_report import LIMIT, ParityReport, compare_models, describe_position_policies, hash_files
+from .parity_report import ParityReport, compare_models, describe_position_policies, hash_files
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TransformersSource, load_source
@@ -35,7 +35,7 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 
 # Function (folder, model, image processor, results) that draws card images and returns {name: path in the folder}.
-DrawImages = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
+ImageDrawingFunction = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
 
 
 def convert_checkpoint(
@@ -44,7 +44,7 @@ def convert_checkpoint(
     random_init: bool = False,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
-    draw_images: DrawImages | None = None,
+    draw_images: ImageDrawingFunction | None = None,
     family: str | None = None,
 ) -> ParityReport:
     """Convert a checkpoint, and write the model, image processor, parity report, card and license to `output`.
@@ -83,7 +83,6 @@ def convert_checkpoint(
             random_init=random_init,
             model_class=type(model).__name__,
             classifier=classifier_state,
-            limit=LIMIT,
             comparisons=comparisons,
             not_compared=not_compared,
             preprocessing=preprocessing.describe(),
@@ -132,7 +131,8 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
     """Convert a source model; the conversion runs in float32. The converted model is cast back to the dtype of the
     source if that dtype represents all encoder weights exactly."""
-    saved_dtype = next(source.model.parameters()).dtype
+    weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
+    saved_dtype = next(iter(weights)).dtype
     source.model.float()
     model = source.convert(classifier, num_labels)
     if all(torch.equal(weight.to(saved_dtype).float(), weight) for weight in model.base_model.state_dict().values()):
@@ -184,9 +184,6 @@ def check_saved_weights(folder: Path, model: ViTCLSPreTrainedModel) -> None:
 # Transformers classes ------------------------------------------------------------------------------------------------
 
 
-RESAMPLING_DIFFERENCE = "transformers resamples the position embeddings of {name} differently for other image sizes"
-
-
 def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
     """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, card and
     license.
@@ -208,7 +205,9 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     check_is_vitcls(source, folder)
     model = load_model(folder)
     converted_model, is_exact_at_any_size = convert_model(model, any_size)
-    reason = "" if is_exact_at_any_size else RESAMPLING_DIFFERENCE.format(name=type(converted_model).__name__)
+    name = type(converted_model).__name__
+    difference = f"at other image sizes, transformers resamples the position embeddings of {name} differently"
+    reason = "" if is_exact_at_any_size else difference
     with create_folder(output) as target:
         converted_model.save_pretrained(target)
         preprocessing = write_processor(folder, target)
@@ -218,12 +217,9 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
         comparisons, not_compared = compare_models(written_source, model, has_logits, native_size_reason=reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
-            source_revision=None,
             source_class=type(model).__name__,
-            random_init=False,
-            model_class=type(converted_model).__name__,
+            model_class=name,
             classifier="kept" if has_logits else "none",
-            limit=LIMIT,
             comparisons=comparisons,
             not_compared=not_compared,
             preprocessing=preprocessing,
@@ -240,7 +236,7 @@ def load_model(folder: Path) -> ViTCLSPreTrainedModel:
     architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
     is_classifier = ViTCLSForImageClassification.__name__ in architectures
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder).eval()
+    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder)
     return model
 
 

@@ -31,7 +31,7 @@ from .weight_rules import Fields
 
 WeightDict = dict[str, torch.Tensor]
 # Function (encoder weights, head weights, old and new configuration) that changes both weight dicts in place.
-RewriteWeights = Callable[[WeightDict, WeightDict, ViTCLSConfig, ViTCLSConfig], None]
+WeightRewritingFunction = Callable[[WeightDict, WeightDict, ViTCLSConfig, ViTCLSConfig], None]
 
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "patches": (),
@@ -57,7 +57,8 @@ class Rewrite:
 
     fields: frozenset[str]  # configuration fields that the rewrite may change
     list_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
-    rewrite_weights: RewriteWeights = lambda encoder, head, old, new: None  # changes the weights to the new form
+    # Function that changes the weights to the new form
+    rewrite_weights: WeightRewritingFunction = lambda encoder, head, old, new: None
     at_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 

@@ -84,11 +84,8 @@ def convert_state_dict(
     state_dict_family = FAMILIES[family]
     if not isinstance(weights, Mapping):
         raise ConversionError(f"weights must be a state dict, but the type is {type(weights).__name__}")
-    named_weights = {
-        replace_control_characters(str(name)): value for name, value in weights.get("model", weights).items()
-    }
-    used_weights = {name: value for name, value in named_weights.items() if not name.startswith(tuple(drop))}
-    tensors = {name: convert_to_tensor(name, value) for name, value in used_weights.items()}
+    arrays = {replace_control_characters(str(name)): array for name, array in weights.get("model", weights).items()}
+    tensors = {name: convert_to_tensor(name, arrays[name]) for name in arrays if not name.startswith(tuple(drop))}
     try:
         tensors = state_dict_family.prepare(tensors)
         fields = state_dict_family.read_fields(tensors) | fields
@@ -138,7 +135,8 @@ DINOV3_RULES = [
 ]
 
 
-# Prefixes of the image model's parameters in two-tower models (SigLIP), single models, and files with optimizer state.
+# Prefixes of the image encoder's parameters in two-tower models (SigLIP), in standalone image models, and in files
+# with optimizer state.
 IMAGE_MODEL_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
@@ -177,8 +175,8 @@ BIG_VISION_RULES = [
         lambda kernel, config: [kernel.permute(3, 2, 0, 1)],
     ),
     Rule("embedding/bias", "embeddings.patch_embeddings.projection.bias"),
-    Rule("pos_embedding", POSITIONS, split_positions, axis=1),
-    Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions, axis=1),
+    Rule("pos_embedding", POSITIONS, split_positions),
+    Rule("Transformer/posembed_input/pos_embedding", POSITIONS, split_positions),
     *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_0", "layers.{i}.layernorm_before"),
     *build_attention_rules(f"{BLOCK_PREFIX}/MultiHeadDotProductAttention_{{n}}", "layers.{i}.attention"),
     *build_norm_rules(f"{BLOCK_PREFIX}/LayerNorm_{{n}}", "layers.{i}.layernorm_after"),

@@ -67,12 +67,10 @@ def convert_from_timm(
         )
     try:
         config = ViTCLSConfig(**read_model(model))
-    except ConversionError:
-        raise
     except ValueError as error:
         raise ConversionError(str(error)) from None
     weights = convert_weights(rewrite_state_dict(model), build_rules(model), config)
-    if has_interleaved_rotary(model):
+    if has_interleaved_rotary_channels(model):
         weights = deinterleave_rotary_channels(weights, config)
     encoder, head = split_classifier(weights)
     return build_model(config, encoder, head, classifier, num_labels, add_pooling_layer=has_pooler(model))
@@ -80,7 +78,7 @@ def convert_from_timm(
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
     """Return the model's state dict after rewriting parallel branches and differential attention."""
-    weights = dict(model.state_dict())
+    weights: Weights = model.state_dict()
     for index, block in enumerate(model.blocks):
         prefix = f"blocks.{index}."
         if get_class_name(block) == "ParallelThingsBlock":
@@ -162,7 +160,7 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
-def has_interleaved_rotary(model: TimmModule) -> bool:
+def has_interleaved_rotary_channels(model: TimmModule) -> bool:
     """Return whether the rotary position embeddings rotate pairs of adjacent channels."""
     return getattr(model, "rope", None) is not None and not getattr(model.blocks[0].attn, "rotate_half", False)
 
@@ -196,7 +194,7 @@ STEM_RULES = [
     Rule("cls_token", "embeddings.cls_token"),
     Rule("dist_token", "embeddings.distillation_token"),
     Rule("reg_token", "embeddings.register_tokens"),
-    Rule("pos_embed", POSITIONS, split_positions, axis=1),
+    Rule("pos_embed", POSITIONS, split_positions),
     Rule("patch_embed.proj.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
     Rule("patch_embed.norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
     Rule("norm_pre.{rest}", "embeddings.norm.{rest}"),
@@ -236,7 +234,6 @@ PARALLEL_RULES = [
         "blocks.{i}.out_proj.weight",
         ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
         lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
-        axis=1,
     ),
     Rule(
         "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
@@ -245,7 +242,7 @@ PARALLEL_RULES = [
 ]
 
 MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
-MLP_DOWN_RULE = Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}")
+GATED_MLP_OUTPUT_RULES = [Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"), MLP_NORM_RULE]
 # Rules for each MLP class. The first half or the last half of the fused first layer of `GluMlp` is the gate.
 MLP_RULES = {
     "Mlp": [
@@ -255,19 +252,16 @@ MLP_RULES = {
     ],
     "GluMlp, gate first": [
         Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES, split_halves),
-        MLP_DOWN_RULE,
-        MLP_NORM_RULE,
+        *GATED_MLP_OUTPUT_RULES,
     ],
     "GluMlp, gate last": [
         Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES[::-1], split_halves),
-        MLP_DOWN_RULE,
-        MLP_NORM_RULE,
+        *GATED_MLP_OUTPUT_RULES,
     ],
     "SwiGLU": [
         Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
         Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        MLP_DOWN_RULE,
-        MLP_NORM_RULE,
+        *GATED_MLP_OUTPUT_RULES,
     ],
 }
 

@@ -18,25 +18,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .transformers_families import (
-    AIMV2,
-    BEIT,
-    CLIP,
-    DATA2VEC,
-    DEIT,
-    DINOV2,
-    DINOV3,
-    IJEPA,
-    INTERNVL,
-    PIXIO,
-    RADIO,
-    SAPIENS2,
-    SIGLIP,
-    SIGLIP2,
-    TIPSV2,
-    VIT,
-    TransformersFamily,
-)
+from . import transformers_families as families
 from .weight_rules import (
     ClassifierChoice,
     ConversionError,
@@ -99,7 +81,7 @@ def read_embedding_size(config: Any) -> Fields:
 class ConvertibleClass:
     """A transformers model class that can be converted."""
 
-    family: TransformersFamily
+    family: families.TransformersFamily
     encoder: str | None = None  # attribute that contains the encoder; None if the class itself is the encoder
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
     unused_patterns: tuple[str, ...] = ()  # name patterns of encoder weights that the class does not use
@@ -111,8 +93,8 @@ def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
     submodules = [name for name, module in model.named_children() if is_convertible(module)]
-    families = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
-    hint = f"Convert the submodule .{submodules[0]}" if submodules else f"Supported families: {', '.join(families)}"
+    names = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
+    hint = f"Convert the submodule .{submodules[0]}" if submodules else f"Supported families: {', '.join(names)}"
     raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
@@ -143,57 +125,55 @@ NO_DISTILLATION_HEAD = {"distillation_head": False}
 CLS_MEAN_POOLING = {"pooling": "cls_mean"}
 MEAN_POOLING = {"pooling": "mean"}
 POOLED_NORM = {"pooled_norm": True}
-POST_NORM_PATTERNS = ("post_layernorm.{rest}",)
 ATTENTION_POOLER_PATTERNS = ("head.{rest}",)
+CLIP_ENCODER = ConvertibleClass(families.CLIP, fields=POOLED_NORM)
+CLIP_EMBEDDER = ConvertibleClass(families.CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size)
+CLIP_CLASSIFIER = ConvertibleClass(
+    families.CLIP, "vision_model", MEAN_POOLING, unused_patterns=("post_layernorm.{rest}",)
+)
 
 CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
-    "ViTModel": ConvertibleClass(VIT),
-    "ViTForImageClassification": ConvertibleClass(VIT, "vit"),
-    "DeiTModel": ConvertibleClass(DEIT),
-    "DeiTForImageClassification": ConvertibleClass(DEIT, "deit", NO_DISTILLATION_HEAD),
-    "DeiTForImageClassificationWithTeacher": ConvertibleClass(DEIT, "deit"),
-    "ViTMSNModel": ConvertibleClass(VIT),
-    "ViTMSNForImageClassification": ConvertibleClass(VIT, "vit"),
-    "ViTMAEModel": ConvertibleClass(VIT),
-    "IJepaModel": ConvertibleClass(IJEPA),
-    "IJepaForImageClassification": ConvertibleClass(IJEPA, "ijepa"),
-    "Dinov2Model": ConvertibleClass(DINOV2),
-    "Dinov2ForImageClassification": ConvertibleClass(DINOV2, "dinov2", CLS_MEAN_POOLING),
-    "Dinov2WithRegistersModel": ConvertibleClass(DINOV2),
-    "Dinov2WithRegistersForImageClassification": ConvertibleClass(DINOV2, "dinov2_with_registers", CLS_MEAN_POOLING),
-    "DINOv3ViTModel": ConvertibleClass(DINOV3),
-    "Sapiens2Model": ConvertibleClass(SAPIENS2),
-    "Tipsv2VisionModel": ConvertibleClass(TIPSV2),
-    "CLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
-    "ChineseCLIPVisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
-    "CLIPVisionModelWithProjection": ConvertibleClass(
-        CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
+    "ViTModel": ConvertibleClass(families.VIT),
+    "ViTForImageClassification": ConvertibleClass(families.VIT, "vit"),
+    "DeiTModel": ConvertibleClass(families.DEIT),
+    "DeiTForImageClassification": ConvertibleClass(families.DEIT, "deit", NO_DISTILLATION_HEAD),
+    "DeiTForImageClassificationWithTeacher": ConvertibleClass(families.DEIT, "deit"),
+    "ViTMSNModel": ConvertibleClass(families.VIT),
+    "ViTMSNForImageClassification": ConvertibleClass(families.VIT, "vit"),
+    "ViTMAEModel": ConvertibleClass(families.VIT),
+    "IJepaModel": ConvertibleClass(families.IJEPA),
+    "IJepaForImageClassification": ConvertibleClass(families.IJEPA, "ijepa"),
+    "Dinov2Model": ConvertibleClass(families.DINOV2),
+    "Dinov2ForImageClassification": ConvertibleClass(families.DINOV2, "dinov2", CLS_MEAN_POOLING),
+    "Dinov2WithRegistersModel": ConvertibleClass(families.DINOV2),
+    "Dinov2WithRegistersForImageClassification": ConvertibleClass(
+        families.DINOV2, "dinov2_with_registers", CLS_MEAN_POOLING
     ),
-    "CLIPForImageClassification": ConvertibleClass(
-        CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM_PATTERNS
-    ),
-    "MetaClip2VisionModel": ConvertibleClass(CLIP, fields=POOLED_NORM),
-    "MetaClip2VisionModelWithProjection": ConvertibleClass(
-        CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size
-    ),
-    "MetaClip2ForImageClassification": ConvertibleClass(
-        CLIP, "vision_model", MEAN_POOLING, unused_patterns=POST_NORM_PATTERNS
-    ),
-    "SiglipVisionModel": ConvertibleClass(SIGLIP),
+    "DINOv3ViTModel": ConvertibleClass(families.DINOV3),
+    "Sapiens2Model": ConvertibleClass(families.SAPIENS2),
+    "Tipsv2VisionModel": ConvertibleClass(families.TIPSV2),
+    "CLIPVisionModel": CLIP_ENCODER,
+    "CLIPVisionModelWithProjection": CLIP_EMBEDDER,
+    "CLIPForImageClassification": CLIP_CLASSIFIER,
+    "ChineseCLIPVisionModel": CLIP_ENCODER,
+    "MetaClip2VisionModel": CLIP_ENCODER,
+    "MetaClip2VisionModelWithProjection": CLIP_EMBEDDER,
+    "MetaClip2ForImageClassification": CLIP_CLASSIFIER,
+    "SiglipVisionModel": ConvertibleClass(families.SIGLIP),
     "SiglipForImageClassification": ConvertibleClass(
-        SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
+        families.SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
     ),
-    "Siglip2VisionModel": ConvertibleClass(SIGLIP2),
+    "Siglip2VisionModel": ConvertibleClass(families.SIGLIP2),
     "Siglip2ForImageClassification": ConvertibleClass(
-        SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
+        families.SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
     ),
-    "PixioModel": ConvertibleClass(PIXIO),
-    "Aimv2VisionModel": ConvertibleClass(AIMV2),
-    "BeitModel": ConvertibleClass(BEIT),
-    "BeitForImageClassification": ConvertibleClass(BEIT, "beit"),
-    "Data2VecVisionModel": ConvertibleClass(DATA2VEC),
-    "Data2VecVisionForImageClassification": ConvertibleClass(DATA2VEC, "data2vec_vision"),
-    "InternVLVisionModel": ConvertibleClass(INTERNVL),
-    "QianfanOCRVisionModel": ConvertibleClass(INTERNVL),
-    "RadioModel": ConvertibleClass(RADIO),
+    "PixioModel": ConvertibleClass(families.PIXIO),
+    "Aimv2VisionModel": ConvertibleClass(families.AIMV2),
+    "BeitModel": ConvertibleClass(families.BEIT),
+    "BeitForImageClassification": ConvertibleClass(families.BEIT, "beit"),
+    "Data2VecVisionModel": ConvertibleClass(families.DATA2VEC),
+    "Data2VecVisionForImageClassification": ConvertibleClass(families.DATA2VEC, "data2vec_vision"),
+    "InternVLVisionModel": ConvertibleClass(families.INTERNVL),
+    "QianfanOCRVisionModel": ConvertibleClass(families.INTERNVL),
+    "RadioModel": ConvertibleClass(families.RADIO),
 }

@@ -43,17 +43,17 @@ class SizeComparison:
     magnitudes: dict[str, float]  # largest absolute values of the source's outputs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """Content of certificate.json."""
 
     source: str  # name of the source, such as `timm:NAME`, without local folders
-    source_revision: str | None  # commit hash of the source on the Hub; None if the hash is unknown
+    source_revision: str | None = None  # commit hash of the source on the Hub; None if the hash is unknown
     source_class: str
-    random_init: bool
+    random_init: bool = False
     model_class: str
     classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
-    limit: float  # maximum allowed absolute difference
+    limit: float = LIMIT  # maximum allowed absolute difference
     comparisons: list[SizeComparison]
     not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
     preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.describe`

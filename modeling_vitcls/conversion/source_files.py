@@ -60,7 +60,7 @@ SIGNATURES = {
 }
 # Family of a plain encoder, by container key. iBOT encoders may be detected as DINO; the conversion is identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
-PLAIN_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
+AMBIGUOUS_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
 # Name prefixes of weights that are used only in pre-training, by family.
 PRETRAINING_PREFIXES = {"mae": ("decoder", "mask_token")}
@@ -134,14 +134,13 @@ class FileSource(TimmSource):
                 converted_model = convert_state_dict(weights, family)
                 model = build_reference_model(weights, family, converted_model, file)
                 notes += describe_differences(family, converted_model.config)
-        except (KeyError, IndexError, RuntimeError) as error:  # raised by timm for weights that do not match the model
+        except (LookupError, RuntimeError) as error:  # raised by timm for weights that do not match the model
             raise ConversionError(f"{file} does not contain {family} weights: {format_error(error)}") from error
-        model.to(dtype=next(iter(weights.values())).dtype)
         return cls(file, family, weights, model, notes)
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the file contains a classifier or a projection."""
+        """Return whether the file contains a classifier or a projection."""
         return self.linear_head is not None or bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -210,7 +209,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
         reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
     if not isinstance(weights, Mapping):
-        raise ConversionError(f"{file} does not contain a state dict, but an object of type {type(weights).__name__}")
+        raise ConversionError(f"{file} contains an object of type {type(weights).__name__} instead of a state dict")
     return weights
 
 
@@ -225,7 +224,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     tensors = {
         str(name): torch.as_tensor(value)
         for name, value in weights.items()
-        if isinstance(value, torch.Tensor | np.ndarray) and value.dtype != np.object_
+        if isinstance(value, torch.Tensor | np.ndarray)
     }
     while prefix := next((prefix for prefix in PREFIXES if has_encoder(tensors, prefix)), None):
         encoder_tensors = {
@@ -265,7 +264,9 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
         return "msn" if "cls_token" in weights else "ijepa"
     if container in FAMILIES_BY_CONTAINER:
         return FAMILIES_BY_CONTAINER[container]
-    raise ConversionError(f"the weights in {file} match several families. Set --family {' or '.join(PLAIN_FAMILIES)}")
+    raise ConversionError(
+        f"the weights in {file} match several families. Set --family {' or '.join(AMBIGUOUS_FAMILIES)}"
+    )
 
 
 # Reference models ----------------------------------------------------------------------------------------------------
@@ -341,14 +342,12 @@ def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config
 def build_timm_model(weights: Weights, family: str) -> Any:
     """Build a timm model from the weights of a family without rules."""
     timm = import_timm()
-    kernel = next(
-        tensor
-        for name, tensor in weights.items()
-        if re.fullmatch(r".*(conv1|patch_embed\.proj|patchifier\.proj)\.weight", name)
+    patterns = (r".*(conv1|patch_embed\.proj|patchifier\.proj)\.weight", r".*(positional_embedding|pos_embed)")
+    kernel, positions = (
+        next((tensor for name, tensor in weights.items() if re.fullmatch(pattern, name)), None) for pattern in patterns
     )
-    positions = next(
-        tensor for name, tensor in weights.items() if re.fullmatch(r".*(positional_embedding|pos_embed)", name)
-    )
+    if kernel is None or positions is None:
+        raise LookupError("the patch projection or the position embeddings are missing")
     width, patch_size = kernel.shape[0], kernel.shape[-1]
     name = TIMM_FAMILIES[family].get((width, patch_size))
     if name is None:
@@ -359,11 +358,9 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         )
     side = math.isqrt(positions.shape[-2])
     blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
-    options: dict[str, Any] = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0}
-    for projection in ("visual.proj", "proj"):
-        options["num_classes"] = weights[projection].shape[1] if projection in weights else options["num_classes"]
-    if "head.weight" in weights:
-        options["num_classes"] = len(weights["head.weight"])
+    projection = weights.get("visual.proj", weights.get("proj"))  # [D, num_classes]
+    head = weights.get("head.weight", None if projection is None else projection.T)
+    options = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0 if head is None else len(head)}
     model = timm.create_model(name, pretrained=False, **options)
     if family == "clip" and "class_embedding" in weights:
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
@@ -372,9 +369,10 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
 
 def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
-    """Load published weights into a timm model, using the `checkpoint_filter_fn` of the timm module."""
+    """Load published weights into a timm model in float32, using the `checkpoint_filter_fn` of the timm module."""
     module = sys.modules[type(model).__module__]
-    model.load_state_dict(module.checkpoint_filter_fn(dict(weights), model, **options))
+    weights = {name: weight.float() for name, weight in weights.items()}  # timm adds position embeddings to tokens
+    model.load_state_dict(module.checkpoint_filter_fn(weights, model, **options))
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:

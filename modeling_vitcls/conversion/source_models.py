@@ -85,13 +85,13 @@ class TimmSource:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Native height and width in pixels, or the preprocessing size if the model has no native size."""
-        height, width = self.model.patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
+        """Native height and width in pixels."""
+        height, width = self.model.patch_embed.img_size
         return height, width
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the model returns logits."""
+        """Return whether the model returns logits."""
         return bool(self.model.num_classes)
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -169,7 +169,7 @@ class TransformersSource:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the model outputs logits or an image embedding, which is treated as logits."""
+        """Return whether the model outputs logits or an image embedding, which is treated as logits."""
         return self.encoder is not self.model
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
@@ -191,7 +191,7 @@ class TransformersSource:
 
     @property
     def encoder(self) -> Any:
-        """The base model, which returns the token sequence."""
+        """Return the base model, which returns the token sequence."""
         name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder
         return self.model if name is None else getattr(self.model, name)
 

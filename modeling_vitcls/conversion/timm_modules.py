@@ -35,7 +35,7 @@ def read_model(model: TimmModule) -> Fields:
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     blocks = BLOCK_READERS[block_class](first_block)
     return {
-        **read_image_and_patches(model),
+        **read_patch_embedding(model),
         **read_tokens(model),
         **read_positions(model),
         **read_rotary_positions(model),
@@ -48,7 +48,7 @@ def read_model(model: TimmModule) -> Fields:
     }
 
 
-def read_image_and_patches(model: TimmModule) -> Fields:
+def read_patch_embedding(model: TimmModule) -> Fields:
     """Return the fields of the patch embedding. `image_size` is rounded down to whole patches, because timm ignores
     the remaining pixels."""
     embedding = model.patch_embed
@@ -106,9 +106,9 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return {}
     name = get_class_name(rope)
     check_supported(name in ROTARY_POSITION_READERS, f"rotary positions of class {name}")
-    rotary_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
+    rope_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     return {
-        "position_embedding_type": rotary_type if model.pos_embed is None else f"learned_{rotary_type}",
+        "position_embedding_type": rope_type if model.pos_embed is None else f"learned_{rope_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
         **ROTARY_POSITION_READERS[name](rope),
@@ -218,9 +218,7 @@ def read_branched_block(block: TimmModule) -> Fields:
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        **dict.fromkeys(
-            ("qkv_bias", "projection_bias", "mlp_bias"), True
-        ),  # biases of the norms are folded into the projections
+        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),  # the biases of folded norms
     }
 
 
@@ -304,13 +302,11 @@ def read_drop_path_rate(last_block: TimmModule) -> float:
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of the pooling before the head."""
-    pooling = POOLINGS.get(model.global_pool)
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        return {
-            "pooling": "cls" if model.cls_token is not None else "mean"
-        }  # the encoder has no pooler (`has_pooler`)
-    check_supported(pooling is not None, f"global_pool={model.global_pool!r}")
+        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # for a new classifier
+    check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
+    pooling = POOLINGS[model.global_pool]
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
     includes_prefix = getattr(model, "pool_include_prefix", False)

@@ -46,7 +46,7 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
     Args:
         model: Model to convert.
         native_size_only: Whether the outputs must be equal only for images of `config.image_size`. The transformers
-            class may then resample position embeddings differently for other sizes.
+            class may then resample position embeddings differently from the model at other sizes.
 
     Raises:
         ConversionError: If no class supports the model. The message names the nearest class and the unsupported
@@ -77,18 +77,19 @@ class Target:
 
     @property
     def convertible_class(self) -> ConvertibleClass:
-        """The `ConvertibleClass` that converts this transformers class to a class of this package."""
+        """Return the `ConvertibleClass` that converts this transformers class to a class of this package."""
         return CONVERTIBLE_CLASSES[self.name]
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
-        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
-        settings = {name: getattr(config, name) for name in SHARED_FIELDS if name in supported_fields} | {
+        settings = {name: getattr(config, name) for name in SHARED_FIELDS} | {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
         }
         settings |= self.build_settings(config) | read_labels(config)
+        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
+        settings = {name: value for name, value in settings.items() if name in supported_fields}
         model: PreTrainedModel = model_class(model_class.config_class(**settings), **self.build_options(config))
         return model
 
@@ -99,12 +100,12 @@ def build_vit_settings(config: ViTCLSConfig) -> Settings:
 
 
 def build_vit_options(config: ViTCLSConfig) -> dict[str, bool]:
-    """Build the constructor arguments of the base models of ViT and DeiT."""
+    """Build the constructor arguments of `ViTModel` and `DeiTModel`."""
     return {"add_pooling_layer": config.pooled_activation is not None, "use_mask_token": config.use_mask_token}
 
 
 def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
-    """Build the configuration of DINOv2."""
+    """Build the configuration of DINOv2, with or without registers."""
     is_gated = config.mlp_type != "mlp"
     ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
     return {
@@ -112,15 +113,9 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
         "mlp_ratio": ratios.get(config.intermediate_size, 4),
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
-        "use_mask_token": config.use_mask_token,
+        "use_mask_token": config.use_mask_token,  # only without registers: the class with registers has a mask token
+        "num_register_tokens": config.num_register_tokens,  # only with registers
     }
-
-
-def build_registers_settings(config: ViTCLSConfig) -> Settings:
-    """Build the configuration of DINOv2 with registers, which always has a mask token."""
-    settings = build_dinov2_settings(config) | {"num_register_tokens": config.num_register_tokens}
-    del settings["use_mask_token"]
-    return settings
 
 
 def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
@@ -146,7 +141,7 @@ TARGETS: dict[str, list[Target]] = {
         Target("ViTModel", build_vit_settings, build_vit_options, always_pools=False),
         Target("DeiTModel", build_vit_settings, build_vit_options, always_pools=False),
         Target("Dinov2Model", build_dinov2_settings),
-        Target("Dinov2WithRegistersModel", build_registers_settings),
+        Target("Dinov2WithRegistersModel", build_dinov2_settings),
         Target("DINOv3ViTModel", build_dinov3_settings),
     ],
     "ViTCLSForImageClassification": [
@@ -154,7 +149,7 @@ TARGETS: dict[str, list[Target]] = {
         Target("DeiTForImageClassificationWithTeacher", build_vit_settings),
         Target("DeiTForImageClassification", build_vit_settings),
         Target("Dinov2ForImageClassification", build_dinov2_settings),
-        Target("Dinov2WithRegistersForImageClassification", build_registers_settings),
+        Target("Dinov2WithRegistersForImageClassification", build_dinov2_settings),
     ],
 }
 
@@ -200,11 +195,11 @@ def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
             target_model = target.build(config)
         weights, _ = split_head(target_model.state_dict(), convertible_class.encoder)
         fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
-        target_config = ViTCLSConfig(**fields)
+        round_trip_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, [format_error(error)], [])
     has_head = convertible_class.encoder is not None
-    values, target_values = get_effective_fields(config, has_head), get_effective_fields(target_config, has_head)
+    values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
     ignored_fields = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
     mismatched_names = [
         name
@@ -328,7 +323,7 @@ def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
 
 
 def get_activation(config: ViTCLSConfig) -> str:
-    """Return the activation function of a plain MLP, or of the gate of a gated MLP."""
+    """Return the name of the activation function of a plain MLP, or of the gate of a gated MLP."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 
@@ -354,7 +349,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     target_encoder, target_head = split_head(transformers_model.state_dict(), encoder_name)
     if "embeddings.mask_token" in encoder and "embeddings.mask_token" not in target_encoder:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
-        encoder = {name: weight for name, weight in encoder.items() if name != "embeddings.mask_token"}
+        del encoder["embeddings.mask_token"]
     encoder = revert_weights(encoder, target.convertible_class.family.rules, target_encoder)
     weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder.items()}
     weights |= revert_weights(head, HEAD_RULES, target_head)

@@ -242,25 +242,21 @@ def requires_new_head(classifier: str, num_labels: int | None, num_source_labels
 
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
-    """Load converted weights into a model and return the model in eval mode."""
-    expected_weights = model.state_dict()
-    mismatched_names = sorted(
-        n for n in expected_weights.keys() & weights.keys() if expected_weights[n].shape != weights[n].shape
-    )
-    for problem, names in (
-        ("missing", sorted(expected_weights.keys() - weights.keys())),
-        ("unexpected", [f"{n} {list(weights[n].shape)}" for n in sorted(weights.keys() - expected_weights.keys())]),
-        (
-            "of a different shape",
-            [
-                f"{n} {list(weights[n].shape)} (the model has {list(expected_weights[n].shape)})"
-                for n in mismatched_names
-            ],
-        ),
-    ):
+    """Load converted weights into a model, and return the model in eval mode."""
+    shapes, expected_shapes = ({n: list(w.shape) for n, w in each.items()} for each in (weights, model.state_dict()))
+    problems = {
+        "missing": sorted(expected_shapes.keys() - shapes.keys()),
+        "unexpected": [f"{name} {shapes[name]}" for name in sorted(shapes.keys() - expected_shapes.keys())],
+        "of a different shape": [
+            f"{name} {shapes[name]} (the model has {expected_shapes[name]})"
+            for name in sorted(shapes.keys() & expected_shapes.keys())
+            if shapes[name] != expected_shapes[name]
+        ],
+    }
+    for problem, names in problems.items():
         if names:
             raise ConversionError(f"weights {problem}: {join_names(names)}")
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()})
+    model.load_state_dict(weights)
     model.eval()
     return model
 

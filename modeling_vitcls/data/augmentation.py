@@ -114,7 +114,7 @@ class BatchTransform:
 
     def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, random_numbers: torch.Tensor) -> torch.Tensor:
         """Flip, rotate, shift and zoom the pixels about the center, with bilinear interpolation. Pixels outside the
-        image become black. `random_numbers` is [B, 4], from -1 to 1."""
+        image become black. `random_numbers` [B, 4] contains values from -1 to 1."""
         height, width = pixels.shape[-2:]
         angle, shift_x, shift_y, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
@@ -126,8 +126,8 @@ class BatchTransform:
         sampling_grid = torch.empty(len(pixels), height, width, 2)
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-        resampled = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)  # [B, C, H, W]
-        return resampled.round_().to(torch.uint8)
+        outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)  # [B, C, H, W]
+        return outputs.round_().to(torch.uint8)
 
 
 class BatchMixer:

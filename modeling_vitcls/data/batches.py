@@ -98,9 +98,6 @@ class TrainingImages:
         self.unreadable: set[int] = set()
         self.arrays = load_arrays(source, builder.augmentation)  # [images, 1, H, W]
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process, starting at `first_step`."""
         return plan.iterate_keys(process_index, first_step)
@@ -138,7 +135,7 @@ class TrainingImages:
                 except UnreadableImage:
                     self.unreadable.add(candidate)
         raise ValueError(
-            f"none of the {len(self.source)} images can be read, for example: {self.describe_unreadable(index)}"
+            f"none of the {len(self.source)} images can be read, for example: {self.describe_unreadable_image(index)}"
         )
 
     def load_pixels(self, index: int) -> torch.Tensor:
@@ -150,7 +147,7 @@ class TrainingImages:
             self.cache[index] = pixels
         return pixels
 
-    def describe_unreadable(self, index: int) -> str:
+    def describe_unreadable_image(self, index: int) -> str:
         """Return the error message of an unreadable image."""
         try:
             self.builder.prepare_image(self.source.images[index])

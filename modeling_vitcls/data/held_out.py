@@ -25,7 +25,7 @@ from ..files import read_json
 
 
 RESULTS_FILE = "results.json"  # file with the results of the training run, in a model folder
-RECORD_KEY = "held_out"  # key of the held-out record in results.json
+HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class HeldOutRecord:
 
     @property
     def rule(self) -> HeldOutRule | None:
-        """The rule that selected the images; None if the images are a split of the dataset."""
+        """Return the rule that selected the images; None if the images are a split of the dataset."""
         if self.fraction is None or self.split_seed is None:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
@@ -93,10 +93,11 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
     if not file.is_file():
         return None
     try:
-        record = read_json(file).get(RECORD_KEY)
+        record = read_json(file).get(HELD_OUT_RECORD_KEY)
         return None if record is None else HeldOutRecord(**record)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove the file to use the model without the record") from error
+        remedy = "Remove the file to use the model without the record of its held-out images"
+        raise ValueError(f"{file} is damaged: {error}. {remedy}") from error
 
 
 def compute_image_key(content: bytes) -> int:

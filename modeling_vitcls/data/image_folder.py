@@ -63,12 +63,12 @@ class ImageFolder:
 
     @property
     def is_image_folder(self) -> bool:
-        """Whether the folder is read as an image folder, and not as a folder of tables."""
+        """Return whether the folder is read as an image folder, and not as a folder of tables."""
         return bool(self.images) and (bool(self.metadata) or len(self.images) > len(self.tables))
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and of all subfolders. Links to folders are followed."""
+    """Return the files of a folder and of all subfolders. Symbolic links to folders are followed, except cycles."""
     files: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "other_files": []}
     for name in list_files(path, ""):
         files[get_file_kind(name)].append(name)
@@ -78,8 +78,8 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: Path, folder: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the paths of the files below `root`/`folder`, sorted within each folder. A link to a folder that contains
-    the link is not followed."""
+    """Yield the paths of the files below `root`/`folder`, sorted within each folder. A symbolic link to a folder that
+    contains the link is not followed."""
     real_path = os.path.realpath(root / folder)
     if real_path in parents:
         return
@@ -220,11 +220,11 @@ def describe_single_class(dataset: str, name: str) -> str:
         return f"a classifier requires two or more classes, but all images of {dataset} have the label {name!r}"
     parents = [path, *(entry for entry in sorted(path.iterdir()) if entry.name.lower() in SPLIT_NAMES)]
     folders = [parent / name for parent in parents if (parent / name).is_dir()]
-    inner_folders = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
+    subfolder_names = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
     hint = ""
-    if inner_folders:
-        names = shorten_list(inner_folders)
-        hint = f". If the inner folders ({names}) are the classes or splits, set --dataset {folders[0]}"
+    if subfolder_names:
+        names = shorten_list(subfolder_names)
+        hint = f". If the subfolders ({names}) are the classes or splits, set --dataset {folders[0]}"
     return (
         f"a classifier requires two or more classes, but {path} has a single class folder, {name!r}. Move the images "
         f"of each class into a separate folder{hint}"
@@ -287,7 +287,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
     tables = [read_metadata_file(folder, file) for file in folder.metadata]
     try:
         table = pyarrow.concat_tables([table for table, _ in tables], promote_options="permissive")
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         files = ", ".join(folder.metadata)
         raise ValueError(
             f"the columns of {files} in {folder.path} have different types: {format_error(error)}"
@@ -311,7 +311,7 @@ def read_metadata(folder: ImageFolder, splits: dict[str, list[str]], has_split_f
 
 
 def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table", list[str]]:
-    """Return the columns of a metadata file without `file_name`, and the image paths from `file_name`."""
+    """Return the columns of a metadata file except `file_name`, and the image paths in the `file_name` column."""
     import pandas
     import pyarrow
     import pyarrow.json

@@ -29,6 +29,7 @@ from .held_out import compute_image_key, get_relative_path
 
 
 NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
+MISSING_IMAGE = {"path": None, "bytes": None}  # encoded image of a row without an image
 NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not replace an unreadable image
 
 
@@ -102,7 +103,7 @@ class ArrayImages(Sequence):
 class EncodedSequence(Sequence):
     """Images that are decoded on access; `get_encoded_image` returns one image in the format of `decode_image`."""
 
-    get_encoded_image: Callable[[int], dict[str, Any] | None]
+    get_encoded_image: Callable[[int], dict[str, Any]]
     folder: Path  # folder of the dataset
     item_noun = "row"  # noun for an image without a path in error messages
 
@@ -111,10 +112,7 @@ class EncodedSequence(Sequence):
 
     def get_paths(self) -> list[str | None]:
         """Return the path of each image, or None for an image without a path."""
-        return [
-            encoded_image["path"] if encoded_image else None
-            for encoded_image in map(self.get_encoded_image, range(len(self)))
-        ]
+        return [self.get_encoded_image(index)["path"] for index in range(len(self))]
 
     def get_names(self) -> list[str]:
         """Return the path of each image within the dataset, or "" for an image without a path. No image is read."""
@@ -123,22 +121,17 @@ class EncodedSequence(Sequence):
     def read_bytes(self, index: int) -> bytes | None:
         """Return the bytes of one image from memory or a file, or None if the image cannot be read or is remote."""
         encoded_image = self.get_encoded_image(index)
-        if not encoded_image or encoded_image["bytes"] is not None:
-            return encoded_image["bytes"] if encoded_image else None
-        if not encoded_image["path"] or "://" in encoded_image["path"]:
-            return None
+        if encoded_image["bytes"] is not None:
+            return encoded_image["bytes"]
         try:
-            file = Path(encoded_image["path"])
+            file = Path(encoded_image["path"] or "")
             return file.read_bytes() if file.is_file() else None  # reading a pipe would block
         except (OSError, ValueError):
             return None
 
     def compute_keys(self) -> list[int]:
         """Return a checksum of the bytes of each image, or of the path of an image whose bytes are missing."""
-        return [
-            compute_example_key(encoded_image, self.folder)
-            for encoded_image in map(self.get_encoded_image, range(len(self)))
-        ]
+        return [compute_example_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
 
 
 @dataclass(frozen=True)
@@ -181,8 +174,8 @@ class ColumnImages(EncodedSequence):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def get_encoded_image(self, index: int) -> dict[str, Any] | None:
-        return self.dataset[index][self.column]
+    def get_encoded_image(self, index: int) -> dict[str, Any]:
+        return self.dataset[index][self.column] or MISSING_IMAGE
 
     def get_paths(self) -> list[str | None]:
         """Return the path of each image, without reading the images."""
@@ -195,14 +188,14 @@ class ColumnImages(EncodedSequence):
         """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
         starts = range(0, len(self), NUM_ROWS_AT_ONCE)
         rows = (row for start in starts for row in self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column])
-        return [compute_example_key(row, self.folder) for row in rows]
+        return [compute_example_key(row or MISSING_IMAGE, self.folder) for row in rows]
 
 
-def compute_example_key(example: dict[str, Any] | None, folder: Path) -> int:
+def compute_example_key(example: dict[str, Any], folder: Path) -> int:
     """Return the key of an encoded image, which is a checksum of the bytes or of the path within `folder`."""
-    if example and example["bytes"] is not None:
+    if example["bytes"] is not None:
         return compute_image_key(example["bytes"])
-    return compute_image_key(get_relative_path((example and example["path"]) or "", folder).encode())
+    return compute_image_key(get_relative_path(example["path"] or "", folder).encode())
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
@@ -231,16 +224,16 @@ def resolve_path(folder: Path, path: str | None) -> str:
     return str(folder / path)
 
 
-def decode_image(encoded_image: dict[str, Any] | None, fallback_name: str) -> Image.Image:
+def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:
     """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
     mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
 
     The `filename` attribute of the image is the path (as in Pillow) or, without a path, `fallback_name`. Error
     messages contain this name.
     """
-    if not encoded_image or not (encoded_image["bytes"] is not None or encoded_image["path"]):
-        raise UnreadableImage(f"{fallback_name} has no image")
     content, path = encoded_image["bytes"], encoded_image["path"]
+    if content is None and not path:
+        raise UnreadableImage(f"{fallback_name} has no image")
     try:
         image = read_image_file(path) if content is None else read_image(content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data

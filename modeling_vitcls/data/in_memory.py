@@ -38,6 +38,8 @@ def add_dataset(data: Any) -> str:
             "a datasets.IterableDataset cannot be passed. Pass the name of the dataset, and set streaming=True"
         )
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
+    if not data_by_split:
+        raise ValueError("the dataset in memory has no splits")
     splits = datasets.DatasetDict({name: convert_split(split_data) for name, split_data in data_by_split.items()})
     content = [f"{split} {split_data._fingerprint}" for split, split_data in splits.items()]
     name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
@@ -83,8 +85,8 @@ def convert_item(item: Any, index: int) -> dict[str, Any]:
             f"{type(item).__name__}"
         )
     image, label = item
-    if isinstance(label, torch.Tensor) or hasattr(label, "item"):  # NumPy and torch values
-        label = label.item() if label.ndim == 0 else label.tolist()
+    if hasattr(label, "tolist"):  # NumPy and torch values
+        label = label.tolist()
     labels = label if isinstance(label, dict) else {"label": label}
     return {"image": encode_image(image, index), **labels}
 

@@ -41,7 +41,7 @@ class LabelSpace:
 
     @property
     def names(self) -> list[str]:
-        """The label names of the only column."""
+        """Return the label names of the only column."""
         (names,) = self.columns.values()
         return names
 
@@ -74,8 +74,8 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
-    is_multi_label = config.problem_type == "multi_label_classification"
-    kind: LabelKind = "multi_label_classification" if is_multi_label else "single_label_classification"
+    has_several_labels = config.problem_type == "multi_label_classification"
+    kind: LabelKind = "multi_label_classification" if has_several_labels else "single_label_classification"
     return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
 
 
@@ -95,7 +95,7 @@ def is_multi_label(config: ViTCLSConfig) -> bool:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """One label column and the names of the classes."""
+    """A label column and the names of its classes."""
 
     name: str
     classes: list[str]
@@ -117,13 +117,13 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Whether integers are indices into `classes`: True if the classes are declared or no class name is an
+        """Return whether integers are indices into `classes`: True if the classes are declared or no class name is an
         integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
     def indices(self) -> dict[str, int]:
-        """Class indices by class name; empty if the values are indices."""
+        """Return class indices by class name; empty if the values are indices."""
         return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
 
 
@@ -137,7 +137,7 @@ class LabelReader:
 
     @property
     def space(self) -> LabelSpace:
-        """The label kind, and the label names of each column."""
+        """Return the label kind, and the label names of each column."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
@@ -166,7 +166,8 @@ def build_label_reader(
     """
     requested_names: tuple[str | None, ...] = options.label_column or (None,)
     names = tuple(
-        find_column("label", name, features, is_label, LABEL_COLUMN_NAMES, options.dataset) for name in requested_names
+        find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
+        for name in requested_names
     )
     multi_label_columns = [
         name for name in names if get_item_type(features[name]) is not None or options.label_separator
@@ -186,11 +187,7 @@ def build_label_column(
     options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelColumn:
     """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
-    class_label = next(
-        (candidate for candidate in (feature, get_item_type(feature)) if type(candidate).__name__ == "ClassLabel"),
-        None,
-    )
-    if class_label is not None:
+    if (class_label := find_class_label(feature)) is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
         if options.label_column is not None and len(options.label_column) > 1:
@@ -226,7 +223,7 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
         return [value]
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a text column")
-    return [label.strip() for label in (value or "").split(separator) if label.strip()]
+    return [label.strip() for label in (value or "").split(separator)]  # empty text is a missing label
 
 
 def normalize_value(value: Any) -> Any:
@@ -249,7 +246,7 @@ def find_column(
     kind: str,
     name: str | None,
     features: Features,
-    has_matching_type: Callable[[Any], bool],
+    matches: Callable[[Any], Any],
     usual_names: tuple[str, ...],
     dataset: str,
 ) -> str:
@@ -259,7 +256,7 @@ def find_column(
         if name not in features:
             raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
         return name
-    matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
+    matching_columns = [column for column, feature in features.items() if matches(feature)]
     if len(matching_columns) == 1:
         return matching_columns[0]
     usual_columns = [usual_name for usual_name in usual_names if usual_name in (matching_columns or features)]
@@ -274,9 +271,10 @@ def is_image(feature: Any) -> bool:
     return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
 
 
-def is_label(feature: Any) -> bool:
-    """Return whether a column is declared as class labels."""
-    return any(type(candidate).__name__ == "ClassLabel" for candidate in (feature, get_item_type(feature)))
+def find_class_label(feature: Any) -> Any:
+    """Return the `ClassLabel` of a column of labels or lists of labels, or None for any other column."""
+    types = (feature, get_item_type(feature))
+    return next((candidate for candidate in types if type(candidate).__name__ == "ClassLabel"), None)
 
 
 def get_item_type(feature: Any) -> Any:

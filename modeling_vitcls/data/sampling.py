@@ -195,7 +195,7 @@ class BatchPlan:
 
     @property
     def images_per_step(self) -> int:
-        """Number of images per step over all processes and accumulated batches, including copies."""
+        """Return the number of images per step over all processes and accumulated batches, including copies."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:

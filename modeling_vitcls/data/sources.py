@@ -134,7 +134,7 @@ def load_idx_folder(folder: Path) -> Splits:
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
     classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
-    label_space = LabelSpace("single_label_classification", {"label": classes[:num_classes]})
+    label_space = LabelSpace("single_label_classification", {"label": classes})
     return Splits(name, label_space, images_by_split, list(images_by_split))
 
 
@@ -158,9 +158,7 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load the splits of a folder, a file or a dataset on the Hub with the `datasets` library."""
-    all_splits = open_with_datasets(options, use_labels)
-    if not all_splits:
-        raise ValueError(f"{options.dataset} contains no rows. Check the tables of the dataset")
+    all_splits = open_splits(options, use_labels)
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
@@ -209,7 +207,7 @@ def warn_on_first_process(message: str) -> None:
         log.warning("%s", message)
 
 
-def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
+def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
     labels are not used, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and
     OSError if the dataset is found neither locally nor on the Hub."""
@@ -221,6 +219,8 @@ def open_with_datasets(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
+        if not image_splits:
+            raise ValueError(f"{options.dataset} contains no rows. Check the tables of the dataset")
         for note in folder.notes:
             warn_on_first_process(note)
         return convert_to_streams(image_splits, options)

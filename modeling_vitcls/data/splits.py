@@ -30,8 +30,7 @@ from .sources import load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-HELD_OUT_NAMES = (*VALIDATION_NAMES, "test")
+HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")  # in order of precedence
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
 # Description of a change, by digest name. The first digest that differs determines the description.
@@ -61,7 +60,7 @@ class TrainingData:
 
     @property
     def num_training_images(self) -> int | None:
-        """Number of training images; None for a stream, whose length is unknown."""
+        """Return the number of training images; None for a stream, whose length is unknown."""
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
 
@@ -136,7 +135,7 @@ def split_data(
         held_out, description = materialize_images(split_images[splits.held_out]), f"split {splits.held_out!r}"
         record = HeldOutRecord(splits.held_out, len(held_out))
     else:
-        rule = get_held_out_rule(options)
+        rule = build_held_out_rule(options)
         train, held_out, record = hold_out_images(train, rule, options)
         description = str(rule)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
@@ -180,7 +179,7 @@ def check_splits(
         )
 
 
-def get_held_out_rule(options: DataOptions) -> HeldOutRule:
+def build_held_out_rule(options: DataOptions) -> HeldOutRule:
     """Build the rule that selects the held-out images, as specified by the options."""
     if options.folds is not None and options.fold is not None:
         return HeldOutRule(1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold)
@@ -233,22 +232,22 @@ def load_evaluation_data(
     Raises:
         ValueError: if the split does not exist or cannot be evaluated, or if the options contradict `record`.
     """
+
+    def select(names: list[str]) -> list[str]:
+        return [resolve_split(choose_split(split, names, record), names, options)]
+
     rule = choose_rule(options, record)
+    images: LabeledImages | StreamedImages
     if options.streaming:
         streams = open_streams(options)
         names = list(streams)
-        name = choose_split(split, names, record)
-        images: LabeledImages | StreamedImages = streams[resolve_split(name, names, options)]
-        space = next(iter(streams.values())).label_space
+        images = streams[select(names)[0]]
+        space = images.label_space
     else:
-
-        def select_split(names: list[str]) -> list[str]:
-            return [resolve_split(choose_split(split, names, record), names, options)]
-
-        splits = load_splits(options, select=select_split)
+        splits = load_splits(options, select=select)
         names, space = splits.names, splits.label_space
-        name = choose_split(split, names, record)
         (images,) = splits.images_by_split.values()
+    name = choose_split(split, names, record)
     if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
         return EvaluationData(space, materialize_images(images), name, None)
     if name == "train" and options.streaming:
@@ -262,9 +261,7 @@ def load_evaluation_data(
             f"{options.dataset}. Set --dataset to a dataset that was not used for training"
         )
     train, held_out, _ = hold_out_images(images, rule, options)
-    if name == "train":
-        return EvaluationData(space, train, name, None)
-    return EvaluationData(space, held_out, name, rule)
+    return EvaluationData(space, train, name, None) if name == "train" else EvaluationData(space, held_out, name, rule)
 
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
@@ -276,7 +273,8 @@ def choose_split(split: str | None, names: Collection[str], record: HeldOutRecor
 
 
 def resolve_split(split: str, names: list[str], options: DataOptions) -> str:
-    """Return the split of the dataset that contains the requested images: the requested split, or the only split."""
+    """Return the requested split if it exists; otherwise, for "train" and "test", the only split. Raise ValueError if
+    there is no such split."""
     if split in names:
         return split
     if len(names) == 1 and split in ("train", "test"):
@@ -285,11 +283,11 @@ def resolve_split(split: str, names: list[str], options: DataOptions) -> str:
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the recorded rule of a model's run, or the rule from the options if no rule was recorded. Raise
+    """Return the rule recorded by the training run, or the rule from the options if no rule was recorded. Raise
     ValueError if --split-seed or --held-out-fraction contradicts the recorded rule."""
     rule = None if record is None else record.rule
     if rule is None:
-        return get_held_out_rule(options)
+        return build_held_out_rule(options)
     for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
         value = getattr(options, name)
         if value not in (recorded_value, getattr(DataOptions, name)):
@@ -387,11 +385,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     warnings = []
     for missing_classes, images, consequence in (
         (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),
-        (
-            held_out - train,
-            "training images",
-            "because all images of these classes are held out",
-        ),
+        (held_out - train, "training images", "because all images of these classes are held out"),
     ):
         if missing_classes:
             problem = f"{len(missing_classes)} of the {num_classes} classes have no {images}"

@@ -37,7 +37,7 @@ from .images import (
 )
 from .labels import UNLABELED, Features, LabelReader, LabelSpace, build_label_reader, find_image_column
 from .sampling import BatchPlan, derive_seed
-from .sources import get_dataset_folder, get_dataset_name, open_with_datasets
+from .sources import get_dataset_folder, get_dataset_name, open_splits
 
 
 MAX_STORED_NAMES = 10_000  # maximum number of recent examples whose names are stored for error messages
@@ -72,7 +72,7 @@ class StreamedImages:
 
     @property
     def label_space(self) -> LabelSpace:
-        """The label type and the class names."""
+        """Return the label type and the class names."""
         return UNLABELED if self.reader is None else self.reader.space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
@@ -150,16 +150,16 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
     has no image or label column, or does not declare its labels."""
     import datasets
 
-    streams = open_with_datasets(options, use_labels)
+    streams = open_splits(options, use_labels)
     features = read_features(next(iter(streams.values())), options)
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, read_column=None) if use_labels else None
     columns = [image_column, *(column.name for column in (reader.columns if reader else []))]
-    opened_streams = {}
+    streamed_images = {}
     for name, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
-        opened_streams[name] = StreamedImages(
+        streamed_images[name] = StreamedImages(
             name=get_dataset_name(options),
             stream=stream.select_columns(columns),
             image_column=image_column,
@@ -167,7 +167,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
             folder=get_dataset_folder(options),
             shuffle_buffer=options.shuffle_buffer,
         )
-    return opened_streams
+    return streamed_images
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
@@ -224,9 +224,10 @@ class TrainingStream:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
-        first_readable = min(readable_images)
+        first_readable_index = min(readable_images)
         source_indices = [
-            next((readable for readable in readable_images if readable >= index), first_readable) for index in pixels
+            next((readable for readable in readable_images if readable >= index), first_readable_index)
+            for index in pixels
         ]
         replaced_indices = [
             NOT_REPLACED if source_index == index else examples[index].index
@@ -253,12 +254,10 @@ class TrainingStream:
         while len(self.names) > MAX_STORED_NAMES:
             del self.names[next(iter(self.names))]
 
-    def describe_unreadable(self, index: int) -> str:
+    def describe_unreadable_image(self, index: int) -> str:
         """Return the error message for an unreadable image."""
         name = self.names.get(index)
-        return (
-            f"cannot read the image {shorten_text(name)}" if name else f"cannot read the image with checksum {index:x}"
-        )
+        return f"cannot read the image {shorten_text(name) if name else f'with checksum {index:x}'}"
 
 
 def augment_images(

@@ -38,7 +38,7 @@ import gradio as gr
 TOP_K = 5
 CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
 IMAGE_HEIGHT = 360  # height of the image input in pixels
-UPLOAD_REQUIRED_MESSAGE = "the image has to be uploaded to this page or be one of the example images"
+UPLOAD_REQUIRED_MESSAGE = "the image must be an example image, or must be uploaded to this page"
 # Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
 # prevents two drawing requests from running at the same time.
 LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
@@ -281,7 +281,7 @@ class PatchView:
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
             layer = build_layer_slider("After layer", num_layers)
-            foreground = gr.Checkbox(label="Colors of the foreground only")
+            foreground_only = gr.Checkbox(label="Color only the foreground")
         with gr.Row():
             with gr.Column():
                 colors = build_output_image("Patches as colors", "patches", ["fullscreen"])
@@ -289,16 +289,16 @@ class PatchView:
                 similarity = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
                 caption = gr.Markdown(elem_id="similar")
         patch = gr.State()
-        self.inputs = [state, layer, foreground, patch]
+        self.inputs = [state, layer, foreground_only, patch]
         self.outputs = [colors, similarity, caption]
-        for add_listener in (layer.change, foreground.input):
+        for add_listener in (layer.change, foreground_only.input):
             add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
         colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
             self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST
         )
 
     def draw_all(
-        self, result: DemoResult | None, layer: int, foreground: bool, patch: tuple[int, int] | None
+        self, result: DemoResult | None, layer: int, foreground_only: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
         """Return an image of the principal components, an image of the similarity to one patch (default: the middle
         patch), and a caption."""
@@ -307,12 +307,13 @@ class PatchView:
         rows, columns = result.features.shape[1:3]
         row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
         caption = f"Cosine similarity to the patch in row {row + 1}, column {column + 1} (dark: 0 or less, bright: 1)."
-        return result.draw_colors(layer - 1, foreground), result.draw_similarity(layer - 1, row, column), caption
+        return result.draw_colors(layer - 1, foreground_only), result.draw_similarity(layer - 1, row, column), caption
 
 
 def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
     """Build a layer slider, which is hidden if there is only one layer."""
-    return gr.Slider(1, num_layers, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
+    maximum = max(num_layers, 2)  # gradio requires two values
+    return gr.Slider(1, maximum, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
 
 
 def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image:

@@ -83,9 +83,9 @@ class DemoResult:
             (overlay(self.image, values, self.visible_region, **size_limits), name) for name, values in maps.items()
         ]
 
-    def draw_colors(self, layer: int, foreground: bool = False) -> Image.Image:
+    def draw_colors(self, layer: int, foreground_only: bool = False) -> Image.Image:
         """Draw the principal components of the patch features after a layer as colors."""
-        (colors,) = compute_patch_colors([self.features[layer].float()], foreground)
+        (colors,) = compute_patch_colors([self.features[layer].float()], foreground_only)
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:

@@ -70,11 +70,7 @@ def explain_missing_output(demo_model: DemoModel) -> str:
 
 
 def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int | None, fractions: list[float]) -> str:
-    """Describe how a token's attention is distributed, in percent.
-
-    Args:
-        fractions: output of `DemoResult.compute_attention_fractions`.
-    """
+    """Describe the output of `DemoResult.compute_attention_fractions`, in percent."""
     head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
     *special_fractions, patch_fraction = fractions
     note = (

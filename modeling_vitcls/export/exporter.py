@@ -47,7 +47,7 @@ class BatchComparison:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """The content of FILE.json."""
+    """Report on an exported file. The report is written to FILE.json next to FILE."""
 
     format: str
     model: str  # name of the model, without local folders
@@ -107,7 +107,7 @@ def export_model(
         )
     exportable = load_exportable(source)
     model = exportable.model
-    shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias)
+    shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias_filter)
     batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])

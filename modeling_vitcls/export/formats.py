@@ -38,7 +38,7 @@ class TracedModel:
 
 @dataclass(frozen=True)
 class Format:
-    """A file format of exported graphs."""
+    """File format for exported graphs."""
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
@@ -48,7 +48,7 @@ class Format:
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
     # Whether the runtime downsamples with the same antialiasing filter as PyTorch. With OpenVINO, which uses a
     # different filter, outputs differed by 1e-4 to 1e-3.
-    has_pytorch_antialias: bool = True
+    has_pytorch_antialias_filter: bool = True
 
     def find_missing_packages(self) -> list[str]:
         """Return the names of the required packages that are not installed."""
@@ -167,5 +167,5 @@ OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 FORMATS: dict[str, Format] = {
     "torch": Format(".pt2", (), lambda traced_model, file: torch.export.save(traced_model.graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
-    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_pytorch_antialias=False),
+    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_pytorch_antialias_filter=False),
 }

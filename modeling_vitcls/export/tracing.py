@@ -37,16 +37,19 @@ class GraphShape:
 
 
 def select_graph_shape(
-    model: ViTCLSPreTrainedModel, image_size: tuple[int, int] | None, dynamic: bool, has_pytorch_antialias: bool = True
+    model: ViTCLSPreTrainedModel,
+    image_size: tuple[int, int] | None,
+    dynamic: bool,
+    has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
     """Return the image sizes that the graph accepts. The sizes are dynamic if requested and possible.
 
-    `image_size` is (height, width) in pixels. `has_pytorch_antialias` is False if the antialiasing of the runtime
-    differs from PyTorch's antialiasing.
+    `image_size` is (height, width) in pixels. `has_pytorch_antialias_filter` is False if the antialiasing of the
+    runtime differs from PyTorch's antialiasing.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
-    reason = find_fixed_size_reason(config, has_pytorch_antialias) if dynamic else ""
+    reason = find_fixed_size_reason(config, has_pytorch_antialias_filter) if dynamic else ""
     if not dynamic or reason:
         return GraphShape(size, size, is_dynamic=False, fixed_size_reason=reason)
     min_size = get_smallest_size(config)
@@ -58,7 +61,7 @@ def select_graph_shape(
     return GraphShape(size, min_size, is_dynamic=True)
 
 
-def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias: bool) -> str:
+def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:
     """Return the reason why the image size of the graph must be fixed; empty if the size can be dynamic."""
     if config.merged_patches_per_layer:
         return "merged_patches_per_layer requires a constant number of patches"
@@ -66,7 +69,7 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias: bool) ->
         return ""
     if config.position_offset:
         return "position_offset requires a resampling scale that a graph cannot compute from the image size"
-    if config.position_antialias and not has_pytorch_antialias:
+    if config.position_antialias and not has_pytorch_antialias_filter:
         return "position_antialias=True requires PyTorch's antialiasing, which the runtime of this format lacks"
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:

@@ -57,7 +57,7 @@ class FileComparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabeledScores:
+class LabeledImageScores:
     """Scores of the model and of each file on the same labeled images, with a batch size of 1 as in a browser."""
 
     dataset: str
@@ -74,7 +74,7 @@ class WebReport:
 
     comparisons: list[FileComparison]  # one comparison per file
     num_images: int  # number of random images in each comparison
-    labeled: LabeledScores | None  # scores on labeled images; None if no dataset is given
+    labeled: LabeledImageScores | None  # scores on labeled images; None if no dataset is given
     weights_sha256: dict[str, str]  # weight file name -> SHA-256; empty unless `source` is a folder
     sha256: dict[str, str]  # ONNX file name -> SHA-256
 
@@ -210,7 +210,7 @@ class OnnxClassifier(nn.Module):
         return SimpleNamespace(logits=torch.from_numpy(logits).to(pixel_values.device), distillation_logits=None)
 
 
-def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -> LabeledScores:
+def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -> LabeledImageScores:
     """Evaluate the model and the files in the folder on labeled images."""
     from ..distributed import build_accelerator
     from ..inference.evaluate import load_evaluation
@@ -222,7 +222,7 @@ def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -
     metric = next(iter(metrics))
     config = evaluation.model.config
     scores = {file: evaluator(OnnxClassifier(folder / file, config))[metric] for file in FILE_NAMES.values()}
-    return LabeledScores(
+    return LabeledImageScores(
         dataset=strip_folders(dataset),
         split=evaluation.split,
         num_images=metrics["num_images"],

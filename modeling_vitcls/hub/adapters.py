@@ -22,15 +22,15 @@ from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
 from ..files import read_json
 from .card_sections import CITATION, render_card
 from .local_paths import is_local, strip_folders
-from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_FILES, Provenance, WeightsLicense
+from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_FILES)
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_PATTERNS)
 # Modules whose parameters are stored in full in an adapter.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
-# Default of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
+# Default value of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
 LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
 
 

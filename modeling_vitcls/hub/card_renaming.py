@@ -20,23 +20,26 @@ from huggingface_hub.utils import yaml_dump
 USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model "
 
 
-def rename_card(repo_id: str, text: str, folder_name: str) -> str:
+def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
     """Return the text of README.md with the repository id in its title, code examples and metadata.
 
     A card contains the name of the model folder if no repository id was set when the card was built.
     """
-    header = REGEX_YAML_BLOCK.match(text)
-    body = text[header.end() :] if header else text
-    metadata = read_metadata(header[2]) if header else None
-    index_names = {entry["name"] for entry in get_model_index(metadata) if isinstance(entry.get("name"), str)}
-    names = {folder_name, get_title(body), *index_names} - {"", repo_id}
+    yaml_block = REGEX_YAML_BLOCK.match(text)
+    header, body = (yaml_block[0], text[yaml_block.end() :]) if yaml_block else ("", text)
+    metadata = read_metadata(yaml_block[2]) if yaml_block else None
+    entries = get_model_index(metadata)
+    names = {folder_name, get_title(body), *(entry["name"] for entry in entries)} - {"", repo_id}
     used_names = {name for name in names if compile_use_pattern(name).search(body)}
     for name in used_names:
         body = compile_use_pattern(name).sub(lambda match: f"{match[1]}{repo_id}", body)
-        body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}$", lambda match: f"{match[1]}{repo_id}", body)
-    if header is None:
-        return body
-    return f"{header[1]}{rename_model_index(header[2], used_names | {folder_name}, repo_id)}{header[3]}{body}"
+        body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}(?=\s*$)", lambda match: f"{match[1]}{repo_id}", body)
+    renamed_entries = [entry for entry in entries if entry["name"] in used_names | {folder_name}]
+    for entry in renamed_entries:
+        entry["name"] = repo_id
+    if yaml_block and renamed_entries:
+        header = yaml_block[1] + yaml_dump(metadata, sort_keys=False).rstrip("\n") + yaml_block[3]
+    return header + body
 
 
 def get_title(body: str) -> str:
@@ -50,21 +53,12 @@ def compile_use_pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"({USE_PREFIXES}){re.escape(name)}(?=[\"\s])")
 
 
-def rename_model_index(text: str, names: set[str], repo_id: str) -> str:
-    """Return the YAML text with `names` in the model-index replaced by `repo_id`; unchanged if no name matches."""
-    metadata = read_metadata(text)
-    entries = [entry for entry in get_model_index(metadata) if entry.get("name") in names]
-    if not entries:
-        return text
-    for entry in entries:
-        entry["name"] = repo_id
-    return yaml_dump(metadata, sort_keys=False).rstrip("\n")
-
-
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
-    """Return the valid entries of the model-index."""
+    """Return the entries of the model-index that have a name."""
     entries = metadata.get("model-index") if isinstance(metadata, dict) else None
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if not isinstance(entries, list):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
 
 
 def read_metadata(text: str) -> Any:

@@ -76,7 +76,7 @@ def format_percent(value: float | None) -> str:
 
 def describe_limitations(results: dict[str, Any], config: ViTCLSConfig) -> list[str]:
     """Return sentences about the measured limitations of the model."""
-    sentences = [*describe_uncertainty(results, config), *describe_weakest_classes(results, config)]
+    sentences = [*describe_accuracy_intervals(results, config), *describe_weakest_classes(results, config)]
     calibration_error = results.get("calibration_error")
     if calibration_error is not None:
         sentences.append(
@@ -86,7 +86,7 @@ def describe_limitations(results: dict[str, Any], config: ViTCLSConfig) -> list[
     return sentences
 
 
-def describe_uncertainty(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
+def describe_accuracy_intervals(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
     """Yield a sentence about the confidence interval of each accuracy."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
@@ -107,7 +107,7 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
         key = "average_precision" if rows and "average_precision" in rows[0] else "recall"
-        measured_indices = [index for index, row in enumerate(rows) if row["images"] and row[key] is not None]
+        measured_indices = [index for index, row in enumerate(rows) if row[key] is not None]
         if len({rows[index][key] for index in measured_indices}) < 2:
             continue
         worst_index = min(measured_indices, key=lambda index: rows[index][key])

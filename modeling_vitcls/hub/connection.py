@@ -65,25 +65,17 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
     All threads share one client, so the shortest active timeout applies to all threads.
     """
     with TIMEOUTS_LOCK:
-        install_client_factory()
+        # huggingface_hub creates a new client after each connection failure, even within a block, so the factory is
+        # replaced. No public function returns the user's factory, which is still used.
+        make_client = hub_http._GLOBAL_CLIENT_FACTORY
+        if not isinstance(make_client, TimeoutClientFactory):
+            set_client_factory(TimeoutClientFactory(make_client))
         ACTIVE_TIMEOUTS.append(seconds)
     try:
         yield
     finally:
         with TIMEOUTS_LOCK:
             ACTIVE_TIMEOUTS.remove(seconds)
-
-
-def install_client_factory() -> None:
-    """Make all future clients of huggingface_hub read `ACTIVE_TIMEOUTS` before each request.
-
-    huggingface_hub creates a new client after each connection failure, even within a `set_hub_timeout` block. A client
-    factory that the user has set (`set_client_factory`) is still used.
-    """
-    make_client = hub_http._GLOBAL_CLIENT_FACTORY  # no public function returns the user's factory
-    if isinstance(make_client, TimeoutClientFactory):
-        return
-    set_client_factory(TimeoutClientFactory(make_client))
 
 
 @dataclass(frozen=True)

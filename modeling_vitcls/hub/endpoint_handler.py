@@ -32,7 +32,7 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         """Load the model from a folder that contains the files of the repository. Raise ValueError if weights are
-        missing, except those of the pooler of an encoder, which is then loaded without a pooler."""
+        missing. If only the weights of an encoder's pooler are missing, the pooler is removed."""
         options = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(path, **options)
         self.is_classifier = any("Classification" in name for name in config.architectures)
@@ -40,7 +40,7 @@ class EndpointHandler:
         model, loading_info = auto_class.from_pretrained(path, output_loading_info=True, **options)
         missing_weights = sorted(loading_info["missing_keys"])
         if missing_weights and not self.is_classifier and all(name.startswith("pooler.") for name in missing_weights):
-            model, missing_weights = auto_class.from_pretrained(path, add_pooling_layer=False, **options), []
+            model.pooler, missing_weights = None, []
         if missing_weights:
             raise ValueError(f"the checkpoint has no weights for {missing_weights[0]}. Train the model first")
         device = "cuda" if torch.cuda.is_available() else "cpu"

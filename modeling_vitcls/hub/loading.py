@@ -140,7 +140,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
 def get_any_model_folder(source: str, revision: str | None = None) -> str:
     """Return the folder of a model from another project, including pickled weights if no safetensors files exist."""
     folder = get_model_folder(source, revision=revision)
-    if folder == source or any(Path(folder).glob("*.safetensors")):
+    if any(Path(folder).glob("*.safetensors")):
         return folder
     return get_model_folder(source, (*MODEL_FILES, *PICKLED_WEIGHTS), revision)
 

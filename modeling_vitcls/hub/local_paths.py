@@ -6,10 +6,10 @@
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
 
-Each name is resolved once, when a run starts, relative to the current folder. Afterwards, an absolute path, or a path
-that starts with `./` or `../`, is treated as a local path, even if the file has been removed or another process has a
-different working directory. The files of a run contain relative paths, so that the run can be repeated from the same
-folder.
+Each name is resolved once, when a run starts, relative to the working directory. Afterwards, an absolute path, or a
+path that starts with `./` or `../`, is treated as a local path, even if the file has been removed or another process
+has a different working directory. The files of a run contain relative paths, so that the run can be repeated from
+the same folder.
 """
 
 import os
@@ -40,7 +40,7 @@ def is_local(name: Any) -> bool:
 
 
 def make_relative(name: Any) -> Any:
-    """Make the local path in a resolved name relative to the current folder; return any other value unchanged."""
+    """Make the local path in a resolved name relative to the working directory; return any other value unchanged."""
     if not is_local(name):
         return name
     prefix, path = split_prefix(name)

@@ -29,12 +29,12 @@ from ..checkpoints import (
 )
 from ..files import read_json
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
-from .card_renaming import rename_card
+from .card_renaming import replace_model_name
 from .card_sections import get_shareable_flags, insert_onnx_section
 from .code_files import CODE_LICENSE_FILE, read_code_license
 from .loading import check_is_vitcls
 from .local_paths import can_publish_images, is_local
-from .provenance import LICENSE_FILES
+from .provenance import LICENSE_PATTERNS
 
 
 WEIGHTS = "model.safetensors"
@@ -73,7 +73,7 @@ CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/s
 # Files that describe the model.
 EXTRA_PATTERNS = (
     CARD,
-    *LICENSE_FILES,
+    *LICENSE_PATTERNS,
     CODE_LICENSE_FILE,
     *RECORD_PATTERNS,
     *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
@@ -85,7 +85,7 @@ REPO_SEPARATOR = "--"  # separator after a repository id, as in `owner/name--mod
 
 log = logging.getLogger(__name__)
 
-# Path in the repository -> local file, or content.
+# Path in the repository -> local file, or the content as bytes.
 RepoFiles = dict[str, Path | bytes]
 
 
@@ -102,7 +102,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if is_adapter(folder):
         check_adapter(folder)
         adapter_files: RepoFiles = {name: path for name, path in paths.items() if is_match(name, ADAPTER_PATTERNS)}
-        return rename_card_in_files(adapter_files, folder, repo_id)
+        return set_repo_id_in_card(adapter_files, folder, repo_id)
     check_is_model(folder)
     find_code_repository(folder, repo_id)
     files: RepoFiles = {
@@ -115,12 +115,11 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if REPORT in files and (recipe is None or not can_publish_images(recipe)):
         del files[REPORT]
     if not has_current_onnx_files(folder):
-        outdated_files = [name for name in files if is_match(name, ONNX_PATTERNS)]
-        if outdated_files:
+        if outdated_files := [name for name in files if is_match(name, ONNX_PATTERNS)]:
             log.warning(
                 "not publishing %s, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
             )
-        files = {name: path for name, path in files.items() if name not in outdated_files}
+            files = {name: path for name, path in files.items() if name not in outdated_files}
     elif CARD in files:
         onnx_report = read_json(folder / ONNX_REPORT)
         files[CARD] = insert_onnx_section(read_text(folder / CARD), onnx_report).encode()
@@ -129,26 +128,24 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if RECIPE in files:
         flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
         files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
-    return rename_card_in_files(files, folder, repo_id)
+    return set_repo_id_in_card(files, folder, repo_id)
 
 
 def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the ONNX files were created from the weights in the folder, according to onnx/report.json."""
     if not (folder / ONNX_REPORT).is_file():
         return False
-    weight_digests = {
-        name: compute_file_digest(folder / name) for name in list_weight_files(folder) if (folder / name).is_file()
-    }
+    weight_digests = {name: compute_file_digest(folder / name) for name in list_weight_files(folder)}
     return read_json(folder / ONNX_REPORT).get("weights_sha256") == weight_digests
 
 
-def rename_card_in_files(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
+def set_repo_id_in_card(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
     """Return the files, with the folder name in README.md replaced by the repository id."""
     if CARD not in files or repo_id is None:
         return files
     card = files[CARD]
     text = read_text(card) if isinstance(card, Path) else card.decode()
-    return files | {CARD: rename_card(repo_id, text, folder.resolve().name).encode()}
+    return files | {CARD: replace_model_name(repo_id, text, folder.resolve().name).encode()}
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:

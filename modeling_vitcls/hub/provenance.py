@@ -37,7 +37,7 @@ def list_license_patterns() -> Iterator[str]:
         yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
 
 
-LICENSE_FILES = tuple(list_license_patterns())
+LICENSE_PATTERNS = tuple(list_license_patterns())
 TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
@@ -59,12 +59,12 @@ class Provenance:
 
     @property
     def license_metadata(self) -> dict[str, Any]:
-        """The license as keyword arguments of ModelCardData."""
+        """Return the license as keyword arguments of ModelCardData."""
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
 
     @property
     def license_label(self) -> str | None:
-        """The name of the license; None if the license is unknown."""
+        """Return the name of the license; None if the license is unknown."""
         label = self.license_name if self.license == "other" and self.license_name else self.license
         return ", ".join(label) if isinstance(label, list) else label
 
@@ -118,7 +118,7 @@ def download_card(repo_id: str) -> Path | None:
         is_reachable = False
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(show_progress=False):
-            files = [CARD, *LICENSE_FILES]
+            files = [CARD, *LICENSE_PATTERNS]
             return Path(snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable))
     except HUB_ERRORS:
         return None
@@ -142,7 +142,7 @@ def add_license(
     name = card_metadata.get("license")
     if not name or name == "unknown":
         return provenance
-    matching_files = (file for pattern in LICENSE_FILES for file in sorted(folder.glob(pattern)) if file.is_file())
+    matching_files = (file for pattern in LICENSE_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file())
     license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
     license_link = card_metadata.get("license_link") or (
         license_files[0].name if name == "other" and license_files else None
@@ -160,13 +160,13 @@ def add_license(
 
 def find_timm_provenance(name: str) -> Provenance:
     """Return the provenance of timm weights; only the name is known for weights in a local file."""
-    name, _, file = name.partition("@")
     kind, separator, location = name.partition(":")
-    if file:
-        return Provenance(f"timm:{name}")
     if separator:
         is_hub = kind.replace("_", "-") == "hf-hub"
         return fetch_hub_provenance(location.partition("@")[0]) if is_hub else read_folder_provenance(Path(location))
+    name, _, file = name.partition("@")
+    if file:
+        return Provenance(f"timm:{name}")
     try:
         import timm
 
@@ -216,11 +216,11 @@ class WeightsLicense:
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
     teacher: Provenance | None = None  # distillation teacher, whose license is also named
-    has_code: bool = True  # whether the repository contains code, whose license is also named
+    has_code: bool = True  # whether the repository contains code; if so, its license is also named
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The license as keyword arguments of ModelCardData; empty if the license is unknown."""
+        """Return the license as keyword arguments of ModelCardData; empty if the license is unknown."""
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:

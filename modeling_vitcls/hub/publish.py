@@ -56,7 +56,7 @@ class PushResult:
 
     @property
     def summary(self) -> str:
-        """The URL of the commit, and the visibility of the repository."""
+        """Return the URL of the commit, and the visibility of the repository."""
         return f"{self.url} ({'private' if self.is_private else 'public'})"
 
 
@@ -93,17 +93,12 @@ def push_folder(
     check_is_online()
     files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})
     files |= {HANDLER_FILE: HANDLER_SOURCE} if with_handler else {}
-
-    def push() -> PushResult:
-        commit, is_private = push_once(files, repo_id, private, message, branch, upload_one_by_one=in_background)
-        return PushResult(
-            repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", with_optimizer, is_private
-        )
-
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty() and not in_background):
-            push_result = retry(
-                push, f"pushing to {repo_id}", level=logging.DEBUG if in_background else logging.WARNING
+            commit, is_private = retry(
+                lambda: push_once(files, repo_id, private, message, branch, upload_one_by_one=in_background),
+                f"pushing to {repo_id}",
+                level=logging.DEBUG if in_background else logging.WARNING,
             )
     except HUB_ERRORS as error:
         push_command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
@@ -111,9 +106,10 @@ def push_folder(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
             f"finish with: {push_command}"
         ) from error
-    if not push_result.is_private and (dataset := find_local_dataset_in_card(folder)):
+    if not is_private and (dataset := find_local_dataset_in_card(folder)):
         log.warning(describe_published_images(folder, dataset, repo_id))
-    return push_result
+    url = f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
+    return PushResult(repo_id, commit, url, with_optimizer, is_private)
 
 
 def push_once(

@@ -31,13 +31,13 @@ def check_push_permissions(
 
     Args:
         repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in the user's namespace.
-        default_name: Default of `repo_id`, for example the name of the output folder.
-        private: Whether the repository has to be private.
+        default_name: Default value of `repo_id`, for example the name of the output folder.
+        private: Whether the repository must be private.
         repo_type: Type of the repository.
 
     Raises:
-        ValueError: If the token, the namespace, the name or the visibility does not permit the push. The message is
-            one line and names the remedy.
+        ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
+            The message is one line and names the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()
@@ -50,8 +50,7 @@ def check_push_permissions(
             "letters, digits, '-', '_' and '.', at most 96 characters"
         )
     check_namespace(full_id, account, repo_type)
-    repo_exists = is_existing_repo(full_id, private, repo_type)
-    check_token(full_id, account, repo_exists)
+    check_token(full_id, account, is_existing_repo(full_id, private, repo_type))
     return full_id
 
 

@@ -71,7 +71,7 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
 
 
 def add_repo_id(references: Any, repo_id: str) -> Any:
-    """Prefix the code references in nested dicts, such as `modeling_vitcls.ViTCLSModel`, with the repository id."""
+    """Prefix code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, with the repository id."""
     if isinstance(references, dict):
         return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"

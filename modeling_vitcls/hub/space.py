@@ -99,17 +99,17 @@ class PublishedModel:
 
     @property
     def repo_id(self) -> str:
-        """`namespace/name`."""
+        """Return `namespace/name`."""
         return self.weights.repo_id
 
     @property
     def commit(self) -> str:
-        """The hash of the commit."""
+        """Return the hash of the commit."""
         return self.weights.commit
 
     @property
     def needs_token(self) -> bool:
-        """Whether a Space requires a token to load the model."""
+        """Return whether a Space requires a token to load the model."""
         return self.weights.needs_token or (self.code is not None and self.code.needs_token)
 
 
@@ -195,8 +195,8 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return README.md, whose header configures the Space. `description` is a template with the fields `model`,
-    `commit` and `address`, and the names in `fields`."""
+    """Return README.md, whose header configures the Space. `description` is a template with the placeholders
+    `model`, `commit`, `address` and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",

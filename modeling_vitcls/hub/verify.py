@@ -101,9 +101,7 @@ class VerificationReport:
 
     def build_load_line(self) -> str:
         """Return the line of code that loads the verified commit."""
-        auto_class = next(
-            name for name in reversed(self.classes) if name.startswith("AutoModel") or name == "AutoBackbone"
-        )
+        auto_class = next(name for name in reversed(self.classes) if name.startswith(("AutoModel", "AutoBackbone")))
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
         trust_argument = "" if self.is_native else ", trust_remote_code=True"
         arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'

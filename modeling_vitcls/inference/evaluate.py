@@ -19,7 +19,7 @@ from rich.table import Table
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import (
-    RECORD_KEY,
+    HELD_OUT_RECORD_KEY,
     RESULTS_FILE,
     HeldOutRecord,
     HeldOutRule,
@@ -161,7 +161,7 @@ def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out
     """
     risk = "The model may have been trained on the evaluated images"
     if record is None:
-        return f"{model} has no record of the held-out images ({RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
+        return f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
     if record.rule is None:
         return (
             f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"

@@ -57,8 +57,8 @@ class HeldOutBatches(Dataset):
     num_channels: int | None = None
 
     def __post_init__(self) -> None:
-        first_start = self.process_index * self.batch_size
-        batch_starts = range(first_start, len(self.source) + first_start, self.batch_size * self.num_processes)
+        first_index = self.process_index * self.batch_size
+        batch_starts = range(first_index, len(self.source) + first_index, self.batch_size * self.num_processes)
         self.batches = [range(start, start + self.batch_size) for start in batch_starts]
 
     def __len__(self) -> int:

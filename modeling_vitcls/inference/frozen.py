@@ -212,11 +212,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError("--frozen requires a dataset on disk, but --streaming is set. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
-        model, processor = load_model(options.model, with_head=False)
+        model, processor = load_model(options.model, use_head=False)
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
-        training_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
-        held_out_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
-    check_labels(options, held_out_space)
+        training_label_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
+        held_out_label_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
+    check_labels(options, held_out_label_space)
     if rule is not None and record is not None:
         warning = describe_possible_overlap(options.model, record, held_out_images)
         if warning is not None:
@@ -245,8 +245,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         return Features(vectors, labels, output["num_broken_images"])
 
     start_time = time.perf_counter()
-    training_features = extract_features(training_images, training_space)
-    held_out_features = extract_features(held_out_images, held_out_space)
+    training_features = extract_features(training_images, training_label_space)
+    held_out_features = extract_features(held_out_images, held_out_label_space)
     seconds = time.perf_counter() - start_time
     num_images = len(training_features.labels) + len(held_out_features.labels)
     results: dict[str, Any] = {

@@ -5,7 +5,7 @@
     --streaming                           StreamInput    read once from the start; images not in a range are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
-of the input. Several threads decode and preprocess the images ahead of the model.
+of the input. Several threads decode and preprocess images before the model needs them.
 
 Threads are faster than processes here, because decoding and resizing release the GIL and no data is copied between
 processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
@@ -27,7 +27,7 @@ import torch
 from ..data.image_folder import IMAGE_SUFFIXES, make_printable
 from ..data.images import NUM_ROWS_AT_ONCE, ArrayImages, resolve_path
 from ..data.labels import find_image_column
-from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_with_datasets
+from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
 from ..data.streaming import read_features
 from ..errors import format_error
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -59,7 +59,7 @@ class ListInput:
 
     @property
     def num_images(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.names)
 
     def compute_identity(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ListInput:
                 yield ImageRecord(index, self.names[index], self.contents[index])
 
 
-def open_image_files(paths: Iterable[str]) -> ListInput:
+def build_list_input(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders.
 
     Images in a folder are sorted by name. Raise ValueError if there are no images.
@@ -149,7 +149,7 @@ class DatasetInput:
 
     @property
     def num_images(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.dataset)
 
     def compute_identity(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
     """
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
-    return open_image_files(list(options.paths) if options.list is None else read_path_list(options.list))
+    return build_list_input(list(options.paths) if options.list is None else read_path_list(options.list))
 
 
 def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
@@ -217,7 +217,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
         images = select_split(load_splits(data_options, use_labels=False).images_by_split, options).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
-    split = select_split(open_with_datasets(data_options, use_labels=False), options)
+    split = select_split(open_splits(data_options, use_labels=False), options)
     features = read_features(split, data_options)
     column = ImageColumn(find_image_column(data_options, features), get_dataset_folder(data_options))
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}

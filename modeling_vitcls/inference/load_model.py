@@ -31,7 +31,7 @@ def list_presets() -> str:
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 
-def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
+def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
     """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor.
 
     Raises:
@@ -46,7 +46,7 @@ def load_model(source: str, with_head: bool) -> tuple[PreTrainedModel, ViTCLSIma
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
     arguments = {"add_pooling_layer": False}
-    if with_head:
+    if use_head:
         check_is_classifier(source, settings)
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}

@@ -260,7 +260,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Counts the correct predictions, all predictions and the images of each class, as int64 tensors [L].
+    """Numbers of correct predictions, of all predictions and of images of each class, as int64 tensors [L].
 
     The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
     """

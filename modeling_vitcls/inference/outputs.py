@@ -41,7 +41,7 @@ from .prediction_rows import Row
 
 
 LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one group at a time is kept in memory
 SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
@@ -85,7 +85,7 @@ def format_cell(value: Any) -> Any:
     """Join lists, and put an apostrophe before text that a spreadsheet would interpret as a formula."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_PREFIXES) else value
 
 
 def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
@@ -240,7 +240,7 @@ class ShardFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
-            unfinished_file.unlink()  # left by a process that was killed
+            unfinished_file.unlink()  # shard of a process that was killed
         manifest = {"format": MANIFEST_VERSION, "shard_size": self.size, **manifest}
         file = self.path / MANIFEST_FILE
         if not file.exists():

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..distributed import build_accelerator, run_on_main
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import ListInput, PredictionInput, PreparedImage, open_image_files, open_input, prepare_images
+from .inputs import ListInput, PredictionInput, PreparedImage, build_list_input, open_input, prepare_images
 from .load_model import load_model
 from .outputs import (
     WRITERS,
@@ -129,7 +129,7 @@ def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
-    model, processor = load_model(options.model, with_head=options.features is None)
+    model, processor = load_model(options.model, use_head=options.features is None)
     return Predictor(
         model=model.to(accelerator.device),
         processor=processor,
@@ -148,7 +148,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
     contents: list[Any] = []
     for index, image in enumerate(images):
         is_path = isinstance(image, str | Path)
-        image_input = open_image_files([str(image)]) if is_path else ListInput([str(index)], [image])
+        image_input = build_list_input([str(image)]) if is_path else ListInput([str(index)], [image])
         names += image_input.names
         contents += image_input.contents
     return ListInput(names, contents)

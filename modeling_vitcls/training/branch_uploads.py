@@ -36,7 +36,7 @@ MAX_SECONDS_AT_END = 600.0  # maximum waiting time for an upload at the end of t
 # Maximum waiting time for an upload after a signal, in seconds. Launchers kill the process after 30 seconds.
 MAX_SECONDS_AFTER_SIGNAL = 20.0
 
-WriteModel = Callable[[Path, Tensors], None]  # function that writes model files with the given weights to a folder
+ModelWritingFunction = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
 GatheredCheckpoint = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and facts for `CheckpointStore.save`
 
 
@@ -49,7 +49,7 @@ class BranchUploads:
     reporter: Reporter
     repo_id: str  # `namespace/name`
     model: nn.Module  # unwrapped model; shares weights with the model from `Accelerator.prepare`
-    write_model: WriteModel  # called on the main process
+    write_model: ModelWritingFunction  # called on the main process
     provenance: Provenance | None = None
     teacher: Provenance | None = None
     thread: threading.Thread | None = None
@@ -77,7 +77,7 @@ class BranchUploads:
         try:
             self.wait(MAX_SECONDS_AT_END if exc_type is None else MAX_SECONDS_AFTER_SIGNAL)
             if exc_type is None or exc_type is Interrupted:  # after other errors, not all processes reach this line
-                self.accelerator.wait_for_everyone()  # launchers end all processes when one process ends
+                self.accelerator.wait_for_everyone()  # launchers terminate all processes when one exits
         finally:
             self.remove_folder()
 
@@ -87,7 +87,7 @@ class BranchUploads:
         step = state.step
         if step % self.run.hub_checkpoint_every or not run_on_main(self.accelerator, lambda: self.can_start(step)):
             return
-        self.try_write(step, self.create_empty_folder)
+        self.try_write(step, self.recreate_folder)
         # The checkpoint is written before the averaged weights are copied into the model, because the tensors of the
         # checkpoint may share memory with the model.
         if self.run.hub_push_optimizer:
@@ -134,13 +134,11 @@ class BranchUploads:
     def start_push(self, step: int) -> None:
         """Push the folder in a background thread."""
         self.step = step
-        # huggingface_hub's `run_as_future` is not used, because Python would join the thread at exit without a
-        # timeout.
+        # huggingface_hub's `run_as_future` is not used: at exit, Python would wait for its thread without a timeout.
         self.thread = threading.Thread(target=self.push, args=(step,), daemon=True)
         self.thread.start()
 
-    def create_empty_folder(self) -> None:
-        """Create an empty local folder."""
+    def recreate_folder(self) -> None:
         self.remove_folder()
         self.folder.mkdir(parents=True)
 
@@ -198,13 +196,12 @@ class BranchUploads:
             self.reporter.warn(f"the upload of step {self.step:,} to the branch {self.branch} did not finish in time")
 
     def remove_folder(self) -> None:
-        """Remove the local folder."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def build_branch_uploads(
-    options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: WriteModel
+    options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: ModelWritingFunction
 ) -> BranchUploads | None:
     """Build `BranchUploads`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not set."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:

@@ -91,28 +91,23 @@ def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
     """Return the number of output tokens of each layer. The last layer computes only the tokens that the pooler and
     the heads read."""
     num_tokens_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
-    num_last_queries = num_tokens if num_tokens_read is None else num_tokens_read
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_last_queries]
+    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens_read or num_tokens]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
     """Return the FLOPs of one layer for one image. Queries, output projection and MLP are computed for `num_queries`
     tokens, and keys and values are computed for all tokens."""
     attention: ViTCLSAttention = layer.attention
-    flops_per_key = count_linear_flops(attention.k_proj, attention.v_proj)
-    flops_per_query = count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
-    return (
-        num_queries * flops_per_query
-        + num_tokens * flops_per_key
-        + count_attention_flops(attention, num_queries, num_tokens)
-    )
+    flops = num_queries * count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    flops += num_tokens * count_linear_flops(attention.k_proj, attention.v_proj)
+    return flops + count_attention_flops(attention, num_queries, num_tokens)
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
     """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two attention maps
     per head, and each map is multiplied by all values of the head."""
     maps_per_head = attention.head_dim // attention.qk_head_dim
-    return 2 * num_queries * num_keys * get_value_width(attention) * (1 + maps_per_head)
+    return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + maps_per_head)
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
@@ -120,12 +115,9 @@ def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_
     and keys and values of all tokens except one token. The FLOPs of the query are subtracted, because the query is
     computed once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
-    attention_flops = 4 * num_keys * pooler.probe.shape[-1]
-    return (
-        (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
-        + attention_flops
-        - count_linear_flops(pooler.q_proj)
-    )
+    flops = 4 * num_keys * pooler.probe.shape[-1]  # attention
+    flops += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
+    return flops - count_linear_flops(pooler.q_proj)
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
@@ -152,11 +144,6 @@ def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
     return [module for module in modules if isinstance(module, AttentionPooler)]
 
 
-def get_value_width(attention: ViTCLSAttention) -> int:
-    """Return the number of value channels, summed over all heads."""
-    return attention.config.num_attention_heads * attention.head_dim
-
-
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +151,8 @@ def get_value_width(attention: ViTCLSAttention) -> int:
 class StepSettings:
     """Element sizes and device type of a training step."""
 
-    residual_bytes: int  # bytes per element in the residual stream and in the inputs of norms
-    matmul_bytes: int  # bytes per element in inputs and outputs of matrix products
+    residual_element_size: int  # bytes per element in the residual stream and in the inputs of norms
+    matmul_element_size: int  # bytes per element in inputs and outputs of matrix products
     uses_autocast: bool  # whether autocast casts inputs of matrix products
     is_on_cpu: bool  # whether the step runs on a CPU, where some activations are recomputed (cpu_kernels_vitcls.py)
 
@@ -203,7 +190,7 @@ def estimate_memory(
     )
     activations = batch_size * count_activation_bytes(model, image_size, settings)
     if settings.uses_autocast:
-        activations += settings.matmul_bytes * count_cast_weights(model, is_on_cpu)
+        activations += settings.matmul_element_size * count_cast_weights(model, is_on_cpu)
     return MemoryEstimate(
         parameters=count_bytes(model.parameters()),
         gradients=count_bytes(trainable_parameters),
@@ -220,17 +207,11 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
     """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    skipped_modules: list[nn.Module] = (
-        layers if uses_gradient_checkpointing(layers) else layers[: get_first_trained_layer(model.base_model)]
-    )
+    num_skipped = len(layers) if uses_gradient_checkpointing(layers) else get_first_trained_layer(model.base_model)
+    skipped_linears = set(get_linear_layers(layers[:num_skipped]))
     if is_on_cpu:
-        skipped_modules = skipped_modules + [
-            get_linear_layers([layer.mlp])[-1] for layer in layers[len(skipped_modules) :]
-        ]
-    num_weights, num_skipped_weights = (
-        sum(linear.weight.numel() for linear in get_linear_layers(modules)) for modules in ([model], skipped_modules)
-    )
-    return num_weights - num_skipped_weights
+        skipped_linears.update(get_linear_layers([layer.mlp])[-1] for layer in layers[num_skipped:])
+    return sum(linear.weight.numel() for linear in get_linear_layers([model]) if linear not in skipped_linears)
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
@@ -247,7 +228,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
         for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
     ][get_first_trained_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
-        input_bytes = num_tokens * config.hidden_size * settings.residual_bytes
+        input_bytes = num_tokens * config.hidden_size * settings.residual_element_size
         # The backward pass recomputes the activations of one layer at a time.
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
@@ -255,30 +236,30 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
         num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
     if has_trained_parameters(encoder.embeddings):
         num_bytes += (
-            num_pixel_values * settings.matmul_bytes
+            num_pixel_values * settings.matmul_element_size
             + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
         )
     if get_attention_poolers(encoder):
-        num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_bytes  # tokens, keys, values
+        num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_element_size  # tokens, keys, values
     if hasattr(model, "decoder"):
-        num_bytes += num_patches * config.hidden_size * settings.matmul_bytes
-        num_bytes += 2 * num_pixel_values * settings.residual_bytes  # reconstruction and loss
+        num_bytes += num_patches * config.hidden_size * settings.matmul_element_size
+        num_bytes += 2 * num_pixel_values * settings.residual_element_size  # reconstruction and loss
     return num_bytes
 
 
 def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: StepSettings) -> int:
     """Return the number of bytes per image that one layer stores for the backward pass."""
-    config, matmul_bytes = layer.attention.config, settings.matmul_bytes
+    config, matmul_element_size = layer.attention.config, settings.matmul_element_size
     width = config.hidden_size
-    num_bytes = num_tokens * (count_norm_bytes(config, settings) + width * matmul_bytes)
+    num_bytes = num_tokens * (count_norm_bytes(config, settings) + width * matmul_element_size)
     num_bytes += count_attention_bytes(layer.attention, num_queries, num_tokens, settings)
     if config.layer_type != "parallel":  # parallel layers share one norm
         num_bytes += num_queries * count_norm_bytes(config, settings)
     if config.layer_type != "parallel" or settings.uses_autocast:
-        num_bytes += num_queries * width * matmul_bytes
-    num_bytes += num_queries * count_stored_mlp_channels(layer.mlp, settings.is_on_cpu) * matmul_bytes
+        num_bytes += num_queries * width * matmul_element_size
+    num_bytes += num_queries * count_stored_mlp_channels(layer.mlp, settings.is_on_cpu) * matmul_element_size
     num_layer_scales = sum(isinstance(child, LayerScale) for child in layer.children())
-    num_bytes += num_queries * width * matmul_bytes * num_layer_scales
+    num_bytes += num_queries * width * matmul_element_size * num_layer_scales
     if config.hidden_dropout_prob > 0:
         num_bytes += 2 * num_queries * width  # dropout masks of one byte per element
     return num_bytes
@@ -287,13 +268,13 @@ def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: S
 def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
     """Return the number of bytes per token that a norm stores for the backward pass: the size of the norm's input, or
     twice this size for RMSNorm."""
-    return config.hidden_size * settings.residual_bytes * (2 if config.norm_type == "rmsnorm" else 1)
+    return config.hidden_size * settings.residual_element_size * (2 if config.norm_type == "rmsnorm" else 1)
 
 
 def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
     """Return the number of bytes per image that attention stores for the backward pass: queries, keys, values and
     outputs, and also the attention maps if no fused kernel is used."""
-    config, width = attention.config, get_value_width(attention)
+    config, width = attention.config, attention.o_proj.in_features  # channels of the values of all heads
     num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
     num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies
@@ -303,7 +284,10 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     num_vectors += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     elements_per_query = count_stored_maps(attention, settings.is_on_cpu) * num_keys or 1
-    return width * num_vectors * settings.matmul_bytes + num_maps * num_queries * FLOAT32_BYTES * elements_per_query
+    return (
+        width * num_vectors * settings.matmul_element_size
+        + num_maps * num_queries * FLOAT32_BYTES * elements_per_query
+    )
 
 
 def count_stored_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:

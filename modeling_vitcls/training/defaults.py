@@ -55,17 +55,17 @@ class RunFacts:
 
     @property
     def is_large_dataset(self) -> bool:
-        """Whether the dataset is large; a stream counts as large."""
+        """Return whether the dataset is large; a stream counts as large."""
         return self.num_training_images is None or self.num_training_images >= MIN_LARGE_DATASET_SIZE
 
     @property
     def has_small_images(self) -> bool:
-        """Whether the images are so small that random crops would leave too few pixels."""
+        """Return whether the images are so small that random crops would leave too few pixels."""
         return self.image_size <= MAX_SMALL_IMAGE_SIZE
 
     @property
     def dataset_size(self) -> str:
-        """Number of training images as text, or "a stream"."""
+        """Return the number of training images as text, or "a stream"."""
         return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
 
 
@@ -129,14 +129,14 @@ def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_image
     """Return the facts that determine the default values. The weights of the model are not read. Raise ValueError if
     the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
     name, config_values = options.model.model, options.model.get_config_values()
-    from_scratch = is_preset(name)
-    if from_scratch:
+    is_from_scratch = is_preset(name)
+    if is_from_scratch:
         config = ViTCLSConfig.from_preset(name)
     else:
         folder = resolve_checkpoint(name)
         check_is_vitcls(name, folder)
         config = ViTCLSConfig.from_pretrained(folder)
-    weights: Weights = "random weights" if from_scratch else "pre-trained weights"
+    weights: Weights = "random weights" if is_from_scratch else "pre-trained weights"
     if isinstance(options, PretrainOptions):
         weights = "masked images"
     elif options.training.trainable == "head":
@@ -145,7 +145,7 @@ def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_image
         weights = "LoRA"
     width = config_values.get("hidden_size", config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", config.image_size)))
-    return RunFacts(weights, from_scratch, width, image_size, num_training_images)
+    return RunFacts(weights, is_from_scratch, width, image_size, num_training_images)
 
 
 def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:

@@ -48,7 +48,7 @@ from .loop import Metrics
 from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import Components
-from .task import NOTHING_MEASURED, Evaluate, Task, format_metrics
+from .task import NOTHING_MEASURED, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
 from .token_monitor import measure_nothing
 
@@ -74,7 +74,6 @@ class FinetuneTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load the labeled training and held-out splits."""
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_label_kind(self.options, data.label_space.kind)
         return data
@@ -106,7 +105,7 @@ class FinetuneTask(Task):
 
     # Training --------------------------------------------------------------------------------------------------------
 
-    def build_components(self, evaluator: Evaluate) -> Components:
+    def build_components(self, evaluator: EvaluationFunction) -> Components:
         """Build components that train the heads on cached features if possible; otherwise, build components that train
         the model on pixels."""
         if self.options.training.trainable != "head":
@@ -131,7 +130,7 @@ class FinetuneTask(Task):
         trained_names = find_trained_parameters_outside_heads(self.model)
         return f"{trained_names[0]} is trained" if trained_names else None
 
-    def build_head_components(self, evaluator: Evaluate) -> Components:
+    def build_head_components(self, evaluator: EvaluationFunction) -> Components:
         """Build the components that train the heads on cached features, which are computed once."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
@@ -152,7 +151,9 @@ class FinetuneTask(Task):
         objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads = build_classifier_heads(model)
-        return Components(heads, objective, iterate_batches, evaluate, measure_nothing, images.describe_unreadable)
+        return Components(
+            heads, objective, iterate_batches, evaluate, measure_nothing, images.describe_unreadable_image
+        )
 
     def get_num_views(self) -> int:
         """Return the number of views per image for which the teacher's logits are cached (`--teacher-views`)."""
@@ -185,7 +186,7 @@ class FinetuneTask(Task):
             distillation.distillation_tau,
         )
 
-    def build_label_loss(self) -> losses.LabelLoss:
+    def build_label_loss(self) -> losses.LabelLossFunction:
         """Build the loss for the dataset's kind of labels."""
         label_smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
@@ -215,13 +216,11 @@ class FinetuneTask(Task):
         return f"classes: {class_counts}, {labels.kind.replace('_', ' ')}"
 
     def summarize(self) -> dict[str, str]:
-        """Return the summary line about the teacher."""
         if self.teacher is None:
             return {}
         return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
 
     def collect_facts(self) -> dict[str, Any]:
-        """Return the teacher's name for results.json."""
         teacher = self.options.distillation.teacher
         return {"teacher": strip_folders(teacher) if teacher else None}
 
@@ -273,7 +272,7 @@ def check_combinations(options: FinetuneOptions) -> None:
 
 
 def format_patch_dropout_error(options: FinetuneOptions) -> str:
-    """Return the error message for --patch-drop-rate if the embeddings and the first layer are frozen."""
+    """Return the error message for --patch-drop-rate with frozen embeddings and a frozen first layer."""
     return (
         "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable "
         f"{options.training.trainable} freezes the embeddings and the first layer. Remove one of the two flags"
@@ -307,14 +306,14 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     record, rule = read_held_out_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    trained = record.rule
-    is_same_fold = (rule.num_folds, rule.fold) == (trained.num_folds, trained.fold)
-    if rule.seed == trained.seed and is_same_fold and rule.fraction <= trained.fraction:
+    recorded_rule = record.rule
+    is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
+    if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
         return None
-    flags = f"--folds {trained.num_folds} --fold {trained.fold}"
-    if trained.num_folds is None:
-        flags = f"--held-out-fraction {trained.fraction}"
+    flags = f"--folds {recorded_rule.num_folds} --fold {recorded_rule.fold}"
+    if recorded_rule.num_folds is None:
+        flags = f"--held-out-fraction {recorded_rule.fraction}"
     return (
         f"{source} was trained on {data.name} with different held-out images, so the held-out images of this run may "
-        f"include training images of {source}. Use the same split with --split-seed {trained.seed} {flags}"
+        f"include training images of {source}. Use the same split with --split-seed {recorded_rule.seed} {flags}"
     )

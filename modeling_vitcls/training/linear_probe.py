@@ -147,8 +147,8 @@ def select_rows(batch: Batch, rows: torch.Tensor | slice) -> Batch:
 def split_keys(
     keys: Sequence[ImageKey], batch_size: int, process_index: int, num_processes: int
 ) -> list[list[ImageKey]]:
-    """Return the batches of keys that one process encodes. All processes have the same number of batches, and all
-    batches have the same size. The last key is repeated as padding."""
+    """Return batches with the keys of the images that one process encodes. All processes have the same number of
+    batches, and all batches have the same size. The last key is repeated as padding."""
     starts = range(process_index * batch_size, len(keys) + process_index * batch_size, num_processes * batch_size)
     last_index = len(keys) - 1
     return [[keys[min(index, last_index)] for index in range(start, start + batch_size)] for start in starts]

@@ -42,10 +42,7 @@ Metrics = dict[str, Any]
 # be 2^20 times smaller.
 MAX_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = (
-    "ACCELERATE_MIXED_PRECISION",
-    "TORCHELASTIC_RUN_ID",
-)  # environment variables set by accelerate and torchrun
+LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
 MAX_ECHO_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
 
 
@@ -59,14 +56,13 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
     num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
-    # Losses of the batches since the last logged step.
-    recent_losses: list[dict[str, float]] = field(default_factory=list)
+    recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     record: Metrics = field(default_factory=dict)  # record of a step that is not evaluated yet; otherwise empty
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
-        """The averaged weights, or None if EMA is not used."""
+        """Return the averaged weights, or None if EMA is not used."""
         return None if self.ema is None else self.ema.shadow
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
@@ -84,9 +80,7 @@ class Hooks:
     save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
-    record_speed: Callable[[int, float], Metrics] = (
-        lambda num_images, seconds: {}
-    )  # returns speed metrics for a record
+    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # returns speed metrics
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
     push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
 
@@ -153,7 +147,7 @@ class TrainingLoop:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether none of the last `patience` evaluations improved the best score."""
+        """Return whether none of the last `patience` evaluations improved the best score."""
         return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
@@ -234,7 +228,9 @@ class TrainingLoop:
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
-        state.recent_losses += [{name: loss.item() for name, loss in batch_losses.items()} for batch_losses in losses]
+        state.recent_losses.append(
+            {name: math.fsum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
+        )
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
@@ -254,9 +250,8 @@ class TrainingLoop:
         MAX_OVERFLOWS limits the number of consecutive skipped steps."""
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
         max_overflows = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
-        is_finite = (
-            all(math.isfinite(batch_losses["loss"]) for batch_losses in losses) and self.num_overflows <= max_overflows
-        )
+        has_finite_losses = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
+        is_finite = has_finite_losses and self.num_overflows <= max_overflows
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)

@@ -3,7 +3,7 @@
     batch -> inputs of the model and labels -> model -> loss per kind of labels (-> distillation from a teacher)
 
 Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
-accumulated batches is therefore exactly equal to the loss of one large batch.
+accumulated batches is therefore equal to the loss of one large batch, up to rounding.
 
 The loss with a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
@@ -26,7 +26,7 @@ from ..heads_vitcls import IGNORED_LABEL
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 Objective = Callable[[nn.Module, Batch], Losses]  # returns the "loss" to minimize, and other losses to log
-LabelLoss = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
+LabelLossFunction = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
 
 
 # Model inputs --------------------------------------------------------------------------------------------------------
@@ -117,11 +117,11 @@ class MultiTaskLoss:
 
 @dataclass(frozen=True)
 class Classification:
-    """Label loss, averaged over the heads. Like the CLS head, the distillation head is trained on the labels (DeiT,
-    arXiv 2012.12877, table 3, "no distillation")."""
+    """Label loss, averaged over the heads. Like the CLS head, the distillation head is trained on the labels
+    (DeiT, arXiv 2012.12877)."""
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
-    label_loss: LabelLoss
+    label_loss: LabelLossFunction
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         batch = self.prepare_batch(batch)
@@ -136,7 +136,7 @@ class Distillation:
     teacher's logits for the same pixels."""
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
-    label_loss: LabelLoss
+    label_loss: LabelLossFunction
     compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
     kind: str
     alpha: float

@@ -77,7 +77,7 @@ class Utilization:
 
     @property
     def available_flops(self) -> float:
-        """Number of FLOPs that the machine could have executed during the training steps."""
+        """Return the number of FLOPs that the machine could have executed during the training steps."""
         return self.available_flops_before + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
@@ -191,8 +191,9 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     multiply-add counts as two FLOPs.
 
     Each matrix product of the forward pass requires two products in the backward pass, one for the gradient of each
-    factor. Gradients of pixels and frozen weights, and gradients below the first trainable layer, are not computed.
-    Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen (model.py).
+    factor. Gradients with respect to pixels and frozen weights, and gradients below the first trainable
+    layer, are not computed. Patch dropout reduces the number of tokens, unless the embeddings and the first layer are
+    frozen (model.py).
 
     Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
     the heads' input is not computed. The count still includes this gradient if the pooler has weights (1% of the

@@ -28,7 +28,6 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..hub.adapters import LORA_TARGETS
-from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
@@ -55,8 +54,8 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
     classifier has the labels of `label_space`. Multi-task models have one CLS token per task.
 
     Raises:
-        ValueError: if options contradict each other, or if the checkpoint is not a vitcls model.
-        OSError: if the checkpoint cannot be found or read.
+        ValueError: if options contradict each other.
+        OSError: if the checkpoint cannot be found or read. `get_run_facts` checks the type of the checkpoint.
     """
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
@@ -68,7 +67,6 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         newly_initialized = {name for name, _ in model.named_parameters()}
     else:
         folder = resolve_checkpoint(options.model)
-        check_is_vitcls(options.model, folder)
         model, newly_initialized = load_for_labels(folder, config_values, label_space)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
@@ -128,7 +126,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     }
 
 
-def check_preset(name: str) -> None:
+def check_preset_name(name: str) -> None:
     """Raise ValueError if a name looks like a preset, but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
         raise ValueError(f"--model {name} is not a preset. Use one of {list_presets()}")

@@ -41,7 +41,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
 from ..system import format_device_name, synchronize
-from .reporter import TrackImages
+from .reporter import ImageTrackingFunction
 
 
 NUM_SAMPLES = 4  # number of images in the card
@@ -70,15 +70,15 @@ def build_model_report(
     device: torch.device,
     draw_images: bool,
     warn: Callable[[str], None],
-    track_images: TrackImages | None = None,
-    with_samples: bool = True,
+    track_images: ImageTrackingFunction | None = None,
+    use_samples: bool = True,
 ) -> dict[str, str]:
     """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
     ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. The report of an earlier run is
     deleted.
 
     Errors are printed as warnings and do not end the run. `track_images` sends named images to the trackers.
-    `with_samples` states whether the card may contain held-out images; report.html always contains held-out images.
+    `use_samples` states whether the card may contain held-out images; report.html always contains held-out images.
 
     Returns:
         {name: path in the folder} for the images and the report.
@@ -90,7 +90,7 @@ def build_model_report(
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         results["inference"] = measure_inference_speed(model, device)
         if draw_images:
-            samples = select_samples(held_out, label_space) if with_samples else []
+            samples = select_samples(held_out, label_space) if use_samples else []
             paths |= write_card_images(folder, model, processor, results, samples)
             inspection = None
             with warn_on_error(warn, f"{REPORT} could not be written"):
@@ -262,12 +262,12 @@ def collect_tracker_images(
     inspection succeeded. `image_paths` are the paths of the card's images in `folder`."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:
-        figures = build_report_figures(inspection, with_samples="attention" in image_paths)
+        figures = build_report_figures(inspection, use_samples="attention" in image_paths)
         images |= {name: render_figure(figure) for name, figure in figures.items()}
     return images
 
 
-def build_report_figures(inspection: Inspection, with_samples: bool) -> dict[str, Figure]:
+def build_report_figures(inspection: Inspection, use_samples: bool) -> dict[str, Figure]:
     """Build the main figures of the report. Held-out images are included only if the card contains held-out images,
     because trackers may be remote."""
     config, findings = inspection.config, inspection.findings
@@ -277,7 +277,7 @@ def build_report_figures(inspection: Inspection, with_samples: bool) -> dict[str
     }
     if config.token_layout.num_prefix_tokens:
         figures |= {"entropy": plot_curve(config, findings, "entropy"), "mass": plot_attention_mass(config, findings)}
-        if with_samples and inspection.image_reports:
+        if use_samples and inspection.image_reports:
             figures["attention_over_depth"] = plot_attention_by_layer(config, inspection.image_reports[0])
         if inspection.effects:
             figures["effects"] = plot_ablation_effects(config, inspection.effects)

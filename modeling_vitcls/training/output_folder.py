@@ -51,7 +51,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
-# Files that a run writes at the end, in the order of removal: first the results and the model.
+# Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
 FINAL_FILES = (
     *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
@@ -59,8 +59,6 @@ FINAL_FILES = (
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
-# Files that a run writes during training. config.resolved.yaml, which marks a folder as a run, is removed last.
-TRAINING_FILES = (METRICS_FILE, NON_FINITE_FILE, RECIPE)
 
 LOCK_FILE = ".vitcls.lock"
 CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
@@ -115,14 +113,14 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
     if not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE)) and not store.list_steps():
         return
-    for name in (*list_final_files(folder), *(name for name in TRAINING_FILES if name != RECIPE)):
+    for name in (*list_final_files(folder), METRICS_FILE, NON_FINITE_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in ("pictures", ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
     store.clear()
-    (folder / RECIPE).unlink(missing_ok=True)
+    (folder / RECIPE).unlink(missing_ok=True)  # removed last, because this file marks a folder as a run
 
 
 def list_final_files(folder: Path) -> list[str]:
@@ -167,7 +165,7 @@ class LockOwner:
 
     @property
     def is_on_this_host(self) -> bool:
-        """Whether the owner is a process on this machine."""
+        """Return whether the owner is a process on this machine."""
         return self.host == socket.gethostname()
 
     def is_alive(self) -> bool:

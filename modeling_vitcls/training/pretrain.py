@@ -19,7 +19,6 @@ from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_unlabeled_data
 from ..hub.card import build_encoder_card
-from ..hub.loading import check_is_vitcls
 from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator, ReconstructionEvaluator
@@ -45,7 +44,6 @@ class PretrainTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        """Load the unlabeled training and held-out splits."""
         return load_unlabeled_data(self.options.data, self.options.training.select == "best")
 
     def load_model(self) -> None:
@@ -70,7 +68,6 @@ class PretrainTask(Task):
         return "labels are not used"
 
     def summarize(self) -> dict[str, str]:
-        """Return the summary line about the masks."""
         generator = self.mask_generator
         rows, columns = generator.grid_size
         return {
@@ -79,7 +76,6 @@ class PretrainTask(Task):
         }
 
     def collect_facts(self) -> dict[str, Any]:
-        """Return the number of masked patches for results.json."""
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
@@ -120,7 +116,6 @@ def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, Vi
         processor = ViTCLSImageProcessor()
     else:
         folder = resolve_checkpoint(options.model)
-        check_is_vitcls(options.model, folder)
         model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **config_values)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         if rate := model.config.patch_drop_rate:

@@ -25,7 +25,7 @@ from ..distributed import get_precision
 from ..system import describe_device, estimate_energy, get_versions
 
 
-TrackImages = Callable[[Mapping[str, Image.Image]], None]
+ImageTrackingFunction = Callable[[Mapping[str, Image.Image]], None]
 
 HELD_OUT_PREFIX = "held_out_"  # prefix of the names of metrics on held-out images
 LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> keyword arguments of `log_images`
@@ -110,12 +110,12 @@ class Reporter:
         held_out_text = ""
         if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
             held_out_text = f"  held out: {format_metric(selection_metric, record[name])}"
-        remaining = self.format_remaining_time(record["step"])
+        remaining_time = self.format_remaining_time(record["step"])
         if self.progress.disable:
-            columns = [f"step {record['step']}/{self.num_steps}", text, remaining, held_out_text.strip()]
+            columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, held_out_text.strip()]
             self.console.print("  ".join(filter(None, columns)), markup=False)
             return
-        self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining)
+        self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining_time)
         if held_out_text:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
@@ -128,7 +128,7 @@ class Reporter:
         return f"{format_duration((time.perf_counter() - self.start_time) / num_done * num_remaining)} left"
 
     @property
-    def track_images(self) -> TrackImages | None:
+    def track_images(self) -> ImageTrackingFunction | None:
         """Function that logs named images to the trackers at the last step, or None if no tracker accepts images.
         Call this function only on the main process."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]

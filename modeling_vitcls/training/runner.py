@@ -44,7 +44,7 @@ from .distributed_state import gather_state, get_unsupported_reason, scatter_all
 from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, SignalHandler, TrainingLoop, TrainingState
 from .losses import Batch, Objective
 from .mfu import Utilization, start_utilization
-from .model import check_preset
+from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .reporter import Reporter
 from .token_monitor import TokenMonitor
@@ -56,12 +56,10 @@ class Components:
 
     model: nn.Module  # unwrapped module: the model, or only the heads of the model
     objective: Objective
-    iterate_batches: Callable[
-        [int], Generator[Batch, None, None]
-    ]  # first step -> batches of this process, starting at this step
+    iterate_batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
-    describe_unreadable: Callable[[int], str]  # index of an unreadable image -> error message
+    describe_unreadable_image: Callable[[int], str]  # index of an unreadable image -> error message
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -70,8 +68,6 @@ CHANGEABLE_FLAGS = (
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
     "hub_checkpoint_branch hub_push_optimizer license card_samples eval_benchmark eval_task_id"
 ).split()
-
-
 FLAGS_WITH_RUN_DEFAULTS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
@@ -112,17 +108,17 @@ class Runner:
 
     @property
     def folder(self) -> Path:
-        """The output folder."""
+        """Return the output folder."""
         return self.options.output_dir
 
     @property
     def is_finished(self) -> bool:
-        """Whether the resumed run has already written results.json."""
+        """Return whether the resumed run has already written results.json."""
         return self.facts is not None and (self.folder / output_folder.RESULTS_FILE).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
-        """Whether the launch configuration supports checkpoints and --resume."""
+        """Return whether the launch configuration supports checkpoints and --resume."""
         return get_unsupported_reason(self.accelerator) is None
 
     def train(
@@ -146,7 +142,7 @@ class Runner:
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
         unreadable_images = UnreadableImageCounter(
-            components.describe_unreadable, self.reporter.warn, self.options.data.max_broken_images
+            components.describe_unreadable_image, self.reporter.warn, self.options.data.max_broken_images
         )
         unreported_indices: list[int] = []  # indices of unreadable images that are not reported yet
         self.restore(plan, state, unreadable_images)
@@ -182,10 +178,6 @@ class Runner:
                 self.step_seconds.append(seconds)
             return self.utilization.update(num_images, seconds)
 
-        def push_checkpoint() -> None:
-            if uploads is not None:
-                uploads.push_if_due(state, gather_for_checkpoint)
-
         self.start_time = time.perf_counter()
         with (
             SignalHandler(accelerator) as signal_handler,
@@ -202,15 +194,14 @@ class Runner:
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
                 get_stop_signal=signal_handler.get_signal,
-                push_checkpoint=push_checkpoint,
             )
+            if uploads is not None:
+                hooks.push_checkpoint = partial(uploads.push_if_due, state, gather_for_checkpoint)
             save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
             loop = TrainingLoop(
                 state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
             )
-            with closing(
-                components.iterate_batches(state.step)
-            ) as own_batches:  # ends the workers before Python exits
+            with closing(components.iterate_batches(state.step)) as own_batches:  # ends the workers of the iterator
                 metrics = loop.run(own_batches)
                 if training.select == "best":
                     self.load_best(state)
@@ -421,7 +412,7 @@ class Runner:
                     store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
                 )
         except OSError as problem:
-            return f"The images and the state of step {error.step + 1} could not be saved: {problem}"
+            return f"The images of step {error.step + 1} and the state before this step could not be saved: {problem}"
         return f"The images of step {error.step + 1} are listed in {file}"
 
 
@@ -435,7 +426,7 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
             written with other flags.
         OSError: if the folder cannot be written.
     """
-    check_preset(options.model.model)
+    check_preset_name(options.model.model)
     options = resolve_names(options)
     training, run = options.training, options.run
     accelerator = build_accelerator(
@@ -505,5 +496,5 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
 
 
 def format_flag_value(value: Any) -> str:
-    """Format a flag's value as on the command line."""
+    """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
     return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

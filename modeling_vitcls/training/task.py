@@ -1,4 +1,4 @@
-"""A complete run, shared by fine-tuning and pre-training.
+"""Implementation of a complete run, shared by fine-tuning and pre-training.
 
     task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
     results = run_task(task)        trains and evaluates the model, writes and pushes the output folder
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, TrainingImages, iterate_training_batches
-from ..data.held_out import RECORD_KEY
+from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
@@ -55,18 +55,12 @@ from .losses import Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
 from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
-from .reporter import (
-    describe_batches,
-    describe_model,
-    describe_run,
-    format_duration,
-    format_metric,
-)
+from .reporter import describe_batches, describe_model, describe_run, format_duration, format_metric
 from .runner import Components, Runner, RunStopped, build_runner, resolve_names
 from .token_monitor import build_attention_measure
 
 
-Evaluate = Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
+EvaluationFunction = Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
 
 FOLDS_FILE = "folds.json"  # results of a cross-validation
 NUM_DECIMALS = 6  # number of decimals in folds.json
@@ -119,7 +113,7 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def check_options(options: Any) -> Any:
-        """Set defaults that depend on other options, and return the options. Raise ValueError if flags contradict each
+        """Return the options with defaults that depend on other options. Raise ValueError if flags contradict each
         other."""
 
     @abstractmethod
@@ -133,7 +127,8 @@ class Task(ABC):
     @property
     @abstractmethod
     def selection_metric(self) -> str:
-        """Name of the metric that selects the best checkpoint. Lower is better if the name ends with "loss"."""
+        """Return the name of the metric that selects the best checkpoint. Lower values are better if the name ends
+        with "loss"."""
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
@@ -188,7 +183,7 @@ class Task(ABC):
         num_processes = self.runner.accelerator.num_processes
         return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, num_copies)
 
-    def build_components(self, evaluator: Evaluate) -> Components:
+    def build_components(self, evaluator: EvaluationFunction) -> Components:
         """Build the components that train the model on pixels."""
         accelerator, num_workers = self.runner.accelerator, self.options.data.num_workers
         normalize = Normalizer(self.processor, accelerator.device)
@@ -199,7 +194,7 @@ class Task(ABC):
             partial(iterate_training_batches, images, self.plan, accelerator.process_index, num_workers),
             evaluator,
             build_attention_measure(self.model, normalize),
-            images.describe_unreadable,
+            images.describe_unreadable_image,
         )
 
     def get_num_views(self) -> int:
@@ -263,7 +258,7 @@ def run_task(task: Task) -> dict[str, Any]:
         return results
 
 
-def evaluate_result(task: Task, components: Components, evaluate_held_out: Evaluate) -> Metrics:
+def evaluate_result(task: Task, components: Components, evaluate_held_out: EvaluationFunction) -> Metrics:
     """Evaluate the trained model on the held-out images, and return the metrics. Return an empty dictionary if
     training has already evaluated the whole model on these images."""
     has_only_heads = components.model is not task.model
@@ -302,7 +297,7 @@ def collect_results(task: Task) -> dict[str, Any]:
     return {
         "dataset": data.name,
         "split": data.held_out_name,
-        RECORD_KEY: data.record.to_dict(),
+        HELD_OUT_RECORD_KEY: data.record.to_dict(),
         "num_training_images": data.num_training_images,
         **task.collect_facts(),
         "selection_metric": task.selection_metric,

@@ -224,7 +224,7 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 
 def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **kwargs: Any) -> Any:
-    """Return `load(folder, **kwargs)`. If loading fails, raise a one-line error that names `source`."""
+    """Load a component of the teacher with `load`. If loading fails, raise a one-line error that names `source`."""
     try:
         return load(folder, **kwargs)
     except Exception as error:  # loading files of other projects may raise any error
@@ -319,9 +319,9 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 class TeacherCache:
     """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process caches the logits of its own batches. Logits are rounded to the dtype of the cache before the first
-    use, and the teacher always predicts whole batches. The result therefore does not depend on the step in which the
-    logits are cached.
+    Each process caches the logits of its own batches. Logits are converted to the dtype of the cache before
+    the first use, and the teacher always runs on whole batches. The result therefore does not depend on the step at
+    which the logits are cached.
     """
 
     def __init__(
@@ -348,6 +348,6 @@ def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> No
     for flag in ("mixup", "cutmix"):
         if num_views and getattr(augmentation, flag):
             raise ValueError(
-                f"--teacher-views caches the logits of single images, but --{flag} mixes images. "
+                f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
                 "Remove one of the two flags"
             )

@@ -8,7 +8,7 @@ entropy           entropy of the CLS attention in nats, per layer; ln(number of 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,16 +54,14 @@ class TokenMonitor:
     def compute_health(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
         """Return the metrics of each token for metrics.jsonl. `old_tokens` are the tokens before the update."""
         new_tokens = self.get_tokens()
-        gradient_norms = {name: compute_norm(gradients[name]) if name in gradients else 0.0 for name in new_tokens}
+        norms = {name: token.norm().item() for name, token in new_tokens.items()}
+        gradient_norms = {name: gradients[name].norm().item() if name in gradients else 0.0 for name in new_tokens}
         update_ratios = {
-            name: compute_norm(token - old_tokens[name]) / max(compute_norm(old_tokens[name]), 1e-12)
+            name: (token - old_tokens[name]).norm().item() / max(old_tokens[name].norm().item(), 1e-12)
             for name, token in new_tokens.items()
         }
-        return {
-            "token_norm": {name: round_finite(compute_norm(token)) for name, token in new_tokens.items()},
-            "token_gradient_norm": {name: round_finite(norm) for name, norm in gradient_norms.items()},
-            "token_update_ratio": {name: round_finite(ratio) for name, ratio in update_ratios.items()},
-        }
+        values = {"token_norm": norms, "token_gradient_norm": gradient_norms, "token_update_ratio": update_ratios}
+        return {key: {name: round_finite(value) for name, value in group.items()} for key, group in values.items()}
 
     def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
         """Return the names of the tokens whose gradient is missing or zero in this step. Each name is returned at most
@@ -79,16 +77,16 @@ class TokenMonitor:
 
     def compute_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
-        return {name: compute_norm(token - self.initial_tokens[name]) for name, token in self.get_tokens().items()}
+        return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.get_tokens().items()}
 
 
 def build_attention_measure(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the function that measures the CLS attention: `AttentionEntropy`, or `measure_nothing` if the model has
-    no CLS tokens or merges patches."""
+    """Return the function that measures the CLS attention of a batch, or `measure_nothing` if the model has no CLS
+    tokens or merges patches."""
     is_available = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return AttentionEntropy(model, normalize) if is_available else measure_nothing
+    return partial(measure_attention_entropy, model, normalize) if is_available else measure_nothing
 
 
 def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
@@ -96,28 +94,18 @@ def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-@dataclass(frozen=True)
-class AttentionEntropy:
-    """Entropy of the CLS attention."""
-
-    model: Any
-    normalize: Callable[[torch.Tensor], torch.Tensor]
-
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[float]]:
-        """Return the entropy of each layer in nats, averaged over the first images of the batch, the heads and the CLS
-        tokens."""
-        pixel_values = self.normalize(batch["pixels"][:NUM_ATTENTION_IMAGES])  # [B, C, H, W]
-        self.model.eval()
-        weights = self.model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
-        set_train_mode(self.model)
-        entropy = torch.special.entr(weights.float()).sum(-1)  # [B, layers, heads, CLS]
-        return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
-
-
-def compute_norm(vector: torch.Tensor) -> float:
-    """Return the Euclidean norm of a vector."""
-    return vector.norm().item()
+@torch.no_grad()
+def measure_attention_entropy(
+    model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the entropy of the CLS attention of each layer in nats, averaged over the first images of the batch, the
+    heads and the CLS tokens."""
+    pixel_values = normalize(batch["pixels"][:NUM_ATTENTION_IMAGES])  # [B, C, H, W]
+    model.eval()
+    weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
+    set_train_mode(model)
+    entropy = torch.special.entr(weights.float()).sum(-1)  # [B, layers, heads, CLS]
+    return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
 
 
 def round_finite(value: float) -> float | None:

@@ -10,7 +10,6 @@ from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
 from tiny_models import (
     LAYOUTS,
-    TASKS,
     build_images,
     build_tiny_config,
     each_layout,
@@ -33,13 +32,13 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.analysis.effects import FeatureEffect, compute_effect
+from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
 from modeling_vitcls.analysis.model_outputs import (
+    Features,
     Predictions,
     collect_outputs,
     collect_predictions,
-    encode_label,
     get_predicted_labels,
 )
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
@@ -75,9 +74,9 @@ def compute_mean_states(model: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compute_logits(model: Any, place: int | None, means: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, labels], computed layer by layer; one token is replaced by its mean in the embeddings and
-    after each layer."""
+def compute_logits(model: Any, place: int | list[int] | None, means: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, labels], computed layer by layer; one or more tokens are replaced by their means in the
+    embeddings and after each layer."""
     encoder = model.vitcls
     states = encoder.embeddings(PIXELS, None)
     if place is not None:
@@ -239,32 +238,24 @@ def test_chance_is_the_most_frequent_label() -> None:
 
     ten = [[0]] * 6 + [[1]] * 3 + [[IGNORED_LABEL]]
     constant = compute_effects([[0]] * 10, ten)
-    assert constant.compute_chance_accuracy() == pytest.approx(constant.compute_accuracy()) == pytest.approx(6 / 9)
+    assert constant.compute_majority_accuracy() == pytest.approx(constant.compute_accuracy()) == pytest.approx(6 / 9)
     assert constant.is_better_than_chance() is False
     # 9 of 9, where chance is 6 / 9 ± 0.31
     assert compute_effects([[0]] * 6 + [[1]] * 4, ten).is_better_than_chance() is True
     assert compute_effects([[0]] * 7 + [[1]] * 3, ten).is_better_than_chance() is False  # 8 of 9
     tasks = compute_effects([[0, 1]] * 4, [[0, 1], [0, 1], [1, IGNORED_LABEL], [0, 0]])
-    assert tasks.compute_chance_accuracy() == pytest.approx((3 + 2) / 7)
+    assert tasks.compute_majority_accuracy() == pytest.approx((3 + 2) / 7)
     assert compute_effects([[0]], [[IGNORED_LABEL]]).is_better_than_chance() is None
-    assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).compute_chance_accuracy() is None
+    assert Predictions(torch.zeros(1, 2), torch.tensor([[0]]), None).compute_majority_accuracy() is None
 
 
 def test_one_label_is_predicted_from_one_half() -> None:
     """As in predictions, a label holds from a probability of 0.5, for any problem type."""
     config = build_tiny_config(num_labels=1)
-    logits = torch.tensor([[-0.1], [0.1], [3.0]])
+    logits = torch.tensor([[-0.1], [0.0], [3.0]])
     assert get_predicted_labels([logits], config).tolist() == [[0], [1], [1]]
     shown = [len(build_image_predictions(one[None], config)[0].labels) for one in logits]
     assert shown == [0, 1, 1]
-    assert [encode_label(label, config).tolist() for label in (0, 1, None, -100, [1.0], [0.0])] == [
-        [1],
-        [0],
-        [IGNORED_LABEL],
-        [IGNORED_LABEL],
-        [1],
-        [0],
-    ]
     model = center_logits(ViTCLSForImageClassification(config), PIXELS)
     assert 0 < collect_predictions(model, Batches()).predicted.float().mean() < 1
 
@@ -296,6 +287,10 @@ def test_the_improvement_is_an_exact_test_of_the_images_whose_correctness_change
     assert compute_effect(second, first).improvement == pytest.approx(63 / 64)
     assert compute_effect(first, first).improvement == 1
     assert compute_effect(first, second).accuracy_change == pytest.approx(4 / 9)
+    balanced = torch.arange(20)[:, None] % 2
+    wrong, correct = (Predictions(torch.zeros(20, 2), labels, balanced) for labels in (1 - balanced, balanced))
+    assert compute_effect(wrong, correct).is_better_than_chance is True  # after the ablation
+    assert compute_effect(correct, wrong).is_better_than_chance is False
 
 
 def test_intervals_are_bootstrap_intervals_over_images() -> None:
@@ -356,28 +351,18 @@ def test_compiled_models() -> None:
 
 def test_unsupported_models_are_errors() -> None:
     encoder = randomize_weights(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"])))
-    with raises_one_line("Use a classifier"):
+    with raises_one_line("Use a model with a classifier"):
         compute_ablation_effects(encoder, Batches(), compute_mean_states(encoder))
     model = build_classifier()
     with raises_one_line("no images"):
         collect_predictions(model, lambda: iter(()))
     with raises_one_line("[4, 2]", "[4, 1]"):
         collect_predictions(model, Batches(torch.zeros(6, 2)))
+    with raises_one_line("[2, 2]", "[4, 1]"):
+        collect_predictions(model, lambda: [(PIXELS[:4], torch.zeros(2, 2))])
     several = build_classifier(problem_type="multi_label_classification")
     with raises_one_line("[4]", f"[4, {LABELS}]"):
         collect_predictions(several, Batches(torch.zeros(6)))
-
-
-def test_labels_of_datasets_are_converted() -> None:
-    plain = build_tiny_config()
-    assert encode_label(2, plain).tolist() == [2] and encode_label(None, plain).tolist() == [IGNORED_LABEL]
-    several = build_tiny_config(problem_type="multi_label_classification")
-    assert encode_label([0.0, 1.0, 1.0], several).tolist() == [0, 1, 1]
-    assert encode_label(None, several).tolist() == [IGNORED_LABEL] * 3
-    tasks = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
-    assert encode_label({"species": 3, "age": 1}, tasks).tolist() == [1, 3]
-    assert encode_label({"species": 3}, tasks).tolist() == [IGNORED_LABEL, 3]
-    assert encode_label(None, tasks).tolist() == [IGNORED_LABEL] * 2
 
 
 # Null distributions --------------------------------------------------------------------------------------------------
@@ -396,6 +381,7 @@ def test_limits_of_null_distributions() -> None:
     assert Ablation(effect, 0.5, [0.3, 0.3]).null_interval == (0.3, 0.3)
     assert not Ablation(effect, 0.2, [0.2, 0.2]).is_beyond_null  # the effect on the same images is decisive
     assert not Ablation(effect, 0.5).is_beyond_null and Ablation(effect, 0.5).null_interval is None
+    assert not Ablation(AblationEffect(0.0, 0.5, None, 20), 0.5, [0.2, 0.2]).is_beyond_null  # no prediction changes
     rounding = FeatureEffect({"cls": 0.0, "patches": 9e-4}, None, 20, (0.0, 1e-3))
     assert rounding.size == 9e-4 and not Ablation(rounding, 0.5, [0.2, 0.2]).is_beyond_null
 
@@ -424,32 +410,41 @@ def test_patches_of_the_null_distribution_are_ablated_like_tokens(pooling: str) 
         assert ablations[kind]["cls[0]"].patch_effects == found.tolist()  # one patch is as many as one token
 
 
-def test_random_tokens_of_the_null_distribution_are_compared_with_themselves() -> None:
-    """The effect of ablating a redrawn token is measured from the outputs with this redrawn token. The draws are
-    repeated in the documented order: patches, the CLS token, registers."""
-    model = build_classifier(num_register_tokens=1)
+def test_random_tokens_of_the_null_distribution_are_compared_with_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effect of ablating redrawn tokens is measured from the outputs with these redrawn tokens. The draws are
+    repeated in the documented order: patches, the CLS token, the registers in turn, and both registers together."""
+    num_draws = 4
+    monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", num_draws)
+    model = build_classifier(num_register_tokens=2)
     ablations = compute_ablations(model, Batches(), compute_mean_states(model))
-    before, hidden = collect_predictions(model, Batches()), collect_outputs(model, Batches(), [1])
+    before = collect_predictions(model, Batches())
     generator = torch.Generator().manual_seed(0)
-    draw_patches(torch.arange(2, 18), 1, generator)
-    effects: dict[str, list[float]] = {"redraw cls": [], "redraw": [], "information": [], "presence": []}
-    for place in [0] * (NUM_NULL_DRAWS // 2) + [1] * NUM_NULL_DRAWS:
-        with redraw_tokens(model, [place], generator), torch.no_grad():
-            own = model(PIXELS, output_hidden_states=True)
-            redrawn = Predictions(own.logits, before.predicted, None)
-            means = torch.stack(own.hidden_states, dim=1).mean(dim=0)
-            ablated = Predictions(compute_logits(model, place, means), before.predicted, None)
-        if place == 0:
-            effects["redraw cls"].append(compute_effect(before, redrawn).size)
-            continue
-        effects["redraw"].append(compute_effect(before, redrawn).size)
-        effects["information"].append(compute_effect(redrawn, ablated).size)
-        effects["presence"].append(compute_effect(redrawn, hidden).size)
+    for size in (1, 2):
+        draw_patches(torch.arange(3, 19), size, generator)
+    draws = {"cls": [[0]] * (num_draws // 2), "single": [[1], [2]] * (num_draws // 2)}
+    draws["both"] = [[1, 2]] * num_draws
+    effects: dict[str, dict[str, list[float]]] = {}
+    for name, sets in draws.items():
+        sizes = effects[name] = {"redraw": [], "information": [], "presence": []}
+        for indices in sets:
+            with redraw_tokens(model, indices, generator), torch.no_grad():
+                own = model(PIXELS, output_hidden_states=True)
+                redrawn = Predictions(own.logits, before.predicted, None)
+                means = torch.stack(own.hidden_states, dim=1).mean(dim=0)
+                ablated = Predictions(compute_logits(model, indices, means), before.predicted, None)
+            sizes["redraw"].append(compute_effect(before, redrawn).size)
+            sizes["information"].append(compute_effect(redrawn, ablated).size)
+            sizes["presence"].append(compute_effect(redrawn, collect_outputs(model, Batches(), indices)).size)
     for kind in ablations:
-        cls, register = ablations[kind]["cls[0]"], ablations[kind]["registers[0]"]
-        assert register.redrawn_effects == pytest.approx(effects[kind], rel=1e-3)
-        assert register.redraw_effect == pytest.approx(np.mean(effects["redraw"]), rel=1e-3)
-        assert cls.redraw_effect == pytest.approx(np.mean(effects["redraw cls"]), rel=1e-3)
+        for key, name in {
+            "cls[0]": "cls",
+            "registers[0]": "single",
+            "registers[1]": "single",
+            "registers": "both",
+        }.items():
+            found = ablations[kind][key]
+            assert found.redraw_effect == pytest.approx(np.mean(effects[name]["redraw"]), rel=1e-3)
+            assert found.redrawn_effects == pytest.approx([] if name == "cls" else effects[name][kind], rel=1e-3)
 
 
 def test_random_sets_of_patches() -> None:
@@ -459,6 +454,8 @@ def test_random_sets_of_patches() -> None:
     pairs = draw_patches(patches, 2, torch.Generator().manual_seed(0))
     assert len(pairs) == NUM_NULL_DRAWS and len(set(map(tuple, pairs))) > 1
     assert all(len(set(pair)) == 2 and set(pair) <= set(range(4, 10)) and pair == sorted(pair) for pair in pairs)
+    many = draw_patches(torch.arange(100), 1, torch.Generator().manual_seed(0))
+    assert len(set(map(tuple, many))) == NUM_NULL_DRAWS and max(many) > [NUM_NULL_DRAWS]  # not the first patches
 
 
 def test_random_tokens_have_equal_norms() -> None:
@@ -473,19 +470,26 @@ def test_random_tokens_have_equal_norms() -> None:
     assert get_largest_difference(outputs.logits, collect_predictions(model, Batches()).logits) > 1e-2
 
 
-@pytest.mark.parametrize("layout", [{"num_register_tokens": 3}, {"num_cls_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"num_register_tokens": 3, "num_distillation_tokens": 1}, {"num_cls_tokens": 3}], ids=str
+)
 def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) -> None:
-    """Check random patches, and random tokens that the head does not read; for single tokens and groups."""
+    """Check random patches, and random tokens that the head does not read; for individual tokens and groups."""
+    read_keys = ("cls[0]", "cls", "distillation[0]")
     model = build_classifier(**layout)
     means = compute_mean_states(model)
     found = compute_ablations(model, Batches(), means)
     single = compute_ablation_effects(model, Batches(), means)
     group = "registers" if "num_register_tokens" in layout else "cls"
+    places = list(range(*getattr(model.config.token_layout, group).indices(5)))
+    logits = compute_logits(model, places, means)
+    together = compute_effect(collect_outputs(model, Batches()), Predictions(logits, logits.argmax(-1)[:, None], None))
+    assert found["information"][group].effect.logit_change == pytest.approx(together.logit_change, rel=1e-4)
     for kind in ("information", "presence"):
         assert list(found[kind]) == [*get_token_keys(model.config.token_layout), group]
         for key, ablation in found[kind].items():
             assert len(ablation.patch_effects) == NUM_NULL_DRAWS and ablation.redraw_effect > 0
-            assert len(ablation.redrawn_effects) == (0 if key in ("cls[0]", "cls") else NUM_NULL_DRAWS)
+            assert len(ablation.redrawn_effects) == (0 if key in read_keys else NUM_NULL_DRAWS)
             assert ablation.null_interval[1] >= max(*ablation.patch_effects, *ablation.redrawn_effects)
             assert ablation.is_beyond_null == (
                 ablation.effect_on_null_images > ablation.null_interval[1] and ablation.effect.changed_answers > 0
@@ -508,11 +512,35 @@ def test_null_effects_use_the_same_images() -> None:
     def sample() -> Iterator[tuple[torch.Tensor, None]]:
         yield PIXELS[[1, 4]], None
 
-    ablation = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))["information"]["registers[0]"]
+    ablations = compute_ablations(model, Batches(), means, before, (sample, [1, 4]))
     with replace_by_means(model, [1], means[:, [1]]):
-        after = collect_predictions(model, sample)
-    assert ablation.effect_on_null_images == pytest.approx(compute_effect(before.select([1, 4]), after).size, rel=1e-4)
-    assert ablation.effect.num_images == 6
+        after = {"information": collect_predictions(model, sample)}
+    after["presence"] = collect_outputs(model, sample, [1])
+    for kind, outputs in after.items():
+        ablation, size = ablations[kind]["registers[0]"], compute_effect(before.select([1, 4]), outputs).size
+        assert ablation.effect_on_null_images == pytest.approx(size, rel=1e-4)
+        assert ablation.effect.num_images == 6
+
+
+def test_patches_of_the_null_distribution_are_in_all_images() -> None:
+    """The images have 16 and 64 patches."""
+    model, pixels = build_classifier(), (PIXELS[:2], build_images(2, 64, 64))
+    means = collect_findings(model, *pixels).mean_states
+    ablations = compute_ablations(model, lambda: [(batch, None) for batch in pixels], means)
+    assert len(ablations["information"]["cls[0]"].patch_effects) == NUM_NULL_DRAWS
+
+
+def test_an_encoder_outputs_all_cls_tokens() -> None:
+    """The mean also replaces the output of the last layer, and redrawn CLS tokens always have an effect."""
+    encoder = randomize_weights(ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)))
+    means = compute_mean_states(encoder)
+    with replace_by_means(encoder, [1], means[:, [1]]):
+        tokens = torch.stack(collect_outputs(encoder, Batches()).vectors["cls"])  # [images, 2, D]
+    spread = (tokens - tokens[:1]).abs().amax(dim=(0, 2))
+    assert spread[1] <= 1e-6 < 1e-2 < spread[0]
+    ablations = compute_ablations(encoder, Batches(), means)["information"]
+    num_redrawn = {key: len(ablation.redrawn_effects) for key, ablation in ablations.items()}
+    assert num_redrawn == {"cls[0]": 0, "cls[1]": 0, "registers[0]": NUM_NULL_DRAWS, "cls": 0}
 
 
 @pytest.mark.parametrize("pixels", [PIXELS, build_images(6, 24, 40)], ids=["native size", "rectangle"])
@@ -556,3 +584,13 @@ def test_features_of_encoders_are_compared_by_cosine_similarity() -> None:
     assert found.knn_agreement == pytest.approx(num_same / (5 * 20)) and num_same < 5 * 20
     assert compute_effect(before, before).knn_agreement == 1
     assert compute_effect(before.select(range(4)), after.select(range(4))).knn_agreement is None
+
+
+def test_the_interval_of_features_is_the_interval_of_the_largest_mean_distance() -> None:
+    """The CLS features of all images change by 0.4; the pooled features of one image change by 1."""
+    unit, turned = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    before = Features({name: [unit] * 4 for name in ("cls", "pooled", "patches")})
+    pooled = [torch.tensor([[0.0, 1.0]]), unit, unit, unit]
+    found = compute_effect(before, Features({"cls": [turned] * 4, "pooled": pooled, "patches": [unit] * 4}))
+    assert found.cosine_change == pytest.approx({"cls": 0.4, "pooled": 0.25, "patches": 0.0})
+    assert found.interval == pytest.approx((0.4, 0.4))

@@ -10,7 +10,7 @@ from tiny_models import build_images, build_tiny_config
 from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.analysis.artifacts import diagnose_patches, find_second_mode
+from modeling_vitcls.analysis.artifacts import describe_artifacts, diagnose_patches, find_second_mode
 from modeling_vitcls.analysis.token_statistics import Findings
 
 
@@ -68,7 +68,11 @@ def test_the_second_mode_in_numbers() -> None:
     assert mode.ratio == pytest.approx(math.exp(1.02)) and mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
     assert find_second_mode(build_ratios(15, 1.02)) is None  # 15 ** 0.5 is less than 4 standard deviations
     assert find_second_mode(build_ratios(20, 0.45)) is None  # too near to the median: no valley from 0.25 to 0.5
-    assert find_second_mode(build_ratios(20, 0.62)) is not None
+    assert find_second_mode(build_ratios(20, 0.52)) is not None
+    ratios = build_ratios(20, 1.02)
+    ratios[:5] = 4.0
+    mode_of_two_norms = find_second_mode(ratios)
+    assert mode_of_two_norms is not None and mode_of_two_norms.ratio == pytest.approx(math.exp(1.02))  # the median
     far = find_second_mode(build_ratios(20, 8.0))  # beyond the histogram
     assert far is not None and far.ratio == pytest.approx(math.exp(8)) and far.fraction == mode.fraction
 
@@ -91,10 +95,12 @@ def test_very_many_and_very_few_patches_are_not_a_second_mode() -> None:
 
 def test_the_best_window_width_is_used() -> None:
     """A wide mode has few patches in each narrow window, so the widest window of 17 bins has the highest score."""
-    ratios = build_ratios(30, 0.0)
-    ratios[:30] = torch.linspace(1.52, 2.28, 30).exp()
-    mode = find_second_mode(ratios)
-    assert mode is not None and mode.score == pytest.approx(30**0.5) and mode.fraction == pytest.approx(30 / 4096)
+    for count in (30, 100):  # 100 patches are a mode for all widths
+        ratios = build_ratios(count, 0.0)
+        ratios[:count] = torch.linspace(1.52, 2.28, count).exp()
+        mode = find_second_mode(ratios)
+        assert mode is not None and mode.score == pytest.approx(count**0.5)
+        assert mode.fraction == pytest.approx(count / 4096)
 
 
 def replace_ratios(
@@ -131,6 +137,8 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
     assert through.second_mode is not None and through.second_mode.ratio == pytest.approx(6, rel=0.05)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert encoder.word == "artifacts" and encoder.layer == 9
+    text = describe_artifacts(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
+    assert text == encoder.reason
     # the last quarter of 8 layers begins with layer 7
     assert diagnose_patches(model.config, replace_ratios(findings, {6: 0.02})).word == "no artifacts"
     both = diagnose_patches(model.config, replace_ratios(findings, {0: 0.05, 7: 0.02, 8: 0.03}))

@@ -251,9 +251,11 @@ def test_unsupported_models_are_errors() -> None:
             compute_attribution(model, build_images(), target)
     with raises_one_line("target", "3 classes", "2 images"):
         compute_attribution(model, build_images(), torch.tensor([0, 1, 2]))
+    with raises_one_line("target", "2 classes", "3 images"):
+        compute_attribution(model, build_images(3), torch.tensor([0, 1]))
     with raises_one_line("'age'", "no tasks"):
         compute_attribution(model, build_images(), task="age")
-    with raises_one_line("Use a classifier"):
+    with raises_one_line("Use a model with a classifier"):
         compute_attribution(randomize(ViTCLSModel(build_tiny_config())), build_images())
     tasks = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
     for task in (None, "colour"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from digits_models import HELD_OUT, train_digits_model
 from tiny_models import TASKS, build_images, build_tiny_config, randomize
+from torch import nn
 from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
@@ -18,7 +19,6 @@ from modeling_vitcls.analysis.ablation import (
     Ablation,
     Ablations,
     compute_ablations,
-    compute_null_limit,
 )
 from modeling_vitcls.analysis.artifacts import diagnose_patches
 from modeling_vitcls.analysis.diagnosis import (
@@ -30,7 +30,7 @@ from modeling_vitcls.analysis.diagnosis import (
 )
 from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, compute_binomial_interval
 from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
-from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, Predictions, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.report import VERDICT_SIGNS
 from modeling_vitcls.analysis.token_statistics import Findings
@@ -61,8 +61,10 @@ def judge_tokens(
     pixels: torch.Tensor = PIXELS,
     labels: torch.Tensor | None = None,
     num_null_images: int | None = None,
+    num_draws: int = 2,
 ) -> dict[str, Verdict]:
-    """Return the verdicts on tokens and groups by name. Without labels, all images have the first class."""
+    """Return the verdicts on tokens and groups by name. Without labels, all images have the first class. Two draws per
+    null distribution are fast, but only NUM_NULL_DRAWS draws show whether an effect is beyond the null."""
     has_head = is_classifier(model)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -71,7 +73,9 @@ def judge_tokens(
     findings, before = findings_of(model, pixels), collect_outputs(model, batches)
     sampled = select_evenly_spaced(range(len(pixels)), num_null_images or len(pixels))
     sample = (lambda: [(pixels[sampled], None)], sampled)
-    ablations = compute_ablations(model, batches, findings.mean_states, before, sample)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", num_draws)
+        ablations = compute_ablations(model, batches, findings.mean_states, before, sample)
     predictions = None if labels is None else before
     found = diagnose_tokens(model.config, findings, ablations, movement, predictions, has_head)
     assert [verdict.token for verdict in found] == get_token_names(model.config)
@@ -110,7 +114,7 @@ def model(trained: ViTCLSForImageClassification) -> Iterator[ViTCLSForImageClass
 
 
 def judged_digits(model: Any, movement: dict[str, float] | None = None) -> dict[str, Verdict]:
-    return judge_tokens(model, movement, *HELD_OUT)
+    return judge_tokens(model, movement, *HELD_OUT, num_draws=NUM_NULL_DRAWS)
 
 
 @pytest.mark.slow_cases
@@ -211,29 +215,9 @@ def test_registers_with_nearly_equal_attention(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
-@pytest.mark.slow
-def test_duplicated_registers(model: Any) -> None:
-    with torch.no_grad():
-        registers = model.vitcls.embeddings.register_tokens
-        registers[:, 1] = registers[:, 0]
-    found = judged_digits(model)
-    assert found["register 1"].word == found["register 2"].word == "collapsed"
-    assert found["CLS"].word == "effect beyond the null"
-
-
-@pytest.mark.slow
-def test_a_frozen_token_while_others_moved(model: Any) -> None:
-    movement = {"cls[0]": 0.5, "registers[0]": 0.2, "registers[1]": 0.0}
-    found = judged_digits(model, movement)
-    assert found["register 2"].word == "not moved" and "did not move in this run" in found["register 2"].reason
-    assert found["register 1"].word != "not moved"
-    all_frozen = judged_digits(model, dict.fromkeys(movement, 0.0))
-    assert {all_frozen[name].rating for name in ("CLS", "register 1", "register 2")} == {"neutral"}
-
-
 @pytest.mark.slow_cases
 def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
-    found = judge_tokens(model.vitcls, pixels=HELD_OUT[0])
+    found = judge_tokens(model.vitcls, pixels=HELD_OUT[0], num_draws=NUM_NULL_DRAWS)
     cls = found["CLS"]
     assert cls.word == "effect beyond the null" and "nearest images stay the same" in cls.reason
     assert set(cls.numbers["information"]["cosine_change"]) == {"cls", "pooled", "patches"}
@@ -251,7 +235,7 @@ def test_rare_false_alarms_of_random_tokens(num_null_images: int) -> None:
         found[name]
         for seed in range(20)
         for pixels in [build_images(MIN_IMAGES, seed=seed)]
-        for found in [judge_tokens(build_random_model(seed), pixels=pixels, num_null_images=num_null_images)]
+        for found in [judge_random_tokens(seed, pixels, num_null_images)]
         for name in NAMES[2:]
     ]
     beyond = [verdict.word for verdict in verdicts if verdict.word == "effect beyond the null"]
@@ -259,9 +243,10 @@ def test_rare_false_alarms_of_random_tokens(num_null_images: int) -> None:
     assert {verdict.word for verdict in verdicts} <= EFFECTS
 
 
-def build_random_model(seed: int) -> Any:
-    """Return a model with random weights, and registers in random directions."""
-    return randomize(build_classifier(), seed)
+def judge_random_tokens(seed: int, pixels: torch.Tensor, num_null_images: int) -> dict[str, Verdict]:
+    """Return the verdicts on a model with random weights, and registers in random directions."""
+    model = randomize(build_classifier(), seed)
+    return judge_tokens(model, pixels=pixels, num_null_images=num_null_images, num_draws=NUM_NULL_DRAWS)
 
 
 # Single faults in models with random weights -------------------------------------------------------------------------
@@ -327,16 +312,15 @@ def test_states_that_are_not_read_are_not_judged() -> None:
     model = build_classifier(num_distillation_tokens=0)
     findings = findings_of(model)
 
-    def judge(layer: int, has_head: bool = True) -> list[str]:
-        planted = dataclasses.replace(
+    def judge(layer: int) -> list[str]:
+        planted = plant(
             findings,
-            **{name: getattr(findings, name).clone() for name in ("between_tokens", "state_distance", "variation")},
-            channel_variation=findings.channel_variation.clone(),
+            between_tokens=set_pairs(layer, {(1, 2): 1.0}),
+            state_distance=set_pairs(layer, {(1, 2): 0.0}),
+            variation=lambda values: values[layer, 3:].fill_(0),
+            channel_variation=lambda values: values[layer, 3:].fill_(0),
         )
-        planted.between_tokens[layer, 1, 2] = planted.between_tokens[layer, 2, 1] = 1
-        planted.state_distance[layer, 1, 2] = planted.state_distance[layer, 2, 1] = 0
-        planted.variation[layer, 3] = planted.channel_variation[layer, 3] = 0
-        found = diagnose_tokens(model.config, planted, has_head=has_head)
+        found = diagnose_tokens(model.config, planted)
         where = "after layer 2, the last layer whose output is read,"
         assert (where in found[1].reason) == (found[1].word == "collapsed")
         return [verdict.word for verdict in found]
@@ -413,13 +397,11 @@ def test_without_tokens_there_are_no_verdicts() -> None:
     assert judge_tokens(none) == {} and describe_depth(none.config, findings_of(none)) == []
 
 
-def test_intervals_and_limits() -> None:
+def test_intervals_of_fractions() -> None:
     assert compute_binomial_interval(0, 256)[1] == pytest.approx(0.0116, abs=1e-4)
     assert compute_binomial_interval(256, 256)[0] == pytest.approx(0.9884, abs=1e-4)
     low, high = compute_binomial_interval(5, 50)
     assert (low, high) == (pytest.approx(0.0333, abs=1e-3), pytest.approx(0.2181, abs=1e-3))
-    assert compute_null_limit([0.1] * 8) == pytest.approx(0.1)
-    assert compute_null_limit([0.1] * 7 + [0.5]) > 0.45
 
 
 def test_the_summary_is_one_line() -> None:
@@ -444,9 +426,19 @@ def plant(findings: Findings, **values: Any) -> Findings:
     return dataclasses.replace(findings, **changed)
 
 
+def set_pairs(layer: int, pairs: dict[tuple[int, int], float]) -> Callable[[torch.Tensor], None]:
+    """Return a function that sets the values of pairs of tokens in a tensor [L + 1, S, S]."""
+
+    def change(values: torch.Tensor) -> None:
+        for (one, other), value in pairs.items():
+            values[layer, one, other] = values[layer, other, one] = value
+
+    return change
+
+
 def test_measured_values_of_each_token() -> None:
     model = build_classifier()
-    findings = findings_of(model)
+    findings = plant(findings_of(model), attention_fractions=lambda values: values[2, :, :, 3].fill_(0.99))
     found = diagnose_tokens(model.config, findings, None, {"registers[0]": 0.25})
     for index, verdict in enumerate(found):
         last = 3 if index < 2 else 2  # the head reads the CLS and the distillation token
@@ -458,6 +450,46 @@ def test_measured_values_of_each_token() -> None:
         assert numbers["embedding_similarity"] == pytest.approx(findings.across_layers[index, 0, last].item())
         fractions = findings.attention_fractions[:last, :, index, 3]
         assert numbers["patch_mass"] == pytest.approx(fractions.max().item())
+    encoder = build_classifier(num_cls_tokens=2)
+    for has_head, num_layers in ((True, [3, 2, 3, 2, 2, 2]), (False, [3, 3, 3, 2, 2, 2])):
+        found = diagnose_tokens(encoder.config, findings_of(encoder), has_head=has_head)
+        assert [verdict.numbers["read_layers"] for verdict in found] == num_layers
+
+
+def test_identical_tokens_are_compared_in_the_last_state_in_which_both_are_read() -> None:
+    """The distance is at most 1% of the smaller variation over images, plus a rounding error of 1e-6 of the norm."""
+    model = build_classifier()
+    findings = findings_of(model)
+
+    def judge(
+        distances: dict[tuple[int, int], float], variation: float = 0.1, cosine: float = 0.9991
+    ) -> list[Verdict]:
+        planted = plant(
+            findings,
+            state_distance=set_pairs(2, distances),
+            between_tokens=set_pairs(2, dict.fromkeys(distances, cosine)),
+            variation=lambda values: values[2].copy_(variation * torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0])),
+            mean_states=lambda states: states[2].copy_(nn.functional.normalize(states[2], dim=-1) * NORMS[:, None]),
+        )
+        return diagnose_tokens(model.config, planted)
+
+    def list_identical(verdicts: list[Verdict]) -> list[str | None]:
+        return [verdict.numbers["identical_token"] for verdict in verdicts]
+
+    # variations in the unit of the distance: 0.2 of register 1, and 0.8 of registers 2 and 3
+    assert list_identical(judge({(2, 3): 0.0019})) == [None, None, "register 2", "register 1", None]
+    for distance, cosine in ((0.0021, 0.9991), (0.0019, 0.9989)):
+        assert list_identical(judge({(2, 3): distance}, cosine=cosine)) == [None] * 5
+    assert list_identical(judge({(2, 3): 0.0019, (2, 4): 0.0009}))[2] == "register 3"  # the nearest token
+    rounding = judge({(2, 3): 1.5e-6}, variation=0.0)
+    assert list_identical(rounding) == [None, None, "register 2", "register 1", None]
+    different = judge({(0, 4): 0.0019})  # the head reads CLS after layer 3
+    assert list_identical(different) == ["register 3", None, None, None, "CLS"]
+    for verdict in (different[0], different[4]):
+        assert verdict.reason.startswith("after layer 2, the last layer whose output is read, the token is identical")
+
+
+NORMS = torch.tensor([2.0, 2.0, 2.0, 4.0, 4.0])
 
 
 def test_a_token_is_too_large_if_its_norm_is_large_and_layers_hardly_change_it() -> None:
@@ -588,6 +620,62 @@ def test_effects_in_words() -> None:
     )
 
 
+def test_all_measured_values_of_an_effect() -> None:
+    """Summaries contain the values of the information ablation. If the accuracy is at chance, effects are neutral."""
+    model = build_classifier(num_cls_tokens=2)
+    keys = ["cls[0]", "cls[1]", *KEYS[1:], "cls", "registers"]
+    changes = {"changed_answers": 0.29, "num_images": 100, "accuracy_change": 0.125, "improvement": 0.3}
+    beyond = Ablation(build_effect(**changes), 0.45, [0.1, 0.1], [0.2, 0.2], 0.6)
+    ablations = build_ablations({"cls": beyond}, keys)
+    presence = Ablation(build_effect(logit_change=0.7, logit_interval=(0.6, 0.8)), 0.65, [0.15], [0.25, 0.25])
+    ablations["presence"]["cls"] = presence
+    wrong = Predictions(torch.zeros(16, 8), torch.zeros(16, 1), torch.ones(16, 1))
+    good, _ = diagnose_groups(model.config, ablations)
+    found, registers = diagnose_groups(model.config, ablations, wrong)
+    assert (found.token, good.word, good.rating) == ("all 2 CLS tokens", "effect beyond the null", "good")
+    assert (found.word, found.rating) == ("effect beyond the null", "neutral")
+    assert "29 of 100" in found.reason
+    note = (
+        "; but the accuracy is not better than chance (0.0% on 16 images; most frequent label: 100.0% of the images)."
+    )
+    assert found.reason.endswith(note) and registers.reason.endswith(note) and "chance" not in good.reason
+    assert found.numbers == {
+        "effect": 0.5,
+        "interval": [0.4, 0.6],
+        "null": [0.1, 0.2],
+        "information": {
+            "effect": 0.5,
+            "interval": [0.4, 0.6],
+            "null": [0.1, 0.2],
+            "null_patches": [0.1, 0.1],
+            "null_redrawn": [0.2, 0.2],
+            "effect_on_null_images": 0.45,
+            "is_beyond_null": True,
+            "redraw_effect": 0.6,
+            "num_images": 100,
+            "changed_answers": 0.29,
+            "changed_answers_interval": [0.0, 0.25],
+            "accuracy_change": 0.125,
+            "p_value_of_improvement": 0.3,
+        },
+        "presence": {
+            "effect": 0.7,
+            "interval": [0.6, 0.8],
+            "null": [0.15, 0.25],
+            "null_patches": [0.15],
+            "null_redrawn": [0.25, 0.25],
+            "effect_on_null_images": 0.65,
+            "is_beyond_null": False,
+            "redraw_effect": None,
+            "num_images": 16,
+            "changed_answers": 0.0,
+            "changed_answers_interval": [0.0, 0.25],
+            "accuracy_change": None,
+            "p_value_of_improvement": None,
+        },
+    }
+
+
 def test_an_unmoved_token_with_an_effect_is_frozen_or_already_trained() -> None:
     model = build_classifier()
     beyond = Ablation(build_effect(changed_answers=0.25), 0.5, [0.1, 0.1], [0.2, 0.2])
@@ -637,6 +725,11 @@ def test_effects_on_features_in_words() -> None:
     assert f"if replaced by its mean, {text}; if hidden" in found.reason
     assert found.reason.endswith("; the movement of the token in training is unknown.")
     assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
+    ablations["presence"]["cls[0]"] = dataclasses.replace(
+        ablation, effect=dataclasses.replace(effect, knn_agreement=0)
+    )
+    found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
+    assert "and 0% of the nearest images stay the same" in found.reason
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -652,30 +745,6 @@ def test_the_description_over_depth() -> None:
         last.attention.q_proj.weight *= 1000
     (story,) = describe_depth(model.config, findings_of(model))
     assert story.startswith("CLS attends to 100%, ") and "most selective in layer 3: 1 token. " in story
-
-
-@pytest.mark.parametrize(
-    ("selective", "end"),
-    [
-        ([1], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
-        ([1, 2], "This is the expected pattern: nearly uniform in early layers, selective in middle layers."),
-        ([0], "This is not the expected pattern (nearly uniform in early layers, selective in middle layers)."),
-        (
-            [0, 1, 2],
-            "This is not the expected pattern (nearly uniform in early layers, selective in middle layers).",
-        ),
-        ([2], "This is not the expected pattern (nearly uniform in early layers, selective in middle layers)."),
-        ([], "Attention is uniform in every layer, so the token selects no patches."),
-    ],
-)
-def test_whether_the_description_applies(selective: list[int], end: str) -> None:
-    model = build_classifier(num_distillation_tokens=0, num_register_tokens=0)
-    with torch.no_grad():
-        for index, layer in enumerate(model.vitcls.layers):
-            layer.attention.q_proj.weight *= 1000 if index in selective else 0
-            layer.attention.q_proj.bias *= index in selective
-    (story,) = describe_depth(model.config, findings_of(model))
-    assert story.endswith(end)
 
 
 def describe_planted_depth(counts: list[float], **fields: Any) -> str:
@@ -707,6 +776,7 @@ def test_the_description_in_numbers() -> None:
         ([18.0, 11.8, 20.0], "expected"),
         ([18.2, 18.2, 18.2], "uniform"),
         ([17.8, 18.2, 18.2], "not expected"),
+        ([17.0, 20.0, 20.0, 20.0, 20.0, 20.0], "not expected"),  # one layer, although all thirds are above 90%
     ],
 )
 def test_limits_of_the_expected_pattern(counts: list[float], pattern: str) -> None:
@@ -722,14 +792,18 @@ def test_a_register_of_a_single_layer_is_not_read() -> None:
     model = build_classifier(num_hidden_layers=1, num_distillation_tokens=0, num_register_tokens=1)
     _, register = describe_depth(model.config, findings_of(model))
     assert register == "register attends to other tokens only in layer 1, and its output is not read."
-    numbers = diagnose_tokens(model.config, findings_of(model))[1].numbers
+    verdict = diagnose_tokens(model.config, findings_of(model))[1]
+    numbers = verdict.numbers
+    assert verdict.word == "not judged"  # an embedding is the same for all images
     assert numbers["read_layers"] == 0 and numbers["patch_mass"] == numbers["embedding_similarity"] == pytest.approx(1)
 
 
 def test_the_description_uses_the_tokens_of_the_head() -> None:
     model = build_classifier()
-    stories = describe_depth(model.config, findings_of(model))
+    findings = plant(findings_of(model), entropy=lambda values: values[2].zero_())  # most selective in layer 3
+    stories = describe_depth(model.config, findings)
     assert ["expected" in one or "every layer" in one for one in stories] == [True, True, False, False, False]
+    assert ["selective in layer 3: 1 token." in one for one in stories] == [True, True, False, False, False]
 
 
 def test_two_layers_have_no_description() -> None:

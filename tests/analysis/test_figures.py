@@ -3,7 +3,6 @@
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
@@ -23,10 +22,12 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
+from modeling_vitcls.analysis import card_images
 from modeling_vitcls.analysis.card_images import (
     MAX_BYTES,
     Sample,
     build_attention_samples,
+    build_figures,
     encode_small_png,
     format_title,
     write_card_images,
@@ -113,10 +114,45 @@ def test_the_layout_is_readable_at_800_pixels(fields):
 
 
 def test_the_layout_omits_some_of_very_many_tokens():
-    config = build_tiny_config(num_register_tokens=100)
-    figure = plot_token_layout(config)
+    figure = plot_token_layout(build_tiny_config(num_register_tokens=100))
     assert len(get_boxes(figure, "registers")) == 12
-    assert {"register 1", "…", "register 100", "registers\n100"} <= set(get_texts(figure))
+    assert {"register 1", "register 10", "…", "register 100", "registers\n100"} <= set(get_texts(figure))
+    twelve = get_texts(plot_token_layout(build_tiny_config(num_register_tokens=12)))
+    assert "…" not in twelve and "register 11" in twelve
+
+
+@pytest.mark.parametrize(("pooled", "num_arrows"), [([0, 19], 2), ([0, 10], 1)])
+def test_arrows_start_at_drawn_tokens(pooled, num_arrows):
+    """CLS tokens 1 to 10 and the last token are drawn. The token of index 10 is omitted."""
+    config = build_tiny_config(num_cls_tokens=20, pooled_cls_tokens=pooled, cls_pooling="mean")
+    axes = plot_token_layout(config).axes[0]
+    boxes = sorted(box.get_x() + box.get_width() / 2 for box in get_boxes(axes.figure, "cls"))
+    starts = [text.xyann[0] for text in axes.texts if getattr(text, "arrow_patch", None) is not None]
+    assert starts == pytest.approx([boxes[0], boxes[-1]][:num_arrows])
+
+
+def test_the_patch_grid_has_the_aspect_ratio_of_the_image():
+    """The grid fits into the area of 2 x 1.25 inches."""
+    for image_size, size in (([32, 256], (2, 0.25)), ([64, 32], (0.625, 1.25)), ([32, 32], (1.25, 1.25))):
+        (grid,) = get_boxes(plot_token_layout(build_tiny_config(image_size=image_size)), "patches")
+        assert (grid.get_width(), grid.get_height()) == pytest.approx(size)
+
+
+DESCRIPTIONS = {
+    "cls": ({}, 'read by the head, pooling "cls"'),
+    "distillation": ({"num_distillation_tokens": 1}, 'read by two heads: pooling "cls", and distillation'),
+    "distillation_without_head": (
+        {"num_distillation_tokens": 1, "distillation_head": False},
+        'read by the head, pooling "cls"',
+    ),
+    "tasks": ({"num_cls_tokens": 2, "tasks": TASKS}, "read by one head per task: age, species"),
+    "masked": ({"architectures": ["ViTCLSForMaskedImageModeling"]}, "read by the decoder of masked patches"),
+}
+
+
+@pytest.mark.parametrize(("fields", "description"), DESCRIPTIONS.values(), ids=DESCRIPTIONS)
+def test_the_layout_describes_the_head(fields, description):
+    assert get_texts(plot_token_layout(build_tiny_config(**fields)))[-1] == description
 
 
 POOLINGS = {
@@ -193,6 +229,8 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class():
     assert names[:2] == ["cat", "dog"]
     assert names == [label.get_text() for label in axes.get_xticklabels()]
     assert names[2].startswith("a very l") and names[2].endswith("a horse") and len(names[2]) == 18
+    positions = [text.get_position() for text in axes.texts]
+    assert positions == [(column, row) for row in range(3) for column in range(3)]
 
 
 @pytest.mark.parametrize(("num_classes", "has_numbers", "has_names"), [(20, 1, 1), (21, 0, 1), (50, 0, 1), (51, 0, 0)])
@@ -218,19 +256,15 @@ def get_titles(figure: Figure) -> list[list[str]]:
     return [titles[start : start + columns] for start in range(0, len(titles), columns)]
 
 
-def test_an_attention_figure_has_a_row_per_image_and_a_column_per_token():
-    pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
-    figure = plot_attention(pictures, torch.rand(2, 3, 4, 4), ["CLS", "register 1", "register 2"], ["7", "8"])
-    assert get_titles(figure) == [["7", "CLS", "register 1", "register 2"], ["8", "CLS", "register 1", "register 2"]]
-    draw(figure)
-
-
 def test_tokens_beyond_the_width_continue_in_the_next_row():
     names = [str(place) for place in range(13)]
-    pictures = [Image.new("RGB", (60, 40))] * 2
+    pictures = [Image.new("RGB", (60, 40)), Image.new("L", (8, 8))]
     figure = plot_attention(pictures, torch.rand(2, 13, 4, 4), names, ["a", "b"])
     first = [["a", *"01234"], ["", *"56789"], ["", "10", "11", "12", "", ""]]
     assert get_titles(figure) == [*first, ["b", *"01234"], *first[1:]]
+    heights = figure.axes[0].get_gridspec().get_height_ratios()
+    assert heights == pytest.approx([1.45 * 40 / 60 + 0.35] * 3 + [1.45 + 0.35] * 3)  # inches, with the title
+    assert get_titles(plot_attention(pictures, torch.rand(2, 0, 4, 4), [], ["a", "b"])) == [["a"], ["b"]]
 
 
 def test_an_attention_figure_draws_each_map_over_its_own_image():
@@ -249,16 +283,14 @@ def test_attention_of_a_wrong_shape_is_an_error():
     picture, maps = Image.new("L", (8, 8)), torch.rand(1, 2, 4, 4)
     with raises_one_line("1, 1, 2 and 1"):
         plot_attention([picture], maps, ["CLS", "register"], ["a", "b"])
+    with raises_one_line("1, 1, 1 and 2"):
+        plot_attention([picture], maps, ["CLS", "register"], ["a"], [None, None])
     with raises_one_line("number of names is 1", "[2]"):
         plot_attention([picture], maps, ["CLS"], ["a"])
+    with raises_one_line("number of names is 1", "[1, 2]"):
+        plot_attention([picture] * 2, [maps[0, :1], maps[0]], ["CLS"], ["a", "b"])
     with raises_one_line("at least one"):
         plot_attention([], [], ["CLS"], [])
-
-
-def test_figures_are_not_registered_in_pyplot():
-    plot_token_layout(build_tiny_config())
-    plot_confusion_matrix([[1]], ["a"])
-    assert not matplotlib.pyplot.get_fignums()
 
 
 # Images of a card ------------------------------------------------------------------------------------------------
@@ -308,7 +340,7 @@ def test_each_task_has_a_matrix_unless_no_image_was_counted(tmp_path):
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=3, tasks={"age": 2, "kind": 60, "x": 2}))
     )
     results = {
-        "age_confusion_matrix": [[3, 1], [0, 2]],
+        "age_confusion_matrix": [[3, 1], [0, 0]],  # there are no images of the second class
         "kind_confusion_matrix": np.eye(60, dtype=int).tolist(),
         "x_confusion_matrix": [[0, 0], [0, 0]],
     }
@@ -319,9 +351,37 @@ def test_each_task_has_a_matrix_unless_no_image_was_counted(tmp_path):
 
 @pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSForMaskedImageModeling])
 def test_an_encoder_has_attention_without_predictions(model_class):
-    model = randomize(model_class(build_tiny_config()))
+    """All CLS tokens of the last layer are outputs of the model."""
+    model = randomize(model_class(build_tiny_config(num_cls_tokens=2)))
     processor = ViTCLSImageProcessor(**FITTING)
-    assert [look.title for look in build_attention_samples(model, processor, load_digit_images(3))] == ["0", "1", "2"]
+    samples = list(build_attention_samples(model, processor, load_digit_images(3)))
+    assert [sample.title for sample in samples] == ["0", "1", "2"]
+    for sample, (image, _) in zip(samples, load_digit_images(3), strict=True):
+        rows = model.token_attention(processor(image, return_tensors="pt")["pixel_values"])[0, -1].mean(dim=0)
+        assert torch.allclose(sample.maps, rows[:, 2:].unflatten(1, (4, 4)), atol=1e-6)
+
+
+def test_labels_in_titles_are_predicted_from_one_half():
+    config = build_tiny_config(num_labels=5, problem_type="multi_label_classification")
+    model, processor = randomize(ViTCLSForImageClassification(config)), ViTCLSImageProcessor(**FITTING)
+    (image, _), *_ = load_digit_images(1)
+    with torch.no_grad():
+        logits = model(processor(image, return_tensors="pt")["pixel_values"]).logits[0]
+        model.classifier.bias += torch.tensor([0.1, -0.1, 3.0, -3.0, 0.1]) - logits
+    (sample,) = build_attention_samples(model, processor, [(image, "LABEL_0")])
+    before, _, labels = sample.title.partition(", predicted ")
+    assert before == "LABEL_0" and set(labels.split(", ")) == {"LABEL_0", "LABEL_2", "LABEL_4"}
+
+
+@pytest.mark.parametrize(("num_registers", "num_images"), [(0, 3), (2, 2), (6, 1)])
+def test_the_attention_figure_of_a_card_has_few_overlays(num_registers, num_images, monkeypatch):
+    """The numbers of images and overlays are limited, but at least one image is drawn."""
+    monkeypatch.setattr(card_images, "MAX_SAMPLES", 3)
+    monkeypatch.setattr(card_images, "MAX_OVERLAYS", 6)
+    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=num_registers)))
+    figures = dict(build_figures(model, ViTCLSImageProcessor(**FITTING), {}, load_digit_images(5)))
+    titles = [row[0] for row in get_titles(figures["attention"]) if row[0]]
+    assert titles == [str(index) for index in range(num_images)]
 
 
 def test_images_of_an_earlier_model_are_removed(tmp_path):

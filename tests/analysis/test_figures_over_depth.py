@@ -41,6 +41,7 @@ from modeling_vitcls.analysis import (
     plot_token_similarity,
     render_figure,
 )
+from modeling_vitcls.analysis.figures_of_states import compute_norm_histogram
 from modeling_vitcls.token_names import get_token_names
 
 
@@ -109,6 +110,10 @@ def test_a_line_is_the_mean_of_the_heads_and_its_band_their_range(found: Any, na
             height = corners[corners[:, 0] == layer + 1][:, 1]
             assert math.isclose(height.min(), values[layer, :, place].min(), rel_tol=1e-5)
             assert math.isclose(height.max(), values[layer, :, place].max(), rel_tol=1e-5)
+    equal = values.clone()
+    equal[0] = values[0, :1]  # all heads are equal in layer 1 only
+    bands = plot_curve(config, replace(findings, **{name: equal}), name).axes[0].collections
+    assert len(bands) == len(axes.collections) == 6
     uniform = {"received": 1 / 22}.get(name) or findings.uniform[name]  # of 6 + 16 tokens
     assert np.allclose(drawn["uniform"], uniform, rtol=1e-4)
 
@@ -139,6 +144,8 @@ def test_patches_have_one_line(found: Any) -> None:
     drawn = get_lines(axes)
     assert np.allclose(drawn["patches"], findings.patch_distance.mean(dim=1))
     assert np.allclose(drawn["uniform"], findings.uniform["patch_distance"])
+    legend = axes.figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["patches", "uniform"]
 
 
 def test_scoped_tokens_have_their_own_baselines() -> None:
@@ -174,8 +181,24 @@ def test_bars_of_mass_are_the_shares_and_fill_the_whole(found: Any) -> None:
     assert handles == {label: to_rgb(GROUP_COLORS[group]) for label, group in colors.items()}
 
 
+@pytest.mark.parametrize("plot", [plot_attention_mass, plot_layer_similarity, plot_token_similarity])
+def test_figures_of_tokens_require_special_tokens(plot: Any) -> None:
+    with raises_one_line("special tokens, but the model has"):
+        plot(*measure(num_cls_tokens=0, pooling="mean", num_hidden_layers=1))
+
+
+def test_groups_without_tokens_have_no_bars() -> None:
+    config, findings = measure(num_register_tokens=1)
+    figure = plot_attention_mass(config, findings)
+    for token, axes in enumerate(figure.axes):
+        heights = np.array([[bar.get_height() for bar in group] for group in axes.containers])  # [3, L]
+        assert np.allclose(heights.T, findings.attention_fractions.mean(dim=1)[:, token][:, [0, 2, 3]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CLS", "registers", "patches"]
+
+
 def test_norms_of_tokens_are_drawn_with_those_of_patches(found: Any) -> None:
     config, findings = found
+    findings = replace(findings, outliers=torch.tensor([0.0, 0.1, 0.2, 0.3]))
     norms, outliers = plot_norms(config, findings).axes
     drawn = get_lines(norms)
     assert np.allclose(drawn["patches"], findings.patch_norms.median(dim=1).values, rtol=0.05)
@@ -201,6 +224,8 @@ def test_norms_far_apart_are_drawn_on_a_logarithmic_scale(found: Any) -> None:
     assert plot_norms(config, near).axes[0].get_yscale() == "linear"
     assert [plot_norms(config, one).axes[0].get_ylabel() for one in (far, near)] == ["norm, logarithmic", "norm"]
     assert plot_norms(config, near).axes[0].get_ylim()[0] == 0
+    zero = replace(far, token_norms=far.token_norms * torch.arange(4)[:, None])  # the embeddings are zero
+    assert plot_norms(config, zero).axes[0].get_yscale() == "linear"
 
 
 def test_the_histogram_marks_outliers(found: Any) -> None:
@@ -225,6 +250,11 @@ def test_the_histogram_marks_outliers(found: Any) -> None:
     assert not one_mode.texts and len({bar.get_facecolor() for bar in one_mode.containers[0]}) == 1
     assert axes.get_title() == "Norms of the patches, after layer 3"
     assert plot_norm_histogram(config, planted, 0).axes[0].get_title() == "Norms of the patches, embeddings"
+    ratios[0, :10] = 0
+    extreme = replace(planted, patch_ratios=ratios, token_norms=torch.full((4, 6), 90.0))
+    histogram = compute_norm_histogram(config, extreme, 0)
+    assert (histogram.low, histogram.high) == pytest.approx((1e-3, 45)) and histogram.registers == [45] * 3
+    assert (histogram.counts[0], sum(histogram.counts)) == (10, 1000)
     with raises_one_line("layer is 4", "the model has 3 layers"):
         plot_norm_histogram(config, planted, 4)
 
@@ -262,8 +292,13 @@ def test_effects_are_bars_with_accuracy_only_if_it_is_known(found: Any) -> None:
     unknown = {key: replace(effect, accuracy_change=None) for key, effect in effects.items()}
     assert len(plot_ablation_effects(config, unknown).axes) == 2
     assert len(plot_ablation_effects(config, effects | {"cls[0]": unknown["cls[0]"]}).axes) == 2
+    assert axes[0].yaxis_inverted()  # the first token is at the top
     with raises_one_line("no tokens", "cls[0]"):
         plot_ablation_effects(config, {})
+    with raises_one_line("contains registers[2], registers[1]"):
+        plot_ablation_effects(config, dict(reversed(effects.items())))
+    with raises_one_line("requires effects of special tokens"):
+        plot_ablation_effects(build_tiny_config(num_cls_tokens=0, pooling="mean"), {})
 
 
 # One image -----------------------------------------------------------------------------------------------------------
@@ -275,23 +310,33 @@ def collect_image_report(model: Any) -> Any:
 
 
 def test_an_image_over_depth_has_a_tile_per_layer_and_token() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, num_hidden_layers=3)))
-    reading = collect_image_report(model)
-    figure = plot_attention_by_layer(model.config, reading)
-    titles = [axes.get_title() for axes in figure.axes if axes.images]
-    assert titles[:5] == ["photo", "layer 1", "layer 2", "layer 3", "rollout"]
-    assert f"for {reading.predictions[0].top_label}" in titles
-    assert sum(bool(axes.images) for axes in figure.axes) == 2 + 6 * 4
-    columns = 5
-    tile = figure.axes[2 * columns + 3]  # token 3, layer 3
-    assert tile.texts[0].get_text() == f"{reading.attention[2, :, 2].mean(dim=0).sum():.0%}"
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_hidden_layers=3)))
+    report = collect_image_report(model)
+    figure = plot_attention_by_layer(model.config, report)
+    titles = [axes.get_title() for axes in figure.axes]  # two rows with five columns
+    layers = ["layer 1", "layer 2", "layer 3", "rollout"]
+    assert titles == ["photo", *layers, f"for {report.predictions[0].top_label}", "", "", "", ""]
+    tile = figure.axes[1 * 5 + 3]  # token 2, layer 3
+    assert tile.texts[0].get_text() == f"{report.attention[2, :, 1].mean(dim=0).sum():.0%}"
     picture = np.asarray(figure.axes[0].images[0].get_array())
-    expected = overlay(Image.fromarray(picture), reading.attention[2, :, 2].mean(dim=0))
+    expected = overlay(Image.fromarray(picture), report.attention[2, :, 1].mean(dim=0))
     assert np.abs(np.asarray(tile.images[0].get_array()).astype(int) - np.asarray(expected)).max() <= 1
-    one = plot_attention_by_layer(model.config, reading, head=1)
-    assert one.axes[2 * columns + 3].texts[0].get_text() == f"{reading.attention[2, 1, 2].sum():.0%}"
-    with raises_one_line("head is 2", "the model has 2 heads"):
-        plot_attention_by_layer(model.config, reading, head=2)
+    for head in (2, -1):
+        with raises_one_line(f"head is {head}", "the model has 2 heads"):
+            plot_attention_by_layer(model.config, report, head=head)
+
+
+def test_rollout_and_attribution_are_drawn_on_the_image() -> None:
+    config = build_tiny_config(num_register_tokens=1, num_hidden_layers=1)
+    model = randomize(ViTCLSForImageClassification(config))
+    report = collect_image_report(model)
+    axes = plot_attention_by_layer(config, report, head=0).axes  # columns: the image, layer 1, rollout
+    picture = Image.fromarray(np.asarray(axes[0].images[0].get_array()))
+    expected = {2: report.rollout[0], 3: report.attributions[0], 4: report.attention[0, 0, 1], 5: report.rollout[1]}
+    for index, values in expected.items():
+        drawn = np.asarray(axes[index].images[0].get_array()).astype(int)
+        assert np.abs(drawn - np.asarray(overlay(picture, values))).max() <= 1, index
+    assert axes[4].texts[0].get_text() == f"{report.attention[0, 0, 1].sum():.0%}"
 
 
 def test_every_task_is_explained() -> None:
@@ -328,13 +373,10 @@ def test_every_layout_is_drawn_or_raises_an_error(layout: dict[str, Any]) -> Non
     for draw, least in ((plot_attention_mass, 1), (plot_layer_similarity, 1), (plot_token_similarity, 2)):
         if num_tokens >= least:
             is_readable(draw(config, findings))
-        else:
-            with raises_one_line("special tokens"):
-                draw(config, findings)
     is_readable(plot_attention_by_layer(config, collect_image_report(randomize(ViTCLSModel(config)))))
 
 
 def test_figures_are_not_registered_in_pyplot_and_can_be_saved(found: Any) -> None:
-    picture = render_figure(plot_curve(*found, "entropy"), resolution=50)
+    picture = render_figure(plot_curve(*found, "entropy"), dpi=50)
     assert picture.mode == "RGB" and picture.width == 320
     assert not matplotlib.pyplot.get_fignums()

@@ -47,6 +47,17 @@ def test_the_maps_and_features_of_an_image() -> None:
     assert not report.features.requires_grad
 
 
+def test_a_rotated_photograph_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    photograph = PHOTO.copy()
+    photograph.getexif()[0x0112] = 6  # the EXIF tag of the orientation: rotate clockwise
+    crop = {"height": 36, "width": 32}  # 4 rows of patches, and 4 additional rows of pixels
+    processor = ViTCLSImageProcessor(size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop)
+    report = build_image_report(model, processor, photograph)
+    assert np.array_equal(np.asarray(report.image), np.rot90(np.asarray(PHOTO), -1))
+    assert report.visible_region == VisibleRegion(8, 24, 72, 88)  # of 80 x 120 pixels, twice as large as resized
+
+
 def test_the_three_most_probable_labels_are_predicted() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5)))
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and one-line errors."""
 
+import io
 import json
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import timm
 from fresh_processes import run_fresh
 from local_hub import local_hub, point_client_at
 from PIL import Image
+from rich.console import Console
 from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
@@ -22,9 +24,10 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
+from modeling_vitcls.analysis.inspect_tokens import inspect_tokens, show_progress
 from modeling_vitcls.conversion.from_timm import convert_from_timm
-from modeling_vitcls.files import write_json
+from modeling_vitcls.data.held_out import HELD_OUT_RECORD_KEY
+from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.options import InspectOptions
 
 
@@ -62,7 +65,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(count):
             values = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
             Image.fromarray(values).save(folder / name / f"{name}{number}.png")
-    (folder / "cat" / "broken.png").write_bytes(b"no picture")
+    (folder / "cat" / "broken [old].png").write_bytes(b"no picture")
     return folder
 
 
@@ -88,7 +91,7 @@ def test_a_folder_of_images(model: str, image_folder: Path, tmp_path: Path) -> N
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
     ran = run("--model", model, str(image_folder), "--output", str(page), "--json", str(figures), "--num-images", "4")
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("\n") == 1 and "skipped an image" in ran.stderr and "broken.png" in ran.stderr
+    assert ran.stderr.count("\n") == 1 and "skipped an image" in ran.stderr and "broken [old].png" in ran.stderr
     found = json.loads(figures.read_text())
     words = [verdict["word"] for verdict in found["verdicts"]]
     assert all(word in ran.stdout for word in words) and "register 2" in ran.stdout
@@ -141,6 +144,8 @@ def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None
 def test_an_encoder_on_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The distances that training moved the tokens are read from results.json."""
     model = save(tmp_path / "model", randomize(ViTCLSModel(build_tiny_config(num_register_tokens=1))))
+    config = tmp_path / "model" / "config.json"
+    write_json(config, {name: value for name, value in read_json(config).items() if name != "architectures"})
     write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.5, "registers[0]": 0.25}})
     found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=5, num_images=2))
     assert found.findings.num_images == 5 and found.effects is None and found.accuracy is None
@@ -153,20 +158,55 @@ def test_an_encoder_on_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_revision_of_a_model_on_the_hub(
     model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page contains the commit. A missing revision is a one-line error."""
+    """The page contains the commit, and everything is printed. A missing revision is a one-line error."""
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
-    page = tmp_path / "report.html"
-    flags = ["--model", "ann/pets", str(image_folder / "owl"), "--output", str(page), "--revision"]
+    write_json(tmp_path / "hub" / "ann" / "pets" / "results.json", {"token_movement": {"registers[1]": 0.25}})
+    page, figures = tmp_path / "new" / "folders" / "report.html", tmp_path / "other" / "folders" / "figures.json"
+    flags = ["--model", "ann/pets", str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
+    monkeypatch.setattr("modeling_vitcls.analysis.report_data.MAX_MAP_BYTES", 0)
     with local_hub(tmp_path / "hub") as url:
         point_client_at(url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        assert run_here(monkeypatch, *flags, "main") == 0
-        capsys.readouterr()
-        assert run_here(monkeypatch, *flags, "v2") == 1
-    (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
-    text = page.read_text()
-    assert "<h1>ann/pets</h1>" in text and f"<code>{commit.name}</code>" in text and str(tmp_path) not in text
+        assert run_here(monkeypatch, *flags, "--patch-sizes", "16", "--revision", "main") == 0
+        printed = capsys.readouterr().out
+        assert run_here(monkeypatch, *flags, "--revision", "v2") == 1
     assert capsys.readouterr().err.startswith("error: ann/pets has no revision v2. Set")
+    (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
+    text, found = page.read_text(), json.loads(figures.read_text())
+    assert "<h1>ann/pets</h1>" in text and f"<code>{commit.name}</code>" in text and str(tmp_path) not in text
+    assert "statistics over 5 images of owl, accuracy" in text
+    assert (found["model"], found["commit"]) == ("ann/pets", commit.name)
+    assert [token["movement"] for token in found["tokens"]] == [None, None, 0.25]
+    verdicts = [*found["tokens"], *found["groups"]]
+    assert [verdict["token"] for verdict in verdicts] == ["CLS", "register 1", "register 2", "all 2 registers"]
+    table, lines = printed.partition("rtifacts")[0], printed.splitlines()  # "Artifacts" or "No artifacts"
+    assert all(verdict["token"] in table and verdict["diagnosis"] in table for verdict in verdicts)
+    checks = [check["statement"].capitalize() for check in found["map_checks"].values()]
+    assert {found["artifacts"], *found["depth"], *checks, f"Diagnosis: {found['diagnosis']}"} <= set(lines)
+    assert len(checks) == 2 and any(line.startswith("16: 0.37 times the tokens") for line in lines)
+    size = f"{page.stat().st_size / 2**20:.1f} MiB; individual heads are shown for the first 0 images"
+    assert lines[-2:] == [f"saved {page} ({size}; statistics over 5 images, 5 shown)", f"saved {figures}"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_the_progress(is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100)
+    with show_progress(console) as on_progress:
+        on_progress("ablating tokens", 3, 10)
+    text = console.file.getvalue()
+    assert ("ablating tokens" in text and " 30%" in text) if is_terminal else text == ""
+
+
+def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: Path) -> None:
+    """The held-out record is part of results.json."""
+    for split in ("test", "validation"):
+        for name in ("cat", "owl"):
+            shutil.copytree(image_folder / name, tmp_path / "photos" / split / name)
+    model = save(tmp_path / "model", build_classifier(["cat", "owl"], num_cls_tokens=0, pooling="mean"))
+    write_json(tmp_path / "model" / "results.json", {HELD_OUT_RECORD_KEY: {"split": "validation", "num_images": 10}})
+    options = build_options(model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1)
+    assert inspect_tokens(options).verdicts == []
+    assert "2 images of photos, split validation, accuracy" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -205,8 +245,8 @@ def test_unusable_inputs(
         inspect_tokens(build_options(model, tmp_path, image_folder, revision="main"))
     with raises_one_line("no images"):
         inspect_tokens(build_options(model, tmp_path, tmp_path))
-    with raises_one_line("None of the 1", "broken.png"):
-        inspect_tokens(build_options(model, tmp_path, image_folder / "cat" / "broken.png"))
+    with raises_one_line("None of the 1", "broken [old].png"):
+        inspect_tokens(build_options(model, tmp_path, image_folder / "cat" / "broken [old].png"))
     with raises_one_line("the dataset has the label", "cat, dog, owl"):
         inspect_tokens(build_options(model, tmp_path, dataset="digits"))
     with raises_one_line("no split 'nothing'"):

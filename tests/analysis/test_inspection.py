@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import build_tiny_config
+from tiny_models import build_tiny_config, raises_one_line
 from varied_models import center_logits
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import count_null_passes
+from modeling_vitcls.analysis.ablation import compute_ablations, count_null_passes
 from modeling_vitcls.analysis.inspection import (
     MIN_NULL_IMAGES,
     InspectionBatches,
     check_sampled_maps,
     compute_confidences,
+    count_null_images,
     inspect_model,
     select_evenly_spaced,
     select_images,
@@ -30,6 +31,7 @@ from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
 NUM_IMAGES = 18
+EFFECTS = {"effect beyond the null", "no measurable effect"}
 PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
@@ -71,23 +73,42 @@ def test_progress_counts_all_forward_passes(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_large_models_use_fewer_images_for_null_distributions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The page states their number."""
+    """The page states their number. The images are evenly spaced. All predictions are wrong, which verdicts state."""
     monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 1)
-    found = inspect_model(build_classifier(), PROCESSOR, build_images(), num_shown=1)
+    monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
+    model, pixels = build_classifier(), PROCESSOR(build_images(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        labels = (model(pixels).logits.argmax(dim=-1) + 1) % 8
+    found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, labels=labels.tolist())
     assert found.num_null_images == MIN_NULL_IMAGES < NUM_IMAGES == found.findings.num_images
     write_page(tmp_path / "report.html", found)
     statement = f"null distributions on {MIN_NULL_IMAGES} of the {NUM_IMAGES} images"
     assert statement in (tmp_path / "report.html").read_text(encoding="utf-8")
+    sampled = select_evenly_spaced(range(NUM_IMAGES), MIN_NULL_IMAGES)
+    sample = (lambda: [(pixels[sampled], None)], sampled)
+    expected = compute_ablations(model, lambda: [(pixels, labels)], found.findings.mean_states, sample=sample)
+    for kind, ablations in expected.items():
+        for key, ablation in ablations.items():
+            other = found.ablations[kind][key]
+            assert other.effect_on_null_images == pytest.approx(ablation.effect_on_null_images, rel=1e-3)
+            assert other.redraw_effect == pytest.approx(ablation.redraw_effect, rel=1e-3)
+    judged = [verdict for verdict in [*found.verdicts, *found.group_verdicts] if verdict.word in EFFECTS]
+    assert found.group_verdicts[0] in judged and len(judged) > 1
+    assert all("not better than chance (0.0% on 18 images" in verdict.reason for verdict in judged)
 
 
 def test_the_number_of_null_images_depends_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward pass requires 2 floating-point operations per parameter and token: 16 patches, CLS, 2 registers."""
-    model = build_classifier()
+    """A forward pass requires 2 floating-point operations per parameter and token, here 16 patches. The largest image
+    determines the number."""
+    model = build_classifier(num_cls_tokens=0, num_register_tokens=0, pooling="mean")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 10.5 * 2 * num_parameters * 19)
+    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 10.5 * 2 * num_parameters * 16)
     monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
     monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
     assert inspect_model(model, PROCESSOR, build_images()).num_null_images == 10
+    assert count_null_images(model, [torch.zeros(3, 32, width) for width in (32, 48, 32)]) == int(10.5 * 16 / 24)
+    monkeypatch.setattr(inspection, "MAX_NULL_IMAGES", 9)
+    assert inspect_model(model, PROCESSOR, build_images()).num_null_images == 9
 
 
 def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +144,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     labels = [int(probabilities[index].argmax()) if index in readable else 0 for index in range(8)]
     labels[4], labels[5], labels[6] = (labels[4] + 1) % 8, (labels[5] + 1) % 8, IGNORED_LABEL
     monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
+    monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     warnings: list[str] = []
     found = inspect_model(
         model,
@@ -149,6 +171,31 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
         label, probability = report.predictions[0].labels[0]
         assert label == f"LABEL_{probabilities[index].argmax()}"
         assert probability == pytest.approx(confidences[index], abs=1e-5)
+
+
+def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names count all images. There is one warning for each unreadable image. An encoder outputs both CLS tokens."""
+    monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
+    encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
+    images, warnings = [Image.new("F", (32, 32)), *build_images()[:2]], []
+    found = inspect_model(encoder, PROCESSOR, images, patch_sizes=[16], on_warning=warnings.append)
+    assert [report.name for report in found.image_reports] == ["image 2", "image 3"]
+    assert (found.num_unreadable, len(warnings), found.accuracy, found.effects) == (1, 1, None, None)
+    assert [row.num_images for row in found.patch_sizes] == [2, 2]
+    assert [verdict.numbers["read_layers"] for verdict in found.verdicts] == [2, 2, 1]
+    assert found.patches.layer == 2  # the last layer
+    assert ["layer by layer" in story for story in found.depth] == [True] * 3
+    assert [story.partition(" of the visible")[0].count("%") for story in found.depth] == [2, 2, 1]
+
+
+def test_hidden_states_that_are_not_finite_are_errors() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")).eval()
+    with torch.no_grad():
+        model.vitcls.layers[0].mlp.fc2.bias[0] = torch.inf
+    with raises_one_line("not finite"):
+        inspect_model(model, PROCESSOR, build_images()[:1])
+    with raises_one_line("Set statistics_images=None"):
+        inspect_model(model, PROCESSOR, build_images()[:1], statistics_images=build_images(), num_shown=1)
 
 
 def test_samples_of_batches_keep_their_labels() -> None:
@@ -216,6 +263,9 @@ def test_the_most_instructive_images_are_selected() -> None:
     assert select_images(few, config, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
     unknown = Predictions(few.logits, few.predicted, None)
     assert select_images(unknown, config, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
+    tasks = Predictions(torch.zeros(2, 4), torch.zeros(2, 2), torch.tensor([[0, 1], [0, 0]]))
+    config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
+    assert select_images(tasks, config, 2) == {0: "wrong", 1: "uncertain"}  # one wrong task is sufficient
     features = Features({"patches": [torch.zeros(1, 2)] * 10})
     assert select_images(features, config, 3) == dict.fromkeys([1, 5, 8])
 

@@ -56,6 +56,13 @@ def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path
         assert open_paths(model, folder).labels is None
 
 
+def test_urls_are_unchanged() -> None:
+    """Images are downloaded only when they are read."""
+    url = "https://example.org/owl/1.png?size=2"
+    found = open_images(InspectOptions("model", (url,)), build_classifier(CLASSES))
+    assert (found.names, found.source, found.labels) == ([url], url, [1])
+
+
 def test_missing_images_are_named(tmp_path: Path) -> None:
     with raises_one_line(str(tmp_path / "missing.png"), "does not exist"):
         open_paths(build_classifier(CLASSES), tmp_path / "missing.png")
@@ -98,6 +105,18 @@ def test_an_encoder_requires_no_labels(tmp_path: Path) -> None:
     found = open_images(options, ViTCLSModel(build_tiny_config()))
     assert len(found.images) == 2 and found.labels is None
     assert np.array_equal(np.asarray(found.images[0]), np.asarray(Image.open(tmp_path / "dog" / "1.png")))
+
+
+def test_columns_of_a_dataset(tmp_path: Path) -> None:
+    """One image of the only split is held out."""
+    write_photos(tmp_path, range(2), "dog")
+    (tmp_path / "list.csv").write_text("name,photo,animals\na.png,dog/1.png,owl|cat\nb.png,dog/0.png,dog\n")
+    columns: dict[str, Any] = {"image_column": "photo", "label_column": ("animals",), "label_separator": "|"}
+    model = build_classifier(CLASSES, problem_type="multi_label_classification")
+    for split, label, file in (("train", [0, 1, 1], "1.png"), ("test", [1, 0, 0], "0.png")):
+        found = open_images(InspectOptions("model", dataset=str(tmp_path / "list.csv"), split=split, **columns), model)
+        assert found.labels is not None and [list(values) for values in found.labels] == [label]
+        assert np.array_equal(np.asarray(found.images[0]), np.asarray(Image.open(tmp_path / "dog" / file)))
 
 
 @pytest.mark.parametrize("has_labels", [False, True])

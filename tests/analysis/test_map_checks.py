@@ -19,10 +19,13 @@ from modeling_vitcls.analysis.map_checks import FRACTIONS, MapCheck, check_maps,
 
 def test_curves_replace_the_highest_patches_first() -> None:
     """Patches are replaced by the mean color one by one. Insertion keeps the patches that deletion replaces."""
-    model = center_logits(ViTCLSForImageClassification(build_tiny_config(patch_size=[8, 16])), build_images())
+    config = build_tiny_config(patch_size=[8, 16], hidden_dropout_prob=0.5)
+    model = center_logits(ViTCLSForImageClassification(config).eval(), build_images())
     pixels = build_images(1, 32, 40)  # the last 8 columns are not a whole patch
     values = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2).float()
-    deletion, insertion = measure_curves(model, pixels, values, target=1)
+    deletion, insertion = measure_curves(model.train(), pixels, values, target=1)  # without dropout
+    assert model.training
+    model.eval()
     for index, fraction in enumerate(FRACTIONS):
         for curve, is_deletion in ((deletion, True), (insertion, False)):
             changed = pixels.clone()
@@ -138,3 +141,15 @@ def test_rollout_requires_a_token_that_the_head_reads() -> None:
     config = build_tiny_config(num_cls_tokens=0, num_register_tokens=1, pooling="mean")
     model = center_logits(ViTCLSForImageClassification(config), build_images())
     assert set(check_maps(model, [build_images(1)])) == {"attribution"}
+
+
+def test_rollout_is_the_map_of_the_first_token_that_the_head_reads() -> None:
+    """The class of the attribution can be set."""
+    config = build_tiny_config(num_cls_tokens=2, pooled_cls_tokens=[1])
+    model, pixels = center_logits(ViTCLSForImageClassification(config), build_images()), build_images(1)
+    predicted = int(model(pixels).logits.argmax())
+    for target in (predicted, (predicted + 1) % 3):
+        maps, probabilities = map_checks.compute_maps(model, pixels, torch.tensor(target))
+        assert torch.allclose(maps["rollout"].flatten(), compute_attention_rollout(model, pixels)[0, 1, 2:])
+        assert torch.allclose(maps["attribution"].flatten(), compute_attribution(model, pixels, target)[0, 2:])
+        assert int(probabilities.argmax()) == predicted

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import TASKS, build_images, build_tiny_config, randomize
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.model_outputs import (
     MIN_IMAGES,
     Features,
@@ -32,7 +32,7 @@ def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Pr
 def test_a_task_without_labels_does_not_change_chance() -> None:
     unknown = IGNORED_LABEL
     found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
-    assert found.compute_chance_accuracy() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
+    assert found.compute_majority_accuracy() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
@@ -46,7 +46,7 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
             column = 0 if labels[4 + index][0] != unknown else 1
             predicted[4 + index][column] = 1 - predicted[4 + index][column]
         found = build_predictions(predicted, labels)
-        assert found.compute_chance_accuracy() == 0.5
+        assert found.compute_majority_accuracy() == 0.5
         assert found.compute_accuracy() == pytest.approx(1 - num_wrong / 20)
         assert found.is_better_than_chance() is is_better
 
@@ -98,22 +98,36 @@ def test_neighbors_have_the_largest_cosine_similarity(has_cls: bool) -> None:
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_class_index_is_the_only_label_of_an_image() -> None:
-    config = build_tiny_config(problem_type="multi_label_classification")
-    assert [encode_label(label, config).tolist() for label in (0, 2, -100)] == [
-        [1, 0, 0],
-        [0, 0, 1],
-        [IGNORED_LABEL] * 3,
-    ]
+MULTI_LABEL: dict[str, Any] = {"problem_type": "multi_label_classification"}
+MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "label", "expected"),
+    [
+        ({}, 2, [2]),
+        ({}, None, [IGNORED_LABEL]),
+        (MULTI_LABEL, [0.0, 1.0, 1.0], [0, 1, 1]),
+        (MULTI_LABEL, 2, [0, 0, 1]),  # the only label of the image
+        (MULTI_LABEL, None, [IGNORED_LABEL] * 3),
+        (MULTI_LABEL, -100, [IGNORED_LABEL] * 3),
+        ({"num_labels": 1}, 0, [1]),
+        ({"num_labels": 1}, 1, [0]),
+        ({"num_labels": 1}, None, [IGNORED_LABEL]),
+        ({"num_labels": 1}, [0.0], [0]),
+        (MULTI_TASK, {"species": 3, "age": 1}, [1, 3]),
+        (MULTI_TASK, {"species": 3}, [IGNORED_LABEL, 3]),
+        (MULTI_TASK, None, [IGNORED_LABEL] * 2),
+    ],
+)
+def test_labels_of_datasets_are_converted(fields: dict[str, Any], label: Any, expected: list[int]) -> None:
+    assert encode_label(label, build_tiny_config(**fields)).tolist() == expected
 
 
 def test_labels_of_a_dataset_are_one_tensor() -> None:
     classifier = ViTCLSForImageClassification(build_tiny_config())
     found = encode_labels([2, None, 0], classifier)
     assert found is not None and found.tolist() == [[2], [IGNORED_LABEL], [0]]
-    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
-    found = encode_labels([{"species": 3}, None], tasks)
-    assert found is not None and found.tolist() == [[IGNORED_LABEL, 3], [IGNORED_LABEL] * 2]
     assert encode_labels(None, classifier) is None
 
 

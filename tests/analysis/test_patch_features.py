@@ -65,7 +65,7 @@ def test_the_foreground_differs_from_the_border() -> None:
     for one in features:
         one *= 0.1
         one[2:4, 2:5, 0] += 500
-    for colors in compute_patch_colors(features, foreground=True):
+    for colors in compute_patch_colors(features, foreground_only=True):
         is_shown = ~colors.isnan().any(dim=-1)
         assert is_shown[2:4, 2:5].all() and is_shown.sum() == 6
 
@@ -75,9 +75,19 @@ def test_an_object_at_two_borders_is_the_foreground() -> None:
     (features,) = draw_features((6, 6))
     features *= 0.1
     features[:4, :4, 0] += 500
-    (colors,) = compute_patch_colors([features], foreground=True)
+    (colors,) = compute_patch_colors([features], foreground_only=True)
     is_shown = ~colors.isnan().any(dim=-1)
     assert is_shown[:4, :4].all() and is_shown.sum() == 16
+
+
+def test_patches_of_the_first_column_are_at_the_border() -> None:
+    """An area of four patches at the left border is the background."""
+    (features,) = draw_features((6, 6))
+    features *= 0.1
+    features[1:5, 0, 0] += 500
+    (colors,) = compute_patch_colors([features], foreground_only=True)
+    is_background = colors.isnan().any(dim=-1)
+    assert is_background[1:5, 0].all() and is_background.sum() == 4
 
 
 def test_few_patches_and_channels_have_colors_too() -> None:
@@ -90,7 +100,7 @@ def test_images_without_interior_have_a_foreground() -> None:
     """All patches are at the border."""
     features = torch.zeros(2, 4, 8)
     features[0, :2, 3] = 1
-    (colors,) = compute_patch_colors([features + 0.01 * torch.randn(2, 4, 8)], foreground=True)
+    (colors,) = compute_patch_colors([features + 0.01 * torch.randn(2, 4, 8)], foreground_only=True)
     is_shown = ~colors.isnan().any(dim=-1)
     assert is_shown.sum() in (2, 6) and is_shown[0, 0] == is_shown[0, 1] != is_shown[1, 0]
 
@@ -99,7 +109,7 @@ def test_equal_patches_have_one_color_and_no_foreground() -> None:
     """For example, of a black image."""
     (colors,) = compute_patch_colors([torch.ones(3, 4, 8)])
     assert colors.isfinite().all() and len(colors.flatten(0, 1).unique(dim=0)) == 1
-    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)], foreground=True)
+    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)], foreground_only=True)
     assert colors.shape == (3, 4, 3) and colors.isnan().all()
 
 
@@ -125,6 +135,16 @@ def test_compressed_features_keep_similarities(num_components: int, limit: float
         found = products[5] / (own * own[5]).sqrt()
         expected = compute_patch_similarity(features[image], 1, 1).flatten()
         assert (found - expected).abs().max() < limit
+
+
+def test_compressed_features_of_few_patches() -> None:
+    """The number of components is at most the number of patches."""
+    (features,) = draw_features((1, 2))
+    compressed = compress_patch_features([features])
+    rows = compressed.values[0].flatten(0, 1).float() * compressed.scale
+    products = rows @ rows.T + compressed.offset
+    cosine = products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()
+    assert cosine.item() == pytest.approx(compute_patch_similarity(features, 0, 0)[0, 1].item(), abs=0.02)
 
 
 def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:

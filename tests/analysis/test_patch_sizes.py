@@ -64,7 +64,7 @@ def test_each_size_is_measured_on_the_adapted_model() -> None:
     assert len(set(labels)) > 1
     labels[0] = (labels[0] + 1) % 20  # one wrong prediction of the original model
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    rows = compare_patch_sizes(model.train(), processor, build_pil_images(), labels, [16, 4, 8], batch_size=4)
+    rows = compare_patch_sizes(model.train(), processor, build_pil_images(), labels, [16, 4, 8], batch_size=1)
     assert model.training and all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [row.patch_size for row in rows] == [4, 8, 16]
     assert [row.is_native for row in rows] == [False, True, False]
@@ -120,7 +120,8 @@ def test_rectangles() -> None:
     assert [row.patch_size for row in rows] == [(8, 4), 8]
     assert [row.grid for row in rows] == [(3, 12), (3, 6)]
     assert rows[1].accuracy == 1 > rows[0].accuracy
-    assert describe_patch_sizes(rows)[0].startswith("8 x 4 (the model's own): 37 tokens")
+    own = describe_patch_sizes(rows)[0]
+    assert own.startswith("8 x 4 (the model's own): 37 tokens") and "1/3 of the image's side" in own
 
 
 @pytest.mark.parametrize(
@@ -159,16 +160,22 @@ def test_flops_of_a_plain_model_equal_a_manual_count() -> None:
 
 def test_kinds_of_models() -> None:
     """Models with several tasks or labels have predictions. An encoder has only costs."""
-    tasks = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    (pixels,) = build_processor()(build_pil_images(), return_tensors="pt").values()
+    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
+    tasks = center_logits(ViTCLSForMultiTaskClassification(config), pixels)
     labels = [{"species": 1, "age": 0}, {"age": 1}, {}, None, {"species": 2}, {"age": 1, "species": -100}]
     rows = compare_patch_sizes(tasks, build_processor(), build_pil_images(), labels, [4])
     assert all(0 <= row.accuracy <= 1 for row in rows) and rows[1].agreement == 1
+    with torch.no_grad():
+        own, adapted = tasks(pixels).logits, tasks.adapt(patch_size=4)(pixels).logits
+    is_same = torch.stack([own[task].argmax(-1) == adapted[task].argmax(-1) for task in own])  # [tasks, images]
+    assert rows[0].agreement == pytest.approx(is_same.all(dim=0).float().mean().item())
+    assert not torch.equal(is_same.all(dim=0), is_same.any(dim=0))
     several = build_classifier(problem_type="multi_label_classification")
     labels = [[0.0, 1.0] * 10] * 5 + [None]
     rows = compare_patch_sizes(several, build_processor(), build_pil_images(), labels, [4])
-    (pixels,) = build_processor()(build_pil_images(count=5), return_tensors="pt").values()
     with torch.no_grad():
-        right = (several(pixels).logits > 0) == torch.tensor([False, True] * 10)
+        right = (several(pixels[:5]).logits > 0) == torch.tensor([False, True] * 10)
     assert rows[1].accuracy == pytest.approx(right.float().mean().item())
     rows = compare_patch_sizes(
         randomize(ViTCLSModel(build_tiny_config())), build_processor(), build_pil_images(), [0] * 6, [4]
@@ -200,6 +207,11 @@ def test_unsupported_sizes_are_one_line_errors() -> None:
     several = ViTCLSImageProcessor(size={"shortest_edge": 32})
     with raises_one_line("one size", "do_center_crop"):
         compare_patch_sizes(model, several, [*build_pil_images(), *build_pil_images(40, 80)], None, [4])
+    with raises_one_line("patch size 12", "24 x 56", "Choose from 1, 2, 4, 8."):
+        sort_patch_sizes([12], (24, 56), 8)
+    for size in (0, -4):
+        with raises_one_line(f"patch size {size} does not divide"):
+            sort_patch_sizes([size], (32, 32), 8)
     assert sort_patch_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
     assert sort_patch_sizes([14], (27, 27), 14) == [14]  # with the original size, pixels may remain
 
@@ -242,6 +254,9 @@ def test_the_advice() -> None:
         "the same predictions for 93.0% of the images before any fine-tuning (coarse)."
     )
     assert len(describe_patch_sizes([native])) == 1
+    assert "accuracy 91.2 → 0.0% before" in describe_patch_sizes([row(8, accuracy=0.0), native])[1]
+    unlike = [row(8, accuracy=None, agreement=0.0), row(16, is_native=True, accuracy=None)]
+    assert "the same predictions for 0.0% of the images" in describe_patch_sizes(unlike)[1]
 
 
 def test_the_advice_compares_costs_and_accuracy() -> None:

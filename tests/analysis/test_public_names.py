@@ -134,6 +134,7 @@ def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:
 
 
 def test_encoders_and_regressions_are_not_classifiers() -> None:
+    assert is_classifier(torch.nn.DataParallel(Mine(build_tiny_config())))
     assert not is_classifier(randomize(ViTCLSModel(build_tiny_config())))
     assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(problem_type="regression")))
     assert not is_classifier(ViTCLSForImageClassification(build_tiny_config(num_labels=0)))

@@ -49,6 +49,7 @@ from modeling_vitcls.analysis.patch_features import (
 from modeling_vitcls.analysis.patch_sizes import PatchSizeRow
 from modeling_vitcls.analysis.report import (
     build_effect_table,
+    build_layout,
     build_page_header,
     build_patch_size_table,
     write_json_values,
@@ -190,17 +191,6 @@ def get_nonempty_lines(text: str) -> str:
     return "\n".join(filter(str.strip, text.splitlines()))
 
 
-def test_a_token_with_equal_states_for_all_images(browser: Browser, tmp_path: Path) -> None:
-    model = build_classifier(num_register_tokens=0)
-    with torch.no_grad():
-        for layer in model.vitcls.layers:
-            layer.attention.o_proj.weight.zero_()
-    write_report(tmp_path / "report.html", model, build_processor(), build_pil_images())
-    with open_page(browser, tmp_path / "report.html") as page:
-        assert "✕ same for all images" in page.locator(".verdict").first.inner_text()
-        assert "same for every image" in page.locator(".verdict").first.inner_text()
-
-
 def test_names_are_escaped(read_only_page: Page, faulty_page: Any) -> None:
     """Check names that look like HTML elements."""
     assert [name.strip() for name in read_only_page.locator("summary strong").all_inner_texts()] == NAMES
@@ -258,6 +248,16 @@ def find_cell(page: Page, label: str, place: int = 0) -> Locator:
     return page.locator(f'[data-maps="{place}"] .cell[aria-label="{label}: enlarge"]')
 
 
+def get_canvas_pixels(page: Page, label: str) -> np.ndarray:
+    """Return the pixels of the enlarged map of the first image."""
+    find_cell(page, label).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('enlarged-map').width === 900")
+    url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
+    page.keyboard.press("Escape")
+    return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"), dtype=int)
+
+
 def scroll_into_view(part: Locator) -> None:
     """Scroll to an element and wait for the event, because labels are hidden during scrolling."""
     part.scroll_into_view_if_needed()
@@ -274,17 +274,14 @@ def test_the_enlarged_map_equals_the_overlay(browser: Browser, faulty_page: Any)
     strongest = max(max(one.max(), MIN_SCALE * one.mean()).item() for one in by_layer)  # one scale per token
     drawn = overlay(picture, values, seen, strongest, min_side=900)
     with open_page(browser, faulty_page[0]) as page:
-        find_cell(page, "register 2, layer 2").click()
-        page.wait_for_function("document.getElementById('enlarged-map').width === 900")
-        url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
-    painted = Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB")
-    assert painted.size == drawn.size == (900, 600)
-    mine, other = np.asarray(painted, dtype=int), np.asarray(drawn, dtype=int)
+        painted = get_canvas_pixels(page, "register 2, layer 2")
+    expected = np.asarray(drawn, dtype=int)
+    assert painted.shape == expected.shape == (600, 900, 3)
     left, top, right, bottom = (round(10 * edge) for edge in seen)
-    inside = np.abs(mine - other)[top:bottom, left:right]
+    inside = np.abs(painted - expected)[top:bottom, left:right]
     assert inside.mean() < 1 and inside.max() <= 8
-    hatched = (slice(None), slice(left))
-    assert mine[hatched].mean() == pytest.approx(other[hatched].mean(), abs=1) and mine[hatched].max() < 130
+    hatched = painted[:, :left]
+    assert hatched.mean() == pytest.approx(expected[:, :left].mean(), abs=1) and hatched.max() < 130
 
 
 def test_values_at_the_pointer(browser: Browser, faulty_page: Any) -> None:
@@ -404,16 +401,6 @@ def compute_features(model: Any) -> torch.Tensor:
     return compute_patch_features(model, build_pixels())
 
 
-def get_canvas_pixels(page: Page, label: str) -> np.ndarray:
-    """Return the pixels of the enlarged map of the first image."""
-    find_cell(page, label).focus()
-    page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('enlarged-map').width === 900")
-    url = page.evaluate("document.getElementById('enlarged-map').toDataURL()")
-    page.keyboard.press("Escape")
-    return np.asarray(Image.open(io.BytesIO(b64decode(url.partition(",")[2]))).convert("RGB"), dtype=int)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("foreground", [False, True])
 def test_patch_colors_are_principal_components(browser: Browser, faulty_page: Any, foreground: bool) -> None:
@@ -520,8 +507,6 @@ def test_instructive_images_come_first(browser: Browser, tmp_path: Path) -> None
         shown = page.locator(".image:visible")
         expect(shown).to_have_count(2)
         assert "least confident" in shown.first.inner_text()
-    with raises_one_line("num_shown", "statistics_images=None"):
-        inspect_model(model, build_processor(), many, statistics_images=many, num_shown=2)
 
 
 def test_touch_enlarges_and_shows_values(browser: Browser, faulty_page: Any) -> None:
@@ -856,8 +841,9 @@ def test_converted_families(name: str, tmp_path: Path) -> None:
 def test_a_page_from_existing_results(tmp_path: Path, faulty_page: Any) -> None:
     """Nothing is measured again. Only the time differs."""
     file, _, found = faulty_page
-    write_page(tmp_path / "again.html", found, source="a test")
-    texts = [re.sub(r"<dt>created</dt>.*", "", one.read_text()) for one in (file, tmp_path / "again.html")]
+    write_page(tmp_path / "new" / "folders" / "again.html", found, source="a test")
+    assert "16 images of a test, accuracy" in file.read_text()
+    texts = [re.sub(r"<dt>created</dt>.*", "", one.read_text()) for one in (file, *tmp_path.rglob("again.html"))]
     assert texts[0] == texts[1]
 
 
@@ -914,6 +900,14 @@ def test_selected_images_are_grouped_by_kind(faulty_page: Any, tmp_path: Path) -
     assert re.findall(r'<span class="truth">([a-z ]+)</span>', text) == ["wrong predictions", "typical", "typical"]
 
 
+def test_only_tokens_that_a_head_reads_are_marked(faulty_page: Any) -> None:
+    names = ["register 1", "register 2", "register 3"]
+    for has_head in (True, False):
+        layout = build_layout(faulty_page[2].config, has_head)
+        expected = {"cls": [("CLS", has_head)], "registers": [(name, False) for name in names]}
+        assert layout == expected | {"patches": [("patches", False)]}
+
+
 def test_the_table_of_effects(faulty_page: Any) -> None:
     found = faulty_page[2]
 
@@ -945,6 +939,7 @@ def test_the_table_of_effects(faulty_page: Any) -> None:
     assert (encoder["cosine distance, cls"], encoder["cosine distance, patches"]) == ("0.5", "0.25")
     assert (encoder["same nearest images"], encoder["95% interval"]) == ("75%", "0.4 to 0.6")
     assert "same nearest images" not in build_table(replace(features, knn_agreement=None))
+    assert build_table(replace(features, knn_agreement=0.0))["same nearest images"] == "0%"
 
 
 def test_the_table_of_patch_sizes() -> None:
@@ -989,6 +984,12 @@ def test_statistics_over_other_images(tmp_path: Path) -> None:
 
 def test_figures_for_programs(tmp_path: Path, faulty_page: Any) -> None:
     *_, found = faulty_page
+    config = copy.deepcopy(found.config)
+    config.name_or_path, config._commit_hash = "ann/vit", "0123456789" * 4
+    write_json_values(tmp_path / "named.json", replace(found, config=config))
+    text = (tmp_path / "named.json").read_text()
+    assert (json.loads(text)["model"], json.loads(text)["commit"]) == ("ann/vit", config._commit_hash)
+    assert text.endswith("}\n")
     write_json_values(tmp_path / "figures.json", found, "mine")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["model"] == "mine" and figures["diagnosis"] == found.summary

@@ -6,6 +6,7 @@ tests/analysis/test_report.py tests the page in a browser.
 import io
 import math
 from base64 import b64decode
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,19 @@ from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis import report_data
+from modeling_vitcls.analysis.artifacts import PatchDiagnosis, SecondMode
+from modeling_vitcls.analysis.diagnosis import Verdict
+from modeling_vitcls.analysis.figures_of_states import compute_norm_histogram
+from modeling_vitcls.analysis.image_report import ImagePrediction
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import COLORMAP
-from modeling_vitcls.analysis.patch_features import compute_patch_colors, compute_patch_similarity
-from modeling_vitcls.analysis.report_data import build_page_data, encode_data_url, round_values
+from modeling_vitcls.analysis.patch_features import (
+    compress_patch_features,
+    compute_patch_colors,
+    compute_patch_similarity,
+)
+from modeling_vitcls.analysis.patch_sizes import PatchSizeRow
+from modeling_vitcls.analysis.report_data import build_json_values, build_page_data, encode_data_url, round_values
 
 
 NUM_LAYERS, NUM_TOKENS, NUM_HEADS, GRID = 3, 3, 2, (4, 4)
@@ -83,6 +93,9 @@ def test_heads_and_features_of_the_first_images_are_kept(
     assert [image["num_heads"] for image in data["images"]] == [NUM_HEADS, 0, 0] and len(data["heads"]) == NUM_HEADS
     assert [image["features"] is not None for image in data["images"]] == [True, True, False]
     check_maps(data["images"][1]["attention"], inspection.image_reports[1].attention.mean(dim=1, keepdim=True))
+    for layer, components in enumerate(data["components"]):  # of the two images only
+        expected = compress_patch_features([report.features[layer] for report in inspection.image_reports[:2]])
+        assert components["scale"] == pytest.approx(expected.scale.tolist(), rel=1e-4)
     monkeypatch.setattr(report_data, "MAX_MAP_BYTES", 0)
     monkeypatch.setattr(report_data, "MAX_FEATURE_BYTES", 0)
     data = build_page_data(inspection)
@@ -97,7 +110,7 @@ def test_patch_colors_have_a_transparent_background(inspection: Inspection) -> N
     for kind in (0, 1):
         for layer in range(NUM_LAYERS):
             features = [report.features[layer] for report in inspection.image_reports]
-            for image, expected in zip(images, compute_patch_colors(features, foreground=kind == 1), strict=True):
+            for image, expected in zip(images, compute_patch_colors(features, foreground_only=kind == 1), strict=True):
                 found = decode(image["colors"][kind], "uint8", NUM_LAYERS, *GRID, 4)[layer].double() / 255
                 background = expected.isnan().any(dim=-1)
                 backgrounds.append(background)
@@ -158,6 +171,58 @@ def test_tokens_have_their_groups_and_read_layers(inspection: Inspection) -> Non
     assert len(data["histograms"]) == NUM_LAYERS + 1
     colors = np.frombuffer(bytes.fromhex(data["colors"]), dtype=np.uint8).reshape(256, 3)
     assert np.abs(colors - 255 * colormaps[COLORMAP](np.arange(256))[:, :3]).max() <= 0.5
+
+
+def test_an_encoder_outputs_the_patches_of_the_last_layer(inspection: Inspection) -> None:
+    data = build_page_data(replace(inspection, has_head=False))
+    assert (data["layers"], data["patches_read"]) == (NUM_LAYERS, NUM_LAYERS)
+    assert [token["read"] for token in data["tokens"]] == [NUM_LAYERS, NUM_LAYERS - 1, NUM_LAYERS - 1]
+
+
+def test_attributions_of_tasks_are_named_by_task_and_label(inspection: Inspection) -> None:
+    tasks = [ImagePrediction(task, [("cat", 0.9), ("dog", 0.1)], "cat") for task in ("kind", "age")]
+    report = replace(inspection.image_reports[0], predictions=tasks)
+    (image,) = build_page_data(replace(inspection, image_reports=[report]))["images"]
+    assert image["attributed"] == ["kind: cat", "age: cat"]
+
+
+def test_the_values_for_programs(inspection: Inspection) -> None:
+    """Keys are part of the documented format. tests/analysis/test_report.py checks the values of the findings."""
+    mode, rare_mode = SecondMode(2.5, 4.0, 0.0625, 5.0), SecondMode(1.5, 3.0, 0.125, 6.0)
+    patches = PatchDiagnosis("artifacts", "bad", "Artifacts.", 1, 48, mode, rare_mode)
+    row = PatchSizeRow((8, 4), True, (4, 8), 33, 1.5, 0.25, 2.5, "a CPU", 3, None, 1.0, "")
+    group = Verdict("all 2 registers", "harmful", "bad", "more accurate.", {"effect": 0.5})
+    changed = replace(
+        inspection, patches=patches, patch_sizes=[row], group_verdicts=[group], num_null_images=3, num_unreadable=2
+    )
+    values = build_json_values(changed)
+    assert (values["num_null_images"], values["num_broken"], values["artifacts"]) == (3, 2, "Artifacts.")
+    histogram = compute_norm_histogram(inspection.config, inspection.findings, 1)
+    assert values["patches"] == {
+        "diagnosis": "artifacts",
+        "meaning": "bad",
+        "statement": "Artifacts.",
+        "layer": 1,
+        "num_patches": 48,
+        "second_mode": {"threshold": 2.5, "ratio": 4.0, "fraction": 0.0625, "score": 5.0},
+        "second_mode_without_registers": {"threshold": 1.5, "ratio": 3.0, "fraction": 0.125, "score": 6.0},
+        "histogram": round_values(asdict(histogram)),
+    }
+    assert values["patch_sizes"] == [asdict(row)]
+    assert values["groups"] == [
+        {
+            "token": "all 2 registers",
+            "diagnosis": "harmful",
+            "meaning": "bad",
+            "statement": "more accurate.",
+            "effect": 0.5,
+        }
+    ]
+    assert values["verdicts"] == [
+        {"token": verdict.token, "word": verdict.word, "meaning": verdict.rating, "reason": verdict.reason}
+        for verdict in inspection.verdicts
+    ]
+    assert build_json_values(replace(inspection, has_head=False))["effects"] is None
 
 
 def test_small_images_are_exact_and_large_images_are_scaled_down() -> None:

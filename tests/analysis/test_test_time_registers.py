@@ -246,9 +246,11 @@ with torch.no_grad():
 
 
 def test_the_mode_is_kept_and_hooks_are_removed() -> None:
-    model = build_planted_model().train()
-    compute_outlier_fraction(model, build_images())
-    find_register_neurons(model, build_images())
+    """Dropout is disabled."""
+    model = build_planted_model(hidden_dropout_prob=0.5)
+    expected = find_register_neurons(model, build_images())
+    assert find_register_neurons(model.train(), build_images()) == expected
+    assert compute_outlier_fraction(model, build_images()) == 2 / 16
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.layers.modules())
 

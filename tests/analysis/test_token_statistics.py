@@ -50,7 +50,7 @@ def get_patch_centers(height: int, width: int) -> list[tuple[float, float]]:
 
 
 def average(values: list[Any]) -> torch.Tensor:
-    """Return the mean over the statistics of single images."""
+    """Return the mean over the statistics of individual images."""
     return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(dim=0)
 
 
@@ -139,7 +139,7 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
 
 
 def test_statistics_over_images_are_means() -> None:
-    """They are means over single images for any batches, also with images of several sizes."""
+    """They are means over individual images for any batches, also with images of several sizes."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     pixels, oblong = build_images(5), build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)

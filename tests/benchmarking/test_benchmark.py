@@ -2,13 +2,13 @@
 
 import copy
 import json
+import mmap
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,14 +23,14 @@ from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.benchmarking import comparison, image_files, own_features, peers, training_runs
+from modeling_vitcls.benchmarking import comparison, image_files, own_features, peers, tables, training_runs
 from modeling_vitcls.benchmarking.comparison import (
     BenchmarkSettings,
     Comparison,
     check_logits,
     check_tensors,
+    compare_throughput,
     compute_quartiles,
-    measure_alternately,
     measure_peaks,
     measure_throughput,
 )
@@ -49,8 +49,7 @@ from modeling_vitcls.benchmarking.own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
     PROBE_ROWS,
-    build_attention_inputs,
-    build_model,
+    build_model_and_images,
     check_attention,
     check_disabled_feature,
     train_probe,
@@ -62,6 +61,7 @@ from modeling_vitcls.benchmarking.peers import (
     TOY,
     TRAINING_STEPS,
     ForwardPass,
+    build_model,
     build_random_images,
     build_step_runners,
     check_gradients,
@@ -93,6 +93,7 @@ from modeling_vitcls.benchmarking.training_runs import (
 from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
 from modeling_vitcls.commands.parsing import parse
 from modeling_vitcls.options import FinetuneOptions
+from modeling_vitcls.training.linear_probe import compute_features
 
 
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
@@ -164,7 +165,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
     assert "images per second" in done.stdout and "MiB" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow), "probe"])
+@pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow)])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK_KINDS[name].rows)
@@ -175,14 +176,24 @@ def test_work_without_peers_is_compared(name: str) -> None:
 def test_the_probe_counts_the_images_of_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides train the classifier as a plain loop over the pooled features does."""
     measured: list[Any] = []
+    encoded: list[int] = []
+
+    def encode(model: Any, images: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(images))
+        return compute_features(model, images)
 
     def measure(ours: Any, theirs: Any, num_images: int, settings: BenchmarkSettings) -> Any:
         measured.append((num_images, settings.num_pairs, settings.is_toy))
+        for train, expected in ((ours, [16] * 2), (theirs, [16] * 2 * 10)):
+            encoded.clear()
+            train()
+            assert encoded == expected
         return [1.0], [1.0]
 
+    monkeypatch.setattr(own_features, "compute_features", encode)
     monkeypatch.setattr(own_features, "compare_throughput", measure)
     (result,) = compare(("probe",), (), TOY_SETTINGS)
-    assert measured == [(10 * 32, 1, True)] and result.details["num_epochs"] == 10
+    assert measured == [(10 * 32, 1, True)] and result.details["num_epochs"] == 10 and result.difference < 1e-4
     row = replace(PROBE_ROWS["10 epochs, batch 16"], num_epochs=3)
     model, images, labels = build_model(TOY), build_random_images(32, TOY.image_size), torch.arange(32) % 5
     with torch.no_grad():
@@ -230,9 +241,10 @@ def test_compiled_models_are_compared(against: str) -> None:
 @pytest.mark.parametrize("name", ATTENTION_ROWS)
 def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     row = ATTENTION_ROWS[name]
-    model, pixel_values = build_attention_inputs(row.batch_size, is_toy=True)
+    model, pixel_values = build_model_and_images(row.batch_size, is_toy=True)
     assert len(pixel_values) == row.batch_size and model.config.num_register_tokens == 4
     assert check_attention(row, model, pixel_values, name) < 1e-5
+    assert row.read(model, pixel_values[:1]).abs().max() > 0
     with torch.no_grad():
         assert measure_throughput(lambda: row.read(model, pixel_values), row.batch_size, 0.0) > 0
     assert model.config._attn_implementation == "sdpa"
@@ -244,20 +256,16 @@ def test_attention_is_checked_before_it_is_measured(name: str) -> None:
         check_attention(not_a_number, model, pixel_values, name)
 
 
-@pytest.mark.slow
-def test_memory_is_the_peak_of_a_process() -> None:
-    """Memory that is freed before the end counts (64 MiB), memory that the warm-up leaves does not.
+@pytest.mark.skipif(sys.platform != "linux", reason="requires /proc")
+def test_memory_is_the_peak_during_the_function() -> None:
+    """Memory that is freed before the end counts (64 MiB), memory of the warm-up does not (128 MiB)."""
 
-    A process that has run other tests holds free memory, so the test starts a new one.
-    """
-    code = """
-        import torch
-        from modeling_vitcls.benchmarking.comparison import measure_memory_growth
-        work = lambda num_images: torch.ones(num_images, 2**20)  # 4 MiB for an image
-        print(measure_memory_growth(lambda: work(1), lambda: work(16)))
-    """
-    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
-    assert 50 * 2**20 < int(done.stdout) < 100 * 2**20
+    def allocate_and_free(num_bytes: int) -> None:
+        memory = mmap.mmap(-1, num_bytes)  # not from the free memory of this process
+        np.frombuffer(memory, dtype=np.uint8)[:] = 1
+
+    growth = comparison.measure_memory_growth(lambda: allocate_and_free(2**27), lambda: allocate_and_free(2**26))
+    assert 63 * 2**20 < growth < 80 * 2**20
 
 
 @pytest.mark.parametrize(("flags", "expected"), [((), (16, 2, 2, 5, 21)), (("--theirs",), (16, 5))])
@@ -328,12 +336,22 @@ def test_a_process_replies_to_each_request(
 @pytest.mark.parametrize("name", TRAINING_STEPS)
 def test_gradients_are_compared_before_steps_are_measured(name: str, against: str) -> None:
     ours, theirs = build_step_runners(TRAINING_STEPS[name], PEERS[against](TOY))
+    assert ours.model.training and theirs.model.training
+    predict, logits = ours.predict, []
+
+    def record(pixel_values: torch.Tensor) -> torch.Tensor:
+        logits.append(predict(pixel_values))
+        return logits[-1]
+
+    ours.predict = record
     assert check_gradients(ours, theirs, name) < ours.row.limit
     gradient = ours.compute_patch_gradient(num_images=1)  # earlier gradients are discarded
     assert torch.allclose(ours.compute_patch_gradient(num_images=1), gradient, rtol=0.01)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
     ours()
     assert not all(map(torch.equal, before, ours.model.parameters()))
+    assert {each.dtype for each in logits} == {ours.row.autocast or torch.float32}
+    assert [len(each) for each in logits] == [2, 1, 1, 16]
     with torch.no_grad():
         theirs.model.get_parameter("head.weight" if against == "timm" else "classifier.weight").neg_()
     with raises_one_line(name, "the gradients", "differ"):
@@ -350,9 +368,10 @@ def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["one file", "lists of 16 files, as paths for both image processors"])
-def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path) -> None:
-    files = write_benchmark_files(tmp_path, is_toy=True) * 5  # 20 files
-    assert len(files) == 20 and len(set(files)) == 4
+def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = PIXEL_ROWS[name]
+    files = write_benchmark_files(tmp_path, is_toy=True) * (5 if row.num_files == 16 else 1)
+    assert len(files) == (20 if row.num_files == 16 else 4)
     ours, theirs = build_image_processors(TOY, tmp_path)
     calls: dict[str, list[Any]] = {"ours": [], "theirs": []}
 
@@ -363,13 +382,23 @@ def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path) -> 
 
         return process
 
-    row = PIXEL_ROWS[name]
     sides = record("ours", ours), record("theirs", theirs)
     found = compare_processors(name, row, files, *sides, TOY_SETTINGS)
     batches = [files[:16], files[16:]] if row.num_files == 16 else [[file] for file in files]
     num_calls = 2 + 2  # two checks, a warm-up and a measurement
     assert calls == {"ours": batches * num_calls, "theirs": batches * num_calls}
-    assert found.details["num_files"] == 20
+    assert found.details["num_files"] == len(files)
+
+    def compare_sides(ours: Any, theirs: Any, num_images: int, settings: BenchmarkSettings) -> Any:
+        assert num_images == len(files)
+        for run, expected in ((ours, {"ours": batches, "theirs": []}), (theirs, {"ours": [], "theirs": batches})):
+            calls.update(ours=[], theirs=[])
+            run()
+            assert calls == expected
+        return [3.0], [2.0]
+
+    monkeypatch.setattr(image_files, "compare_throughput", compare_sides)
+    assert compare_processors(name, row, files, *sides, TOY_SETTINGS).ratios == [1.5]
 
 
 def test_the_pipeline_predicts_sorted_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,10 +414,47 @@ def test_the_pipeline_predicts_sorted_files(tmp_path: Path, monkeypatch: pytest.
     assert predictions[0] == predictions[1] and len({score for _, score in predictions[0]}) == 4
 
 
+def test_vitcls_predict_is_compared_with_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two processes are replaced by their functions in this process, and the speeds by constants."""
+    requests: list[tuple[Any, ...]] = []
+    predictors: list[Any] = []
+
+    class Process:
+        def __init__(self, program: str, folder: str, settings: BenchmarkSettings) -> None:
+            self.program = program
+            self.predict = image_files.PREDICTORS[program](TOY, Path(folder))
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            pass
+
+        def request(self, request_kind: str, batch_size: int) -> Any:
+            requests.append((self.program, request_kind, batch_size))
+            return self.predict(batch_size) if request_kind == "labels" else {"ours": 3.0, "theirs": 2.0}[self.program]
+
+    monkeypatch.setattr(image_files, "PredictionProcess", Process)
+    monkeypatch.setattr(image_files, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(image_files, "get_num_workers", lambda: 3)
+    build = image_files.Predictor
+    monkeypatch.setattr(
+        image_files, "Predictor", lambda *arguments: predictors.append(build(*arguments)) or predictors[-1]
+    )
+    results = list(compare(("prediction",), (), TOY_SETTINGS))
+    assert [(predictor.batch_size, predictor.num_workers) for predictor in predictors] == [(16, 3), (1, 3)]
+    assert [result.name for result in results] == list(PREDICTION_ROWS)
+    for result in results:
+        assert result.ratios == [1.5] and 0 < result.difference < 1e-4
+        assert result.details == {"num_files": 4, "size": vars(TOY)}
+    kinds = [("ours", "labels"), ("theirs", "labels"), ("ours", "speed"), ("theirs", "speed")]
+    assert requests == [(*kind, batch_size) for batch_size in (16, 1) for kind in kinds]
+
+
 def test_labels_and_weights_that_differ_are_not_compared() -> None:
     name = next(iter(PREDICTION_ROWS))
     cat = ("cat", 0.5)
-    assert check_labels([cat, cat], [cat, ("cat", 0.50005)], name) == pytest.approx(5e-5)
+    assert check_labels([cat, cat], [("cat", 0.50005), cat], name) == pytest.approx(5e-5)
     with raises_one_line(name, "image 1 is cat", "dog"):
         check_labels([cat, cat], [cat, ("dog", 0.5)], name)
     with raises_one_line(name, "differ by 0.1"):
@@ -426,7 +492,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 
 def test_wrong_flags_are_one_line() -> None:
     with raises_one_line("--rows: there is no row 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
-        next(compare(("inference", "probe"), ("fp64",), TOY_SETTINGS))
+        next(compare(("inference", "probe"), ("fp32, batch 1", "fp64"), TOY_SETTINGS))
     done = run_fresh(SCRIPT, "--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
 
@@ -443,14 +509,69 @@ def test_models_that_differ_are_not_compared(against: str, dtype: torch.dtype) -
         compare_forward_pass("row", ForwardPass(dtype, 2), peer, TOY_SETTINGS)
 
 
-def test_results_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "measure_peak_in_process", lambda *arguments: 1)
-    row = replace(TRAINING_STEPS["fp32, batch 16"], batch_size=2)
-    for result in (
-        compare_forward_pass("row", ForwardPass(torch.float32, 2), PEERS["timm"](TOY), TOY_SETTINGS),
-        compare_step("row", row, PEERS["timm"](TOY), TOY_SETTINGS),
-    ):
-        assert result.to_dict()["device"] == "cpu"
+def test_throughputs_belong_to_their_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward passes, training steps and reading attention, each with the images per call."""
+    events: list[str] = []
+    calls: list[tuple[list[str], list[str], int]] = []
+    requests: list[tuple[str, ...]] = []
+
+    def compare_sides(ours: Any, theirs: Any, num_images: int, settings: BenchmarkSettings) -> Any:
+        sides = []
+        for run in (ours, theirs):
+            events.clear()
+            run()
+            sides.append(list(events))
+        calls.append((*sides, num_images))
+        return [3.0], [2.0]
+
+    def measure(*arguments: str) -> int:
+        requests.append(arguments)
+        return 5 if "--theirs" in arguments else 4
+
+    def read(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        events.append("read")
+        return model.token_attention(pixel_values)
+
+    for module in (peers, own_features):
+        monkeypatch.setattr(module, "compare_throughput", compare_sides)
+    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    peer = PEERS["timm"](TOY)
+    peer.ours.register_forward_hook(lambda *arguments: events.append("ours"))
+    peer.theirs.register_forward_hook(lambda *arguments: events.append("theirs"))
+    step = replace(TRAINING_STEPS["fp32, batch 16"], batch_size=5)
+    results = [
+        compare_forward_pass("row", ForwardPass(torch.float32, 3), peer, TOY_SETTINGS),
+        compare_step("row", step, peer, TOY_SETTINGS),
+        *own_features.compare_attention({"row": own_features.AttentionRow(read, 2)}, TOY_SETTINGS),
+    ]
+    assert calls == [(["ours"], ["theirs"], 3), (["ours"], ["theirs"], 5), (["read"], [], 2)]
+    size, peaks = {"size": vars(TOY)}, {"ours_peak_bytes": 4, "theirs_peak_bytes": 5}
+    assert [result.details for result in results] == [
+        size | {"device": "cpu"},
+        size | peaks | {"device": "cpu"},
+        size | peaks | {"batch_size": 2},
+    ]
+    assert all(result.ratios == [1.5] for result in results) and 0 < results[1].difference < step.limit
+    flags = (
+        ("modeling_vitcls.benchmarking.peers", "row", "timm"),
+        ("modeling_vitcls.benchmarking.own_features", "row"),
+    )
+    assert requests == [(*process, "--toy", *side) for process in flags for side in ((), ("--theirs",))]
+
+
+@pytest.mark.parametrize(("is_toy", "seconds"), [(True, 0.0), (False, 0.5)])
+def test_pairs_are_measured_alternately(is_toy: bool, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[object, int, float]] = []
+
+    def measure(function: Any, num_images: int, min_seconds: float) -> float:
+        measured.append((function(), num_images, min_seconds))
+        return float(len(measured))
+
+    monkeypatch.setattr(comparison, "measure_throughput", measure)
+    throughputs = compare_throughput(lambda: "ours", lambda: "theirs", 7, BenchmarkSettings((), 3, is_toy=is_toy))
+    assert throughputs == ([1.0, 4.0, 5.0], [2.0, 3.0, 6.0])
+    order = ("ours", "theirs", "theirs", "ours", "ours", "theirs")
+    assert measured == [(side, 7, seconds) for side in order]
 
 
 def test_inexact_features_are_compared_with_the_plain_model() -> None:
@@ -468,12 +589,16 @@ def test_inexact_features_are_compared_with_the_plain_model() -> None:
 
 @pytest.mark.parametrize("name", INEXACT_ROWS)
 def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row, models = INEXACT_ROWS[name], []
-    build = lambda model, *others: (lambda: models.append(model), 1)  # noqa: E731
+    row = INEXACT_ROWS[name]
+    computation, num_images = row.build_computation(build_model(TOY), TOY, "cpu")
+    outputs: Any = computation()
+    assert num_images == (4 if outputs else 16) and (outputs is None or outputs.logits.shape == (4, 5))
+    build = lambda model, *others: (lambda: getattr(model.config, row.field), 9)  # noqa: E731
+    measure = lambda ours, theirs, num_images, settings: ([ours()], [theirs() + num_images])  # noqa: E731
     monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build_computation=build))
+    monkeypatch.setattr(own_features, "compare_throughput", measure)
     (result,) = compare(("inexact",), (name,), TOY_SETTINGS)
-    assert {getattr(model.config, row.field) for model in models} == {row.value, 0}
-    assert getattr(models[0].config, row.field) == row.value and len(result.ratios) == 1
+    assert (result.ours, result.theirs) == ([row.value], [0 + 9])
 
 
 def test_nan_outputs_are_not_compared() -> None:
@@ -552,6 +677,7 @@ def test_both_runs_have_the_same_hyperparameters(
     assert (theirs.label_smoothing_factor, theirs.max_grad_norm) == (ours.label_smoothing, ours.max_gradient_norm)
     assert theirs.bf16 == (mixed_precision == "bf16") == (ours.mixed_precision == "bf16") and not theirs.fp16
     assert theirs.optim == "adamw_torch_fused" and theirs.dataloader_num_workers == 2
+    assert theirs.dataloader_drop_last and not theirs.remove_unused_columns
     assert (theirs.save_strategy.value, theirs.logging_strategy.value) == ("no", "no")
     batch = call["data_collator"]([call["train_dataset"][index] for index in (0, 5)])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].tolist() == [0, 5]
@@ -581,6 +707,41 @@ def test_the_speed_is_measured_between_two_lines(tmp_path: Path, monkeypatch: py
     with raises_one_line("the last line"):
         run.wait_for_lines(11 + 22)  # after 11 seconds
     run.log.close()
+
+
+def test_both_runs_train_on_the_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two processes are replaced by constant speeds."""
+    runs: list[tuple[list[str], Path]] = []
+
+    class Run:
+        def __init__(self, command: list[str], metrics_file: Path, run: Any) -> None:
+            runs.append((command, metrics_file))
+            self.speed = {"ours": 3.0, "theirs": 2.0}[metrics_file.relative_to(tmp_path).parts[0].partition(".")[0]]
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            pass
+
+        def measure_speed(self) -> float:
+            return self.speed
+
+    monkeypatch.setattr(training_runs, "SuspendedRun", Run)
+    monkeypatch.setattr(training_runs, "PHOTOGRAPHS_PER_CLASS", 2)
+    run = replace(TRAINING_RUNS["ViT-S/16 at 224, fp32"], size=TOY)
+    result = training_runs.compare_runs("row", run, 2, tmp_path)
+    assert (result.ours, result.theirs, result.details) == ([3.0] * 2, [2.0] * 2, asdict(run))
+    assert 0 < result.difference < 1e-4
+    dataset = str(tmp_path / "photographs")
+    (ours, our_metrics), (theirs, their_metrics) = runs
+    assert ours[ours.index("--dataset") + 1] == json.loads(Path(theirs[-1]).read_text())["dataset"] == dataset
+    assert (our_metrics, their_metrics) == (tmp_path / "ours" / "metrics.jsonl", tmp_path / "theirs.jsonl")
+    for folder in ("our_model", "their_model"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["id2label"] == {"0": "china", "1": "flower"} and config["hidden_size"] == TOY.hidden_size
+    images = load_dataset(dataset, 0)
+    assert [label for _, label in images] == [0, 0, 1, 1] and images[0][0].size == (500, 375)
 
 
 def test_their_augmentation_has_the_strength_of_the_row() -> None:
@@ -669,6 +830,16 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
     assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |"
 
 
+def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (1.25, 2.0, 3.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tables, "get_processor_name", lambda: "Some processor")
+    monkeypatch.setattr(tables, "get_versions", lambda *libraries: {"python": "3", **dict.fromkeys(libraries, "1")})
+    result = Comparison("work", "row", "a", [1.0], [1.0], 0.0, {"device": "cpu"})
+    assert tables.describe_machine([result]) == "Some processor, 2 threads on 4 cores, load 1.2; python 3, timm 1"
+
+
 def test_reports_contain_the_measured_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ratios 2 to 4 of the first peer, and 1.5 of the second peer; 3 MiB and 4 MiB of memory."""
     peaks = {"ours_peak_bytes": 3 * 2**20, "theirs_peak_bytes": 4 * 2**20, "device": "cpu"}
@@ -688,6 +859,11 @@ def test_reports_contain_the_measured_values(tmp_path: Path, capsys: pytest.Capt
     ):
         assert row in cells, row
     assert ["work: row", "second", "6", "4"] not in cells  # without measured memory
+    more = Comparison("work", "other", "first", [1.0] * 12, [1.0] * 12, 0.0, {"theirs_peak_bytes": 0})
+    _, _, row, other, _, caption = format_markdown([*results, more]).splitlines()
+    assert row == "| work: row | 7.0 | first 3.00 (2.50 to 3.50), second 1.50 (1.50 to 1.50) | first 0.75 |"
+    assert other == "| work: other | 1.0 | first 1.00 (1.00 to 1.00) |  |"
+    assert caption.startswith("Medians of 3 to 12 pairs of measurements. ")
     write_reports(results, tmp_path / "new" / "results.json", None, None)
     first, second = check_file(tmp_path / "new" / "results.json", 3)
     assert (first["ratio"], first["quartiles"], first["ratios"]) == (3.0, [2.5, 3.5], [2.0, 3.0, 4.0])
@@ -708,20 +884,20 @@ def test_memory_is_read_from_the_last_line_of_a_process(tmp_path: Path, monkeypa
 
 
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
-    folder = write_photographs(tmp_path / "photographs", num_images_per_class=2)
-    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.jpg")) == [
-        "china/000.jpg",
-        "china/001.jpg",
-        "flower/000.jpg",
-        "flower/001.jpg",
+    folder = write_photographs(tmp_path / "photographs", num_images_per_class=4)
+    files = sorted(folder.rglob("*.jpg"))
+    assert [str(file.relative_to(folder)) for file in files] == [
+        f"{name}/00{index}.jpg" for name in ("china", "flower") for index in range(4)
     ]
     pixels = []
-    for file in sorted(folder.rglob("*.jpg")):
+    for index, file in enumerate(files):
         with Image.open(file) as image:
             assert (image.format, image.size) == ("JPEG", (500, 375))
+            assert ("progressive" in image.info) is (index % 4 == 3)
             pixels.append(np.asarray(image, dtype=int))
-    means = [np.abs(pixels[index] - pixels[index + 1]).mean() for index in range(3)]
-    assert means[0] > 5 and means[2] > 5 and means[1] > 50  # other crops, and another photograph
+    differences = [np.abs(pixels[index] - pixels[index + 1]).mean() for index in range(7)]
+    # Other crops, and another photograph
+    assert all(difference > (50 if index == 3 else 5) for index, difference in enumerate(differences))
 
 
 def test_the_last_line_of_a_run_that_ends_is_reported(tmp_path: Path) -> None:
@@ -755,18 +931,7 @@ def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch
 
 
 def test_ratios_are_of_pairs() -> None:
-    order: list[str] = []
-
-    def side(name: str, values: list[float]) -> Any:
-        def measure() -> float:
-            order.append(name)
-            return values.pop(0)
-
-        return measure
-
-    ours, theirs = measure_alternately(side("ours", [2.0, 9.0, 8.0]), side("theirs", [1.0, 3.0, 2.0]), 3)
-    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    found = Comparison("work", "row", "them", ours, theirs, 0.0, {}).to_dict()
+    found = Comparison("work", "row", "them", [2.0, 9.0, 8.0], [1.0, 3.0, 2.0], 0.0, {}).to_dict()
     assert found["ratios"] == [2.0, 3.0, 4.0] and found["ratio"] == 3.0 and found["quartiles"] == [2.5, 3.5]
     assert compute_quartiles([7.0]) == (7.0, 7.0, 7.0)
 

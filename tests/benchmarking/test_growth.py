@@ -2,10 +2,10 @@
 
 import json
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from modeling_vitcls.benchmarking.growth import (
     TOY_POINTS,
     build_peer,
     compare_point,
+    format_caption,
     get_axis,
     plot_growth,
 )
@@ -89,6 +90,8 @@ def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None
         assert 0 < entry["largest_difference_of_outputs"] < 0.1
         assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_axis(point, TOY_BASE_POINT)
         assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (90, 100)
+        size = vars(replace(TOY, image_size=point.image_size, patch_size=point.patch_size))
+        assert entry | vars(point) | {"precision": "bf16", "device": "cpu", "size": size} == entry
     assert json.dumps(entries)
 
 
@@ -149,33 +152,35 @@ def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPat
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_memory_is_that_of_each_side() -> None:
-    """A process that has run other tests holds free memory, so the test starts a new one."""
-    code = """
-        import torch
-        from modeling_vitcls.benchmarking.growth import measure_peak
-        images = torch.zeros(2, 3, 32, 32)
-        models = {size: lambda pixels, size=size: torch.ones(size, 2**18) for size in (1, 64, 128)}  # size in MiB
-        print(*(measure_peak(models[size], images, models[1], images) for size in (64, 128)))
-    """
-    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
-    ours, theirs = map(int, done.stdout.split())
-    assert 50 * MEBIBYTE < ours < 80 * MEBIBYTE < 110 * MEBIBYTE < theirs < 150 * MEBIBYTE
-
-
 def test_each_process_measures_the_side_of_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The outputs of the two sides differ, and are returned as their memory."""
-    peer = Peer("timm", TOY, torch.nn.Identity(), torch.nn.Identity(), lambda pixels: pixels + 2)
+    peer = Peer("timm", TOY, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), lambda pixels: pixels + 2)
     monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
     monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
-    monkeypatch.setattr(growth, "measure_peak", lambda predict, *others: int(predict(torch.zeros(1))))
+    inputs: list[tuple[Any, ...]] = []
+
+    def measure(predict: Any, images: torch.Tensor, predict_toy: Any, toy_images: torch.Tensor) -> int:
+        inputs.append((images.dtype, tuple(images.shape), tuple(toy_images.shape)))
+        return int(predict(torch.zeros(1)))
+
+    monkeypatch.setattr(growth, "measure_peak_memory", measure)
     for flags, expected in (((), 1), (("--theirs",), 2)):
-        monkeypatch.setattr(sys, "argv", ["growth", "image size 48", "timm", "--toy", *flags])
+        monkeypatch.setattr(sys, "argv", ["growth", "batch 1", "timm", "--toy", "--precision", "bf16", *flags])
         growth.main()
         assert int(capsys.readouterr().out) == expected
+    assert inputs == [(torch.bfloat16, (1, 3, 32, 32), (2, 3, 32, 32))] * 2
+    assert peer.theirs.weight.dtype == torch.bfloat16
+
+
+def test_the_warm_up_of_memory_is_a_toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "measure_memory_growth", lambda *functions: [run() for run in functions])
+    images, toy_images = torch.zeros(2), torch.zeros(1)
+    called: Any = growth.measure_peak_memory(
+        lambda given: ("model", given), images, lambda given: ("toy", given), toy_images
+    )
+    assert called == [("toy", toy_images), ("model", images)]
 
 
 @pytest.mark.slow
@@ -260,6 +265,20 @@ def test_the_figure_names_units_and_conditions() -> None:
     assert ticks == ["197\n(0)", "261\n(64)", "325\n(128)", "453\n(256)"]
 
 
+def test_the_caption_describes_the_measurements() -> None:
+    entries = [result.to_dict() for result in made_up_comparisons()]
+    assert format_caption(entries, "Some machine") == (
+        "Inference in fp32 on the CPU: ViT, width 384, 12 layers; 224 pixels, patch 16, batch 4 unless varied; equal "
+        "outputs. Medians of 3 pairs of measurements. The ViT of transformers has no registers. Some machine."
+    )
+    entries = [entry for entry in entries if entry["axis"] == "batch_size"]
+    entries[0] |= {"device": "cuda", "precision": "bf16", "pairs": 2}
+    assert format_caption(entries, "Some machine") == (
+        "Inference in bf16 on the GPU: ViT, width 384, 12 layers; equal outputs. Medians of 2 pairs of measurements. "
+        "Some machine."
+    )
+
+
 @pytest.mark.parametrize("axes", [tuple(AXES), ("image_size",)])
 def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
     some = [each.to_dict() for each in made_up_comparisons() if each.details["axis"] in axes]
@@ -298,10 +317,21 @@ def test_memory_of_nothing_is_drawn_at_the_bottom() -> None:
     FigureCanvasAgg(plot_growth(found, "Some machine")).draw()
 
 
-def test_the_command_writes_each_file_to_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "compare", lambda *arguments: iter(made_up_comparisons()))
+def test_the_command_writes_each_file_to_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests: list[tuple[Any, ...]] = []
+
+    def compare(*arguments: Any) -> Iterator[Comparison]:
+        requests.append(arguments)
+        yield from made_up_comparisons()
+
+    monkeypatch.setattr(work, "compare", compare)
     files = {name: tmp_path / f"{name}{suffix}" for name, suffix in WRITTEN_FILES.items()}
-    benchmark.run(benchmark.BenchmarkOptions(("growth",), **files))
+    flags: dict[str, Any] = {"against": ("timm",), "rows": ("batch 1",), "pairs": 2, "precision": "bf16", "toy": True}
+    benchmark.run(benchmark.BenchmarkOptions(("growth",), **flags, **files))
+    assert requests == [(("growth",), ("batch 1",), BenchmarkSettings(("timm",), 2, True, "bf16", "cpu"))]
+    assert "images per second" in capsys.readouterr().out
     assert len(json.loads(files["output"].read_text())["comparisons"]) == len(made_up_comparisons())
     load = re.compile(r"load [\d.]+")  # of the machine, which changes between the two calls
     assert load.sub("", files["markdown"].read_text()) == load.sub("", format_markdown(made_up_comparisons()))

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from modeling_vitcls.conversion.any_checkpoint import (
     resolve_checkpoint,
 )
 from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.source_models import load_source
 from modeling_vitcls.export.exportable import load_exportable
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
@@ -81,7 +83,7 @@ def test_a_model_of_transformers_is_converted_once(
     assert report["source_class"] == "ViTForImageClassification" and not report["random_init"]
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
-    ours, _ = load_model(str(source), with_head=True)
+    ours, _ = load_model(str(source), use_head=True)
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
 
@@ -113,17 +115,35 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     names += [compute_cache_name(f"timm:test_vit{number}") for number in ("", 2)]
     monkeypatch.setattr(any_checkpoint, "__version__", "9.9.9")
     names += [compute_cache_name("timm:test_vit"), compute_cache_name(str(tmp_path / "one" / "source"))]
-    assert len(set(names)) == len(names) == 8
-    assert compute_cache_name("timm:test_vit") == names[-2]
+    (tmp_path / "one" / "source" / "config.json").write_text("{ }")  # does not change the folder itself
+    names.append(compute_cache_name(str(tmp_path / "one" / "source")))
+    assert len(set(names)) == len(names) == 9
+    assert compute_cache_name("timm:test_vit") == names[-3]
+    assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
 
 
 def test_a_folder_of_timm_is_converted(tmp_path: Path) -> None:
     theirs = randomize_weights(timm.create_model("test_vit", num_classes=5))
     save_for_hf(theirs, tmp_path / "theirs", safe_serialization=True)
-    ours, _ = load_model(str(tmp_path / "theirs"), with_head=True)
+    ours, _ = load_model(str(tmp_path / "theirs"), use_head=True)
     pixel_values = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
+
+
+def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: Path) -> None:
+    """The newest commit has another classifier."""
+    repository = tmp_path / "cache" / "hub" / "models--ann--timm"
+    for commit, num_classes in ((COMMIT, 5), (COMMIT[::-1], 6)):
+        model = timm.create_model("test_vit", num_classes=num_classes)
+        save_for_hf(model, repository / "snapshots" / commit, safe_serialization=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT[::-1])
+    for name, num_labels, commit in ((f"ann/timm@{COMMIT}", 5, COMMIT), ("ann/timm", 6, COMMIT[::-1])):
+        folder = Path(resolve_checkpoint(name))
+        assert ViTCLSConfig.from_pretrained(folder).num_labels == num_labels
+        report = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+        assert report["source"] == f"timm:hf-hub:ann/timm@{commit}"
 
 
 def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -> None:
@@ -135,8 +155,9 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
         shutil.copytree(source, repository / "snapshots" / commit)
         (repository / "refs" / "main").write_text(commit)
         folders.append(resolve_checkpoint("ann/vit"))
-        report = json.loads((Path(folders[-1]) / "certificate.json").read_text(encoding="utf-8"))
-        assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
+        for folder in (folders[-1], resolve_checkpoint("transformers:ann/vit")):
+            report = json.loads((Path(folder) / "certificate.json").read_text(encoding="utf-8"))
+            assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
     assert folders[0] != folders[1]
     assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
 
@@ -151,6 +172,7 @@ def test_the_requested_revision_is_converted(source: Path, tmp_path: Path) -> No
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"layer_norm_eps": eps}))
     for name, eps in ((f"ann/vit@{COMMIT}", 0.25), ("ann/vit", 0.5)):
         assert ViTCLSConfig.from_pretrained(resolve_checkpoint(name)).layer_norm_eps == eps
+        assert load_source(f"transformers:{name}", random_init=True).model.config.layer_norm_eps == eps
 
 
 def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +195,9 @@ def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
     assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
+    for text in ("{", "[]"):  # a damaged config.json is reported when the model is loaded
+        (tmp_path / "mine" / "config.json").write_text(text)
+        assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
 
 
 def test_unsupported_names_are_errors(tmp_path: Path) -> None:
@@ -189,7 +214,7 @@ def test_a_published_state_dict(tmp_path: Path) -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()
     file = tmp_path / "deit_tiny.pth"
     torch.save({"model": theirs.state_dict()}, file)
-    model, _ = load_model(str(file), with_head=True)
+    model, _ = load_model(str(file), use_head=True)
     pixel_values = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert (model(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
@@ -207,9 +232,10 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision("timm:test_vit") == "timm:test_vit"
     assert is_pinned(pinned, cached_hub_model) and is_pinned(pinned, f"{cached_hub_model}@main")
     assert not is_pinned(pinned, pinned) and not is_pinned(pinned, f"{cached_hub_model}@{'f' * 40}")
-    assert not is_pinned(None, None)
+    assert not is_pinned(f"{cached_hub_model}@main", f"{cached_hub_model}@main")
+    assert not is_pinned(pinned, "ann/other") and not is_pinned(None, None)
     assert resolve_checkpoint(pinned).endswith(COMMIT)
-    load_model(pinned, with_head=True)
+    load_model(pinned, use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
         resolve_checkpoint(f"{cached_hub_model}@{'f' * 40}")
 

@@ -69,7 +69,8 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     assert (
         "base_model_relation" not in data and "fine-tuned from" not in text
     )  # the source may be fine-tuned from google/vit
-    assert data["pipeline_tag"] == "image-classification"
+    assert data["pipeline_tag"] == "image-classification" and data["tags"] == ["vision", "vit", "vitcls"]
+    assert "--dataset path/to/images" in text
     assert (tmp_path / "my-vit" / "LICENSE").read_text() == "MIT\n"
     assert {"README.md", "LICENSE", "certificate.json", "pictures/token_layout.png"} <= collect_model_files(
         tmp_path / "my-vit"
@@ -105,6 +106,22 @@ def test_a_relative_path_is_replaced_too(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path / "secret")
     card = convert_and_load_card("transformers:theirs", tmp_path / "mine")
     assert "--source transformers:path/to/theirs --output mine\n" in card.text and "secret" not in card.text
+
+
+def test_the_names_of_timm_and_non_square_sizes(tmp_path: Path) -> None:
+    """A name of timm is linked to its repository, and image sizes are height x width."""
+    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
+    report = replace(report, source="timm:test_vit", family="dino")
+    config = ViTCLSConfig.from_pretrained(tmp_path / "mine", image_size=[32, 48])
+    provenance = Provenance("timm:test_vit", base_model="timm/test_vit.r160_in1k")
+    card = build_conversion_card("mine", config, 12345, report, provenance)
+    assert "[`timm:test_vit`](https://huggingface.co/timm/test_vit.r160_in1k) as a ViTCLS model" in card.text
+    assert "so it may list this model as fine-tuned from its source" in card.text
+    assert "[ CLS x 1 | patch x 24 ]\n\n25 tokens of width 32 for an image of 32 x 48 pixels" in card.text
+    assert "vitcls convert --source timm:test_vit --output mine --family dino\n" in card.text
+    report = replace(report, not_compared="one size")
+    card = build_conversion_card("mine", config, 12345, report, provenance, is_native=True)
+    assert "has the same outputs for images of 32 x 48 pixels." in card.text
 
 
 def test_an_unknown_license_is_not_invented(tmp_path: Path) -> None:

@@ -329,8 +329,31 @@ def test_random_init_requires_no_weights(tmp_path: Path) -> None:
     assert [set(comparison.differences) for comparison in made.comparisons] == [
         {"cls", "registers", "patches", "pooled"}
     ] * 2
+    weights = load_file(tmp_path / "made" / "model.safetensors")
+    assert all(weight.std() > 0.01 for weight in weights.values() if weight.numel() > 1)
     with pytest.raises(OSError, match="cannot load"):
         convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
+
+
+def test_the_class_of_a_source(tmp_path: Path) -> None:
+    """A configuration without `architectures` is a base model."""
+    transformers.ViTConfig(**SIZES).save_pretrained(tmp_path)
+    source = source_models.load_source(f"transformers:{tmp_path}", random_init=True)
+    assert type(source.model) is transformers.ViTModel and not source.model.training
+    for architecture, name in source_models.PARTIAL_CLASSES.items():
+        config = transformers.ViTConfig(architectures=[architecture])
+        assert source_models.get_convertible_class(config) is getattr(transformers, name)
+        assert hasattr(transformers, architecture)
+
+
+def test_a_non_square_source(tmp_path: Path) -> None:
+    """transformers has no interpolation for non-square grids, so only the native size is compared."""
+    config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
+    source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
+    made = convert_checkpoint(source, tmp_path / "made")
+    assert [comparison.image_size for comparison in made.comparisons] == [(32, 48)]
+    assert made.not_compared.startswith("the source does not support 24 x 64 pixels: ")
+    assert dict(ViTCLSImageProcessor.from_pretrained(tmp_path / "made").size) == {"height": 32, "width": 48}
 
 
 CHOICES = [
@@ -356,6 +379,9 @@ def test_the_classifier(
 
 def test_the_classifier_of_a_timm_model() -> None:
     source = source_models.load_source("timm:test_vit", random_init=True)
+    assert not source_models.TimmSource("timm:test_vit", timm.create_model("test_vit"), None, []).model.training
+    source.compute_outputs(torch.zeros(1, 3, 112, 208))
+    assert source.image_size == (160, 160)  # other sizes do not change the source
     assert type(source.convert("drop", None)) is ViTCLSModel
     kept, new = source.convert("keep", None), source.convert("new", 7)
     assert torch.equal(kept.classifier.weight, source.model.head.weight)
@@ -377,6 +403,8 @@ def test_both_classifiers_of_a_distilled_model_are_compared(tmp_path: Path) -> N
     for comparison in made.comparisons:
         names = {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"}
         assert comparison.differences.keys() == names
+    made = convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "new", classifier="new")
+    assert made.comparisons[1].differences.keys() == {"cls", "distillation", "patches"}
 
 
 def test_masked_autoencoders_are_compared_without_masking(tmp_path: Path) -> None:
@@ -392,7 +420,8 @@ def test_models_of_flattened_patches_are_compared(tmp_path: Path) -> None:
     sizes = {name: value for name, value in SIZES.items() if name != "image_size"} | {"num_patches": 16}
     config = transformers.Siglip2VisionConfig(**sizes)
     model = randomize_weights(transformers.Siglip2VisionModel(config))
-    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
+    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made", classifier="drop")
+    assert made.classifier == "none"  # the source has no classifier
     assert [comparison.image_size for comparison in made.comparisons] == [(32, 32), (24, 48)]
     assert [set(comparison.differences) for comparison in made.comparisons] == [{"patches", "pooled"}] * 2
 
@@ -424,6 +453,9 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     clip = randomize_weights(transformers.CLIPModel(config))
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
     assert made.source_class == "CLIPVisionModel"
+    assert made.notes == [
+        "position embeddings for other image sizes: bicubic without antialiasing, as in transformers"
+    ]  # and no note on the weights of the text encoder
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -471,7 +503,10 @@ def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_the_report_names_the_policies_of_positions(tmp_path: Path) -> None:
+def test_the_report_names_the_policies_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    sizes = {"depth": 1, "embed_dim": 64, "num_heads": 4, "img_size": 64, "num_classes": 0}
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, **sizes))
     for name, words in {
         "vit_tiny_patch16_224": ["position embeddings for other image sizes: bicubic with antialiasing, as in timm"],
         "vit_small_patch16_dinov3": [
@@ -565,6 +600,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
         save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made"
     )
     assert "written in float32" in made.notes[0]  # its normalization of pixels is folded into the patch projection
+    assert set(made.comparisons[0].differences) == {"cls", "registers", "patches", "pooled"}
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
@@ -724,6 +760,41 @@ def test_timm_images_are_squashed_before_the_crop() -> None:
     assert made.difference == 0 and not made.default_reason
     assert dict(made.processor.size) == {"height": 256, "width": 219}
     assert dict(made.processor.crop_size) == {"height": 224, "width": 192}
+
+
+def test_gray_images_of_timm() -> None:
+    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
+    made = processors.convert_timm_preprocessing(model)
+    assert made.difference == 0 and made.processor.do_convert_rgb is False
+    assert made.describe() == {
+        "origin": "timm's pretrained_cfg",
+        "largest_difference_in_grey_levels": 0,
+        "limit": 1.0,
+        "assumed_because": "",
+    }
+    pixels = made.processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("fields", [{"image_std": [0.2, 0.4, 0.5]}, {"do_normalize": False}])
+@pytest.mark.parametrize("shifts", [(1, 3), (3, 1)])
+def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts: tuple[int, int]) -> None:
+    """The difference is the largest of both test images."""
+    processor = ViTCLSImageProcessorPil(size={"height": 8, "width": 8}, **fields)
+    std = torch.tensor(fields.get("image_std", [1.0])).view(-1, 1, 1)
+
+    def shift_pixels(image: PIL.Image.Image) -> torch.Tensor:
+        pixels = processors.apply_processor(processor, image)
+        return pixels - shifts[image.width > image.height] / 255 / std
+
+    assert processors.measure_difference(processor, shift_pixels) == pytest.approx(3, abs=1e-3)
+    with raises_one_line("the converted processor differs from theirs by 3 gray levels"):
+        processors.check_processor(ViTCLSImageProcessor(), processor, shift_pixels, "theirs")
+    with raises_one_line("by nan gray levels"):
+        processors.check_processor(
+            ViTCLSImageProcessor(), processor, lambda image: shift_pixels(image) * torch.nan, "theirs"
+        )
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
+from safetensors.torch import load_file
+from source_checkpoints import build_vit_classifier, save_checkpoint
 from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -70,6 +72,11 @@ def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
+    assert card.data.tags == ["vision", "vit"] and "path/to/images" not in card.text
+    assert "`path/to/mine`, a ViTCLS model, as `Dinov2WithRegistersForImageClassification`" in card.text
+    report = json.loads((tmp_path / "native" / "certificate.json").read_text())
+    assert (report["source"], report["source_class"]) == ("path/to/mine", "ViTCLSForImageClassification")
+    assert (report["source_revision"], report["random_init"]) == (None, False)
     assert "trust_remote_code" not in card.text and "Python files" not in card.text
     assert "has the same outputs for images of 32 x 32 pixels" in card.text
     assert "| logits |" in card.text and str(tmp_path) not in str(card)
@@ -82,6 +89,34 @@ def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
     assert report.preprocessing["assumed_because"] == "the model has no image processor"
     assert report.preprocessing["largest_difference_in_grey_levels"] is None
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
+
+
+def test_a_model_in_half_precision_without_labels(tmp_path: Path) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=0))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "mine")
+    report = write_native_model(str(tmp_path / "mine"), tmp_path / "native")
+    assert (report.model_class, report.classifier) == ("ViTForImageClassification", "none")
+    assert [set(comparison.differences) for comparison in report.comparisons] == [{"cls", "patches"}] * 2
+    weights = load_file(tmp_path / "native" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
+    """An output that is not empty, a model that is not a ViTCLS model, and unsupported crops."""
+    folder = save(tmp_path / "mine")
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "notes.txt").touch()
+    with raises_one_line("not empty"):
+        write_native_model(str(folder), tmp_path / "native")
+    save_checkpoint(build_vit_classifier(), tmp_path / "vit")
+    with raises_one_line("contains a model of type 'vit', not 'vitcls'"):
+        write_native_model(str(tmp_path / "vit"), tmp_path / "other")
+    crop = {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "crop_rounding": "even"}
+    ViTCLSImageProcessor(size={"height": 35, "width": 35}, **crop).save_pretrained(folder)
+    with raises_one_line("the converted processor differs from ViTCLSImageProcessor by", "gray levels"):
+        write_native_model(str(folder), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert [path.name for path in (tmp_path / "native").iterdir()] == ["notes.txt"]
 
 
 def test_unsupported_features_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ tested in test_gates.py.
 
 import copy
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from adaptation_cases import adapt_with_loader, get_logged_lines
 from fresh_processes import run_fresh
 from tiny_models import (
+    SIZES,
     build_images,
     build_tiny_config,
     get_largest_difference,
@@ -38,6 +40,7 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
+    configuration_vitcls,
 )
 from modeling_vitcls.positions_vitcls import resize_patch_kernel
 
@@ -238,18 +241,6 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
-def test_kept_tokens_keep_their_positions() -> None:
-    """Check that adding a CLS token before the registers does not shift the registers' positions."""
-    fields = {"num_cls_tokens": 1, "num_register_tokens": 2, "position_embedding_tokens": "all"}
-    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
-    larger = model.adapt(num_cls_tokens=3)
-    with torch.no_grad():
-        old, new = model.embeddings(build_images()), larger.embeddings(build_images())
-    for name, group in model.config.token_layout.items():
-        kept = new[:, getattr(larger.config.token_layout, name)]
-        assert torch.equal(old[:, group], kept[:, :1] if name == "cls" else kept)
-
-
 @pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero", "zeros"])
 def test_new_tokens_start_by_token_init(token_init: str, caplog: pytest.LogCaptureFixture) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(token_init=token_init, initializer_range=0.5)))
@@ -269,20 +260,8 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
         classifier, head = model.classifier.state_dict(), model.distillation_classifier.state_dict()
         assert classifier.keys() == head.keys()
         assert all(torch.equal(weight, head[name]) for name, weight in classifier.items())
-    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean"))).adapt(
-        num_distillation_tokens=1
-    )
-    # the classifier has 32 inputs and is newly initialized
-    assert wide.distillation_classifier.weight.shape == (
-        3,
-        16,
-    )
-
-
-def test_a_trained_distillation_head_is_kept() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_distillation_tokens=1)))
-    larger = model.adapt(num_distillation_tokens=2)
-    assert torch.equal(larger.distillation_classifier.weight, model.distillation_classifier.weight)
+    wide = randomize(ViTCLSForImageClassification(build_tiny_config(pooling="cls_mean")))  # 32 inputs
+    assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
 
 
 def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -356,6 +335,17 @@ def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> No
     assert config.to_dict() == before
 
 
+def test_adapting_with_a_configuration_of_an_equal_class(tmp_path: Path) -> None:
+    """transformers may execute configuration_vitcls.py from the Hub twice."""
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    model.save_pretrained(tmp_path)
+    equal_class = runpy.run_path(configuration_vitcls.__file__, run_name="equal")["ViTCLSConfig"]
+    config = equal_class(**SIZES | {"image_size": 48, "num_register_tokens": 2})
+    larger = ViTCLSModel.from_pretrained(tmp_path, config=config)
+    assert larger.embeddings.register_tokens.shape[1] == 2
+    assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
+
+
 def test_adapting_with_the_path_of_a_configuration(tmp_path: Path) -> None:
     """Its fields and the arguments replace the fields of the checkpoint, which is in a subfolder."""
     model = randomize(ViTCLSModel(build_tiny_config()))
@@ -366,9 +356,15 @@ def test_adapting_with_the_path_of_a_configuration(tmp_path: Path) -> None:
     assert (larger.config.num_cls_tokens, larger.config.drop_path_rate) == (2, 0.2)
     assert larger.embeddings.register_tokens.shape[1] == 2
     assert torch.equal(larger.embeddings.cls_token[:, :1], model.embeddings.cls_token)
-    nested = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small", num_register_tokens=2)
+    nested = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small", num_register_tokens=2, image_size=48)
     assert nested.embeddings.register_tokens.shape[1] == 2
     assert torch.equal(nested.embeddings.cls_token, model.embeddings.cls_token)
+    unchanged = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small")
+    assert torch.equal(unchanged.embeddings.cls_token, model.embeddings.cls_token)
+    (tmp_path / "models" / "small" / "config.json").unlink()
+    loaded = ViTCLSModel.from_pretrained(tmp_path / "models" / "small", config=options["config"], num_cls_tokens=1)
+    assert loaded.config.drop_path_rate == 0.2
+    assert torch.equal(loaded.embeddings.cls_token, model.embeddings.cls_token)
 
 
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
@@ -405,8 +401,9 @@ def test_weights_without_a_configuration_file(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    again = ViTCLSModel.from_pretrained(tmp_path, config=build_tiny_config())
-    assert torch.equal(again.embeddings.cls_token, model.embeddings.cls_token)
+    for source, options in ((tmp_path, {}), (None, {"state_dict": model.state_dict()})):
+        again = ViTCLSModel.from_pretrained(source, config=build_tiny_config(), **options)
+        assert torch.equal(again.embeddings.cls_token, model.embeddings.cls_token)
     with raises_one_line("config.json", error=OSError):
         ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
 
@@ -542,11 +539,12 @@ def enlarge(pixels: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     return patches.reshape(batch, channels, 4 * patch[0], 4 * patch[1])
 
 
+@pytest.mark.parametrize("size", [(8, 8), (4, 16)])
 @pytest.mark.parametrize("new_size", [(4, 4), (5, 7), (16, 16), (8, 8)])
-def test_patch_kernels_are_the_best_fit(new_size: tuple[int, int]) -> None:
+def test_patch_kernels_are_the_best_fit(new_size: tuple[int, int], size: tuple[int, int]) -> None:
     """Compare with a least-squares solver: over white noise x, <resized x, new kernel> is nearest to <x, kernel>."""
-    kernel = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
+    kernel = torch.randn(5, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = torch.eye(64, dtype=torch.float64).view(64, 1, *size)
     resize = nn.functional.interpolate(basis, size=new_size, mode="bilinear").flatten(1)  # [old pixels, new pixels]
     wanted = torch.linalg.lstsq(resize, kernel.flatten(2).permute(2, 0, 1).flatten(1), driver="gelsd").solution
     found = resize_patch_kernel(kernel, new_size)
@@ -570,20 +568,13 @@ def test_decoded_patches_are_resized(loader: Any, tmp_path: Path) -> None:
 def test_decoded_patches_with_equal_pixel_count_are_resized() -> None:
     """4 x 16 pixels are as many as 8 x 8, but differently arranged."""
     model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
-    turned = model.adapt(patch_size=[4, 16])
-    assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
-    old = model.decoder.projection.bias.view(1, 3, 8, 8)
-    wanted = nn.functional.interpolate(old, size=(4, 16), mode="bilinear", antialias=True)
-    assert get_largest_difference(turned.decoder.projection.bias, wanted.flatten()) < 1e-6
-
-
-def test_a_backbone_adapts(tmp_path: Path) -> None:
-    model = randomize(ViTCLSBackbone(build_tiny_config(out_features=["stage1", "stage2"], num_register_tokens=1)))
-    larger = adapt_with_loader(model, ViTCLSBackbone, tmp_path, image_size=[24, 56])
-    with torch.no_grad():
-        wanted, found = model(build_images(2, 24, 56)).feature_maps, larger(build_images(2, 24, 56)).feature_maps
-    assert [tuple(maps.shape) for maps in found] == [(2, 16, 3, 7)] * 2
-    assert all(get_largest_difference(one, other) < 1e-5 for one, other in zip(found, wanted, strict=True))
+    for size, new_size in (((8, 8), (4, 16)), ((4, 16), (16, 4))):
+        turned = model.adapt(patch_size=list(new_size))
+        assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
+        old = model.decoder.projection.bias.view(1, 3, *size)
+        wanted = nn.functional.interpolate(old, size=new_size, mode="bilinear", antialias=True)
+        assert get_largest_difference(turned.decoder.projection.bias, wanted.flatten()) < 1e-6
+        model = turned
 
 
 # Remote code
@@ -638,11 +629,14 @@ def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
             assert get_largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
 
 
-def test_validation_is_enabled_again_after_a_failed_load() -> None:
+def test_validation_is_enabled_again_after_loading(tmp_path: Path) -> None:
     """Check that the flag that skips validation while a checkpoint is loaded is removed."""
     config = build_tiny_config()
-    assert not config._skip_validation
-    assert not ViTCLSModel(config).adapt(num_register_tokens=1).config._skip_validation
+    ViTCLSModel(config).save_pretrained(tmp_path)
+    loaded = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=1)
+    loaded.config.num_cls_tokens = 0
+    with raises_one_line("num_cls_tokens"):
+        ViTCLSModel(loaded.config)
     config.num_cls_tokens = 0
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(config)

@@ -27,15 +27,17 @@ KINDS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_differential_attention_is_the_difference_of_two_maps() -> None:
     """Check equation 1 of arXiv 2410.05258, written out for each head."""
-    config = build_tiny_config(attention_type="differential", attn_implementation="eager")
+    config = build_tiny_config(
+        attention_type="differential", attn_implementation="eager", qk_norm=True, layer_norm_eps=0.1
+    )
     attention = randomize(ViTCLSDifferentialAttention(config))
     tokens = torch.randn(2, 5, config.hidden_size, generator=torch.Generator().manual_seed(0))
     heads = []
     width = config.head_dim
     for head in range(config.num_attention_heads):
         part = slice(head * width, (head + 1) * width)
-        queries = attention.q_proj(tokens)[..., part].split(width // 2, dim=-1)
-        keys = attention.k_proj(tokens)[..., part].split(width // 2, dim=-1)
+        queries = map(attention.q_norm, attention.q_proj(tokens)[..., part].split(width // 2, dim=-1))
+        keys = map(attention.k_norm, attention.k_proj(tokens)[..., part].split(width // 2, dim=-1))
         maps = [(q @ k.mT / (width // 2) ** 0.5).softmax(-1) for q, k in zip(queries, keys, strict=True)]
         mixed = (maps[0] - attention.second_share * maps[1]) @ attention.v_proj(tokens)[..., part]
         heads.append(mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * attention.head_norm.weight)
@@ -43,6 +45,7 @@ def test_differential_attention_is_the_difference_of_two_maps() -> None:
     got, maps = attention(tokens)
     assert get_largest_difference(got, expected) <= 1e-5
     assert maps.shape == (2, 2 * config.num_attention_heads, 5, 5)
+    assert attention.q_norm.weight.data_ptr() != attention.k_norm.weight.data_ptr()
 
 
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)

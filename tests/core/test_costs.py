@@ -105,9 +105,16 @@ def test_flops_equal_those_of_torch(fields: dict[str, Any], attention: str) -> N
 
 @each_kind
 def test_flops_of_all_model_classes(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
-    wanted = count_flops(lambda: model(build_images(2, 32, 40)))
+    model = randomize(model_class(build_tiny_config(**fields, num_channels=1, patch_drop_rate=0.5)))
+    wanted = count_flops(lambda: model(build_images(2, 32, 40, channels=1)))
     assert model.flops((32, 40), batch_size=2) == count_forward_flops(model, (32, 40), batch_size=2) == wanted
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_flops_with_patches_that_are_not_square() -> None:
+    config = build_tiny_config(patch_size=[8, 4], image_size=[24, 32], num_register_tokens=2)
+    model = randomize(ViTCLSForImageClassification(config))
+    assert model.flops() == count_forward_flops(model) == count_flops(lambda: model(build_images(1, 24, 32)))
 
 
 @pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
@@ -142,7 +149,12 @@ def test_costs_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())
     assert round(model.flops() / 2e9, 1) == 17.6
-    assert estimate_memory(model).parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+    estimate = estimate_memory(model)
+    assert estimate.parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+    half = estimate_memory(model.bfloat16())
+    assert (2 * half.parameters, 2 * half.activations) == pytest.approx(
+        (estimate.parameters, estimate.activations), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("function", [ViTCLSModel.flops, count_forward_flops, estimate_memory])
@@ -164,6 +176,44 @@ def test_estimated_activations_are_close_to_saved_bytes(
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER | CASES[name]))).train()
     estimate = estimate_memory(model, batch_size=4, autocast=autocast).activations
     assert CLOSE[0] <= estimate / measure_saved_bytes(model, lambda: compute_loss(model, autocast)) <= CLOSE[1]
+
+
+EFFECTS: list[dict[str, Any]] = [
+    {"norm_type": "rmsnorm"},
+    {"attention_norm": True},
+    {"qk_norm": True},
+    {"layer_scale_init_value": 0.1},
+    {"pre_norm": True},
+    {"layer_type": "parallel"},
+    {"mlp_type": "swiglu"},
+    {"pooling": "attention"},
+]
+EFFECTS_IN_FLOAT32: list[dict[str, Any]] = [
+    {"num_register_tokens": 2, "gated_tokens": {"registers": 1}},
+    {"attention_type": "differential"},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "autocast"),
+    [
+        *((fields, autocast) for fields in EFFECTS for autocast in (None, torch.bfloat16)),
+        *((fields, None) for fields in EFFECTS_IN_FLOAT32),
+    ],
+    ids=str,
+)
+def test_estimated_effects_of_fields_are_close_to_saved_bytes(
+    fields: dict[str, Any], autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The effects are small in relation to all activations."""
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.MAX_CHUNKED_KEYS", 0)  # fused attention on every processor
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED_DTYPES", set())
+    estimates, measured = [], []
+    for changes in ({}, fields):
+        model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER | changes))).train()
+        estimates.append(estimate_memory(model, batch_size=4, autocast=autocast).activations)
+        measured.append(measure_saved_bytes(model, lambda model=model: compute_loss(model, autocast)))
+    assert estimates[1] - estimates[0] == pytest.approx(measured[1] - measured[0], rel=0.13)
 
 
 def test_activations_of_masked_image_modeling() -> None:
@@ -195,13 +245,15 @@ def test_estimates_for_another_device(fields: dict[str, Any], autocast: torch.dt
     assert here == estimate_memory(moved, batch_size=4, autocast=autocast, device="cpu")
 
 
-def test_frozen_layers_save_nothing() -> None:
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_frozen_layers_save_nothing(autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.cpu_kernels_vitcls.EMULATED_DTYPES", set())
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**WIDER))).train()
-    everything = estimate_memory(model, batch_size=4)
+    everything = estimate_memory(model, batch_size=4, autocast=autocast)
     for part in (model.vitcls.embeddings, *model.vitcls.layers[:2]):
         part.requires_grad_(False)
-    some = estimate_memory(model, batch_size=4)
-    assert CLOSE[0] <= some.activations / measure_saved_bytes(model, lambda: compute_loss(model)) <= CLOSE[1]
+    some = estimate_memory(model, batch_size=4, autocast=autocast)
+    assert CLOSE[0] <= some.activations / measure_saved_bytes(model, lambda: compute_loss(model, autocast)) <= CLOSE[1]
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     assert (some.parameters, some.gradients, some.optimizer) == (everything.parameters, trained, 2 * trained)
     assert some.total == some.parameters + 3 * trained + some.activations
@@ -244,6 +296,6 @@ def test_gemm_peak_is_not_slower_than_a_plain_loop() -> None:
         seconds.append(time.perf_counter() - started)
     reached = 2 * side**3 / statistics.median(seconds)  # other programs may run during some of them
     began = time.perf_counter()
-    peak = measure_gemm_peak("cpu", torch.float32)
-    assert time.perf_counter() - began < 20  # about half a second on an idle machine
+    peak = max(measure_gemm_peak("cpu", torch.float32) for _ in range(3))  # other programs may slow down some of them
+    assert time.perf_counter() - began < 60  # about two seconds on an idle machine
     assert 0.05 * peak < reached < 4 * peak

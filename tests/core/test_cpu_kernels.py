@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
@@ -153,6 +154,13 @@ def test_other_activations_are_not_replaced(linear: CPULinear, name: str) -> Non
     torch.testing.assert_close(linear_gelu(linear, ACT2FN[name], inputs), wanted, atol=1e-6, rtol=1e-6)
 
 
+class Doubled(CPULinear):
+    """A subclass with its own forward pass."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(inputs)
+
+
 def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
     """Check hooks, other dtypes, autocast, a replaced forward, and modes that record, count or transform operators."""
     inputs = torch.randn(2, 7, 48)
@@ -171,7 +179,10 @@ def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert is_plain(linear)
     assert is_plain(linear.double(), inputs.double())
+    assert is_plain(CPULinear(48, 80, device="meta"), inputs.to("meta"))
     linear.float()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert is_plain(linear) and is_separate(linear)
     seen = []
     hook = linear.register_forward_hook(lambda module, args, output: seen.append(output))
     assert is_separate(linear)
@@ -180,6 +191,9 @@ def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
     linear.forward = linear.forward  # type: ignore[method-assign]  # as Accelerate does to load weights on demand
     assert is_separate(linear)
     del linear.forward
+    doubled = Doubled(48, 80)
+    doubled.load_state_dict(linear.state_dict())
+    torch.testing.assert_close(linear_gelu(doubled, ACT2FN["gelu"], inputs), nn.functional.gelu(2 * linear(inputs)))
     with FlopCounterMode(display=False) as counter:
         linear(inputs)
     assert counter.get_total_flops() == 2 * 2 * 7 * 48 * 80  # oneDNN's operator does not support this activation
@@ -324,15 +338,6 @@ def test_gradients_of_the_last_layer_of_a_frozen_mlp() -> None:
         torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
-@requires_onednn
-def test_gradients_of_an_mlp_with_a_norm() -> None:
-    layer, inputs = build_mlp(mlp_norm=True), torch.randn(2, 7, 48)
-    found = compute_gradients(layer, inputs, layer)
-    layer, inputs = layer.double(), inputs.double()
-    for one, exact in zip(found, compute_gradients(layer, inputs, layer), strict=True):
-        torch.testing.assert_close(one.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
-
-
 # Patches -------------------------------------------------------------------------------------------------------------
 
 
@@ -403,17 +408,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPa
         yield context
 
 
-def build_random_model(**changes: object) -> ViTCLSForImageClassification:
-    torch.manual_seed(0)
-    tokens = {"num_register_tokens": 2, "num_distillation_tokens": 1, "num_labels": 5}
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = ViTCLSConfig(image_size=32, patch_size=8, **size, **tokens, **changes)
-    model = ViTCLSForImageClassification(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
@@ -432,6 +426,42 @@ def test_autocast_multiplies_values_in_half_precision(dtype: torch.dtype, bias: 
     rounded = [None if each is None else each.to(dtype).float() for each in (inputs, layer.weight, layer.bias)]
     assert torch.equal(found, nn.functional.linear(*rounded).to(dtype))
     assert not torch.equal(found, layer.double()(inputs.double()).to(dtype))
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Record the dtypes of the factors of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and record the dtypes of its arguments."""
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.dtypes |= {factor.dtype for factor in args[-2:]}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_emulated_products_are_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    layer, inputs = CPULinear(48, 80).to(torch.float32 if autocast else dtype), torch.randn(2, 7, 48)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast), ProductDtypes() as products:
+        result = layer(inputs if autocast else inputs.to(dtype))
+        assert result.dtype == dtype
+        result.sum().backward()
+    assert products.dtypes == {torch.float32}
+
+
+def test_parametrized_and_quantized_weights_are_not_emulated(dtype: torch.dtype) -> None:
+    linear, projection = CPULinear(48, 80).to(dtype), CPUPatchProjection(3, 24, kernel_size=4, stride=4).to(dtype)
+    for layer, shape in ((linear, (2, 48)), (projection, (2, 3, 8, 8))):
+        inputs, weight = torch.randn(shape, dtype=dtype), layer.weight
+        assert "KernelLinear" in profile_operators(layer, inputs)[1]
+        layer.weight = nn.Parameter(weight.detach().as_subclass(type("Quantized", (torch.Tensor,), {})))
+        assert "KernelLinear" not in profile_operators(layer, inputs)[1]
+        layer.weight = weight
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+        assert "KernelLinear" not in profile_operators(layer, inputs)[1]
 
 
 def test_first_and_second_gradients_in_half_precision(dtype: torch.dtype) -> None:
@@ -487,8 +517,10 @@ def test_patch_projection_in_half_precision(dtype: torch.dtype, without_kernels:
 def test_a_model_in_half_precision_agrees(
     dtype: torch.dtype, masked: bool, autocast: bool, without_kernels: pytest.MonkeyPatch
 ) -> None:
-    model = build_random_model(**({"cls_scopes": [[2, 2, 0, 1]]} if masked else {}))
-    pixel_values = torch.randn(3, 3, 32, 32)
+    fields = {"cls_scopes": [[2, 2, 0, 1]]} if masked else {}
+    tokens = {"num_register_tokens": 2, "num_distillation_tokens": 1}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**tokens, **fields)))
+    pixel_values = build_images(3)
     exact = model(pixel_values).logits
     if not autocast:
         model, pixel_values = model.to(dtype), pixel_values.to(dtype)
@@ -583,7 +615,10 @@ def test_intermediate_results_are_not_kept() -> None:
     assert len(plain.between) == 1 and len(cheap.between) == 2
 
 
-@pytest.mark.parametrize("why", ["no gradients", "nothing to train", "another device", "torch.func", "compiled"])
+@pytest.mark.parametrize(
+    "why",
+    ["no gradients", "nothing to train", "another device", "torch.func", "compiled", "kernels off", "hooks off"],
+)
 def test_where_nothing_is_recomputed(why: str) -> None:
     watched = TwoOperations()
     inputs = torch.randn(5, requires_grad=why != "nothing to train", device="meta" if "device" in why else "cpu")
@@ -595,6 +630,12 @@ def test_where_nothing_is_recomputed(why: str) -> None:
         torch.func.grad(lambda each: run(each).sum())(inputs.detach())
     elif why == "compiled":
         torch.compile(run, backend="eager", fullgraph=True)(inputs).sum().backward()
+    elif why == "hooks off":
+        with torch.autograd.graph.disable_saved_tensors_hooks("saved tensors cannot be replaced"):
+            run(inputs).sum().backward()
+    elif why == "kernels off":
+        with torch.backends.mkldnn.flags(enabled=False):
+            run(inputs).sum().backward()
     else:
         with torch.set_grad_enabled(why != "no gradients"):
             outputs = run(inputs)
@@ -780,9 +821,22 @@ def test_chunks_fit_the_cache(length: int, size: int, monkeypatch: pytest.Monkey
     assert cpu_kernels_vitcls.get_chunk_size(query, query) == size
 
 
-def test_chunked_attention_without_images() -> None:
-    query, key, value = (each[:0].detach() for each in build_states())
-    assert chunked_attention(query, key, value, None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
+@torch.no_grad()
+def test_chunked_attention_without_images_or_visible_keys() -> None:
+    query, key, value = build_states()
+    assert chunked_attention(query[:0], key[:0], value[:0], None, 0.4).shape == (0, NUM_TOKENS, 4, 8)
+    found = chunked_attention(query, key, value, torch.zeros(1, 1, 1, NUM_TOKENS, dtype=torch.bool), 0.4)
+    assert get_largest_difference(found, value.mean(dim=2).unsqueeze(1).expand_as(found)) <= 1e-6
+
+
+@torch.no_grad()
+def test_compiled_chunked_attention() -> None:
+    torch.compiler.reset()
+    compiled, states = torch.compile(chunked_attention, backend="eager", fullgraph=True), build_states()
+    for mask in (None, MASKS["boolean"]):
+        found = compiled(*states, mask, 0.4)
+        assert found.is_contiguous()
+        assert get_largest_difference(found, compute_attention(*states, mask, 0.4)) <= 1e-5
 
 
 def test_chunked_attention_gradients_by_finite_differences() -> None:
@@ -832,6 +886,10 @@ def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert is_used(torch.bfloat16, 17) and is_used(torch.bfloat16, MAX_CHUNKED_KEYS, num_images=1)
     assert not is_used(torch.bfloat16, 17, num_images=10)
     assert not is_used(torch.bfloat16, MAX_CHUNKED_KEYS + 1)
+    query, key = (torch.empty(100, 1, length, 8, dtype=torch.bfloat16) for length in (3, MAX_CHUNKED_KEYS + 1))
+    assert not should_use_chunked_attention(query, key)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not is_used(torch.bfloat16, 17)
     assert not is_used(torch.float32, 197) and not is_used(torch.float16, 197)
     assert not is_used(torch.bfloat16, 197, "meta")
     monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", False)
@@ -863,8 +921,10 @@ def test_chunked_attention_requires_sdpa(monkeypatch: pytest.MonkeyPatch) -> Non
         model.set_attn_implementation("eager")
         model(build_images())
     assert len(calls) == 2 * model.config.num_hidden_layers
-    model.set_attn_implementation("sdpa")
-    assert all(layer.attention.get_attention_function() is sdpa_attention for layer in model.layers)
+    for implementation in ("flex_attention", "sdpa"):
+        model.set_attn_implementation(implementation)
+        functions = [layer.attention.get_attention_function() for layer in model.layers]
+        assert [function is sdpa_attention for function in functions] == [implementation == "sdpa"] * 2
 
 
 def test_training_in_bfloat16_is_close_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Compare with independent implementations with the same, entirely random weights.
+"""Compare with independent implementations with the same, entirely random weights. peers/ compares more models.
 
 Every parameter of the other model is random, because a zero bias or a LayerScale of 1e-5 could hide a difference.
 Tokens, logits and losses agree within 1e-5 in float32, at the native size and, if the other model supports it, at a
@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import transformers
-from tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
+from tiny_models import SIZES, assert_same_outputs, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
@@ -45,36 +44,6 @@ DINOV3 = {
     r"patch_embeddings\.": "patch_embeddings.projection.",
 }
 DINOV3_PLAIN_MLP = DINOV3 | {r"mlp\.up_proj": "mlp.fc1", r"mlp\.down_proj": "mlp.fc2"}
-CLIP = {
-    r"^vision_model\.": "",
-    r"encoder\.layers\.": "layers.",
-    r"layer_?norm1": "layernorm_before",
-    r"layer_?norm2": "layernorm_after",
-    r"self_attn\.": "attention.",
-    r"out_proj": "o_proj",
-    r"patch_embedding\.": "patch_embeddings.projection.",
-    r"class_embedding": "cls_token",
-    r"pre_layrnorm": "embeddings.norm",
-    r"post_layernorm": "layernorm",
-    r"^head\.attention\.": "pooler.",
-    r"^head\.probe": "pooler.probe",
-    r"^head\.mlp\.": "pooler.transform.",
-    r"^head\.": "pooler.transform.",
-    r"layer_norm": "layernorm",
-}
-TIMM = {
-    r"^cls_token$": "vitcls.embeddings.cls_token",
-    r"^reg_token$": "vitcls.embeddings.register_tokens",
-    r"^patch_embed\.proj": "vitcls.embeddings.patch_embeddings.projection",
-    r"^blocks\.": "vitcls.layers.",
-    r"^norm\.": "vitcls.layernorm.",
-    r"^head\.": "classifier.",
-    r"\.norm1": ".layernorm_before",
-    r"\.norm2": ".layernorm_after",
-    r"\.attn\.proj": ".attention.o_proj",
-    r"\.attn\.": ".attention.",
-    r"ls(\d)\.gamma": r"layer_scale\1.lambda1",
-}
 
 
 def rename_weights(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
@@ -96,13 +65,6 @@ def split_positions(weights: Weights, name: str, **counts: int) -> None:
         weights[f"{prefix}embeddings.position_embeddings.{group}"] = part.clone()
 
 
-def split_projection(weights: Weights, fused: str, separate: str) -> None:
-    """Split every `fused` projection (`in_proj_weight`, `qkv.weight`) into `separate` projections for q, k and v."""
-    for name in [name for name in weights if re.search(fused, name)]:
-        for letter, part in zip("qkv", weights.pop(name).chunk(3), strict=True):
-            weights[re.sub(fused, separate.replace("?", letter), name)] = part.clone()
-
-
 def assert_same_tokens(ours: ViTCLSModel, peer: nn.Module, sizes: list[tuple[int, int]], **inputs: Any) -> None:
     """Check every token after every layer, and after the last norm."""
     for height, width in sizes:
@@ -113,10 +75,6 @@ def assert_same_tokens(ours: ViTCLSModel, peer: nn.Module, sizes: list[tuple[int
         assert get_largest_difference(got.last_hidden_state, expected.last_hidden_state) <= TOLERANCE
         for our_state, peer_state in zip(got.hidden_states, expected.hidden_states, strict=True):
             assert get_largest_difference(our_state, peer_state) <= TOLERANCE
-
-
-def build_peer_sizes(**changes: Any) -> dict[str, Any]:
-    return {**SIZES, **changes}
 
 
 def test_vit() -> None:
@@ -133,32 +91,6 @@ def test_vit() -> None:
         got = ours(pixels, labels=torch.tensor([0, 2]))
         assert get_largest_difference(got.logits, expected.logits) <= TOLERANCE
         assert get_largest_difference(got.loss, expected.loss) <= TOLERANCE
-
-
-def test_vit_attentions() -> None:
-    peer = randomize(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
-    weights = rename_weights(peer.state_dict(), VIT)
-    split_positions(weights, "embeddings.position_embeddings", cls=1)
-    ours = ViTCLSModel(build_tiny_config(layer_norm_eps=peer.config.layer_norm_eps)).eval()
-    ours.load_state_dict(weights)
-    for model in (ours, peer):
-        model.set_attn_implementation("eager")
-    got, expected = (model(build_images(), output_attentions=True).attentions for model in (ours, peer))
-    for our_weights, peer_weights in zip(got, expected, strict=True):
-        assert get_largest_difference(our_weights, peer_weights) <= TOLERANCE
-
-
-def test_vit_on_a_rectangle() -> None:
-    peer = randomize(
-        transformers.ViTModel(transformers.ViTConfig(**build_peer_sizes(image_size=RECTANGLE, patch_size=(8, 4))))
-    )
-    weights = rename_weights(peer.state_dict(), VIT)
-    weights = {name: weight for name, weight in weights.items() if not name.startswith("pooler")}
-    split_positions(weights, "embeddings.position_embeddings", cls=1)
-    config = build_tiny_config(image_size=RECTANGLE, patch_size=[8, 4], layer_norm_eps=peer.config.layer_norm_eps)
-    ours = ViTCLSModel(config).eval()
-    ours.load_state_dict(weights)
-    assert_same_tokens(ours, peer, [RECTANGLE])
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -192,16 +124,10 @@ def test_dinov2_with_registers(swiglu: bool) -> None:
 
     assert_same_tokens(ours.vitcls, peer.dinov2_with_registers, [NATIVE, RECTANGLE, (16, 24)])
     for size in (NATIVE, RECTANGLE):
-        assert (
-            get_largest_difference(ours(build_images(2, *size)).logits, peer(build_images(2, *size)).logits)
-            <= TOLERANCE
-        )
+        assert_same_outputs(ours(build_images(2, *size)).logits, peer(build_images(2, *size)).logits, TOLERANCE)
     mask = torch.arange(32).view(2, 16) % 3 == 0
     masked = peer.dinov2_with_registers(build_images(), bool_masked_pos=mask).last_hidden_state
-    assert (
-        get_largest_difference(ours.vitcls(build_images(), bool_masked_pos=mask).last_hidden_state, masked)
-        <= TOLERANCE
-    )
+    assert_same_outputs(ours.vitcls(build_images(), bool_masked_pos=mask).last_hidden_state, masked, TOLERANCE)
 
 
 @pytest.mark.parametrize(("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)])
@@ -284,90 +210,6 @@ def test_deit_with_one_head(choice: str) -> None:
     output = randomize(ViTCLSForImageClassification(config))(build_images())
     assert torch.equal(output.logits, getattr(output, f"{choice}_logits"))
     assert get_largest_difference(output.cls_logits, output.distillation_logits) > 0.01
-
-
-def test_siglip() -> None:
-    """Check attention pooling (MAP head), tanh GELU, positions of patches only."""
-    peer_config = transformers.SiglipVisionConfig(**SIZES, hidden_act="gelu_pytorch_tanh")
-    peer = randomize(transformers.SiglipVisionModel(peer_config))
-    weights = rename_weights(peer.state_dict(), CLIP)
-    positions = weights.pop("embeddings.position_embedding.weight")
-    weights["embeddings.position_embeddings.patches"] = positions[None]
-    split_projection(weights, r"in_proj_(weight|bias)", r"?_proj.\1")
-    config = build_tiny_config(
-        num_cls_tokens=0,
-        pooling="attention",
-        position_embedding_tokens="patches",
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=peer_config.layer_norm_eps,
-    )
-    ours = ViTCLSModel(config).eval()
-    ours.load_state_dict(weights)
-    assert_same_tokens(ours, peer, [NATIVE, RECTANGLE], interpolate_pos_encoding=True)
-    for size in (NATIVE, RECTANGLE):
-        expected = peer(build_images(2, *size), interpolate_pos_encoding=True).pooler_output
-        assert get_largest_difference(ours(build_images(2, *size)).pooler_output, expected) <= TOLERANCE
-
-
-def test_clip() -> None:
-    """Check a norm before the first layer, a patch projection without bias, quick GELU."""
-    peer_config = transformers.CLIPVisionConfig(**SIZES, hidden_act="quick_gelu")
-    peer = randomize(transformers.CLIPVisionModel(peer_config))
-    weights = rename_weights(peer.state_dict(), CLIP)
-    weights.pop("embeddings.position_ids", None)
-    weights["embeddings.cls_token"] = weights["embeddings.cls_token"].view(1, 1, -1)
-    weights["embeddings.position_embeddings"] = weights.pop("embeddings.position_embedding.weight")[None]
-    split_positions(weights, "embeddings.position_embeddings", cls=1)
-    config = build_tiny_config(
-        pre_norm=True, patch_bias=False, hidden_act="quick_gelu", layer_norm_eps=peer_config.layer_norm_eps
-    )
-    ours = ViTCLSModel(config).eval()
-    ours.load_state_dict(weights)
-    for size in (NATIVE, RECTANGLE):
-        got = ours(build_images(2, *size), output_hidden_states=True)
-        expected = peer(build_images(2, *size), output_hidden_states=True, interpolate_pos_encoding=True)
-        assert get_largest_difference(got.pooler_output, expected.pooler_output) <= TOLERANCE
-        for our_state, peer_state in zip(got.hidden_states, expected.hidden_states, strict=True):
-            assert get_largest_difference(our_state, peer_state) <= TOLERANCE
-
-
-def test_timm_with_qk_norm_and_positions_for_registers() -> None:
-    peer = timm.models.vision_transformer.VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        mlp_ratio=1.5,
-        num_classes=3,
-        reg_tokens=2,
-        qk_norm=True,
-        init_values=1.0,
-        qkv_bias=False,
-        dynamic_img_size=True,
-    )
-    weights = rename_weights(randomize(peer).state_dict(), TIMM)
-    split_positions(weights, "pos_embed", cls=1, registers=2)
-    split_projection(weights, r"qkv\.(weight|bias)", r"?_proj.\1")
-    config = build_tiny_config(
-        num_register_tokens=2,
-        qk_norm=True,
-        qkv_bias=False,
-        layer_scale_init_value=1.0,
-        position_embedding_tokens="all",
-        position_antialias=True,
-        layer_norm_eps=1e-6,
-    )
-    ours = ViTCLSForImageClassification(config).eval()
-    ours.load_state_dict(weights)
-    # In timm, the epsilon of qk_norm is also the epsilon of the layer norm.
-    assert peer.blocks[0].attn.q_norm.eps == 1e-6
-    for size in (NATIVE, RECTANGLE):
-        pixels = build_images(2, *size)
-        assert (
-            get_largest_difference(ours.vitcls(pixels).last_hidden_state, peer.forward_features(pixels)) <= TOLERANCE
-        )
-        assert get_largest_difference(ours(pixels).logits, peer(pixels)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])

@@ -29,18 +29,20 @@ HUB_KERNEL = "kernels-community/flash-attn2"
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("mlp_type", ["mlp", "glu", "swiglu"])
 def test_activations_of_an_mlp(mlp_type: str, has_kernels: bool) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(mlp_type=mlp_type, mlp_norm=True)))
+    fields = {"num_register_tokens": 1, "register_neurons": [[0, 3]]}
+    model = randomize(ViTCLSModel(build_tiny_config(mlp_type=mlp_type, mlp_norm=True, **fields)))
     if not has_kernels:
         uninstall_cpu_kernels(model)
     mlp: Any = model.layers[0].mlp
+    assert mlp.register_neurons.neurons == [3] and model.layers[1].mlp.register_neurons is None
     tokens = torch.randn(2, 5, 16)
     if mlp_type == "mlp":
         expected = ACT2FN["gelu"](tokens @ mlp.fc1.weight.T + mlp.fc1.bias)
-        output = mlp.norm(expected) @ mlp.fc2.weight.T + mlp.fc2.bias
+        output = mlp.norm(mlp.register_neurons(expected)) @ mlp.fc2.weight.T + mlp.fc2.bias
     else:
         gate = ACT2FN["silu" if mlp_type == "swiglu" else "gelu"](tokens @ mlp.gate_proj.weight.T + mlp.gate_proj.bias)
         expected = gate * (tokens @ mlp.up_proj.weight.T + mlp.up_proj.bias)
-        output = mlp.norm(expected) @ mlp.down_proj.weight.T + mlp.down_proj.bias
+        output = mlp.norm(mlp.register_neurons(expected)) @ mlp.down_proj.weight.T + mlp.down_proj.bias
     assert get_largest_difference(mlp.get_activations(tokens), expected) <= 1e-5 * expected.abs().max().item()
     assert get_largest_difference(mlp.project(expected), output) <= 1e-5 * output.abs().max().item()
     assert get_largest_difference(mlp(tokens), output) <= 1e-5 * output.abs().max().item()

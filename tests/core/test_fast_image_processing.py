@@ -39,6 +39,7 @@ STATISTICS: list[dict[str, Any]] = [
     {},
     {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     {"image_mean": [0, 1, 2], "image_std": [1, 2, 3], "rescale_factor": 1 / 127.5},
+    {"crop_size": 20},  # not used without do_center_crop
 ]
 
 
@@ -156,6 +157,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         tmp_path / "absent.jpg",
         tmp_path,
         "a\0b.jpg",
+        "x" * 1000,  # too long for a file name
         whole[: len(whole) // 2],
         b"\xff\xd8\xff",
         b"",
@@ -211,9 +213,13 @@ def test_settings_may_change_between_calls() -> None:
     "settings",
     [
         {"do_normalize": False},
+        {"do_rescale": False},
         {"do_rescale": False, "do_normalize": False},
         {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
-        {"image_mean": 0.5, "image_std": 0.5},
+        {"image_mean": 0.5},
+        {"image_std": 0.5},
+        {"input_data_format": "channels_first"},
+        {"device": "cpu"},
     ],
     ids=str,
 )

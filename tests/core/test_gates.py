@@ -11,6 +11,7 @@ import torch
 from adaptation_cases import adapt_with_loader, get_logged_lines
 from sklearn.datasets import load_digits
 from tiny_models import (
+    assert_same_outputs,
     build_images,
     build_tiny_config,
     get_largest_difference,
@@ -172,16 +173,14 @@ def test_explicit_gates() -> None:
     gated = model.adapt(gated_tokens={"registers": 3})
     assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had no gates stay open
     with torch.no_grad():
-        assert (
-            get_largest_difference(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state)
-            < 1e-6
-        )
+        assert_same_outputs(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state, 1e-6)
         gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
     assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx(
         [0.3], abs=2e-7
     )
-    both = gated.adapt(gated_tokens={"registers": 4}, num_cls_tokens=2, gate_new_tokens=True)
-    assert both.config.gated_tokens == {"cls": 1, "registers": 4}
+    explicit = {"registers": 4}
+    both = gated.adapt(gated_tokens=explicit, num_cls_tokens=2, gate_new_tokens=True)
+    assert both.config.gated_tokens == {"cls": 1, "registers": 4} and explicit == {"registers": 4}
     assert both.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
     assert gated.adapt(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
     with raises_one_line("gated_tokens", "must be from 1 to 4, but it is 5"):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_models import (
     BLOCKS,
-    TASKS,
     assert_same_outputs,
     build_images,
     build_tiny_config,
@@ -16,7 +15,7 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.modeling_vitcls import get_num_tokens_read
 
 
@@ -109,17 +108,6 @@ def test_other_attention_implementations_receive_all_tokens() -> None:
     with torch.compiler.set_stance("force_eager"):
         assert get_largest_difference(model(build_images()).logits, expected) <= 1e-5
     assert [output.shape[1] for output in outputs] == [22]
-
-
-@torch.no_grad()
-def test_several_tasks() -> None:
-    model = randomize(
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS))
-    )
-    outputs = record_outputs(model.vitcls.layers[-1])
-    found, wanted = model(build_images()), model(build_images(), output_hidden_states=True)
-    assert [output.shape[1] for output in outputs] == [2, 21]
-    assert_same_outputs(found.logits, wanted.logits, 1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -67,9 +67,17 @@ all_kinds = pytest.mark.parametrize(("fields", "labels", "formula"), KINDS.value
 
 
 @all_kinds
-def test_losses_equal_their_formulas(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
-    output = build_classifier(**fields)(build_images(4), labels=labels)
-    assert output.loss.item() == pytest.approx(formula(output.logits, labels).item(), rel=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_losses_equal_their_formulas_in_float32(
+    fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
+) -> None:
+    """Unlike the losses of transformers, the losses do not set `problem_type`."""
+    model = build_classifier(**fields).to(dtype)
+    before = model.config.to_dict()
+    output = model(build_images(4), labels=labels)
+    assert (output.logits.dtype, output.loss.dtype) == (dtype, torch.float32)
+    assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
+    assert model.config.to_dict() == before and model.config.problem_type == fields.get("problem_type")
 
 
 @all_kinds
@@ -85,26 +93,6 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
     for expected, got in zip(whole.parameters(), parts.parameters(), strict=True):
         if expected.grad is not None:
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
-
-
-@all_kinds
-def test_the_problem_type_is_not_changed(fields: dict[str, Any], labels: torch.Tensor, formula: Any) -> None:
-    model = build_classifier(**fields)
-    before = model.config.to_dict()
-    model(build_images(4), labels=labels)
-    assert model.config.problem_type == fields.get("problem_type")
-    assert model.config.to_dict() == before
-
-
-@all_kinds
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_losses_are_computed_in_float32(
-    fields: dict[str, Any], labels: torch.Tensor, formula: Any, dtype: torch.dtype
-) -> None:
-    output = build_classifier(**fields).to(dtype)(build_images(4), labels=labels)
-    assert output.logits.dtype == dtype
-    assert output.loss.dtype == torch.float32
-    assert output.loss.item() == pytest.approx(formula(output.logits.float(), labels).item(), rel=1e-5)
 
 
 def test_without_labels_there_is_no_loss() -> None:
@@ -133,7 +121,8 @@ def test_one_hot_probabilities_equal_class_indices() -> None:
 def test_class_indices_may_have_any_integer_dtype(dtype: torch.dtype) -> None:
     labels = torch.tensor([0, 2])
     expected = build_classifier()(build_images(), labels=labels).loss
-    assert torch.equal(build_classifier()(build_images(), labels=labels.to(dtype)).loss, expected)
+    for given in (labels.to(dtype), labels.to(dtype)[:, None]):
+        assert torch.equal(build_classifier()(build_images(), labels=given).loss, expected)
 
 
 def test_both_heads_are_trained() -> None:
@@ -218,6 +207,7 @@ def test_labels_without_a_classifier_are_an_error() -> None:
 def test_task_losses_are_summed() -> None:
     labels = {"species": torch.tensor([3, 0]), "age": torch.tensor([1, -100]), "colour": torch.tensor([2, 2])}
     output = build_multi_task()(build_images(), labels=labels)
+    assert list(output.losses) == sorted(TASKS)
     assert {name: logits.shape for name, logits in output.logits.items()} == {
         "species": (2, 4),
         "age": (2, 2),

@@ -69,18 +69,6 @@ def test_a_tuple_ends_with_the_pooler_output() -> None:
 
 
 @torch.no_grad()
-def test_tokens_by_name() -> None:
-    output = build_model()(build_images())
-    assert {name: tokens.shape[1] for name, tokens in output.tokens.items() if tokens.shape[1]} == {
-        "cls": 1,
-        "registers": 2,
-        "patches": 16,
-    }
-    parts = [output.tokens[name] for name in ("cls", "distillation", "registers", "patches")]
-    assert torch.equal(torch.cat(parts, dim=1), output.last_hidden_state)
-
-
-@torch.no_grad()
 def test_tokens_of_models_with_different_layouts() -> None:
     """The layout belongs to an output, not to the class."""
     first = build_model()(build_images())
@@ -108,16 +96,6 @@ def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(gathered) is type(output) and list(gathered) == list(output)
         flat, spec = pytree.tree_flatten(output)
         assert_same_outputs(gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec))
-
-
-@torch.no_grad()
-def test_pytree() -> None:
-    output = build_model()(build_images(), output_hidden_states=True)
-    leaves, spec = pytree.tree_flatten(output)
-    assert len(leaves) == 2 + 3 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    rebuilt = pytree.tree_unflatten(leaves, spec)
-    assert type(rebuilt) is ViTCLSModelOutput
-    assert_same_outputs(rebuilt, output)
 
 
 @torch.no_grad()

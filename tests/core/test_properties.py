@@ -5,6 +5,7 @@ The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other
 
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +27,20 @@ from modeling_vitcls import (
 )
 
 
-logging.disable_progress_bar()  # two progress bars for each example
-
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("reproducible", derandomize=True, **SLOW_IS_FINE)
 settings.register_profile("explore", max_examples=2000, **SLOW_IS_FINE)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "reproducible")
 settings.load_profile(PROFILE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hide_progress_bars() -> Iterator[None]:
+    """Hide two progress bars for each example."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
 
 CLASSES: list[type[ViTCLSPreTrainedModel]] = [
     ViTCLSModel,

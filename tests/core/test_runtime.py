@@ -127,14 +127,6 @@ def test_compiled_flex_attention_agrees(scopes: list | None) -> None:
         assert get_largest_difference(model(build_images()).last_hidden_state, expected) < 1e-5
 
 
-def test_sdpa_returns_no_attentions() -> None:
-    assert randomize(ViTCLSModel(build_tiny_config()))(build_images(), output_attentions=True).attentions in (
-        None,
-        (None, None),
-        (),
-    )
-
-
 # Compilation and export
 
 
@@ -196,6 +188,21 @@ def test_compiled_code_agrees(kind: str) -> None:
         assert_same_outputs(compiled(build_images(2, *size)), model(build_images(2, *size)), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_models_return_hidden_states() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    logits = model(build_images()).logits
+    assert_same_outputs(compiled(build_images()).logits, logits, 1e-5)
+    model(build_images(), output_hidden_states=True)  # transformers cannot install its hooks during compilation
+    recorded = compiled(build_images(), output_hidden_states=True)
+    assert [state.shape for state in recorded.hidden_states] == [(2, 19, 16)] * 3
+    assert_same_outputs(recorded.logits, logits, 1e-5)
+    assert_same_outputs(compiled(build_images()).logits, logits, 1e-5)
+
+
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("name", TOGETHER)
 def test_export_with_any_number_of_images(name: str) -> None:
@@ -242,16 +249,25 @@ def _repeat_inputs(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
 def test_plans_contain_only_existing_modules(mlp_type: str) -> None:
-    config = build_tiny_config(mlp_type=mlp_type)
-    model = ViTCLSModel(config)
-    modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
-    other_mlp = {"mlp": ("gate_proj", "up_proj", "down_proj"), "swiglu": ("fc1", "fc2")}[mlp_type]
-    planned = {name for name in config.base_model_tp_plan if not name.endswith(other_mlp)}
-    assert planned <= modules
-    assert set(config.base_model_fsdp_plan) <= modules
-    linear = {
-        re.sub(r"\.\d+", ".*", name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers")
+    model = ViTCLSModel(build_tiny_config(mlp_type=mlp_type))
+    modules = {re.sub(r"\.\d+", ".*", name): module for name, module in model.named_modules()}
+    assert set(model.config.base_model_fsdp_plan) <= modules.keys()
+    linear = {name for name, module in modules.items() if name.startswith("layers") and isinstance(module, nn.Linear)}
+    assert set(model.config.base_model_tp_plan) == linear  # every projection of a layer is split
+
+
+def test_modules_with_norms_over_the_split_dimension_are_not_split() -> None:
+    attention = {f"layers.*.attention.{name}_proj": "colwise" for name in "qkv"}
+    attention["layers.*.attention.o_proj"] = "rowwise"
+    head_norms = {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+    mlp = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}
+    gated_mlp = {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
+    gated_mlp["layers.*.mlp.down_proj"] = "rowwise"
+    plans = {
+        "plain": ({}, attention | mlp),
+        "head norms": ({"qk_norm": True, "mlp_type": "glu"}, attention | head_norms | gated_mlp),
+        "attention norm": ({"attention_norm": True, "qk_norm": True}, mlp),
+        "MLP norm": ({"mlp_norm": True, "mlp_type": "swiglu"}, attention),
     }
-    assert planned == linear  # every projection of a layer is split
+    found = {name: build_tiny_config(**fields).base_model_tp_plan for name, (fields, _) in plans.items()}
+    assert found == {name: plan for name, (_, plan) in plans.items()}

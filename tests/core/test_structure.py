@@ -21,7 +21,7 @@ MAX_FILES = 13
 MAX_LINES = 4700
 MAX_EXECUTED_FILES = 5
 
-# Each file imports only files of earlier rows. Other files are checked only for import cycles.
+# Each file imports only files of earlier rows. tests/test_import_order.py checks for import cycles.
 ORDER = (
     ("configuration",),
     ("positions",),
@@ -89,16 +89,6 @@ def test_private_names_are_in_one_guarded_block() -> None:
         for name, lines in found.items():
             outside = [line for line in sorted(lines) if file != KERNEL_FILE or line not in allowed]
             assert not outside, f"{name} is used in {file.name}, lines {outside}"
-
-
-def test_imports_have_no_cycle() -> None:
-    imports = {get_subject(file): list_imported_siblings(file) for file in SHIPPED_FILES}
-    assert any(imports.values())
-    while imports:
-        free = [name for name, needed in imports.items() if not needed & imports.keys()]
-        assert free, f"these files import one another: {imports}"
-        for name in free:
-            del imports[name]
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)

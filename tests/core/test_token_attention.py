@@ -8,6 +8,7 @@ from tiny_models import (
     LAYOUTS,
     TASKS,
     assert_no_recording,
+    assert_same_outputs,
     build_images,
     build_tiny_config,
     each_kind,
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.modeling_vitcls import get_num_tokens_read
+from modeling_vitcls.token_attention_vitcls import record_attention
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -115,10 +117,7 @@ def test_heads_that_read_few_tokens_record_all_tokens() -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
     for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(build_tiny_config(**TOKENS))):
         assert get_num_tokens_read(randomize(model).vitcls, {}) is not None
-        assert (
-            get_largest_difference(model.token_attention(build_images()), get_eager_rows(model, build_images()))
-            <= 1e-5
-        )
+        assert_same_outputs(model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5)
 
 
 @torch.no_grad()
@@ -132,7 +131,7 @@ def test_groups_and_layers_can_be_selected() -> None:
         (): [],
     }.items():
         assert torch.equal(model.token_attention(build_images(), tokens=tokens), everything[:, :, :, places])
-    for layers, indices in {(1,): [1], (-1,): [2], (2, 0, 2): [2, 0, 2]}.items():
+    for layers, indices in {(1,): [1], (-1,): [2], (-3,): [0], (2, 0, 2): [2, 0, 2]}.items():
         assert torch.equal(model.token_attention(build_images(), layers=list(layers)), everything[:, indices])
 
 
@@ -163,6 +162,21 @@ def test_recorders_are_removed() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     model.token_attention(build_images())
     assert_no_recording(model)
+
+
+def test_nothing_is_compiled_while_attention_is_recorded() -> None:
+    model, graphs = ViTCLSModel(build_tiny_config()), []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    add_one = torch.compile(lambda values: values + 1, backend=keep_graph)
+    with record_attention(model, [0], lambda *args: None):
+        add_one(torch.zeros(2))
+    assert not graphs
+    add_one(torch.zeros(2))
+    assert len(graphs) == 1
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
-from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights
+from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights, derive_seed, draw_random_bits
 from modeling_vitcls.data.streaming import TrainingStream, augment_images
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 
@@ -66,10 +66,10 @@ def test_every_epoch_contains_each_image_once() -> None:
 @pytest.mark.parametrize("extra", [{}, {"num_copies": 2}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
 def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
     whole = build_plan(10, max_steps=7, batch_size=8, **extra)
-    shared = build_plan(10, max_steps=7, batch_size=2, gradient_accumulation_steps=2, num_processes=2, **extra)
+    shared = build_plan(10, max_steps=7, batch_size=1, gradient_accumulation_steps=4, num_processes=2, **extra)
     parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
     for step, batch in enumerate(whole.iterate_keys(process_index=0)):
-        pieces = [key for part in parts for piece in part[2 * step : 2 * step + 2] for key in piece]
+        pieces = [key for part in parts for piece in part[4 * step : 4 * step + 4] for key in piece]
         assert sorted(pieces) == sorted(batch)
 
 
@@ -115,10 +115,26 @@ def test_balanced_sampling_draws_classes_equally_often() -> None:
     assert orders[0] != orders[1]
 
 
-def test_balanced_sampling_of_class_counts_that_are_not_divisors() -> None:
-    labels = [0] * 7 + [1] * 2 + [2]
-    keys = list_keys(build_plan(10, epochs=30, batch_size=10, class_balance="sampling", labels=labels))
-    assert Counter(labels[index] for _, index in keys) == {0: 100, 1: 100, 2: 100}
+@pytest.mark.parametrize("class_balance", ["none", "sampling"])
+def test_the_order_of_images_never_changes(class_balance: str) -> None:
+    """A run that is resumed with a later version of the package uses the same images."""
+    labels, seed = [4, 0, 4, 4, 0, 4, 9, 4], 3
+    options = {"epochs": 5, "batch_size": 8, "seed": seed, "class_balance": class_balance}
+    members = [[1, 4], [0, 2, 3, 5, 7], [6]] if class_balance == "sampling" else [range(8)]
+    expected = []
+    for epoch in range(5):
+        keys: list[tuple[int, int]] = []
+        for position in range(8 * epoch, 8 * epoch + 8):
+            class_index, use = position % len(members), position // len(members)
+            cycle, offset = divmod(use, len(members[class_index]))
+            if class_balance == "sampling":
+                seeds = np.array([derive_seed(seed, class_index, 8)], dtype=np.uint64)
+                bits = draw_random_bits(seeds, np.array([cycle], dtype=np.uint64), len(members[class_index]))
+                offset = sorted(range(bits.size), key=bits[0].tolist().__getitem__)[offset]
+            keys.append((cycle, members[class_index][offset]))
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+        expected.append([keys[position] for position in torch.randperm(8, generator=generator)])
+    assert list(build_plan(8, labels=labels, **options).iterate_keys(0)) == expected
 
 
 def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
@@ -163,8 +179,8 @@ def test_a_batch_contains_its_keys() -> None:
     ],
 )
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
-    pictures = build_images(LabeledImages(build_noise_images(2), labels))
-    torch.testing.assert_close(pictures[[(0, 0), (0, 1)]]["labels"], expected)
+    images = build_images(LabeledImages(build_noise_images(2), labels))
+    torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
 
 
 @pytest.mark.parametrize("as_arrays", [True, False])
@@ -191,8 +207,8 @@ def test_pixels_depend_only_on_seed_epoch_and_image(as_arrays: bool, options: di
 
 
 def test_views_repeat_after_the_last_one() -> None:
-    pictures = build_images(LabeledImages(build_noise_images(3), [0, 1, 2]), num_views=2, rotation=20)
-    batch = pictures[[(0, 1), (1, 1), (2, 1), (7, 1)]]
+    images = build_images(LabeledImages(build_noise_images(3), [0, 1, 2]), num_views=2, rotation=20)
+    batch = images[[(0, 1), (1, 1), (2, 1), (7, 1)]]
     assert batch["epoch"].tolist() == [0, 1, 2, 7]
     assert batch["view"].tolist() == [0, 1, 0, 1]
     first, second, third, eighth = batch["pixels"]
@@ -214,44 +230,45 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 16}, **settings)
     images = build_noise_images(9)
     images[0] = images[0].convert("L")
-    pictures = build_images(LabeledImages(images, [0] * 9))
+    prepared = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
     expected = processor(images, return_tensors="pt")["pixel_values"]
-    measured = Normalizer(processor, torch.device("cpu"))(pictures[keys]["pixels"])
+    measured = Normalizer(processor, torch.device("cpu"))(prepared[keys]["pixels"])
     torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
 
 
 def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path, picture in zip(paths, build_noise_images(3), strict=True):
-        picture.save(path)
+    for path, image in zip(paths, build_noise_images(3), strict=True):
+        image.save(path)
     source = LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2])
     keys = [(5, 0), (5, 1), (5, 2)]
     num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
     for limit, is_stored in ((num_bytes, True), (num_bytes - 1, False)):
         monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", limit)
-        pictures = build_images(source, crop_scale=0.5)
-        before = pictures[keys]
+        images = build_images(source, crop_scale=0.5)
+        before = images[keys]
         for path in paths:
             path.rename(path.with_suffix(".moved"))
         if is_stored:
-            assert are_equal(pictures[keys], before)
+            assert are_equal(images[keys], before)
         else:
             with pytest.raises(ValueError, match="none of the 3 images can be read"):
-                pictures[keys]
+                images[keys]
         for path in paths:
             path.with_suffix(".moved").rename(path)
 
 
 def test_only_small_arrays_are_resized_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
-    source = LabeledImages(ArrayImages(values), [0] * 4)
+    source = LabeledImages(ArrayImages(values), [5, 6, 7, 8]).select([3, 1, 0, 2])
     keys = [(0, 2), (1, 3)]
     stored = build_images(source, rotation=20)
     monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", 4 * 16 * 16 - 1)
     resized_later = build_images(source, rotation=20)
     assert stored.arrays is not None and resized_later.arrays is None
     assert are_equal(stored[keys], resized_later[keys])
+    assert stored[keys]["labels"].tolist() == [5, 7]
 
 
 # Unreadable images ---------------------------------------------------------------------------------------------------
@@ -260,11 +277,11 @@ def test_only_small_arrays_are_resized_in_advance(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def half_unreadable(tmp_path: Path) -> LabeledImages:
     """Return six images, of which the second, the third and the last are unreadable."""
-    for index, picture in enumerate(build_noise_images(6)):
+    for index, image in enumerate(build_noise_images(6)):
         if index in (1, 2, 5):
-            (tmp_path / f"{index}.png").write_bytes(b"no picture")
+            (tmp_path / f"{index}.png").write_bytes(b"no image")
         else:
-            picture.save(tmp_path / f"{index}.png")
+            image.save(tmp_path / f"{index}.png")
     return LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
 
 
@@ -273,26 +290,26 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
     plan = build_plan(6, epochs=3, batch_size=3)
     batches = list(iterate_training_batches(build_images(half_unreadable, rotation=20), plan, 0, num_workers))
     assert len(batches) == 6
-    stands_in = {1: 3, 2: 3, 5: 0}
+    replacements = {1: 3, 2: 3, 5: 0}
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
-        assert batch["index"].tolist() == batch["labels"].tolist() == [stands_in.get(at, at) for at in wanted]
-        assert batch["replaced"].tolist() == [at if at in stands_in else -1 for at in wanted]
+        assert batch["index"].tolist() == batch["labels"].tolist() == [replacements.get(at, at) for at in wanted]
+        assert batch["replaced"].tolist() == [at if at in replacements else -1 for at in wanted]
     resumed = iterate_training_batches(build_images(half_unreadable, rotation=20), plan, 0, num_workers, first_step=4)
     assert all(are_equal(*pair) for pair in zip(resumed, batches[4:], strict=True))
 
 
 def test_an_unreadable_image_is_described(half_unreadable: LabeledImages) -> None:
-    assert "5.png" in build_images(half_unreadable).describe_unreadable(5)
+    assert "5.png" in build_images(half_unreadable).describe_unreadable_image(5)
     floats = build_images(LabeledImages([Image.new("F", (9, 9)), *build_noise_images(1)], [0, 1]))
     assert floats[[(0, 0)]]["replaced"].tolist() == [0]  # can be decoded, but not used
-    assert "mode F" in floats.describe_unreadable(0)
+    assert "mode F" in floats.describe_unreadable_image(0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path, num_workers: int) -> None:
     source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
-    with pytest.raises(ValueError, match=r"none of the 3 images can be read, for example: .*\.png") as caught:
+    with pytest.raises(ValueError, match=r"^none of the 3 images can be read, for example: .*\.png") as caught:
         next(iterate_training_batches(build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers))
     assert "\n" not in str(caught.value)
 
@@ -333,17 +350,21 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
 
 
 def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
-    pictures = [
-        picture.convert(mode) for picture, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
+    images = [
+        image.convert(mode) for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
-    source = LabeledImages(pictures, [0, 1, 2, 3])
+    source = LabeledImages(images, [0, 1, 2, 3])
     prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
-    assert prepared.describe_unreadable(1) == "an image of mode RGB has 3 channels, but the model requires 1"
-    pictures[1].save(tmp_path / "color.png")
+    assert prepared.describe_unreadable_image(1) == "an image of mode RGB has 3 channels, but the model requires 1"
+    arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
+    for options in ({}, {"auto_augment": "rand"}):
+        gray = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0, **options), (16, 16), 3)
+        assert augment_images(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
+    images[1].save(tmp_path / "color.png")
     files = LabeledImages(FileImages([str(tmp_path / "color.png")]), [0])
     named = augment_images(files, augmentation, to_rgb=False, seed=0, num_channels=1)
-    assert named.describe_unreadable(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")
+    assert named.describe_unreadable_image(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")

@@ -1,5 +1,6 @@
 """Held-out images: stable if datasets grow or move, and used by evaluations of the run's model."""
 
+import hashlib
 import json
 from dataclasses import replace
 from itertools import chain
@@ -14,7 +15,13 @@ from tiny_models import raises_one_line
 from tiny_options import build_tiny_options
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
-from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule, read_held_out_record
+from modeling_vitcls.data.held_out import (
+    HeldOutRecord,
+    HeldOutRule,
+    compute_image_key,
+    get_relative_path,
+    read_held_out_record,
+)
 from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
@@ -93,10 +100,10 @@ def test_images_without_names_are_selected_by_their_content(tmp_path: Path) -> N
         rows = {"image": [path.read_bytes() for path in order], "label": [path.parent.name for path in order]}
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
         data = read(tmp_path / "table.parquet")
-        found.append({picture.tobytes() for picture in data.held_out.images})
-        assert not found[-1] & {picture.tobytes() for picture in data.train.images}
+        found.append({image.tobytes() for image in data.held_out.images})
+        assert not found[-1] & {image.tobytes() for image in data.train.images}
     streamed = read(tmp_path / "table.parquet", streaming=True, label_names=("cat", "dog"))
-    found.append({picture.tobytes() for picture in streamed.held_out.images})
+    found.append({image.tobytes() for image in streamed.held_out.images})
     assert found[0] == found[1] == found[2] == found[3] and 0 < len(found[0]) < 60
 
 
@@ -109,6 +116,20 @@ def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
         assert all(larger.is_held_out(key) for key in held_out)
 
 
+def test_the_held_out_images_of_a_dataset_never_change() -> None:
+    """A model is evaluated by later versions of the package on the images that it was not trained on."""
+
+    def hash_text(text: str) -> int:
+        return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+
+    for purpose, prefix in (("", "3"), ("selection", "3 selection")):
+        held_out = {key for key in range(200) if HeldOutRule(0.3, 3, purpose).is_held_out(key)}
+        assert held_out == {key for key in range(200) if hash_text(f"{prefix} {key}") < 0.3 * 2**64}
+    assert [compute_image_key(name.encode()) for name in "abc"] == [hash_text(name) // 2 for name in "abc"]
+    for path, name in (("/photos/cat/1.png", "cat/1.png"), ("", ""), ("https://a.org/1.png", "https://a.org/1.png")):
+        assert get_relative_path(path, Path("/photos")) == name
+
+
 def test_each_image_is_in_one_fold() -> None:
     """The folds divide the range of the hash into equal parts. A record selects the same fold again."""
     rules = [HeldOutRule(0.2, 1, num_folds=3, fold=fold) for fold in (1, 2, 3)]
@@ -119,6 +140,8 @@ def test_each_image_is_in_one_fold() -> None:
     record = HeldOutRecord.from_keys(rules[1], folds[1])
     assert record.rule == rules[1] and str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
     assert (record.num_images, record.split) == (len(folds[1]), None)
+    for keys in ([20, 3, 3], [3, 20, 3]):  # equal images have equal keys
+        assert HeldOutRecord.from_keys(rules[1], iter(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
 
 
 def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:

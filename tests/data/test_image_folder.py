@@ -1,5 +1,6 @@
 """Image folders: distinguish splits from classes, and use or name every file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
+from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import StreamedImages
+from modeling_vitcls.image_processing_vitcls import get_image_formats
 from modeling_vitcls.inference.inputs import open_input
 from modeling_vitcls.options import DataOptions, PredictOptions
 
@@ -29,23 +31,23 @@ def write_class(root: Path, folder: str, count: int, prefix: str = "") -> Path:
     return write_images(root, *(f"{folder}/{prefix}{number}.png" for number in range(count)))
 
 
-def read(root: Path, labelled: bool = True) -> dict[str, dict[str, list[str]]]:
+def read(root: Path, use_labels: bool = True) -> dict[str, dict[str, list[str]]]:
     """Return the image names of each class of each split. Without labels, the class is ""."""
-    opened = read_image_folder(scan_folder(root), labelled)
+    opened = read_image_folder(scan_folder(root), use_labels)
     result: dict[str, dict[str, list[str]]] = {}
     for split, part in opened.items():
         part = part.cast_column("image", datasets.Image(decode=False))
-        result[split] = {name: [] for name in (part.features["label"].names if labelled else [""])}
+        result[split] = {name: [] for name in (part.features["label"].names if use_labels else [""])}
         for row in part:
-            label = part.features["label"].int2str(row["label"]) if labelled else ""
+            label = part.features["label"].int2str(row["label"]) if use_labels else ""
             result[split][label].append(Path(row["image"]["path"]).relative_to(root).as_posix())
     return result
 
 
-def get_notes(root: Path, labelled: bool = True) -> str:
+def get_notes(root: Path, use_labels: bool = True) -> str:
     """Return the messages about skipped files."""
     folder = scan_folder(root)
-    read_image_folder(folder, labelled)
+    read_image_folder(folder, use_labels)
     return "\n".join(folder.notes)
 
 
@@ -64,8 +66,8 @@ def test_a_class_called_train_is_not_a_split(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert (len(data.train), len(data.held_out), data.held_out_name) == (12, 12, "split 'test'")
     assert data.label_space.names == ["bus", "train"]
-    trained = {picture.filename for picture in data.train.images}
-    held_out = {picture.filename for picture in data.held_out.images}
+    trained = {image.filename for image in data.train.images}
+    held_out = {image.filename for image in data.held_out.images}
     assert len(trained) == len(held_out) == 12 and not trained & held_out
 
 
@@ -91,6 +93,8 @@ def test_names_of_files_are_not_splits(tmp_path: Path) -> None:
         ("train", "valid", "validation"),
         ("train", "validation", "validation"),
         ("train", "dev", "validation"),
+        ("training", "eval", "test"),
+        ("train", "evaluation", "test"),
     ],
 )
 def test_split_folders_are_recognized_in_any_case(tmp_path: Path, train: str, other: str, split: str) -> None:
@@ -139,7 +143,7 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     notes = get_notes(tmp_path)
     assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in notes
     assert "skipped 1 file next to the split folders: stray.png" in notes and "subfolders" not in notes
-    assert {split: len(found[""]) for split, found in read(tmp_path, labelled=False).items()} == {
+    assert {split: len(found[""]) for split, found in read(tmp_path, use_labels=False).items()} == {
         "train": 4,
         "test": 5,
     }
@@ -161,16 +165,17 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
 def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_class(tmp_path, "cat", 9)
     write_class(tmp_path, "dog", 9)
-    write_images(tmp_path, "stray.png", ".thumbnails/1.png", "__MACOSX/1.png")
+    write_images(tmp_path, "stray.png", ".thumb\nnails/1.png", "__MACOSX/1.png")
     (tmp_path / "cow").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("?", encoding="utf-8")
     (tmp_path / "labels.csv").write_text("a,b\n", encoding="utf-8")
+    write_images(tmp_path, os.fsdecode(b".\xff/1.png"), os.fsdecode(b"cat/\xff.png"))  # not valid text
     data = load(tmp_path)
     assert len(data.train) + len(data.held_out) == 18
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
-        f"{tmp_path}: skipped 4 files of other types: .thumbnails/1.png, __MACOSX/1.png, cat/notes.txt and 1 more",
+        f"{tmp_path}: skipped 6 files of other types: .thumb nails/1.png, .\ufffd/1.png, __MACOSX/1.png and 3 more",
         f"{tmp_path}: folders without images: cow",
     ]
 
@@ -193,11 +198,11 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
         load(write_class(tmp_path, "one/cat", 1) / "one")
     write_class(tmp_path, "packed/photos/cat", 9)
     write_class(tmp_path, "packed/photos/dog", 9)
-    with raises_one_line("If the inner folders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
+    with raises_one_line("If the subfolders (cat, dog) are the classes or splits, set --dataset", "packed/photos"):
         load(tmp_path / "packed")
     (tmp_path / "splits").mkdir()
     (tmp_path / "packed").rename(tmp_path / "splits" / "Train")
-    with raises_one_line("If the inner folders (cat, dog) are the classes", "set --dataset", "splits/Train/photos"):
+    with raises_one_line("If the subfolders (cat, dog) are the classes", "set --dataset", "splits/Train/photos"):
         load(tmp_path / "splits")
 
 
@@ -210,7 +215,8 @@ def test_links_are_followed_without_cycles(tmp_path: Path) -> None:
     write_class(tmp_path, "elsewhere/felis", 2)
     write_class(tmp_path, "photos/dog", 2)
     (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "felis")
-    (tmp_path / "photos" / "dog" / "all").symlink_to(tmp_path / "photos")
+    for name, target in (("all", "photos"), ("self", "photos/dog")):
+        (tmp_path / "photos" / "dog" / name).symlink_to(tmp_path / target)
     assert read(tmp_path / "photos") == {
         "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
     }
@@ -236,7 +242,10 @@ def test_kinds_of_metadata_files(tmp_path: Path, kind: str) -> None:
     """Splits may have different columns, and may have no rows; names of splits may be in upper case."""
     for split in ("Train", "TEST", "val"):
         write_class(tmp_path, split, 3)
-    for split, columns in (("Train", {"shade": ["a", "b"]}), ("TEST", {"shade": ["b", "a"], "size": [1, 2]})):
+    for split, columns in (
+        ("Train", {"shade": ["a", "b"], "score": [0.5, 2.0]}),
+        ("TEST", {"shade": ["b", "a"], "score": [1, 2], "size": [1, 2]}),
+    ):
         table = pandas.DataFrame({"file_name": ["0.png", "1.png"], **columns})
         file = tmp_path / split / f"metadata.{kind}"
         if kind == "csv":
@@ -249,11 +258,11 @@ def test_kinds_of_metadata_files(tmp_path: Path, kind: str) -> None:
     found = read_image_folder(folder, use_labels=True).cast_column("image", datasets.Image(decode=False))
     assert list(found) == ["train", "test"]
     for split, name, values in (
-        ("train", "Train", [("a", None), ("b", None)]),
-        ("test", "TEST", [("b", 1), ("a", 2)]),
+        ("train", "Train", [("a", 0.5, None), ("b", 2.0, None)]),
+        ("test", "TEST", [("b", 1.0, 1), ("a", 2.0, 2)]),
     ):
-        assert set(found[split].column_names) == {"image", "shade", "size"}
-        assert [(row["shade"], row["size"]) for row in found[split]] == values
+        assert set(found[split].column_names) == {"image", "shade", "score", "size"}
+        assert [(row["shade"], row["score"], row["size"]) for row in found[split]] == values
         assert [row["image"]["path"] for row in found[split]] == [str(tmp_path / name / f"{i}.png") for i in (0, 1)]
     assert folder.notes == [
         f"{tmp_path}: skipped 5 files not listed in a metadata file: TEST/2.png, Train/2.png, val/0.png and 2 more"
@@ -263,7 +272,12 @@ def test_kinds_of_metadata_files(tmp_path: Path, kind: str) -> None:
 def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path) -> None:
     write_images(tmp_path, "train/cat/0.png", "other/0.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/cat/0.png,a\nother/0.png,b\n", encoding="utf-8")
-    assert read(tmp_path, labelled=False) == {"train": {"": ["train/cat/0.png", "other/0.png"]}}
+    assert read(tmp_path, use_labels=False) == {"train": {"": ["train/cat/0.png", "other/0.png"]}}
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/cat/0.png,a\n,b\n", encoding="utf-8")
+    images = load_evaluation_data(DataOptions(str(tmp_path), held_out_fraction=0.0), "train").images.images
+    assert images[0].size == (8, 8)
+    with raises_one_line("None", error=UnreadableImage):  # a row without a file name
+        images[1]
 
 
 @pytest.mark.parametrize(
@@ -272,9 +286,9 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path) -> None:
         (0, [], False),
         (0, ["metadata.csv"], False),
         (1, [], True),
-        (1, ["a.parquet"], False),
+        *((1, [f"a.{suffix}"], False) for suffix in "CSV arrow json jsonl tar tsv zip".split()),
         (2, ["a.parquet"], True),
-        (1, ["a.parquet", "B.CSV", "metadata.csv"], True),
+        (1, ["a.parquet", "b.csv", "metadata.csv"], True),
     ],
 )
 def test_folders_of_tables_are_not_image_folders(
@@ -284,6 +298,14 @@ def test_folders_of_tables_are_not_image_folders(
     for name in names:
         (tmp_path / name).write_text("", encoding="utf-8")
     assert scan_folder(tmp_path).is_image_folder is expected
+
+
+def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
+    formats = get_image_formats()
+    names = {f"a{suffix}" for suffix, name in Image.registered_extensions().items() if name in formats}
+    for name in names:
+        (tmp_path / name).touch()
+    assert len(names) > 15 and names - set(scan_folder(tmp_path).images) <= {"a.pfm"}  # floating-point values
 
 
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
@@ -297,6 +319,42 @@ def test_faulty_metadata_is_named(tmp_path: Path) -> None:
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
         with raises_one_line("metadata.csv", words):
             load(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n", encoding="utf-8")
+    for streaming in (False, True):
+        with raises_one_line(f"{tmp_path} contains no rows. Check the tables of the dataset"):
+            load(tmp_path, streaming=streaming)
+    for folder, label in (("images", "a"), ("more", "1")):
+        write_class(tmp_path / "two", folder, 1)
+        (tmp_path / "two" / folder / "metadata.csv").write_text(f"file_name,label\n0.png,{label}\n", encoding="utf-8")
+    with raises_one_line("the columns of images/metadata.csv, more/metadata.csv in", "have different types"):
+        load(tmp_path / "two")
+
+
+def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
+    """`datasets` caches results and predictions are resumed by this fingerprint."""
+    folder = write_class(write_class(tmp_path / "a", "cat", 2), "dog", 2)
+    (folder / "cat" / "1.png").unlink()
+    (folder / "cat" / "1.png").symlink_to(tmp_path / "absent.png")  # reported when the image is read
+    last = folder / "dog" / "1.png"
+    os.utime(last, ns=(0, 1000))
+
+    def get_fingerprint(use_labels: bool = True) -> str:
+        return read_image_folder(scan_folder(folder), use_labels)["train"]._fingerprint
+
+    found = [get_fingerprint(), get_fingerprint(use_labels=False)]
+    assert get_fingerprint() == found[0]
+    os.utime(last, ns=(0, 2000))
+    found.append(get_fingerprint())
+    last.write_bytes(last.read_bytes() + b" ")
+    os.utime(last, ns=(0, 2000))
+    found.append(get_fingerprint())
+    last.rename(folder / "dog" / "2.png")
+    found.append(get_fingerprint())
+    (folder / "metadata.csv").write_text("file_name,label\ndog/2.png,a\n", encoding="utf-8")
+    found.append(get_fingerprint())
+    (folder / "metadata.csv").write_text("file_name,label\ndog/2.png,b\n", encoding="utf-8")
+    found.append(get_fingerprint())
+    assert len(set(found)) == len(found)
 
 
 def test_a_folder_of_tables_is_read_by_datasets(tmp_path: Path) -> None:
@@ -326,14 +384,6 @@ def test_local_datasets_show_no_progress(tmp_path: Path, capfd: pytest.CaptureFi
     finally:
         datasets.enable_progress_bars()
     assert capfd.readouterr() == ("", "")
-
-
-def test_streams(tmp_path: Path) -> None:
-    write_class(tmp_path, "cat", 20)
-    write_class(tmp_path, "dog", 20)
-    write_images(tmp_path, "stray.png")
-    streamed = load(tmp_path, streaming=True)
-    assert isinstance(streamed.train, StreamedImages) and streamed.label_space.names == ["cat", "dog"]
 
 
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ class NamedLabels(TorchDataset):
         return pixels, name_class(index)
 
 
+class ListedLabels(TorchDataset):
+    """A dataset with class names whose labels are lists."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        pixels, label = super().__getitem__(index)
+        return pixels, [label]
+
+
 class Stream(torch.utils.data.IterableDataset):
     """A dataset without a length."""
 
@@ -88,7 +96,7 @@ KINDS = ["images", "arrays", "bytes", "paths", "torch", "torch with named labels
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) -> None:
+def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == NUM_IMAGES
@@ -98,6 +106,10 @@ def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path) ->
         for image, label in zip(part.images, part.labels, strict=True):
             found[encode(image)] = data.label_space.names[label]
     assert found == expected
+    if kind == "paths":  # independent of the working folder
+        monkeypatch.chdir(tmp_path)
+        names = {name for part in (data.train, data.held_out) for name in part.images.get_names()}
+        assert names == {f"{tmp_path}/{index}.png".removeprefix("/") for index in range(NUM_IMAGES)}
     assert (kind == "splits") == (data.held_out_name == "split 'test'")
 
 
@@ -116,6 +128,9 @@ def test_the_name_identifies_the_data(tmp_path: Path) -> None:
     name = add_dataset(build("images", tmp_path))
     assert add_dataset(build("images", tmp_path)) == name
     assert add_dataset(build("images", tmp_path)[:-1]) != name
+    split = get_dataset(name)["train"]
+    other_names = [add_dataset(data) for data in ({"test": split}, build("images", tmp_path)[::-1])]
+    assert len({name, *other_names}) == 3 and add_dataset({"train": split}) == name
     assert name.startswith("memory:") and len(get_dataset(name)["train"]) == NUM_IMAGES
 
 
@@ -125,6 +140,8 @@ def test_several_tasks_and_several_labels() -> None:
     splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
+    splits = load_splits(DataOptions(add_dataset(ListedLabels())))
+    assert (splits.label_space.kind, splits.label_space.names) == ("multi_label_classification", ["0", "1"])
     names = ["a", "b"]
     for convert in (list, np.array):
         tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
@@ -165,6 +182,7 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ([], "has no images"),
+        ({}, "has no splits"),
         (
             [make_image(0)],
             r"item 0 of the dataset must be an \(image, label\) pair, but the type of the item is Image",
@@ -172,6 +190,8 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
         ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset must be an \(image, label\) pair"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
         ([(torch.full((2, 2), -0.5), 1)], "item 0 of the dataset has no valid image"),
+        ([(object(), 1)], "item 0 of the dataset has no valid image"),
+        ([(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)], "item 0 of the dataset has no valid image"),
     ],
 )
 def test_unusable_data_is_an_error(data: Any, message: str) -> None:
@@ -183,8 +203,10 @@ def test_unusable_kinds_are_errors() -> None:
     for data in (3, {1, 2}, Stream(), iter([(make_image(0), 1)])):
         with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
             add_dataset(data)
-    with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
-        add_dataset(datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset())
+    stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()
+    for data in (stream, datasets.IterableDatasetDict({"train": stream})):
+        with pytest.raises(TypeError, match="IterableDataset cannot be passed"):
+            add_dataset(data)
     with pytest.raises(ValueError, match="was a dataset in the memory of another process"):
         load_splits(DataOptions("memory:0123456789abcdef"))
 

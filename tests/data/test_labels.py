@@ -1,22 +1,33 @@
 """Labels of single values: integers and text, declared or not, with and without class names."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import pytest
 from tiny_models import raises_one_line
 
-from modeling_vitcls.data.labels import LabelReader, LabelSpace, build_label_reader, find_image_column
+from modeling_vitcls.configuration_vitcls import ViTCLSConfig
+from modeling_vitcls.data.labels import (
+    LabelReader,
+    LabelSpace,
+    build_label_reader,
+    find_image_column,
+    get_label_space,
+    is_multi_label,
+)
 from modeling_vitcls.options import DataOptions
 
 
 INTEGERS = datasets.Value("int64")
 
 
-def build_reader(values: list[Any], feature: Any = INTEGERS, names: tuple[str, ...] | None = None) -> LabelReader:
+def build_reader(
+    values: list[Any], feature: Any = INTEGERS, names: tuple[str, ...] | None = None, **flags: Any
+) -> LabelReader:
     """Build the reader of a column `label` with these values."""
-    options = DataOptions(dataset="table.csv", label_names=names)
+    options = DataOptions(dataset="table.csv", label_names=names, **flags)
     return build_label_reader(options, {"label": feature}, lambda column: values)
 
 
@@ -31,6 +42,8 @@ def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
     assert read_all(reader, [-1, 0, 1]) == [0, 1, 2]
     declared = build_reader([], datasets.ClassLabel(names=["no", "yes"]))
     assert read_all(declared, [0, 1, -1]) == [0, 1, -100]  # -1 is a missing label
+    with raises_one_line("row has the label 7, which is not one of the 2 classes"):  # an index, not a name
+        build_reader([], datasets.ClassLabel(names=["no", "7"])).read({"label": 7}, "row")
 
 
 def test_undeclared_integers_are_names_sorted_by_value() -> None:
@@ -52,7 +65,7 @@ def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, 
 
 
 def test_integers_are_indices_if_no_name_is_an_integer() -> None:
-    reader = build_reader([], names=("cat", "dog"))
+    reader = build_reader([], names=("cat", "dog"), label_column=("label",))
     assert read_all(reader, [0, 1, 1.0, "cat", "dog"]) == [0, 1, 1, 0, 1]
     for value in (-1, 2, "0", 0.5):
         with raises_one_line(f"row has the label {value!r}, which is not one of the 2 classes"):
@@ -71,6 +84,12 @@ def test_empty_text_and_nan_are_missing_labels() -> None:
     assert read_all(reader, ["", None, math.nan, "b"]) == [-100, -100, -100, 1]
 
 
+def test_empty_text_between_separators_is_not_a_label() -> None:
+    reader = build_reader(["b|a", None, "|b||", " "], datasets.Value("string"), label_separator="|")
+    assert reader.space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
+    assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
 def test_columns_of_other_values_are_not_labels(value: Any) -> None:
     with raises_one_line(
@@ -81,7 +100,7 @@ def test_columns_of_other_values_are_not_labels(value: Any) -> None:
 
 def test_labels_as_text() -> None:
     single = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
-    assert [single.format_label(label) for label in (0, 1, -100, None)] == ["cat", "dog", None, None]
+    assert [single.format_label(label) for label in (0, 1, -100, -1, None)] == ["cat", "dog", None, None, None]
     several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
     assert [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])] == [
         "cat, dog",
@@ -94,13 +113,47 @@ def test_labels_as_text() -> None:
     assert tasks.format_label({"kind": -100, "age": -100}) is None
 
 
+def test_fields_of_the_configuration() -> None:
+    """A model with these fields has the same label space."""
+    names = ["cat", "dog", "cow"]
+    for kind in ("single_label_classification", "multi_label_classification"):
+        fields = LabelSpace(kind, {"animal": names}).to_config_values()
+        assert fields == {
+            "id2label": {0: "cat", 1: "dog", 2: "cow"},
+            "label2id": {"cat": 0, "dog": 1, "cow": 2},
+            "problem_type": kind,
+        }
+        config = ViTCLSConfig(**fields)
+        assert get_label_space(config) == LabelSpace(kind, {"label": names})
+        assert is_multi_label(config) == (kind == "multi_label_classification")
+    tasks = LabelSpace("multi_task", {"animal": names, "age": ["young", "old"]})
+    assert tasks.to_config_values() == {"tasks": {"animal": names, "age": ["young", "old"]}}
+    config = ViTCLSConfig(**tasks.to_config_values(), num_cls_tokens=2, problem_type="multi_label_classification")
+    assert get_label_space(config) == tasks and not is_multi_label(config)
+    assert is_multi_label(ViTCLSConfig(num_labels=1)) and not is_multi_label(ViTCLSConfig(num_labels=2))
+
+
+@pytest.mark.parametrize("build", [datasets.List, datasets.LargeList, datasets.Sequence, lambda feature: [feature]])
+def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) -> None:
+    reader = build_reader([], build(datasets.ClassLabel(names=["1", "0"])))
+    assert reader.space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
+    assert read_all(reader, [[1], [1, 0], []]) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).space.columns == {"label": ["a", "b"]}
+
+
 def test_the_image_column_contains_images() -> None:
     """A usual name is used only among columns of images, or among all columns if none contains images."""
     options, image, text = DataOptions(dataset="table"), datasets.Image(), datasets.Value("string")
-    encoded = {"bytes": datasets.Value("binary"), "path": text}
+    encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
     for feature in (image, encoded, datasets.Value("binary")):
         assert find_image_column(options, {"image": text, "thumbnail": feature, "photo": feature}) == "photo"
         assert find_image_column(options, {"image": text, "thumbnail": feature}) == "thumbnail"
+        assert find_image_column(options, {"file": feature, "photo": feature, "img": feature}) == "img"
     assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
+    for name in "image img picture photo pixel_values file_name filename file path".split():
+        assert find_image_column(options, {"a": text, name: text}) == name
+    for name in "label labels class target category fine_label".split():
+        features = {"image": image, "a": text, name: INTEGERS}
+        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).space.columns == {name: ["1"]}
     with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})

@@ -2,8 +2,10 @@
 names the change.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from modeling_vitcls.data.splits import (
     choose_training_splits,
     compute_fingerprint,
     describe_change,
+    describe_data,
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
+    load_unlabeled_data,
 )
 from modeling_vitcls.options import (
     DataOptions,
@@ -120,6 +124,39 @@ def test_other_names_and_other_held_out_images_have_different_errors() -> None:
     assert describe_change(before, before | {"classes": classes}) == (
         "the classes of 'kind' were none, but are 6 (u, v, w, x, y, ...) now"
     )
+    assert describe_change(before | {"classes": {"label": [*"vwxyz"]}}, before) == (
+        "the classes of 'label' were 5 (v, w, x, y, z), but are 2 (a, b) now"
+    )
+
+
+def test_the_description_of_the_data_never_changes(tmp_path: Path) -> None:
+    """A run that is resumed with a later version of the package computes the same description."""
+    photos = write_photos(tmp_path / "photos", range(30))
+    data = load_training_data(DataOptions(str(photos)))
+    assert isinstance(data.train, LabeledImages) and len(data.train) > 32
+
+    def digest(values: Iterable[Any]) -> str:
+        return hashlib.sha256("".join(f"{json.dumps(value)}\n" for value in values).encode()).hexdigest()
+
+    names = data.train.images.get_names()
+    samples = [photos / names[len(names) * number // 32] for number in range(32)]
+    assert describe_data(data) == {
+        "num_training_images": len(data.train),
+        "num_held_out_images": len(data.held_out),
+        "held_out": asdict(data.record),
+        "classes": {"label": ["cat", "dog"]},
+        "names_sha256": digest(names),
+        "name_set_sha256": digest(sorted(names)),
+        "labels_sha256": digest(data.train.labels),
+        "contents_sha256": digest(hashlib.sha256(file.read_bytes()).hexdigest() for file in samples),
+    }
+    images, labels = [b"", None, b"x"], [{"b": 1, "a": 0}, [0.0], -100]  # an empty image and an unreadable image
+    assert compute_fingerprint(["c", "a", "b"], labels, images.__getitem__) == {
+        "names_sha256": digest("cab"),
+        "name_set_sha256": digest("abc"),
+        "labels_sha256": digest([{"a": 0, "b": 1}, [0.0], -100]),
+        "contents_sha256": digest(hashlib.sha256(content).hexdigest() for content in (b"", b"x")),
+    }
 
 
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:
@@ -147,6 +184,8 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
         (["test", "validation", "train"], False, ("train", "validation", None)),
         (["test", "validation", "train"], True, ("train", "test", "validation")),
         (["train", "validation", "dev"], True, ("train", "validation", None)),
+        (["test", "val", "valid", "train"], False, ("train", "valid", None)),
+        (["test", "dev", "val"], True, ("test", "val", None)),
         (["dev", "test"], True, ("dev", "test", None)),
     ],
 )
@@ -183,6 +222,8 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     rule = HeldOutRule(0.25, 3, "selection")
     keys = plain.train.images.compute_keys()  # type: ignore[union-attr]
     assert len(selection) == sum(map(rule.is_held_out, keys)) > 5
+    unlabeled = load_unlabeled_data(options, use_selection_split=True)
+    assert (get_names(unlabeled.train), get_names(unlabeled.selection)) == (train, selection)
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
     assert plain.selection is None
 
@@ -207,6 +248,7 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
         assert {example.epoch for example in first_pass} == {0} and next(examples).epoch == 1
     else:
         assert data.num_training_images == 20
+        assert len(load_evaluation_data(options, "train").images) == 20
     with raises_one_line("evaluation requires held-out images, but --held-out-fraction is 0"):
         load_evaluation_data(options, "test")
 
@@ -218,8 +260,9 @@ def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
     ):
         load_evaluation_data(DataOptions(str(photos), streaming=True), "train")
     training_images = load_training_data(DataOptions(str(photos))).train
-    images = load_evaluation_data(DataOptions(str(photos)), "train").images
-    assert get_names(images) == get_names(training_images)
+    evaluated = load_evaluation_data(DataOptions(str(photos)), "train")
+    assert get_names(evaluated.images) == get_names(training_images) and evaluated.rule is None
+    assert load_evaluation_data(DataOptions(str(photos)), "test").rule == HeldOutRule(0.2, 0)
 
 
 def test_missing_classes_of_tasks_and_tags_are_named() -> None:

@@ -4,7 +4,8 @@ and a held-out part that is not used for training.
 
 import io
 from collections import Counter
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def write_shards(folder: Path, num_shards: int, labels: Any, broken: tuple[int, 
         indices = range(shard, NUM_IMAGES, num_shards)
         rows = {
             "image": [
-                {"bytes": b"no picture" + bytes([index]) if index in broken else encode_example(index), "path": None}
+                {"bytes": b"no image" + bytes([index]) if index in broken else encode_example(index), "path": None}
                 for index in indices
             ],
             "label": [names[index % 3] for index in indices],
@@ -84,8 +85,8 @@ def build_batches(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), (8, 8), 3)
-    pictures = augment_images(source, augmentation, True, plan.seed, views)
-    return list(iterate_training_batches(pictures, plan, process, num_workers, first_step))
+    images = augment_images(source, augmentation, True, plan.seed, views)
+    return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
 def get_indices(examples: Any) -> list[int]:
@@ -94,7 +95,7 @@ def get_indices(examples: Any) -> list[int]:
 
 
 def get_held_out(data: TrainingData) -> list[int]:
-    return [picture.getpixel((0, 0))[0] for picture in data.held_out.images]
+    return [image.getpixel((0, 0))[0] for image in data.held_out.images]
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
@@ -120,14 +121,26 @@ def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> N
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
 def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     data = read(shards)
-    trained: list[int] = []
-    for process in range(num_processes):
-        trained += get_indices(
+    parts = [
+        get_indices(
             example
             for example in islice(data.train.iterate_examples(0, process, num_processes), NUM_IMAGES)
             if example.epoch == 0
         )
-    assert sorted([*trained, *get_held_out(data)]) == list(range(NUM_IMAGES))
+        for process in range(num_processes)
+    ]
+    assert sorted([*chain.from_iterable(parts), *get_held_out(data)]) == list(range(NUM_IMAGES))
+    if len(list(shards.iterdir())) % num_processes:  # otherwise, each process reads its own shards
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(size: int, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
+    options = DataOptions(str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size)
+    order = get_indices(islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES))
+    assert (order == list(range(NUM_IMAGES))) == (size == 1)
+    assert all(index < position + size for position, index in enumerate(order))
 
 
 def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> None:
@@ -168,7 +181,8 @@ def test_a_restart_continues_with_the_same_batches(two_shards: Path, first_step:
 
 def test_copies_and_views(two_shards: Path) -> None:
     source = read(two_shards).train
-    batches = build_batches(source, build_plan(num_copies=3, max_steps=20, batch_size=6), views=2)
+    batches = build_batches(source, build_plan(num_copies=3, max_steps=40, batch_size=6), views=2)
+    assert max(batch["epoch"].max() for batch in batches) >= 3  # the first pass has the epochs 0 to 2
     for batch in batches:
         assert set(Counter(batch["index"].tolist()).values()) == {3}
         assert torch.equal(batch["view"], batch["epoch"] % 2)
@@ -177,7 +191,10 @@ def test_copies_and_views(two_shards: Path) -> None:
 
 
 def test_copies_do_not_have_to_divide_the_batch(two_shards: Path) -> None:
-    for batch in build_batches(read(two_shards).train, build_plan(num_copies=4, max_steps=5, batch_size=6)):
+    source, plan = read(two_shards).train, build_plan(num_copies=4, max_steps=5, batch_size=6)
+    batches = build_batches(source, plan)
+    assert all(are_equal(*pair) for pair in zip(batches[3:], build_batches(source, plan, first_step=3), strict=True))
+    for batch in batches:
         assert sorted(Counter(batch["index"].tolist()).values()) == [2, 4] or len(set(batch["index"].tolist())) == 2
         assert len(batch["index"]) == 6
 
@@ -193,12 +210,12 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, 
     found = 0
     for batch in batches:
         chosen = list(islice(examples, 8))
-        is_broken = [example.encoded["bytes"].startswith(b"no picture") for example in chosen]
+        is_broken = [example.encoded["bytes"].startswith(b"no image") for example in chosen]
         found += sum(is_broken)
         for place, example in enumerate(chosen):
-            stand_in = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
-            assert batch["index"][place] == chosen[stand_in].index
-            assert batch["labels"][place] == chosen[stand_in].label
+            replacement = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
+            assert batch["index"][place] == chosen[replacement].index
+            assert batch["labels"][place] == chosen[replacement].label
             assert batch["replaced"][place] == (example.index if is_broken[place] else -1)
     assert found > 4
 
@@ -207,36 +224,43 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
     for index in range(12):
         file = tmp_path / "xy"[index % 2] / f"{index}.png"
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b"no picture" if index == 7 else encode_example(index))
+        file.write_bytes(b"no image" if index == 7 else encode_example(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
-    pictures = augment_images(
+    images = augment_images(
         source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
     )
-    batches = list(iterate_training_batches(pictures, build_plan(max_steps=8, batch_size=4), 0, 0))
+    batches = list(iterate_training_batches(images, build_plan(max_steps=8, batch_size=4), 0, 0))
     indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
     assert len(indices) == 1
-    assert "7.png" in pictures.describe_unreadable(*indices)
-    assert pictures.describe_unreadable(10**6) == "cannot read the image with checksum f4240"
+    assert "7.png" in images.describe_unreadable_image(*indices)
+    assert images.describe_unreadable_image(10**6) == "cannot read the image with checksum f4240"
 
 
 def test_the_names_of_the_newest_images_are_stored(monkeypatch: pytest.MonkeyPatch, two_shards: Path) -> None:
     monkeypatch.setattr(streaming, "MAX_STORED_NAMES", 3)
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
-    pictures = augment_images(read(two_shards).train, augmentation, True, seed=0)
-    pictures.store_names([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
-    assert [pictures.describe_unreadable(index) for index in (7, 3, 9, 5)] == [
+    images = augment_images(read(two_shards).train, augmentation, True, seed=0)
+    images.store_names([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
+    assert [images.describe_unreadable_image(index) for index in (7, 3, 9, 5)] == [
         "cannot read the image with checksum 7",
         *(f"cannot read the image '{index}.png'" for index in (3, 9, 5)),
     ]
 
 
-def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path) -> None:
+def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Path) -> None:
     folder = write_shards(
         tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]), broken=tuple(range(NUM_IMAGES))
     )
-    with raises_one_line("data: none of the 4 images of a batch can be read"):
+    message = "data: none of the 4 images of a batch can be read"
+    with raises_one_line(message):
         build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
+    for num_channels in (1, 3):  # of the model; the images are color images
+        source = augment_images(read(two_shards).train, augmentation, False, seed=0, num_channels=num_channels)
+        batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)
+        with raises_one_line(message) if num_channels == 1 else nullcontext():
+            assert next(batches)["pixels"].shape == (4, 3, 8, 8)
 
 
 def test_a_process_without_images_is_an_error(two_shards: Path) -> None:
@@ -257,8 +281,8 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    space, pictures, *_ = load_evaluation_data(options, "test")
-    assert space.names == ["a", "b", "c"] and len(pictures) == len(held_out)
+    space, images, *_ = load_evaluation_data(options, "test")
+    assert space.names == ["a", "b", "c"] and len(images) == len(held_out)
     with pytest.raises(ValueError, match=r"no split 'tset'. Choose one of train"):
         load_evaluation_data(options, "tset")
 
@@ -294,20 +318,6 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
 
-def test_the_held_out_part_of_a_folder_does_not_change_if_it_moves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for index in range(20):
-        file = tmp_path / "here" / "xy"[index % 2] / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_example(index))
-    held_out = get_held_out(read(tmp_path / "here", split_seed=1))
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert get_held_out(read(tmp_path / "there", split_seed=1)) == held_out
-    monkeypatch.chdir(tmp_path)
-    assert get_held_out(read(Path("there"), split_seed=1)) == held_out
-
-
 def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: Path) -> None:
     for split, shard in (("train", 0), ("validation", 1)):
         (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
@@ -316,8 +326,8 @@ def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: P
     assert sorted(get_held_out(data)) == list(range(1, NUM_IMAGES, 2))
     assert isinstance(data.train, StreamedImages)
     assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(range(0, NUM_IMAGES, 2))
-    _, pictures, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
-    assert len(pictures) == 30
+    _, images, *_ = load_evaluation_data(DataOptions(dataset=str(tmp_path), streaming=True), "validation")
+    assert len(images) == 30
 
 
 def test_undeclared_labels_require_names(tmp_path: Path) -> None:
@@ -357,6 +367,9 @@ def test_table_of_paths(tmp_path: Path) -> None:
         rows.append(f"{index}.png,{'even' if index % 2 == 0 else 'odd'}")
     (tmp_path / "list.csv").write_text("\n".join(rows), encoding="utf-8")
     data = read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
+    assert data.name == "list.csv"
+    with raises_one_line(f"list.csv: the image {tmp_path / '1.png'} has the label 'odd'"):
+        read(tmp_path / "list.csv", label_names=("even", "none"), label_column=("kind",), held_out_fraction=0.999)
     assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
     for batch in build_batches(data.train, build_plan(max_steps=3, batch_size=4)):
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])

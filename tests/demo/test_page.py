@@ -14,9 +14,9 @@ import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import build_tiny_config, randomize
+from tiny_models import build_tiny_config, randomize, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.demo.page import (
     AttentionView,
     ImageInput,
@@ -24,7 +24,7 @@ from modeling_vitcls.demo.page import (
     build_page,
     find_clicked_patch,
     get_clicked_layer,
-    launch_page,
+    serve_demo,
 )
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.demo.text import (
@@ -47,27 +47,23 @@ def noise(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_first_example_is_predicted_when_the_page_is_opened(demo_model: DemoModel, tmp_path: Path) -> None:
-    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
-    config = build_page(demo_model, [tmp_path / "black.png"]).get_config_file()
-    events = config["dependencies"]
-    (labels,) = [component["id"] for component in config["components"] if component["type"] == "label"]
-    loads = {event["id"] for event in events if any(name == "load" for _, name in event["targets"])}
-    (prediction,) = [event for event in events if event["trigger_after"] in loads]
-    assert labels in prediction["outputs"]
-
-
 @pytest.mark.integration
-def test_the_page_is_served_at_the_given_port(demo_model: DemoModel) -> None:
+def test_the_demo_prints_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "mine")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    page = build_page(demo_model)
-    try:
-        assert launch_page(page, "127.0.0.1", port) == f"http://127.0.0.1:{port}/"
-        with urlopen(f"http://127.0.0.1:{port}/", timeout=30) as response:
+    address = f"http://127.0.0.1:{port}/"
+
+    def open_and_close(page: gr.Blocks) -> None:
+        with urlopen(address, timeout=30) as response:
             assert response.status == 200
-    finally:
         page.close()
+
+    monkeypatch.setattr(gr.Blocks, "block_thread", open_and_close)
+    serve_demo(str(folder), port=port, host="127.0.0.1")
+    assert f"{folder}: {address}\n" in capsys.readouterr().out
 
 
 # Image input ---------------------------------------------------------------------------------------------------------
@@ -98,9 +94,10 @@ def test_only_uploaded_files_and_examples_are_opened(
     Image.open(noise).save(uploads / "image.png")
     Image.open(noise).save(tmp_path / "secret.png")
     (uploads / "link.png").symlink_to(tmp_path / "secret.png")
-    image_input = build_image_input(noise)
+    (tmp_path / "linked.png").symlink_to(noise)
+    image_input = build_image_input(tmp_path / "linked.png")
     expected = demo_model.predict(noise).predictions
-    for file in (noise, uploads / "image.png"):
+    for file in (noise, tmp_path / "linked.png", uploads / "image.png"):
         _, problem, result = image_input.predict(demo_model, {"path": str(file)})
         assert result is not None and result.predictions == expected and get_message(problem) == ""
     for path in (
@@ -109,7 +106,7 @@ def test_only_uploaded_files_and_examples_are_opened(
     ):
         image, problem, result = image_input.predict(demo_model, {"path": path})
         assert image is None and result is None, path
-        assert "has to be uploaded to this page or be one of the example images" in get_message(problem), path
+        assert "must be an example image, or must be uploaded to this page" in get_message(problem), path
     assert build_image_input().predict(demo_model, {"path": str(noise)})[2] is None  # not an example
 
 
@@ -137,7 +134,7 @@ def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
             return executor.submit(asyncio.run, store_async(address)).result()
 
     for address in ("http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"):
-        with pytest.raises(gr.Error, match="has to be uploaded to this page"):
+        with pytest.raises(gr.Error, match="must be uploaded to this page"):
             store(address)
     assert list(uploads.iterdir()) == []
     stored = store(str(noise))
@@ -146,6 +143,80 @@ def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
 
 
 # Functions of the page -----------------------------------------------------------------------------------------------
+
+
+def list_components(page: gr.Blocks) -> dict[int, str]:
+    """Return a dict from ids to labels of the components; the type if a component has no label."""
+    return {
+        component["id"]: component["props"].get("label") or component["type"]
+        for component in page.get_config_file()["components"]
+    }
+
+
+def test_controls_redraw_their_output(demo_model: DemoModel, noise: Path) -> None:
+    """Check which event of which component changes which outputs."""
+    page = build_page(demo_model, [noise])
+    labels = list_components(page)
+    attention = ["Attention to the image", "markdown", "All layers for this token and head", "Through all layers"]
+    patches = ["Patches as colors", "Similarity to a patch", "markdown"]
+    prediction = ["Image", "markdown", "Label", "state"]
+    found: dict[tuple[str, str], list[str]] = {}
+    chained = []
+    for dependency in page.get_config_file()["dependencies"]:
+        outputs = [labels[output] for output in dependency["outputs"]]
+        for component, event in dependency["targets"]:
+            if dependency["trigger_after"] is None:
+                found[labels.get(component, "page"), event] = outputs
+            else:
+                chained.append(outputs)
+    (example,) = [target for target in found if target[1] == "click"]
+    assert found.pop(example) == ["Image"]
+    assert found == {
+        ("page", "load"): ["Image"],
+        ("Image", "input"): prediction,
+        ("Token", "input"): attention,
+        ("Heads", "input"): attention,
+        ("Layer", "change"): attention[:2],
+        (attention[2], "select"): ["Layer"],
+        ("After layer", "change"): patches,
+        ("Color only the foreground", "input"): patches,
+        ("Patches as colors", "select"): ["state"],
+    }
+    # After each of the three predictions, both views are redrawn; a selected patch redraws its view.
+    assert sorted(map(str, chained)) == sorted(map(str, [prediction] * 2 + [attention] * 3 + [patches] * 4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_attention", "has_patches"),
+    [
+        ({}, True, True),
+        ({"num_cls_tokens": 0, "pooling": "mean"}, False, True),
+        ({"merged_patches_per_layer": 2}, False, False),
+    ],
+)
+@pytest.mark.parametrize("model_class", [ViTCLSForImageClassification, ViTCLSModel])
+def test_the_page_shows_the_views_that_the_model_supports(
+    model_class: Any, fields: dict[str, Any], has_attention: bool, has_patches: bool
+) -> None:
+    model = model_class(build_tiny_config(num_hidden_layers=1, num_labels=7, **fields))
+    is_classifier = model_class is ViTCLSForImageClassification
+    page = build_page(DemoModel(model, ViTCLSImageProcessor(size=32), "mine", None, None, is_classifier))
+    components = page.get_config_file()["components"]
+    properties = {component["props"].get("label"): component["props"] for component in components}
+    views = ("Token", "Through all layers", "Patches as colors")
+    assert [name in properties for name in views] == [has_attention, has_attention, has_patches]
+    assert ("Label" in properties) is is_classifier and page.title == "mine"
+    if is_classifier:
+        assert properties["Label"]["num_top_classes"] == 5
+    if has_patches:
+        assert properties["After layer"]["visible"] is False  # there is only one layer
+
+
+def test_the_views_start_with_the_first_token_the_last_layer_and_all_heads(demo_model: DemoModel) -> None:
+    properties = [component["props"] for component in build_page(demo_model).get_config_file()["components"]]
+    values = {props.get("label"): (props.get("value"), props["visible"]) for props in properties if "visible" in props}
+    assert values["Token"] == ("CLS", True) and values["Heads"] == ("mean of all heads", True)
+    assert values["Layer"] == values["After layer"] == (2, True)
 
 
 def test_only_the_prediction_is_public(demo_model: DemoModel, noise: Path) -> None:
@@ -208,7 +279,7 @@ def test_the_similarity_to_the_selected_patch_is_shown(demo_model: DemoModel, no
         assert_same_image(colors, result.draw_colors(0))
         assert_same_image(similarity, result.draw_similarity(0, row, column))
         assert f"in row {row + 1}, column {column + 1} " in caption
-    assert_same_image(view.draw_all(result, 2, True, None)[0], result.draw_colors(1, foreground=True))
+    assert_same_image(view.draw_all(result, 2, True, None)[0], result.draw_colors(1, foreground_only=True))
     assert view.draw_all(None, 1, False, None) == (None, None, "")
 
 
@@ -218,6 +289,7 @@ def test_clicks_select_a_patch_or_a_layer(demo_model: DemoModel, noise: Path) ->
     event: Any = SimpleNamespace(index=(100, 290))
     assert find_clicked_patch(result, displayed, event) == (3, 1)
     assert find_clicked_patch(result, displayed[:, :100], event) is None
+    assert find_clicked_patch(result, displayed[:, :192], event) == (3, 2)
     assert find_clicked_patch(None, displayed, event) is None and find_clicked_patch(result, None, event) is None
     assert get_clicked_layer(SimpleNamespace(index=0)) == 1  # type: ignore[arg-type]
 
@@ -225,14 +297,18 @@ def test_clicks_select_a_patch_or_a_layer(demo_model: DemoModel, noise: Path) ->
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_header_links_to_the_commit(demo_model: DemoModel, tmp_path: Path) -> None:
+def test_the_header_links_to_the_commit(
+    demo_model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0123456789" * 4
     published = DemoModel(demo_model.model, None, "ann/vit", commit, None, is_classifier=True)
     assert build_header(published) == (
         f"# ann/vit\n[ann/vit](https://huggingface.co/ann/vit) at commit [`0123456`](https://huggingface.co/ann/vit/tree/"
         f"{commit}). A Vision Transformer with 2 layers and 2 heads per layer; special tokens: CLS, register."
     )
-    local = DemoModel(demo_model.model, None, str(tmp_path / "mine"), None, None, is_classifier=True)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    local = DemoModel(demo_model.model, None, ".", None, None, is_classifier=True)
     assert build_header(local).startswith("# mine\nA model in a local folder. A Vision Transformer with 2 layers")
     single = ViTCLSForImageClassification(
         build_tiny_config(num_hidden_layers=1, num_attention_heads=1, num_cls_tokens=0, pooling="mean")

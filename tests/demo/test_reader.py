@@ -120,10 +120,10 @@ def test_the_selected_map_is_drawn(noise: Path) -> None:
     similarity = torch.nn.functional.cosine_similarity(features, features[3, 5], dim=-1)
     assert similarity.min() < 0
     assert_draws(result.draw_similarity(0, 3, 5), similarity.clamp(min=0), max_value=1, min_side=384)
-    for foreground in (False, True):
-        (colors,) = compute_patch_colors([features], foreground)
+    for foreground_only in (False, True):
+        (colors,) = compute_patch_colors([features], foreground_only)
         expected = draw_patch_colors(original, colors, VisibleRegion(0, 0, 128, 64), min_side=384)
-        assert np.array_equal(np.asarray(result.draw_colors(0, foreground)), np.asarray(expected))
+        assert np.array_equal(np.asarray(result.draw_colors(0, foreground_only)), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,9 @@ def test_the_visible_region_is_the_crop_without_incomplete_patches(tmp_path: Pat
     large = DemoModel(model, processor, "mine", None, None, is_classifier=True).predict(tmp_path / "large.png")
     assert large.image.size == (1024, 512)
     assert large.visible_region == pytest.approx((281.6, 25.6, 691.2, 435.2))
+    assert {image.size for image in large.draw_all_layers(0, None)} == {(320, 160)}
+    assert {image.size for image, _ in large.draw_through_layers(0)} == {(1024, 512)}
+    assert large.draw_attention(0, 0, None).size == large.draw_colors(0).size == (1024, 512)
 
 
 # Predictions ---------------------------------------------------------------------------------------------------------
@@ -258,6 +261,8 @@ def test_unsupported_models_are_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
     with raises_one_line("model type 'vit'", "`vitcls convert`"):
         DemoModel.load(str(tmp_path / "other"))
+    with raises_one_line("there is no folder", error=OSError):
+        DemoModel.load(str(tmp_path / "nowhere"))
     with raises_one_line("1 or 3 channels", "mine requires images with 4 channels"):
         build_demo_model(num_channels=4).check_is_supported()
     with raises_one_line("no labels and merges patches"):

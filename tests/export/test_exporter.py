@@ -1,19 +1,24 @@
 """Test scripts/export.py: graphs with the outputs of the model for any batch and image size, and error messages.
 
-The tests run each written file in the runtime of its format, at sizes that the script did not compare. One test runs
-the script in a separate process; the others call its functions.
+The tests run each written file in the runtime of its format, at sizes that the script did not compare. A fixture runs
+the script in this process for several tests. A slow test runs the script in a separate process. The other tests call
+its functions.
 """
 
+import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -30,8 +35,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.commands.export import format_notes, print_report
-from modeling_vitcls.export import exporter, formats
-from modeling_vitcls.export.exportable import NamedOutputs, load_exportable
+from modeling_vitcls.export import exporter, formats, tracing
+from modeling_vitcls.export.exportable import NamedOutputs, compute_named_outputs, load_exportable
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
@@ -39,7 +44,7 @@ from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
-NAMES = {0: "ant", 1: "bee", 2: "cow"}
+NAMES = {0: "cow", 1: "ant", 2: "bee"}
 
 # Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
@@ -156,20 +161,25 @@ def run(*flags: Any) -> subprocess.CompletedProcess[str]:
 # Models
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("name", [name if name in ("tokens", "masks") else slow(name) for name in MODELS])
-def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) -> None:
-    model_class, fields, names = MODELS[name]
-    model = checkpoint(tmp_path / "model", model_class, **fields)
-    file = tmp_path / "model.onnx"
-    report = export_model(str(tmp_path / "model"), "onnx", file)
-    assert not report.fixed_because
+def check_onnx_file(file: Path, model: Any) -> None:
+    """Check that an ONNX file has the outputs of the model for several batch and image sizes, and contains no paths of
+    this machine."""
     for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
         pixel_values = build_images(batch, height, width, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
+    assert str(ROOT).encode() not in file.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "tokens"])
+def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) -> None:
+    """The model "tokens" is in `test_the_exported_file_has_the_outputs_of_the_model`."""
+    model_class, fields, names = MODELS[name]
+    model = checkpoint(tmp_path / "model", model_class, **fields)
+    report = export_model(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx")
+    assert not report.fixed_because
     assert list(report.outputs) == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx", "model.onnx.json"]
-    assert str(ROOT).encode() not in file.read_bytes()  # nor paths of this machine
+    check_onnx_file(tmp_path / "model.onnx", model)
 
 
 @pytest.mark.slow
@@ -182,7 +192,7 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
     model.set_attn_implementation("eager")
     graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
@@ -242,11 +252,11 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
         assert_close(run_onnx(file, build_images(2, *size)), compute_outputs(model, build_images(2, *size)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
-    model = randomize(
-        ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, num_register_tokens=2))
-    ).eval()
+    fields = {"num_register_tokens": 2}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, **fields)))
     shape = select_graph_shape(model, (32, 24), dynamic=True)
     assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
     graph = trace_model(model, shape, torch.float32).module()
@@ -254,7 +264,7 @@ def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
     for batch in (1, 2, 5):
         pixel_values = build_images(batch, 32, 24, seed=7)
         torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)
-    plain = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     assert (plain(pixel_values).logits - adapted(pixel_values).logits).abs().max() > 1e-3
 
 
@@ -296,11 +306,29 @@ def test_an_encoder_without_pooler(tmp_path: Path) -> None:
     outputs = NamedOutputs(loaded.model)(build_images())
     assert list(outputs) == ["last_hidden_state"]
     assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
+    model.bfloat16().save_pretrained(tmp_path / "half")
+    assert load_exportable(str(tmp_path / "half")).model.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_the_attention_of_cls_tokens_is_an_output() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3)))
+    pixel_values = build_images(2, 24, 40)
+    outputs = NamedOutputs(model, output_attentions=True)(pixel_values)
+    assert list(outputs) == ["logits", "cls_attention"]
+    expected = model(pixel_values)
+    torch.testing.assert_close(outputs["logits"], expected.logits)
+    model.set_attn_implementation("eager")
+    attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
+    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))  # [B, layers, CLS tokens, rows, columns]
+    torch.testing.assert_close(outputs["cls_attention"], maps)
+    assert NamedOutputs(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
+    assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
 
 
 def test_a_preset_has_random_weights() -> None:
     loaded = load_exportable("vitcls-tiny")
-    assert not loaded.is_trained
+    assert not loaded.is_trained and not loaded.model.training
     assert load_exportable("vitcls-tiny").model.config.hidden_size == 192
     assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
@@ -310,36 +338,71 @@ def test_a_preset_has_random_weights() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
-    """Return a model, its ONNX file, and the printed text."""
+    """Return the model "tokens", its ONNX file, and the text that the script prints."""
     folder = tmp_path_factory.mktemp("exported")
-    model = checkpoint(folder / "model", id2label=NAMES)
-    done = run("--model", folder / "model", "--format", "onnx", "--output", folder / "new" / "vit.onnx")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not done.stderr, done.stderr
-    return model, folder / "new" / "vit.onnx", done.stdout
+    model_class, fields, _ = MODELS["tokens"]
+    model = checkpoint(folder / "model", model_class, id2label=NAMES, **fields)
+    file = folder / "new" / "folder" / "vit.onnx"
+    with redirect_stdout(io.StringIO()) as printed:
+        status = run_in_process("export.py", "--model", folder / "model", "--format", "onnx", "--output", file)
+    assert status == 0
+    return model, file, printed.getvalue()
+
+
+def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Path, str]) -> None:
+    model, file, _ = exported
+    check_onnx_file(file, model)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["vit.onnx", "vit.onnx.json"]
+    assert sorted(path.name for path in file.parents[2].iterdir()) == ["model", "new"]  # no temporary folder is left
 
 
 def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]) -> None:
     _, file, _ = exported
     report = json.loads((file.parent / "vit.onnx.json").read_text())
-    assert report["input"]["shape"] == ["batch", 3, "height", "width"]
-    assert report["input"]["smallest_image_size"] == [16, 16]
-    assert report["outputs"] == {"logits": ["batch", 3]}
-    assert report["labels"] == {"logits": list(NAMES.values())}
-    assert report["preprocessing"]["image_mean"] == [0.5, 0.4, 0.3]
-    assert report["preprocessing"]["size"] == {"height": 32, "width": 32}
-    assert report["preprocessing"]["resample"] == "bicubic"
-    assert report["versions"].keys() >= {"torch", "onnx", "onnxruntime", "onnxscript", "transformers"}
-    assert report["opset"] >= 18
-    assert report["limit"] == [LIMIT, 0.0]
-    assert str(file.parent.parent) not in json.dumps(report)
-    shapes = [tuple(trial["shape"]) for trial in report["tried"]]
+    assert str(file.parents[2]) not in json.dumps(report)
+    heads = MODELS["tokens"][2]
+    versions, tried, largest = (report.pop(name) for name in ("versions", "tried", "largest_differences"))
+    assert report == {
+        "format": "onnx",
+        "model": "path/to/model",
+        "model_class": "ViTCLSForImageClassification",
+        "weights": "trained",
+        "dtype": "float32",
+        "opset": onnx.load(file).opset_import[0].version,
+        "limit": [LIMIT, 0.0],
+        "input": {
+            "name": "pixel_values",
+            "dtype": "float32",
+            "shape": ["batch", 3, "height", "width"],
+            "image_size": [32, 32],
+            "smallest_image_size": [16, 16],
+            "patch_size": [8, 8],
+        },
+        "outputs": {name: ["batch", 3] for name in heads},
+        "fixed_because": "",
+        "preprocessing": {
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": 32, "width": 32},
+            "resample": "bicubic",
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_std": [0.229, 0.224, 0.225],
+            "crop_rounding": "down",
+        },
+        "labels": {name: list(NAMES.values()) for name in heads},
+        "sha256": {"vit.onnx": hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
+    assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
+    shapes = [tuple(trial["shape"]) for trial in tried]
     assert len({shape[0] for shape in shapes}) > 1
     assert any(height < width for _, _, height, width in shapes)
     assert any(height > width for _, _, height, width in shapes)
-    for trial in report["tried"]:
-        assert trial["differences"]["logits"] <= report["largest_differences"]["logits"] <= LIMIT
-        assert trial["magnitudes"]["logits"] > 0.01
+    for name in heads:
+        assert largest[name] == max(trial["differences"][name] for trial in tried) <= LIMIT
+        assert all(trial["magnitudes"][name] > 0.01 for trial in tried)
 
 
 def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> None:
@@ -358,7 +421,19 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
     )
     subprocess.run([sys.executable, "-I", "-c", program], check=True, timeout=300)
     wanted = compute_outputs(model, build_images(2, 40, 24))
-    assert_close({"logits": np.load(file.parent / "out.npy")}, wanted)
+    assert_close({"logits": np.load(file.parent / "out.npy")}, {"logits": wanted["logits"]})
+
+
+@pytest.mark.slow
+def test_the_script_in_a_separate_process(exported: tuple[Any, Path, str], tmp_path: Path) -> None:
+    """The script prints no warnings, and the same text as in this process."""
+    _, file, printed = exported
+    flags = ["--model", file.parents[2] / "model", "--format", "onnx", "--output", tmp_path / "vit.onnx"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stderr, done.stderr
+    assert printed.splitlines()[0].strip() == done.stdout.splitlines()[0].strip()
+    assert printed.splitlines()[-3:] == done.stdout.replace(str(tmp_path), str(file.parent)).splitlines()[-3:]
 
 
 @pytest.mark.slow
@@ -393,7 +468,6 @@ def test_every_model_in_the_other_formats(name: str, tmp_path: Path) -> None:
         assert bool(report.fixed_because) == (format_name == "openvino" and fields.get("position_antialias", False))
 
 
-@pytest.mark.slow
 def test_openvino(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_distillation_tokens=1)
@@ -410,14 +484,113 @@ def test_openvino(tmp_path: Path) -> None:
 
 def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(position_antialias=True)))
-    openvino, onnx = (formats.FORMATS[name].has_pytorch_antialias for name in ("openvino", "onnx"))
-    shape = select_graph_shape(model, (24, 40), dynamic=True, has_pytorch_antialias=openvino)
+    in_openvino, in_onnx = (formats.FORMATS[name].has_pytorch_antialias_filter for name in ("openvino", "onnx"))
+    shape = select_graph_shape(model, (24, 40), dynamic=True, has_pytorch_antialias_filter=in_openvino)
     assert "position_antialias" in shape.fixed_size_reason
     assert (shape.is_dynamic, shape.image_size) == (False, (24, 40))
-    assert select_graph_shape(model, None, dynamic=True, has_pytorch_antialias=onnx).is_dynamic
+    assert select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=in_onnx).is_dynamic
+
+
+# Tracing, without a file
+
+
+@pytest.mark.parametrize(
+    ("is_dynamic", "size", "dimensions"),
+    [(True, (16, 36), {"batch": 1, "height": 8, "width": 12}), (False, (8, 24), {"batch": 1})],
+)
+def test_example_images_are_larger_than_the_native_size(
+    is_dynamic: bool, size: tuple[int, int], dimensions: dict[str, int]
+) -> None:
+    """A grid of 2 x 4 patches: the examples of a dynamic graph have more rows and columns than the larger side."""
+    config = build_tiny_config(image_size=[8, 16], patch_size=[4, 4], num_channels=1)
+    shape = GraphShape((8, 24), (8, 12), is_dynamic)
+    expected_size = (5 * 4, 7 * 4) if is_dynamic else (8, 24)
+    assert tracing.build_example_images(config, shape).shape == (2, 1, *expected_size)
+    axes = tracing.build_dynamic_shapes(shape)["pixel_values"].values()
+    assert {axis.__name__: axis.min for axis in axes} == dimensions
+
+
+def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
+    sizes = {"image_size": [32, 48], "patch_size": [8, 4], "num_cls_tokens": 3}
+    scopes = {"cls_scopes": ["image", [2, 3, 1, 2], [1, 5, 0, 0]]}
+    assert get_smallest_size(build_tiny_config(**sizes | scopes)) == (2 * 8, 5 * 4)
+    assert get_smallest_size(build_tiny_config(**sizes)) == (2 * 8, 2 * 4)
+    model = ViTCLSModel(build_tiny_config(**sizes | scopes))
+    for size in ((8, 20), (16, 16)):
+        with raises_one_line("a dynamic graph requires images of at least 16 x 20 pixels"):
+            select_graph_shape(model, size, dynamic=True)
+    assert select_graph_shape(model, (24, 40), dynamic=True) == GraphShape((24, 40), (16, 20), is_dynamic=True)
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run files of the torch format in this process, which is faster than a new process."""
+
+    def run_file(file: Path, batches: list[torch.Tensor], names: list[str]) -> list[dict[str, torch.Tensor]]:
+        with torch.no_grad():
+            return [torch.export.load(file).module()(images) for images in batches]
+
+    monkeypatch.setitem(formats.FORMATS, "torch", replace(formats.FORMATS["torch"], run=run_file))
+
+
+@pytest.mark.usefixtures("run_here")
+def test_a_graph_in_bfloat16_with_attention(tmp_path: Path) -> None:
+    """Two tasks, a requested size that is not square, and weights and computations in bfloat16."""
+    fields = {"num_cls_tokens": 2, "tasks": {"age": ["young", "old"], "species": ["oak", "elm", "ash"]}}
+    checkpoint(tmp_path / "model", ViTCLSForMultiTaskClassification, num_hidden_layers=1, num_channels=1, **fields)
+    file = tmp_path / "vit.pt2"
+    shape = {"image_size": (24, 40), "dynamic": False}
+    report = export_model(str(tmp_path / "model"), "torch", file, **shape, dtype="bfloat16", output_attentions=True)
+    assert (report.model_class, report.dtype, report.opset) == ("ViTCLSForMultiTaskClassification", "bfloat16", None)
+    assert report.limit == (1e-4, 8e-2) and report.labels == fields["tasks"]
+    attention_shape = ["batch", 1, 2, 3, 5]  # layers, CLS tokens, rows, columns
+    assert report.outputs == {"age": ["batch", 2], "species": ["batch", 3], "cls_attention": attention_shape}
+    assert report.input["shape"] == ["batch", 1, 24, 40]
+    assert report.input["image_size"] == report.input["smallest_image_size"] == [24, 40]
+    assert [comparison.shape for comparison in report.tried] == [(batch, 1, 24, 40) for batch in (1, 2, 3)]
+    assert max(report.largest_differences.values()) > 1e-4
+    program = torch.export.load(file)
+    assert {weight.dtype for weight in program.state_dict.values()} == {torch.bfloat16}
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
+
+
+def test_files_are_moved_only_if_none_exists(tmp_path: Path) -> None:
+    for name in ("source/a", "source/b", "target/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with raises_one_line(f"{tmp_path / 'target' / 'b'} exists"):
+        exporter.move_files(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / "b").read_text() == "target/b"
+    assert sorted(file.name for file in (tmp_path / "source").iterdir()) == ["a", "b"]
 
 
 # The report, without a graph
+
+
+def test_the_input_of_a_fixed_graph() -> None:
+    config = build_tiny_config(image_size=[32, 48], patch_size=[8, 4], num_channels=1)
+    assert exporter.describe_input(config, GraphShape((16, 24), (8, 12), is_dynamic=False)) == {
+        "name": "pixel_values",
+        "dtype": "float32",
+        "shape": ["batch", 1, 16, 24],
+        "image_size": [16, 24],
+        "smallest_image_size": [8, 12],
+        "patch_size": [8, 4],
+    }
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("float16", 1e-4 + 4e-2), ("bfloat16", 1e-4 + 0.32)])
+def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit: float) -> None:
+    reference = [{"logits": torch.tensor([[4.0, -1.0]]), "pooled": torch.tensor([[100.0]])}]
+    images = [build_images()]
+    below = [{"logits": reference[0]["logits"] - 0.9 * limit, "pooled": reference[0]["pooled"]}]
+    (comparison,) = exporter.compare_outputs(images, reference, below, dtype)
+    assert comparison.shape == (2, 3, 32, 32)
+    assert comparison.differences == {"logits": pytest.approx(0.9 * limit, rel=1e-2), "pooled": 0}
+    assert comparison.magnitudes == {"logits": 4, "pooled": 100}
+    above = [{"logits": reference[0]["logits"] + 1.1 * limit, "pooled": reference[0]["pooled"]}]
+    with raises_one_line("the output logits", "for images [2, 3, 32, 32]", f"the limit in {dtype} is {limit:.2g}"):
+        exporter.compare_outputs(images, reference, above, dtype)
 
 
 def test_dynamic_axes_have_names() -> None:
@@ -474,6 +647,7 @@ def test_labels_belong_to_the_outputs_that_contain_logits() -> None:
     ("fields", "word"),
     [
         ({}, ""),
+        ({"merged_patches_per_layer": 3}, "merged_patches_per_layer"),
         ({"position_offset": 0.1}, "position_offset"),
         ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
         ({"position_interpolation": "crop"}, ""),
@@ -485,7 +659,7 @@ def test_labels_belong_to_the_outputs_that_contain_logits() -> None:
 def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     native_size = model.config.image_height_width
-    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias=False)
+    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
     assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word) and shape.image_size == native_size
     assert shape.smallest_size == (native_size if word else (16, 16))
@@ -495,11 +669,12 @@ def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
 # Errors
 
 
+@pytest.mark.usefixtures("run_here")
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(exporter.LIMITS, "float32", (0.0, 0.0))
-    with raises_one_line("differs", "logits", "the limit in float32 is 0"):
-        export_model(str(tmp_path / "model"), "onnx", tmp_path / "not" / "there" / "vit.onnx")
+    monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
+    with raises_one_line("differs", "logits", "the limit in float32 is -1"):
+        export_model(str(tmp_path / "model"), "torch", tmp_path / "not" / "there" / "vit.pt2", dynamic=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -561,6 +736,19 @@ def test_unsupported_sizes(tmp_path: Path) -> None:
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
 
 
+def test_files_that_do_not_run(tmp_path: Path) -> None:
+    (tmp_path / "vit.onnx").write_text("damaged")
+    with raises_one_line("onnxruntime cannot run the written graph on the CPU: "):
+        formats.FORMATS["onnx"].run(tmp_path / "vit.onnx", [build_images()], ["logits"])
+
+
+@pytest.mark.slow
+def test_torch_files_that_do_not_run(tmp_path: Path) -> None:
+    (tmp_path / "vit.pt2").write_text("damaged")
+    with raises_one_line("the written graph does not run in a separate process: ", "zip file"):
+        formats.FORMATS["torch"].run(tmp_path / "vit.pt2", [build_images()], ["logits"])
+
+
 @pytest.mark.slow
 def test_an_opset_that_the_exporter_does_not_write(tmp_path: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=1)))
@@ -580,6 +768,9 @@ def test_existing_files(tmp_path: Path) -> None:
 
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert formats.FORMATS["onnx"].packages == ("onnx", "onnxscript", "onnxruntime")
+    assert formats.FORMATS["openvino"].packages == ("onnx", "onnxscript", "openvino")
+    assert formats.FORMATS["torch"].find_missing_packages() == []
     monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with raises_one_line(
         "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"

@@ -6,21 +6,32 @@ The npm package is installed into a folder of its own by the slow test, which is
 import json
 import os
 import subprocess
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from scripts_in_process import run_in_process
-from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
+from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
 from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.export.exportable import ExportableModel, compute_named_outputs
 from modeling_vitcls.export.formats import FORMATS
-from modeling_vitcls.export.transformers_js import export_for_transformers_js
+from modeling_vitcls.export.transformers_js import (
+    build_config,
+    compare_file,
+    evaluate_files,
+    export_for_transformers_js,
+    has_cls_attention,
+)
 
 
-for library in ("onnx", "onnxscript", "onnxruntime"):
+onnx, *_ = (
     pytest.importorskip(library, reason=f"{library} is not installed")
+    for library in ("onnx", "onnxscript", "onnxruntime")
+)
 
 PREDICT = """
 import { env, pipeline, RawImage } from "@huggingface/transformers";
@@ -53,17 +64,99 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
         *("config.json", "preprocessor_config.json", "onnx/report.json"),
         *("onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"),
     }
-    config = json.loads((web / "config.json").read_text())
-    assert config["model_type"] == "vit" and config["id2label"]["3"] == "digit 3"
-    assert json.loads((web / "preprocessor_config.json").read_text())["size"] == {"height": 32, "width": 32}
+    names = {index: f"digit {index}" for index in range(10)}
+    assert json.loads((web / "config.json").read_text()) == {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification"],
+        "id2label": {str(index): name for index, name in names.items()},
+        "label2id": {name: index for index, name in names.items()},
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "problem_type": "single_label_classification",
+    }
+    assert json.loads((web / "preprocessor_config.json").read_text()) == {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": 32, "width": 32},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+
+
+def test_the_report_describes_the_files(web: Path) -> None:
     report = json.loads((web / "onnx" / "report.json").read_text())
+    assert (report["num_images"], report["labeled"]) == (64, None)
+    folders = {"sha256": web / "onnx", "weights_sha256": web.parent / "mine"}
+    files = {
+        "sha256": ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"],
+        "weights_sha256": ["model.safetensors"],
+    }
+    for key, names in files.items():
+        assert report[key] == {name: sha256((folders[key] / name).read_bytes()).hexdigest() for name in names}
     fp32, fp16, int8 = report["comparisons"]
+    assert [(each["file"], each["dtype"]) for each in report["comparisons"]] == [
+        ("onnx/model.onnx", "fp32"),
+        ("onnx/model_fp16.onnx", "fp16"),
+        ("onnx/model_quantized.onnx", "q8"),
+    ]
     assert fp32["largest_difference"] <= 1e-4 and fp32["top1_agreement"] == 1
     assert fp32["largest_difference"] < fp16["largest_difference"] < int8["largest_difference"]
     assert int8["top1_agreement"] > 0.5
     sizes = [(web / each["file"]).stat().st_size for each in report["comparisons"]]
     assert sizes[0] > sizes[1]
-    assert set(report["weights_sha256"]) == {"model.safetensors"}
+
+
+def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> None:
+    """int8 weights are symmetric, so that 0 is exact. The attention of the CLS token is an output of every file."""
+    model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
+    pixel_values = build_images(4)
+    (reference,) = compute_named_outputs(model, [pixel_values], output_attentions=True)
+    for name, limit in (("model.onnx", 1e-4), ("model_fp16.onnx", 0.1), ("model_quantized.onnx", 1.0)):
+        (outputs,) = FORMATS["onnx"].run(web / "onnx" / name, [pixel_values], ["logits", "cls_attention"])
+        for output, expected in reference.items():
+            assert outputs[output].shape == expected.shape
+            assert (outputs[output] - expected).abs().max() <= limit, (name, output)
+    for name, dtypes in (("model_fp16.onnx", {"FLOAT16"}), ("model_quantized.onnx", {"INT8"})):
+        weights = onnx.load(web / "onnx" / name).graph.initializer
+        found = {onnx.TensorProto.DataType.Name(weight.data_type) for weight in weights if len(weight.dims) == 2}
+        assert found - {"INT64"} == dtypes, name
+
+
+def test_top1_agreement_is_a_fraction_of_the_images(web: Path) -> None:
+    """The reference predicts another class for 1 of 4 images."""
+    images = build_images(4)
+    (outputs,) = FORMATS["onnx"].run(web / "onnx" / "model.onnx", [images], ["logits"])
+    logits = outputs["logits"].clone()
+    logits[1, logits[1].argmin()] = logits[1].max() + 3
+    reference = [{"logits": part} for part in logits.split(2)]
+    comparison = compare_file(web / "onnx" / "model.onnx", "fp32", list(images.split(2)), reference)
+    difference = (logits - outputs["logits"]).max().item()
+    assert (comparison.top1_agreement, comparison.largest_difference) == (0.75, pytest.approx(difference))
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem_type", "has_attention"),
+    [
+        ({"problem_type": "multi_label_classification", "image_size": [32, 32]}, "multi_label_classification", True),
+        ({"num_cls_tokens": 0, "pooling": "mean"}, "single_label_classification", False),
+        ({"merged_patches_per_layer": 2}, "single_label_classification", False),
+    ],
+)
+def test_the_task_and_the_attention_depend_on_the_model(
+    fields: dict[str, Any], problem_type: str, has_attention: bool
+) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(**fields))
+    assert build_config(ExportableModel(model, None, True))["problem_type"] == problem_type
+    assert has_cls_attention(model) is has_attention
 
 
 def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
@@ -72,6 +165,15 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
     with raises_one_line("requires a classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
+    for name, fields in (("regression", {"problem_type": "regression"}), ("no processor", {})):
+        randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(tmp_path / name)
+        if fields:
+            ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / name)
+        noun = "with" if fields else "without"
+        with raises_one_line(f"contains ViTCLSForImageClassification {noun} an image processor"):
+            export_for_transformers_js(str(tmp_path / name), tmp_path / "web")
+    with raises_one_line("not empty"):
+        export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):
@@ -79,9 +181,9 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "web").exists()
 
 
-@pytest.mark.slow
-def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """30 of 40 images have the label that the model predicts, 10 have another label."""
+def save_labeled_images(web: Path, output: Path) -> tuple[torch.Tensor, list[int]]:
+    """Write 30 images with the label that the model predicts, and 10 images with another label. Return the pixels and
+    the labels of all images."""
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
     digits = load_digit_images()[:40]
@@ -90,21 +192,36 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
         predicted = model(pixel_values).logits.argmax(-1).tolist()
     labels = [(index + (number >= 30)) % 10 for number, index in enumerate(predicted)]
     for number, (digit, label) in enumerate(zip(digits, labels, strict=True)):
-        folder = tmp_path / "images" / "test" / f"digit {label}"
+        folder = output / "test" / f"digit {label}"
         folder.mkdir(parents=True, exist_ok=True)
         digit.save(folder / f"{number}.png")
-    (tmp_path / "images" / "test" / "digit 0").mkdir(exist_ok=True)
-    flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
-    assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
-    labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
-    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("path/to/images", "test", 40)
-    assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
+    (output / "test" / "digit 0").mkdir(exist_ok=True)
+    return pixel_values, labels
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path) -> None:
+    pixel_values, labels = save_labeled_images(web, tmp_path / "images")
+    scores = evaluate_files(str(web.parent / "mine"), web / "onnx", str(tmp_path / "images"), None)
+    assert (scores.dataset, scores.split, scores.num_images) == ("path/to/images", "test", 40)
+    assert scores.metric == "accuracy" and scores.model == scores.files["model.onnx"] == 0.75
+    assert list(scores.files) == ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"]
     quantized = web / "onnx" / "model_quantized.onnx"
     outputs = FORMATS["onnx"].run(quantized, list(pixel_values.split(1)), ["logits"])
     logits = torch.cat([output["logits"] for output in outputs])
     correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
-    assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
-    assert "accuracy on 40 images of images (test):\nPyTorch                    75.00%" in capsys.readouterr().out
+    assert scores.files["model_quantized.onnx"] == pytest.approx(correct)
+
+
+@pytest.mark.slow
+def test_the_script_evaluates_the_files(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_labeled_images(web, tmp_path / "images")
+    flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
+    assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
+    labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
+    assert labeled["dataset"] == "path/to/images" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
+    printed = capsys.readouterr().out
+    assert "accuracy on 40 images of path/to/images (test):\nPyTorch                    75.00%" in printed
 
 
 @pytest.mark.parametrize(

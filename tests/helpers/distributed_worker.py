@@ -1,6 +1,6 @@
-"""Checks of test_distributed.py that run in two processes and compare with the same model in one process. Start with:
+"""Checks of test_distributed_runs.py that run in two processes and compare with the same model in one process.
 
-torchrun --nproc-per-node 2 distributed_worker.py FOLDER
+Start with: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """
 
 import functools

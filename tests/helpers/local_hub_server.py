@@ -209,6 +209,7 @@ def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> 
             "author": repo_id.partition("/")[0],
             "sha": name,
             "private": repository.private,
+            "gated": "auto" if match["repo"] in hub.gated else False,
             "tags": [],
             "downloads": 0,
             "likes": 0,

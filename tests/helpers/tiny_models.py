@@ -15,6 +15,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
     ViTCLSModel,
 )
 from modeling_vitcls.modeling_vitcls import has_user_hooks
@@ -96,6 +97,13 @@ def randomize(model: Model, seed: int = 0) -> Model:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
+
+
+def save_with_processor(model: PreTrainedModel, folder: Path, processor: ViTCLSImageProcessor | None = None) -> Path:
+    """Save a model with random parameters and an image processor, by default for 32 x 32 pixels; return the folder."""
+    randomize(model).save_pretrained(folder)
+    (processor or ViTCLSImageProcessor(size=32)).save_pretrained(folder)
+    return folder
 
 
 def build_images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:

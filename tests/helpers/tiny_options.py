@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate_state import reset_accelerate
+
 from modeling_vitcls.api import build_options
 from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions
+from modeling_vitcls.training.task import Task, run_task
 
 
 TINY = ModelOptions(
@@ -26,6 +29,13 @@ def build_tiny_options(output_dir: Path, dataset: object, kind: type = FinetuneO
     model = {} if "model" in flags else vars(TINY)
     settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False} | flags
     return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)
+
+
+def run_to_folder(task_class: type[Task], options: Any) -> Path:
+    """Run a task in this process, for a fixture of a module, and return the output folder."""
+    reset_accelerate()
+    run_task(task_class(options))
+    return options.output_dir
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 Hub.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch
 from fresh_processes import run_fresh
 from huggingface_hub import ModelCard
 from local_hub import LocalHub
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.adapters import write_adapter
 from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.hub.publish import push_folder
@@ -55,19 +56,21 @@ def test_an_adapter_is_pushed_separately_and_loaded_as_in_its_card(
 ) -> None:
     base = tmp_path / "base"
     config = build_tiny_config(num_register_tokens=1, num_distillation_tokens=1, head_type=head_type)
-    randomize(ViTCLSForImageClassification(config)).save_pretrained(base)
-    ViTCLSImageProcessor(size=32).save_pretrained(base)
+    save_with_processor(ViTCLSForImageClassification(config), base)
     push_folder(base, "ann/base")
     model = train(base)
-    provenance = Provenance("ann/base", "ann/base", license="mit")
+    (tmp_path / "LICENSE").write_text("the text")
+    provenance = Provenance("ann/base", "ann/base", license="mit", license_files=(tmp_path / "LICENSE",))
     write_adapter(tmp_path / "adapter", model.state_dict(), model.config, 2, "ann/base", provenance)
+    (tmp_path / "adapter" / "training_args.bin").touch()
     push_folder(tmp_path / "adapter", "ann/adapter")
     names = set(hub.files("ann/adapter")) - {".gitattributes"}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "LICENSE"}
 
     card = ModelCard(hub.read("ann/adapter", "README.md").decode())
     assert (card.data.base_model, card.data.base_model_relation) == ("ann/base", "adapter")
     assert card.data.license == "mit" and "Python files are licensed" not in card.text
+    assert "remain under its license: mit. The license text is in LICENSE." in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     torch.save(build_images(), tmp_path / "images.pt")
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -87,8 +90,16 @@ def test_an_adapter_of_a_local_base_model_is_not_pushed(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1))).save_pretrained(base)
     model = train(base)
     write_adapter(tmp_path / "adapter", model.state_dict(), model.config, 2, str(base))
-    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert str(tmp_path) not in str(card) and card.text.lstrip().startswith("# adapter\n")
+    assert not {"base_model", "base_model_relation"} & card.data.to_dict().keys()
     with raises_one_line("requires a base model on the Hub", "base_model_name_or_path"):
+        push_folder(tmp_path / "adapter", "ann/adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["inference_mode"]) == (str(base), True)
+    settings["base_model_name_or_path"] = None
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with raises_one_line("requires a base model on the Hub, but its base model is None"):
         push_folder(tmp_path / "adapter", "ann/adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with raises_one_line("lacks adapter_model.safetensors"):

@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from PIL import Image
-from tiny_models import build_tiny_config, randomize
+from tiny_models import build_tiny_config, randomize, save_with_processor
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.card import (
@@ -24,6 +24,7 @@ from modeling_vitcls.hub.card import (
     format_token_layout,
     get_license,
 )
+from modeling_vitcls.hub.card_results import format_name
 from modeling_vitcls.hub.card_sections import get_shareable_flags
 from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.inference.metrics import drop_large_matrices
@@ -75,28 +76,83 @@ def card() -> ModelCard:
     return ModelCard(str(build_card("my-model", CONFIG, RESULTS, FLAGS)))
 
 
-def test_metadata_contains_the_measured_metrics(card: ModelCard) -> None:
-    assert card.data.license is None  # no license was named
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "image-classification"
-    assert card.data.datasets is None  # scikit-learn's digits are not on the Hub
-    assert card.data.metrics == ["accuracy"]
-    (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("accuracy", 0.983333)
-    assert result.dataset_args == {"num_images": 360}
-    assert card.data.base_model is None
+def read_metadata(card: ModelCard) -> dict[str, Any]:
+    """Return the YAML header of a card."""
+    return yaml.safe_load(str(card).split("---\n")[1])
+
+
+def test_the_metadata_of_a_classifier() -> None:
+    """No license was given, and scikit-learn's digits are not on the Hub."""
+    interval = [0.964, 0.9925]
+    results = RESULTS | {"accuracy": 0.98333333, "accuracy_interval": interval, "cls_accuracy": 0.0, "macro_f1": None}
+    metadata = read_metadata(build_card("ann/mine", CONFIG, results, FLAGS))
+    (entry,) = metadata.pop("model-index")
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["vision", "vit", "vitcls"],
+        "metrics": ["accuracy"],
+    }
+    (evaluation,) = entry.pop("results")
+    assert entry == {"name": "ann/mine"}
+    assert evaluation == {
+        "task": {"type": "image-classification"},
+        "dataset": {
+            "name": "digits",
+            "type": "digits",
+            "split": "20%, stratified, split seed 0",
+            "args": {"num_images": 360},
+        },
+        "metrics": [
+            {
+                "type": "accuracy",
+                "name": "Accuracy",
+                "value": 0.983333,
+                "args": {"confidence_level": 0.95, "confidence_interval": interval},
+            },
+            {"type": "cls_accuracy", "name": "Accuracy, CLS head", "value": 0.0},
+        ],
+    }
+    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"problem_type": "multi_label_classification"})
+    flags = FLAGS | {"dataset": "ann/pets", "model": "ann/base"}
+    base = Provenance("ann/base", "ann/base", license="mit")
+    multi_label = read_metadata(build_card("mine", config, RESULTS | {"teacher": "ann/cnn"}, flags, base))
+    assert multi_label["tags"] == ["vision", "vit", "vitcls", "distillation", "multi-label"]
+    encoder = read_metadata(build_encoder_card("mine", CONFIG, ENCODER, flags, base))
+    assert encoder == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["vision", "vit", "vitcls", "masked-image-modeling"],
+        "datasets": ["ann/pets"],
+        "base_model": "ann/base",
+        "base_model_relation": "finetune",
+        "license": "mit",
+    }
+    license_text = get_license(flags, base)
+    metadata = build_common_metadata(flags, base)
+    checkpoint = build_checkpoint_card("ann/x", "steps", 3, "ViTCLSModel", metadata, license_text, False)
+    del encoder["pipeline_tag"]
+    assert read_metadata(checkpoint) == encoder | {"tags": ["vision", "vit", "vitcls", "checkpoint"]}
+    unpublished = read_metadata(build_encoder_card("mine", CONFIG, ENCODER, flags, Provenance("base")))
+    assert not {"base_model", "base_model_relation", "license"} & unpublished.keys()
 
 
 def test_text_describes_tokens_results_and_loading(card: ModelCard) -> None:
     assert "[ CLS x 1 | register x 2 | patch x 16 ]" in card.text
     assert "19 tokens of width 64 for an image of 32 x 32 pixels" in card.text
     assert "| Accuracy | 98.33% |" in card.text
+    assert (
+        "of 214,346 parameters for image classification with 2 classes, trained from scratch on `digits`." in card.text
+    )
     assert "360 images of the held-out split" in card.text
     assert "Top-5" not in card.text  # was not measured
     loading = 'pipeline("image-classification", model="my-model", revision="main", trust_remote_code=True)'
     assert loading in card.text and 'revision = "<commit hash>"' in card.text
     assert card.text.count("from_pretrained(") == card.text.count("revision=revision") == 2
     assert "torch 2.15.0" in card.text
+    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"image_size": [32, 64]})
+    other = build_card("my-model", config, RESULTS, FLAGS | {"model": "runs/mine"}).text
+    assert "32 x 64 pixels" in other and "fine-tuned from `runs/mine` on `digits`." in other
 
 
 def test_no_section_is_empty(card: ModelCard) -> None:
@@ -206,23 +262,9 @@ def test_a_license_flag_does_not_replace_an_inherited_license(tmp_path: Path) ->
     assert unknown.data.license == "mit" and "The weights are licensed under mit." in unknown.text
 
 
-def test_the_card_of_a_checkpoint_has_the_same_license() -> None:
-    for named in ("mit", None):
-        flags = FLAGS | {"license": named}
-        license_text = get_license(flags, None)
-        arguments = (
-            "ann/x",
-            "steps",
-            3,
-            "ViTCLSForImageClassification",
-            build_common_metadata(flags, None),
-            license_text,
-        )
-        card = ModelCard(str(build_checkpoint_card(*arguments, with_optimizer=False)))
-        assert card.data.license == named and card.text.rstrip().endswith(f"## License\n\n{license_text}")
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.24, "0.2 s"), (58.4, "58 s"), (12345.6, "12,346 s")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.24, "0.2 s"), (9.94, "9.9 s"), (10.4, "10 s"), (12345.6, "12,346 s")]
+)
 def test_short_runs_took_some_time(seconds: float, words: str) -> None:
     assert f"Training took {words}, including evaluations" in render_card(seconds=seconds).text
 
@@ -243,13 +285,13 @@ def test_results_of_one_label() -> None:
         accuracy_interval=[0.964, 0.9925],
         balanced_accuracy=0.97,
         cls_accuracy=0.5,
-        distillation_accuracy=0.6,
+        distillation_accuracy=0.0,
         calibration_error=0.0123,
         num_broken_images=3,
         per_class=PER_CLASS,
     )
     assert "| Accuracy | 98.33% (95% interval: 96.40% to 99.25%) |" in card.text
-    assert "| Accuracy, CLS head | 50.00% |\n| Accuracy, distillation head | 60.00% |" in card.text
+    assert "| Accuracy, CLS head | 50.00% |\n| Accuracy, distillation head | 0.00% |" in card.text
     assert "3 more images were unreadable and are not counted." in card.text
     table = card.text.split("Per class:\n\n")[1].split("\n\n")[0].splitlines()
     assert table == [
@@ -259,12 +301,6 @@ def test_results_of_one_label() -> None:
         "| `noon\\|late` | 160 | – | 100.00% | 50.00% |",
     ]
     assert not re.search(r"None|\n\n\n", card.text)
-    intervals = [result.metric_args for result in card.data.eval_results if result.metric_args]
-    assert intervals == [{"confidence_level": 0.95, "confidence_interval": [0.964, 0.9925]}]
-    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert measured.keys() == {
-        *("accuracy", "balanced_accuracy", "cls_accuracy", "distillation_accuracy", "calibration_error"),
-    }
 
 
 def test_many_classes_have_no_table() -> None:
@@ -364,6 +400,7 @@ def test_limits_are_the_measured_ones() -> None:
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )
     assert "differs from the accuracy by 1.23% on average" in card.text
+    assert "differs from the accuracy by 0.00% on average" in render_card(calibration_error=0.0).text
     rows = [PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}]
     without_errors = "weakest class is `noon|late`: recall 90.00% on 160 images."
     assert without_errors in render_card(per_class=rows).text
@@ -382,6 +419,8 @@ def test_only_the_first_classes_are_listed() -> None:
     many = ViTCLSConfig(**CONFIG.to_diff_dict() | {"id2label": {index: f"kind-{index}" for index in range(60)}})
     text = render_card(many).text
     assert "`kind-49` and 10 more" in text and "kind-50" not in text
+    all_listed = ViTCLSConfig(id2label={index: f"kind-{index}" for index in range(50)})
+    assert describe_classes(all_listed)[0].endswith("`kind-48`, `kind-49`.")
 
 
 def test_classes_are_listed_by_index() -> None:
@@ -420,7 +459,14 @@ def test_patch_dropout_is_in_the_table_if_patches_were_dropped(flags: dict[str, 
 
 @pytest.mark.parametrize(
     ("kilowatt_hours", "words"),
-    [(12345.6, "12,346 kWh"), (1.2345, "1.23 kWh"), (0.1, "0.1 kWh"), (0.09999, "100 Wh"), (0.00345, "3.45 Wh")],
+    [
+        (12345.6, "12,346 kWh"),
+        (999.6, "1,000 kWh"),
+        (1.2345, "1.23 kWh"),
+        (0.1, "0.1 kWh"),
+        (0.09999, "100 Wh"),
+        (0.00345, "3.45 Wh"),
+    ],
 )
 def test_energy_has_a_unit(kilowatt_hours: float, words: str) -> None:
     energy = {"kilowatt_hours": kilowatt_hours, "assumption": "each CPU uses 9 W"}
@@ -457,10 +503,12 @@ def test_the_targets_of_the_teacher_are_named(distillation: str | None, targets:
     [("ViTCLSForMaskedImageModeling", "pretrain"), ("ViTCLSForImageClassification", "finetune")],
 )
 def test_a_resumable_checkpoint_names_the_command(architecture: str, command: str) -> None:
-    arguments = ("ann/x", "steps", 12000, architecture, build_common_metadata(FLAGS, None), get_license(FLAGS, None))
+    license_text = get_license(FLAGS | {"license": "mit"}, None)
+    arguments = ("ann/x", "steps", 12000, architecture, build_common_metadata(FLAGS, None), license_text)
     text = build_checkpoint_card(*arguments, with_optimizer=True).text
     assert "# ann/x, step 12,000" in text and 'revision="steps"' in text
     assert f"cli {command} --config runs/mine/config.resolved.yaml" in text
+    assert text.rstrip().endswith(f"## License\n\n{license_text}")
     assert "## Resume" not in build_checkpoint_card(*arguments, with_optimizer=False).text
 
 
@@ -483,7 +531,8 @@ def test_the_card_of_a_merging_model_states_that_it_is_inexact(number: int, word
 def test_flags_for_initial_weights_and_publishing_are_not_in_the_recipe() -> None:
     flags = FLAGS | {"push_to_hub": True, "hub_model_id": "ann/x", "eval_benchmark": "a/b", "resume": True, "seed": 3}
     recipe = str(build_card("my-model", CONFIG, RESULTS, flags)).split("```yaml")[1].split("```")[0]
-    assert yaml.safe_load(recipe) == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "seed": 3}
+    expected = {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "seed": 3}
+    assert list(yaml.safe_load(recipe).items()) == list(expected.items())
 
 
 def test_images_have_alternative_text() -> None:
@@ -495,6 +544,15 @@ def test_images_have_alternative_text() -> None:
     assert "The token sequence: 1 CLS, 2 register and 16 patch tokens" in shown
     assert not re.search(r"\n\n\n", card.text)
     assert "## Attention maps" not in render_card().text and "![" not in render_card().text
+    config = ViTCLSConfig(
+        **CONFIG.to_diff_dict() | {"tasks": {"light": ["dusk", "noon"], "place": ["sea", "wood"]}, "num_cls_tokens": 2}
+    )
+    images = {"confusion_matrix_place": "pictures/place.png"}
+    text = build_card("my-model", config, RESULTS, FLAGS, images=images).text
+    assert (
+        "![Confusion matrix of place: rows are true classes, columns are predicted classes](pictures/place.png)"
+        in text
+    )
 
 
 @pytest.mark.parametrize("flags", [{}, {"dataset": "/gone/scans"}, {"dataset": "/gone/scans", "card_samples": True}])
@@ -534,6 +592,10 @@ def test_an_encoder_card_describes_its_pretraining() -> None:
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.license is None
     assert "| Mask ratio | 0.6 |" in card.text
     assert "smoothing" not in card.text  # there are no labels
+    assert "`accelerate launch -m modeling_vitcls.cli pretrain --config recipe.yaml`" in card.text
+    assert "vitcls finetune --model my-encoder --dataset path/to/labeled/images --output-dir runs/mine" in card.text
+    pictures = build_encoder_card("mine", CONFIG, results, flags, images={"attention": "pictures/attention.png"})
+    assert "](pictures/attention.png)" in pictures.text
     unused = {"head_type": "mlp", "pooling": "mean", "trainable": "head"}
     text = str(build_encoder_card("my-encoder", CONFIG, results, flags | unused))
     assert "head" not in re.sub(r"4 heads|heads_vitcls\.py", "", text)
@@ -656,6 +718,19 @@ def test_names_of_classes_and_datasets_are_not_markup(name: str) -> None:
     assert render(card) == render(plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("a`b", "`a'b`"),
+        ("two\nlines", "`two lines`"),
+        ("x" * 100, f"`{'x' * 100}`"),
+        ("x" * 101, f"`{'x' * 99}…`"),
+    ],
+)
+def test_names_are_inline_code_of_one_line(name: str, code: str) -> None:
+    assert format_name(name) == code
+
+
 def render(card: str) -> list[tuple[str, str, str]]:
     """Return the elements of a card, rendered from Markdown: tag, link and image of each element."""
     text = card.split("\n---\n", maxsplit=1)[1]
@@ -677,8 +752,7 @@ def test_large_matrices_are_left_out() -> None:
 
 
 def test_missing_images_do_not_stop_the_card(tmp_path: Path) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
     (tmp_path / "pictures").touch()  # a file in place of the folder
     results: dict[str, Any] = {}
     none = LabeledImages([], [])
@@ -700,8 +774,7 @@ def test_missing_images_do_not_stop_the_card(tmp_path: Path) -> None:
 def test_trackers_get_no_held_out_images_if_the_card_contains_none(tmp_path: Path) -> None:
     """Trackers may be remote, and local images are not published without consent."""
     fields = {"num_register_tokens": 1, "num_hidden_layers": 1}
-    randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config(**fields)), tmp_path)
     noise = torch.randint(256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     held_out = LabeledImages([Image.fromarray(pixels.numpy()) for pixels in noise], [0, 1, 2])
     space = LabelSpace("single_label_classification", {"label": ["dawn", "dusk", "noon"]})
@@ -709,7 +782,7 @@ def test_trackers_get_no_held_out_images_if_the_card_contains_none(tmp_path: Pat
     given = (tmp_path, ViTCLSForImageClassification, results, held_out, space, torch.device("cpu"), True)
     warnings: list[str] = []
     tracked: dict[str, Image.Image] = {}
-    paths = build_model_report(*given, warnings.append, tracked.update, with_samples=False)
+    paths = build_model_report(*given, warnings.append, tracked.update, use_samples=False)
     assert warnings == []
     assert paths == {"token_layout": "pictures/token_layout.png", "report": "report.html"}
     assert "patches: " in results["diagnosis"]

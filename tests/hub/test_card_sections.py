@@ -9,9 +9,8 @@ import pytest
 import transformers
 from fresh_processes import run_fresh
 from local_hub import LocalHub, running_hub
-from tiny_models import KINDS, build_tiny_config, randomize
+from tiny_models import KINDS, build_tiny_config, save_with_processor
 
-from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
 from modeling_vitcls.hub.card_sections import CITATION, build_use_section, insert_onnx_section
 from modeling_vitcls.hub.code_files import READING_ORDER, compute_code_digest
@@ -36,8 +35,7 @@ def get_code_blocks(text: str) -> list[str]:
 def publish(hub: LocalHub, folder: Path, kind: str) -> None:
     """Push a model of a kind to the repository ann/KIND."""
     model_class, fields, _ = KINDS[kind]
-    randomize(model_class(build_tiny_config(**fields))).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_with_processor(model_class(build_tiny_config(**fields)), folder)
     hub.create(f"ann/{kind}", private=False, files={file.name: file.read_bytes() for file in folder.iterdir()})
 
 
@@ -116,6 +114,8 @@ def test_the_onnx_section_is_inserted_once_before_the_citation() -> None:
     assert "evaluated on 1,234 images of `ann/pets` (test), one image at a time" in section
     assert "The weights in PyTorch have the accuracy 75.00%." in section
     assert "| `onnx/model_fp16.onnx` | 1.2e-02 | 98.44% | 50.00% |\n" in section
+    report["labeled"]["metric"] = "mean_average_precision"
+    assert "The weights in PyTorch have the mean average precision 75.00%." in insert_onnx_section("# mine\n", report)
 
 
 def test_the_citation_equals_the_one_of_the_repository() -> None:

@@ -22,7 +22,7 @@ from scripts_in_process import run_in_process
 from source_checkpoints import SIZES, save_checkpoint
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
-from tiny_models import build_tiny_config, raises_one_line, randomize
+from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis.card_images import write_card_images
@@ -120,8 +120,11 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     )
     pinned, pinned_commit = loading.load_timm(f"hf-hub:ann/vit@{commit}")
     assert pinned_commit == commit and pinned.num_classes == 3
+    random, random_commit = loading.load_timm(f"hf-hub:ann/vit@{commit}", pretrained=False)
+    assert random_commit == commit and not torch.equal(random.cls_token, pinned.cls_token)
     stop_hub(monkeypatch)
     started = time.monotonic()
+    assert loading.load_timm("test_vit", pretrained=False)[1] is None
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
         with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):
@@ -194,12 +197,10 @@ def test_the_demo_sends_no_requests_if_its_model_is_local(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {0: "a", 1: "b", 2: "c"}
-    randomize(vitcls.ViTCLSForImageClassification(build_tiny_config(id2label=names))).save_pretrained(
-        tmp_path / "mine"
-    )
-    vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "mine")
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(id2label=names)), tmp_path / "mine")
     commit = push_folder(tmp_path / "mine", "ann/mine").commit
     assert get_cached_commit(get_model_folder("ann/mine")) == commit
+    assert DemoModel.load("ann/mine").commit == DemoModel.load("ann/mine", "main").commit == commit
     stop_hub(monkeypatch)
     started = time.monotonic()
     with loading.force_offline():
@@ -213,9 +214,8 @@ def test_the_demo_loads_the_model_at_the_given_commit(hub: LocalHub, tmp_path: P
     tests that the code is pinned.
     """
     folder = tmp_path / "mine"
-    model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config()))
-    model.save_pretrained(folder)
-    vitcls.ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    model = vitcls.ViTCLSForImageClassification(build_tiny_config())
+    save_with_processor(model, folder)
     hub.create("ann/code", private=False, files={})
     use_shared_code(folder, "ann/code")
     commits = {}

@@ -15,7 +15,7 @@ from fresh_processes import run_fresh
 from huggingface_hub import snapshot_download
 from local_hub import LocalHub
 from PIL import Image
-from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize
+from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.hub import endpoint_handler
@@ -52,8 +52,7 @@ def encode_png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
 def call_handler(tmp_path: Path, model: Any, requests: list[dict[str, Any]], **environment: str) -> list[Any]:
     """Push a model with its handler, download the repository, and return the responses of the handler."""
     folder = tmp_path / "mine"
-    randomize(model).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_with_processor(model, folder)
     pushed = push_folder(folder, "ann/mine", with_handler=True)
     downloaded = snapshot_download("ann/mine", revision=pushed.commit, local_dir=tmp_path / "repository")
     assert describe_code_differences(Path(downloaded)).startswith("code identical")
@@ -136,8 +135,7 @@ def test_the_handler_is_pushed_on_request_only(hub: LocalHub, tmp_path: Path) ->
 
 def load_handler(folder: Path, model: Any) -> EndpointHandler:
     """Save a model with random weights, and return its handler."""
-    randomize(model).save_pretrained(folder)
-    ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    save_with_processor(model, folder)
     return EndpointHandler(str(folder))
 
 
@@ -155,7 +153,7 @@ def assert_lists(answer: Any, labels: list[str], scores: torch.Tensor, top_k: in
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
 def test_scores_of_each_problem_type(problem_type: str, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(
-        build_tiny_config(problem_type=problem_type, id2label={0: "a", 1: "b", 2: "c"})
+        build_tiny_config(problem_type=problem_type, num_labels=7, id2label=dict(enumerate("abcdefg")))
     )
     handler = load_handler(tmp_path, model)
     contents = [encode_png(0), encode_png(1)]
@@ -167,8 +165,9 @@ def test_scores_of_each_problem_type(problem_type: str, tmp_path: Path) -> None:
         "regression": logits,
     }[problem_type]
     for answer, values in zip(handler({"inputs": contents, "parameters": {"top_k": 2}}), scores, strict=True):
-        assert_lists(answer, [*"abc"], values, top_k=2)
-    assert_lists(handler({"inputs": contents[1]}), [*"abc"], scores[1], top_k=3)
+        assert_lists(answer, [*"abcdefg"], values, top_k=2)
+    assert_lists(handler({"inputs": contents[1]}), [*"abcdefg"], scores[1], top_k=5)
+    assert_lists(handler({"inputs": contents[1], "parameters": {"top_k": 9}}), [*"abcdefg"], scores[1], top_k=7)
 
 
 def test_labels_of_each_task_and_image(tmp_path: Path) -> None:
@@ -190,9 +189,7 @@ def test_labels_of_each_task_and_image(tmp_path: Path) -> None:
 def test_features_of_an_encoder(tmp_path: Path, has_pooler: bool) -> None:
     """The checkpoint of an encoder may have no weights of a pooler, which would then be random."""
     encoder = ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=has_pooler)
-    randomize(encoder)
-    encoder.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    save_with_processor(encoder, tmp_path)
     handler = EndpointHandler(str(tmp_path))
     contents = [encode_png(0), encode_png(1)]
     with torch.no_grad():
@@ -206,6 +203,13 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("classifier")}
     model.save_pretrained(tmp_path, state_dict=weights)
     with raises_one_line("the checkpoint has no weights for classifier.bias. Train the model first"):
+        EndpointHandler(str(tmp_path))
+    encoder = randomize(ViTCLSModel(build_tiny_config(pooling="attention")))
+    weights = {
+        name: weight for name, weight in encoder.state_dict().items() if not name.startswith(("pooler.", "layernorm."))
+    }
+    encoder.save_pretrained(tmp_path, state_dict=weights)
+    with raises_one_line("the checkpoint has no weights for layernorm.bias. Train the model first"):
         EndpointHandler(str(tmp_path))
 
 
@@ -229,7 +233,7 @@ def test_only_images_in_the_request_are_read(monkeypatch: pytest.MonkeyPatch, tm
     image = Image.new("RGB", (2, 2))
     assert decode_source(image) is image
     (tmp_path / "image.png").write_bytes(content)
-    for source in (str(tmp_path / "image.png"), "file:///etc/hostname", "not base64!", f"{text[:-2]}*="):
+    for source in (str(tmp_path / "image.png"), "file:///etc/hostname", "not base64!", "ü", f"{text[:-2]}*="):
         with raises_one_line("an image that is a string must be base64 or a data URL"):
             decode_source(source)
     for source in (tmp_path / "image.png", None, {"url": "x"}):

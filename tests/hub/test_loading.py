@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -23,6 +24,8 @@ import transformers
 from fresh_processes import run_fresh
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import _http as hub_http
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from local_hub import LocalHub, Token, point_client_at, running_hub
 from safetensors.torch import load_file, save_file
 from source_checkpoints import SIZES, save_checkpoint
@@ -425,6 +428,10 @@ def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     with raises_one_line("127.0.0.1:9 does not respond", error=OSError):
         get_model_folder("ann/model", revision="gone")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
+    with raises_one_line("HF_HUB_OFFLINE", error=OSError):
+        get_model_folder("ann/model", revision="gone")
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:
@@ -437,7 +444,8 @@ def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None
     repository = hub.repositories["ann/model"]
     newest = repository.commit("main", "more", repository.commits[repository.branches["main"]].files)
     assert get_cached_commit(get_model_folder("ann/model")) == newest
-    assert get_cached_commit("runs/mine") is None
+    assert get_cached_commit("runs/mine") is None and get_cached_commit(f"runs/{'a' * 40}") is None
+    assert get_cached_commit("snapshots/mine") is None
 
 
 def test_temporary_failures_are_retried(hub: LocalHub) -> None:
@@ -495,11 +503,16 @@ def test_gated_files_are_named_with_a_remedy(hub: LocalHub) -> None:
         raise RuntimeError("another error")
 
 
-def test_failed_downloads_are_named(hub: LocalHub) -> None:
-    hub.fail("GET", "/resolve/", 500, times=20)
-    hub.fail("HEAD", "/resolve/", 500, times=20)
-    with raises_one_line("cannot download ann/model: HTTP 500", error=OSError):
+@pytest.mark.parametrize(("method", "words"), [("HEAD", "cannot find the requested files"), ("GET", "")])
+def test_failed_downloads_are_named(
+    hub: LocalHub, method: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The download is attempted twice. huggingface_hub also retries each request, here without waiting."""
+    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    hub.fail(method, "/resolve/", 500, times=99)
+    with raises_one_line("cannot download ann/model: ", words, "HTTP 500", error=OSError):
         get_model_folder("ann/model")
+    assert caplog.text.count("downloading ann/model: ") == 1
 
 
 def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub, tmp_path: Path) -> None:
@@ -513,12 +526,53 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     folder = Path(loading.get_any_model_folder("ann/new"))
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
     assert loading.get_any_model_folder(str(tmp_path)) == str(tmp_path)
+    old = hub.repositories["ann/old"].branches["main"]
+    hub.repositories["ann/old"].commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
+    assert Path(loading.get_any_model_folder("ann/old", old), "pytorch_model.bin").read_bytes() == b"pickled"
+    assert not Path(loading.get_any_model_folder("ann/old"), "pytorch_model.bin").exists()
+
+
+def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
+    (tmp_path / "run@3").mkdir()
+    for name, expected in {
+        "ann/model@v1": ("ann/model", "v1"),
+        "/gone/run@3@v1": ("/gone/run@3", "v1"),
+        str(tmp_path / "run@3"): (str(tmp_path / "run@3"), None),
+        "ann/model": ("ann/model", None),
+        "ann/model@": ("ann/model@", None),
+        "@v1": ("@v1", None),
+    }.items():
+        assert loading.split_revision(name) == expected
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_progress_is_shown_on_the_first_process_of_each_machine(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = "huggingface_hub.snapshot_download"
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("RANK", "8")
+    enable_progress_bars()  # commands that ran in this process have hidden them
+    with loading.show_progress_on_first_process():
+        assert are_progress_bars_disabled(group) is (rank == "1")
+    assert not are_progress_bars_disabled(group)
+    disable_progress_bars(group)
+    try:
+        with loading.show_progress_on_first_process():
+            pass
+        assert are_progress_bars_disabled(group)
+    finally:
+        enable_progress_bars(group)
 
 
 def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder("ann/model", CONFIG_FILES)) is not None
+    hub.create("ann/notes", private=False, files={"x.txt": b"x"})
+    with monkeypatch.context() as online:
+        online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        HfApi().snapshot_download("ann/notes")
+    with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
+        get_model_folder("ann/notes", CONFIG_FILES)
     with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/model")
 

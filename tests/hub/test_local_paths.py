@@ -1,6 +1,7 @@
 """Names of data, models and teachers: local paths are recognized as local on every machine."""
 
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import yaml
 from local_hub import LocalHub
 from PIL import Image
-from tiny_models import build_tiny_config, raises_one_line, randomize
+from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.local_paths import (
     check_output_is_empty,
     is_local,
@@ -23,6 +24,7 @@ from modeling_vitcls.hub.local_paths import (
 )
 from modeling_vitcls.hub.manifest import SAMPLE_IMAGES, collect_model_files, find_local_dataset_in_card
 from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.hub.push_permissions import is_private
 from modeling_vitcls.options import (
     DataOptions,
     DistillationOptions,
@@ -39,7 +41,14 @@ from modeling_vitcls.training.runner import build_runner, check_same_flags, reso
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working folder that contains folders with misleading names, next to a data folder."""
-    for name in ("here/digits", "here/vitcls-tiny", "here/acme/data", "here/data/teach", "clinic/scans"):
+    for name in (
+        "here/digits",
+        "here/vitcls-tiny",
+        "here/acme/data",
+        "here/data/teach",
+        "here/.hidden",
+        "clinic/scans",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
     monkeypatch.chdir(tmp_path / "here")
@@ -56,6 +65,8 @@ def test_paths_become_absolute(here: Path) -> None:
     for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
         assert resolve_name(other) == other
     assert resolve_name("digits", is_built_in=True) == "digits"
+    (here / "link").symlink_to(here / "data")
+    assert resolve_name("link/teach") == f"{here}/link/teach"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +98,7 @@ def test_a_model_trained_on_local_data_is_pushed_without_its_path(
     folder = tmp_path / "run"
     runner = build_runner(options_of(folder, "../clinic/scans"))
     runner.claim_folder()
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
     shutil.rmtree(tmp_path / "clinic")
     (here / "weights.pt").unlink()
     (tmp_path / "elsewhere" / "vitcls-tiny").mkdir(parents=True)
@@ -129,6 +139,7 @@ def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monke
     [
         ("data/teach", "./data/teach"),
         ("../clinic", "../clinic"),
+        (".hidden", "./.hidden"),
         (".", "./."),
         ("timm:local-dir:data/teach", "timm:local-dir:./data/teach"),
         ("acme/none", "acme/none"),
@@ -141,6 +152,16 @@ def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, rel
     assert is_local(relative) is is_local(resolved)
     assert resolve_name(relative, is_built_in=name == "digits") == resolved
     assert make_relative(None) is None
+
+
+def test_paths_on_other_drives_stay_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, no relative path leads to another drive."""
+
+    def fail(path: str) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", fail)
+    assert make_relative("/data/teach") == "/data/teach"
 
 
 def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
@@ -173,6 +194,14 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
 def test_names_on_the_hub_are_the_same_only_if_they_are_equal(here: Path) -> None:
     assert is_same_path("acme/none", "acme/none") and not is_same_path("acme/none", "acme/other")
     assert not is_same_path("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_path(None, "acme/none")
+
+
+def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:
+    (here / "new/teach").mkdir(parents=True)
+    for old, is_same in (("/gone/teach", True), (f"{here}/data/teach", False), ("gone/teach", False)):
+        assert is_same_path(old, f"{here}/new/teach") is is_same
+    assert is_same_path("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
+    assert not is_same_path("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")
 
 
 def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
@@ -219,6 +248,9 @@ def test_local_images_are_not_published_without_a_flag(
     else:
         (warning,) = warnings
         assert f"{here}/data/teach" in warning and str(repository) in warning and "--card-samples" in warning
+    if repository == "ann/private":
+        hub.fail("GET", "/api/models/ann/private", 500)
+        assert not is_private("ann/private") and is_private("ann/private")
     quiet = replace(options, run=replace(options.run, report=False))
     assert can_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
 
@@ -228,8 +260,7 @@ def test_a_push_prints_who_can_see_the_images(
     hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(folder)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
     (folder / SAMPLE_IMAGES).parent.mkdir()
     Image.new("L", (4, 4)).save(folder / SAMPLE_IMAGES)
@@ -240,8 +271,10 @@ def test_a_push_prints_who_can_see_the_images(
     if not private:
         (message,) = [record.getMessage() for record in caplog.records]
         assert "ann/mine is public" in message and f"{here}/data/teach" in message and "\n" not in message
-    for text in ("dataset: digits", f"dataset: {here}/data/teach\ncard_samples: true", "- no flags", "a: ["):
-        (folder / "config.resolved.yaml").write_text(text)
+    for text in (
+        *("dataset: digits", f"dataset: {here}/data/teach\ncard_samples: true", "- no flags", "a: [", "a: \xff"),
+    ):
+        (folder / "config.resolved.yaml").write_bytes(text.encode("latin-1"))
         assert find_local_dataset_in_card(folder) is None
     (folder / SAMPLE_IMAGES).unlink()
     assert find_local_dataset_in_card(folder) is None

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from fresh_processes import run_fresh
 from local_hub import LocalHub
-from tiny_models import build_tiny_config, randomize
+from tiny_models import build_tiny_config, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.verify import verify
@@ -60,8 +60,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     target = tmp_path / "mine"
-    randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1))).save_pretrained(target)
-    ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), target)
     return target
 
 

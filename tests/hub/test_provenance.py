@@ -12,7 +12,7 @@ from tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
 from modeling_vitcls.hub.manifest import collect_model_files
-from modeling_vitcls.hub.provenance import Provenance, find_provenance
+from modeling_vitcls.hub.provenance import Provenance, find_provenance, get_run_license
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"
@@ -27,7 +27,7 @@ def write_folder(folder: Path, metadata: str, **files: str) -> Path:
     return folder
 
 
-def test_the_metadata_of_a_card_is_inherited(tmp_path: Path) -> None:
+def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_folder(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
     found = find_provenance(str(source))
     expected = Provenance("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
@@ -37,8 +37,10 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path) -> None:
     output.mkdir()
     found.copy_license(output)
     assert (output / "LICENSE.md").read_text() == "the text"
-    found.copy_license(source)  # a run that writes into the folder that it started from
+    monkeypatch.chdir(source)
+    found.copy_license(Path())  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"
+    assert find_provenance(".").name == "mine"
 
 
 def test_links_to_missing_files_are_removed(tmp_path: Path) -> None:
@@ -48,16 +50,20 @@ def test_links_to_missing_files_are_removed(tmp_path: Path) -> None:
 def test_other_licenses_link_to_their_file(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
     assert find_provenance(str(source)).license_link == "LICENSE"
+    write_folder(source, "license: other\nlicense_name: x\nlicense_link: https://x.org/license\n")
+    assert find_provenance(str(source)).license_link == "https://x.org/license"
+    write_folder(source, "license: mit\n")
+    assert find_provenance(str(source)) == Provenance("mine", license="mit", license_files=(source / "LICENSE",))
 
 
 def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n")
-    taken = ["COPYING", "LICENCE.txt", "NOTICE", "licence-weights.md", "license"]
+    taken = ["COPYING", "LICENCE.txt", "LICENSE-APACHE", "NOTICE", "licence-weights.md", "license"]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
     found = find_provenance(str(source))
     assert sorted(file.name for file in found.license_files) == taken
-    assert found.license_link == "license"
+    assert found.license_link == "LICENSE-APACHE"
     output = tmp_path / "out"
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
     found.copy_license(output)
@@ -68,7 +74,7 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "tags:\n- vit\n"])
+@pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "- mit\n", "tags:\n- vit\n"])
 def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
     assert find_provenance(str(write_folder(tmp_path / "mine", card))) == Provenance("mine")
     (tmp_path / "mine" / "README.md").unlink()
@@ -86,7 +92,8 @@ def test_timm_weights_have_their_license() -> None:
         "license_link": None,
     }
     assert find_provenance("timm:vit_tiny_patch16_224@mine.safetensors") == Provenance("timm:vit_tiny_patch16_224")
-    assert find_provenance("timm:no_such_model") == Provenance("timm:no_such_model")
+    for unknown in ("timm:no_such_model", "timm:vit_base_patch16_224.no_such_tag"):
+        assert find_provenance(unknown) == Provenance(unknown)
 
 
 def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
@@ -120,6 +127,14 @@ def test_timm_folders_are_read(tmp_path: Path) -> None:
     assert find_provenance(f"timm:local-dir:{source}").license == "mit"
 
 
+def test_the_license_of_derived_weights_names_the_teacher() -> None:
+    base, teacher = Provenance("ann/base", license="mit"), Provenance("ann/cnn", license="other", license_name="x")
+    assert str(get_run_license(False, None, base, teacher)) == (
+        "The weights are derived from another model and remain under its license: mit. The teacher model of the "
+        "distillation is licensed under x. The Python files are licensed under Apache-2.0."
+    )
+
+
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +152,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
         yield running
 
 
-@pytest.mark.parametrize("source", ["ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("ann/dinov3", "transformers:ann/dinov3@main", "timm:hf-hub:ann/dinov3", "timm:hf_hub:ann/dinov3"),
+        "timm:hf-hub:ann/dinov3@main",
+    ],
+)
 def test_a_model_on_the_hub_passes_its_license_on(hub: LocalHub, tmp_path: Path, source: str) -> None:
     found = find_provenance(source)
     assert (found.name, found.base_model, found.license_name) == ("ann/dinov3", "ann/dinov3", "dinov3-license")

@@ -33,6 +33,8 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
         assert resolve_commit("ann/model", revision) == HubCommit("ann/model", commit, needs_token=False)
     assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
     assert resolve_commit("ann/secret").needs_token
+    hub.gated.add("ann/model")
+    assert resolve_commit("ann/model").needs_token
     with raises_one_line("ann/model", "v2"):
         resolve_commit("ann/model", "v2")
     with raises_one_line("no id at all"):
@@ -43,6 +45,8 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp
     folder = download_commit(resolve_commit("ann/model", "v1"), ["*.json"], tmp_path / "files")
     assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"old"
     assert not (folder / "notes.txt").exists()
+    with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
+        download_commit(HubCommit("ann/none", "0" * 40, needs_token=False), ["*.json"])
     cached = download_commit(resolve_commit("ann/model"), ["*.txt"])
     assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
 

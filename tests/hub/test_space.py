@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -24,29 +23,25 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-import yaml
 from gradio_client import Client, handle_file
 from huggingface_hub import HfApi, constants, snapshot_download
-from local_hub import LocalHub, Token
+from local_hub import LocalHub
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_images
-from tiny_models import build_tiny_config, raises_one_line, randomize
+from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution, compute_patch_features
 from modeling_vitcls.demo.page import build_page, launch_page
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
-from modeling_vitcls.demo.text import build_loading_code, explain_missing_output
+from modeling_vitcls.demo.text import build_loading_code
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import PushFailed, push_folder
-from modeling_vitcls.hub.push_permissions import check_push_permissions
 from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.hub.space import (
     PACKAGE_FOLDER,
     PAGE_FILES,
-    PAGE_FOLDER,
     PublishedModel,
     build_space_files,
     find_published_model,
@@ -56,7 +51,6 @@ from modeling_vitcls.hub.space import (
 
 
 NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
-TOKENS = {"hf_ann": Token("ann"), "hf_read": Token("ann", role="read")}
 PATIENCE = 60_000  # timeout of the browser in milliseconds
 
 pytestmark = pytest.mark.slow  # each demo is a process of its own, and most tests use a browser
@@ -97,16 +91,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = vitcls.ViTCLSImageProcessor(
         size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
     )
-    return save_uncertain_model(
+    return save_with_processor(
         vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor
     )
-
-
-def save_uncertain_model(model: Any, folder: Path, processor: Any = None) -> Path:
-    """Save a model with an image processor, and weights that predict no class with certainty."""
-    randomize(model).save_pretrained(folder)
-    (processor or vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
-    return folder
 
 
 def predict_top_labels(folder: Path, picture: Path) -> dict[str, float]:
@@ -285,11 +272,6 @@ def test_programs_can_call_one_function(demo: str, classifier: Path, photo: Path
         client.predict(1, 1, 1, api_name="/draw_all")
 
 
-def test_only_uploaded_files_are_opened(demo: str, classifier: Path, photo: Path, tmp_path: Path) -> None:
-    """A client without the page may send the path of any file on the server, or any address."""
-    assert_opens_only_uploads(demo, photo, tmp_path)
-
-
 def assert_opens_only_uploads(at: str, photo: Path, folder: Path) -> None:
     """Check that the server only opens uploaded images, and does not reveal whether other files exist."""
     uploaded = upload(at, photo)
@@ -311,12 +293,12 @@ def assert_opens_only_uploads(at: str, photo: Path, folder: Path) -> None:
         ]
         files += [{"path": "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()}]
         answers = {json.dumps(request_prediction(at, file)["data"]) for file in files}
-        assert len(answers) == 1 and "has to be uploaded to this page" in answers.pop()
+        assert len(answers) == 1 and "must be uploaded to this page" in answers.pop()
         as_page = {"meta": {"_type": "gradio.FileData"}}
         for more in ({}, {"is_stream": True}, {"url": f"{address}/picture.png"}):
             assert "confidences" not in json.dumps(request_prediction(at, {"path": str(secret)} | as_page | more))
             fetched = json.dumps(request_prediction(at, {"path": f"{address}/picture.png"} | as_page | more))
-            assert "has to be uploaded to this page" in fetched
+            assert "must be uploaded to this page" in fetched
         assert not requests
 
 
@@ -377,7 +359,7 @@ def record_requests() -> Iterator[tuple[str, list[str]]]:
 def test_the_model_runs_once_per_image_also_for_several_tasks(browser: Browser, photo: Path, tmp_path: Path) -> None:
     tasks = {"species": ["oak", "elm", "ash"], "age": ["young", "old"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
-    folder = save_uncertain_model(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
+    folder = save_with_processor(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "tasks")
     reader = DemoModel.load(str(folder))
     runs: list[int] = []
     reader.model.vitcls.layers[0].register_forward_hook(lambda *_: runs.append(1))
@@ -430,83 +412,6 @@ def test_the_last_request_is_displayed_in_the_end(
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_problem_type_displays_its_predictions(photo: Path, tmp_path: Path) -> None:
-    several = DemoModel.load(
-        str(save_uncertain_model(build_classifier_page("multi_label_classification"), tmp_path / "several"))
-    )
-    numbers = DemoModel.load(str(save_uncertain_model(build_classifier_page("regression"), tmp_path / "numbers")))
-    logits = several.model(several.processor(photo, return_tensors="pt")["pixel_values"]).logits[0]
-    assert several.predict(photo).predictions == {
-        "Labels with separate probabilities": {
-            f"LABEL_{index}": pytest.approx(value) for index, value in enumerate(logits.sigmoid().tolist())
-        }
-    }
-    assert not several.has_top_label and numbers.has_top_label
-    values = numbers.model(numbers.processor(photo, return_tensors="pt")["pixel_values"]).logits[0].tolist()
-    assert numbers.predict(photo).predictions == {
-        "Regression values": ", ".join(f"LABEL_{index}: {value:.4g}" for index, value in enumerate(values))
-    }
-
-
-def build_classifier_page(problem_type: str) -> Any:
-    """Build a classifier without special tokens for a problem type of transformers."""
-    config = build_tiny_config(problem_type=problem_type, num_cls_tokens=0, pooling="mean")
-    return vitcls.ViTCLSForImageClassification(config)
-
-
-def test_without_special_tokens_the_page_displays_labels_and_a_note(photo: Path, tmp_path: Path) -> None:
-    reader = DemoModel.load(
-        str(save_uncertain_model(build_classifier_page("single_label_classification"), tmp_path / "plain"))
-    )
-    assert sum(reader.predict(photo).predictions["Label"].values()) == pytest.approx(1)  # type: ignore[union-attr]
-    assert "no special tokens" in explain_missing_output(reader)
-    assert count_components(build_page(reader)) == {"label": 1}
-
-
-def test_an_encoder_displays_only_attention(photo: Path, tmp_path: Path) -> None:
-    config = build_tiny_config(pooling="attention", num_register_tokens=1)
-    reader = DemoModel.load(
-        str(save_uncertain_model(vitcls.ViTCLSModel(config, add_pooling_layer=False), tmp_path / "encoder"))
-    )
-    reading = reader.predict(photo)
-    assert reading.predictions == {} and reading.rows.shape == (2, 2, 2, 2 + 16)
-    assert "encoder without a classifier" in explain_missing_output(reader)
-    assert reading.attributions == {} and reading.features.shape == (2, 4, 4, 16)
-    assert count_components(build_page(reader)) == {"radio": 1, "gallery": 2}
-
-
-def count_components(page: Any) -> dict[str, int]:
-    """Return the number of components of each type on a page."""
-    kinds = [component["type"] for component in page.get_config_file()["components"]]
-    return {kind: kinds.count(kind) for kind in ("label", "radio", "gallery") if kind in kinds}
-
-
-def test_an_encoder_without_special_tokens_displays_its_patches(photo: Path, tmp_path: Path) -> None:
-    config = build_tiny_config(num_cls_tokens=0, pooling="mean")
-    reader = DemoModel.load(str(save_uncertain_model(vitcls.ViTCLSModel(config), tmp_path / "patches")))
-    assert reader.predict(photo).draw_colors(1).size == (640, 427)
-    assert count_components(build_page(reader)) == {}
-
-
-def test_maps_through_all_layers_and_patches(classifier: Path, photo: Path) -> None:
-    """Compare with the functions of the analysis for the same image."""
-    reader = DemoModel.load(str(classifier))
-    reading = reader.predict(photo)
-    pixel_values = reader.processor(photo, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        best = reader.model(pixel_values).logits.argmax().item()
-    rollout = compute_attention_rollout(reader.model, pixel_values)[0, :, 5:].unflatten(1, (4, 4))
-    assert torch.allclose(reading.rollout, rollout, atol=1e-5)
-    attribution = compute_attribution(reader.model, pixel_values)[0, 5:].unflatten(0, (4, 4))
-    assert torch.allclose(reading.attributions[NAMES[best]], attribution, rtol=1e-3, atol=1e-6)
-    names = [name for _, name in reading.draw_through_layers(0)]
-    assert names == ["rollout through all layers", f"attribution of {NAMES[best]}"]
-    features = compute_patch_features(reader.model, pixel_values)[0]
-    assert torch.allclose(reading.features.float(), features, rtol=1e-2, atol=1e-2)
-    assert reading.find_patch(330, 220, 640, 427) == (2, 2) and reading.find_patch(5, 5, 640, 427) is None
-    assert not reader.is_read(3, 2) and reader.is_read(3, 1) and reader.is_read(0, 2)
-
-
 def test_a_click_on_a_patch_changes_the_similarity(browser: Browser, demo: str, photo: Path) -> None:
     with open_page(browser, demo) as page:
         upload_on_page(page, photo)
@@ -546,8 +451,8 @@ def test_gray_and_color_models_accept_images_of_any_mode(photo: Path, tmp_path: 
     of_grey = vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=1))
     of_colour = vitcls.ViTCLSForImageClassification(build_tiny_config())
     readers = [
-        DemoModel.load(str(save_uncertain_model(of_grey, tmp_path / "grey", grey))),
-        DemoModel.load(str(save_uncertain_model(of_colour, tmp_path / "colour"))),
+        DemoModel.load(str(save_with_processor(of_grey, tmp_path / "grey", grey))),
+        DemoModel.load(str(save_with_processor(of_colour, tmp_path / "colour"))),
     ]
     picture = Image.open(photo).resize((64, 48))
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
@@ -558,42 +463,9 @@ def test_gray_and_color_models_accept_images_of_any_mode(photo: Path, tmp_path: 
             assert drawn.size == (384, 288), mode  # 64 x 48, scaled by an integer factor to 384
 
 
-def test_large_images_are_displayed_smaller(classifier: Path, tmp_path: Path) -> None:
-    file = tmp_path / "large.png"
-    Image.new("RGB", (3000, 1500), "teal").save(file)
-    reading = DemoModel.load(str(classifier)).predict(file)
-    assert reading.draw_attention(0, 0, None).size == (1024, 512)
-    assert reading.visible_region.left == pytest.approx((1024 - 512 * 0.8) / 2, abs=8)
-
-
-def test_unsupported_models_are_a_one_line_error(tmp_path: Path) -> None:
-    merging = build_tiny_config(num_cls_tokens=0, pooling="mean", merged_patches_per_layer=2)
-    bare = save_uncertain_model(vitcls.ViTCLSModel(merging), tmp_path / "bare")
-    with raises_one_line("no labels and merges patches"):
-        DemoModel.load(str(bare))
-    deep = save_uncertain_model(
-        vitcls.ViTCLSForImageClassification(build_tiny_config(num_channels=4)), tmp_path / "deep"
-    )
-    with raises_one_line("4 channels"):
-        DemoModel.load(str(deep))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
-    with raises_one_line("model type 'vit'", "`vitcls convert`"):
-        DemoModel.load(str(tmp_path / "other"))
-    with raises_one_line("there is no folder", error=OSError):
-        DemoModel.load(str(tmp_path / "nowhere"))
-
-
 def test_errors_of_the_script_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_in_process("demo_app.py", "--model", tmp_path) == 1
     assert capsys.readouterr().err.strip().startswith("error: there is no config.json in")
-
-
-def test_a_port_in_use_is_named(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert run_in_process("demo_app.py", "--model", classifier, "--port", port) == 1
-    assert capsys.readouterr().err.endswith(f"error: Cannot listen on port {port}. Set --port to a free port.\n")
 
 
 # The Space -----------------------------------------------------------------------------------------------------------
@@ -602,7 +474,6 @@ def test_a_port_in_use_is_named(classifier: Path, capsys: pytest.CaptureFixture[
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start an empty Hub for this process, as ann."""
-    hub.tokens |= TOKENS
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
     return hub
@@ -639,7 +510,7 @@ def test_the_pushed_space_runs_without_this_package(
         f"[ann/code]({hub.url}/ann/code) at commit [`{code}`]" in hub.read("spaces/ann/try-mine", "README.md").decode()
     )
     HfApi().upload_file(path_or_fileobj=b"raise SystemExit", path_in_repo="modeling_vitcls.py", repo_id="ann/code")
-    save_uncertain_model(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
     push_folder(tmp_path / "newer", "ann/mine")  # the Space uses the commit for which it was created
 
     space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
@@ -653,23 +524,6 @@ def test_the_pushed_space_runs_without_this_package(
         page.get_by_role("button", name="How to load this model").click()
         expect(page.locator("pre code")).to_contain_text(f'revision="{model.commit}", code_revision="{code}"')
         assert_opens_only_uploads(at, photo, tmp_path)
-
-
-def test_the_space_is_set_up_by_its_readme(hub: LocalHub, model: PublishedModel) -> None:
-    push_space(build_space_files(model), model, "ann/demo")
-    header, text = hub.read("spaces/ann/demo", "README.md").decode().split("---\n")[1:]
-    settings = yaml.safe_load(header)
-    import gradio
-
-    assert settings["title"] == "mine: labels and attention"
-    assert settings["sdk"] == "gradio" and settings["sdk_version"] == gradio.__version__
-    assert settings["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert settings["app_file"] == "app.py" and settings["models"] == ["ann/mine"]
-    assert model.commit in text
-    app = hub.read("spaces/ann/demo", "app.py").decode()
-    assert "MODEL = 'ann/mine'" in app and f"COMMIT = '{model.commit}'" in app
-    lines = hub.read("spaces/ann/demo", "requirements.txt").decode().splitlines()
-    assert "torch>=2.11.0" in lines and any(line.startswith("matplotlib>=") for line in lines)
 
 
 def test_shipped_files_import_only_shipped_modules(model: PublishedModel) -> None:
@@ -691,16 +545,6 @@ def test_shipped_files_import_only_shipped_modules(model: PublishedModel) -> Non
                 assert (node.module or "").partition(".")[0] in available
             elif isinstance(node, ast.Import):
                 assert all(alias.name.partition(".")[0] in available for alias in node.names)
-
-
-def test_a_push_is_one_commit_and_removes_old_files(hub: LocalHub, model: PublishedModel, photo: Path) -> None:
-    contents = build_space_files(model, examples=[photo])
-    first = push_space(contents | {f"{PAGE_FOLDER}/old.py": b"", "notes.txt": b"mine"}, model, "ann/demo")
-    assert len(hub.repositories["spaces/ann/demo"].commits) == 2  # the first commit is created with the Space
-    second = push_space(build_space_files(model), model, "ann/demo")
-    assert first.commit != second.commit
-    assert set(hub.files("spaces/ann/demo")) == {".gitattributes", "notes.txt"} | set(build_space_files(model))
-    assert push_space(build_space_files(model), model, "ann/demo").commit == second.commit  # nothing has changed
 
 
 def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
@@ -726,23 +570,6 @@ def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
     assert "title: Ann's own" in hub.read("spaces/ann/other", "README.md").decode()
 
 
-def test_two_simultaneous_pushes_of_a_space_do_not_mix_their_files(
-    hub: LocalHub, model: PublishedModel, photo: Path
-) -> None:
-    """The first push arrives after the second, on which it is not based, and is built again."""
-    hub.fail("POST", "/spaces/ann/demo/commit/", "hold")
-    pushing = threading.Thread(target=push_space, args=(build_space_files(model), model, "ann/demo"))
-    pushing.start()
-    deadline = time.monotonic() + 60
-    while not hub.count_requests("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    push_space(build_space_files(model, examples=[photo]), model, "ann/demo")
-    assert "examples/temple.png" in hub.files("spaces/ann/demo")
-    hub.released.set()
-    pushing.join(timeout=60)
-    assert set(hub.files("spaces/ann/demo")) == {".gitattributes"} | set(build_space_files(model))
-
-
 @pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
 def test_incompatible_flags_exit_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "ann/mine", "--output", "space", *more.split()]
@@ -758,42 +585,6 @@ def test_a_private_model_requires_a_secret(
     assert hub.repositories["spaces/ann/hidden-demo"].private
     last = capsys.readouterr().out.splitlines()[-1]
     assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
-
-
-def test_permissions_are_those_of_spaces(
-    hub: LocalHub, model: PublishedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with raises_one_line("neither your user name nor one of your organizations", "--space-id"):
-        check_push_permissions("bob/demo", "demo", repo_type="space")
-    push_space(build_space_files(model), model, "ann/demo")
-    with raises_one_line("ann/demo exists and is public", "--space-id"):
-        check_push_permissions("ann/demo", "demo", private=True, repo_type="space")
-    assert check_push_permissions("ann/demo", "demo", private=True) == "ann/demo"  # no model has this name
-    monkeypatch.setenv("HF_TOKEN", "hf_read")
-    with raises_one_line("is read-only", "ann/demo"):
-        check_push_permissions("ann/demo", "demo", repo_type="space")
-
-
-def test_models_that_a_space_cannot_load_are_errors(hub: LocalHub, classifier: Path, tmp_path: Path) -> None:
-    with raises_one_line("is a folder", "vitcls push --model"):
-        find_published_model(str(classifier))
-    for name in ("ann/nothing", "no/such/folder"):
-        with raises_one_line(f"{name} is not a folder"):
-            find_published_model(name)
-    hub.create("ann/other", private=False, files={"config.json": b'{"model_type": "vit"}'})
-    with raises_one_line("does not contain a vitcls model", "`vitcls convert`"):
-        find_published_model("ann/other")
-    hub.create("ann/empty", private=False)
-    with raises_one_line("does not contain a vitcls model"):
-        find_published_model("ann/empty")
-
-
-def test_examples_are_images_with_unique_names(model: PublishedModel, photo: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.png").write_text("no picture")
-    with raises_one_line("notes.png", "not an image in a supported format"):
-        build_space_files(model, examples=[tmp_path / "notes.png"])
-    with raises_one_line("two examples have the same name, temple.png"):
-        build_space_files(model, examples=[photo, photo])
 
 
 def test_the_files_can_be_written_without_a_push(hub: LocalHub, model: PublishedModel, tmp_path: Path) -> None:

@@ -3,20 +3,22 @@
 import ast
 import importlib.metadata
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import constants
-from local_hub import LocalHub
+from local_hub import LocalHub, Token
 from packaging.requirements import Requirement
 from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.publish import PushFailed
-from modeling_vitcls.hub.revisions import HubCommit
+from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
 from modeling_vitcls.hub.space import (
     PACKAGE_FOLDER,
     PAGE_FILES,
@@ -49,6 +51,8 @@ def read_card(files: dict[str, Path | bytes]) -> tuple[dict[str, Any], str]:
 def test_every_required_library_has_a_minimum_version() -> None:
     requirements = [Requirement(line) for line in read(build_space_files(MODEL), "requirements.txt").splitlines()]
     assert {"torch", "transformers", "matplotlib"} <= {requirement.name for requirement in requirements}
+    declared = {Requirement(line) for line in importlib.metadata.requires("modeling_vitcls") or ()}
+    assert set(requirements) <= {Requirement(f"{each.name}{each.specifier}") for each in declared}
     for requirement in requirements:
         assert [specifier.operator for specifier in requirement.specifier] == [">="], requirement
 
@@ -66,12 +70,23 @@ def test_the_app_loads_the_commits_of_weights_and_code(code: HubCommit | None) -
     assert warning in read(files, "app.py")
     settings, text = read_card(files)
     assert settings["title"] == "mine: labels and attention" and settings["models"] == ["ann/mine"]
+    assert settings["app_file"] == "app.py" and settings["license"] == "apache-2.0"
     assert settings["sdk"] == "gradio" and settings["sdk_version"] == importlib.metadata.version("gradio")
     assert settings["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert f"[`{'0' * 40}`]({ADDRESS}/tree/{'0' * 40})" in text and f"[ann/mine]({ADDRESS})" in text
-    assert ("ann/code" in text and f"[`{'c' * 40}`]" in text) is (code is not None)
+    code_link = f"[`{'c' * 40}`]({constants.ENDPOINT}/ann/code/tree/{'c' * 40})"
+    assert ("ann/code" in text and code_link in text) is (code is not None)
     assert {f"vitcls_demo/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}.items() <= files.items()
     assert read_card(build_space_files(MODEL, title="My: model"))[0]["title"] == "My: model"
+
+
+def test_a_space_requires_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
+    with raises_one_line("gradio is not installed. Run `pip install gradio`"):
+        build_space_files(MODEL)
 
 
 @pytest.mark.parametrize(("needs_token", "code"), [(False, None), (True, None), (True, CODE)])
@@ -138,6 +153,7 @@ def test_a_push_replaces_only_the_files_of_the_page(hub: LocalHub) -> None:
         "vitcls_demo/old.py": b"1",
         "examples/1.png": b"1",
         "model/x": b"1",
+        "model/z": b"1",
     }
     push_space(first | {"notes/mine.md": b"1", "mine.txt": b"1"}, MODEL, "ann/demo", private=True)
     assert hub.repositories["spaces/ann/demo"].private
@@ -149,8 +165,33 @@ def test_a_push_replaces_only_the_files_of_the_page(hub: LocalHub) -> None:
     names = set(hub.files("spaces/ann/demo")) - {".gitattributes"}
     assert names == {"app.py", "model/x", "model/y", "notes/mine.md", "mine.txt"}
     assert {hub.read("spaces/ann/demo", name) for name in ("app.py", "model/x", "model/y")} == {b"2"}
+    unchanged = push_space({"app.py": b"2", "model/x": b"2", "model/y": b"2"}, MODEL, "ann/demo")
+    assert unchanged.commit == pushed.commit and len(repository.commits) == 3  # the first was created with the Space
     push_space(first, MODEL, "ann/other")
     assert not hub.repositories["spaces/ann/other"].private
+    hub.tokens["hf_ann"] = Token("ann", {"lab": "write"})
+    hub.private_by_default.add("lab")
+    push_space(first, MODEL, "lab/demo")
+    assert hub.repositories["spaces/lab/demo"].private
+
+
+def test_two_simultaneous_pushes_of_a_space_do_not_mix_their_files(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first push arrives after the second, on which it is not based, and is built again."""
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01,))
+    hub.fail("POST", "/spaces/ann/demo/commit/", "hold")
+    pushing = threading.Thread(target=push_space, args=({"app.py": b"1"}, MODEL, "ann/demo"))
+    pushing.start()
+    deadline = time.monotonic() + 60
+    while not hub.count_requests("POST", "/spaces/ann/demo/commit/") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    push_space({"app.py": b"2", "examples/1.png": b"2"}, MODEL, "ann/demo")
+    assert hub.read("spaces/ann/demo", "app.py") == b"2"
+    hub.released.set()
+    pushing.join(timeout=60)
+    assert hub.read("spaces/ann/demo", "app.py") == b"1"
+    assert hub.files("spaces/ann/demo").keys() == {".gitattributes", "app.py"}
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -172,6 +213,12 @@ def test_models_that_a_space_cannot_load_are_errors(
     found = find_published_model("ann/mine")
     assert (found.repo_id, found.commit) == ("ann/mine", hub.repositories["ann/mine"].branches["main"])
     assert found.code is None and found.needs_token
+    hub.repositories["ann/mine"].commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
+    assert find_published_model("ann/mine", found.commit) == found
+    shared = config.replace(b'"modeling', b'"ann/code--modeling')
+    hub.create("ann/code", private=False, files={})
+    hub.create("ann/shared", private=False, files={"config.json": shared, "preprocessor_config.json": b"{}"})
+    assert find_published_model("ann/shared").code == resolve_commit("ann/code")
     for name, content in {
         "other": b'{"model_type": "vit", "auto_map": {"AutoModel": "modeling.Model"}}',
         "without-code": b'{"model_type": "vitcls"}',
@@ -185,5 +232,9 @@ def test_models_that_a_space_cannot_load_are_errors(
     hub.create("ann/unprocessed", private=False, files={"config.json": config})
     with raises_one_line("ann/unprocessed has no preprocessor_config.json"):
         find_published_model("ann/unprocessed")
-    with raises_one_line("is a folder", f"vitcls push --model {tmp_path}"):
-        find_published_model(str(tmp_path))
+    with raises_one_line("no/such/folder is not a folder"):
+        find_published_model("no/such/folder")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with raises_one_line("is a folder", "vitcls push --model . --hub-model-id YOUR-NAME/run"):
+        find_published_model(".")

@@ -12,21 +12,19 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import constants
 from local_hub import LocalHub
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from scripts_in_process import run_in_process
-from tiny_models import raises_one_line
 from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.transformers_js import export_for_transformers_js
-from modeling_vitcls.hub.publish import PushFailed, push_folder
+from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit
-from modeling_vitcls.hub.space import PublishedModel, push_space, write_space
-from modeling_vitcls.hub.static_space import LIBRARY_FILES, TRANSFORMERS_JS_URL, build_static_space_files
+from modeling_vitcls.hub.space import PublishedModel, write_space
+from modeling_vitcls.hub.static_space import LIBRARY_FILES, build_static_space_files
 
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
@@ -148,23 +146,6 @@ def assert_is_darkened(drawn: list[int], image: Image.Image, attention: torch.Te
 
 
 @pytest.mark.slow
-def test_the_files_of_the_space(exported: Path, tmp_path: Path) -> None:
-    files = build_static_space_files(MODEL, exported, "Digits & more")
-    assert {"index.html", "app.js", "README.md", "model/config.json", "model/onnx/model.onnx"} <= set(files)
-    page = files["index.html"]
-    assert isinstance(page, bytes) and f'"transformers.js": "{TRANSFORMERS_JS_URL}"' in page.decode()
-    assert "<h1>Digits &amp; more</h1>" in page.decode()
-    card = files["README.md"]
-    assert isinstance(card, bytes)
-    header, text = card.decode().split("---\n")[1:]
-    settings = yaml.safe_load(header)
-    assert settings["sdk"] == "static" and settings["models"] == ["ann/mine"] and "sdk_version" not in settings
-    assert "commit [`" + "0" * 40 in text
-    with raises_one_line("--node-modules requires", "npm install @huggingface/transformers@"):
-        build_static_space_files(MODEL, exported, node_modules=tmp_path)
-
-
-@pytest.mark.slow
 def test_the_command_pushes_a_static_space(
     hub: LocalHub,
     classifier: Path,
@@ -193,10 +174,3 @@ def test_flags_of_a_static_space(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--static does not support --examples" in "".join(capsys.readouterr())
     assert run_in_process("push_space.py", "--model", "ann/mine", "--node-modules", "packages") == 2
     assert "--node-modules requires --static" in "".join(capsys.readouterr())
-
-
-@pytest.mark.slow
-def test_a_failed_push_names_the_command(hub: LocalHub, exported: Path) -> None:
-    hub.fail("POST", "/spaces/ann/demo/commit/", 403)
-    with pytest.raises(PushFailed, match=r"vitcls space .*--static"):
-        push_space(build_static_space_files(MODEL, exported), MODEL, "ann/demo", sdk="static", flags=["--static"])

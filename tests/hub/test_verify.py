@@ -9,25 +9,31 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from fresh_processes import run_fresh
 from huggingface_hub import HfApi, constants
 from local_hub import LocalHub, Token
-from tiny_models import KINDS, TASKS, build_tiny_config, list_tensors, raises_one_line, randomize
+from safetensors.torch import load_file, save_file
+from source_checkpoints import SIZES
+from tiny_models import KINDS, TASKS, build_tiny_config, list_tensors, raises_one_line, randomize, save_with_processor
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.code_files import PACKAGE_FOLDER
 from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.revisions import HubCommit
+from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import (
     AUTO_CLASSES,
     HubLoader,
+    PackageBlocker,
     build_pixel_values,
     collect_outputs,
     get_auto_class,
@@ -39,9 +45,12 @@ from modeling_vitcls.hub.verify import (
     build_clean_environment,
     check_script_report,
     compare_outputs,
+    run_script,
+    run_verification,
     verify,
     verify_push,
 )
+from modeling_vitcls.system import get_versions
 
 
 ROOT = Path(__file__).parents[2]
@@ -61,16 +70,9 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a classifier with its image processor."""
-    return save_model(
+    return save_with_processor(
         vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), tmp_path / "my-run"
     )
-
-
-def save_model(model: Any, target: Path) -> Path:
-    """Save a model with random weights."""
-    randomize(model).save_pretrained(target)
-    vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(target)
-    return target
 
 
 @pytest.mark.slow
@@ -103,10 +105,12 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
     """Verify the tag of an old commit of a repository that now contains another kind of model."""
     config = build_tiny_config(num_cls_tokens=2, tasks=TASKS)
     first = push_folder(
-        save_model(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model"
+        save_with_processor(vitcls.ViTCLSForMultiTaskClassification(config), tmp_path / "first"), "ann/model"
     ).commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
-    second = push_folder(save_model(vitcls.ViTCLSModel(build_tiny_config()), tmp_path / "second"), "ann/model").commit
+    second = push_folder(
+        save_with_processor(vitcls.ViTCLSModel(build_tiny_config()), tmp_path / "second"), "ann/model"
+    ).commit
     certificate = verify("ann/model", "v1")
     assert certificate.revision == first != second
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
@@ -194,7 +198,7 @@ def test_published_code_with_other_outputs_is_detected(
 ) -> None:
     """The code runs only in a separate process, which receives no secrets of this process."""
     model_class, fields, _ = KINDS[kind]
-    folder = save_model(model_class(build_tiny_config(**fields)), tmp_path / kind)
+    folder = save_with_processor(model_class(build_tiny_config(**fields)), tmp_path / kind)
     code, seen = folder / CHANGED_FILES[kind], tmp_path / "seen.json"
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGES[kind] + spy)
@@ -211,7 +215,7 @@ def test_published_code_with_other_outputs_is_detected(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_runs_no_code_of_the_folder(tmp_path: Path, kind: str) -> None:
     model_class, fields, _ = KINDS[kind]
-    folder = save_model(model_class(build_tiny_config(**fields)), tmp_path / kind)
+    folder = save_with_processor(model_class(build_tiny_config(**fields)), tmp_path / kind)
     ran = tmp_path / "ran"
     for file in folder.glob("*.py"):
         file.write_text(f"open({str(ran)!r}, 'w')\n" + file.read_text())
@@ -297,6 +301,42 @@ def test_an_error_of_the_process_is_reported(hub: LocalHub, tmp_path: Path) -> N
         assert report["can_retry"] is can_retry and report["has_package"]  # this process has imported the package
 
 
+def test_the_script_reports_classes_commits_and_outputs(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In this process, transformers uses the installed code."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "own-cache"))
+    (tmp_path / "own-cache" / "models--ann--model" / "snapshots" / "empty").mkdir(parents=True)
+    commit = push_folder(folder, "ann/model").commit
+    code_commit = hub.create("ann/code", private=False, files={"x.py": b""}).branches["main"]
+    HfApi().snapshot_download("ann/code", cache_dir=constants.HF_HUB_CACHE)
+    request = {"repo_id": "ann/model", "revision": commit, "trust_remote_code": False, "target": str(tmp_path)}
+    request |= {"code_repo_id": "ann/code", "code_revision": code_commit, "num_threads": torch.get_num_threads()}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    main(tmp_path / "request.json")
+    outputs, report = collect_outputs(PackageLoader(folder))
+    commits = {"commits": [commit], "code_commits": [code_commit], "has_package": True}
+    assert json.loads((tmp_path / "report.json").read_text()) == report | commits
+    loaded = load_file(tmp_path / "outputs.safetensors")
+    assert loaded.keys() == outputs.keys() and all(torch.equal(loaded[name], outputs[name]) for name in outputs)
+
+
+def test_the_package_is_hidden_from_published_code() -> None:
+    blocker = PackageBlocker()
+    for name in ("modeling_vitcls", "modeling_vitcls.hub"):
+        with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
+            blocker.find_spec(name)
+    assert blocker.find_spec("modeling_vitcls_other") is None and blocker.find_spec("torch") is None
+
+
+def test_pickled_weights_are_not_loaded(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    loader = PackageLoader(folder)
+    with pytest.raises(OSError, match="safetensors"):
+        loader.load_model("AutoModel", loader.load_config())
+
+
 def test_models_of_transformers_are_loaded_with_their_classifier() -> None:
     assert get_auto_class("ViTForImageClassification") == "AutoModelForImageClassification"
     assert get_auto_class("ViTModel") == get_auto_class("ViTCLSModel") == "AutoModel"
@@ -336,6 +376,53 @@ def test_only_private_repositories_are_loaded_with_the_token(
     assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
     assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
     assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+
+
+def test_the_new_process_receives_the_request_and_the_token_if_required(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results: list[tuple[dict[str, Any] | None, str]] = []  # report and standard error of each process
+    requests, environments = [], []
+
+    def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> SimpleNamespace:
+        requests.append(json.loads(Path(command[-1]).read_text()))
+        environments.append(env)
+        target, (report, errors) = Path(requests[-1].pop("target")), results.pop(0)
+        if report is not None:
+            (target / "report.json").write_text(json.dumps(report))
+            save_file({"x": torch.ones(1)}, target / "outputs.safetensors")
+        return SimpleNamespace(stderr=errors, returncode=3)
+
+    monkeypatch.setattr("modeling_vitcls.hub.verify.subprocess", SimpleNamespace(run=run))
+    for code, has_token in ((None, False), (CODE, False), (replace(CODE, needs_token=True), True)):
+        results.append(({"models": {}}, ""))
+        outputs, report = run_script(MODEL, code, tmp_path, trust_remote_code=False)
+        assert report == {"models": {}} and outputs.keys() == {"x"}
+        assert requests.pop() == {
+            "repo_id": "ann/model",
+            "revision": MODEL.commit,
+            "code_repo_id": code and "ann/code",
+            "code_revision": code and CODE.commit,
+            "trust_remote_code": False,
+            "num_threads": torch.get_num_threads(),
+        }
+        assert ("HF_TOKEN" in environments[-1]) is has_token
+    prefix = f"a new process cannot load ann/model at {MODEL.commit}: "
+    for report, errors, message, error_class in (
+        (None, "Traceback\nImportError: x\n", "ImportError: x", RuntimeError),
+        (None, "", "exit status 3", RuntimeError),
+        ({"error": "OSError: x", "can_retry": True}, "", "OSError: x", RuntimeError),
+        ({"error": "KeyError: x", "can_retry": False}, "", "KeyError: x", NotVerified),
+    ):
+        results.append((report, errors))
+        with raises_one_line(prefix + message, error=error_class):
+            run_script(replace(MODEL, needs_token=True), None, tmp_path, trust_remote_code=True)
+        assert "HF_TOKEN" in environments[-1]
+    monkeypatch.setattr("modeling_vitcls.hub.verify.SHORT_RETRY_WAITS", (0.01, 0.01))
+    results += [(None, "ImportError: x"), (None, "ImportError: y")]
+    with raises_one_line(f"{prefix}ImportError: y", error=NotVerified):
+        run_verification(MODEL, None, tmp_path)
+    assert results == [] and list(tmp_path.glob("*/*")) == []
 
 
 @pytest.mark.slow
@@ -390,7 +477,7 @@ def test_a_folder_that_changed_after_the_push_is_detected(hub: LocalHub, folder:
     with raises_one_line("lacks README.md", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
-    save_model(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
     with raises_one_line(f"in {folder}", " differs from ", f"Push {folder} again", error=NotVerified):
         verify("ann/model", pushed.commit, folder)
 
@@ -417,6 +504,76 @@ def test_verification_stops_if_the_hub_stays_down(hub: LocalHub, folder: Path) -
     hub.fail("GET", "/api/models/ann/model", 500, times=3)
     with raises_one_line("cannot look up ann/model", "HTTP 500", error=OSError):
         verify("ann/model")
+
+
+def verify_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, loader: Any, report: dict[str, Any], module: str | None = None
+) -> list[tuple[HubCommit, HubCommit | None, bool]]:
+    """Replace the new process of a verification; return a list that collects its model, code and trust in the code."""
+    calls: list[tuple[HubCommit, HubCommit | None, bool]] = []
+
+    def run(model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+        calls.append((model, code, trust_remote_code))
+        outputs, classes = collect_outputs(loader)
+        for loaded in classes["models"].values():
+            loaded["module"] = module or loaded["module"]
+        return outputs, {"has_package": False, "code_commits": []} | classes | report
+
+    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", run)
+    return calls
+
+
+@pytest.mark.parametrize("has_other_code", [False, True])
+def test_the_report_of_a_verification(
+    hub: LocalHub, folder: Path, has_other_code: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = f"modeling_vitcls {vitcls.__version__}"
+    comparison, code = f"code identical to {package}", None
+    (folder / "README.md").write_text('# my-run\n\nfrom_pretrained("my-run")\n')
+    if has_other_code:
+        use_shared_code(folder, "ann/code")
+        files = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob("*_vitcls.py")} | {"extra.py": b""}
+        hub.create("ann/code", private=True, files=files)
+        comparison, code = f"code differs from {package}: extra.py (added)", resolve_commit("ann/code")
+    commit = push_folder(folder, "ann/model").commit
+    code_commit = code and code.commit
+    report = {"commits": [commit], "code_commits": [code_commit]}
+    calls = verify_in_this_process(monkeypatch, PackageLoader(folder), report, "transformers_modules.x")
+    names = ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
+    classes = ["ViTCLSModel", "ViTCLSForImageClassification", "ViTCLSImageProcessor", "ViTCLSImageProcessorPil"]
+    expected = VerificationReport(
+        repo_id="ann/model",
+        revision=commit,
+        reference=str(folder),
+        num_files=len(hub.files("ann/model")) - 1,  # .gitattributes is not downloaded
+        classes=dict(zip(names, classes, strict=True)),
+        differences=dict.fromkeys([*names, "pipeline"], 0.0),
+        versions=get_versions("huggingface_hub"),
+        code_comparison=comparison,
+        code_revision=code_commit,
+    )
+    assert verify("ann/model", folder=folder) == expected
+    assert verify("ann/model", commit) == replace(expected, reference=f"the same files with {package}")
+    assert calls == [(HubCommit("ann/model", commit, needs_token=False), code, True)] * 2
+
+
+def test_models_of_transformers_are_verified_without_code(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "native"
+    randomize(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "certificate.json").write_text("{}")
+    commit = push_folder(folder, "ann/native").commit
+    loader = HubLoader(str(folder), trust_remote_code=False)
+    calls = verify_in_this_process(monkeypatch, loader, {"commits": [commit]})
+    names = ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
+    for reference in (folder, None):
+        report = verify("ann/native", folder=reference)
+        assert report.is_native and report.code_comparison == "no code"
+        assert report.classes["AutoModelForImageClassification"] == "ViTForImageClassification"
+        assert report.differences == dict.fromkeys(names, 0.0)
+    assert calls == [(HubCommit("ann/native", commit, needs_token=False), None, False)] * 2
 
 
 MODEL = HubCommit("ann/model", "a" * 40, needs_token=False)
@@ -478,8 +635,7 @@ def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> Non
 
 def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_folder(folder, "ann/model")
-    report = replace_in_report("commits", ["b" * 40])
-    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", lambda *args, **settings: ({}, report))
+    verify_in_this_process(monkeypatch, PackageLoader(folder), {"commits": ["b" * 40]})
     with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=NotVerified):
         verify("ann/model")
 
@@ -502,8 +658,9 @@ def test_outputs_may_differ_by_a_millionth(found: list[float], is_right: bool) -
     else:
         with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=NotVerified):
             compare_outputs("ann/model", answers, wanted)
-    with raises_one_line("unexpected tensors", "AutoModel/logits", error=NotVerified):
-        compare_outputs("ann/model", {}, wanted)
+    for incomplete in ({}, {"AutoModel/logits": answers["AutoModel/logits"], "AutoModel/more": torch.ones(1)}):
+        with raises_one_line("missing or unexpected tensors: AutoModel/", error=NotVerified):
+            compare_outputs("ann/model", incomplete, wanted)
 
 
 def test_the_largest_difference_of_each_loader_is_reported() -> None:

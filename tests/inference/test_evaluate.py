@@ -7,6 +7,7 @@ process.
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from evaluation_worker import (
     BATCH_SIZE,
     CLASSES,
     NUM_IMAGES,
+    SIZES,
     SPACES,
     UNREADABLE,
     build_classifier,
@@ -37,14 +39,17 @@ from torch import nn
 from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.augmentation import MaskGenerator
 from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, get_label_space
+from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
 from modeling_vitcls.inference.evaluator import HeldOutBatches
+from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
@@ -54,7 +59,8 @@ from modeling_vitcls.inference.metrics import (
     drop_large_matrices,
     select_scalars,
 )
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.options import DataOptions, EvaluateOptions, MaskingOptions
+from modeling_vitcls.system import describe_device, get_versions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -183,7 +189,7 @@ def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
 
 def test_exact_match_requires_every_class() -> None:
     metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU)
-    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [-0.1, -2.0], [1.0, 1.0]])
+    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]])  # 0 is not above a probability of 0.5
     metrics.update(SimpleNamespace(logits=logits), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
     assert metrics.compute()["exact_match"] == 0.5
 
@@ -215,7 +221,7 @@ def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: di
         assert next(iter(numbers)) == first
         assert list(metrics)[: len(numbers)] == list(numbers)
         assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
-        json.dumps(metrics, allow_nan=False)
+        assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))  # at most six decimals
 
 
 @pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
@@ -287,10 +293,30 @@ def test_a_single_class_has_all_metrics() -> None:
     assert drop_large_matrices(values) == values
 
 
-def test_a_nan_loss_is_none() -> None:
-    metrics = SingleLabelMetrics(SPACES["single"], CPU)
-    metrics.update(SimpleNamespace(logits=torch.full((1, 7), torch.nan), distillation_logits=None), torch.tensor([1]))
-    assert metrics.compute()["loss"] is None
+@pytest.mark.parametrize("name", SPACES)
+def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
+    outputs, values = compute_outputs(name)
+    kind, found = SPACES[name].kind, []
+    labels = evaluator_module.COLLATE_FUNCTIONS[kind](values, SPACES[name])
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = outputs.logits
+        if isinstance(logits, dict):
+            logits = {task: each.bfloat16().to(dtype) for task, each in logits.items()}
+        else:
+            logits = logits.bfloat16().to(dtype)
+        metrics = METRICS[kind](SPACES[name], CPU)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
+        found.append(metrics.compute())
+    assert found[0] == found[1]
+
+
+def test_losses_that_are_not_finite_are_none() -> None:
+    infinite = torch.zeros(1, 7)
+    infinite[0, 1] = -torch.inf
+    for logits in (torch.full((1, 7), torch.nan), infinite):
+        metrics = SingleLabelMetrics(SPACES["single"], CPU)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([1]))
+        assert metrics.compute()["loss"] is None
 
 
 # Every image is counted once -----------------------------------------------------------------------------------------
@@ -327,6 +353,47 @@ def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int
     batches = [share[place] for share in shares for place in range(len(share))]
     assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
     assert all(len(batch.labels) <= batch_size for batch in batches)
+
+
+def test_blank_batches_have_the_shape_of_the_model() -> None:
+    """Sharded models run a batch also without a readable image."""
+    labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
+    sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
+    model = type(build_classifier("single"))(ViTCLSConfig(**sizes, **labels.to_config_values())).eval()
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    file = io.BytesIO()
+    Image.new("L", (24, 16)).save(file, "PNG")
+    images = EncodedImages([{"path": name, "bytes": file.getvalue()[:end]} for name, end in (("a", None), ("b", 40))])
+    processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
+    processor.image_mean = processor.image_std = [0.5]
+    evaluator = evaluator_module.Evaluator(
+        LabeledImages(images, [0, 1]), processor, labels, 1, 0, Accelerator(cpu=True)
+    )
+    assert evaluator(model)["num_broken_images"] == 1
+    assert shapes == [(1, 1, 16, 24)] * 2
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_loss_of_masked_patches_is_the_mean_over_images(mixed_precision: str) -> None:
+    torch.manual_seed(0)
+    model = ViTCLSForMaskedImageModeling(ViTCLSConfig(**SIZES)).eval()
+    images, processor = build_labeled_images("single", number=3).images, ViTCLSImageProcessor(size=16)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    masks = MaskGenerator(MaskingOptions(), (2, 2))
+    evaluator = evaluator_module.ReconstructionEvaluator(
+        images, processor, masks, 5, batch_size=2, num_workers=0, accelerator=accelerator
+    )
+    losses = []
+    for index, pixel_values in enumerate(processor(list(images), return_tensors="pt")["pixel_values"].split(1)):
+        mask = masks(1, CPU, torch.Generator().manual_seed(derive_seed(5, index)))
+        with torch.no_grad(), accelerator.autocast():
+            losses.append(model(pixel_values, bool_masked_pos=mask).loss.item())
+    assert evaluator(model) == {
+        "reconstruction_loss": pytest.approx(np.mean(losses), abs=1e-5),
+        "num_images": 3,
+        "num_broken_images": 0,
+    }
 
 
 def test_an_uncounted_image_is_an_error() -> None:
@@ -406,11 +473,12 @@ class CountedImages(list):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize(("kept_bytes", "num_reads"), [(2**20, 1), (NUM_IMAGES * 3 * 16 * 16 * 4 - 1, 3)])
+@pytest.mark.parametrize(("free_bytes", "num_reads"), [(0, 1), (-1, 3)])
 def test_small_datasets_are_preprocessed_once(
-    kept_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
+    free_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", kept_bytes)
+    num_bytes = NUM_IMAGES * 3 * 16 * 16 * 4
+    monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", num_bytes + free_bytes)
     pictures = build_labeled_images("single")
     counted = CountedImages(pictures.images)
     evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
@@ -529,8 +597,73 @@ def test_a_single_label_model(
         assert average(parts, name) == close(by_one_process["single"][name])
     assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
     printed = capsys.readouterr().out
+    assert f"({parts['split'][1]}: {parts['held_out_part'][1]}), each" in printed
     for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "gnu"):
         assert words in printed
+
+
+def test_the_results_describe_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gray model classifies gray images of shade 40 * index. A color image is unreadable for this model."""
+    names = ["[b]dark", "light"]
+    labels = LabelSpace("single_label_classification", {"label": names})
+    model = type(build_classifier("single"))(ViTCLSConfig(**SIZES, num_channels=1, **labels.to_config_values())).eval()
+    model.save_pretrained(tmp_path / "model")
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    processor.save_pretrained(tmp_path / "model")
+    images = [Image.new("L", (16, 16), 40 * index) for index in range(6)]
+    data, output = tmp_path / "data", tmp_path / "results.json"
+    for index, image in enumerate([*images, Image.new("RGB", (16, 16))]):
+        folder = data / ("validation" if index else "train") / names[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{index}.png")
+    options = EvaluateOptions(
+        str(tmp_path / "model"),
+        DataOptions(str(data), num_workers=0, max_broken_images=1),
+        split="validation",
+        batch_size=4,
+        mixed_precision="bf16",
+        output=output,
+    )
+    clock = SimpleNamespace(perf_counter=iter([10.0, 12.0] * 2).__next__, monotonic=lambda: 0.0)
+    monkeypatch.setattr(evaluate_module, "time", clock)
+    results = evaluate_checkpoint(options)
+    assert json.loads(output.read_text(encoding="utf-8")) == results
+    accelerator = build_accelerator(mixed_precision="bf16")
+    pixel_values = processor(images[1:], return_tensors="pt")["pixel_values"].to(accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        logits = model.to(accelerator.device)(pixel_values).logits.cpu()
+    is_correct = (logits.argmax(1) == torch.tensor([1, 0, 1, 0, 1])).tolist()
+    light, dark = is_correct[::2], is_correct[1::2]
+    assert 0 < sum(is_correct) < 5
+    expected = {
+        "model": options.model,
+        "dataset": str(data),
+        "split": "validation",
+        "held_out_part": None,
+        "images_per_second": 2.5,
+        "seconds": 2.0,
+        "device": describe_device(accelerator),
+        "mixed_precision": "bf16",
+        "num_processes": 1,
+        "versions": get_versions(),
+        "is_recorded_part": None,
+        "accuracy": np.mean(is_correct),
+        "num_images": 5,
+        "num_broken_images": 1,
+    }
+    assert results | expected == results
+    printed = capsys.readouterr().out
+    (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
+    assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning and f"saved {output}" in printed
+    assert f"5 images of {data} (validation), each counted once; 2.5 images/s" in printed
+    assert "evaluating" not in printed  # no progress lines in the first seconds
+    cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
+    for name, values in (("`[b]dark`", dark), ("`light`", light)):
+        assert any(row[1:4] == [name, str(len(values)), f"{np.mean(values):.2%}"] for row in cells), printed
+    with pytest.raises(ValueError, match="more than 0 images cannot be read"):
+        evaluate_checkpoint(replace(options, data=replace(options.data, max_broken_images=0)))
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
@@ -587,6 +720,19 @@ def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:
             ValueError, match=f"requires a classifier, but .* contains {model_class.__name__}. Fine-tune"
         ):
             evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits")))
+    build_classifier("single").save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    for change, words in (
+        ({"architectures": None}, "contains a model of unknown class"),
+        ({"id2label": {}, "label2id": {}}, "contains ViTCLSForImageClassification"),
+        ({"problem_type": "regression"}, "was trained for regression"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"requires a classifier, but .* {words}"):
+            load_classifier("mine", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "vit"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="mine contains a model of type 'vit', not 'vitcls'"):
+        load_classifier("mine", str(tmp_path))
 
 
 def test_labels_of_a_model() -> None:

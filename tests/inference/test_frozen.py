@@ -1,12 +1,16 @@
 """Accuracy of frozen features equals scikit-learn on features of a plain loop, for every token and layer."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -15,9 +19,13 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import (
+    FeatureEvaluator,
     Features,
     FeatureStore,
     compute_features,
@@ -73,28 +81,6 @@ def encode(model: Path, images: Any, layer: int, token: str) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("frozen", CLASSIFIERS)
-def test_results_equal_scikit_learn(model: Path, frozen: str) -> None:
-    results = run(model, frozen, frozen_layers="all")
-    assert [(row["layer"], row["token"]) for row in results["rows"]] == [
-        (layer, token) for layer in (1, 2) for token in TOKENS
-    ]
-    data = load_training_data(DIGITS)
-    assert (results["num_training_images"], results["num_images"]) == (len(data.train), len(data.held_out))
-    for row in (results["rows"][0], results["rows"][9], results["rows"][13]):
-        train, held_out = (
-            encode(model, part.images, row["layer"], row["token"]) for part in (data.train, data.held_out)
-        )
-        classifier = CLASSIFIERS[frozen]().fit(train, data.train.labels)
-        accuracy = classifier.score(held_out, data.held_out.labels)
-        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
-        interval = compute_wilson_interval(round(accuracy * len(data.held_out)), len(data.held_out))
-        assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
-    assert results["best"] == max(results["rows"], key=lambda row: row["accuracy"])
-    assert len({row["accuracy"] for row in results["rows"]}) > 1
-
-
 def test_the_last_layer_is_the_default_and_the_output_is_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -107,40 +93,10 @@ def test_the_last_layer_is_the_default_and_the_output_is_written(
     assert all(token in printed for token in TOKENS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
-def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
-    folder = save_model(tmp_path, **LAYOUTS[layout])
-    num_tokens = {"no_cls": 2, "several_of_each": 7}[layout]
-    assert len(run(folder, "knn")["rows"]) == num_tokens + 1
-
-
-@pytest.mark.slow
-def test_few_shot_repeats_with_other_images(model: Path) -> None:
-    results = run(model, "few-shot:3", frozen_repeats=4)
-    (cls, *_) = results["rows"]
-    data = load_training_data(DIGITS)
-    train, held_out = (encode(model, part.images, 2, "CLS") for part in (data.train, data.held_out))
-    labels = np.array(data.train.labels)
-    expected = []
-    for selected in select_few_shot_images(labels.astype(str), 3, 4, seed=0):
-        assert np.bincount(labels[selected]).tolist() == [3] * 10
-        classifier = CLASSIFIERS["logreg"]().fit(train[selected], labels[selected])
-        expected.append(classifier.score(held_out, data.held_out.labels))
-    assert cls["accuracies"] == pytest.approx(expected, abs=1e-6)
-    assert cls["accuracy"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert len(set(expected)) > 1
-    distance = 1.959964 * np.std(expected, ddof=1) / 2
-    assert cls["accuracy_interval"] == pytest.approx(
-        [np.mean(expected) - distance, np.mean(expected) + distance], abs=1e-5
-    )
-    assert summarize_repeats([0.5])["accuracy_interval"] is None
-
-
 @each_layout
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any], pre_norm: bool) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(pre_norm=pre_norm, **layout), add_pooling_layer=False))
+@pytest.mark.parametrize("fields", [{}, {"pre_norm": True}, {"final_norm": False}], ids=str)
+def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any], fields: dict[str, Any]) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**fields, **layout), add_pooling_layer=False))
     outputs: list[torch.Tensor] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -148,7 +104,8 @@ def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any]
         found = compute_features(model, build_images(), [1, 2])
         expected = []
         for output in outputs:
-            tokens = model.layernorm(output[0] if isinstance(output, tuple) else output)
+            tokens = output[0] if isinstance(output, tuple) else output
+            tokens = tokens if model.layernorm is None else model.layernorm(tokens)
             num_special = tokens.shape[1] - 16  # 4 x 4 patches
             expected += [tokens[:, index] for index in range(num_special)] + [tokens[:, num_special:].mean(dim=1)]
     assert found.shape[1] == len(expected)
@@ -212,8 +169,10 @@ def test_few_shot_requires_enough_images() -> None:
         ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
     ):
         select_few_shot_images(np.array(list("aaabb")), 3, 1, seed=0)
-    (selected,) = select_few_shot_images(np.array([*"a" * 20, *"b" * 30]), 20, 1, seed=0)
+    labels = np.array([*"a" * 20, *"b" * 30])
+    (selected,) = select_few_shot_images(labels, 20, 1, seed=0)
     assert len(set(selected)) == len(selected) == 40 and set(range(20)) < set(selected)
+    assert set(selected) != set(select_few_shot_images(labels, 20, 1, seed=1)[0])
     with pytest.raises(ValueError, match="--frozen is few-shot:0"):
         EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
 
@@ -229,12 +188,95 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-def test_splits_of_the_data_set_and_unreadable_images(model: Path, tmp_path: Path) -> None:
+def test_splits_of_the_data_set_and_unreadable_images(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = DataOptions(dataset=str(write_folder(tmp_path)), num_workers=0)
+    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 14.0, 20.0]).__next__))
     results = run(model, "knn", data=data, split="validation")
+    assert (results["seconds"], results["images_per_second"]) == (4.0, (11 + 7) / 4)
     assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
     assert results["num_broken_images"] == 2
     assert results["best"]["accuracy"] == 1.0
+    gray = save_model(tmp_path / "gray", num_channels=1)
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    processor.save_pretrained(gray)
+    with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
+        run(gray, "knn", data=replace(data, max_broken_images=0), split="validation")
+    with pytest.raises(ValueError, match=r"--frozen requires a dataset on disk, but --streaming is set"):
+        run(model, "knn", data=replace(data, streaming=True))
+
+
+def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
+    """Write noise images of the classes a, b, c, ... in each split; `counts` are the numbers of images per class."""
+    generator = np.random.default_rng(0)
+    for split, numbers in counts.items():
+        for name, number in zip("abc", numbers, strict=False):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.integers(256, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("frozen", [*CLASSIFIERS, "few-shot:2"])
+def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) -> None:
+    """The evaluated split lacks the first class."""
+    dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
+    data = DataOptions(dataset=dataset, num_workers=0, split_seed=3)
+    results = run(model, frozen, data=data, frozen_repeats=3, frozen_layers="all", split="validation")
+    rows = results["rows"]
+    assert [(row["layer"], row["token"]) for row in rows] == [(layer, token) for layer in (1, 2) for token in TOKENS]
+    assert (results["num_training_images"], results["num_images"]) == (15, 7)
+    assert results["best"] == max(rows, key=lambda row: row["accuracy"])
+    assert len({row["accuracy"] for row in rows}) > 1
+    splits = [load_evaluation_data(data, split) for split in ("train", "validation")]
+    labels = [np.array(split.label_space.names)[split.images.labels] for split in splits]
+    subsets = [np.arange(15)] if frozen in CLASSIFIERS else select_few_shot_images(labels[0], 2, 3, seed=3)
+    for row in (rows[0], rows[13]):
+        train, held_out = (encode(model, split.images.images, row["layer"], row["token"]) for split in splits)
+        expected = []
+        for selected in subsets:
+            classifier = CLASSIFIERS.get(frozen, CLASSIFIERS["logreg"])().fit(train[selected], labels[0][selected])
+            expected.append(round(classifier.score(held_out, labels[1]), 6))
+        assert row["accuracy"] == pytest.approx(np.mean(expected), abs=1e-6)
+        assert row.get("accuracies", expected) == expected
+
+
+@pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
+def test_every_layout_of_tokens(layout: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", **LAYOUTS[layout])
+    data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (6, 6)})), num_workers=0)
+    num_tokens = {"no_cls": 2, "several_of_each": 7}[layout]
+    assert len(run(folder, "knn", data=data)["rows"]) == num_tokens + 1
+
+
+def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
+    rule = HeldOutRule(data.held_out_fraction, data.split_seed)
+    keys = load_evaluation_data(data, "test").images.images.compute_keys()
+    for record, is_warned in ((None, False), (list(keys), False), ([*keys, 1], True)):
+        if record is not None:
+            results = {"held_out": HeldOutRecord.from_keys(rule, record).to_dict()}
+            (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        run(folder, "knn", data=data)
+        assert ("held-out images are not the" in capsys.readouterr().out) is is_warned
+
+
+def test_features_are_computed_with_autocast(model: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
+    images, space = list(map(Image.fromarray, pixels)), LabelSpace("single_label_classification", {"label": ["a"]})
+    processor, accelerator = ViTCLSImageProcessor(size=16), Accelerator(cpu=True, mixed_precision="bf16")
+    encoder = ViTCLSModel.from_pretrained(model).eval()
+    arguments = (LabeledImages(images, [0, 0, 0]), processor, space, 3, 0, accelerator)
+    output = FeatureEvaluator([1, 2], *arguments)(encoder)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = compute_features(encoder, processor(images, return_tensors="pt")["pixel_values"], [1, 2])
+    np.testing.assert_array_equal(output["features"], expected.float().numpy())
 
 
 def test_a_model_saved_in_half_precision(model: Path, tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ import csv
 import io
 import json
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ import torch
 from accelerate_state import reset_accelerate
 from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
+from scripts_in_process import SCRIPTS, run_in_process
 from tiny_models import build_tiny_config, raises_one_line, randomize
 from transformers import pipeline
 from warm_processes import OFFLINE, READY, run_script, run_together
@@ -39,6 +42,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.inference import outputs
+from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.inputs import (
     DatasetInput,
     FetchError,
@@ -48,6 +52,7 @@ from modeling_vitcls.inference.inputs import (
     PreparedImage,
     StreamInput,
     open_input,
+    prepare_image,
 )
 from modeling_vitcls.inference.outputs import (
     ShardFolder,
@@ -69,8 +74,6 @@ from modeling_vitcls.options import PredictOptions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "scripts" / "predict.py"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NAMES = ["ant", "bee", "cat"]
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
@@ -139,17 +142,6 @@ def unreadable(tmp_path: Path, photos: Path) -> Path:
     return folder
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> Any:
-    """Run the script in this process and return its exit status."""
-    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *flags])))
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
-
-
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -174,9 +166,9 @@ def pixel_values(photos: Path) -> torch.Tensor:
 
 
 def test_the_table_contains_images_labels_and_errors(
-    models: Path, unreadable: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    models: Path, unreadable: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(monkeypatch, "--model", models / "one_label", unreadable) == 0
+    assert run_in_process("predict.py", "--model", models / "one_label", unreadable) == 0
     printed = capsys.readouterr()
     first, second, third = [line for line in printed.out.splitlines() if str(unreadable) in line]
     assert f"{unreadable}/1-whole.jpg" in first and any(name in first for name in NAMES)
@@ -186,10 +178,11 @@ def test_the_table_contains_images_labels_and_errors(
 
 
 def test_without_any_prediction_the_status_is_1(
-    models: Path, unreadable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    images = [unreadable / "2-cut.jpg", unreadable / "3-text.png", unreadable / "absent.jpg"]
-    assert run(monkeypatch, "--model", models / "one_label", *images, "--output", tmp_path / "out.json") == 1
+    images = [unreadable / name for name in ("2-cut.jpg", "3-text.png", "absent.jpg")]
+    flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
+    assert run_in_process("predict.py", *flags) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: none of the 3 images has a prediction: see the column `error`"
     rows = read_json(tmp_path / "out.json")
@@ -198,7 +191,7 @@ def test_without_any_prediction_the_status_is_1(
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(models: Path, photos: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "folder" / "out.json"
+    output = tmp_path / "new" / "folder" / "out.JSON"
     predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4))
     rows = read_json(output)
     assert [row["image"] for row in rows] == sorted_photos(photos)
@@ -262,6 +255,10 @@ def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: P
         {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
     ]
     assert {len(row["labels"]) for row in rows} != {3}
+    default, explicit = (
+        predict(model, ViTCLSImageProcessor(size=32), photos, **flags) for flags in ({}, {"threshold": 0.5})
+    )
+    assert default == explicit and not model.training
     assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
     best = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=0, top_k=1)
     assert [row["labels"] for row in best] == [[NAMES[label]] for label in probabilities.argmax(dim=1)]
@@ -308,6 +305,23 @@ def test_an_unreadable_image_has_no_features(models: Path, unreadable: Path, tmp
         reset_accelerate()
         features = pq.read_table(file)["features"].to_pylist()
         assert features[0] is not None and features[1:] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "registers"])
+def test_features_of_a_model_in_half_precision(kind: str, photos: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS))).bfloat16()
+    processor = ViTCLSImageProcessor(size=32)
+    (row,) = predict(model, processor, photos / "a.jpg", features=kind)
+    (expected,) = predict(model.float(), processor, photos / "a.jpg", features=kind)
+    np.testing.assert_allclose(row["features"], expected["features"], atol=0.1)
+
+
+def test_features_require_no_weights_of_a_pooling_layer(photos: Path, tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
+    model.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    options = PredictOptions(str(tmp_path), (str(photos),), features="mean", output=tmp_path / "out.json")
+    assert predict_images(options) == PredictionCounts(9, 0)
 
 
 def test_missing_tokens_are_errors() -> None:
@@ -415,15 +429,102 @@ def test_arrays_are_identified_by_their_pixels() -> None:
     pixels = np.zeros((2, 4, 4), np.uint8)
     first = ListInput(["0", "1"], ArrayImages(pixels)).compute_identity()
     assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_identity() == first
+    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_identity() != first
     pixels[1, 3, 3] = 1
     assert ListInput(["0", "1"], ArrayImages(pixels)).compute_identity() != first
 
 
-def test_digits_are_read(models: Path) -> None:
+def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
+    file, digests = tmp_path / "a.png", []
+    for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
+        file.write_bytes(content)
+        os.utime(file, (seconds, seconds))
+        digests.append(ListInput([file.name], [str(file)]).compute_identity()["sha256"])
+    assert len(set(digests)) == 3 and digests[2] == digests[3]
+    urls = [ListInput([url], [url]).compute_identity() for url in ("https://host/a.png", "https://host/b.png")]
+    assert urls[0] != urls[1]
+
+
+def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "data" / split / "cat" / "1.png")
+    table = tmp_path / "table.csv"
+    table.write_text("first,second\na.png,b.png\n", encoding="utf-8")
+    for dataset, changes in (
+        (tmp_path / "data", [{"split": "train"}, {"split": "test"}]),
+        (table, [{"image_column": "first"}, {"image_column": "second"}]),
+    ):
+        first, second = (
+            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_identity()
+            for change in changes
+        )
+        assert first != second
+    source = open_input(PredictOptions("model", dataset=str(table), split="train", image_column="first"))
+    identity = source.compute_identity()
+    assert identity.pop("fingerprint") and identity == {
+        "dataset": str(table),
+        "split": "train",
+        "column": "first",
+        "bytes and time": [table.stat().st_size, table.stat().st_mtime_ns],
+        "images": 1,
+    }
+
+
+def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
+    image = Image.new("L", (4, 4))
+    for value, name, content in (
+        ("a.png", "a.png", str(tmp_path / "a.png")),
+        ("a\udcff.png", "a\ufffd.png", str(tmp_path / "a\udcff.png")),
+        ({"path": "a.png", "bytes": None}, "a.png", "a.png"),
+        ({"path": "a.png", "bytes": b"encoded"}, "a.png", b"encoded"),
+        ({"path": None, "bytes": b"encoded"}, "7", b"encoded"),
+        (image, "7", image),
+        (None, "7", None),
+    ):
+        assert ImageColumn("image", tmp_path).build_record(7, value) == ImageRecord(7, name, content)
+
+
+def test_files_of_other_file_systems_are_fetched() -> None:
+    """The image processor reads files, and URLs of web servers."""
+    with fsspec.open("memory://fetched.png", "wb") as file:
+        file.write(b"encoded")
+    contents = []
+
+    def process(content: Any, return_tensors: str) -> dict[str, torch.Tensor]:
+        contents.append(content)
+        return {"pixel_values": torch.zeros(1, 3, 4, 4)}
+
+    given = ["a.png", "http://host/a.png", "https://host/a.png", "memory://fetched.png", b"bytes"]
+    for content in given:
+        prepared = prepare_image(process, ImageRecord(0, "name", content))
+        assert prepared.error is None and prepared.pixels is not None and prepared.pixels.shape == (3, 4, 4)
+    assert contents == [*given[:3], b"encoded", b"bytes"]
+
+    def fail(content: Any, return_tensors: str) -> None:
+        raise OSError("connection lost")
+
+    assert prepare_image(fail, ImageRecord(0, "name", "https://host/a.png")).error == "connection lost"
+
+
+def test_digits_are_read() -> None:
     source = open_input(PredictOptions("model", dataset="digits"))
     assert source.num_images == 1797
     (record,) = source.read_records([range(1796, 1797)])
     assert record.content.size == (8, 8) and record.name == "digits/1796"
+
+
+def test_idx_files_are_read(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    for name, header, values in (
+        ("train-images-idx3-ubyte", [0x803, 2, 4, 4], pixels),
+        ("train-labels-idx1-ubyte", [0x801, 2], np.zeros(2, dtype=np.uint8)),
+    ):
+        (tmp_path / name).write_bytes(np.array(header, dtype=">i4").tobytes() + values.tobytes())
+    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
+    (record,) = source.read_records([range(1, 2)])
+    assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"
+    np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -555,7 +656,7 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-WORKER = REPOSITORY / "tests" / "helpers" / "slow_prediction.py"
+WORKER = Path(__file__).parents[1] / "helpers" / "slow_prediction.py"
 
 
 @pytest.mark.slow
@@ -584,7 +685,50 @@ def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: 
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
 
 
-def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path) -> None:
+def test_a_stream_is_written_to_a_folder(models: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    """The number of images is known at the end of the stream, and recorded for the next start."""
+    values = [{"bytes": (photos / "a.jpg").read_bytes() if index else b"broken", "path": None} for index in range(5)]
+    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "images.parquet")
+    options = PredictOptions(
+        str(models / "one_label"),
+        dataset=str(tmp_path / "images.parquet"),
+        streaming=True,
+        output=tmp_path / "labels",
+        shard_size=2,
+    )
+    for progress in ("5 images", "0 of 0 images"):
+        assert predict_images(options) == PredictionCounts(5, 1)
+        assert capsys.readouterr().err.splitlines()[-1].startswith(progress)
+        assert [(row["index"], row["error"] is None) for row in read_shards(tmp_path / "labels")] == [
+            (index, index > 0) for index in range(5)
+        ]
+        assert read_json(tmp_path / "labels" / ".manifest.json")["num_images"] == 5
+        reset_accelerate()
+
+
+def test_rows_of_all_processes_are_in_the_order_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 has the chunks 0, 2 and 4 of two images; the last chunk of process 1 is smaller."""
+    others = iter([[{"index": 2}, {"index": 3}], [{"index": 6}], [], []])
+    monkeypatch.setattr(predict_module, "gather_object", lambda own: [*own, next(others)])
+    rows: Any = ({"index": index} for index in (0, 1, 4, 5))
+    gathered = predict_module.gather_rows(rows, 2, SimpleNamespace(num_processes=2))
+    assert [row["index"] for row in gathered] == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_processes", "expected"), [(4, "1", 4), (32, "1", 8), (32, "16", 2), (2, "4", 1), (None, "1", 1)]
+)
+def test_threads_are_divided_among_the_processes(
+    num_cores: int | None, num_processes: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", num_processes)
+    assert predict_module.get_num_workers() == expected
+
+
+def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "ROWS_PER_GROUP", 3)
     folder = ShardFolder(tmp_path, size=4)
     rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
     for number in range(3):
@@ -617,6 +761,7 @@ def test_a_second_start_must_have_the_same_options(
     for change, words in {
         "shard_size": ("--shard-size 4, not 5", {"shard_size": 5}),
         "top_k": ("--top-k None, not 2", {"top_k": 2}),
+        "threshold": ("--threshold 0.5, not 0.6", {"threshold": 0.6}),
         "features": ("--features None, not mean", {"features": "mean"}),
         "mixed_precision": ("--mixed-precision no, not bf16", {"mixed_precision": "bf16"}),
         "model": ("another model", {"model": "several_labels"}),
@@ -628,13 +773,18 @@ def test_a_second_start_must_have_the_same_options(
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
     (folder / "shard-000001.parquet").unlink()
+    capsys.readouterr()
     assert again() == PredictionCounts(9, 0)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("4 of 4 images")  # only the missing shard
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
+    with monkeypatch.context() as patch, raises_one_line("the images differ. Copy the images to all machines again"):
+        patch.setattr(predict_module, "gather_object", lambda objects: [*objects, {"images": 9}])
+        again()
     (folder / "shard-000002.parquet").write_bytes(b"half")
     with raises_one_line("shard-000002.parquet is damaged", "Delete the file and repeat the command"):
         again()
     flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
-    assert run(monkeypatch, *flags) == 1
+    assert run_in_process("predict.py", *flags) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --output")
 
 
@@ -649,6 +799,9 @@ def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
     assert build() == digest
     renamed = {"id2label": {0: "bee", 1: "ant", 2: "cat"}, "label2id": {"bee": 0, "ant": 1, "cat": 2}}
     assert digest not in {build(processor_size=48), build(**renamed), build(num_register_tokens=1)}
+    tasks = [{"age": ["old", "young"]}, {"age": ["young", "old"]}]
+    models = [randomize(ViTCLSForMultiTaskClassification(build_tiny_config(tasks=names))) for names in tasks]
+    assert len({compute_model_digest(model, ViTCLSImageProcessor(size=32)) for model in models}) == 2
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
     model.classifier.bias.data[2] += 1e-6
     assert compute_model_digest(model, ViTCLSImageProcessor(size=32)) != digest
@@ -737,15 +890,36 @@ def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: py
     assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
 
 
-def test_progress_counts_images_and_errors(capsys: pytest.CaptureFixture) -> None:
+def test_progress_counts_images_and_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is simulated. Without a terminal, a line is printed every ten seconds and at the end."""
+    clock = [0.0]
+    monkeypatch.setattr(outputs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     rows = [{"error": "unreadable" if index % 3 == 0 else None} for index in range(10)]
-    for is_shown in (True, False):
-        with outputs.Progress(2000, is_shown) as progress:
-            assert list(progress.track_rows(rows)) == rows
+
+    def read_rows(seconds: float) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            clock[0] += seconds
+            yield row
+
+    for seconds, total, is_shown, counts, images_per_second in (
+        (0.004, 2000, True, [(10, 4)], 250),
+        (0.004, None, True, [(10, 4)], 250),
+        (4.0, 2000, True, [(3, 1), (6, 2), (9, 3), (10, 4)], 0),
+        (4.0, 2000, False, [], 0),
+    ):
+        with outputs.Progress(total, is_shown) as progress:
+            assert list(progress.track_rows(read_rows(seconds))) == rows
         assert (progress.num_images, progress.num_failed) == (10, 4)
-        printed = capsys.readouterr().err
-        assert ("10 of 2,000 images" in printed and "4 without a prediction" in printed) is is_shown
-        assert is_shown or not printed
+        assert capsys.readouterr().err.splitlines() == [
+            f"{num_images}{' of 2,000' if total else ''} images, {images_per_second} images/s, "
+            f"{num_failed} without a prediction (see the column `error`)"
+            for num_images, num_failed in counts
+        ]
+    with pytest.raises(ValueError, match="an error"), outputs.Progress(2000, is_shown=True):
+        raise ValueError("an error")
+    assert not capsys.readouterr().err
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
@@ -877,6 +1051,11 @@ def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
     folder.record_num_images(5)
     assert folder.open({"input": "this"}) == 5
     assert not folder.is_complete(5)
+    manifest = read_json(tmp_path / ".manifest.json")
+    for change, words in (({"format": 0}, "another format"), ({"old": 7}, "--old 7, not None")):
+        (tmp_path / ".manifest.json").write_text(json.dumps(manifest | change), encoding="utf-8")
+        with raises_one_line(f"was written with {words}. Use the same flags"):
+            folder.open({"input": "this"})
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -907,6 +1086,15 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
             f"label prediction requires a classifier, but the model {problem}. Fine-tune a classifier"
         ):
             predict(ViTCLSForImageClassification(build_tiny_config(**fields)), ViTCLSImageProcessor(size=32), photos)
+
+
+def test_a_config_may_lack_its_architecture(models: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "one_label", tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    del config["architectures"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = PredictOptions(str(tmp_path / "model"), (str(photos / "a.jpg"),), output=tmp_path / "out.json")
+    assert predict_images(options) == PredictionCounts(1, 0)
 
 
 def test_mixed_precision_is_close(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -940,6 +1128,23 @@ def test_predict_accepts_images_of_any_kind(photos: Path) -> None:
         predict(model, ViTCLSImageProcessor(size=32), [])
 
 
+def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: Path, tmp_path: Path) -> None:
+    source, processor = str(models / "several_labels"), ViTCLSImageProcessor(size=32)
+    model = ViTCLSForImageClassification.from_pretrained(source)
+    with torch.no_grad():
+        threshold = model(pixel_values(photos)).logits.sigmoid().median().item()
+    flags: dict[str, Any] = {"threshold": threshold, "top_k": 2}
+    options = PredictOptions(source, (str(photos),), mixed_precision="bf16", num_workers=1, **flags)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = predict(model, processor, photos, **flags)
+    assert predict_module.predict_from_options(options, []) == expected
+    assert expected != predict(model, processor, photos, **flags)
+    table = tmp_path / "table.csv"
+    table.write_text("image\na.png\n", encoding="utf-8")
+    with raises_one_line("cannot return the rows of a stream, because its length is unknown. Disable streaming"):
+        predict_module.predict_from_options(PredictOptions(source, dataset=str(table), streaming=True), [])
+
+
 def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 16})
@@ -953,7 +1158,7 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
 
 
 def test_wrong_flags_end_before_torch_is_imported() -> None:
-    command = [sys.executable, "-X", "importtime", SCRIPT, "--model", "m", "a.png", "--tok-k", "3"]
+    command = [sys.executable, "-X", "importtime", SCRIPTS / "predict.py", "--model", "m", "a.png", "--tok-k", "3"]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert ran.returncode == 2
     assert "--tok-k" in ran.stderr and "--top-k" in ran.stderr
@@ -975,7 +1180,7 @@ def test_wrong_flags_end_before_torch_is_imported() -> None:
     ],
 )
 def test_flags_that_contradict_each_other_exit_with_2(
-    flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    flags: list[str], words: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(monkeypatch, "--model", "m", *flags) == 2
+    assert run_in_process("predict.py", "--model", "m", *flags) == 2
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())

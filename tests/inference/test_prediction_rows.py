@@ -37,6 +37,9 @@ def test_labels_with_the_probability_of_the_threshold_are_predicted() -> None:
     assert [name for name, _ in first] == ["bee", "dog", "ant"] and second == []
     expected = [1 / (1 + 2.718281828459045**-logit) for logit in (3.0, 2.0, 0.0)]
     assert [probability for _, probability in first] == pytest.approx(expected, abs=1e-6)
+    names = list(map(str, range(100)))
+    (equal,) = select_probable_labels(torch.ones(1, 100), names)
+    assert [name for name, _ in equal] == names
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,10 @@ def test_images_of_an_unsupported_shape_are_errors() -> None:
     columns = build_prediction_columns(randomize(ViTCLSModel(build_tiny_config())), None, 0.5, "cls")
     rows = predict_batch(build_images(2, channels=4), columns, nullcontext)
     assert len(rows) == 2 and all("requires 3 channel" in row["error"] for row in rows)
+
+
+def test_labels_are_in_the_order_of_their_indices() -> None:
+    names = {2: "cat", 0: "ant", 1: "bee"}
+    config = build_tiny_config(id2label=names, label2id={name: index for index, name in names.items()})
+    columns: Any = build_prediction_columns(ViTCLSForImageClassification(config), None, 0.5, None)
+    assert columns.names == {"": ["ant", "bee", "cat"]}

@@ -27,14 +27,9 @@ def test_without_a_gpu_it_ends_with_a_message() -> None:
     assert ended.returncode == 0 and "no CUDA device" in ended.stdout
 
 
-@pytest.fixture(autouse=True)
-def _no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "failures", [])
-
-
 @pytest.fixture
 def _tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure tiny models in small batches, without compilation."""
+    """Measure tiny models in small batches, without compilation, for one call per measurement."""
 
     def build_model(num_registers: int) -> ViTCLSForImageClassification:
         torch.manual_seed(0)
@@ -43,32 +38,41 @@ def _tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "build_model", build_model)
     monkeypatch.setattr(gpu, "BATCH_SIZE", 2)
     monkeypatch.setattr(gpu, "COMPILE_MODES", {"eager": None})
+    monkeypatch.setattr(gpu, "measure_throughput", partial(gpu.measure_throughput, min_seconds=0.0))
 
 
 @pytest.mark.usefixtures("_tiny_models")
 def test_measurements_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = list(gpu.measure_forward_passes("cpu"))
-    assert [row[:3] for row in rows[:5]] == [
-        ("fp32", "eager", "197 tokens"),
-        ("bf16", "eager", "197 tokens"),
-        ("bf16", gpu.FLASH_MODE, "197 tokens"),
-        ("fp16", "eager", "197 tokens"),
-        ("fp16", gpu.FLASH_MODE, "197 tokens"),
+    header, _, *lines = gpu.measure_forward_passes("cpu")
+    assert header == "| precision | mode | tokens | images/s | difference |"
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    modes = [
+        ("fp32", "eager"),
+        ("bf16", "eager"),
+        ("bf16", gpu.FLASH_MODE),
+        ("fp16", "eager"),
+        ("fp16", gpu.FLASH_MODE),
     ]
-    assert len(rows) == 10 and len(list(gpu.measure_steps("cpu"))) == 2 and not gpu.failures
+    assert [tuple(row[:3]) for row in rows] == [(*mode, tokens) for tokens in gpu.NUM_REGISTERS for mode in modes]
+    for precision, _, _, speed, difference in rows:
+        assert int(speed.replace(",", "")) > 0 and float(difference) < gpu.LIMITS[precision]
+    header, _, *lines = gpu.measure_steps("cpu")
+    assert header == "| mode | tokens | images/s | MFU |" and len(lines) == 2 and gpu.FAILURE not in "".join(lines)
     monkeypatch.setattr(gpu, "LIMITS", gpu.LIMITS | {"fp32": -1.0})
-    failed, *others = gpu.measure_forward_passes("cpu")
-    assert failed[3].startswith("failed: ValueError: the logits differ from the CPU logits") and not failed[4]
-    assert len(others) == 9 and len(gpu.failures) == 2  # one row for each number of tokens
+    _, _, failed, *others = gpu.measure_forward_passes("cpu")
+    assert failed.startswith("| fp32 | eager | 197 tokens | failed: ValueError: the logits differ from the CPU logits")
+    assert sum(gpu.FAILURE in line for line in others) == 1 and len(others) == 9  # one row per number of tokens
 
 
 def test_a_failed_part_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def fail() -> list[str]:
+    def fail() -> Iterator[str]:
         raise torch.OutOfMemoryError("CUDA | out of memory\nmore")
 
-    table = partial(gpu.format_table, ("mode", "images/s"), [("eager", "1,000")])
+    def table() -> Iterator[str]:
+        yield from (*gpu.format_header("mode", "images/s"), gpu.format_row("eager", "1,000"))
+
     monkeypatch.setattr(gpu, "PARTS", {"first": ("First", fail), "second": ("Second", table)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of the test")
@@ -81,6 +85,9 @@ def test_a_failed_part_does_not_stop_the_others(
     assert "## First\n\n\nfailed: OutOfMemoryError: CUDA / out of memory\n\n## Second\n" in text
     assert text.endswith("| mode | images/s |\n| --- | --- |\n| eager | 1,000 |\n")
     assert text.partition("\n\n## ")[2] in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(file), "--parts", "second"])
+    with pytest.raises(SystemExit, match="0"):
+        gpu.main()
 
 
 def test_a_failed_row_does_not_stop_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,5 +105,5 @@ def test_a_failed_row_does_not_stop_a_comparison(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_sharded_training() -> None:
-    sentence = gpu.run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2_cpu.yaml", 2)
+    (sentence,) = gpu.run_fsdp2(REPOSITORY / "scripts" / "accelerate" / "fsdp2_cpu.yaml", 2)
     assert sentence.startswith("10 steps with 2 process(es) on CPU") and "FSDP" in sentence

@@ -197,9 +197,8 @@ def test_the_branch_contains_the_evaluated_model(hub: LocalHub, tmp_path: Path, 
     assert f"pushed    step 3 to the branch checkpoints, commit {commit}" in ended.out
     assert len(repository.commits) == 3  # the initial commit, step 3, the result
     files = hub.files("ann/my-run", "checkpoints")
-    assert {"README.md", "config.json", "preprocessor_config.json", "modeling_vitcls.py", "metrics.jsonl"} <= set(
-        files
-    )
+    names = {"README.md", "config.json", "preprocessor_config.json", "modeling_vitcls.py", "metrics.jsonl"}
+    assert names | {"config.resolved.yaml"} <= set(files)
     assert not any("/" in name for name in files)
     steps = [json.loads(line)["step"] for line in hub.read("ann/my-run", "metrics.jsonl", commit).splitlines()]
     assert steps == [1, 2, 3]
@@ -216,12 +215,32 @@ def test_the_branch_contains_the_evaluated_model(hub: LocalHub, tmp_path: Path, 
     assert are_progress_bars_disabled() == had_none
 
 
-def test_pushing_checkpoints_does_not_change_the_run(hub: LocalHub, tmp_path: Path, script: Any) -> None:
+def test_pushing_checkpoints_does_not_change_the_run(
+    hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload is finished before the next one is due. The branch contains only the last checkpoint."""
     flags = f"{RUN} --ema-decay 0.9 --drop-path-rate 0.2"
     assert script("finetune.py", flags, "--output-dir", tmp_path / "alone").status == 0
-    pushing = "--push-to-hub --no-hub-verify --hub-checkpoint-every 1 --hub-push-optimizer".split()
-    assert script("finetune.py", flags, "--output-dir", tmp_path / "pushed", *pushing).status == 0
+    start_push = branch_uploads.BranchUploads.start_push
+
+    def push_and_wait(uploads: branch_uploads.BranchUploads, step: int) -> None:
+        start_push(uploads, step)
+        assert uploads.thread is not None and uploads.thread.daemon  # does not delay the end of the process
+        uploads.thread.join()
+
+    monkeypatch.setattr(branch_uploads.BranchUploads, "start_push", push_and_wait)
+    pushing = "--push-to-hub --no-hub-verify --hub-checkpoint-every 2 --hub-push-optimizer".split()
+    ended = script("finetune.py", flags, "--output-dir", tmp_path / "pushed", *pushing)
+    assert ended.status == 0 and not ended.lines("WARNING")
+    assert [line.split(",")[0] for line in ended.lines("pushed    step")] == [
+        f"pushed    step {step} to the branch checkpoints" for step in (2, 4)
+    ]
     assert_same(load_file(tmp_path / "pushed" / WEIGHTS), load_file(tmp_path / "alone" / WEIGHTS))
+    files = ("ema", "model", "optimizer")
+    state = {f"checkpoints/step-00000004/{name}.safetensors" for name in files}
+    found = {name for name in hub.files("ann/pushed", "checkpoints") if name.startswith("checkpoints/")}
+    assert found == state | {"checkpoints/step-00000004/state.json"}
+    assert "--resume" in hub.read("ann/pushed", "README.md", "checkpoints").decode()
 
 
 def test_lora_weights_are_merged_on_the_branch(hub: LocalHub, tmp_path: Path, script: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import get_largest_difference
 from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
@@ -31,16 +32,10 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     num_special = ours.config.token_layout.num_prefix_tokens
     for index, (by_record, by_eager) in enumerate(zip(recorded, maps, strict=True)):
         assert by_eager.std() > 0.001, "the maps are too uniform for a comparison"
-        assert difference(by_record, by_eager) <= LIMIT
-        assert difference(rows[:, index], by_eager[:, :, :num_special]) <= LIMIT
-        assert difference(layers[index].compute_weights(2), by_eager[:, :, :2]) <= LIMIT
+        assert get_largest_difference(by_record, by_eager) <= LIMIT
+        assert get_largest_difference(rows[:, index], by_eager[:, :, :num_special]) <= LIMIT
+        assert get_largest_difference(layers[index].compute_weights(2), by_eager[:, :, :2]) <= LIMIT
     return maps
-
-
-def difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return the largest absolute difference; 0 for empty tensors."""
-    assert first.shape == second.shape
-    return (first - second).abs().max().item() if first.numel() else 0.0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,7 +46,7 @@ def test_of_transformers(name: str) -> None:
     pixels = images(case.sizes[-1])
     maps = check_maps(convert_from_transformers(source), pixels)
     for ours, theirs in zip(maps, compute_source_maps(source, case, pixels), strict=True):
-        assert difference(ours, theirs) <= LIMIT
+        assert get_largest_difference(ours, theirs) <= LIMIT
 
 
 def with_eager_attention(case: Case) -> Case:

@@ -171,6 +171,8 @@ def test_dinov3(name: str, mlp: str, bias: bool) -> None:
     assert token_difference(model, ours) <= TOLERANCE
     assert token_difference(model, ours, (3, 6)) <= TOLERANCE
     assert torch.equal(ours.embeddings.mask_token[0], weights["mask_token"])
+    assert ours.config.layer_norm_eps == 1e-5
+    assert ours.config.image_height_width == (16 * PATCH, 16 * PATCH)
 
 
 def test_dinov3_with_something_else() -> None:
@@ -209,6 +211,17 @@ def test_deit(name: str, num_positions: int, extra: Shapes) -> None:
     assert new.classifier.out_features == 3
 
 
+@torch.no_grad()
+def test_rectangular_patches_of_gray_images() -> None:
+    weights = random_weights(vit_shapes(1 + GRID**2) | {"patch_embed.proj.weight": (WIDTH, 1, PATCH, 2 * PATCH)})
+    ours = convert_state_dict(weights, "deit", num_attention_heads=HEADS)
+    size = (GRID * PATCH, 2 * GRID * PATCH)
+    assert ours.config.image_height_width == size
+    model = timm_model("deit_small_patch16_224", weights, patch_size=(PATCH, 2 * PATCH), img_size=size, in_chans=1)
+    images = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(1))
+    assert (ours(images).last_hidden_state - model.forward_features(images)).abs().max() <= TOLERANCE
+
+
 def test_mae() -> None:
     """Convert a pre-trained encoder, and a full checkpoint whose decoder is dropped by name."""
     weights = random_weights(vit_shapes(1 + GRID**2))
@@ -219,6 +232,7 @@ def test_mae() -> None:
     whole = weights | random_weights({"mask_token": (1, 1, WIDTH), "decoder_embed.weight": (32, WIDTH)})
     with pytest.raises(ConversionError, match=r"unexpected weights: .*decoder_embed"):
         convert_state_dict(whole, "mae", num_attention_heads=HEADS)
+    whole["decoder_arguments"] = None
     dropped = convert_state_dict(whole, "mae", num_attention_heads=HEADS, drop=("decoder", "mask_token"))
     assert token_difference(model, dropped) <= TOLERANCE
 
@@ -346,6 +360,11 @@ def test_vision_transformer_npz(tmp_path: Path) -> None:
     weights = random_weights(flax_shapes(*EARLIER, 1 + GRID**2) | {"cls": (1, 1, WIDTH)})
     ours = convert_state_dict(saved(weights, tmp_path / "vit.npz"), "big_vision")
     assert_same(timm_from_npz("vit_base_patch16_224", tmp_path / "vit.npz"), ours)
+    assert ours.config.position_interpolation == "bilinear" and not ours.config.position_antialias
+    weights = random_weights(flax_shapes(*EARLIER, GRID**2))  # without a CLS token
+    ours = convert_state_dict(saved(weights, tmp_path / "gap.npz"), "big_vision")
+    gap = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    assert_same(timm_from_npz("vit_base_patch16_224", tmp_path / "gap.npz", **gap), ours)
 
 
 def test_big_vision_npz(tmp_path: Path) -> None:
@@ -360,21 +379,23 @@ def test_big_vision_npz(tmp_path: Path) -> None:
     encoder = convert_state_dict({key: part for key, part in weights.items() if "head" not in key}, "big_vision")
     assert type(encoder) is ViTCLSModel
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    flat = convert_state_dict(weights | {"pos_embedding": weights["pos_embedding"][0]}, "big_vision")
+    assert torch.equal(flat(images).logits, ours(images).logits)
     assert torch.equal(encoder(images).last_hidden_state, ours.vitcls(images).last_hidden_state)
 
 
 @torch.no_grad()
-def test_rectangular_patches_npz(tmp_path: Path) -> None:
-    kernel = {"embedding/kernel": (PATCH, 2 * PATCH, 3, WIDTH)}
+def test_rectangular_patches_of_gray_images_npz(tmp_path: Path) -> None:
+    kernel = {"embedding/kernel": (PATCH, 2 * PATCH, 1, WIDTH)}
     weights = random_weights(flax_shapes(*BIG_VISION, GRID**2) | kernel)
     ours = convert_state_dict(saved(weights, tmp_path / "gap.npz"), "big_vision")
     height, width = GRID * PATCH, 2 * GRID * PATCH
     assert ours.config.patch_height_width == (PATCH, 2 * PATCH)
     assert ours.config.image_height_width == (height, width)
-    sizes = {"patch_size": (PATCH, 2 * PATCH), "img_size": (height, width)}
+    sizes = {"patch_size": (PATCH, 2 * PATCH), "img_size": (height, width), "in_chans": 1}
     pooling = {"class_token": False, "global_pool": "avg", "fc_norm": False}
     model = timm_from_npz("vit_base_patch16_224", tmp_path / "gap.npz", **sizes, **pooling)
-    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 1, height, width, generator=torch.Generator().manual_seed(1))
     assert (ours(images).logits - model(images)).abs().max() <= TOLERANCE
 
 
@@ -446,6 +467,19 @@ def test_errors_name_the_remedy() -> None:
             ({name: part for name, part in flax.items() if "encoderblock_0/Multi" not in name}, "big_vision"),
             {},
         ),
+        "blocks.0.attn.q_bias other": (  # a line break in a name
+            (weights | {"blocks.0.attn.q_bias\nother": torch.zeros(1)}, "deit"),
+            {"num_attention_heads": 4},
+        ),
+        "the weight shapes do not match the family deit: ": (
+            (weights | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit"),
+            {"num_attention_heads": 4},
+        ),
+        "image_size cannot be inferred from the weights": (
+            (flax | {"pos_embedding": torch.zeros(1, 3 * 6, WIDTH)}, "big_vision"),
+            {},
+        ),
+        "cls_token is not an array of numbers": (({"cls_token": None}, "deit"), {}),
         "the weights contain no position embeddings": (
             ({name: part for name, part in flax.items() if name != "pos_embedding"}, "big_vision"),
             {},
@@ -453,8 +487,9 @@ def test_errors_name_the_remedy() -> None:
         "is not an array of numbers": (({"cls_token": np.zeros(2, dtype="V2")}, "deit"), {}),
     }
     for message, (arguments, fields) in errors.items():
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(ConversionError, match=message) as error:
             convert_state_dict(*arguments, **fields)
+        assert "\n" not in str(error.value)
     oblong = weights | {"pos_embed": torch.zeros(1, 1 + 3 * 6, WIDTH)}
     size = {"image_size": [3 * PATCH, 6 * PATCH], "num_attention_heads": HEADS}
     assert convert_state_dict(oblong, "mae", **size).config.grid_size == (3, 6)

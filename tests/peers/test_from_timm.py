@@ -111,6 +111,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_small_patch16_dinov3",
         {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
     ),
+    "EVA, non-square reference grid": ("eva02_tiny_patch14_224", {"ref_feat_shape": (6, 12)}),
     "EVA, half layout": ("eva02_base_patch14_224", {"rope_rotate_half": True, "rope_grid_offset": 0.5}),
     "Sapiens, neighbouring channels": (
         "vit_base_patch16_sapiens2",
@@ -325,6 +326,26 @@ def test_gates_and_foreign_layers_raise_an_error() -> None:
         convert_from_timm(larger)
     with pytest.raises(ConversionError, match="ResNet cannot be converted"):
         convert_from_timm(timm.create_model("resnet18", num_classes=2))
+    other = peer("vit_tiny_patch16_224", **TINY)
+    other.__class__ = type("VisionTransformer", (type(other),), {"__module__": "other"})
+    with pytest.raises(ConversionError, match="VisionTransformer cannot be converted"):
+        convert_from_timm(other)
+
+
+def test_fields_without_effect_on_outputs() -> None:
+    """Dropout and initial LayerScale values, and image sizes that are rounded down to whole patches."""
+    rates = {"attn_drop_rate": 0.1, "drop_path_rate": 0.2}
+    for name, arguments, scale in (
+        ("deit3_small_patch16_224", {"init_values": 1e-4}, 1e-4),
+        ("vit_base_patch16_xp_224", {"init_values": 1e-3}, 1e-3),
+        ("vit_base_patch16_sapiens2", {"init_values": 1e-2}, 1e-2),
+        ("eva02_tiny_patch14_224", {}, None),
+    ):
+        config = convert_from_timm(peer(name, **TINY, **arguments, **rates)).config
+        assert config.layer_scale_init_value == scale, name
+        assert (config.attention_probs_dropout_prob, config.drop_path_rate) == (0.1, pytest.approx(0.2)), name
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0, patch_size=8, img_size=(36, 47))
+    assert convert_from_timm(model).config.image_height_width == (32, 40)
 
 
 def test_without_a_classifier() -> None:
@@ -341,7 +362,10 @@ def test_without_a_classifier() -> None:
 def test_what_timm_does_not_pool_is_not_pooled() -> None:
     unpooled = convert_from_timm(peer("vit_tiny_patch16_224", **TINY | {"num_classes": 0, "global_pool": ""}))
     distilled = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
-    assert unpooled.config.pooling == "cls"  # pooling of a new classifier
+    without_cls = {"num_classes": 0, "global_pool": "", "class_token": False}
+    # pooling of a new classifier
+    assert unpooled.config.pooling == "cls"
+    assert convert_from_timm(peer("vit_tiny_patch16_224", **TINY | without_cls)).config.pooling == "mean"
     for ours in (unpooled, distilled):
         assert ours(torch.zeros(1, 3, 64, 64)).pooler_output is None
 

@@ -14,7 +14,9 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
+from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.source_models import TransformersSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import (
     BASE,
@@ -46,6 +48,29 @@ def test_same_numbers(name: str, size: tuple[int, int]) -> None:
     source = CASES[name].build()
     wanted = compute_source_outputs(CASES[name], source, images(size))
     assert_same(compute_outputs(convert_from_transformers(source), images(size)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("vit of rectangles", {"cls", "patches", "pooled"}),
+        ("deit distilled", {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"}),
+        ("mae", {"cls", "patches"}),
+        ("clip projection", {"cls", "patches", "logits"}),
+        ("metaclip 2 classifier", {"cls", "patches", "logits"}),
+        ("siglip 2 classifier", {"patches", "logits"}),
+        ("siglip with pixels over", {"patches", "pooled"}),
+        ("beit cls classifier", {"cls", "patches", "logits"}),
+    ],
+)
+def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
+    """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
+    source = TransformersSource(name, "", CASES[name].build(), [])
+    assert source.image_size == CASES[name].sizes[0]
+    comparisons, reason = compare_models(source, source.convert("keep", None), source.has_classifier)
+    assert [set(comparison.differences) for comparison in comparisons] == [outputs] * (1 if reason else 2)
+    assert bool(reason) == (name == "vit of rectangles")
+    assert source.has_classifier == ("logits" in outputs)
 
 
 def test_every_class_is_tested() -> None:
@@ -97,6 +122,22 @@ def test_dropout_rates_are_kept() -> None:
     assert config.attention_probs_dropout_prob == 0.2
 
 
+def test_initial_values_and_the_problem_type_are_kept() -> None:
+    scale = {"layerscale_value": 0.5}
+    for name, values in {
+        "Dinov2": RATIO | scale,
+        "DINOv3ViT": PLAIN | scale,
+        "InternVLVision": PLAIN | {"layer_scale_init_value": 0.5},
+        "Beit": PLAIN | {"layer_scale_init_value": 0.5},
+    }.items():
+        source = Case(f"{name}Model", f"{name}Config", values | {"initializer_range": 0.03}).build()
+        config = convert_from_transformers(source).config
+        assert (config.layer_scale_init_value, config.initializer_range) == (0.5, 0.03), name
+    labels = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    source = Case("ViTForImageClassification", "ViTConfig", PLAIN | labels).build()
+    assert convert_from_transformers(source).config.problem_type == "multi_label_classification"
+
+
 # Without a classification class in transformers.
 @pytest.mark.parametrize("name", ["dinov3", "mae", "pixio", "aimv2", "radio"])
 @torch.no_grad()
@@ -108,7 +149,8 @@ def test_new_classifier_on_an_exact_encoder(name: str) -> None:
     outputs = compute_outputs(model, images(case.sizes[0]))
     assert_same(outputs, compute_source_outputs(case, source, images(case.sizes[0])))
     assert outputs["logits"].shape == (2, 10)
-    assert outputs["logits"].std() > 0  # initialized, not zero
+    assert not model.classifier.bias.any()
+    assert model.classifier.weight.std() == pytest.approx(model.config.initializer_range, rel=0.3)
     assert len(model.config.id2label) == 10
 
 
@@ -144,6 +186,7 @@ class TestClassifierOfTheSource:
         ("name", "options", "message"),
         [
             ("vit classifier", {"num_labels": 7}, 'has 3 labels, but num_labels=7. Set classifier="new"'),
+            ("vit classifier", {"num_labels": 2}, 'has 3 labels, but num_labels=2. Set classifier="new"'),
             ("vit classifier", {"classifier": "drop", "num_labels": 7}, "does not support num_labels=7"),
             ("vit classifier", {"classifier": "replace"}, "classifier='replace' is not supported"),
             ("dinov3", {"classifier": "new"}, "requires num_labels"),

@@ -2,23 +2,26 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import raises_one_line
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.from_state_dict import convert_state_dict
+from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.conversion.source_files import FileSource
+from modeling_vitcls.conversion.source_files import FileSource, describe_differences
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.provenance import find_provenance
 from peers.test_from_state_dict import (
@@ -93,7 +96,7 @@ FILES: dict[str, tuple[str, str | None, Any]] = {
             },
         },
     ),
-    "mae": ("mae", None, lambda: {"model": widen(vit_shapes(1 + GRID**2), 768)}),
+    "mae": ("mae", None, lambda: {"state_dict": {"model": widen(vit_shapes(1 + GRID**2), 768)}}),
     "deit": ("deit", None, lambda: {"model": widen(vit_shapes(1 + GRID**2) | HEAD, 192)}),
     "deit distilled": (
         "deit",
@@ -139,10 +142,15 @@ def test_published_files_are_converted_exactly(name: str, tmp_path: Path) -> Non
     report = convert_checkpoint(str(tmp_path / "weights.pth"), tmp_path / "made", family=option)
     assert report.family == family
     assert len(report.comparisons) == 2 and not report.not_compared
-    assert report.source == "path/to/weights.pth" and report.source_sha256 is not None
+    assert report.source == "path/to/weights.pth"
     saved_report = json.loads((tmp_path / "made" / "certificate.json").read_text())
-    assert saved_report["source_sha256"] == report.source_sha256
-    assert str(tmp_path) not in (tmp_path / "made" / "README.md").read_text() + json.dumps(saved_report)
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    assert saved_report["source_sha256"] == report.source_sha256 == digest
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert str(tmp_path) not in card + json.dumps(saved_report)
+    assert f"vitcls convert --source path/to/weights.pth --output made --family {family}\n" in card
+    reason = "timm has no preprocessing settings for MSN" if family == "msn" else ""
+    assert report.preprocessing["assumed_because"] == reason
     assert report.classifier == ("kept" if family == "deit" else "none")
     assert ("logits" in report.comparisons[0].differences) is (family == "deit")
     notes = " ".join(report.notes)
@@ -187,6 +195,7 @@ def test_dinov3_with_stored_and_with_computed_periods() -> None:
     periods = weights["rope_embed.periods"]
     assert periods.dtype == torch.bfloat16 and stored.config.rope_periods == periods.float().tolist()
     assert computed.config.rope_periods is None
+    assert describe_differences("dinov3", computed.config) == []
     images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
     for model, expected in (
         (stored, periods.float()),
@@ -237,6 +246,41 @@ def test_the_linear_classifier_of_dinov2(tmp_path: Path) -> None:
     torch.testing.assert_close(model(images).logits, pooled @ head["weight"].T + head["bias"], atol=1e-5, rtol=0)
 
 
+def test_the_linear_classifier_of_dinov2_in_half_precision(tmp_path: Path) -> None:
+    """The mean excludes the registers, and the converted weights have the dtype of the file."""
+    backbone = widen(vit_shapes(1 + GRID**2) | SCALES | {"register_tokens": (1, 4, WIDTH)}, 384)
+    weights = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    weights |= {"linear_head.weight": torch.randn(LABELS, 768) * 0.05, "linear_head.bias": torch.randn(LABELS)}
+    torch.save({name: weight.half() for name, weight in weights.items()}, tmp_path / "lc.pth")
+    report = convert_checkpoint(str(tmp_path / "lc.pth"), tmp_path / "made")
+    assert "logits" in report.comparisons[1].differences and report.notes == []
+    saved_weights = load_file(tmp_path / "made" / "model.safetensors")
+    assert {weight.dtype for weight in saved_weights.values()} == {torch.float16}
+
+
+def test_a_fine_tuned_mae(tmp_path: Path) -> None:
+    head = HEAD | {"fc_norm.weight": (WIDTH,), "fc_norm.bias": (WIDTH,)}
+    weights = widen(vit_shapes(1 + GRID**2) | head, 768)
+    del weights["norm.weight"], weights["norm.bias"]
+    torch.save({"model": weights}, tmp_path / "mae.pth")
+    source = FileSource.load(tmp_path / "mae.pth")
+    comparisons, reason = compare_models(source, source.convert("keep", None), has_source_classifier=True)
+    assert source.family == "mae" and not reason
+    assert [set(comparison.differences) for comparison in comparisons] == [{"cls", "patches", "logits"}] * 2
+
+
+def test_the_decoder_of_mae_and_rectangular_patches(tmp_path: Path) -> None:
+    """The decoder is ignored. The patches of gray images are not square."""
+    shapes = vit_shapes(1 + GRID**2) | {"patch_embed.proj.weight": (WIDTH, 1, PATCH, 2 * PATCH)}
+    weights = widen(shapes, 768)
+    decoder = {"decoder_embed.weight": torch.zeros(3, 768), "mask_token": torch.zeros(1, 1, 3)}
+    torch.save({"model": weights | decoder}, tmp_path / "mae.pth")
+    source = FileSource.load(tmp_path / "mae.pth")
+    assert source.family == "mae" and source.weights.keys() == weights.keys()
+    comparisons, reason = compare_models(source, source.convert("keep", None), has_source_classifier=False)
+    assert [comparison.image_size for comparison in comparisons] == [(32, 64), (24, 96)] and not reason
+
+
 def test_the_classifier_of_four_layers_is_refused() -> None:
     weights = dinov2_weights() | {"linear_head.weight": torch.zeros(3, 5 * WIDTH), "linear_head.bias": torch.zeros(3)}
     with raises_one_line("reads 4 layers", "linear4_head", error=ConversionError):
@@ -257,7 +301,7 @@ def test_the_classifier_of_four_layers_is_refused() -> None:
 )
 def test_families_that_timm_reads(family: str, name: str, tmp_path: Path) -> None:
     """From files with the authors' names, of the published widths."""
-    source: Any = randomize_weights(timm.create_model(name, depth=2, num_classes=7 if family == "clip" else 0))
+    source: Any = randomize_weights(timm.create_model(name, depth=2, num_classes=0 if family == "aimv2" else 7))
     if family == "clip":
         source.head.bias.zero_()
     weights = {name: tensor.contiguous() for name, tensor in NAMES[family](dict(source.state_dict())).items()}
@@ -274,8 +318,15 @@ def test_families_that_timm_reads(family: str, name: str, tmp_path: Path) -> Non
     model: Any = loaded.convert("keep", None)
     expected = source.forward_features(images)
     torch.testing.assert_close(model.base_model(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-    if family == "clip":
+    if family != "aimv2":
         torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
+        assert loaded.convert("new", 3).config.num_labels == 3
+    if family == "clip":  # a file with only the image encoder
+        weights = {name.removeprefix("visual."): tensor for name, tensor in weights.items() if "visual" in name}
+        save_file(weights, tmp_path / "visual.safetensors")
+        image_encoder = FileSource.load(tmp_path / "visual.safetensors")
+        assert image_encoder.family == "clip"
+        assert torch.equal(image_encoder.model(images), loaded.model(images))
 
 
 def name_as_eva(weights: Weights) -> Weights:
@@ -365,7 +416,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
         ),
         "unknown": (plain_weights(), "swin", ("--family swin is unknown", "dinov2")),
         "wrong": (plain_weights(), "dinov3", ("nonzero key biases",)),
-        "list": ([torch.zeros(3)], None, ("does not contain a state dict, but an object of type list",)),
+        "list": ([torch.zeros(3)], None, ("contains an object of type list instead of a state dict",)),
         "huge": (
             {
                 "visual.class_embedding": torch.zeros(3),
@@ -374,6 +425,25 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
             },
             None,
             ("clip files require a (width, patch size) of (768, 32)", "timm:NAME"),
+        ),
+        "no positions": (
+            {name: tensor for name, tensor in plain_weights().items() if name != "pos_embed"},
+            "eva02",
+            ("does not contain eva02 weights", "position embeddings"),
+        ),
+        "no layers": (
+            {
+                "visual.class_embedding": torch.zeros(768),
+                "visual.conv1.weight": torch.zeros(768, 3, 32, 32),
+                "visual.positional_embedding": torch.zeros(50, 768),
+            },
+            None,
+            ("does not contain clip weights: Error(s) in loading state_dict",),
+        ),
+        "other blocks": (
+            {"blocks.0.gamma_1": torch.zeros(192)} | {n: t for n, t in plain_weights().items() if "mlp" not in n},
+            "deit",
+            ("blocks.0.mlp.fc1.weight",),
         ),
     }
     for name, (content, family, words) in cases.items():
@@ -407,6 +477,9 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     with raises_one_line("TorchScript archive, which contains code", error=ConversionError):
         FileSource.load(tmp_path / "script.pt")
+    np.savez(tmp_path / "evil.npz", embedding=np.array([RunWhenUnpickled(tmp_path / "ran")], dtype=object))
+    with raises_one_line("cannot read the weights in", "evil.npz", error=ConversionError):
+        FileSource.load(tmp_path / "evil.npz")
     assert not (tmp_path / "ran").exists()
 
 
@@ -430,10 +503,14 @@ def test_npz_files_of_big_vision(extra: dict[str, tuple[int, ...]], tmp_path: Pa
     saved(random_weights(flax_shapes(*BIG_VISION, GRID**2) | extra), tmp_path / "vit.npz", "params/")
     source = FileSource.load(tmp_path / "vit.npz")
     assert source.family == "big_vision" and "aligns the corners" in source.notes[0]
-    with torch.no_grad():
-        model, images = source.convert("keep", None), torch.randn(2, 3, *source.image_size)
-        assert source.image_size == tuple(GRID * size for size in model.config.patch_height_width)
-        torch.testing.assert_close(model(images).logits, source.model(images), atol=1e-5, rtol=0)
+    model = source.convert("keep", None)
+    assert source.image_size == tuple(GRID * size for size in model.config.patch_height_width)
+    preprocessing = source.convert_preprocessing()
+    assert bool(preprocessing.default_reason) == (extra is RECTANGLES)  # timm crops only squares
+    assert extra is RECTANGLES or list(preprocessing.processor.image_mean) == [0.5, 0.5, 0.5]
+    comparisons, reason = compare_models(source, model, has_source_classifier=True)
+    assert all("logits" in comparison.differences for comparison in comparisons)
+    assert len(comparisons) == 2 and not reason
 
 
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
@@ -445,3 +522,5 @@ def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
     assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
     assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
     assert provenance.name == "deit.pth" and provenance.license is None
+    assert source.convert("new", 3).config.num_labels == 3
+    assert type(source.convert("drop", None)) is ViTCLSModel

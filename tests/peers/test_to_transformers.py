@@ -72,6 +72,8 @@ def test_round_trips_are_bit_identical(name: str) -> None:
         assert torch.equal(weights[weight_name], weight), weight_name
 
 
+# Fields that have no effect because of other fields.
+UNUSED_FIELDS = {"rope_theta": 50.0, "head_hidden_size": 7, "cls_pooling": "mean", "distillation_inference": "cls"}
 # Model class, fields, class of transformers, and a case of that class.
 SUPPORTED = [
     (ViTCLSModel, {}, "ViTModel", "vit without pooler"),
@@ -80,6 +82,8 @@ SUPPORTED = [
     (ViTCLSModel, {"query_bias": False, "key_bias": False}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"position_embedding_tokens": "all"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"cls_scopes": ["image"]}, "ViTModel", "vit without pooler"),
+    (ViTCLSModel, UNUSED_FIELDS | {"head_type": "mlp", "attention_pool_heads": 2}, "ViTModel", "vit without pooler"),
+    (ViTCLSForImageClassification, UNUSED_FIELDS, "ViTForImageClassification", "vit classifier"),
     (ViTCLSModel, LAYER_SCALE, "Dinov2Model", "dinov2"),
     (ViTCLSModel, REGISTERS, "Dinov2WithRegistersModel", "registers"),
     (ViTCLSModel, {"position_embedding_type": "rope_2d"}, "DINOv3ViTModel", "dinov3"),
@@ -111,18 +115,6 @@ SUPPORTED = [
         "registers classifier",
     ),
 ]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
-@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), SUPPORTED)
-@torch.no_grad()
-def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
-    model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
-    converted = convert_to_transformers(model)
-    assert type(converted).__name__ == built_in
-    outputs = compute_outputs(model, images(size))
-    for name, value in compute_source_outputs(CASES[case], converted, images(size)).items():
-        assert (outputs[name] - value).abs().max() <= 1e-5, name
 
 
 # Models that are converted in an equivalent form -> the built-in class, and a case that says how to call it.
@@ -165,9 +157,15 @@ EQUIVALENT = [
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24)], ids=["native", "interpolated"])
-@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), EQUIVALENT)
-def test_equivalent_forms(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
-    test_same_numbers(model_class, values, built_in, case, size)
+@pytest.mark.parametrize(("model_class", "values", "built_in", "case"), [*SUPPORTED, *EQUIVALENT])
+@torch.no_grad()
+def test_same_numbers(model_class: Any, values: dict, built_in: str, case: str, size: tuple[int, int]) -> None:
+    model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
+    converted = convert_to_transformers(model)
+    assert type(converted).__name__ == built_in
+    outputs = compute_outputs(model, images(size))
+    for name, value in compute_source_outputs(CASES[case], converted, images(size)).items():
+        assert (outputs[name] - value).abs().max() <= 1e-5, name
 
 
 # The demo model, and others whose positions are resampled differently.
@@ -179,6 +177,12 @@ NATIVE_SIZE = [
     (ViTCLSModel, {"position_interpolation": "bilinear"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, {"position_embedding_type": "sincos_2d"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, DEMO | {"position_embedding_type": "sincos_2d"}, "Dinov2WithRegistersModel", "registers"),
+    (
+        ViTCLSModel,
+        {"position_embedding_type": "sincos_2d", "image_size": [32, 48]},
+        "ViTModel",
+        "vit of rectangles",
+    ),
 ]
 
 
@@ -190,8 +194,9 @@ def test_forms_that_are_exact_at_the_native_size(model_class: Any, values: dict,
         convert_to_transformers(model)
     converted = convert_to_transformers(model, native_size_only=True)
     assert type(converted).__name__ == built_in
-    outputs = compute_outputs(model, images((32, 32)))
-    for name, value in compute_source_outputs(CASES[case], converted, images((32, 32))).items():
+    pixel_values = images(model.config.image_height_width)
+    outputs = compute_outputs(model, pixel_values)
+    for name, value in compute_source_outputs(CASES[case], converted, pixel_values).items():
         assert (outputs[name] - value).abs().max() <= 1e-5, name
 
 
@@ -206,6 +211,40 @@ def test_everything_about_the_model_is_kept() -> None:
     assert converted.dtype == torch.bfloat16
     assert not converted.training
     assert model.training
+    fields = {"layer_scale_init_value": 0.1, "attention_probs_dropout_prob": 0.2}
+    rotary = {"position_embedding_type": "rope_2d", "rope_theta": 50.0}
+    dinov2, dinov3 = (convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields | f))) for f in ({}, rotary))
+    assert (dinov2.config.layerscale_value, dinov2.config.attention_probs_dropout_prob) == (0.1, 0.2)
+    assert (dinov3.config.layerscale_value, dinov3.config.attention_dropout) == (0.1, 0.2)
+    assert dinov3.config.rope_theta == 50
+
+
+def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, use_mask_token=True))
+    with caplog.at_level("WARNING"):
+        converted = convert_to_transformers(model)
+    assert not [name for name in converted.state_dict() if "mask" in name]
+    assert [record.getMessage() for record in caplog.records] == [
+        "ViTForImageClassification has no mask token, so the mask token is dropped"
+    ]
+
+
+def test_the_whole_error_message() -> None:
+    for fields, message in (
+        (
+            {"qk_norm": True, "num_cls_tokens": 1},
+            "qk_norm=True cannot be converted: transformers has no class with this configuration. The nearest class, "
+            "ViTModel, has qk_norm=False",
+        ),
+        (
+            {"qk_norm": True, "norm_type": "rmsnorm"},
+            "qk_norm=True, norm_type='rmsnorm' cannot be converted: transformers has no class with this "
+            "configuration. The nearest class, ViTModel, has qk_norm=False, norm_type='layernorm'",
+        ),
+    ):
+        with pytest.raises(ConversionError) as error:
+            convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields)))
+        assert str(error.value) == message
 
 
 UNSUPPORTED = [

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from tiny_models import raises_one_line
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_checks
+from warm_processes import READY, SECONDS, run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import (
@@ -35,11 +36,12 @@ from modeling_vitcls.checkpoints import (
     DamagedCheckpoint,
     compute_file_digest,
     format_state,
+    load_on_main,
     read_state,
 )
 from modeling_vitcls.data.batches import leave_signals_to_parent
-from modeling_vitcls.training.distributed_state import gather_state, gather_tensors, scatter_state, scatter_weights
-from modeling_vitcls.training.loop import SignalHandler
+from modeling_vitcls.training.distributed_state import gather_state, reshard, scatter_state
+from modeling_vitcls.training.loop import LAUNCHER_VARIABLES, SignalHandler
 from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
 
@@ -87,6 +89,7 @@ def list_files(folder: Path) -> list[str]:
 
 def test_nothing_to_resume(store: CheckpointStore) -> None:
     assert get_newest(store) == (None, [])
+    assert load_on_main(Accelerator(cpu=True), lambda: store.load_newest(pytest.fail)) == (None, None)
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
@@ -117,11 +120,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "nested": {"name": ["é", True, -0.0]},
     }
     assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_path(7)
-    assert list_files(store.folder) == [
-        "step-00000007",
-        "step-00000007/model.safetensors",
-        "step-00000007/state.json",
-    ]
+    assert list_files(store.folder) == ["step-00000007", "step-00000007/model.safetensors", "step-00000007/state.json"]
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.step == 7
     assert json.dumps(checkpoint.facts) == json.dumps(facts)
@@ -156,10 +155,11 @@ def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore
 def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
     with raises_one_line("contains no checkpoint with the best evaluation", "--overwrite"):
         store.load_best()
+    store.num_kept = 3
     save(store, 10, best=10)
     save(store, 20, best=20)
     save(store, 30)
-    assert store.load_best().step == 20
+    assert store.list_steps() == [10, 20, 30] and store.load_best().step == 20
     flip(store.get_path(20) / "model.safetensors")
     with raises_one_line("step-00000020 is damaged", error=DamagedCheckpoint):
         store.load_best()
@@ -177,9 +177,9 @@ def test_a_reformatted_state_is_intact(store: CheckpointStore) -> None:
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     save(store, 10)
     store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.facts["again"]
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
 
 
 def test_clear_removes_an_earlier_run(store: CheckpointStore) -> None:
@@ -200,11 +200,12 @@ def test_clear_removes_the_rest_of_a_killed_removal(store: CheckpointStore) -> N
 
 def test_other_files_and_folders_are_ignored_and_kept(store: CheckpointStore) -> None:
     save(store, 10)
-    (store.folder / "notes").mkdir()
+    for name in ("notes", "step-00000030-copy"):
+        (store.folder / name).mkdir()
     (store.folder / "step-00000020").touch()
     assert get_newest(store) == (10, [])
     store.clear()
-    assert list_files(store.folder) == ["notes", "step-00000020"]
+    assert list_files(store.folder) == ["notes", "step-00000020", "step-00000030-copy"]
 
 
 def test_facts_that_are_not_json_write_nothing(store: CheckpointStore) -> None:
@@ -317,6 +318,7 @@ OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "files of another folder": lambda state: state | {"files": {"../../secret": "0" * 64}},
     "an absolute path": lambda state: state | {"files": {"/etc/passwd": "0" * 64}},
     "a step in text": lambda state: state | {"step": "20"},
+    "a step that is true": lambda state: state | {"step": True},
     "a step that is not a number": lambda state: state | {"step": None},
     "no facts": lambda state: state | {"facts": None},
     "facts in a list": lambda state: state | {"facts": [1, 2]},
@@ -334,7 +336,9 @@ def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: st
     assert len(warnings) == 1 and "step-00000020 is damaged: state.json" in warnings[0]
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"sha256": {}, "x": NaN}', '{"sha256"', '{"sha256": "\\ud800"}', ""])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"sha256": {}, "x": NaN}', '{"sha256"', '{"step": 20}', '{"sha256": "\\ud800"}', ""]
+)
 def test_a_state_that_is_not_json_is_damaged(store: CheckpointStore, text: str) -> None:
     save(store, 10, 20)
     (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
@@ -448,12 +452,42 @@ def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     assert not list(store.folder.glob(".*"))
 
 
+def test_files_are_flushed_before_the_folder_is_renamed(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, a checkpoint may be empty after a power failure."""
+    flushed: list[tuple[int, bool]] = []
+    folder = store.get_path(10)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, folder.exists())))
+    save(store, 10)
+    *files, own_folder = [(path.stat().st_ino, False) for path in (*folder.iterdir(), folder)]
+    assert len(files) == 3 and set(flushed[:3]) == set(files)
+    assert flushed[3:] == [own_folder, (store.folder.stat().st_ino, True)]
+
+
+def test_a_save_or_removal_that_stops_between_two_steps_leaves_whole_checkpoints(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+    save(store, 10, 20)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Path, "rename", lambda self, to: rename(self, to) if "partial" not in self.name else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(store, 20)
+    assert get_newest(store) == (20, [])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(shutil, "rmtree", lambda *_, **__: None)
+        save(store, 30)
+    assert store.list_steps() == [20, 30]
+
+
 # Disk full -----------------------------------------------------------------------------------------------------------
 
 
 def no_room_message(store: CheckpointStore) -> str:
+    tensors = {"weight": torch.ones(500_000), "bias": torch.ones(500_000)}
     with pytest.raises(OSError) as raised:
-        store.save(20, build_tensors(20, size=1_000_000), {"flag": 20}, is_best=False)
+        store.save(20, build_tensors(20) | {"model": tensors}, {"flag": 20}, is_best=False)
     message = str(raised.value)
     assert "\n" not in message
     assert f"cannot write the checkpoint of step 20 to {store.folder}" in message
@@ -463,7 +497,7 @@ def no_room_message(store: CheckpointStore) -> str:
 
 def test_files_that_may_not_grow(store: CheckpointStore) -> None:
     """The system refuses to write, as with a quota."""
-    save(store, 10)
+    save(store, 5, 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -471,7 +505,7 @@ def test_files_that_may_not_grow(store: CheckpointStore) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in message and "the checkpoint of step 10 is intact" in message
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000005", "step-00000010"]
     assert get_newest(store) == (10, [])
 
 
@@ -681,6 +715,25 @@ def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
     assert answers == [before, None]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "name", "status"),
+    [("ACCELERATE_MIXED_PRECISION", "SIGTERM", 143), ("TORCHELASTIC_RUN_ID", "SIGTERM", 143), ("HOME", None, 0)],
+)
+def test_a_change_of_the_parent_process_is_a_signal(
+    launcher: str, name: str | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only if a launcher has started this process."""
+    accelerator, parent = Accelerator(cpu=True), [100]
+    for variable in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(launcher, "no")
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    handler = SignalHandler(accelerator)
+    assert handler.get_signal() is None
+    parent[0] = 1
+    assert (handler.get_signal(), handler.exit_status) == (name, status)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
 @needs_fork
@@ -743,20 +796,45 @@ def test_two_processes(name: str, report: dict[str, str]) -> None:
         pytest.fail(report[name], pytrace=False)
 
 
-def load_on_one_process(port: int) -> None:
-    """Load weights into a model that FSDP2 shards on one process, as on a machine with one GPU."""
-    os.environ.update(get_rank_variables(0, 1, port))
-    distributed.init_process_group("gloo")
-    model = fully_shard(nn.Linear(3, 2), mesh=distributed.init_device_mesh("cpu", (1,)))
-    weights = {"weight": torch.full((2, 3), 2.0), "bias": torch.ones(2)}
-    scatter_weights(weights, model, Accelerator(cpu=True))
-    loaded = gather_tensors(model.state_dict(), is_main=True)
-    assert loaded.keys() == weights.keys() and all(loaded[name].equal(weights[name]) for name in weights)
+@pytest.fixture
+def mesh() -> Iterator[distributed.DeviceMesh]:
+    """Return the device mesh of one process, as on a machine with one GPU."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
-def test_fsdp2_on_one_process() -> None:
-    process = READY.Process(target=load_on_one_process, args=(find_free_port(),))
-    process.start()
-    process.join(SECONDS)
-    assert process.exitcode == 0
+def build_sharded(seed: int, mesh: distributed.DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
+    """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
+    model: Any = build("plain", seed)
+    for layer in model.vitcls.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, build_optimizer("plain", model), Ema(model, decay=0.9)
+
+
+def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: distributed.DeviceMesh) -> None:
+    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh)
+    for step in range(2):
+        step_once(model, optimizer, ema, step)
+    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    assert not any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
+    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
+    store.save(2, tensors, facts, is_best=False)
+    expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
+    other, other_optimizer, other_ema = build_sharded(1, mesh)
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
+    scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
+    assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
+    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
+        assert torch.equal(mine.full_tensor(), theirs.full_tensor())
+
+
+def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:
+    model, *_ = build_sharded(0, mesh)
+    with torch.no_grad():
+        model(pixel_values=torch.zeros(1, 3, 16, 16))
+    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    reshard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -40,6 +40,7 @@ def get_values(options: Any) -> dict[str, Any]:
         ({}, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
         ({"width": 192, "image_size": 224}, {"learning_rate": 5e-4, "initializer_range": 0.058, "crop_scale": 0.35}),
         ({"width": 48}, {"learning_rate": 1e-3, "initializer_range": 0.115}),
+        ({"width": 224}, {"learning_rate": 4.3e-4}),
         ({"width": 4096}, {"initializer_range": 0.02}),
         ({"image_size": 64}, {"crop_scale": 1.0, "shift": 0.04}),
         ({"image_size": 65}, {"crop_scale": 0.35, "shift": 0.0}),
@@ -89,7 +90,8 @@ def test_max_steps_replace_the_epochs() -> None:
 def test_facts_about_a_run(tmp_path: Path) -> None:
     assert get_run_facts(
         build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7
-    ) == RunFacts("random weights", True, 192 // 2, 28, 7)
+    ) == RunFacts("random weights", True, 96, 28, 7)
+    assert get_run_facts(build_options(), 7) == RunFacts("random weights", True, 192, 224, 7)
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     model = ModelOptions(str(tmp_path), image_size=(48, 40))

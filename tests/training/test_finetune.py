@@ -16,19 +16,20 @@ import sys
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate_state import reset_accelerate
 from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from local_hub import LocalHub, Token, point_client_at
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import raises_one_line
-from tiny_options import TINY, build_tiny_options, read_metrics
+from tiny_options import PLAIN, TINY, build_tiny_options, read_metrics
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from warm_processes import OFFLINE, run_together
 
@@ -39,12 +40,15 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.commands.parsing import exit_on_error, parse
-from modeling_vitcls.data.batches import Normalizer
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import check_trackers, run_on_main
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, ModelOptions
+from modeling_vitcls.training import runner, task
 from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training.linear_probe import compute_features
+from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task, save_output
@@ -206,14 +210,6 @@ def test_a_wrong_value_is_named() -> None:
     assert "--batch-size is 0, but it must be 1 or more" in ran.stderr
 
 
-def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nepocs: 3\n", encoding="utf-8")
-    ran = run_script("finetune.py", "--config", recipe, "--output-dir", tmp_path)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1] == f"error: {recipe}, line 3: unknown flag epocs; use epochs"
-
-
 def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
@@ -240,12 +236,6 @@ def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
     with raises_one_line("--model vitcls-smal is not a preset", presets):
         FinetuneTask(tiny_options(tmp_path / "out", "digits", model="vitcls-smal"))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    ran = run_script("finetune.py", "--config", tmp_path / "absent.yaml", "--output-dir", tmp_path)
-    assert ran.returncode == 2
-    assert "cannot read the recipe" in ran.stderr and "absent.yaml" in ran.stderr
 
 
 def test_an_impossible_model_ends_in_one_line(
@@ -304,15 +294,16 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     assert set(model.config.label2id) == {"all", "dusk", "noon"}
 
 
-@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_path: Path, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"--{flag} requires one label per image"):
-        FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), **{flag: 0.5}))
+def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--mixup requires one label per image"):
+        FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), mixup=0.5))
 
 
-def test_a_stream_is_learned(color_images: Path, tmp_path: Path) -> None:
+def test_a_stream_is_learned(color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "STREAM_SAVE_EVERY", 15)
     results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
     assert results["num_training_images"] is None and results["num_images"] > 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
         FinetuneTask(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
@@ -363,9 +354,9 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
     results = train(tmp_path, "digits", max_steps=20, **start)
     assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
-    assert "encoding 1,425 images once" in capsys.readouterr().out
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
-    assert "WARNING" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "encoding 1,425 images once" in output and "WARNING" not in output
 
 
 def test_features_are_not_cached_if_they_change(
@@ -380,8 +371,44 @@ def test_features_are_not_cached_if_they_change(
         assert run.build_components(lambda model: {}).model is run.model
         assert "computed in every step, because images are mixed" in capsys.readouterr().out
     run.options = options
+    run.teacher = run.model
+    assert run.get_no_caching_reason() == "the teacher requires images"
+    run.teacher, data = None, run.data
+    run.data = SimpleNamespace(num_training_images=None)
+    assert run.get_no_caching_reason() == "the dataset is a stream"
+    run.data = data
     run.model.vitcls.layernorm.weight.requires_grad_(True)
     assert run.get_no_caching_reason() == "vitcls.layernorm.weight is trained"
+    run.runner.accelerator.state.distributed_type = DistributedType.FSDP
+    assert run.get_no_caching_reason() == "the model is sharded"
+
+
+def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
+    flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
+    run = FinetuneTask(tiny_options(tmp_path, "digits", **flags))
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
+    assert trained == heads | {"vitcls.embeddings.distillation_token"}
+    assert run.get_no_caching_reason() == "vitcls.embeddings.distillation_token is trained"
+
+
+@pytest.mark.parametrize("num_views", [0, 2])
+def test_the_views_of_cached_features(pretrained: Path, tmp_path: Path, num_views: int) -> None:
+    """Without --feature-views, the images are not augmented. Otherwise, each epoch uses the next view."""
+    flags = {"model": pretrained, "trainable": "head", "crop_scale": 0.4, "shift": 0.2, "feature_views": num_views}
+    run = FinetuneTask(tiny_options(tmp_path, "digits", max_steps=15, **flags))
+    run.data = replace(run.data, train=run.data.train.select(range(40)))  # five steps per epoch
+    run.plan = run.build_plan(run.options.training)
+    components = run.build_components(lambda model: {})
+    images = run.build_training_images(run.options.augmentation if num_views else PLAIN, num_views)
+    normalize = Normalizer(run.processor, torch.device("cpu"))
+    for found, expected in zip(
+        components.iterate_batches(0), iterate_training_batches(images, run.plan, 0, 0), strict=True
+    ):
+        with torch.no_grad():
+            features = compute_features(run.model.eval(), normalize(expected["pixels"]))
+        torch.testing.assert_close(found["features"], features, atol=1e-5, rtol=0)
+        assert torch.equal(found["labels"], expected["labels"])
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
@@ -403,13 +430,19 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, 
     run.options = replace(options, training=replace(options.training, class_balance="none"))
     torch.testing.assert_close(run.build_label_loss()(logits, labels), expected.mean())
     assert counts[0] != counts[1]
+    run.options = replace(options, training=replace(options.training, class_balance="sampling"))
+    assert run.build_label_loss() == SingleLabelLoss(0.1)
+    for kind, loss in (("multi_task", MultiTaskLoss(0.1)), ("multi_label_classification", MultiLabelLoss(0.1))):
+        run.data = replace(run.data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))
+        assert run.build_label_loss() == loss
 
 
-def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path) -> None:
+def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train(tmp_path, "digits", trainable="last-1", model=pretrained)
     names = list_changed_weights(pretrained, tmp_path)
     assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
     assert any(name.startswith("vitcls.layers.1.") for name in names)
+    assert "WARNING" not in capsys.readouterr().out  # the tokens are frozen on purpose
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
@@ -421,11 +454,9 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
         file.name for file in (tmp_path / "adapter").iterdir()
     }
-
-
-def test_freezing_a_preset_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--trainable head requires a trained checkpoint, but vitcls-tiny has random"):
-        FinetuneTask(tiny_options(tmp_path, "digits", trainable="head"))
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tuple(weight.shape) for name, weight in adapter.items() if "lora_A" in name} == {(2, 32)}
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +469,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ResNetConfig(**sizes, label2id=labels, id2label={index: name for name, index in labels.items()})
     ResNetForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8")
     return folder
 
 
@@ -453,13 +485,40 @@ def test_a_teacher_trains_the_distillation_token(
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
     output = capsys.readouterr().out
     assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "The teacher model of the distillation is licensed under cc-by-nc-4.0." in card
+
+
+def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> None:
+    """With two views per image, the third epoch uses the first view again. The teacher predicts each view once."""
+    flags = {"distillation": "soft", "distillation_alpha": 0.3, "distillation_tau": 2.0, "teacher_views": 2}
+    flags |= {"batch_size": 479, "epochs": 3.0, "max_steps": None}  # three steps per epoch
+    run = FinetuneTask(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
+    components = run.build_components(lambda model: {})
+    batch = next(components.iterate_batches(6))
+    assert batch["epoch"].unique().tolist() == [2] and batch["view"].unique().tolist() == [0]
+    logits: list[torch.Tensor] = []
+    run.teacher.register_forward_hook(lambda module, inputs, outputs: logits.append(outputs))
+    losses = [components.objective(run.model.eval(), batch) for _ in range(2)]
+    assert losses[0] == losses[1] and len(logits) == 1
+    outputs = run.model(Normalizer(run.processor, torch.device("cpu"))(batch["pixels"]))
+    loss = torch.nn.functional.cross_entropy(outputs.cls_logits, batch["labels"], label_smoothing=0.1)
+    distillation_loss = compute_distillation_loss("soft", outputs.distillation_logits, logits[0].half(), 2.0)
+    expected = {"label_loss": loss, "distillation_loss": distillation_loss}
+    torch.testing.assert_close(losses[0], {"loss": 0.7 * loss + 0.3 * distillation_loss} | expected)
+    description = (
+        f"{teacher}: {sum(map(torch.Tensor.numel, run.teacher.parameters())):,} parameters, at 32 x 32 pixels"
+    )
+    assert run.summarize() == {"teacher": description}
+    run.teacher.note = "a note"
+    assert run.summarize() == {"teacher": f"{description}; a note"}
 
 
 def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
     options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
     results = train(tmp_path, "digits", **options)
     assert results["steps"] == 7
-    with pytest.raises(ValueError, match="--teacher-views caches the logits of single images"):
+    with pytest.raises(ValueError, match="--teacher-views caches the logits of individual images"):
         FinetuneTask(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
@@ -514,7 +573,7 @@ def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
 def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(tmp_path, "digits", log_with=("tensorboard",), log_every=1)
-    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
+    folder = next((tmp_path / "trackers" / tmp_path.name).rglob("events.out.tfevents*")).parent
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -620,8 +679,9 @@ def test_a_non_finite_loss_names_its_images(tmp_path: Path) -> None:
     report = read_json(tmp_path / "non_finite.json")
     assert report["step"] == 2
     (batch,) = report["batches"]
-    assert len(batch["index"]) == 8 and max(batch["index"]) < 1425
-    assert list((tmp_path / "non_finite").glob("step-*/model.safetensors"))
+    assert len(batch["index"]) == 8 and max(batch["index"]) < 1425 and batch["epoch"] == [0] * 8
+    assert (tmp_path / "non_finite" / "step-00000001" / "model.safetensors").is_file()
+    assert read_json(tmp_path / "non_finite" / "step-00000001" / "state.json")["facts"]["step"] == 1
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -672,7 +732,7 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> N
 
 def test_a_non_finite_loss_is_reported_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "non_finite").touch()  # a file in place of the folder
-    with raises_one_line("not finite in step 2", "state of step 2 could not be saved: cannot write", error=RunStopped):
+    with raises_one_line("not finite in step 2", "before this step could not be saved: cannot", error=RunStopped):
         train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
 
 
@@ -720,12 +780,18 @@ def test_processes_print_their_own_errors_unless_all_have_the_same(
     assert capsys.readouterr().err == said
 
 
-def test_a_dry_run_executes_all_steps_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_executes_all_steps_and_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fractions = []
+    estimate = task.estimate_run_seconds
+    monkeypatch.setattr(task, "estimate_run_seconds", lambda *given: (fractions.append(given[2]), estimate(*given))[1])
     dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "3 steps, an evaluation, a checkpoint and saving succeeded" in output
     assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
+    assert fractions == [8 / NUM_HELD_OUT_DIGITS]
 
 
 # Starting from a checkpoint ------------------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None
 
 def test_evaluating_the_heads_equals_evaluating_the_model() -> None:
     unreadable = (2, *range(8, 16))  # also a whole batch
-    probe = Probe(num_distillation_tokens=1, unreadable=unreadable)
+    probe = Probe(num_distillation_tokens=1, hidden_dropout_prob=0.5, unreadable=unreadable)
     said: list[str] = []
     evaluator = Evaluator(
         probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator, max_broken_images=9, warn=said.append
@@ -287,14 +287,15 @@ def test_evaluating_the_heads_equals_evaluating_the_model() -> None:
     probe.model.eval()
     expected = evaluator(probe.model)
     calls = probe.count_calls()
-    cheap = build_probe_evaluator(evaluator, probe.model)
+    cheap = build_probe_evaluator(evaluator, probe.model.train())
+    assert probe.model.training
     num_encoded = NUM_IMAGES - len(unreadable) + 1  # one placeholder for the batch without images
     assert sum(calls) == num_encoded and expected["num_images"] == NUM_IMAGES - len(unreadable)
     heads = build_classifier_heads(probe.model).eval()
     for _ in range(2):
         assert_same_metrics(cheap(heads), expected)
     assert sum(calls) == num_encoded
-    assert evaluator(probe.model) == expected and len(said) == len(unreadable)
+    assert evaluator(probe.model.eval()) == expected and len(said) == len(unreadable)
 
 
 # Two processes -------------------------------------------------------------------------------------------------------

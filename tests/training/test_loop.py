@@ -27,7 +27,15 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import augment_images
 from modeling_vitcls.options import DataOptions, TrainingOptions
-from modeling_vitcls.training.loop import Hooks, Interrupted, NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training import loop as loop_module
+from modeling_vitcls.training.loop import (
+    Hooks,
+    Interrupted,
+    NonFiniteLoss,
+    TrainingLoop,
+    TrainingState,
+    is_end_of_epochs,
+)
 from modeling_vitcls.training.losses import (
     Classification,
     Distillation,
@@ -46,7 +54,7 @@ from modeling_vitcls.training.optimizer import (
     build_parameter_groups,
     get_learning_rate,
 )
-from modeling_vitcls.training.token_monitor import AttentionEntropy, TokenMonitor
+from modeling_vitcls.training.token_monitor import TokenMonitor, build_attention_measure
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -208,6 +216,7 @@ def test_logged_records() -> None:
     metrics = bench.run()
     assert [record["step"] for record in bench.records] == [2, 4, 5]
     for record in bench.records:
+        assert record["epoch"] == round(record["step"] * 8 / 1425, 4)
         assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
         assert record["loss"] > 0 and record["gradient_norm"] > 0
         assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 10
@@ -248,6 +257,15 @@ def test_losses_and_speed_are_measured_since_the_last_record() -> None:
     assert all(record["mfu"] == 0.5 for record in bench.records)
 
 
+def test_the_peak_memory_of_the_whole_run_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement may be reset between two records."""
+    peaks = iter([3 * 2**20, 2**20])
+    monkeypatch.setattr(loop_module, "get_peak_memory", lambda device: next(peaks))
+    bench = LoopRecorder(max_steps=2, log_every=1, health_every=0)
+    bench.run()
+    assert [record["peak_memory_mb"] for record in bench.records] == [3.0, 3.0]
+
+
 def test_attention_is_logged_with_the_next_record() -> None:
     bench = LoopRecorder(max_steps=7, log_every=3, health_every=2)
     bench.loop.hooks.measure_attention = lambda batch: {"entropy": bench.state.step}
@@ -277,6 +295,32 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
     bench = LoopRecorder(max_steps=4)
     bench.state.step = 4
     assert bench.run()["accuracy"] == 0.5
+    reset_accelerate()
+    bench = LoopRecorder(max_steps=4, select="best", patience=2)  # stopped early
+    bench.state.step, bench.state.num_evaluations_since_best = 3, 2
+    assert bench.run()["accuracy"] == 0.5 and bench.state.step == 3
+
+
+def test_frozen_layers_stay_in_eval_mode() -> None:
+    """Check the steps before and after an evaluation."""
+    bench = LoopRecorder(
+        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=712
+    )
+    objective, modes = bench.loop.objective, []
+
+    def record_modes(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        modes.append([layer.training for layer in model.vitcls.layers])
+        return objective(model, batch)
+
+    bench.loop.objective = record_modes
+    bench.run()
+    assert len(bench.evaluations) == 2 and modes == [[False, True]] * 5
+
+
+def test_evaluations_are_due_at_the_end_of_epochs() -> None:
+    plan = BatchPlan.from_options(100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1)
+    for num_epochs, steps in ((1, [3, 5, 8, 10]), (2, [5, 10]), (3, [8])):
+        assert [step for step in range(1, 11) if is_end_of_epochs(step, num_epochs, plan)] == steps
 
 
 # Parameter groups ----------------------------------------------------------------------------------------------------
@@ -395,12 +439,13 @@ def test_the_best_checkpoint_is_marked() -> None:
     assert equal.state.num_evaluations_since_best == 2
 
 
-def test_a_signal_after_the_best_evaluation_keeps_it_the_best() -> None:
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None:
     bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479)
-    bench.signal_at = 3
+    bench.signal_at = step
     with pytest.raises(Interrupted):
         bench.run()
-    assert bench.saved == [(3, False), (3, True), (3, True)]
+    assert bench.saved == [(3, False), (3, True), (step, step == 3)]
 
 
 def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
@@ -449,8 +494,8 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     batches = bench.batches()
     bench.loop.run_step(batches)
     before = copy_weights(bench.model)
-    objective = bench.loop.objective
-    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * math.nan}
+    objective, factors = bench.loop.objective, iter([math.nan, 1.0])
+    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
     with pytest.raises(NonFiniteLoss, match=r"not finite in step 2\. Try a lower --learning-rate") as caught:
         bench.loop.run_step(batches)
     assert len(caught.value.batches) == accumulation
@@ -478,12 +523,20 @@ def test_overflowing_gradients_are_logged_as_null() -> None:
     bench = build_overflowing_loop(max_steps=2, log_every=1)
     bench.run()
     assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
+    assert [record["gradient_norm"] for record in bench.records] == [None, None] and bench.warnings == []
     json.dumps(bench.records, allow_nan=False)
 
 
 def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
+        bench.run()
+
+
+def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
+    bench = LoopRecorder(max_steps=2)
+    bench.model.classifier.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteLoss, match="not finite in step 1"):
         bench.run()
 
 
@@ -529,20 +582,38 @@ def test_token_monitor_records_the_current_step() -> None:
 
 def test_entropy_of_cls_attention_equals_eager_attention() -> None:
     torch.manual_seed(0)
-    model = build_random_model(num_cls_tokens=2, initializer_range=0.5)
+    model = build_random_model(num_cls_tokens=2, initializer_range=0.5, hidden_dropout_prob=0.5)
+    model.vitcls.layers[0].requires_grad_(False)
     normalise = lambda pixels: pixels / 255  # noqa: E731
-    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
     model.train()
-    (found,) = AttentionEntropy(model, normalise)({"pixels": pixels}).values()
-    assert model.training
+    (found,) = build_attention_measure(model, normalise)({"pixels": pixels}).values()
+    assert model.training and [layer.training for layer in model.vitcls.layers] == [False, True]
     eager = build_random_model(num_cls_tokens=2)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
-    attentions = eager.eval()(normalise(pixels), output_attentions=True).attentions
+    attentions = eager.eval()(normalise(pixels[:8]), output_attentions=True).attentions
     rows = [weights[:, :, model.config.token_layout.cls] for weights in attentions]
     expected = [-(row * row.log()).sum(-1).mean().item() for row in rows]
     assert found == pytest.approx(expected, abs=1e-3)
     assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not uniform
+
+
+@pytest.mark.parametrize("fields", [{"num_cls_tokens": 0, "pooling": "mean"}, {"merged_patches_per_layer": 1}])
+def test_attention_that_is_not_available_is_not_measured(fields: dict[str, Any]) -> None:
+    measure = build_attention_measure(build_random_model(**fields), lambda pixels: pixels / 255)
+    assert measure({"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}) == {}
+
+
+def test_the_update_of_a_token_that_was_zero() -> None:
+    model = build_random_model()
+    monitor = TokenMonitor(model)
+    zero = torch.zeros(32)
+    health = monitor.compute_health(dict.fromkeys(monitor.initial_tokens, zero), {"cls[0]": zero + 1})
+    norms = {name: token.norm().item() for name, token in monitor.initial_tokens.items()}
+    assert health["token_norm"] == pytest.approx(norms, rel=1e-5)
+    assert health["token_update_ratio"] == pytest.approx({name: norm * 1e12 for name, norm in norms.items()}, rel=1e-5)
+    assert health["token_gradient_norm"] == pytest.approx(dict.fromkeys(norms, 0.0) | {"cls[0]": math.sqrt(32)})
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
@@ -557,6 +628,13 @@ def test_soft_and_hard_labels_agree() -> None:
         torch.testing.assert_close(loss(logits, soft), loss(logits, labels))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(SingleLabelLoss(0.1)(logits, labels), expected)
+    half = logits.bfloat16()
+    assert torch.equal(SingleLabelLoss(0.1)(half, labels), SingleLabelLoss(0.1)(half.float(), labels))
+    other = labels.flip(0)
+    mixed = 0.75 * soft + 0.25 * torch.nn.functional.one_hot(other, 4)
+    image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
+    expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
+    torch.testing.assert_close(SingleLabelLoss(0.0, weights)(logits, mixed), expected)
 
 
 def test_multi_label_loss_is_binary() -> None:
@@ -567,6 +645,8 @@ def test_multi_label_loss_is_binary() -> None:
     smooth = torch.where(labels == 1, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
     torch.testing.assert_close(MultiLabelLoss(0.2)(logits, labels), expected)
+    half = logits.bfloat16()
+    assert torch.equal(MultiLabelLoss(0.2)(half, labels), MultiLabelLoss(0.2)(half.float(), labels))
 
 
 def test_multi_task_loss_is_the_sum_over_tasks_in_float32() -> None:

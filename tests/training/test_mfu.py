@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate_state import reset_accelerate
 from tiny_models import TASKS, build_images, build_tiny_config, randomize
-from tiny_options import build_tiny_options
+from tiny_options import build_tiny_options, read_metrics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from warm_processes import READY, SECONDS, find_free_port, get_rank_variables
@@ -380,17 +380,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder, peak, results, said.getvalue().splitlines())
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def test_a_run_logs_its_utilization(ran: Ran) -> None:
     found = ran.results["utilisation"]
     flops = count_training_flops(ViTCLSForImageClassification.from_pretrained(ran.folder).train())
     assert found["gemm_peak_flops_per_second"] == pytest.approx(ran.peak, rel=1e-3)
     assert (found["training_flops_per_image"], found["gemm_dtype"]) == (flops, "float32")
     shares = []
-    for record in read_records(ran.folder):
+    for record in read_metrics(ran.folder):
         shares.append(record["utilisation"])
         assert shares[-1] == pytest.approx(record["images_per_second"] * flops / ran.peak, rel=1e-3, abs=1e-4)
     assert min(shares) - 1e-4 <= found["of_training_steps"] <= max(shares) + 1e-4
@@ -399,7 +395,7 @@ def test_a_run_logs_its_utilization(ran: Ran) -> None:
 def test_a_run_prints_its_utilization(ran: Ran) -> None:
     names = [line.split()[0] for line in ran.lines]
     assert names[names.index("device") + 1 :][:3] == ["costs", "peak", "step"]
-    first, share = read_records(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
+    first, share = read_metrics(ran.folder)[0], ran.results["utilisation"]["of_training_steps"]
     (line,) = [line for line in ran.lines if line.startswith("step 1/")]
     assert f"lr {first['learning_rate']:.1e}  {first['images_per_second']:.0f} images/s" in line
     assert f" images/s, {first['utilisation']:.1%} of peak  " in line and line.endswith(" s left")
@@ -415,7 +411,7 @@ def test_a_disturbed_measurement_gives_no_number(
     monkeypatch.setattr(mfu, "MIN_FLOPS", 0.0)
     monkeypatch.setattr(mfu, "measure_gemm_peak", lambda device, dtype: next(found, 1e15))
     results = run(tmp_path)
-    shares = [record["utilisation"] for record in read_records(tmp_path)]
+    shares = [record["utilisation"] for record in read_metrics(tmp_path)]
     assert shares[0] is None and all(0 <= share <= 1 for share in shares[1:]) and len(shares) == STEPS
     assert 0 <= results["utilisation"]["of_training_steps"] <= 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/")]
@@ -429,9 +425,9 @@ def test_a_disturbed_measurement_gives_no_number(
 def test_measuring_does_not_change_training(ran: Ran, tmp_path: Path) -> None:
     """A run as short as this one does not measure."""
     assert run(tmp_path)["utilisation"] is None
-    assert not any("utilisation" in record for record in read_records(tmp_path))
-    assert [record["loss"] for record in read_records(tmp_path)] == [
-        record["loss"] for record in read_records(ran.folder)
+    assert not any("utilisation" in record for record in read_metrics(tmp_path))
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [
+        record["loss"] for record in read_metrics(ran.folder)
     ]
     assert "matrix products" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
@@ -482,4 +478,6 @@ def test_processes_share_the_peak() -> None:
     assert total == same_total == pytest.approx(first + second)
     flops = count_training_flops(build_classifier())
     assert per_image == flops
-    assert line.startswith(f"{format_si(10 * flops)}FLOP per step, and about") and "MiB per process beyond" in line
+    assert (
+        line.startswith(f"{format_si(10 * flops)}FLOP per step, and about") and "MiB per process in addition" in line
+    )

@@ -20,17 +20,19 @@ from modeling_vitcls.options import (
     DistillationOptions,
     FinetuneOptions,
     ModelOptions,
+    PretrainOptions,
     TrainingOptions,
 )
 from modeling_vitcls.training.finetune import FinetuneTask, check_combinations, check_label_kind
 from modeling_vitcls.training.model import (
     build_model,
-    check_preset,
+    check_preset_name,
     merge_lora,
     set_processor_size,
     set_train_mode,
     set_trainable_parameters,
 )
+from modeling_vitcls.training.pretrain import PretrainTask
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -83,44 +85,72 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Pat
         assert logits.shape == (1, 2) and built.model.config.tasks is None
 
 
-@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
-def test_a_classifier_is_kept_only_for_the_same_kind_of_labels(kind: Any, tmp_path: Path) -> None:
-    """Both checkpoints have the same label names."""
-    names = ["ant", "bee", "cat"]
-    fields = {"id2label": dict(enumerate(names)), "problem_type": "multi_label_classification"}
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("stored_kind", "kind", "names", "is_same"),
+    [
+        (MULTI, SINGLE, ["ant", "bee", "cat"], False),
+        (MULTI, MULTI, ["ant", "bee", "cat"], True),
+        (None, SINGLE, ["ant", "bee", "cat"], True),
+        (None, MULTI, ["ant", "bee", "cat"], False),
+        (None, SINGLE, ["ant", "cat", "bee"], False),
+    ],
+)
+def test_a_classifier_is_kept_only_for_the_same_labels(
+    stored_kind: str | None, kind: Any, names: list[str], is_same: bool, tmp_path: Path
+) -> None:
+    fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     built = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
-    is_same = kind == "multi_label_classification"
     assert built.newly_initialized == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(built.model.classifier.weight, saved.classifier.weight) is is_same
-    assert built.model.config.problem_type == kind
+    assert built.model.config.problem_type == (stored_kind if is_same else kind)
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])
 def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
-    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"})
+    """Parameters that the checkpoint lacks are new."""
+    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2)
     randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    label_space = LabelSpace("single_label_classification", {"label": names})
-    model = build_model(ModelOptions(model=str(tmp_path)), label_space).model
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention")
+    built = build_model(options, LabelSpace("single_label_classification", {"label": names}))
+    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
+    heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
+    new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
+    new |= {name for name, _ in built.model.named_parameters() if name.startswith("vitcls.pooler.")}
+    assert built.newly_initialized == new | {"vitcls.embeddings.distillation_token"}
+
+
+def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
+    (start / "config.json").write_text('{"model_type": "mystery"}', encoding="utf-8")
+    for task_class, kind in ((FinetuneTask, FinetuneOptions), (PretrainTask, PretrainOptions)):
+        reset_accelerate()
+        with raises_one_line(f"{start} contains a model of type 'mystery', not 'vitcls'"):
+            task_class(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
 
 
 def test_the_number_of_cls_tokens_of_several_tasks_is_their_number() -> None:
     label_space = LabelSpace("multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]})
     options = ModelOptions(model="vitcls-tiny", image_size=32, patch_size=8)
     assert build_model(options, label_space).model.config.num_cls_tokens == 3
+    with raises_one_line("3 tasks", "num_cls_tokens"):
+        build_model(replace(options, num_cls_tokens=2), label_space)
 
 
 def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
-        check_preset(name)
+        check_preset_name(name)
     with raises_one_line("--model vitcls-yours is not a preset", "vitcls-tiny, vitcls-small"):
-        check_preset("vitcls-yours")
+        check_preset_name("vitcls-yours")
 
 
 @pytest.mark.parametrize(
@@ -150,8 +180,8 @@ def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
     saved = ViTCLSImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=2)
     saved.save_pretrained(tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
-    processor = build_model(ModelOptions(model=str(tmp_path), image_size=48), label_space).processor
-    expected = saved.to_dict() | {"size": {"height": 48, "width": 48}}
+    processor = build_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space).processor
+    expected = saved.to_dict() | {"size": {"height": 32, "width": 48}}
     assert {name: processor.to_dict()[name] for name in expected} == expected
 
 
@@ -182,9 +212,12 @@ def test_contradictory_flags_are_errors() -> None:
         "--feature-views requires --trainable head, but --trainable is full": {
             "training": TrainingOptions(feature_views=2)
         },
+        "--feature-views requires --trainable head, but --trainable is lora": {
+            "training": TrainingOptions(trainable="lora", feature_views=2)
+        },
         "--class-balance requires all labels": {
             "data": DataOptions("digits", streaming=True),
-            "training": TrainingOptions(class_balance="weights"),
+            "training": TrainingOptions(class_balance="sampling"),
         },
         "--teacher-views caches the teacher's logits of each image": {
             "data": DataOptions("digits", streaming=True),
@@ -224,6 +257,8 @@ def test_a_teacher_adds_a_distillation_token() -> None:
     assert FinetuneTask.check_options(taught).model.num_distillation_tokens == 1
     two = replace(taught, model=replace(options.model, num_distillation_tokens=2))
     assert FinetuneTask.check_options(two) == two
+    with raises_one_line("--num-distillation-tokens is 0"):
+        FinetuneTask.check_options(replace(taught, model=replace(options.model, num_distillation_tokens=0)))
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])

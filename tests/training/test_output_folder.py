@@ -398,17 +398,26 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
         check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 
-OTHERS = ["README.md", "config.json", "LICENSE", "report.html", "metrics.jsonl", "pictures/cat.png"]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_files_of_other_programs_are_kept(folder: Path, name: str) -> None:
-    (folder / name).parent.mkdir(parents=True)
-    (folder / name).write_text("mine")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json"],
+        ["results.json"],
+        ["pictures/cat.png"],
+        [".eval_results/results.yaml"],
+        ["adapter/README.md"],
+        ["README.md", "LICENSE", "metrics.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
     for changes in ({}, {"resume": True}):
-        with raises_one_line(f"would overwrite ({name})", "--overwrite"):
+        with raises_one_line(f"would overwrite ({', '.join(names)})", "--overwrite"):
             run(folder, **changes)
-    assert contents(folder) == {name: b"mine"}
+    assert contents(folder) == dict.fromkeys(names, b"mine")
 
 
 def test_other_files_are_overwritten_on_request(folder: Path) -> None:
@@ -446,6 +455,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
         (earlier / name).write_text("mine")
     remove_run(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
+    assert {path.name for path in earlier.iterdir()} == {"notes.txt", "train.py", "pictures", "checkpoints"}
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_state import reset_accelerate
 from tiny_models import build_tiny_config, raises_one_line
 from tiny_options import TINY as TINY_FINETUNING
-from tiny_options import build_tiny_options, read_metrics
+from tiny_options import build_tiny_options, read_metrics, run_to_folder
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
@@ -22,13 +21,7 @@ from modeling_vitcls.data.splits import load_unlabeled_data
 from modeling_vitcls.files import read_json
 from modeling_vitcls.heads_vitcls import masked_pixel_loss
 from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
-from modeling_vitcls.options import (
-    DataOptions,
-    MaskingOptions,
-    ModelOptions,
-    PretrainOptions,
-    RunOptions,
-)
+from modeling_vitcls.options import DataOptions, MaskingOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
 from modeling_vitcls.training.losses import MaskedImageModeling
@@ -41,23 +34,21 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
+NUM_EVALUATED = 30
 DIGITS = DataOptions(dataset="digits", num_workers=0)
 TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation_tokens=1)
 
 
 def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
     """Return options of three epochs of three steps on digits, with an evaluation after each epoch."""
-    flags = {"max_steps": 9, "batch_size": 479, "learning_rate": 3e-3, "ema_decay": 0.9, "report": True} | training
+    flags = {"max_steps": 9, "batch_size": 479, "learning_rate": 3e-3, "ema_decay": 0.9} | training
     return build_tiny_options(folder, "digits", PretrainOptions, **vars(TINY) | flags)
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output folder of a short run."""
-    folder = tmp_path_factory.mktemp("pretrained") / "encoder"
-    reset_accelerate()
-    run_task(PretrainTask(tiny_options(folder)))
-    return folder
+    return run_to_folder(PretrainTask, tiny_options(tmp_path_factory.mktemp("pretrained") / "encoder"))
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
@@ -113,10 +104,10 @@ def test_invalid_masks_are_errors() -> None:
 
 
 def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
-    """Return the metrics of a model on the held-out digits."""
+    """Return the metrics of a model on the first held-out digits."""
     processor = build_model(TINY)[1]
     evaluator = ReconstructionEvaluator(
-        load_unlabeled_data(DIGITS).held_out.images,
+        load_unlabeled_data(DIGITS).held_out.select(range(NUM_EVALUATED)).images,
         processor,
         MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4)),
         mask_seed,
@@ -136,15 +127,16 @@ def test_the_evaluation_loss_is_the_mean_over_images() -> None:
     torch.manual_seed(0)
     model, processor = build_model(TINY)
     model.eval()
-    metrics = evaluate(model, batch_size=64)
-    assert metrics["num_images"] == NUM_HELD_OUT_DIGITS
+    metrics = evaluate(model, batch_size=16)
+    assert metrics["num_images"] == NUM_EVALUATED
     assert evaluate(model, batch_size=7) == metrics
     assert evaluate(model, batch_size=7, mask_seed=1) != metrics
 
     mask_generator = MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4))
     losses = []
-    for index, picture in enumerate(load_unlabeled_data(DIGITS).held_out.images):
-        pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    images = load_unlabeled_data(DIGITS).held_out.images
+    for index in range(NUM_EVALUATED):
+        pixels = processor(images[index], return_tensors="pt")["pixel_values"]
         mask = mask_generator(1, CPU, torch.Generator().manual_seed(derive_seed(0, index)))
         with torch.no_grad():
             reconstruction = model(pixels, bool_masked_pos=mask).reconstruction
@@ -197,7 +189,7 @@ def test_the_best_checkpoint_has_the_lowest_loss(pretrained: Path) -> None:
 
 @pytest.mark.slow
 def test_no_token_is_reported_as_not_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run_task(PretrainTask(tiny_options(tmp_path, max_steps=2, log_every=1)))
+    run_task(PretrainTask(tiny_options(tmp_path, max_steps=2, log_every=1, report=True)))
     output = capsys.readouterr().out
     assert "reconstruction loss" in output and "WARNING" not in output
 
@@ -210,7 +202,7 @@ def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) 
     shutil.rmtree(folder / "checkpoints" / "step-00000009")
     (folder / "results.json").unlink()
     (folder / "model.safetensors").unlink()
-    run = PretrainTask(replace(tiny_options(folder), run=RunOptions(resume=True)))
+    run = PretrainTask(tiny_options(folder, resume=True))
     assert run.runner.facts is not None and run.runner.facts["step"] == 6
     assert run_task(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
     resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
@@ -220,7 +212,7 @@ def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) 
 @pytest.mark.integration
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
-    dry_run(PretrainTask, replace(tiny_options(folder, batch_size=8), run=RunOptions(dry_run=True)))
+    dry_run(PretrainTask, tiny_options(folder, batch_size=8))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,12 +234,12 @@ def test_flags_for_fine_tuning_are_errors(flag: str, changes: dict[str, Any], tm
 
 def test_dropping_patches_is_an_error(tmp_path: Path) -> None:
     with raises_one_line("Remove --patch-drop-rate"):
-        PretrainTask(replace(tiny_options(tmp_path / "never"), model=replace(TINY, patch_drop_rate=0.5)))
+        PretrainTask(tiny_options(tmp_path / "never", patch_drop_rate=0.5))
     assert not (tmp_path / "never").exists()
 
 
 def test_pre_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {"held_out_fraction": 0.0, "max_steps": 1, "batch_size": 8, "report": False}
+    flags = {"held_out_fraction": 0.0, "max_steps": 1, "batch_size": 8}
     results = run_task(PretrainTask(tiny_options(tmp_path, **flags)))
     output = capsys.readouterr().out
     assert "nothing was measured, because --held-out-fraction is 0" in output
@@ -293,6 +285,21 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path: Path) -> None:
     assert (processor.size.height, processor.size.width) == (32, 32)
 
 
+def test_the_checkpoint_and_the_flags_determine_the_masks(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    ViTCLSForMaskedImageModeling(build_tiny_config(image_size=[32, 48])).save_pretrained(start)
+    saved = ViTCLSImageProcessor(size={"height": 32, "width": 48}, image_mean=[0.1, 0.2, 0.3])
+    saved.save_pretrained(start)
+    flags = {"model": start, "max_steps": 1, "batch_size": 8, "split_seed": 3, "seed": 5, "mask_ratio": 0.5}
+    task = PretrainTask(build_tiny_options(tmp_path / "run", "digits", PretrainOptions, **flags))
+    assert task.mask_generator.grid_size == (4, 6) and task.mask_generator.num_masked == 12
+    expected = saved.to_dict()
+    assert {name: task.processor.to_dict()[name] for name in expected} == expected
+    generator = torch.Generator().manual_seed(derive_seed(3, 7))
+    mask = task.build_evaluator(task.data.held_out).build_mask(7)
+    assert torch.equal(mask, task.mask_generator(1, CPU, generator)[0])
+
+
 def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:
     saved, folder = ViTCLSModel(build_tiny_config(patch_drop_rate=0.5)), str(tmp_path)
     saved.save_pretrained(folder)
@@ -304,7 +311,7 @@ def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -> None:
-    flags = {"model": pretrained, "max_steps": 2, "batch_size": 32, "learning_rate": 1e-3, "report": True}
+    flags = {"model": pretrained, "max_steps": 2, "batch_size": 32, "learning_rate": 1e-3}
     run = FinetuneTask(build_tiny_options(tmp_path / "classifier", "digits", **flags))
     trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained).vitcls.state_dict()
     encoder = run.model.vitcls.state_dict()

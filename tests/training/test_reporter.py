@@ -2,13 +2,16 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from tiny_models import build_tiny_config
 
@@ -68,8 +71,10 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
     reporter, output = build_reporter(tmp_path)
     reporter.start_at(10, 20)
     clock[0] += 240
+    reporter.log(RECORD | {"step": 10}, "accuracy")
     reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25}, "accuracy")
     assert output.getvalue() == (
+        "step 10/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s\n"
         "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  16 min left  held out: accuracy 25.00%\n"
     )
     reporter.log(RECORD | {"step": 20}, "accuracy")
@@ -96,17 +101,25 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
     reporter.log(RECORD | {"step": 5}, "accuracy")
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [json.dumps(RECORD | {"step": 5})]
+    with pytest.raises(ValueError, match="Out of range float values"):  # would not be valid JSON
+        reporter.log(RECORD | {"step": 6, "loss": math.nan}, "accuracy")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     reporter.start_at(0, 10)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_only_the_main_process_writes_and_prints(tmp_path: Path) -> None:
-    reporter, output = build_reporter(tmp_path)
-    reporter.is_main_process = False
+def test_only_the_main_process_writes_and_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
     reporter.start_at(0, 10)
-    reporter.log(RECORD | {"step": 1}, "accuracy")
-    assert not list(tmp_path.iterdir()) and output.getvalue() == ""
+    with reporter:
+        reporter.print_line("data", "a line")
+        reporter.warn("a warning")
+        reporter.log(RECORD | {"step": 1}, "accuracy")
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
 def test_brackets_are_not_markup(tmp_path: Path) -> None:
@@ -149,6 +162,25 @@ def test_trackers_get_only_numbers() -> None:
     assert Reporter(Path("metrics.jsonl"), Accelerator(cpu=True)).track_images is None
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_trackers_get_images_of_the_last_step(tmp_path: Path) -> None:
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    accelerator.trackers.append(SimpleNamespace(name="without images"))
+    reporter = Reporter(tmp_path / "metrics.jsonl", accelerator)
+    reporter.start_at(0, 7)
+    reporter.track_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
+    accelerator.trackers.pop()
+    accelerator.end_training()
+    events = event_files.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    (event,) = events.Images("norms")
+    image = Image.open(io.BytesIO(event.encoded_image_string))
+    assert event.step == 7 and (image.size, image.mode) == ((30, 20), "RGB")
+    assert image.getpixel((3, 4)) == (250, 120, 10)
+
+
 # The model and the batches -------------------------------------------------------------------------------------------
 
 
@@ -175,9 +207,11 @@ def test_the_model_and_the_batches_are_described() -> None:
 
 def test_the_facts_of_a_run() -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
+    model.vitcls.requires_grad_(False)
     facts = describe_run(build_plan(), 10, model, Accelerator(cpu=True), seconds=16.0)
     assert (facts["steps"], facts["epochs"], facts["seconds"], facts["images_per_second"]) == (10, 1.0, 16.0, 25.0)
     assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["num_processes"] == 1
     assert facts["token_layout"] == {"cls": 1, "distillation": 0, "registers": 0, "patches": 16}
     assert facts["sequence_length"] == 17 and facts["versions"]["torch"] == torch.__version__
     assert describe_run(build_plan(num_images=None), 10, model, Accelerator(cpu=True), 16.0)["epochs"] is None

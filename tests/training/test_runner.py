@@ -15,7 +15,7 @@ from accelerate_state import reset_accelerate
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import raises_one_line
-from tiny_options import build_tiny_options, read_metrics
+from tiny_options import build_tiny_options, read_metrics, run_to_folder
 
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.files import read_json
@@ -33,16 +33,14 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inf
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
     """Return the options of a run of three steps with averaged weights, which saves after each step."""
     settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 1}
-    return build_tiny_options(folder, "digits", **{**settings, "log_every": 1, "keep_checkpoints": 5} | flags)
+    settings |= {"log_every": 3, "health_every": 2, "keep_checkpoints": 5}
+    return build_tiny_options(folder, "digits", **settings | flags)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    reset_accelerate()
-    run_task(FinetuneTask(build_options(folder)))
-    return folder
+    return run_to_folder(FinetuneTask, build_options(tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_the_saved_model_has_the_averaged_weights(whole: Path) -> None:
 
 
 def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Flags that do not affect the result may change. Times and unreadable images of earlier steps are counted."""
+    """Flags that do not affect the result may change. Times and metrics of earlier steps are included."""
     changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
     change_facts(killed, seconds=1000.0)
     results = run_task(FinetuneTask(build_options(killed, resume=True, **changes)))
@@ -94,7 +92,9 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
-    assert [record["step"] for record in found[1:]] == [1, 2, 3]
+    assert [record["step"] for record in found[1:]] == [3]
+    entropy = found[1]["cls_attention_entropy"]  # measured after step 2
+    assert entropy == pytest.approx(expected[1]["cls_attention_entropy"], abs=1e-4)
     assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
@@ -104,12 +104,13 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     assert facts["images_per_step"] == 8
 
 
-def test_unreadable_images_of_earlier_steps_are_counted(killed: Path) -> None:
-    change_facts(killed, broken=[7, 3])
+def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: Path) -> None:
+    change_facts(killed, broken=[7, 3], best_score=2.0, num_worse=5)
     results = run_task(FinetuneTask(build_options(killed, resume=True)))
     assert results["num_broken_training_images"] == 2
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["facts"]["broken"] == [3, 7]
+    assert (state["facts"]["best_score"], state["facts"]["num_worse"]) == (2.0, 5)
 
 
 def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path:
 
 
 def test_a_signal_saves_a_checkpoint_to_resume_from(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    task = FinetuneTask(build_options(folder, save_every=100))
+    folder, flags = tmp_path / "run", {"save_every": 100, "log_every": 1}
+    task = FinetuneTask(build_options(folder, **flags))
     log = task.runner.reporter.log
 
     def log_and_stop(record: dict[str, Any], selection_metric: str) -> None:
@@ -136,18 +137,25 @@ def test_a_signal_saves_a_checkpoint_to_resume_from(whole: Path, tmp_path: Path)
 
     task.runner.reporter.log = log_and_stop  # type: ignore[method-assign]
     message = "stopped by SIGTERM; a checkpoint was saved. Repeat the command with --resume to continue the run"
-    with raises_one_line(message, error=RunStopped):
+    with pytest.raises(RunStopped, match=f"^{message}$") as stopped:
         run_task(task)
+    assert stopped.value.exit_status == 143
     assert not (folder / "results.json").exists() and not (folder / ".vitcls.lock").exists()
     assert CheckpointStore(folder / "checkpoints", num_kept=1).list_steps() == [1]
     reset_accelerate()
-    run_task(FinetuneTask(build_options(folder, resume=True, save_every=100)))
-    assert get_compared_values(folder) == get_compared_values(whole)
+    run_task(FinetuneTask(build_options(folder, resume=True, **flags)))
+    assert get_compared_values(folder)[0] == get_compared_values(whole)[0]
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
 
 
-def test_the_exit_status_of_a_stopped_run() -> None:
-    assert (RunStopped("stopped").exit_status, str(RunStopped("stopped"))) == (1, "stopped")
-    assert RunStopped("stopped", 143).exit_status == 143
+def test_the_seed_determines_the_initial_weights(tmp_path: Path) -> None:
+    weights = []
+    for index, seed in enumerate((3, 3, 4)):
+        reset_accelerate()
+        task = FinetuneTask(build_options(tmp_path / str(index), seed=seed))
+        task.runner.lock.release()
+        weights.append(task.model.vitcls.layers[0].mlp.fc1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # Changes between start and resume ------------------------------------------------------------------------------------

@@ -209,7 +209,15 @@ def test_the_size_depends_on_the_aspect_ratio_of_the_student(tmp_path: Path) -> 
 def test_mixed_pixels_are_rounded(resnet: Path) -> None:
     teacher, batch = load_labeled_teacher(resnet), build_pixels()
     assert get_largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
-    assert get_largest_difference(teacher(batch), teacher(batch.float() + 20)) > 0
+    brighter = (batch.int() + 21).clamp(max=255).to(torch.uint8)
+    assert torch.equal(teacher(brighter), teacher(batch.float() + 20.7))
+    assert get_largest_difference(teacher(batch), teacher(brighter)) > 0
+
+
+def test_images_with_one_side_of_the_size_of_the_teacher_are_resized(resnet: Path) -> None:
+    teacher, images = load_labeled_teacher(resnet), build_smooth_pixels(36, 24)
+    resized = torch.from_numpy(np.array(build_pil_images(images)[0].resize((24, 24), Image.Resampling.BILINEAR)))
+    assert get_largest_difference(teacher(images), teacher(resized.permute(2, 0, 1)[None])) <= 1e-2
 
 
 @pytest.mark.parametrize("channels", [1, 3])

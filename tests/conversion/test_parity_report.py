@@ -1,0 +1,96 @@
+"""The comparison of a source with its conversion: image sizes, CPU kernels, dtypes, and notes on positions."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_images, build_tiny_config, randomize
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.parity_report import (
+    build_random_images,
+    compute_model_outputs,
+    describe_position_policies,
+    get_max_magnitude,
+    get_non_square_size,
+    hash_files,
+    remove_cpu_kernels,
+)
+from modeling_vitcls.cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
+
+
+@pytest.mark.parametrize(
+    ("fields", "notes"),
+    [
+        ({"position_embedding_type": "none"}, []),
+        ({"position_embedding_type": "rope_2d", "rope_coordinates": "grid"}, []),
+        ({"position_embedding_type": "rope_mixed"}, []),
+        (
+            {"position_interpolation": "bilinear", "position_offset": 0.1},
+            ["position embeddings for other image sizes: bilinear without antialiasing, offset 0.1, as in timm"],
+        ),
+        (
+            {"position_embedding_type": "learned_rope_2d", "position_antialias": True},
+            [
+                "position embeddings for other image sizes: bicubic with antialiasing, as in timm",
+                "rotary periods: computed in float32, as in timm; the authors' DINOv3 files store rounded periods",
+            ],
+        ),
+    ],
+)
+def test_notes_on_positions(fields: dict[str, Any], notes: list[str]) -> None:
+    assert describe_position_policies("timm", build_tiny_config(**fields)) == notes
+
+
+def test_the_second_size_has_fewer_rows_and_more_columns() -> None:
+    model = ViTCLSModel(build_tiny_config(patch_size=[4, 8]))
+    for native_size, other_size in (((32, 48), (24, 64)), ((4, 8), (4, 16))):
+        source: Any = SimpleNamespace(image_size=native_size)
+        assert get_non_square_size(source, model) == other_size
+
+
+def test_cpu_kernels_are_removed_and_installed_again() -> None:
+    model = ViTCLSModel(build_tiny_config())
+
+    def has_kernels() -> bool:
+        return any(isinstance(module, CPUKernel) for module in model.modules())
+
+    for install in (install_cpu_kernels, uninstall_cpu_kernels):
+        install(model)
+        had_kernels = has_kernels()
+        with pytest.raises(KeyError), remove_cpu_kernels(model):
+            assert not has_kernels()
+            raise KeyError
+        assert has_kernels() is had_kernels
+
+
+@torch.no_grad()
+def test_outputs_by_token_group() -> None:
+    """The outputs are in the dtype of the images, and the dtype of the model is unchanged."""
+    layout = {"num_distillation_tokens": 1, "num_register_tokens": 2}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout))).bfloat16()
+    outputs = compute_model_outputs(model, build_images())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.float()
+    sequence, expected = model.vitcls(build_images()).last_hidden_state, model(build_images())
+    groups = {"cls": sequence[:, :1], "distillation": sequence[:, 1:2], "registers": sequence[:, 2:4]}
+    heads = {name: expected[name] for name in ("logits", "cls_logits", "distillation_logits")}
+    torch.testing.assert_close(outputs, groups | {"patches": sequence[:, 4:]} | heads)
+    encoder = randomize(ViTCLSModel(build_tiny_config()))
+    outputs = compute_model_outputs(encoder, build_images())
+    assert outputs.keys() == {"cls", "patches", "pooled"}
+    assert torch.equal(outputs["pooled"], encoder(build_images()).pooler_output)
+
+
+def test_random_images_and_hashes(tmp_path: Path) -> None:
+    images = build_random_images((2, 1, 3, 4))
+    assert torch.equal(images, torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)))
+    assert get_max_magnitude(torch.tensor([1.0, -3.0, 2.0])) == 3
+    assert math.isnan(get_max_magnitude(torch.tensor([1.0, torch.nan])))
+    for name in ("b", "a"):
+        (tmp_path / name).write_text("abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of "abc" (FIPS 180-2)
+    assert list(hash_files(tmp_path.iterdir()).items()) == [("a", digest), ("b", digest)]

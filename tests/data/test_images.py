@@ -1,0 +1,109 @@
+"""Sequences of images: names, bytes and checksums of subsets and encoded images, and errors of individual images."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import raises_one_line
+
+from modeling_vitcls.data.held_out import compute_image_key
+from modeling_vitcls.data.images import (
+    ArrayImages,
+    ColumnImages,
+    EncodedImages,
+    FileImages,
+    ImageSubset,
+    UnreadableImage,
+    check_channels,
+    decode_image,
+    encode_value,
+    resolve_path,
+)
+from modeling_vitcls.image_processing_vitcls import pil_to_tensor
+
+
+def encode(shade: int) -> bytes:
+    """Return a gray image as PNG."""
+    Image.new("L", (3, 2), shade).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def build_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return encoded images with a path, with bytes, and with both, whose bytes have priority."""
+    (folder / "a.png").write_bytes(encode(1))
+    return [
+        {"path": f"{folder}/a.png", "bytes": None},
+        {"path": None, "bytes": encode(2)},
+        {"path": f"{folder}/c.png", "bytes": encode(3)},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["memory", "column"])
+def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(kind: str, tmp_path: Path) -> None:
+    rows = build_rows(tmp_path)
+    images: Any = EncodedImages(rows, tmp_path)
+    if kind == "column":
+        features = datasets.Features({"photo": datasets.Image(decode=False)})
+        images = ColumnImages(datasets.Dataset.from_dict({"photo": rows}, features), "photo", tmp_path)
+    subset = ImageSubset(ImageSubset(images, [1, 2, 0]), [1, 2])  # the last image and the first
+    assert [image.getpixel((0, 0)) for image in subset] == [3, 1]
+    assert subset.get_names() == ["c.png", "a.png"]
+    assert [subset.read_bytes(index) for index in (0, 1)] == [encode(3), encode(1)]
+    assert subset.compute_keys() == [compute_image_key(encode(3)), compute_image_key(b"a.png")]
+    names = [rows[0]["path"], "example 1" if kind == "memory" else "row 1", rows[2]["path"]]
+    assert [image.filename for image in images] == names
+
+
+def test_arrays_are_named_by_their_checksums() -> None:
+    images = ArrayImages(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    contents = [bytes(range(12)), bytes(range(12, 24))]
+    assert [images.read_bytes(index) for index in (0, 1)] == contents
+    assert images.compute_keys() == [compute_image_key(content) for content in contents]
+    assert images.get_names() == [f"{compute_image_key(content):x}" for content in contents]
+
+
+def test_images_are_named_in_errors(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.png"
+    with raises_one_line("example 0 has no image", error=UnreadableImage):
+        EncodedImages([{"path": None, "bytes": None}])[0]
+    with raises_one_line("row 0 has no image", error=UnreadableImage):
+        FileImages([""])[0]
+    for path, reason in ((str(missing), "cannot read an image from "), (f"zip://a.png::{missing}", "")):
+        with pytest.raises(UnreadableImage, match=f"^{reason}{path!r}: "):
+            decode_image({"path": path, "bytes": None}, "row 1")
+    for path, name in (("b.png", "'b.png'"), (None, "row 1")):
+        with raises_one_line(f"cannot read the image {name}: ", error=UnreadableImage):
+            decode_image({"path": path, "bytes": b"text"}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "content"),
+    [
+        ({"path": "a.png", "bytes": b"x"}, "a.png", b"x"),
+        ({"path": "a.png", "bytes": None}, "a.png", None),
+        (b"x", None, b"x"),
+        ("a//b.png", "photos/a/b.png", None),
+        ("/a.png", "/a.png", None),
+        ("https://example.org/a.png", "https://example.org/a.png", None),
+        (None, "", None),
+    ],
+)
+def test_values_of_image_columns(value: Any, path: str | None, content: bytes | None) -> None:
+    assert encode_value(value, Path("photos")) == {"path": path, "bytes": content}
+    if not isinstance(value, dict | bytes):
+        assert resolve_path(Path("photos"), value) == path
+
+
+@pytest.mark.parametrize(("mode", "num_channels"), [("L", 3), ("RGB", 1), ("RGBA", 3)])
+def test_images_have_the_number_of_channels_of_the_model(mode: str, num_channels: int) -> None:
+    image = Image.new(mode, (3, 2))
+    pixels = pil_to_tensor(image, to_rgb=False)
+    for accepted in (None, len(pixels)):
+        check_channels(image, pixels, accepted)
+    message = f"an image of mode {mode} has {len(pixels)} channels, but the model requires {num_channels}"
+    with raises_one_line(message, error=UnreadableImage):
+        check_channels(image, pixels, num_channels)

@@ -1,0 +1,184 @@
+"""Retries, temporary errors and error messages of requests to the Hub. test_publish.py tests the timeouts."""
+
+import itertools
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.connection import (
+    HTTPError,
+    describe_gated_repo,
+    format_hub_error,
+    get_requested_wait,
+    is_temporary,
+    retry,
+    silence_hub_client,
+    silence_transformers,
+)
+
+
+def build_hub_error(status: int, message: str | None = None, reason: str = "", **headers: str) -> HfHubHTTPError:
+    """Return the error of a response of the Hub."""
+    response: Any = SimpleNamespace(
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+        request=None,
+        status_code=status,
+        reason_phrase=reason,
+    )
+    return HfHubHTTPError("error", response=response, server_message=message)
+
+
+def chain(*errors: BaseException) -> BaseException:
+    """Return the first error, with each other error as the cause of the previous error."""
+    for error, cause in itertools.pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+# Retries -------------------------------------------------------------------------------------------------------------
+
+
+def test_failed_attempts_are_repeated_after_the_given_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=waits.append))
+    errors: list[Exception] = [build_hub_error(503, reason="Down"), build_hub_error(503)]
+    errors += [build_hub_error(429, reason="Busy", Retry_After=seconds) for seconds in ("2", "3", "86400")]
+
+    def act() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    with caplog.at_level(logging.INFO):
+        assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0), level=logging.INFO) == "done"
+    assert waits == [0.5, 1.0, 2.0, 4.0, 300.0]
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert messages[0] == "looking: HTTP 503, Down; trying again immediately"
+    assert messages[1].endswith("; trying again in 1 s")
+    assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s" and len(messages) == 5
+    waits.clear()
+    errors += [build_hub_error(503)] * 5
+    with pytest.raises(HfHubHTTPError):
+        retry(act, "looking")
+    assert waits == [1.0, 2.0, 4.0, 8.0] and errors == []
+    waits.clear()
+    for error, times in ((build_hub_error(404), (9.0,)), (build_hub_error(503), ())):
+        errors.append(error)
+        with pytest.raises(HfHubHTTPError):
+            retry(act, "looking", waits=times)
+    assert waits == [] and errors == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (build_hub_error(503), True),
+        (build_hub_error(404), False),
+        (chain(ValueError("x"), build_hub_error(429)), True),
+        (chain(build_hub_error(403), build_hub_error(500)), False),  # the status of the outer error
+        (HTTPError("x"), True),
+        (ConnectionRefusedError("x"), True),
+        (TimeoutError("x"), True),
+        (RuntimeError("failed upload"), True),
+        (chain(OSError("x"), HTTPError("y")), True),
+        (json.JSONDecodeError("x", "<html>", 0), True),
+        (PermissionError("x"), False),
+        (ValueError("x"), False),
+    ],
+    ids=repr,
+)
+def test_temporary_errors(error: BaseException, expected: bool) -> None:
+    assert is_temporary(error) is expected
+
+
+def test_the_requested_wait_is_a_number_of_seconds() -> None:
+    assert get_requested_wait(build_hub_error(429, Retry_After="7")) == 7.0
+    assert get_requested_wait(chain(OSError("x"), build_hub_error(429, Retry_After="7"))) == 7.0
+    for error in (build_hub_error(429), build_hub_error(429, Retry_After="Fri, 31 Dec 1999"), OSError("x")):
+        assert get_requested_wait(error) == 0.0
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def test_messages_of_causes_are_joined_without_repetition() -> None:
+    repeated = chain(OSError("cannot read x.\nAt all."), ValueError("x"), TimeoutError("timed out"))
+    assert format_hub_error(repeated) == "cannot read x. At all: timed out"
+    error = chain(OSError("no file"), build_hub_error(500, "Out of\n order.", "Error"), HTTPError("500 Error"))
+    assert format_hub_error(error) == "no file: HTTP 500, Out of order"
+    assert format_hub_error(build_hub_error(502, reason="Bad Gateway")) == "HTTP 502, Bad Gateway"
+    assert format_hub_error(json.JSONDecodeError("Expecting value", "<html>", 0)) == "the response is not JSON"
+
+
+@pytest.mark.parametrize(
+    ("path", "repository"),
+    [
+        ("/api/models/ann/model", "ann/model"),
+        ("/api/models/ann/model/revision/main", "ann/model"),
+        ("/api/models/ann/model/tree/main", "ann/model"),
+        ("/api/models/ann/model/paths-info/main", "ann/model"),
+        ("/ann/model/resolve/main/config.json", "ann/model"),
+        ("/api/datasets/ann/data/revision/main", "datasets/ann/data"),
+        ("/datasets/ann/data/resolve/main/x.parquet", "datasets/ann/data"),
+    ],
+)
+def test_the_page_of_a_gated_repository_is_named(path: str, repository: str) -> None:
+    response: Any = SimpleNamespace(headers={}, request=None, url=SimpleNamespace(path=path), status_code=403)
+    assert describe_gated_repo(GatedRepoError("403 Client Error", response=response)) == (
+        f"{repository} is gated. Accept the conditions at {constants.ENDPOINT}/{repository}, and log in with "
+        "`hf auth login` or set HF_TOKEN"
+    )
+
+
+# Silence -------------------------------------------------------------------------------------------------------------
+
+
+def get_transformers_output() -> tuple[int, bool]:
+    return transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(("warnings", "progress_bars"), [(True, True), (True, False), (False, True)])
+def test_transformers_is_silent_within_the_block(warnings: bool, progress_bars: bool) -> None:
+    before = get_transformers_output()
+    transformers_logging.set_verbosity(logging.INFO)
+    transformers_logging.enable_progress_bar()
+    try:
+        with silence_transformers(warnings, progress_bars):
+            assert get_transformers_output() == (logging.ERROR if warnings else logging.INFO, not progress_bars)
+        assert get_transformers_output() == (logging.INFO, True)
+        transformers_logging.disable_progress_bar()
+        with silence_transformers(warnings, progress_bars):
+            pass
+        assert get_transformers_output() == (logging.INFO, False)
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        if before[1]:
+            transformers_logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_the_hub_client_is_silent_within_the_block(show_progress: bool) -> None:
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.INFO)
+    enable_progress_bars()  # commands that ran in this process have hidden them
+    try:
+        with silence_hub_client(show_progress):
+            assert hub_logging.get_verbosity() == logging.ERROR
+            assert are_progress_bars_disabled() is not show_progress
+            with silence_hub_client(show_progress):
+                pass
+            assert are_progress_bars_disabled() is not show_progress
+        assert hub_logging.get_verbosity() == logging.INFO and not are_progress_bars_disabled()
+    finally:
+        hub_logging.set_verbosity(before)

@@ -1,0 +1,81 @@
+"""Files are written completely or not at all, text from files is printable, and closed pipes are detected."""
+
+import io
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from tiny_models import raises_one_line
+
+from modeling_vitcls.files import is_closed_pipe, read_json, replace_control_characters, write_atomically, write_json
+
+
+def test_json_is_read_and_written(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    write_json(file, {"loss": 0.1, "é": [None]})
+    assert file.read_text(encoding="utf-8") == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
+    assert read_json(file) == {"loss": 0.1, "é": [None]}
+    for content, reason in ((b"{", "Expecting"), (b"\xff", "codec"), (b"[1]", "does not contain a JSON object")):
+        file.write_bytes(content)
+        with raises_one_line(f"cannot read {file}: ", reason):
+            read_json(file)
+
+
+def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text("before", encoding="utf-8")
+    for error, message in (
+        (ValueError("no results"), "no results"),
+        (OSError("no connection"), "no connection"),  # while the content is computed
+        (OSError(28, "No space left on device", "hidden"), f"cannot write {file}: No space left on device"),
+    ):
+        with pytest.raises(type(error)) as raised, write_atomically(file) as unfinished_file:
+            unfinished_file.write_text("after", encoding="utf-8")
+            assert file.read_text(encoding="utf-8") == "before"
+            raise error
+        assert str(raised.value) == message
+        assert list(tmp_path.iterdir()) == [file] and file.read_text(encoding="utf-8") == "before"
+    missing = tmp_path / "missing" / "results.json"
+    with raises_one_line(f"cannot write {missing}: No such file or directory", error=OSError):
+        write_json(missing, {})
+
+
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, the file may be empty after a power failure. Two processes may write the same file."""
+    flushed: list[tuple[int, bool]] = []
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(os, "fsync", lambda opened: flushed.append((os.fstat(opened).st_ino, file.exists())))
+    with write_atomically(file) as unfinished_file:
+        unfinished_file.touch()
+        assert unfinished_file.parent == tmp_path and unfinished_file.name.startswith(".results.json.")
+        assert str(os.getpid()) in unfinished_file.name
+    assert flushed == [(file.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_control_characters_and_invalid_bytes_are_replaced() -> None:
+    assert replace_control_characters("é\ta\nb\x1b[2J\udcff c") == "é a b\ufffd[2J\ufffd c"
+
+
+@pytest.mark.parametrize("has_output", [False, True])
+def test_a_pipe_without_a_reader_is_closed(has_output: bool) -> None:
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w")
+    assert not is_closed_pipe(stream)
+    os.close(reader)
+    if has_output:
+        stream.write("text")
+    assert is_closed_pipe(stream)
+    with pytest.raises(BrokenPipeError) if has_output else nullcontext():
+        stream.close()
+
+
+def test_other_streams_are_not_closed_pipes(tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as stream:
+        assert not is_closed_pipe(stream)
+    for other in (stream, io.StringIO()):  # a closed file, and a stream without a file
+        assert not is_closed_pipe(other)
+    with pytest.raises(OSError, match="No space left on device"), Path("/dev/full").open("w") as full_device:
+        full_device.write("text")
+        results = [is_closed_pipe(full_device)]
+    assert results == [False]
