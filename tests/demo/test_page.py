@@ -5,6 +5,8 @@ browser.
 import asyncio
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,9 +50,7 @@ def noise(tmp_path: Path) -> Path:
 
 
 @pytest.mark.integration
-def test_the_demo_prints_its_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_prints_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "mine")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -62,8 +62,11 @@ def test_the_demo_prints_its_address(
         page.close()
 
     monkeypatch.setattr(gr.Blocks, "block_thread", open_and_close)
-    serve_demo(str(folder), port=port, host="127.0.0.1")
-    assert f"{folder}: {address}\n" in capsys.readouterr().out
+    # Not the fixture capsys: it replaces sys.stderr, and absl, if an earlier test has imported it, then closes the
+    # former stream when uvicorn configures logging.
+    with redirect_stdout(StringIO()) as output:
+        serve_demo(str(folder), port=port, host="127.0.0.1")
+    assert f"{folder}: {address}\n" in output.getvalue()
 
 
 # Image input ---------------------------------------------------------------------------------------------------------
