@@ -30,7 +30,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
 from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
-from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
+from modeling_vitcls.benchmarking.work import WORK_KINDS, run_benchmarks
 from modeling_vitcls.files import read_json
 from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import count_training_flops
@@ -114,7 +114,7 @@ def compare_models(work: str) -> Lines:
     comparisons = []
     for row in WORK_KINDS[work].rows:
         try:
-            for comparison in compare((work,), (row,), settings):
+            for comparison in run_benchmarks((work,), (row,), settings):
                 comparisons.append(print_comparison(comparison))
         except Exception as error:
             yield from (f"{row}: {describe_failure(error)}", "")

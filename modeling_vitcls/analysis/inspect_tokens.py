@@ -16,7 +16,7 @@ from ..adaptation_vitcls import load_checkpoint
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..files import read_json
-from ..hub.loading import MODEL_FILES
+from ..hub.loading import MODEL_FILE_PATTERNS
 from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
@@ -42,7 +42,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     if is_preset(options.model):
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
-    folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
+    folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
     architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
     model, processor = load_model(folder, use_head=any(name.endswith("Classification") for name in architectures))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated

@@ -1,12 +1,12 @@
-"""Comparisons of speed and memory with other projects on the same work.
+"""Speed and memory benchmarks: this package compared with other projects, and models with and without a feature.
 
-    comparison.py       paired measurements of speed, checks for equal outputs, measurement of peak memory
+    comparison.py       paired speed measurements, output comparisons and peak memory measurements
     peers.py            forward passes and training steps, compared with the ViTs of timm and transformers
     growth.py           forward passes by image size, patch size, number of tokens and batch size, with a figure
     own_features.py     models of this package with and without a feature: merged patches, attention, linear probes
     image_files.py      processing of JPEG files into pixel values and into predicted labels
-    training_runs.py    complete training runs in processes that are measured alternately
-    work.py             table of all kinds of work (`vitcls benchmark --work`)
+    training_runs.py    complete training runs, each in a separate process
+    work.py             table of the kinds of work for `vitcls benchmark --work`
     tables.py           tables, JSON and Markdown files
 
 To add a benchmark, add a row to a table such as `FORWARD_PASSES` or `TRAINING_RUNS`. These files are not copied to the

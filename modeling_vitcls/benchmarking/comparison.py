@@ -1,11 +1,11 @@
-"""Paired measurements of this package and a baseline, checks for equal outputs, and peak memory.
+"""Paired speed measurements of this package and a baseline, output comparisons and peak memory measurements.
 
 The baseline is a model of another project, or a model of this package without a feature. This package and the baseline
 are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
 compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
-CPU memory is the peak memory growth of a process (Linux only, from /proc). GPU memory is the peak of PyTorch's
-allocated memory.
+CPU memory is the peak growth in the memory of a process, read from /proc (Linux only). GPU memory is the peak growth
+in the memory allocated by PyTorch.
 """
 
 import argparse
@@ -25,14 +25,14 @@ import torch
 
 
 SECONDS_PER_MEASUREMENT = 0.5
-# Environment variables of glibc: blocks of 64 KiB or more are returned to the system when they are freed, so that
-# the C library does not keep memory for later allocations.
+# Environment variables that make glibc return freed blocks of 64 KiB or more to the system, instead of keeping them
+# for later allocations.
 MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # dtype -> maximum difference between logits, divided by the largest absolute logit.
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 PredictionFunction = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
-Throughputs = tuple[list[float], list[float]]  # images per second of (this package, the baseline), one value per pair
+Throughputs = tuple[list[float], list[float]]  # images per second of this package and the baseline, per pair
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BenchmarkSettings:
     """Values of the `vitcls benchmark` flags that apply to all rows."""
 
     against: tuple[str, ...]  # names of peers (keys of `peers.PEERS`), for comparisons with other projects
-    num_pairs: int  # number of pairs of measurements (this package and the baseline)
+    num_pairs: int  # number of paired measurements of this package and the baseline
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
     precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows have a fixed precision
     device: str = "cpu"  # type of the device, "cpu" or "cuda"
@@ -69,7 +69,7 @@ class Comparison:
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as an entry of the --output file."""
+        """Return the comparison as a dict for the --output file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {
             "work": self.work,
@@ -100,8 +100,8 @@ def compute_quartiles(values: list[float]) -> tuple[float, float, float]:
 def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], num_pairs: int) -> Throughputs:
     """Call both functions `num_pairs` times in alternating order, and return the results of each function."""
     throughputs: Throughputs = ([], [])
-    for pair in range(num_pairs):
-        for index in (0, 1) if pair % 2 == 0 else (1, 0):
+    for pair_index in range(num_pairs):
+        for index in (0, 1) if pair_index % 2 == 0 else (1, 0):
             throughputs[index].append((ours, theirs)[index]())
     return throughputs
 
@@ -134,7 +134,7 @@ def synchronize_gpu() -> None:
 def compare_throughput(
     ours: Callable[[], object], theirs: Callable[[], object], num_images: int, settings: BenchmarkSettings
 ) -> Throughputs:
-    """Measure two functions alternately, and return both throughputs in images per second."""
+    """Return the throughputs of two functions in images per second, measured alternately."""
     seconds = 0.0 if settings.is_toy else SECONDS_PER_MEASUREMENT
     return measure_alternately(
         lambda: measure_throughput(ours, num_images, seconds),
@@ -147,7 +147,7 @@ def compare_throughput(
 
 
 class LoggedProcess:
-    """A process whose stderr is logged. On exit, the context manager kills the process and its workers."""
+    """Context manager that runs a command, logs stderr, and kills the process and its workers on exit."""
 
     def __init__(self, command: list[str], stdout: int = subprocess.DEVNULL) -> None:
         self.command = command
@@ -226,7 +226,7 @@ def check_logits(ours: PredictionFunction, theirs: PredictionFunction, pixel_val
 
 
 def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argparse.Namespace:
-    """Parse the flags of a process that `measure_peaks` starts."""
+    """Parse the command line of a process started by `compare_peak_memory`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("row", choices=tuple(rows))
     if peers:
@@ -237,19 +237,19 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
     return parser.parse_args()
 
 
-def measure_peaks(module_name: str, *arguments: str) -> dict[str, int]:
-    """Return the peak memory of this package and of the baseline in bytes, as entries of `Comparison.details`.
+def compare_peak_memory(module_name: str, *arguments: str) -> dict[str, int]:
+    """Return a dict for `Comparison.details` with the peak memory in bytes of this package and the baseline.
 
     Each measurement runs the module in a new process. For the baseline, the process receives the flag --theirs.
     """
     return {
-        "ours_peak_bytes": measure_peak_in_process(module_name, *arguments),
-        "theirs_peak_bytes": measure_peak_in_process(module_name, *arguments, "--theirs"),
+        "ours_peak_bytes": measure_peak_memory_in_process(module_name, *arguments),
+        "theirs_peak_bytes": measure_peak_memory_in_process(module_name, *arguments, "--theirs"),
     }
 
 
-def measure_peak_in_process(module_name: str, *arguments: str) -> int:
-    """Run a module in a new process and return the memory growth in bytes, which the process prints last.
+def measure_peak_memory_in_process(module_name: str, *arguments: str) -> int:
+    """Run a module in a new process, and return the peak memory in bytes from the last line of the output.
     Raise ValueError if the process fails."""
     command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
@@ -261,7 +261,7 @@ def measure_peak_in_process(module_name: str, *arguments: str) -> int:
 def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], object]) -> int:
     """Call `warm_up` and `function`, and return the peak growth of the process's memory in bytes during `function`."""
     warm_up()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak resident set size, VmHWM
     initial_bytes = read_memory_status("VmRSS")
     function()
     return max(read_memory_status("VmHWM") - initial_bytes, 0)

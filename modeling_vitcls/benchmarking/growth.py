@@ -1,11 +1,10 @@
 """Time and memory of forward passes by image size, patch size, number of tokens and batch size, with a figure.
 
     python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
-    plot_growth(entries, "processor, versions")    entries are from `Comparison.to_dict` or from the --output file
+    plot_growth(comparisons, "processor, versions")    comparisons from `Comparison.to_dict` or the --output file
 
-All axes share one base point, which is measured once. Each axis varies one value of the base point. Tokens are added
-as registers. The ViT of transformers has no registers (DINOv2 with registers is another model, with more work per
-layer), so the token axis is compared only with timm.
+All axes share one base point, which is measured once. Each axis varies one value of the base point. The token axis
+adds register tokens and is compared only with timm, because the ViT of transformers has no registers.
 """
 
 import statistics
@@ -26,12 +25,20 @@ from .comparison import (
     BenchmarkSettings,
     Comparison,
     PredictionFunction,
+    compare_peak_memory,
     measure_gpu_memory_growth,
     measure_memory_growth,
-    measure_peaks,
     parse_memory_flags,
 )
-from .peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer, build_random_images, compare_predictions, get_model_size
+from .peers import (
+    PEERS,
+    PEERS_WITH_REGISTERS,
+    TOY_SIZE,
+    Peer,
+    build_random_images,
+    compare_predictions,
+    get_model_size,
+)
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,18 @@ class GrowthPoint:
 
 @dataclass(frozen=True)
 class GrowthAxis:
-    """Rows that vary one field of `GrowthPoint`. Each axis is a column of the figure."""
+    """A field of `GrowthPoint` to vary, shown in one column of the figure."""
 
     row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
     label: str  # label of the x axis
-    value_key: str  # JSON key of the x values
-    tick_key: str | None = None  # JSON key of the numbers in parentheses below the ticks
+    x_key: str  # JSON key of the x values
+    tick_key: str | None = None  # JSON key of the numbers in parentheses in the tick labels
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_cost_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
 
-AXES = {
+GROWTH_AXES = {
     "image_size": GrowthAxis("image size {}", "Image size", "pixels (tokens)", "image_size", "num_tokens"),
     "patch_size": GrowthAxis(
         "patch size {}", "Patch size", "pixels (tokens)", "patch_size", "num_tokens", is_cost_decreasing=True
@@ -78,15 +85,15 @@ def build_points(base_point: GrowthPoint, **values: tuple[int, ...]) -> dict[str
     """Return a dict from row names to points: the base point, and one point per value of each axis."""
     name = f"image size {base_point.image_size}, patch size {base_point.patch_size}, batch {base_point.batch_size}"
     return {name: base_point} | {
-        AXES[field].row_name.format(value): replace(base_point, **{field: value})
+        GROWTH_AXES[field].row_name.format(value): replace(base_point, **{field: value})
         for field, axis_values in values.items()
         for value in axis_values
     }
 
 
-# Points for ViT-S/16.
+# Points for ViT-S.
 BASE_POINT = GrowthPoint(image_size=224, patch_size=16, batch_size=4)
-POINTS = build_points(
+GROWTH_POINTS = build_points(
     BASE_POINT,
     image_size=(112, 160, 320, 448),
     patch_size=(32, 8),
@@ -94,7 +101,9 @@ POINTS = build_points(
     batch_size=(1, 8, 32),
 )
 TOY_BASE_POINT = GrowthPoint(image_size=32, patch_size=8, batch_size=2)
-TOY_POINTS = build_points(TOY_BASE_POINT, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,))
+TOY_GROWTH_POINTS = build_points(
+    TOY_BASE_POINT, image_size=(16, 48), patch_size=(16,), num_registers=(4,), batch_size=(1,)
+)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -130,7 +139,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     pixel_values = build_random_images(point.batch_size, point.image_size).to(device, PRECISIONS[precision])
     throughputs, difference = compare_predictions(peer, pixel_values, name, settings)
     if device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
+        peaks = compare_peak_memory(__name__, name, peer.name, "--precision", precision, *settings.toy_flags)
     else:  # `compare_predictions` has already warmed up both models
         with torch.inference_mode():
             peaks = {
@@ -140,7 +149,7 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     details = {
         **vars(point),
         "num_tokens": point.num_tokens,
-        "axis": get_axis(point, TOY_BASE_POINT if settings.is_toy else BASE_POINT),
+        "axis": get_varied_field(point, TOY_BASE_POINT if settings.is_toy else BASE_POINT),
         "precision": precision,
         "device": device,
         "size": vars(peer.size),
@@ -149,9 +158,9 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     return Comparison(f"growth in {precision}", name, peer.name, *throughputs, difference, details)
 
 
-def get_axis(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
+def get_varied_field(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
     """Return the field in which a point differs from the base point; None for the base point."""
-    return next((field for field in AXES if getattr(point, field) != getattr(base_point, field)), None)
+    return next((field for field in GROWTH_AXES if getattr(point, field) != getattr(base_point, field)), None)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -163,21 +172,23 @@ def measure_peak_memory(
 ) -> int:
     """Return the peak memory of a forward pass in bytes, excluding parameters.
 
-    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A forward pass
-    of the same model would leave freed memory in the process, which the measured forward pass would reuse.
+    The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A warm-up
+    with the same model would leave freed memory in the process for the measured forward pass to reuse.
     """
     return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
 
 
 def main() -> None:
-    """Print the peak memory of a forward pass in bytes, for this package or (with --theirs) for the peer."""
-    flags = parse_memory_flags(POINTS | TOY_POINTS, PEERS)
-    point = (TOY_POINTS if flags.toy else POINTS)[flags.row]
+    """Print the peak memory of a forward pass in bytes, for this package or, with --theirs, for the peer."""
+    flags = parse_memory_flags(GROWTH_POINTS | TOY_GROWTH_POINTS, PEERS)
+    point = (TOY_GROWTH_POINTS if flags.toy else GROWTH_POINTS)[flags.row]
     dtype = PRECISIONS[flags.precision]
-    peers = [build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY).to(dtype)]
-    predict, predict_toy = (peer.predict_theirs if flags.theirs else peer.predict_ours for peer in peers)
+    peer, toy_peer = build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY_SIZE).to(dtype)
+    predict, predict_toy = (model.predict_theirs if flags.theirs else model.predict_ours for model in (peer, toy_peer))
     pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
-    print(measure_peak_memory(predict, pixel_values, predict_toy, build_random_images(2, TOY.image_size).to(dtype)))
+    print(
+        measure_peak_memory(predict, pixel_values, predict_toy, build_random_images(2, TOY_SIZE.image_size).to(dtype))
+    )
 
 
 # Figure --------------------------------------------------------------------------------------------------------------
@@ -186,12 +197,12 @@ def main() -> None:
 ComparisonDict = dict[str, Any]  # value returned by `Comparison.to_dict`
 Costs = dict[str, dict[int, float]]  # project -> value on the x axis -> time or memory
 
-FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # width of a figure with all columns, and height, in inches
+FIGURE_WIDTH, FIGURE_HEIGHT = 12.0, 6.6  # size of a figure with all columns, in inches
 CHARACTERS_PER_INCH = 12.5  # maximum number of caption characters per inch of figure width
-OURS = "modeling_vitcls"
-# Project -> color (from the palette of Okabe and Ito) and marker.
-LINE_STYLES = {OURS: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
-MIN_BYTES = 2**12  # size of a memory page in bytes; smaller values are drawn at this size (log axes have no 0)
+PACKAGE_NAME = "modeling_vitcls"
+# Project -> color (Okabe-Ito palette) and marker.
+LINE_STYLES = {PACKAGE_NAME: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
+MIN_PLOTTED_BYTES = 2**12  # minimum memory in the figure (one page), because log axes have no 0
 DEVICE_NAMES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
@@ -199,33 +210,33 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     """Plot the time per image (upper row) and the peak memory of a batch (lower row), with one column per axis.
 
     Args:
-        comparisons: dictionaries returned by `Comparison.to_dict`, or read from the --output file. Entries of other
+        comparisons: Dicts returned by `Comparison.to_dict`, or read from the --output file. Comparisons of other
             kinds of work are skipped.
-        machine: description of the hardware and the versions, for the caption.
+        machine: Description of the hardware and the versions, for the caption.
 
     Raises:
-        ValueError: if no axis was measured.
+        ValueError: If no axis was measured.
     """
-    comparisons = [entry for entry in comparisons if "axis" in entry]
-    columns = [axis for axis in AXES if any(entry["axis"] == axis for entry in comparisons)]
-    if not columns:
+    comparisons = [comparison for comparison in comparisons if "axis" in comparison]
+    fields = [field for field in GROWTH_AXES if any(comparison["axis"] == field for comparison in comparisons)]
+    if not fields:
         raise ValueError("--plot requires growth rows of at least one axis. Set --work growth, and omit --rows.")
-    figure = create_figure(max(FIGURE_WIDTH * len(columns) / len(AXES), FIGURE_WIDTH / 2), FIGURE_HEIGHT)
-    axes_grid = figure.subplots(2, len(columns), squeeze=False, sharey="row", sharex="col")
-    for (time_axes, memory_axes), axis in zip(axes_grid.T, columns, strict=True):
-        growth_axis = AXES[axis]
-        entries = [entry for entry in comparisons if entry["axis"] in (None, axis)]
-        times, peaks = compute_costs(entries, growth_axis)
+    figure = create_figure(max(FIGURE_WIDTH * len(fields) / len(GROWTH_AXES), FIGURE_WIDTH / 2), FIGURE_HEIGHT)
+    axes_grid = figure.subplots(2, len(fields), squeeze=False, sharey="row", sharex="col")
+    for (time_axes, memory_axes), field in zip(axes_grid.T, fields, strict=True):
+        growth_axis = GROWTH_AXES[field]
+        axis_comparisons = [comparison for comparison in comparisons if comparison["axis"] in (None, field)]
+        times, peaks = compute_costs(axis_comparisons, growth_axis)
         draw_lines(time_axes, growth_axis, times)
         draw_lines(memory_axes, growth_axis, peaks)
         time_axes.set_title(growth_axis.title, fontsize=12, color=INK)
         memory_axes.set_xlabel(growth_axis.label, fontsize=11)
-        draw_ticks(memory_axes, growth_axis, entries)
-    axes_grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
-    axes_grid[1, 0].set_ylabel("peak memory of a batch\nwithout parameters, MiB", fontsize=11)
-    lines = {line.get_label(): line for axes in axes_grid.flat for line in axes.get_lines()}
-    projects = [name for name in LINE_STYLES if name in lines]
-    handles = [lines[name] for name in projects]
+        draw_ticks(memory_axes, growth_axis, axis_comparisons)
+    axes_grid[0, 0].set_ylabel("time per image (ms)", fontsize=11)
+    axes_grid[1, 0].set_ylabel("peak memory per batch,\nexcluding parameters (MiB)", fontsize=11)
+    lines_by_project = {line.get_label(): line for axes in axes_grid.flat for line in axes.get_lines()}
+    projects = [name for name in LINE_STYLES if name in lines_by_project]
+    handles = [lines_by_project[name] for name in projects]
     figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
     caption = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
     figure.supxlabel(caption, fontsize=9, color=INK)
@@ -235,29 +246,33 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
 def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
     """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
-    The costs of this package are medians of its measurements in the comparisons with all peers. The time of a peer is
+    The costs of this package are medians over the comparisons with all peers. The time of a peer is
     the time of this package multiplied by the median ratio of the pairs. The distance between two lines therefore
     shows the ratio of paired measurements, even if the load of the machine changed between rows.
     """
-    times: Costs = {OURS: {}}
-    peaks: Costs = {OURS: {}}
-    for value in sorted({entry[growth_axis.value_key] for entry in comparisons}):
-        entries = [entry for entry in comparisons if entry[growth_axis.value_key] == value]
-        times[OURS][value] = statistics.median(1000 / entry["ours_images_per_second"] for entry in entries)
-        peaks[OURS][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in entries)
-        for entry in entries:
-            times.setdefault(entry["against"], {})[value] = times[OURS][value] * entry["ratio"]
-            peaks.setdefault(entry["against"], {})[value] = to_mebibytes(entry["theirs_peak_bytes"])
+    times: Costs = {PACKAGE_NAME: {}}
+    peaks: Costs = {PACKAGE_NAME: {}}
+    for value in sorted({comparison[growth_axis.x_key] for comparison in comparisons}):
+        group = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
+        times[PACKAGE_NAME][value] = statistics.median(
+            1000 / comparison["ours_images_per_second"] for comparison in group
+        )
+        peaks[PACKAGE_NAME][value] = statistics.median(
+            to_mebibytes(comparison["ours_peak_bytes"]) for comparison in group
+        )
+        for comparison in group:
+            times.setdefault(comparison["against"], {})[value] = times[PACKAGE_NAME][value] * comparison["ratio"]
+            peaks.setdefault(comparison["against"], {})[value] = to_mebibytes(comparison["theirs_peak_bytes"])
     return times, peaks
 
 
 def to_mebibytes(num_bytes: int) -> float:
-    """Convert bytes to MiB. Values below `MIN_BYTES` are raised to `MIN_BYTES`."""
-    return max(num_bytes, MIN_BYTES) / 2**20
+    """Convert bytes to MiB. Values below `MIN_PLOTTED_BYTES` are raised to `MIN_PLOTTED_BYTES`."""
+    return max(num_bytes, MIN_PLOTTED_BYTES) / 2**20
 
 
 def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
-    """Draw one line per project."""
+    """Draw one line per project, and format the axes."""
     for name, cost_by_value in costs.items():
         color, marker = LINE_STYLES[name]
         axes.plot(
@@ -286,9 +301,9 @@ def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
 def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[ComparisonDict]) -> None:
     """Draw a tick for each value, with the number of tokens or registers in parentheses below the value."""
     labels = {
-        entry[growth_axis.value_key]: f"{entry[growth_axis.value_key]}"
-        + (f"\n({entry[growth_axis.tick_key]})" if growth_axis.tick_key else "")
-        for entry in comparisons
+        comparison[growth_axis.x_key]: f"{comparison[growth_axis.x_key]}"
+        + (f"\n({comparison[growth_axis.tick_key]})" if growth_axis.tick_key else "")
+        for comparison in comparisons
     }
     axes.set_xticks(list(labels), list(labels.values()))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -296,16 +311,17 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 
 def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
-    first_entry = comparisons[0]
-    size, device = first_entry["size"], DEVICE_NAMES[first_entry["device"]]
+    size, device = comparisons[0]["size"], DEVICE_NAMES[comparisons[0]["device"]]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
-    caption = f"Inference in {first_entry['precision']} on {device}: ViT, {model}; "
-    base_entry = next((entry for entry in comparisons if entry["axis"] is None), None)
-    if base_entry is not None:
-        caption += "{image_size} pixels, patch {patch_size}, batch {batch_size} unless varied; ".format(**base_entry)
-    caption += f"equal outputs. Medians of {min(entry['pairs'] for entry in comparisons)} pairs of measurements. "
-    peers, axes = {entry["against"] for entry in comparisons}, {entry["axis"] for entry in comparisons}
-    if "transformers" in peers and "num_registers" in axes:
+    caption = f"Inference in {comparisons[0]['precision']} on {device}: ViT, {model}; "
+    base = next((comparison for comparison in comparisons if comparison["axis"] is None), None)
+    if base is not None:
+        caption += "{image_size} pixels, patch {patch_size}, batch {batch_size} unless varied; ".format(**base)
+    num_pairs = min(comparison["pairs"] for comparison in comparisons)
+    caption += f"equal outputs. Medians of {num_pairs} pairs of measurements. "
+    peers = {comparison["against"] for comparison in comparisons}
+    fields = {comparison["axis"] for comparison in comparisons}
+    if "transformers" in peers and "num_registers" in fields:
         caption += "The ViT of transformers has no registers. "
     return f"{caption}{machine}."
 

@@ -7,9 +7,9 @@
 
 The files are crops of scikit-learn's two photographs. The crops have the same size, but differ in the JPEG settings.
 Each measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
-because `vitcls predict` changes the memory allocation of its process (system.py). A process reads requests, such as
-`labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the most
-probable label of each file with its probability, or the images per second.
+because `vitcls predict` changes the memory allocator settings of its process (system.py). A process reads requests,
+such as `labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the
+most probable label of each file with its probability, or the images per second.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from .comparison import (
 from .peers import ModelSize, build_transformers_peer, get_model_size
 
 
-# Keyword arguments of PIL's JPEG writer. The files use the entries of the list in turn.
+# Keyword arguments for saving JPEG files with PIL. The files cycle through this list.
 JPEG_SETTINGS: list[dict[str, Any]] = [
     {"quality": 90},
     {"quality": 75, "optimize": True},
@@ -62,10 +62,10 @@ def write_photographs(
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         (folder / name).mkdir(parents=True)
-        rows, columns, _ = photograph.shape  # 427 x 640
+        image_height, image_width, _ = photograph.shape  # 427 x 640
         for index in range(num_images_per_class):
-            y = int(torch.randint(rows - height + 1, (), generator=generator))
-            x = int(torch.randint(columns - width + 1, (), generator=generator))
+            y = int(torch.randint(image_height - height + 1, (), generator=generator))
+            x = int(torch.randint(image_width - width + 1, (), generator=generator))
             crop = Image.fromarray(photograph[y : y + height, x : x + width])
             crop.save(folder / name / f"{index:03}.jpg", **JPEG_SETTINGS[index % len(JPEG_SETTINGS)])
     return folder
@@ -78,7 +78,7 @@ def write_benchmark_files(folder: Path, is_toy: bool) -> list[str]:
 
 
 def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImageProcessor, Any]:
-    """Build equivalent image processors of this package and of transformers. The latter is loaded from `folder`."""
+    """Build equivalent image processors of this package and of transformers. Files are written to `folder`."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     height_width = {"height": size.image_size, "width": size.image_size}
@@ -92,7 +92,7 @@ def build_image_processors(size: ModelSize, folder: Path) -> tuple[ViTCLSImagePr
 
 @dataclass(frozen=True)
 class PixelRow:
-    """Settings of one row of the benchmark report."""
+    """Settings of a call to the image processors, in one row of the benchmark report."""
 
     num_files: int  # number of files per call
     open_file: Callable[[str], Any]  # function that opens a file for AutoImageProcessor
@@ -130,7 +130,7 @@ def compare_processors(
             theirs([row.open_file(file) for file in batch], return_tensors="pt")["pixel_values"] for batch in batches
         ]
 
-    for _ in range(2):  # the first call also initializes the settings of the image processor
+    for _ in range(2):  # the first call also initializes the image processor
         if not all(map(torch.equal, process_ours(), process_theirs())):
             raise ValueError(f"{name}: the pixel values differ. Speed is compared only if the outputs are equal.")
     throughputs = compare_throughput(process_ours, process_theirs, len(files), settings)
@@ -140,7 +140,7 @@ def compare_processors(
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-MAX_DIFFERENCE = 1e-4  # maximum difference between probabilities
+PROBABILITY_LIMIT = 1e-4  # maximum difference between probabilities
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # row name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
@@ -168,7 +168,7 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
     """Return the largest difference between the probabilities of the most probable labels.
-    Raise ValueError if labels differ, or if probabilities differ by more than `MAX_DIFFERENCE`."""
+    Raise ValueError if labels differ, or if probabilities differ by more than `PROBABILITY_LIMIT`."""
     difference = 0.0
     for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
         if ours != theirs:
@@ -176,7 +176,7 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
                 f"{name}: the label of image {index} is {ours} with vitcls predict, but {theirs} with the pipeline"
             )
         difference = max(difference, abs(probability - their_probability))
-    return check_difference(difference, MAX_DIFFERENCE, name, "the probabilities")
+    return check_difference(difference, PROBABILITY_LIMIT, name, "the probabilities")
 
 
 class PredictionProcess(LoggedProcess):
@@ -202,10 +202,10 @@ def build_vitcls_predictor(size: ModelSize, folder: Path) -> FilePredictionFunct
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
     model = build_transformers_peer(size).ours.eval()
-    columns = build_prediction_columns(model, top_k=5, threshold=0.5, features=None)
+    prediction_columns = build_prediction_columns(model, top_k=5, threshold=0.5, features=None)
 
     def predict(batch_size: int) -> list[TopLabel]:
-        predictor = Predictor(model, processor, columns, nullcontext, batch_size, get_num_workers())
+        predictor = Predictor(model, processor, prediction_columns, nullcontext, batch_size, get_num_workers())
         image_files = build_list_input([str(folder / "photographs")])
         rows = predictor.iterate_rows(image_files, [range(image_files.num_images)], chunk_size=image_files.num_images)
         return [(row["error"] or row["label"], row["probability"]) for row in rows]
@@ -233,7 +233,7 @@ PREDICTORS = {"ours": build_vitcls_predictor, "theirs": build_pipeline_predictor
 
 
 def main() -> None:
-    """Reply to the requests from standard input until the end of the input."""
+    """Reply to requests on standard input until end of file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("program", choices=PREDICTORS)
     parser.add_argument("folder", type=Path)

@@ -1,13 +1,13 @@
 """Comparisons within this package: models with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
-    attention   time and memory of reading attention, compared with a plain forward pass
-    probe       a linear probe with cached features, compared with a probe that encodes each batch again
+    attention   time and memory of computing attention maps, compared with a plain forward pass
+    probe       a linear probe with cached features, compared with a probe that encodes the images in every epoch
 
     python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
 
-Merging or dropping patches changes the outputs, so equality of the outputs is checked only with the feature set to 0.
-The loss of accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
+Merging or dropping patches changes the outputs, so the outputs are compared only with the feature disabled (set to 0).
+The effect on accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 
 import copy
@@ -29,9 +29,9 @@ from .comparison import (
     check_difference,
     check_logits,
     check_tensors,
+    compare_peak_memory,
     compare_throughput,
     measure_memory_growth,
-    measure_peaks,
     parse_memory_flags,
 )
 from .peers import (
@@ -88,8 +88,8 @@ INEXACT_ROWS = {
 }
 
 
-def compare_inexact_options(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare the models with and without the option of each row."""
+def compare_inexact_features(rows: dict[str, InexactRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
+    """Compare models with and without the feature of each row."""
     size = get_model_size(settings.is_toy)
     for name, row in rows.items():
         plain_model = build_model(size)
@@ -127,11 +127,11 @@ def check_disabled_feature(
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-AttentionReadingFunction = Callable[
+AttentionFunction = Callable[
     [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
 ]  # model, images [B, C, H, W] -> tensor of any shape
 
-ATTENTION_LIMIT = 1e-5  # maximum of |SDPA - eager attention| / max(1, |largest value|)
+ATTENTION_LIMIT = 1e-5  # maximum of |output - reference| / max(1, largest |reference|)
 NUM_REGISTERS = 4
 
 
@@ -142,31 +142,31 @@ def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Ten
     return statistics.compute().entropy
 
 
-def read_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
+def compute_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
     """Compute complete attention maps with eager attention, and return the rows of the special tokens."""
-    implementation = model.config._attn_implementation
+    attn_implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    maps = model(pixel_values, output_attentions=True).attentions
-    model.set_attn_implementation(implementation)
-    return torch.stack(maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
+    attention_maps = model(pixel_values, output_attentions=True).attentions
+    model.set_attn_implementation(attn_implementation)
+    return torch.stack(attention_maps, dim=1)[..., : model.config.token_layout.num_prefix_tokens, :]
 
 
 @dataclass(frozen=True)
 class AttentionRow:
     """Settings of a computation with attention maps, in one row of the benchmark report. `reference` computes the
-    expected values; None means `read` with eager attention."""
+    expected outputs. The default is `compute` with eager attention."""
 
-    read: AttentionReadingFunction
+    compute: AttentionFunction
     batch_size: int
-    reference: AttentionReadingFunction | None = None
+    reference: AttentionFunction | None = None
 
 
 # Rows for ViT-S/16 at 224 pixels with four registers, in float32.
 ATTENTION_ROWS = {
-    "token_attention, batch 16": AttentionRow(ViTCLSForImageClassification.token_attention, 16, read_eager_maps),
-    "token_attention, batch 1": AttentionRow(ViTCLSForImageClassification.token_attention, 1, read_eager_maps),
+    "token_attention, batch 16": AttentionRow(ViTCLSForImageClassification.token_attention, 16, compute_eager_maps),
+    "token_attention, batch 1": AttentionRow(ViTCLSForImageClassification.token_attention, 1, compute_eager_maps),
     "whole maps of eager attention, batch 16": AttentionRow(
-        read_eager_maps, 16, ViTCLSForImageClassification.token_attention
+        compute_eager_maps, 16, ViTCLSForImageClassification.token_attention
     ),
     "attention rollout, batch 16": AttentionRow(compute_attention_rollout, 16),
     "attribution, batch 16": AttentionRow(compute_attribution, 16),
@@ -180,9 +180,9 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
     for name, row in rows.items():
         model, pixel_values = build_model_and_images(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
-        ours, theirs = partial(row.read, model, pixel_values), partial(model, pixel_values)
+        ours, theirs = partial(row.compute, model, pixel_values), partial(model, pixel_values)
         throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
-        peaks = measure_peaks(__name__, name, *settings.toy_flags)
+        peaks = compare_peak_memory(__name__, name, *settings.toy_flags)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *throughputs, difference, details)
 
@@ -201,13 +201,13 @@ def check_attention(
     """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds
     `ATTENTION_LIMIT`."""
     image = pixel_values[:1]
-    actual = row.read(model, image)
+    actual = row.compute(model, image)
     if row.reference is None:
         model.set_attn_implementation("eager")
-    expected = (row.reference or row.read)(model, image)
+    expected = (row.reference or row.compute)(model, image)
     model.set_attn_implementation("sdpa")
     limit = ATTENTION_LIMIT * max(1.0, expected.abs().max().item())
-    return check_difference((actual - expected).abs().max().item(), limit, name, "the values")
+    return check_difference((actual - expected).abs().max().item(), limit, name, "the outputs")
 
 
 # Linear probe --------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """Settings of the training of a linear probe, in one row of the benchmark report."""
+    """Settings of linear probe training, in one row of the benchmark report."""
 
     num_epochs: int
     num_images: int
@@ -238,11 +238,11 @@ def compare_probes(rows: dict[str, ProbeRow], settings: BenchmarkSettings) -> It
             partial(train_probe, model, pixel_values, labels, row, use_cache) for use_cache in (True, False)
         )
         difference = check_tensors(train_cached(), train_uncached(), PROBE_LIMIT, name, "the trained weights")
-        # With is_toy=True, a measurement is a single training run.
+        # is_toy=True limits each measurement to one training run.
         num_images = row.num_epochs * row.num_images
         throughputs = compare_throughput(train_cached, train_uncached, num_images, replace(settings, is_toy=True))
         details = {"size": vars(size), **vars(row)}
-        yield Comparison("linear probe", name, "recomputing the backbone", *throughputs, difference, details)
+        yield Comparison("linear probe", name, "recomputing the features", *throughputs, difference, details)
 
 
 def train_probe(
@@ -273,13 +273,13 @@ def train_probe(
 
 
 def main() -> None:
-    """Print the peak memory of reading attention, or (with --theirs) of a plain forward pass, in bytes."""
+    """Print the peak memory of computing attention maps or, with --theirs, of a plain forward pass, in bytes."""
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_model_and_images(row.batch_size, flags.toy)
-    read = build_predict_function(model) if flags.theirs else lambda images: row.read(model, images)
+    compute = build_predict_function(model) if flags.theirs else lambda images: row.compute(model, images)
     with torch.no_grad():  # the warm-up uses one image
-        print(measure_memory_growth(lambda: read(pixel_values[:1]), lambda: read(pixel_values)))
+        print(measure_memory_growth(lambda: compute(pixel_values[:1]), lambda: compute(pixel_values)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
-Both models have the same random weights: the model of this package is converted from the other model. A training step
-is the forward pass, the backward pass and AdamW, without data loading; training_runs.py compares whole training runs.
+The model of this package is converted from the peer's model, so that their random weights are equal. A training step
+consists of a forward pass, a backward pass and an AdamW update. training_runs.py compares complete training runs, with
+data loading.
 """
 
 import copy
@@ -27,10 +28,10 @@ from .comparison import (
     Throughputs,
     check_difference,
     check_logits,
+    compare_peak_memory,
     compare_throughput,
     measure_gpu_memory_growth,
     measure_memory_growth,
-    measure_peaks,
     parse_memory_flags,
 )
 
@@ -52,13 +53,15 @@ class ModelSize:
         return 4 * self.hidden_size
 
 
-SMALL = ModelSize(image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
-TOY = ModelSize(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5)
+SMALL_SIZE = ModelSize(image_size=224, patch_size=16, hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
+TOY_SIZE = ModelSize(
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5
+)
 
 
 def get_model_size(is_toy: bool) -> ModelSize:
     """Return the size of ViT-S/16 at 224 pixels, or of the toy model."""
-    return TOY if is_toy else SMALL
+    return TOY_SIZE if is_toy else SMALL_SIZE
 
 
 def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
@@ -97,7 +100,7 @@ class Peer:
 
 
 def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
-    """Build the ViT of transformers with untrained weights. `labels` is empty, or contains id2label and label2id."""
+    """Build the randomly initialized ViT of transformers. `labels` may contain `id2label` and `label2id`."""
     from transformers import ViTConfig, ViTForImageClassification
 
     fields = {name: value for name, value in vars(size).items() if not labels or name != "num_labels"}
@@ -148,7 +151,7 @@ PEERS_WITH_REGISTERS: dict[str, Callable[[ModelSize, int], Peer]] = {"timm": bui
 
 
 def build_random_images(num_images: int, image_size: int) -> torch.Tensor:
-    """Return random images [B, 3, H, W], the same in every call."""
+    """Return fixed random images [B, 3, H, W]."""
     return torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -203,8 +206,8 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Throughputs, float]:
-    """Compare the outputs and the speed of both models for a batch. Return the throughputs and the largest logit
-    difference."""
+    """Compare the outputs and the speed of the two models of a peer for a batch. Return the throughputs and the
+    largest logit difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
     ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
@@ -215,12 +218,12 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Settings of a training step, in one row of the benchmark report. Weights are float32; `limit` is the maximum
-    relative difference between gradients."""
+    """Settings of a training step, in one row of the benchmark report. Weights are float32.
+    `gradient_limit` is the maximum relative difference between gradients."""
 
     autocast: torch.dtype | None
     batch_size: int
-    limit: float
+    gradient_limit: float
 
 
 # Rows for ViT-S/16 at 224 pixels.
@@ -250,7 +253,7 @@ class StepRunner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def compute_gradients(self, num_images: int) -> None:
-        """Compute the gradients of the loss of the first `num_images` images. Earlier gradients are discarded."""
+        """Discard earlier gradients, and compute the gradients of the loss on the first `num_images` images."""
         self.optimizer.zero_grad()
         with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
             logits = self.predict(self.pixel_values[:num_images])
@@ -269,10 +272,10 @@ class StepRunner:
         self.compute_gradients(num_images or len(self.labels))
         self.optimizer.step()
 
-    def measure_gpu_peak(self) -> int:
+    def measure_gpu_peak_memory(self) -> int:
         """Return the peak GPU memory of a step in bytes, excluding parameters and optimizer state.
 
-        At least one step must have been taken before, because the first step allocates the optimizer state.
+        Take at least one step before the measurement, because the first step allocates the optimizer state.
         """
         self.optimizer.zero_grad()
         peak = measure_gpu_memory_growth(self)
@@ -286,15 +289,18 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
     difference = check_gradients(ours, theirs, f"{name} against {peer.name}")
     throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
     if settings.device == "cpu":
-        peaks = measure_peaks(__name__, name, peer.name, *settings.toy_flags)
+        peaks = compare_peak_memory(__name__, name, peer.name, *settings.toy_flags)
     else:
-        peaks = {"ours_peak_bytes": ours.measure_gpu_peak(), "theirs_peak_bytes": theirs.measure_gpu_peak()}
+        peaks = {
+            "ours_peak_bytes": ours.measure_gpu_peak_memory(),
+            "theirs_peak_bytes": theirs.measure_gpu_peak_memory(),
+        }
     details = {"device": settings.device, "size": vars(peer.size), **peaks}
     return Comparison("training step", name, peer.name, *throughputs, difference, details)
 
 
 def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:
-    """Build the runners of both models, with the same images."""
+    """Build a runner for each model of a peer, with the same images."""
     peer = peer.to(torch.float32, device)
     ours = StepRunner(peer.ours, peer.predict_ours, row, peer.size, device)
     return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)
@@ -304,7 +310,7 @@ def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
     """Return the relative difference between the patch projection gradients of both models, for two images."""
     gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
-    return check_difference(difference, ours.row.limit, name, "the gradients, relative to their norm,")
+    return check_difference(difference, ours.row.gradient_limit, name, "the gradients, relative to their norm,")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Reports of comparisons: tables on the terminal, Markdown and JSON files, and the figure of growth.py."""
+"""Reports of comparisons: tables in the terminal, Markdown and JSON files, and the figure of growth.py."""
 
 import os
 import statistics
@@ -15,10 +15,10 @@ from .comparison import Comparison, compute_quartiles
 from .growth import plot_growth
 
 
-HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls / other")
+MARKDOWN_HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls / other")
 
 
-def get_machine() -> dict[str, Any]:
+def get_machine_properties() -> dict[str, Any]:
     """Return the processor, the number of cores and threads, the load and the GPU of this machine."""
     return {
         "processor": get_processor_name(),
@@ -30,8 +30,8 @@ def get_machine() -> dict[str, Any]:
 
 
 def describe_machine(comparisons: list[Comparison]) -> str:
-    """Return one line with the hardware and the versions. The GPU is included if a comparison used the GPU."""
-    machine = get_machine()
+    """Return one line with the hardware and library versions. The GPU is included if a comparison ran on the GPU."""
+    machine = get_machine_properties()
     description = f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
     description = f"{description}, load {machine['load']:.1f}"
     if any(comparison.details.get("device") == "cuda" for comparison in comparisons):
@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return a dict from (work, name) to the median ratio to the faster peer, for each row with several peers."""
+    """Return a dict from (work, name) to the median ratio to the fastest peer, for each row with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]
@@ -60,20 +60,20 @@ def print_comparison(comparison: Comparison) -> Comparison:
 
 
 def print_tables(comparisons: list[Comparison]) -> None:
-    """Print tables of speed, ratios to the faster peer and memory, and a line about the machine."""
+    """Print tables of speed, ratios to the fastest peer and memory, and a line about the machine."""
     speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
     memory_table = Table(
         "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
     )
-    ratio_table = Table("work", "ratio", title="ratio to the faster peer")
-    for entry in (comparison.to_dict() for comparison in comparisons):
-        row = (f"{entry['work']}: {entry['name']}", entry["against"])
-        throughputs = (f"{entry[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
-        lower, upper = entry["quartiles"]
-        speed_table.add_row(*row, *throughputs, f"{entry['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
-        if "ours_peak_bytes" in entry:
+    ratio_table = Table("work", "ratio", title="ratio to the fastest peer")
+    for result in (comparison.to_dict() for comparison in comparisons):
+        row = (f"{result['work']}: {result['name']}", result["against"])
+        throughputs = (f"{result[f'{prefix}_images_per_second']:.1f}" for prefix in ("ours", "theirs"))
+        lower, upper = result["quartiles"]
+        speed_table.add_row(*row, *throughputs, f"{result['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
+        if "ours_peak_bytes" in result:
             memory_table.add_row(
-                *row, *(f"{entry[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
+                *row, *(f"{result[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
             )
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
         ratio_table.add_row(f"{work}: {name}", f"{ratio:.2f}")
@@ -92,8 +92,11 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
-    table = [HEADER, *(format_cells(work, name, entries) for (work, name), entries in rows.items())]
-    columns = [index for index in range(len(HEADER)) if any(row[index] for row in table[1:])]
+    table = [
+        MARKDOWN_HEADER,
+        *(format_cells(work, name, results) for (work, name), results in rows.items()),
+    ]
+    columns = [index for index in range(len(MARKDOWN_HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
     pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
     pair_counts_text = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
@@ -101,17 +104,17 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
 
 
-def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[str, ...]:
+def format_cells(work: str, name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
     """Return the cells of a Markdown table row, including the ratios to all baselines."""
-    speed = statistics.median(entry["ours_images_per_second"] for entry in entries)
+    speed = statistics.median(result["ours_images_per_second"] for result in results)
     ratios = (
-        "{} {:.2f} ({:.2f} to {:.2f})".format(entry["against"], entry["ratio"], *entry["quartiles"])
-        for entry in entries
+        "{} {:.2f} ({:.2f} to {:.2f})".format(result["against"], result["ratio"], *result["quartiles"])
+        for result in results
     )
     memory = (
-        f"{entry['against']} {entry['ours_peak_bytes'] / entry['theirs_peak_bytes']:.2f}"
-        for entry in entries
-        if entry.get("theirs_peak_bytes")
+        f"{result['against']} {result['ours_peak_bytes'] / result['theirs_peak_bytes']:.2f}"
+        for result in results
+        if result.get("theirs_peak_bytes")
     )
     return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratios), ", ".join(memory)
 
@@ -119,7 +122,7 @@ def format_cells(work: str, name: str, entries: list[dict[str, Any]]) -> tuple[s
 def write_reports(
     comparisons: list[Comparison], output_file: Path | None, markdown_file: Path | None, plot_file: Path | None
 ) -> None:
-    """Write the results to a JSON file, a Markdown file and a figure (PNG or SVG), if their paths are given.
+    """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG).
 
     Raises:
         ValueError: If `plot_file` is given, but no row of --work growth was measured.
@@ -127,19 +130,19 @@ def write_reports(
     for file in (output_file, markdown_file, plot_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    entries = [comparison.to_dict() for comparison in comparisons]
+    results = [comparison.to_dict() for comparison in comparisons]
     if output_file is not None:
         lowest_ratios = compute_lowest_ratios(comparisons)
-        results = {
-            "machine": get_machine(),
+        report = {
+            "machine": get_machine_properties(),
             "versions": get_versions("timm"),
-            "comparisons": entries,
+            "comparisons": results,
             "over_the_better": [
                 {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios.items()
             ],
         }
-        write_json(output_file, results)
+        write_json(output_file, report)
     if markdown_file is not None:
         markdown_file.write_text(format_markdown(comparisons), encoding="utf-8")
     if plot_file is not None:
-        plot_growth(entries, describe_machine(comparisons)).savefig(plot_file, dpi=150)
+        plot_growth(results, describe_machine(comparisons)).savefig(plot_file, dpi=150)

@@ -2,9 +2,9 @@
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
-Each program runs in its own process, is started from a command line, and appends a line to a file every `log_every`
-steps. While one program is measured, the other program is suspended. The speed is computed from the time between the
-lines. Suspending processes requires POSIX signals.
+Each program runs in a separate process and appends a line to a file every `log_every` steps. While one program is
+measured, the other program is suspended. The speed is computed from the time between lines. Suspending a process
+requires POSIX signals.
 """
 
 import json
@@ -28,7 +28,7 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_alternately
 from .image_files import write_photographs
-from .peers import SMALL, ModelSize, build_predict_function, build_transformers_vit
+from .peers import SMALL_SIZE, ModelSize, build_predict_function, build_transformers_vit
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,27 @@ class TrainingRun:
     log_every: int  # number of steps per line of metrics
     lines_per_turn: int  # number of lines of metrics per measurement
     learning_rate: float  # peak learning rate
-    augmentation: dict[str, Any]  # values of the fields of `AugmentationOptions`
+    augmentation: dict[str, Any]  # field values of `AugmentationOptions`
 
 
 CROP_AUGMENTATION = {"crop_scale": 0.35, "flip": True, "rotation": 0, "shift": 0.0, "zoom": 0.0}
 SHIFT_AUGMENTATION = {"crop_scale": 1.0, "flip": False, "rotation": 10, "shift": 0.1, "zoom": 0.1}
 
-PHOTOGRAPHS = TrainingRun("photographs", SMALL, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
+PHOTOGRAPHS_RUN = TrainingRun("photographs", SMALL_SIZE, 16, "bf16", 1, 1, 3, 5e-4, CROP_AUGMENTATION)
 # Settings of scripts/recipes/digits.yaml without registers, which transformers' ViT does not support.
 DIGITS_RUN = TrainingRun("digits", ModelSize(32, 8, 64, 4, 4), 64, "no", 0, 20, 3, 2e-3, SHIFT_AUGMENTATION)
 
 TRAINING_RUNS = {
-    "ViT-S/16 at 224, bf16": PHOTOGRAPHS,
-    "ViT-S/16 at 224, fp32": replace(PHOTOGRAPHS, mixed_precision="no"),
+    "ViT-S/16 at 224, bf16": PHOTOGRAPHS_RUN,
+    "ViT-S/16 at 224, fp32": replace(PHOTOGRAPHS_RUN, mixed_precision="no"),
     "digits, fp32": DIGITS_RUN,
     "digits, bf16": replace(DIGITS_RUN, mixed_precision="bf16"),
 }
 TOY_RUNS = {"toy": replace(DIGITS_RUN, size=ModelSize(32, 8, 32, 2, 2), log_every=1, lines_per_turn=1)}
 
 MAX_STEPS = 1_000_000  # number of steps of a run, larger than any benchmark requires
-# No epoch may end during a measurement, because Trainer restarts the workers after each epoch.
+# Number of crops per class, so large that no epoch ends during a measurement (Trainer restarts the workers after each
+# epoch).
 PHOTOGRAPHS_PER_CLASS = 512
 NUM_WARMUP_LINES = 2  # number of lines of metrics before the first measurement
 MAX_WAIT_SECONDS = 600  # maximum time to wait for lines of metrics, in seconds
@@ -85,10 +86,10 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
         label_names = ["china", "flower"]
     difference = save_models(run, label_names, folder, name)
     with (
-        SuspendedRun(build_our_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
-        SuspendedRun(build_their_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
+        SuspendedRun(build_finetune_command(run, dataset, folder), folder / "ours" / "metrics.jsonl", run) as ours,
+        SuspendedRun(build_trainer_command(run, dataset, folder), folder / "theirs.jsonl", run) as theirs,
     ):
-        throughputs = measure_alternately(ours.measure_speed, theirs.measure_speed, num_pairs)
+        throughputs = measure_alternately(ours.measure_throughput, theirs.measure_throughput, num_pairs)
     return Comparison("training", name, "transformers", *throughputs, difference, asdict(run))
 
 
@@ -96,11 +97,11 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
     """Save transformers' ViT and a vitcls model with the same weights; return the largest difference between the
     logits."""
     torch.manual_seed(0)
-    labels = {
+    label_mappings = {
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: index for index, label in enumerate(label_names)},
     }
-    theirs = build_transformers_vit(run.size, **labels).eval()
+    theirs = build_transformers_vit(run.size, **label_mappings).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
     difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
@@ -114,7 +115,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
+def build_finetune_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
     """Return the command line that runs `vitcls finetune` without evaluations or checkpoints."""
     flags = {
         "model": folder / "our_model",
@@ -135,7 +136,7 @@ def build_our_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]
     return [*program, *arguments, "--flip" if run.augmentation["flip"] else "--no-flip"]
 
 
-def build_their_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
+def build_trainer_command(run: TrainingRun, dataset: str, folder: Path) -> list[str]:
     """Write the settings of transformers' Trainer to a file, and return the command line that runs Trainer."""
     settings = {
         **{name: value for name, value in vars(run).items() if name != "size"},
@@ -169,7 +170,7 @@ class SuspendedRun(LoggedProcess):
             raise
         return self
 
-    def measure_speed(self) -> float:
+    def measure_throughput(self) -> float:
         """Resume the run, and return the images per second over `lines_per_turn` lines of metrics.
 
         The first line is excluded, because the run was suspended during its steps.
@@ -201,13 +202,13 @@ class SuspendedRun(LoggedProcess):
 # transformers' Trainer, used as in the image classification example of transformers ----------------------------------
 
 
-LabeledImage = tuple[Image.Image, int]
+LabeledImage = tuple[Image.Image, int]  # image and label index
 
 
-def collate(images: list[LabeledImage], transform: v2.Transform) -> dict[str, torch.Tensor]:
+def collate_images(labeled_images: list[LabeledImage], transform: v2.Transform) -> dict[str, torch.Tensor]:
     """Return a batch of transformed images and their labels."""
-    pixel_values = torch.stack([transform(image) for image, _ in images])  # [B, 3, H, W]
-    return {"pixel_values": pixel_values, "labels": torch.tensor([label for _, label in images])}
+    pixel_values = torch.stack([transform(image) for image, _ in labeled_images])  # [B, 3, H, W]
+    return {"pixel_values": pixel_values, "labels": torch.tensor([label for _, label in labeled_images])}
 
 
 class LineWriter(TrainerCallback):
@@ -224,7 +225,7 @@ class LineWriter(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step}) + "\n")
 
 
-def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
+def load_dataset(name: str, image_size: int) -> Sequence[LabeledImage] | ImageFolder:
     """Return the resized digits of scikit-learn, or the images of a folder with a subfolder per class."""
     if name != "digits":
         return ImageFolder(name)
@@ -233,16 +234,17 @@ def load_dataset(name: str, size: int) -> Sequence[LabeledImage] | ImageFolder:
     digits = load_digits()
     arrays = (digits.images * (255 / 16)).round().astype("uint8")  # [1797, 8, 8]
     images = (
-        Image.fromarray(array).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for array in arrays
+        Image.fromarray(array).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+        for array in arrays
     )
     return list(zip(images, digits.target.tolist(), strict=True))
 
 
-def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
+def build_transforms(augmentation: dict[str, Any], image_size: int) -> v2.Transform:
     """Build transforms that augment individual images in the same way as data/augmentation.py."""
     transforms: list[v2.Transform] = [v2.PILToTensor()]
     if augmentation["crop_scale"] < 1:
-        transforms.append(v2.RandomResizedCrop((size, size), scale=(augmentation["crop_scale"], 1.0)))
+        transforms.append(v2.RandomResizedCrop((image_size, image_size), scale=(augmentation["crop_scale"], 1.0)))
     if augmentation["flip"]:
         transforms.append(v2.RandomHorizontalFlip())
     if augmentation["rotation"]:
@@ -261,8 +263,8 @@ def build_transforms(augmentation: dict[str, Any], size: int) -> v2.Transform:
 def main(settings: dict[str, Any]) -> None:
     """Train with transformers' Trainer until the process is stopped."""
     model = ViTForImageClassification.from_pretrained(settings["model"])
-    size = settings["image_size"]
-    arguments = TrainingArguments(
+    image_size = settings["image_size"]
+    training_arguments = TrainingArguments(
         output_dir=settings["output_dir"],
         max_steps=MAX_STEPS,
         per_device_train_batch_size=settings["batch_size"],
@@ -285,9 +287,9 @@ def main(settings: dict[str, Any]) -> None:
     )
     trainer = Trainer(
         model,
-        arguments,
-        train_dataset=load_dataset(settings["dataset"], size),
-        data_collator=partial(collate, transform=build_transforms(settings["augmentation"], size)),
+        training_arguments,
+        train_dataset=load_dataset(settings["dataset"], image_size),
+        data_collator=partial(collate_images, transform=build_transforms(settings["augmentation"], image_size)),
         callbacks=[LineWriter(Path(settings["metrics"]), settings["log_every"])],
     )
     trainer.train()

@@ -1,4 +1,4 @@
-"""The kinds of work of `vitcls benchmark --work`, by name."""
+"""The kinds of work that `vitcls benchmark --work` supports."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from .comparison import BenchmarkSettings, Comparison
-from .growth import POINTS, TOY_POINTS, compare_growth
+from .growth import GROWTH_POINTS, TOY_GROWTH_POINTS, compare_growth
 from .image_files import PIXEL_ROWS, PREDICTION_ROWS, compare_pixels, compare_prediction
 from .own_features import (
     ATTENTION_ROWS,
     INEXACT_ROWS,
     PROBE_ROWS,
     compare_attention,
-    compare_inexact_options,
+    compare_inexact_features,
     compare_probes,
 )
 from .peers import FORWARD_PASSES, TRAINING_STEPS, compare_forward_pass, compare_step, compare_with_peers
@@ -24,7 +24,7 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 @dataclass(frozen=True)
 class WorkKind:
-    """A kind of work: a table of rows, the function that compares rows, and another table for toy models, if any."""
+    """A kind of work: a table of rows, the function that compares rows, and an optional table for toy models."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -34,9 +34,9 @@ class WorkKind:
 
 WORK_KINDS = {
     "inference": WorkKind(FORWARD_PASSES, partial(compare_with_peers, compare_forward_pass), supports_gpu=True),
-    "growth": WorkKind(POINTS, compare_growth, TOY_POINTS, supports_gpu=True),
+    "growth": WorkKind(GROWTH_POINTS, compare_growth, TOY_GROWTH_POINTS, supports_gpu=True),
     "step": WorkKind(TRAINING_STEPS, partial(compare_with_peers, compare_step), supports_gpu=True),
-    "inexact": WorkKind(INEXACT_ROWS, compare_inexact_options, supports_gpu=True),
+    "inexact": WorkKind(INEXACT_ROWS, compare_inexact_features, supports_gpu=True),
     "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
     "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),
     "probe": WorkKind(PROBE_ROWS, compare_probes),
@@ -45,12 +45,14 @@ WORK_KINDS = {
 }
 
 
-def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare all rows of the given kinds of work, or only the given rows.
+def run_benchmarks(
+    work_names: tuple[str, ...], row_names: tuple[str, ...], settings: BenchmarkSettings
+) -> Iterator[Comparison]:
+    """Compare the rows of the given kinds of work. If `row_names` is not empty, compare only these rows.
 
     Raises:
-        ValueError: If a row does not exist or the device is not available (raised before any measurement); if outputs,
-            gradients or trained weights differ; if a process fails; or if memory cannot be measured.
+        ValueError: If a row does not exist, if the device is not available, if the outputs, gradients or trained
+            weights differ, or if a measurement fails.
     """
     if settings.device != "cpu":
         if not torch.cuda.is_available():
@@ -64,10 +66,10 @@ def compare(work_names: tuple[str, ...], rows: tuple[str, ...], settings: Benchm
                 f"--device cuda: {supported_work}."
             )
     tables = {name: (settings.is_toy and WORK_KINDS[name].toy_rows) or WORK_KINDS[name].rows for name in work_names}
-    known_rows = [row for table in tables.values() for row in table]
-    for row in rows:
-        if row not in known_rows:
-            raise ValueError(f"--rows: there is no row {row!r}. Choose from {', '.join(map(repr, known_rows))}")
+    known_names = [row_name for table in tables.values() for row_name in table]
+    for row_name in row_names:
+        if row_name not in known_names:
+            raise ValueError(f"--rows: there is no row {row_name!r}. Choose from {', '.join(map(repr, known_names))}")
     for name, table in tables.items():
-        if selected_rows := {row: table[row] for row in table if not rows or row in rows}:
+        if selected_rows := {key: row for key, row in table.items() if not row_names or key in row_names}:
             yield from WORK_KINDS[name].compare(selected_rows, settings)

@@ -33,7 +33,8 @@ class BenchmarkOptions:
     tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and dropped
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
     label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
-    transformers' Trainer. attention: time and memory of reading attention, compared with a plain forward pass."""
+    transformers' Trainer. attention: time and memory of computing attention maps, compared with a plain forward
+    pass."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
     """Peers for --work inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
@@ -75,9 +76,9 @@ def run(options: BenchmarkOptions) -> None:
     """Run the benchmarks, write the files and print the tables."""
     from ..benchmarking.comparison import BenchmarkSettings
     from ..benchmarking.tables import print_comparison, print_tables, write_reports
-    from ..benchmarking.work import compare
+    from ..benchmarking.work import run_benchmarks
 
     settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
-    comparisons = [print_comparison(comparison) for comparison in compare(options.work, options.rows, settings)]
+    comparisons = [print_comparison(comparison) for comparison in run_benchmarks(options.work, options.rows, settings)]
     write_reports(comparisons, options.output, options.markdown, options.plot)
     print_tables(comparisons)

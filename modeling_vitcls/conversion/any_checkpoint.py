@@ -23,7 +23,14 @@ from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..files import read_json
-from ..hub.loading import CONFIG, CONFIG_FILES, MODEL_FILES, get_cached_commit, get_model_folder, split_revision
+from ..hub.loading import (
+    CONFIG_FILE,
+    CONFIG_FILES,
+    MODEL_FILE_PATTERNS,
+    get_cached_commit,
+    get_model_folder,
+    split_revision,
+)
 from ..version import __version__
 
 
@@ -32,7 +39,7 @@ PREFIXES = ("timm:", "transformers:")
 log = logging.getLogger(__name__)
 
 
-def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
+def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS) -> str:
     """Return the folder of a vitcls model: the source itself, or the folder of the download or conversion.
 
     Args:
@@ -79,7 +86,7 @@ def is_pinned(pinned_source: object, source: object) -> bool:
 def read_model_types(folder: str) -> tuple[str | None, str | None]:
     """Return `model_type` (transformers) and `architecture` (timm) of config.json; None for missing values."""
     try:
-        config = read_json(Path(folder, CONFIG))
+        config = read_json(Path(folder, CONFIG_FILE))
         return config.get("model_type"), config.get("architecture")
     except (OSError, ValueError, AttributeError):  # reported when the model is loaded
         return None, None
@@ -90,7 +97,7 @@ def convert_once(source: str) -> str:
     from .convert import convert_checkpoint  # slow, because it imports many transformers models
 
     folder = get_cache_folder() / compute_cache_name(source)
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         log.warning("converting %s; the result is cached in %s", source, folder)
         convert_checkpoint(source, folder)
     return str(folder)

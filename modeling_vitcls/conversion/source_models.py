@@ -23,10 +23,10 @@ from ..errors import format_error
 from ..hub.connection import iter_causes
 from ..hub.loading import (
     CONFIG_FILES,
-    get_any_model_folder,
     get_cached_commit,
+    get_external_model_folder,
     get_model_folder,
-    load_timm,
+    load_timm_model,
     split_revision,
 )
 from ..modeling_vitcls import ViTCLSPreTrainedModel
@@ -76,7 +76,7 @@ class TimmSource:
             hint = f". Did you mean {similar_names[0]}?" if similar_names else ""
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
         try:
-            model, commit = load_timm(name, pretrained=not random_init)
+            model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without trained weights"
@@ -129,7 +129,9 @@ class TransformersSource:
         """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json."""
         path, revision = split_revision(name)
         folder = (
-            get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
+            get_model_folder(path, CONFIG_FILES, revision)
+            if random_init
+            else get_external_model_folder(path, revision)
         )
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

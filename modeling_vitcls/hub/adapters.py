@@ -1,6 +1,6 @@
 """LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors and card.
 
-    write_adapter(runs/mine/adapter, weights, config, rank=8, base_model="someone/their-vit")
+    write_adapter(Path("runs/mine/adapter"), weights, config, rank=8, base_model="someone/their-vit")
     vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter
 
     base = AutoModelForImageClassification.from_pretrained("someone/their-vit", num_labels=10, trust_remote_code=True)
@@ -25,13 +25,13 @@ from .local_paths import is_local, strip_folders
 from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *LICENSE_PATTERNS)
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, "README.md", *LICENSE_PATTERNS)
 # Modules whose parameters are stored in full in an adapter.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default value of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
-LORA_TARGETS = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
+LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
 
 
 def write_adapter(
@@ -59,7 +59,7 @@ def write_adapter(
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=LORA_TARGETS,
+        target_modules=LORA_TARGET_MODULES,
         modules_to_save=saved_modules,
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -70,7 +70,7 @@ def write_adapter(
         for name, weight in weights.items()
         if ".lora_" in name or name.startswith(tuple(f"{module}." for module in saved_modules))
     }
-    save_file(adapter_weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(adapter_weights, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / "README.md")
     if provenance is not None:
         provenance.copy_license(folder)
@@ -80,16 +80,16 @@ def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
     """Build the card of an adapter. `name` is the folder name, which a push replaces with the repository id."""
-    metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
-    arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
-    arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+    license_metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
+    loading_arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
+    loading_arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
     card_data = ModelCardData(
         base_model=None if is_local(base_model) else base_model,
         base_model_relation=None if is_local(base_model) else "adapter",
         library_name="peft",
         pipeline_tag="image-classification",
         tags=["vision", "vit", "vitcls", "lora"],
-        **metadata,
+        **license_metadata,
     )
     return render_card(
         "adapter",
@@ -97,7 +97,7 @@ def build_adapter_card(
         name=name,
         rank=rank,
         base_model=strip_folders(base_model),
-        arguments=", ".join(f"{field}={value!r}" for field, value in arguments.items()),
+        arguments=", ".join(f"{field}={value!r}" for field, value in loading_arguments.items()),
         citation=CITATION,
         license_text=WeightsLicense(DERIVED_WEIGHTS_TEXTS, provenance, has_code=False),
     )
@@ -105,16 +105,16 @@ def build_adapter_card(
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder contains a PEFT adapter."""
-    return (folder / ADAPTER_CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG_FILE).is_file()
 
 
 def check_adapter(folder: Path) -> None:
     """Raise ValueError if an adapter is incomplete, or if the base model is not on the Hub."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS}. Save the adapter again")
-    base_model = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS_FILE}. Save the adapter again")
+    base_model = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not base_model or is_local(base_model):
         raise ValueError(
             f"the adapter in {folder} requires a base model on the Hub, but its base model is {base_model!r}. Push "
-            f"the base model, and set base_model_name_or_path in {ADAPTER_CONFIG} to the Hub id"
+            f"the base model, and set base_model_name_or_path in {ADAPTER_CONFIG_FILE} to its Hub id"
         )

@@ -31,7 +31,7 @@ TAGS = ["vision", "vit", "vitcls"]
 TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register", "patches": "patch"}
 MAX_LISTED_CLASSES = 50
 # Flags that have no effect during pre-training.
-LABEL_FLAGS = (
+FINETUNING_FLAGS = (
     *("label_smoothing", "class_balance", "trainable", "feature_views", "lora_rank", "mixup", "cutmix"),
     *("pooling", "cls_pooling", "head_type"),
 )
@@ -51,7 +51,7 @@ def build_card(
     Args:
         name: Hub id of the model, or name of its folder.
         config: Configuration of the model.
-        results: Content of results.json.
+        results: Contents of results.json.
         flags: Flags of the run, as in config.resolved.yaml.
         base_provenance: Provenance of the model that training started from; None for a preset.
         teacher_provenance: Provenance of the teacher of a distillation.
@@ -68,7 +68,9 @@ def build_card(
         classes=describe_classes(config),
         limitations=describe_limitations(results, config),
         use=build_use_section(name, "ViTCLSForImageClassification", has_pipeline=not config.tasks),
-        **build_common_fields(name, config, results, flags, base_provenance, teacher_provenance, images, "finetune"),
+        **build_common_variables(
+            name, config, results, flags, base_provenance, teacher_provenance, images, "finetune"
+        ),
     )
 
 
@@ -82,7 +84,7 @@ def build_encoder_card(
 ) -> ModelCard:
     """Build the card of an encoder that was pre-trained by masked image modeling. See `build_card` for the
     arguments."""
-    flags = {flag: value for flag, value in flags.items() if flag not in LABEL_FLAGS}
+    flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
     return render_card(
         "encoder",
         ModelCardData(
@@ -91,7 +93,7 @@ def build_encoder_card(
             tags=[*TAGS, "masked-image-modeling"],
         ),
         use=build_use_section(name, "ViTCLSModel", has_pipeline=False, finetune_dataset="path/to/labeled/images"),
-        **build_common_fields(name, config, results, flags, base_provenance, None, images or {}, "pretrain"),
+        **build_common_variables(name, config, results, flags, base_provenance, None, images or {}, "pretrain"),
     )
 
 
@@ -123,7 +125,7 @@ def build_checkpoint_card(
     )
 
 
-def build_common_fields(
+def build_common_variables(
     name: str,
     config: ViTCLSConfig,
     results: dict[str, Any],
@@ -164,7 +166,7 @@ def is_from_scratch(flags: dict[str, Any]) -> bool:
 def build_metadata(
     name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base_provenance: Provenance | None
 ) -> ModelCardData:
-    """Return the YAML header of a classifier's card."""
+    """Return the metadata of a classifier's card."""
     optional_tags = {
         "distillation": bool(results.get("teacher")),
         "multi-task": bool(config.tasks),
@@ -233,22 +235,24 @@ def describe_purpose(config: ViTCLSConfig) -> str:
 def describe_classes(config: ViTCLSConfig) -> list[str]:
     """Return one sentence per task, with a list of its classes."""
     if config.tasks:
-        return [f"The classes of {task} are {list_classes(names)}." for task, names in config.task_labels().items()]
-    names = list_classes([name for _, name in sorted((config.id2label or {}).items())])
+        return [
+            f"The classes of {task} are {format_class_list(names)}." for task, names in config.task_labels().items()
+        ]
+    names = format_class_list([name for _, name in sorted((config.id2label or {}).items())])
     if config.problem_type == "multi_label_classification":
         return [f"The model predicts any number of these classes: {names}. Other image content is not predicted."]
     return [f"The model predicts one of these classes, even if an image shows none of them: {names}."]
 
 
-def list_classes(names: list[str]) -> str:
+def format_class_list(class_names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
-    text = ", ".join(map(format_name, names[:MAX_LISTED_CLASSES]))
-    num_remaining = len(names) - MAX_LISTED_CLASSES
+    text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
+    num_remaining = len(class_names) - MAX_LISTED_CLASSES
     return f"{text} and {num_remaining:,} more (see `id2label` in config.json)" if num_remaining > 0 else text
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:
-    """Return the description and the path of each confusion matrix."""
+    """Return the description and the image path of each confusion matrix."""
     suffixes = {"confusion_matrix": ""} | {f"confusion_matrix_{task}": f" of {task}" for task in config.task_labels()}
     return [
         (f"Confusion matrix{suffix}: rows are true classes, columns are predicted classes", images[key])
@@ -270,11 +274,11 @@ def describe_token_layout(counts: dict[str, int]) -> str:
 
 def describe_base_model(flags: dict[str, Any], base_provenance: Provenance | None) -> str:
     """Return the name of the initial model in Markdown, followed by links to any other base models."""
-    model = format_name(strip_folders(flags["model"]))
+    model_name = format_name(strip_folders(flags["model"]))
     base_models = base_provenance.base_model if base_provenance else None
     if isinstance(base_models, str):
         base_models = [base_models]
     if not base_models or base_models == [flags["model"]]:
-        return model
+        return model_name
     links = ", ".join(f"[{base_model}](https://huggingface.co/{base_model})" for base_model in base_models)
-    return f"{model}, which is derived from {links},"
+    return f"{model_name}, which is derived from {links},"

@@ -5,7 +5,7 @@
     from_pretrained("my-run", ...)  ->   from_pretrained("ann/digits-vit", ...)
     model-index: - name: my-run     ->   model-index: - name: ann/digits-vit
 
-Only generated names in these places are replaced. Text written by the user is unchanged.
+Only generated names in the title, code examples and metadata are replaced. Text written by the user is unchanged.
 """
 
 import re
@@ -16,8 +16,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 
-# Text before the model's name in a card's code examples.
-USE_PREFIXES = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model "
+# Pattern of the text before the model's name in a card's code examples.
+LOADING_CODE_PATTERN = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model "
 
 
 def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
@@ -28,16 +28,16 @@ def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
     yaml_block = REGEX_YAML_BLOCK.match(text)
     header, body = (yaml_block[0], text[yaml_block.end() :]) if yaml_block else ("", text)
     metadata = read_metadata(yaml_block[2]) if yaml_block else None
-    entries = get_model_index(metadata)
-    names = {folder_name, get_title(body), *(entry["name"] for entry in entries)} - {"", repo_id}
-    used_names = {name for name in names if compile_use_pattern(name).search(body)}
+    indexed_models = get_model_index(metadata)
+    names = {folder_name, get_title(body), *(model["name"] for model in indexed_models)} - {"", repo_id}
+    used_names = {name for name in names if compile_loading_pattern(name).search(body)}
     for name in used_names:
-        body = compile_use_pattern(name).sub(lambda match: f"{match[1]}{repo_id}", body)
+        body = compile_loading_pattern(name).sub(lambda match: f"{match[1]}{repo_id}", body)
         body = re.sub(rf"(?m)\A(\s*# ){re.escape(name)}(?=\s*$)", lambda match: f"{match[1]}{repo_id}", body)
-    renamed_entries = [entry for entry in entries if entry["name"] in used_names | {folder_name}]
-    for entry in renamed_entries:
-        entry["name"] = repo_id
-    if yaml_block and renamed_entries:
+    renamed_models = [model for model in indexed_models if model["name"] in used_names | {folder_name}]
+    for model in renamed_models:
+        model["name"] = repo_id
+    if yaml_block and renamed_models:
         header = yaml_block[1] + yaml_dump(metadata, sort_keys=False).rstrip("\n") + yaml_block[3]
     return header + body
 
@@ -48,17 +48,17 @@ def get_title(body: str) -> str:
     return match[1].strip() if match else ""
 
 
-def compile_use_pattern(name: str) -> re.Pattern[str]:
+def compile_loading_pattern(name: str) -> re.Pattern[str]:
     """Return a pattern for code that loads the model `name`; its first group is the text before the name."""
-    return re.compile(rf"({USE_PREFIXES}){re.escape(name)}(?=[\"\s])")
+    return re.compile(rf"({LOADING_CODE_PATTERN}){re.escape(name)}(?=[\"\s])")
 
 
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
-    """Return the entries of the model-index that have a name."""
-    entries = metadata.get("model-index") if isinstance(metadata, dict) else None
-    if not isinstance(entries, list):
+    """Return the models of the model-index that have a name."""
+    models = metadata.get("model-index") if isinstance(metadata, dict) else None
+    if not isinstance(models, list):
         return []
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    return [model for model in models if isinstance(model, dict) and isinstance(model.get("name"), str)]
 
 
 def read_metadata(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Measured values in a card: table rows, and sentences about the limitations of the model."""
+"""Measured results in a card: table rows, and sentences about the limitations of the model."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -67,7 +67,7 @@ def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def format_percent(value: float | None) -> str:
-    """Return a fraction as a percentage; a dash for None."""
+    """Return a fraction as a percentage, or a dash for None."""
     return "–" if value is None else f"{value:.2%}"
 
 
@@ -110,22 +110,22 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
         measured_indices = [index for index, row in enumerate(rows) if row[key] is not None]
         if len({rows[index][key] for index in measured_indices}) < 2:
             continue
-        worst_index = min(measured_indices, key=lambda index: rows[index][key])
+        weakest_index = min(measured_indices, key=lambda index: rows[index][key])
         matrix = results.get(f"{prefix}confusion_matrix") if key == "recall" else None
-        row, confusion = rows[worst_index], describe_confusion(matrix, rows, worst_index)
-        images = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
+        row, confusion_phrase = rows[weakest_index], describe_confusion(matrix, rows, weakest_index)
+        image_count = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
         yield (
             f"The weakest {f'class of {task}' if task else 'class'} is {format_name(row['name'])}: "
-            f"{CLASS_COLUMNS[key].lower()} {format_percent(row[key])} on {images}{confusion}."
+            f"{CLASS_COLUMNS[key].lower()} {format_percent(row[key])} on {image_count}{confusion_phrase}."
         )
 
 
-def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], index: int) -> str:
+def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], true_index: int) -> str:
     """Return a phrase about the most frequent wrong prediction for a class; empty if there is no matrix or no wrong
     prediction."""
     if matrix is None:
         return ""
-    error_counts = [0 if class_index == index else count for class_index, count in enumerate(matrix[index])]
+    error_counts = [0 if index == true_index else count for index, count in enumerate(matrix[true_index])]
     predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
     if not error_counts[predicted_index]:
         return ""

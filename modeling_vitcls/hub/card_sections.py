@@ -123,8 +123,8 @@ def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
         metric=METRIC_NAMES[labeled_scores["metric"]].lower() if labeled_scores else None,
         model_score=format_percent(labeled_scores["model"]) if labeled_scores else None,
     ).strip()
-    start, citation, end = card.partition("\n## Citation\n")
-    return f"{start}\n{section}\n{citation}{end}" if citation else f"{card.rstrip()}\n\n{section}\n"
+    before, heading, after = card.partition("\n## Citation\n")
+    return f"{before}\n{section}\n{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}\n"
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def build_training_section(
         command=command,
         dataset=format_name(results["dataset"]),
         recipe=recipe_text,
-        fence=max(["```", *(f"{run}`" for run in re.findall("`+", recipe_text))], key=len),
+        fence=max(["```", *(f"{backticks}`" for backticks in re.findall("`+", recipe_text))], key=len),
     ).strip()
 
 
@@ -233,11 +233,11 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     if fraction is None:
         return "The model FLOPs utilization is unknown, because other programs disturbed the peak measurement."
     return (
-        f"The model FLOPs utilization of the training steps was {fraction:.1%} of the peak throughput of large matrix "
-        f"products, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
-        f"{measurements['gemm_dtype']}, measured before and during training. Each image counts as "
-        f"{measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations in the "
-        "forward and backward pass, excluding recomputed operations."
+        f"The model FLOPs utilization of the training steps was {fraction:.1%}. The reference is the peak throughput "
+        f"of large matrix multiplications, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
+        f"{measurements['gemm_dtype']}, measured before and during training. The forward and backward pass of an "
+        f"image require {measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations, "
+        "excluding recomputed operations."
     )
 
 
@@ -255,12 +255,12 @@ def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | Non
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags for publication, without unset flags, local folders and push destinations."""
-    paths = {"output_dir": "my-model"}
+    shareable_paths = {"output_dir": "my-model"}
     for name in ("dataset", "model", "teacher"):
         if flags.get(name):
-            paths[name] = strip_folders(flags[name])
+            shareable_paths[name] = strip_folders(flags[name])
     return {
-        name: paths.get(name, value)
+        name: shareable_paths.get(name, value)
         for name, value in flags.items()
         if value is not None and not name.startswith(PUSH_FLAGS)
     }

@@ -26,8 +26,8 @@ from ..errors import format_error
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors that requests raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError for
-# invalid metadata.
+# Errors that requests can raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError
+# for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 # HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
@@ -65,8 +65,8 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
     All threads share one client, so the shortest active timeout applies to all threads.
     """
     with TIMEOUTS_LOCK:
-        # huggingface_hub creates a new client after each connection failure, even within a block, so the factory is
-        # replaced. No public function returns the user's factory, which is still used.
+        # The client factory is wrapped, because huggingface_hub creates a new client after each connection failure. No
+        # public function returns the current factory.
         make_client = hub_http._GLOBAL_CLIENT_FACTORY
         if not isinstance(make_client, TimeoutClientFactory):
             set_client_factory(TimeoutClientFactory(make_client))
@@ -80,7 +80,7 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TimeoutClientFactory:
-    """A factory of clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
+    """Factory of HTTP clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
 
     make_client: Callable[[], Any]
 
@@ -89,7 +89,7 @@ class TimeoutClientFactory:
         client = self.make_client()
 
         def apply_timeout(request: Any) -> None:
-            """Within a `set_hub_timeout` block, set the timeout of a request unless the caller has set a timeout."""
+            """Apply the shortest active timeout to a request, unless the caller has set a timeout."""
             # The lock is not acquired, because a lock held during a fork is never released in the forked process.
             seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
             if seconds is None:
@@ -107,13 +107,13 @@ class TimeoutClientFactory:
 
 
 @contextmanager
-def silence_transformers(warnings: bool = True, progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, for example about unused classifier weights, and transformers' progress
-    bars. Set an argument to False to keep the warnings or the progress bars."""
+def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = True) -> Iterator[None]:
+    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars. Set an
+    argument to False to keep the warnings or the progress bars."""
     verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    if warnings:
+    if hide_warnings:
         transformers_logging.set_verbosity_error()
-    if progress_bars:
+    if hide_progress_bars:
         transformers_logging.disable_progress_bar()
     try:
         yield
@@ -157,8 +157,8 @@ def retry(
             if not is_temporary(error):
                 raise
             wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
-            delay = f"in {wait:.0f} s" if wait >= 1 else "immediately"
-            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay)
+            delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
+            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay_text)
             time.sleep(wait)
     return action()
 
@@ -166,7 +166,7 @@ def retry(
 def is_temporary(error: BaseException) -> bool:
     """Return whether an error is temporary, in which case a retry may succeed."""
     causes = list(iter_causes(error))
-    statuses = [status for cause in causes if (status := get_status(cause)) is not None]
+    statuses = [status for cause in causes if (status := get_http_status(cause)) is not None]
     if statuses:
         return statuses[0] in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
@@ -181,7 +181,7 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def get_status(error: BaseException) -> int | None:
+def get_http_status(error: BaseException) -> int | None:
     """Return the HTTP status of an error response of the Hub; None for other errors."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 

@@ -5,7 +5,7 @@
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
 An image is a PIL image, or the contents of an image file as bytes, base64 or a base64 data URL. http and https URLs
-are disabled by default, because users could make the endpoint send requests to any address; set VITCLS_ENDPOINT_URLS=1
+are disabled by default, because users could make the endpoint send requests to any address. Set VITCLS_ENDPOINT_URLS=1
 to enable URLs. Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An
 encoder returns the pooled features per image, or the last hidden state if the encoder has no pooler.
 
@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 ALLOW_URLS_VARIABLE = "VITCLS_ENDPOINT_URLS"
 MAX_IMAGES = 64  # maximum number of images per request
-MAX_BYTES = 20_000_000  # maximum size of an encoded image in bytes
+MAX_IMAGE_BYTES = 20_000_000  # maximum size of an encoded image in bytes
 
 
 class EndpointHandler:
-    """The interface of Inference Endpoints: load the model once, and return the predictions for each request."""
+    """Handler that Inference Endpoints create once and call for each request."""
 
     def __init__(self, path: str = "") -> None:
         """Load the model from a folder that contains the files of the repository. Raise ValueError if weights are
@@ -61,9 +61,9 @@ class EndpointHandler:
         if not 1 <= len(sources) <= MAX_IMAGES:
             raise ValueError(f"a request must contain 1 to {MAX_IMAGES} images, but contains {len(sources)}")
         images = [self.processor.fetch_images(decode_source(source)) for source in sources]
-        batch = torch.cat([self.processor(image, return_tensors="pt")["pixel_values"] for image in images])
+        pixel_values = torch.cat([self.processor(image, return_tensors="pt")["pixel_values"] for image in images])
         with torch.inference_mode():
-            outputs = self.model(batch.to(self.model.device))
+            outputs = self.model(pixel_values.to(self.model.device))
         predictions = self.format_outputs(outputs, top_k)
         return predictions if isinstance(inputs, list) else predictions[0]
 
@@ -74,17 +74,18 @@ class EndpointHandler:
             features = outputs.pooler_output if outputs.pooler_output is not None else outputs.last_hidden_state
             return features.float().tolist()
         if not isinstance(outputs.logits, dict):
-            names = [config.id2label[index] for index in range(config.num_labels)]
-            return list_labels(outputs.logits, names, top_k, config.problem_type)
+            label_names = [config.id2label[index] for index in range(config.num_labels)]
+            return select_top_labels(outputs.logits, label_names, top_k, config.problem_type)
         names_by_task = config.task_labels()
         labels_by_task = {
-            task: list_labels(logits, names_by_task[task], top_k, None) for task, logits in outputs.logits.items()
+            task: select_top_labels(logits, names_by_task[task], top_k, None)
+            for task, logits in outputs.logits.items()
         }
         num_images = len(next(iter(labels_by_task.values())))
         return [{task: labels[index] for task, labels in labels_by_task.items()} for index in range(num_images)]
 
 
-def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
+def select_top_labels(logits: torch.Tensor, label_names: list[str], top_k: int, problem_type: str | None) -> list[Any]:
     """Return the `top_k` labels with the highest scores for each image, from logits [B, labels].
 
     Scores are sigmoid probabilities for "multi_label_classification", logits for "regression", and otherwise softmax
@@ -95,10 +96,10 @@ def list_labels(logits: torch.Tensor, names: list[str], top_k: int, problem_type
         scores = scores.sigmoid()
     elif problem_type != "regression":
         scores = scores.softmax(dim=-1)
-    values, indices = scores.topk(min(top_k, len(names)), dim=-1)
+    top_scores, top_indices = scores.topk(min(top_k, len(label_names)), dim=-1)
     return [
-        [{"label": names[index], "score": value} for value, index in zip(*row, strict=True)]
-        for row in zip(values.tolist(), indices.tolist(), strict=True)
+        [{"label": label_names[index], "score": score} for score, index in zip(*row, strict=True)]
+        for row in zip(top_scores.tolist(), top_indices.tolist(), strict=True)
     ]
 
 
@@ -117,9 +118,9 @@ def decode_source(source: Any) -> Any:
         try:
             source = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError("an image that is a string must be base64 or a data URL") from None
+            raise ValueError("an image given as a string must be base64 or a data URL") from None
     if not isinstance(source, bytes | bytearray):
         raise ValueError(f"an image must be bytes, base64 or a PIL image, but is {type(source).__name__}")
-    if len(source) > MAX_BYTES:
-        raise ValueError(f"an image must have at most {MAX_BYTES:,} bytes, but has {len(source):,}")
+    if len(source) > MAX_IMAGE_BYTES:
+        raise ValueError(f"an image must have at most {MAX_IMAGE_BYTES:,} bytes, but has {len(source):,}")
     return bytes(source)

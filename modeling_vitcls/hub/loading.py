@@ -14,8 +14,8 @@ connections are refused, and for many minutes if the Hub does not respond.
 
 timm models are loaded according to the same rules:
 
-    model, commit = load_timm("vit_small_patch16_224")          # timm chooses the repository and the commit
-    model, commit = load_timm("hf-hub:someone/their-model")     # also with @REVISION
+    model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
+    model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
 """
 
 import logging
@@ -57,11 +57,11 @@ from .connection import (
 
 
 # Files of a model that this package reads. The model's code files are not needed.
-CONFIG = "config.json"
-CONFIG_FILES = (CONFIG, "preprocessor_config.json")
-MODEL_FILES = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+CONFIG_FILE = "config.json"
+CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
+MODEL_FILE_PATTERNS = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Pickled weight files, which older models of other projects contain.
-PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+PICKLED_WEIGHTS_PATTERNS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
 RETRY_WAIT = 1.0  # wait before the only retry, in seconds
@@ -72,11 +72,11 @@ PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder
 log = logging.getLogger(__name__)
 
 
-class HubUnreachable(OSError):
-    """The Hub does not respond. The message is one line and names the remedy."""
+class HubUnreachableError(OSError):
+    """Raised if the Hub does not respond. The message is one line and names the remedy."""
 
 
-def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: str | None = None) -> str:
+def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
     """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
     Args:
@@ -101,12 +101,12 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILES, revision: 
         if folder is None:
             raise OSError(
                 f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-                "machine with network access, and set HF_HOME to the cache of that machine"
+                "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
             )
         return folder
     try:
         fetch_repo_info(source, revision=revision)
-    except HubUnreachable as error:
+    except HubUnreachableError as error:
         folder = find_cached_folder(source, files, revision)
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
@@ -127,7 +127,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     config.json, and OSError if config.json is missing.
     """
     check_checkpoint_folder(str(folder), has_other_config=False)
-    config_dict = read_json(Path(folder, CONFIG))
+    config_dict = read_json(Path(folder, CONFIG_FILE))
     model_type = config_dict.get("model_type")
     if model_type != ViTCLSConfig.model_type:
         raise ValueError(
@@ -137,18 +137,18 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     return config_dict
 
 
-def get_any_model_folder(source: str, revision: str | None = None) -> str:
+def get_external_model_folder(source: str, revision: str | None = None) -> str:
     """Return the folder of a model from another project, including pickled weights if no safetensors files exist."""
     folder = get_model_folder(source, revision=revision)
     if any(Path(folder).glob("*.safetensors")):
         return folder
-    return get_model_folder(source, (*MODEL_FILES, *PICKLED_WEIGHTS), revision)
+    return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS), revision)
 
 
 def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str | None = None) -> Any:
     """Return the Hub's information about a repository, using at most two requests.
 
-    Raise HubUnreachable if the Hub does not respond, and OSError if there is no such repository or revision.
+    Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such repository or revision.
     """
     try:
         return retry(
@@ -163,7 +163,7 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
     except RevisionNotFoundError:
         raise OSError(describe_missing_revision(repo_id, revision)) from None
     except HUB_ERRORS as error:
-        raise HubUnreachable(describe_no_response(error)) from error
+        raise HubUnreachableError(describe_no_response(error)) from error
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def fall_back_to_cache(
         return
     try:
         commit = fetch_repo_info(repo_id, repo_type, revision).sha
-    except HubUnreachable as error:
+    except HubUnreachableError as error:
         hub_error = error
     else:
         try:
@@ -245,7 +245,7 @@ def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None)
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    return folder if Path(folder, CONFIG).is_file() else None
+    return folder if Path(folder, CONFIG_FILE).is_file() else None
 
 
 def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> str:
@@ -261,8 +261,8 @@ def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> 
         raise OSError(describe_gated_repo(error)) from None
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if not Path(folder, CONFIG).is_file():
-        raise OSError(f"{repo_id} does not contain a model, because {CONFIG} is missing. Check the name")
+    if not Path(folder, CONFIG_FILE).is_file():
+        raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
     return folder
 
 
@@ -296,15 +296,15 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
     return f"{repo_id} has no revision {revision}. Set the revision to an existing commit hash, branch or tag"
 
 
-def load_timm(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
-    """Return a timm model and, if `name` starts with `hf-hub:`, the commit hash of the repository (otherwise None).
+def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
+    """Return a timm model and the commit hash of its repository. The hash is None unless `name` starts with `hf-hub:`.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
     """
     import timm
 
-    kind, colon, location = name.partition(":")
-    if not colon:
+    kind, separator, location = name.partition(":")
+    if not separator:
         config = timm.get_pretrained_cfg(name) if pretrained else None
         with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():
             return timm.create_model(name, pretrained=pretrained), None

@@ -22,7 +22,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 
 
 def resolve_name(name: str, is_built_in: bool = False) -> str:
-    """Return a name with the path of an existing file or folder replaced by the absolute path.
+    """Return a name in which the path of an existing file or folder is absolute.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
@@ -62,7 +62,7 @@ def strip_folders(name: str) -> str:
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 
 
-def is_same_path(stored_name: Any, current_name: Any) -> bool:
+def is_same_source(stored_name: Any, current_name: Any) -> bool:
     """Return whether two names refer to the same dataset or model, even if the files have been moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
@@ -75,11 +75,11 @@ def is_same_path(stored_name: Any, current_name: Any) -> bool:
 def split_prefix(name: str) -> tuple[str, str]:
     """Split a name into a prefix and a path or Hub id. The path is "" if the name contains no path."""
     if name.startswith("timm:"):
-        kind, colon, folder = name.removeprefix("timm:").partition(":")
-        if colon:
+        kind, separator, folder = name.removeprefix("timm:").partition(":")
+        if separator:
             return (f"timm:{kind}:", folder) if kind.replace("_", "-") == "local-dir" else (name, "")
-        model, at, file = name.partition("@")
-        return f"{model}{at}", file
+        model, separator, file = name.partition("@")
+        return f"{model}{separator}", file
     if name.startswith("transformers:"):
         return "transformers:", name.removeprefix("transformers:")
     return "", name

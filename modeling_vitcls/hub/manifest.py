@@ -37,45 +37,45 @@ from .local_paths import can_publish_images, is_local
 from .provenance import LICENSE_PATTERNS
 
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-RECIPE = "config.resolved.yaml"
-CARD = "README.md"
-REPORT = "report.html"  # HTML report, which shows held-out images
-PARITY_REPORT = "certificate.json"  # parity report of a conversion
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+RECIPE_FILE = "config.resolved.yaml"
+CARD_FILE = "README.md"
+REPORT_FILE = "report.html"  # HTML report with held-out images
+PARITY_REPORT_FILE = "certificate.json"  # parity report of a conversion
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # ONNX files of `vitcls export --format transformers.js`, and their report with the SHA-256 of the weights.
-ONNX_REPORT = "onnx/report.json"
-ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT)
+ONNX_REPORT_FILE = "onnx/report.json"
+ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 # Files that define the model. A push removes files that only an earlier push contained, because an old
 # model.safetensors would be loaded instead of new shards.
 MODEL_PATTERNS = (
     "config.json",
-    WEIGHTS,
-    WEIGHTS_INDEX,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX_FILE,
     "model-*-of-*.safetensors",
     "preprocessor_config.json",
     "*_vitcls.py",
 )
-# Records of a run and its measurements. A push also removes old records, because old records describe another model.
-RECORD_PATTERNS = (
+# Results and reports of a run. A push also removes old results, because old results describe another model.
+RESULT_PATTERNS = (
     "results.json",
     "metrics.jsonl",
-    RECIPE,
-    PARITY_REPORT,
-    REPORT,
+    RECIPE_FILE,
+    PARITY_REPORT_FILE,
+    REPORT_FILE,
     *ONNX_PATTERNS,
 )
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
 # Files that describe the model.
-EXTRA_PATTERNS = (
-    CARD,
+DOCUMENTATION_PATTERNS = (
+    CARD_FILE,
     *LICENSE_PATTERNS,
     CODE_LICENSE_FILE,
-    *RECORD_PATTERNS,
+    *RESULT_PATTERNS,
     *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
 )
@@ -106,46 +106,48 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     check_is_model(folder)
     find_code_repository(folder, repo_id)
     files: RepoFiles = {
-        name: path for name, path in paths.items() if is_match(name, (*MODEL_PATTERNS, *EXTRA_PATTERNS))
+        name: path for name, path in paths.items() if is_match(name, (*MODEL_PATTERNS, *DOCUMENTATION_PATTERNS))
     }
     for name in sorted(list_required_code(folder) | list_weight_files(folder)):
         if name not in files:
             raise ValueError(f"{folder} lacks {name}, which is required to load the model. Save the model again")
     recipe = read_recipe(folder)
-    if REPORT in files and (recipe is None or not can_publish_images(recipe)):
-        del files[REPORT]
+    if REPORT_FILE in files and (recipe is None or not can_publish_images(recipe)):
+        del files[REPORT_FILE]
     if not has_current_onnx_files(folder):
         if outdated_files := [name for name in files if is_match(name, ONNX_PATTERNS)]:
             log.warning(
-                "not publishing %s, because %s was created for other weights", ", ".join(outdated_files), ONNX_REPORT
+                "not publishing %s, because %s was created for other weights",
+                ", ".join(outdated_files),
+                ONNX_REPORT_FILE,
             )
             files = {name: path for name, path in files.items() if name not in outdated_files}
-    elif CARD in files:
-        onnx_report = read_json(folder / ONNX_REPORT)
-        files[CARD] = insert_onnx_section(read_text(folder / CARD), onnx_report).encode()
+    elif CARD_FILE in files:
+        onnx_report = read_json(folder / ONNX_REPORT_FILE)
+        files[CARD_FILE] = insert_onnx_section(read_text(folder / CARD_FILE), onnx_report).encode()
     if any(name.endswith(".py") for name in files):
         files[CODE_LICENSE_FILE] = read_code_license()
-    if RECIPE in files:
-        flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE)))
-        files[RECIPE] = yaml.safe_dump(flags, sort_keys=False).encode()
+    if RECIPE_FILE in files:
+        flags = get_shareable_flags(yaml.safe_load(read_text(folder / RECIPE_FILE)))
+        files[RECIPE_FILE] = yaml.safe_dump(flags, sort_keys=False).encode()
     return set_repo_id_in_card(files, folder, repo_id)
 
 
 def has_current_onnx_files(folder: Path) -> bool:
     """Return whether the ONNX files were created from the weights in the folder, according to onnx/report.json."""
-    if not (folder / ONNX_REPORT).is_file():
+    if not (folder / ONNX_REPORT_FILE).is_file():
         return False
     weight_digests = {name: compute_file_digest(folder / name) for name in list_weight_files(folder)}
-    return read_json(folder / ONNX_REPORT).get("weights_sha256") == weight_digests
+    return read_json(folder / ONNX_REPORT_FILE).get("weights_sha256") == weight_digests
 
 
 def set_repo_id_in_card(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
     """Return the files, with the folder name in README.md replaced by the repository id."""
-    if CARD not in files or repo_id is None:
+    if CARD_FILE not in files or repo_id is None:
         return files
-    card = files[CARD]
+    card = files[CARD_FILE]
     text = read_text(card) if isinstance(card, Path) else card.decode()
-    return files | {CARD: replace_model_name(repo_id, text, folder.resolve().name).encode()}
+    return files | {CARD_FILE: replace_model_name(repo_id, text, folder.resolve().name).encode()}
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
@@ -155,7 +157,7 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
 def find_outdated_files(published_files: Iterable[str], files: RepoFiles) -> list[str]:
     """Return the published files that a new push must remove."""
-    removable_patterns = (*MODEL_PATTERNS, *RECORD_PATTERNS, *CHECKPOINT_PATTERNS)
+    removable_patterns = (*MODEL_PATTERNS, *RESULT_PATTERNS, *CHECKPOINT_PATTERNS)
     return sorted(name for name in published_files if name not in files and is_match(name, removable_patterns))
 
 
@@ -175,7 +177,7 @@ def is_native_model(folder: Path) -> bool:
     """Return whether a folder contains a model that was converted from vitcls to transformers and requires no custom
     code."""
     is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
-    return is_native and (folder / PARITY_REPORT).is_file() and not read_code_references(folder)
+    return is_native and (folder / PARITY_REPORT_FILE).is_file() and not read_code_references(folder)
 
 
 def read_code_references(folder: Path) -> list[str]:
@@ -189,8 +191,8 @@ def iter_strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from iter_strings(item)
+        for nested_value in value.values() if isinstance(value, dict) else value:
+            yield from iter_strings(nested_value)
 
 
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
@@ -225,9 +227,9 @@ def list_required_code(folder: Path) -> set[str]:
 
 def list_weight_files(folder: Path) -> set[str]:
     """Return the names of the weight files."""
-    if not (folder / WEIGHTS_INDEX).is_file():
-        return {WEIGHTS}
-    return set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values())
+    if not (folder / WEIGHTS_INDEX_FILE).is_file():
+        return {WEIGHTS_FILE}
+    return set(read_json(folder / WEIGHTS_INDEX_FILE)["weight_map"].values())
 
 
 def read_text(file: Path) -> str:
@@ -273,14 +275,14 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
 # Sample images in cards ----------------------------------------------------------------------------------------------
 
 
-SAMPLE_IMAGES = "pictures/attention.png"  # path of the only figure that shows images of the dataset
+SAMPLE_IMAGES_FILE = "pictures/attention.png"  # path of the only figure that shows images of the dataset
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
     """Return the local dataset whose images the card shows, or None if the card shows no images of a local
     dataset, or if `--card-samples` was set."""
     flags = read_recipe(folder)
-    if not (folder / SAMPLE_IMAGES).is_file() or flags is None or can_publish_images(flags):
+    if not (folder / SAMPLE_IMAGES_FILE).is_file() or flags is None or can_publish_images(flags):
         return None
     return flags["dataset"]
 
@@ -288,7 +290,7 @@ def find_local_dataset_in_card(folder: Path) -> str | None:
 def read_recipe(folder: Path) -> dict[str, Any] | None:
     """Return the flags of the run that wrote the folder, or None if they are missing or unreadable."""
     try:
-        flags: Any = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        flags: Any = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
         return None
     return flags if isinstance(flags, dict) else None
@@ -297,7 +299,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
     """Return the warning that images of a local dataset were published."""
     return (
-        f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES}). If the images are "
+        f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES_FILE}). If the images are "
         "confidential, make the repository private in the settings on the Hub, or delete the file on the Hub, remove "
-        f"{folder / SAMPLE_IMAGES} and push again"
+        f"{folder / SAMPLE_IMAGES_FILE} and push again"
     )

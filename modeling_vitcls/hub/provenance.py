@@ -9,7 +9,7 @@ values that are not in the cache are unknown; no error is raised. A card states 
 
     new weights                 the license given with `--license`, or no license
     weights of another model    the license of that model, if known
-    the Python files            Apache-2.0, independent of the license of the weights
+    the Python files            Apache-2.0, independently of the license of the weights
 """
 
 import shutil
@@ -25,10 +25,10 @@ from .connection import HUB_ERRORS, set_hub_timeout, silence_hub_client
 from .loading import is_hub_id, split_revision
 
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 
 
-def list_license_patterns() -> Iterator[str]:
+def iter_license_patterns() -> Iterator[str]:
     """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
     suffix or without a suffix."""
     for stem in ("license", "licence", "copying", "notice"):
@@ -37,7 +37,7 @@ def list_license_patterns() -> Iterator[str]:
         yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
 
 
-LICENSE_PATTERNS = tuple(list_license_patterns())
+LICENSE_PATTERNS = tuple(iter_license_patterns())
 TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
@@ -49,9 +49,9 @@ LICENSE_LINKS = {"dinov3-license": "https://ai.meta.com/resources/models-and-lib
 class Provenance:
     """Name, base model and license of a source model, for the card of a derived model."""
 
-    name: str  # public name: a Hub id, a timm name, or the last component of a local folder
+    name: str  # public name: a Hub id, a timm name, or the last component of a local path
     base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown
-    # One or several license identifiers of the Hub; `other` requires a name and a link
+    # One or several license identifiers of the Hub; `other` requires a name and a link.
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
     license_link: str | None = None  # URL of the text of an `other` license, or the name of one of `license_files`
@@ -118,7 +118,7 @@ def download_card(repo_id: str) -> Path | None:
         is_reachable = False
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(show_progress=False):
-            files = [CARD, *LICENSE_PATTERNS]
+            files = [CARD_FILE, *LICENSE_PATTERNS]
             return Path(snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable))
     except HUB_ERRORS:
         return None
@@ -127,7 +127,7 @@ def download_card(repo_id: str) -> Path | None:
 def read_card_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata of the card in a folder; empty if there is no readable card."""
     try:
-        return metadata_load(folder / CARD) or {}
+        return metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
@@ -139,19 +139,23 @@ def add_license(
 
     `base_url` is the base URL for links to published files that are not in `folder`.
     """
-    name = card_metadata.get("license")
-    if not name or name == "unknown":
+    license_id = card_metadata.get("license")
+    if not license_id or license_id == "unknown":
         return provenance
     matching_files = (file for pattern in LICENSE_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file())
     license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
     license_link = card_metadata.get("license_link") or (
-        license_files[0].name if name == "other" and license_files else None
+        license_files[0].name if license_id == "other" and license_files else None
     )
     if license_link and "://" not in license_link and not (folder / license_link).is_file():
         license_link = f"{base_url}/{license_link}" if base_url else None
     license_name = card_metadata.get("license_name")
     return replace(
-        provenance, license=name, license_name=license_name, license_link=license_link, license_files=license_files
+        provenance,
+        license=license_id,
+        license_name=license_name,
+        license_link=license_link,
+        license_files=license_files,
     )
 
 
@@ -211,12 +215,12 @@ CONVERTED_WEIGHTS_TEXTS = (
 
 @dataclass(frozen=True)
 class WeightsLicense:
-    """The license of weights, and the sentences that describe it."""
+    """License of a model's weights, and the sentences that describe the license."""
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
     teacher: Provenance | None = None  # distillation teacher, whose license is also named
-    has_code: bool = True  # whether the repository contains code; if so, its license is also named
+    has_code: bool = True  # whether the repository contains code; if so, the license of the code is also named
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -224,7 +228,7 @@ class WeightsLicense:
         return self.source.license_metadata if self.source else {}
 
     def __str__(self) -> str:
-        """Return the sentences as one text."""
+        """Return the sentences, separated by spaces."""
         known_license_sentence, unknown_license_sentence = self.sentences
         sentences = [unknown_license_sentence]
         if self.source is not None and self.source.license_label is not None:

@@ -1,7 +1,7 @@
 """Push a model folder to the Hub in one commit.
 
-    pushed = push_folder(folder, "someone/model", private=False, message="...")
-    pushed.commit                          # the commit hash to pin
+    push_result = push_folder(folder, "someone/model", private=False, message="...")
+    push_result.commit                     # the commit hash to pin
 
 Temporary failures are retried. Files that the Hub already has are not uploaded again, even by a later run. The folder
 is not changed.
@@ -40,17 +40,17 @@ DEFAULT_MESSAGE = "Upload model"
 log = logging.getLogger(__name__)
 
 
-class PushFailed(OSError):
-    """A push failed. The message ends with the command that completes the push."""
+class PushError(OSError):
+    """Raised if a push fails. The message ends with the command that completes the push."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """The commit of a push."""
+    """The result of a push."""
 
     repo_id: str  # `namespace/name`
-    commit: str  # the hash of the commit, 40 hexadecimal digits
-    url: str  # the URL of the commit
+    commit: str  # commit hash, 40 hexadecimal digits
+    url: str  # URL of the commit
     with_optimizer: bool = False  # whether a checkpoint for `--resume` was pushed as well
     is_private: bool = False  # whether the repository is private
 
@@ -79,7 +79,7 @@ def push_folder(
         folder: Folder with the configuration, weights, code, image processor, card and results of a model.
         repo_id: `namespace/name`.
         private: Whether a new repository is private.
-        message: Message of the commit.
+        message: Commit message.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
         with_optimizer: Whether to also push the newest checkpoint in `checkpoints/`, for `--resume`.
         in_background: Whether to hide progress bars, to log retries at the DEBUG level, and to upload large files
@@ -88,7 +88,7 @@ def push_folder(
 
     Raises:
         ValueError: If the folder does not contain a complete model or, with `with_optimizer`, an undamaged checkpoint.
-        PushFailed: If the push fails. The message is one line and ends with the command that completes the push.
+        PushError: If the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})
@@ -102,7 +102,7 @@ def push_folder(
             )
     except HUB_ERRORS as error:
         push_command = build_push_command(folder, repo_id, private, branch, with_optimizer, message, with_handler)
-        raise PushFailed(
+        raise PushError(
             f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
             f"finish with: {push_command}"
         ) from error

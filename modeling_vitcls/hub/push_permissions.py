@@ -8,22 +8,22 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_status, set_hub_timeout
+from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_http_status, set_hub_timeout
 from .loading import is_hub_id
 
 
 TIMEOUT = 10.0  # maximum time without a response, in seconds
 
-TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 WRITE_ROLES = ("admin", "write", "contributor")
 
-RepoType = Literal["model", "space"]
+PushRepoType = Literal["model", "space"]
 # Repository type -> the flag that sets the repository id.
-REPO_ID_FLAGS: dict[RepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
+REPO_ID_FLAGS: dict[PushRepoType, str] = {"model": "--hub-model-id", "space": "--space-id"}
 
 
 def check_push_permissions(
-    repo_id: str | None, default_name: str, private: bool = False, repo_type: RepoType = "model"
+    repo_id: str | None, default_name: str, private: bool = False, repo_type: PushRepoType = "model"
 ) -> str:
     """Check that the token may push to a repository, and return the full repository id, `namespace/name`.
 
@@ -43,45 +43,47 @@ def check_push_permissions(
     check_is_online()
     account = fetch_account()
     name = repo_id or default_name
-    full_id = name if "/" in name else f"{account['name']}/{name}"
-    if not is_hub_id(full_id):
+    full_repo_id = name if "/" in name else f"{account['name']}/{name}"
+    if not is_hub_id(full_repo_id):
         raise ValueError(
-            f"{full_id!r} is not a valid repository id. Set {REPO_ID_FLAGS[repo_type]} to namespace/name, with "
+            f"{full_repo_id!r} is not a valid repository id. Set {REPO_ID_FLAGS[repo_type]} to namespace/name, with "
             "letters, digits, '-', '_' and '.', at most 96 characters"
         )
-    check_namespace(full_id, account, repo_type)
-    check_token(full_id, account, is_existing_repo(full_id, private, repo_type))
-    return full_id
+    check_namespace(full_repo_id, account, repo_type)
+    check_token(full_repo_id, account, is_existing_repo(full_repo_id, private, repo_type))
+    return full_repo_id
 
 
 def fetch_account() -> dict[str, Any]:
     """Return the Hub's information about the user and the token."""
     if get_token() is None:
         raise ValueError(
-            f"a push requires a Hugging Face token, but no token was found. Create a 'write' token at {TOKEN_PAGE}, "
-            "then run `hf auth login`, or set HF_TOKEN"
+            f"a push requires a Hugging Face token, but no token was found. Create a 'write' token at "
+            f"{TOKEN_SETTINGS_URL}, then run `hf auth login`, or set HF_TOKEN"
         )
     try:
         with set_hub_timeout(TIMEOUT):
             return HfApi().whoami()
     except HUB_ERRORS as error:
-        if get_status(error) == 401:
+        if get_http_status(error) == 401:
             raise ValueError(
                 "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid. Create a 'write' "
-                f"token at {TOKEN_PAGE}, and log in with this token"
+                f"token at {TOKEN_SETTINGS_URL}, and log in with this token"
             ) from None
         raise OSError(f"{describe_no_response(error)}, or push later") from error
 
 
-def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) -> None:
+def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoType) -> None:
     """Raise ValueError unless the user may create repositories in the namespace."""
     namespace = repo_id.partition("/")[0]
     if is_same_name(namespace, account["name"]):
         return
-    organizations = {entry["name"]: entry.get("roleInOrg") for entry in account.get("orgs", ())}
-    roles = [role for name, role in organizations.items() if is_same_name(name, namespace)]
+    roles_by_organization = {
+        organization["name"]: organization.get("roleInOrg") for organization in account.get("orgs", ())
+    }
+    roles = [role for name, role in roles_by_organization.items() if is_same_name(name, namespace)]
     if not roles:
-        namespaces = ", ".join([account["name"], *organizations])
+        namespaces = ", ".join([account["name"], *roles_by_organization])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
             f"{REPO_ID_FLAGS[repo_type]} to a name in one of these namespaces: {namespaces}"
@@ -93,7 +95,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: RepoType) 
         )
 
 
-def is_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
+def is_existing_repo(repo_id: str, private: bool, repo_type: PushRepoType) -> bool:
     """Return whether the repository exists. Raise ValueError if the repository is public but has to be private."""
     try:
         with set_hub_timeout(TIMEOUT):
@@ -110,7 +112,7 @@ def is_existing_repo(repo_id: str, private: bool, repo_type: RepoType) -> bool:
     return True
 
 
-def is_private(repo_id: str) -> bool:
+def is_private_repo(repo_id: str) -> bool:
     """Return whether a model's repository exists and is private; False if the Hub does not respond."""
     try:
         with set_hub_timeout(TIMEOUT):
@@ -124,27 +126,29 @@ def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> Non
     token = account.get("auth", {}).get("accessToken")
     if token is None:  # another type of login, whose permissions can only be tested by a push
         return
-    remedy = f"create a 'write' token at {TOKEN_PAGE}, and log in with this token (`hf auth login`, or HF_TOKEN)"
+    remedy = (
+        f"create a 'write' token at {TOKEN_SETTINGS_URL}, and log in with this token (`hf auth login`, or HF_TOKEN)"
+    )
     if token["role"] == "read":
         raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}. To push, {remedy}")
     if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), repo_exists):
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
-            f"contents' of the namespace at {TOKEN_PAGE}, or {remedy}"
+            f"contents' of the namespace at {TOKEN_SETTINGS_URL}, or {remedy}"
         )
 
 
 def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bool) -> bool:
     """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
     writable_names = [
-        entry["entity"].get("name", "")
-        for entry in token_permissions.get("scoped", ())
-        if "repo.write" in entry.get("permissions", ())
+        scope["entity"].get("name", "")
+        for scope in token_permissions.get("scoped", ())
+        if "repo.write" in scope.get("permissions", ())
     ]
     accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if repo_exists else [])
     return any(is_same_name(name, accepted_name) for name in writable_names for accepted_name in accepted_names)
 
 
-def is_same_name(name: str, other_name: str) -> bool:
+def is_same_name(name: str, expected_name: str) -> bool:
     """Return whether two names on the Hub are equal, ignoring case."""
-    return name.casefold() == other_name.casefold()
+    return name.casefold() == expected_name.casefold()

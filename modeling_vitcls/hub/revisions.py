@@ -1,7 +1,7 @@
 """Look up the commit of a branch or tag, download the files of a commit, and find the commit of the model's code.
 
-model = resolve_commit("someone/model", "main")
-code = resolve_code_commit(model, model_folder)        # None if the code is in the same commit
+model_commit = resolve_commit("someone/model", "main")
+code_commit = resolve_code_commit(model_commit, model_folder)       # None if the code is in the same commit
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class HubCommit:
     """A commit on the Hub."""
 
     repo_id: str  # `namespace/name`
-    commit: str  # the hash of the commit, 40 hexadecimal digits
+    sha: str  # commit hash, 40 hexadecimal digits
     needs_token: bool  # whether a download requires a token, because the repository is private or gated
 
 
@@ -44,7 +44,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
         raise ValueError(describe_missing_repo(repo_id))
     try:
         with set_hub_timeout(TIMEOUT):
-            info = retry(
+            model_info = retry(
                 lambda: HfApi().model_info(repo_id, revision=revision),
                 f"looking up {repo_id}",
                 waits=SHORT_RETRY_WAITS,
@@ -55,13 +55,13 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
         raise ValueError(describe_missing_revision(repo_id, revision)) from None
     except HUB_ERRORS as error:
         raise OSError(f"cannot look up {repo_id}: {describe_no_response(error)}") from error
-    if info.sha is None:
+    if model_info.sha is None:
         raise OSError(f"the Hub returned no commit for the revision {revision} of {repo_id}. Try again later")
-    return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
+    return HubCommit(repo_id, model_info.sha, bool(model_info.private or model_info.gated))
 
 
 def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
-    """Download files of a commit to a folder, by default to the cache, and return the folder.
+    """Download the matching files of a commit to a folder, by default to the cache, and return the folder.
 
     Raise OSError if the download fails. The message is one line.
     """
@@ -70,7 +70,7 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
         with set_hub_timeout(TIMEOUT):
             path = retry(
                 lambda: HfApi().snapshot_download(
-                    repo_id, revision=commit.commit, local_dir=folder, allow_patterns=list(patterns)
+                    repo_id, revision=commit.sha, local_dir=folder, allow_patterns=list(patterns)
                 ),
                 f"downloading {repo_id}",
             )
@@ -79,7 +79,7 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
     return Path(path)
 
 
-def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
+def resolve_code_commit(model_commit: HubCommit, folder: Path) -> HubCommit | None:
     """Return the newest commit of the repository with the model's code, or None if the code is in the model's own
     repository.
 
@@ -87,7 +87,7 @@ def resolve_code_commit(model: HubCommit, folder: Path) -> HubCommit | None:
     `resolve_commit` are propagated.
     """
     try:
-        repo_id = find_code_repository(folder, model.repo_id)
+        repo_id = find_code_repository(folder, model_commit.repo_id)
     except ValueError as error:
-        raise ValueError(f"{model.repo_id} at {model.commit}: {error}") from None
+        raise ValueError(f"{model_commit.repo_id} at {model_commit.sha}: {error}") from None
     return resolve_commit(repo_id) if repo_id else None

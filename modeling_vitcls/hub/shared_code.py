@@ -18,16 +18,18 @@ from typing import Any
 from ..files import read_json, write_atomically
 from .code_files import CODE_PATTERN, PACKAGE_FOLDER
 from .loading import is_hub_id
-from .manifest import CARD, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
+from .manifest import CARD_FILE, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
 
 
 # Patterns in a card: code that pins the weights, the location of the code, and the note about the code repository.
-PIN_IN_CALL = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
-PIN_BY_NAME = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
-NAMED_PIN = re.compile(r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE)
-CODE_LOCATION = re.compile(r"Python files (next to the weights|in `[^`]*`)")
-NOTE = "This repository contains the weights; the code is in another repository"
-NOTE_IN_CARD = re.compile(rf"^(?:{NOTE}.*\n\n)?(`trust_remote_code=True` runs )", re.MULTILINE)
+REVISION_STRING_PATTERN = re.compile(r'(?<!code_)revision="(?!main")([^"]*)"(, code_revision="[^"]*")?')
+REVISION_VARIABLE_PATTERN = re.compile(r"(?<!code_)revision=revision\b(, code_revision=code_revision\b)?")
+REVISION_ASSIGNMENT_PATTERN = re.compile(
+    r"^(?P<line>(?P<indent> *)revision = .*)$(\n *code_revision = .*$)?", re.MULTILINE
+)
+CODE_LOCATION_PATTERN = re.compile(r"Python files (next to the weights|in `[^`]*`)")
+SHARED_CODE_NOTE = "This repository contains the weights; the code is in another repository"
+NOTE_PATTERN = re.compile(rf"^(?:{SHARED_CODE_NOTE}.*\n\n)?(`trust_remote_code=True` runs )", re.MULTILINE)
 
 
 def write_code(folder: str | Path) -> list[str]:
@@ -60,18 +62,18 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # other users need the namespace to find the repository
         raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
     for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
-        settings = read_json(file)
-        settings["auto_map"] = add_repo_id(settings.get("auto_map", {}), repo_id)
+        config_dict = read_json(file)
+        config_dict["auto_map"] = add_repo_id(config_dict.get("auto_map", {}), repo_id)
         with write_atomically(file) as temporary_file:
-            temporary_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if (folder / CARD).is_file():
-        (folder / CARD).write_bytes(pin_code_in_card(read_text(folder / CARD), repo_id).encode())
+            temporary_file.write_text(json.dumps(config_dict, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (folder / CARD_FILE).is_file():
+        (folder / CARD_FILE).write_bytes(pin_code_in_card(read_text(folder / CARD_FILE), repo_id).encode())
     for file in folder.glob(CODE_PATTERN):
         file.unlink()
 
 
 def add_repo_id(references: Any, repo_id: str) -> Any:
-    """Prefix code references such as `modeling_vitcls.ViTCLSModel`, in nested dicts, with the repository id."""
+    """Add the repository id to code references, such as `modeling_vitcls.ViTCLSModel`, in nested dicts."""
     if isinstance(references, dict):
         return {name: add_repo_id(reference, repo_id) for name, reference in references.items()}
     return f"{repo_id}{REPO_SEPARATOR}{references.rpartition(REPO_SEPARATOR)[2]}"
@@ -82,15 +84,17 @@ def pin_code_in_card(text: str, repo_id: str) -> str:
 
     The text is returned unchanged if the code examples do not pin a revision.
     """
-    if not (PIN_IN_CALL.search(text) or PIN_BY_NAME.search(text)):
+    if not (REVISION_STRING_PATTERN.search(text) or REVISION_VARIABLE_PATTERN.search(text)):
         return text
     code_pin = f'"<commit hash of {repo_id}>"'
-    text = NAMED_PIN.sub(lambda match: f"{match['line']}\n{match['indent']}code_revision = {code_pin}", text)
-    text = PIN_BY_NAME.sub("revision=revision, code_revision=code_revision", text)
-    text = PIN_IN_CALL.sub(lambda match: f'revision="{match[1]}", code_revision={code_pin}', text)
-    text = CODE_LOCATION.sub(f"Python files in `{repo_id}`", text)
+    text = REVISION_ASSIGNMENT_PATTERN.sub(
+        lambda match: f"{match['line']}\n{match['indent']}code_revision = {code_pin}", text
+    )
+    text = REVISION_VARIABLE_PATTERN.sub("revision=revision, code_revision=code_revision", text)
+    text = REVISION_STRING_PATTERN.sub(lambda match: f'revision="{match[1]}", code_revision={code_pin}', text)
+    text = CODE_LOCATION_PATTERN.sub(f"Python files in `{repo_id}`", text)
     note = (
-        f"{NOTE}, `{repo_id}`. `revision` pins the weights and `code_revision` pins the code. Without "
+        f"{SHARED_CODE_NOTE}, `{repo_id}`. `revision` pins the weights and `code_revision` pins the code. Without "
         "`code_revision`, the newest code in the code repository runs."
     )
-    return NOTE_IN_CARD.sub(lambda match: f"{note}\n\n{match[1]}", text)
+    return NOTE_PATTERN.sub(lambda match: f"{note}\n\n{match[1]}", text)

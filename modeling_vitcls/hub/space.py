@@ -2,7 +2,7 @@
 
     model = find_published_model("someone/model", "main")
     files = build_space_files(model, title="...")       # path in the Space -> file or bytes
-    pushed = push_space(files, model, "someone/model-demo")
+    push_result = push_space(files, model, "someone/model-demo")
 
     app.py              the model, the commit, and the call that serves the page
     vitcls_demo/        the files of the page from this package, which is not installed in the Space
@@ -30,7 +30,7 @@ from ..image_processing_vitcls import read_image
 from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
 from .local_paths import check_output_is_empty
 from .manifest import CODE_REFERENCE_FILES, RepoFiles
-from .publish import TIMEOUT, PushFailed, PushResult, build_push_command
+from .publish import TIMEOUT, PushError, PushResult, build_push_command
 from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
@@ -80,11 +80,11 @@ if __name__ == "__main__":
     serve_demo(MODEL, COMMIT, examples, code_revision=CODE_COMMIT)
 '''
 
-DESCRIPTION = """
-Upload an image to see the predictions of the Vision Transformer [{model}]({address}), the attention maps of its
+DESCRIPTION_TEMPLATE = """
+Upload an image to see the predictions of the Vision Transformer [{model}]({url}), the attention maps of its
 special tokens (CLS, distillation, registers) and its patch features in every layer.
 
-The model is loaded at commit [`{commit}`]({address}/tree/{commit}){code}. The commit is set in `app.py`.
+The model is loaded at commit [`{commit}`]({url}/tree/{commit}){code}. The commit is set in `app.py`.
 To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.
 """
 
@@ -93,24 +93,24 @@ To run this page on your own machine: `pip install gradio=={gradio} -r requireme
 class PublishedModel:
     """A vitcls model on the Hub."""
 
-    weights: HubCommit  # the commit of the model
-    # The commit of the repository with the code; None if the code is next to the weights
-    code: HubCommit | None = None
+    weights_commit: HubCommit  # commit of the model
+    # Commit of the repository with the code; None if the code is next to the weights.
+    code_commit: HubCommit | None = None
 
     @property
     def repo_id(self) -> str:
         """Return `namespace/name`."""
-        return self.weights.repo_id
+        return self.weights_commit.repo_id
 
     @property
     def commit(self) -> str:
         """Return the hash of the commit."""
-        return self.weights.commit
+        return self.weights_commit.sha
 
     @property
     def needs_token(self) -> bool:
         """Return whether a Space requires a token to load the model."""
-        return self.weights.needs_token or (self.code is not None and self.code.needs_token)
+        return self.weights_commit.needs_token or (self.code_commit is not None and self.code_commit.needs_token)
 
 
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
@@ -125,18 +125,18 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
             f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
         )
     check_is_online()
-    weights = resolve_commit(repo_id, revision)
-    folder = download_commit(weights, CODE_REFERENCE_FILES)
-    config, preprocessor_config = (folder / name for name in CODE_REFERENCE_FILES)
-    settings = read_json(config) if config.is_file() else {}
-    if settings.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in settings:
+    weights_commit = resolve_commit(repo_id, revision)
+    folder = download_commit(weights_commit, CODE_REFERENCE_FILES)
+    config_file, processor_config_file = (folder / name for name in CODE_REFERENCE_FILES)
+    config_dict = read_json(config_file) if config_file.is_file() else {}
+    if config_dict.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in config_dict:
         raise ValueError(
-            f"{repo_id} at {weights.commit} does not contain a {ViTCLSConfig.model_type} model with its code. Convert "
-            "the model with `vitcls convert` and push the result"
+            f"{repo_id} at {weights_commit.sha} does not contain a {ViTCLSConfig.model_type} model with its code. "
+            "Convert the model with `vitcls convert` and push the result"
         )
-    if not preprocessor_config.is_file():
+    if not processor_config_file.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
-    return PublishedModel(weights, resolve_code_commit(weights, folder))
+    return PublishedModel(weights_commit, resolve_code_commit(weights_commit, folder))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -147,16 +147,18 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
 
     Raise ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
     """
-    app = APP_TEMPLATE.format(
+    app_code = APP_TEMPLATE.format(
         folder=PAGE_FOLDER,
         model=model.repo_id,
-        warning=f"The app runs the code in {model.code.repo_id}" if model.code else "The app runs the model's code",
+        warning=f"The app runs the code in {model.code_commit.repo_id}"
+        if model.code_commit
+        else "The app runs the model's code",
         commit=model.commit,
-        code_commit=model.code.commit if model.code else None,
+        code_commit=model.code_commit.sha if model.code_commit else None,
         examples=EXAMPLES_FOLDER,
     )
     files: RepoFiles = {
-        "app.py": app.encode(),
+        "app.py": app_code.encode(),
         "README.md": build_gradio_card(
             model, title or f"{model.repo_id.partition('/')[2]}: labels and attention"
         ).encode(),
@@ -185,18 +187,20 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
         "license": "apache-2.0",
     }
     code_text = ""
-    if model.code:
-        address = f"{constants.ENDPOINT}/{model.code.repo_id}"
-        commit = f"[`{model.code.commit}`]({address}/tree/{model.code.commit})"
-        code_text = f", and the model's code is loaded from [{model.code.repo_id}]({address}) at commit {commit}"
-    return build_space_card(model, title, DESCRIPTION, settings, code=code_text, gradio=gradio_version)
+    if model.code_commit:
+        repo_id, sha = model.code_commit.repo_id, model.code_commit.sha
+        code_url = f"{constants.ENDPOINT}/{repo_id}"
+        code_text = (
+            f", and the model's code is loaded from [{repo_id}]({code_url}) at commit [`{sha}`]({code_url}/tree/{sha})"
+        )
+    return build_space_card(model, title, DESCRIPTION_TEMPLATE, settings, code=code_text, gradio=gradio_version)
 
 
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
     """Return README.md, whose header configures the Space. `description` is a template with the placeholders
-    `model`, `commit`, `address` and the names in `fields`."""
+    `model`, `commit`, `url` and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -207,8 +211,8 @@ def build_space_card(
         short_description="Predictions and attention maps of a ViT",
         **settings,
     )
-    address = f"{constants.ENDPOINT}/{model.repo_id}"
-    text = description.format(model=model.repo_id, commit=model.commit, address=address, **fields)
+    url = f"{constants.ENDPOINT}/{model.repo_id}"
+    text = description.format(model=model.repo_id, commit=model.commit, url=url, **fields)
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
@@ -225,11 +229,11 @@ def collect_examples(examples: Iterable[Path]) -> RepoFiles:
     """Return a dict from paths in the Space to the files of the example images."""
     files: RepoFiles = {}
     for file in examples:
-        name = f"{EXAMPLES_FOLDER}/{file.name}"
-        if name in files:
+        path_in_space = f"{EXAMPLES_FOLDER}/{file.name}"
+        if path_in_space in files:
             raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
         read_image(file)
-        files[name] = file
+        files[path_in_space] = file
     return files
 
 
@@ -262,7 +266,7 @@ def push_space(
     made. `private` and `sdk` apply only to a new Space. `flags` contains the other flags of `vitcls space` that were
     used to build `files`; the command in the error message includes these flags.
 
-    Raise PushFailed if the push fails. The message is one line and ends with the command that completes the push.
+    Raise PushError if the push fails. The message is one line and ends with the command that completes the push.
     """
     check_is_online()
     try:
@@ -271,7 +275,7 @@ def push_space(
     except HUB_ERRORS as error:
         flags = ["--model", model.repo_id, "--revision", model.commit, "--space-id", space_id, *flags]
         command = shlex.join(["vitcls", "space", *flags, *(["--private"] if private else [])])
-        raise PushFailed(
+        raise PushError(
             f"the push to the Space {space_id} failed: {format_hub_error(error)}. Finish with: {command}"
         ) from error
 
@@ -285,10 +289,10 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent_commit = api.space_info(space_id).sha
     published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
-    folders = tuple(
+    folder_prefixes = tuple(
         {f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{PAGE_FOLDER}/", f"{EXAMPLES_FOLDER}/"}
     )
-    outdated_files = [name for name in published_files if name.startswith(folders) and name not in files]
+    outdated_files = [name for name in published_files if name.startswith(folder_prefixes) and name not in files]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in outdated_files
     ]

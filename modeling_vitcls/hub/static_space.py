@@ -28,12 +28,12 @@ LIBRARY_FILES = (
     "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
 )
 
-DESCRIPTION = """
-Select an image to see the predictions of the Vision Transformer [{model}]({address}) and the attention of its CLS
+DESCRIPTION_TEMPLATE = """
+Select an image to see the predictions of the Vision Transformer [{model}]({url}) and the attention of its CLS
 token.
 
 The model runs in the browser, with transformers.js. Images are not uploaded. The model in `{folder}/` was exported
-from commit [`{commit}`]({address}/tree/{commit}).
+from commit [`{commit}`]({url}/tree/{commit}).
 """
 
 
@@ -73,5 +73,7 @@ def build_static_space_files(
     return files | {
         "index.html": page_html.encode(),
         "app.js": PACKAGE_FOLDER / "demo" / "static.js",
-        "README.md": build_space_card(model, title, DESCRIPTION, {"sdk": "static"}, folder=MODEL_FOLDER).encode(),
+        "README.md": build_space_card(
+            model, title, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER
+        ).encode(),
     }

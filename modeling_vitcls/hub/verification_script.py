@@ -134,15 +134,15 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded
-        classes with the keys `models` (for each Auto class: the name of the loaded class, its module, and weights that
-        the checkpoint lacks) and `processors` (the name of the loaded class for each backend).
+        classes. In the report, `models` maps each Auto class to the name and the module of the loaded class and the
+        weights that the checkpoint lacks. `processors` maps each backend to the name of the loaded class.
     """
     config = loader.load_config()
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     outputs: Outputs = {}
     report: dict[str, Any] = {"models": {}, "processors": {}}
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # makes the initialization of missing weights reproducible
+        torch.manual_seed(SEED)  # for a reproducible initialization of missing weights
         model, loading_info = loader.load_model(auto_class, config)
         report["models"][auto_class] = {
             "class": type(model).__name__,
@@ -157,9 +157,9 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
         for backend in ("torchvision", "pil") if is_torchvision_available() else ("pil",):
             processor = loader.load_processor(backend)
             report["processors"][backend] = type(processor).__name__
-            pixels = torch.from_numpy(build_image(config, processor))  # [H, W, C]
-            batch = processor(pixels.movedim(-1, 0), return_tensors="pt")
-            outputs[f"AutoImageProcessor, {backend}/pixel_values"] = batch["pixel_values"]
+            image = torch.from_numpy(build_image(config, processor))  # [H, W, C]
+            pixel_values = processor(image.movedim(-1, 0), return_tensors="pt")["pixel_values"]
+            outputs[f"AutoImageProcessor, {backend}/pixel_values"] = pixel_values
         is_classifier = get_auto_class(architecture) == "AutoModelForImageClassification"
         # The pipeline converts images to RGB, and supports one task.
         if is_classifier and getattr(config, "tasks", None) is None and config.num_channels == 3:
@@ -187,7 +187,8 @@ def build_pixel_values(config: Any) -> torch.Tensor:
 
 
 def build_image(config: Any, processor: Any) -> Any:
-    """Return a fixed random `uint8` image [H, W, C], larger than the model's images and with another aspect ratio."""
+    """Return a fixed random `uint8` image [H, W, C], larger than the model's images and with a different aspect
+    ratio."""
     height, width = get_image_size(config)
     num_channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)

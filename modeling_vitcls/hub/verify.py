@@ -43,7 +43,7 @@ from .connection import (
 )
 from .manifest import (
     CHECKPOINT_PATTERNS,
-    EXTRA_PATTERNS,
+    DOCUMENTATION_PATTERNS,
     MODEL_PATTERNS,
     check_is_model,
     collect_checkpoint_files,
@@ -76,11 +76,11 @@ INHERITED_VARIABLES = frozenset(
 INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
 
 
-class NotVerified(ValueError):
+class VerificationError(ValueError):
     """Raised if a published model does not load or differs from the reference. The message is one line."""
 
 
-class PushedButNotVerified(OSError):
+class PushVerificationError(OSError):
     """Raised if the verification of a push fails. The message ends with the command that repeats the verification."""
 
 
@@ -92,16 +92,18 @@ class VerificationReport:
     revision: str  # commit hash, 40 hexadecimal digits
     reference: str  # description of the reference model
     num_files: int  # number of files whose hashes were checked
-    classes: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
+    class_names: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
     differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference between the outputs
     versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
     code_revision: str | None = None  # commit of the code if another repository contains the code
     is_native: bool = False  # whether the model classes are part of transformers, not of the repository
 
-    def build_load_line(self) -> str:
+    def format_loading_code(self) -> str:
         """Return the line of code that loads the verified commit."""
-        auto_class = next(name for name in reversed(self.classes) if name.startswith(("AutoModel", "AutoBackbone")))
+        auto_class = next(
+            name for name in reversed(self.class_names) if name.startswith(("AutoModel", "AutoBackbone"))
+        )
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
         trust_argument = "" if self.is_native else ", trust_remote_code=True"
         arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
@@ -115,12 +117,12 @@ class VerificationReport:
             f"  {self.num_files} files match their hashes; {self.code_comparison}",
             f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {self.reference}:",
             *(
-                f"    {loader:{width}}  {self.classes.get(loader, ''):30}  largest difference {difference:.1e}"
-                for loader, difference in self.differences.items()
+                f"    {name:{width}}  {self.class_names.get(name, ''):30}  largest difference {difference:.1e}"
+                for name, difference in self.differences.items()
             ),
             f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "load the model:" if self.is_native else PIN_ADVICE,
-            f"  {self.build_load_line()}",
+            f"  {self.format_loading_code()}",
         ]
 
 
@@ -140,46 +142,54 @@ def verify(
             contains a checkpoint, this checkpoint is always compared with `folder`.
 
     Raises:
-        NotVerified: If files are damaged or differ from `folder`, if the model does not load without this package, or
-            if the outputs of the model differ from the reference. The message is one line.
+        VerificationError: If files are damaged or differ from `folder`, if the model does not load without this
+            package, or if the outputs of the model differ from the reference. The message is one line.
         ValueError: If the repository or the revision does not exist.
         OSError: If the Hub does not respond.
     """
     check_is_online()
-    model = resolve_commit(repo_id, revision)
-    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as scratch_path, silence_transformers():
-        scratch = Path(scratch_path)
-        files = scratch / "files"
-        num_files = download_files(model, files)
+    model_commit = resolve_commit(repo_id, revision)
+    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
+        temporary_folder = Path(temporary_path)
+        download_folder = temporary_folder / "files"
+        num_files = download_files(model_commit, download_folder)
         if folder is not None:
-            check_published_files(repo_id, files, folder, with_optimizer)
-        code = resolve_code_commit(model, files)
-        is_native = is_native_model(files)
-        code_folder = files if code is None else download_commit(code, ["*.py"], scratch / "code")
+            check_published_files(repo_id, download_folder, folder, with_optimizer)
+        code_commit = resolve_code_commit(model_commit, download_folder)
+        is_native = is_native_model(download_folder)
+        code_folder = (
+            download_folder
+            if code_commit is None
+            else download_commit(code_commit, ["*.py"], temporary_folder / "code")
+        )
         code_comparison = "no code" if is_native else describe_code_differences(code_folder)
-        reference: Any = PackageLoader(folder or files)
+        reference_loader: Any = PackageLoader(folder or download_folder)
         if is_native:
-            reference = HubLoader(str(folder or files), trust_remote_code=False)
-        expected_outputs, _ = collect_outputs(reference)
-        outputs, report = run_verification(model, code, scratch, trust_remote_code=not is_native)
-    check_script_report(model, code, report, "transformers.models." if is_native else "transformers_modules.")
+            reference_loader = HubLoader(str(folder or download_folder), trust_remote_code=False)
+        expected_outputs, _ = collect_outputs(reference_loader)
+        outputs, report = run_verification(
+            model_commit, code_commit, temporary_folder, trust_remote_code=not is_native
+        )
+    check_script_report(
+        model_commit, code_commit, report, "transformers.models." if is_native else "transformers_modules."
+    )
     return VerificationReport(
         repo_id=repo_id,
-        revision=model.commit,
+        revision=model_commit.sha,
         reference=f"{folder}" if folder else f"the same files with modeling_vitcls {__version__}",
         num_files=num_files,
-        classes={name: model_info["class"] for name, model_info in report["models"].items()}
+        class_names={name: model_report["class"] for name, model_report in report["models"].items()}
         | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
         differences=compare_outputs(repo_id, outputs, expected_outputs),
         versions=get_versions("huggingface_hub"),
         code_comparison=code_comparison,
-        code_revision=code.commit if code else None,
+        code_revision=code_commit.sha if code_commit else None,
         is_native=is_native,
     )
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raise PushedButNotVerified if the verification fails.
+    """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails.
 
     The message is one line with the reason, the locations of the model, and the command that repeats the verification.
     """
@@ -187,7 +197,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
         return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
-        raise PushedButNotVerified(
+        raise PushVerificationError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder} and published at "
             f"{push_result.url}. Repeat the verification with: {command}"
         ) from error
@@ -196,10 +206,10 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def download_files(model: HubCommit, target: Path) -> int:
-    """Download the files of a model and return the number of files. Raise NotVerified if a file has a wrong hash."""
-    repo_id, commit = model.repo_id, model.commit
-    download_commit(model, (*MODEL_PATTERNS, *EXTRA_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
+def download_files(model_commit: HubCommit, target: Path) -> int:
+    """Download the files of a model and return the number of files. Raise VerificationError if a hash is wrong."""
+    repo_id, commit = model_commit.repo_id, model_commit.sha
+    download_commit(model_commit, (*MODEL_PATTERNS, *DOCUMENTATION_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
     try:
         with set_hub_timeout(TIMEOUT):
             checksum_report = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
@@ -207,80 +217,82 @@ def download_files(model: HubCommit, target: Path) -> int:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
     if checksum_report.mismatches:
         names = ", ".join(mismatch["path"] for mismatch in checksum_report.mismatches)
-        raise NotVerified(
+        raise VerificationError(
             f"{repo_id} at {commit} is damaged on the Hub: the hash of {names} does not match. Delete {names} "
             "on the Hub and push the model again"
         )
     try:
         check_is_model(target)
     except ValueError:
-        raise NotVerified(f"{repo_id} at {commit} does not contain a vitcls model") from None
+        raise VerificationError(
+            f"{repo_id} at {commit} does not contain a vitcls model. Check the id and the revision"
+        ) from None
     return checksum_report.checked_count
 
 
 def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise NotVerified unless the published files equal the files of the model in `folder`."""
+    """Raise VerificationError unless the published files equal the files of the model in `folder`."""
     expected_files = collect_model_files(folder, repo_id)
     published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}
     if with_optimizer or checkpoint_files:
         expected_files |= collect_checkpoint_files(folder)
     if unexpected_files := sorted(checkpoint_files - expected_files.keys()):
-        raise NotVerified(
+        raise VerificationError(
             f"{repo_id} contains {unexpected_files[0]}, which is not a file of the newest checkpoint in "
             f"{folder}. Push {folder} again"
         )
     for name, content in expected_files.items():
         file = published_folder / name
         if not file.is_file():
-            raise NotVerified(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
-        is_same = (
+            raise VerificationError(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
+        is_unchanged = (
             file.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(file, content, shallow=False)
         )
-        if not is_same:
-            raise NotVerified(f"{name} in {repo_id} differs from the file in {folder}. Push {folder} again")
+        if not is_unchanged:
+            raise VerificationError(f"{name} in {repo_id} differs from the file in {folder}. Push {folder} again")
 
 
 # Process -------------------------------------------------------------------------------------------------------------
 
 
 def run_verification(
-    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool = True
+    model_commit: HubCommit, code_commit: HubCommit | None, temporary_folder: Path, trust_remote_code: bool = True
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py, and return the outputs and the report. Retry once after a possible network error."""
     try:
         return retry(
-            lambda: run_script(model, code, scratch, trust_remote_code),
-            f"loading {model.repo_id}",
+            lambda: run_script(model_commit, code_commit, temporary_folder, trust_remote_code),
+            f"loading {model_commit.repo_id}",
             waits=SHORT_RETRY_WAITS[:1],
         )
     except RuntimeError as error:
-        raise NotVerified(str(error)) from None
+        raise VerificationError(str(error)) from None
 
 
 def run_script(
-    model: HubCommit, code: HubCommit | None, scratch: Path, trust_remote_code: bool
+    model_commit: HubCommit, code_commit: HubCommit | None, temporary_folder: Path, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raise RuntimeError if the process fails and a retry may succeed, and NotVerified if a retry would fail again.
+    Raise RuntimeError if the process fails and a retry may succeed, and VerificationError if a retry would fail again.
     """
-    error_prefix = f"a new process cannot load {model.repo_id} at {model.commit}"
-    with tempfile.TemporaryDirectory(dir=scratch) as home_folder:
+    error_prefix = f"a new process cannot load {model_commit.repo_id} at {model_commit.sha}"
+    with tempfile.TemporaryDirectory(dir=temporary_folder) as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
         request = {
-            "repo_id": model.repo_id,
-            "revision": model.commit,
-            "code_repo_id": code.repo_id if code else None,
-            "code_revision": code.commit if code else None,
+            "repo_id": model_commit.repo_id,
+            "revision": model_commit.sha,
+            "code_repo_id": code_commit.repo_id if code_commit else None,
+            "code_revision": code_commit.sha if code_commit else None,
             "trust_remote_code": trust_remote_code,
             "target": str(target),
             "num_threads": torch.get_num_threads(),
         }
         request_file = Path(home_folder, "request.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
-        needs_token = model.needs_token or (code is not None and code.needs_token)
+        needs_token = model_commit.needs_token or (code_commit is not None and code_commit.needs_token)
         process = subprocess.run(
             [sys.executable, "-P", verification_script.__file__, str(request_file)],
             cwd=home_folder,
@@ -294,7 +306,7 @@ def run_script(
             raise RuntimeError(f"{error_prefix}: {lines[-1]}")
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
-            error_class = RuntimeError if report["can_retry"] else NotVerified
+            error_class = RuntimeError if report["can_retry"] else VerificationError
             raise error_class(f"{error_prefix}: {report['error']}")
         return load_file(target / "outputs.safetensors"), report
 
@@ -315,51 +327,55 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 # Outputs -------------------------------------------------------------------------------------------------------------
 
 
-def check_script_report(model: HubCommit, code: HubCommit | None, report: dict[str, Any], module_prefix: str) -> None:
-    """Raise NotVerified unless the process loaded all weights, and loaded only the expected commits and modules."""
-    repo_id, commit = model.repo_id, model.commit
+def check_script_report(
+    model_commit: HubCommit, code_commit: HubCommit | None, report: dict[str, Any], module_prefix: str
+) -> None:
+    """Raise VerificationError unless the process loaded all weights, and only the expected commits and modules."""
+    repo_id, commit = model_commit.repo_id, model_commit.sha
     if report["has_package"]:
-        raise NotVerified("the new process imported modeling_vitcls, so it did not test the published code")
+        raise VerificationError("the new process imported modeling_vitcls, so it did not test the published code")
     if report["commits"] != [commit]:
-        raise NotVerified(f"the new process loaded {', '.join(report['commits'])}, not only {repo_id} at {commit}")
-    if code is not None and report["code_commits"] != [code.commit]:
-        raise NotVerified(
-            f"the new process loaded code from {', '.join(report['code_commits'])}, not only {code.repo_id} at "
-            f"{code.commit}"
+        raise VerificationError(
+            f"the new process loaded {', '.join(report['commits'])}, not only {repo_id} at {commit}"
         )
-    for auto_class, model_info in report["models"].items():
-        if not model_info["module"].startswith(module_prefix):
-            raise NotVerified(
-                f"{auto_class} loaded {model_info['class']} from {model_info['module']}, not from {repo_id}"
+    if code_commit is not None and report["code_commits"] != [code_commit.sha]:
+        raise VerificationError(
+            f"the new process loaded code from {', '.join(report['code_commits'])}, not only {code_commit.repo_id} at "
+            f"{code_commit.sha}"
+        )
+    for auto_class, model_report in report["models"].items():
+        if not model_report["module"].startswith(module_prefix):
+            raise VerificationError(
+                f"{auto_class} loaded {model_report['class']} from {model_report['module']}, not from {repo_id}"
             )
-        if model_info["missing"]:
-            raise NotVerified(f"{repo_id} at {commit} lacks the weights {', '.join(model_info['missing'])}")
+        if model_report["missing"]:
+            raise VerificationError(f"{repo_id} at {commit} lacks the weights {', '.join(model_report['missing'])}")
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
 
-    Raise NotVerified if a difference exceeds the tolerance.
+    Raise VerificationError if a difference exceeds the tolerance.
     """
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
-        raise NotVerified(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
+        raise VerificationError(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
     differences: dict[str, float] = {}
     for name, expected_output in expected_outputs.items():
         if outputs[name].shape != expected_output.shape:
-            raise NotVerified(
+            raise VerificationError(
                 f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "
                 f"not {list(expected_output.shape)}"
             )
         difference = compute_max_abs(outputs[name].double() - expected_output.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected_output.double()))
         if not difference <= limit:  # NaN also raises the error
-            raise NotVerified(
+            raise VerificationError(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "
                 f"{limit:.2g}"
             )
-        loader = name.partition("/")[0]
-        differences[loader] = max(differences.get(loader, 0.0), difference)
+        loader_name = name.partition("/")[0]
+        differences[loader_name] = max(differences.get(loader_name, 0.0), difference)
     return differences
 
 

@@ -33,7 +33,7 @@ from ..distributed import build_accelerator
 from ..files import write_json
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.card_results import build_class_tables, build_metric_rows
-from ..hub.loading import MODEL_FILES
+from ..hub.loading import MODEL_FILE_PATTERNS
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
 from ..system import describe_device, get_versions
@@ -58,7 +58,7 @@ class Evaluation(NamedTuple):
 def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
     """Load the model and the labeled images. Raises the same errors as `evaluate_checkpoint`."""
     with accelerator.main_process_first():  # downloads once
-        folder = resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE])
+        folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         record = read_held_out_record(folder)

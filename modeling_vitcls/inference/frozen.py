@@ -28,7 +28,7 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
 from ..hub.card_results import CONFIDENCE_LEVEL, format_percent
-from ..hub.loading import MODEL_FILES
+from ..hub.loading import MODEL_FILE_PATTERNS
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
 from .evaluate import (
@@ -213,7 +213,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # downloads once
         model, processor = load_model(options.model, use_head=False)
-        record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILES, RESULTS_FILE]))
+        record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
         training_label_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
         held_out_label_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
     check_labels(options, held_out_label_space)

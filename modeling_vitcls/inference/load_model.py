@@ -51,7 +51,7 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
     # Missing weights raise an error below. The weights of an unused classifier are ignored.
-    with silence_transformers(progress_bars=False):
+    with silence_transformers(hide_progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if missing_weights := loading_info["missing_keys"]:
         weight = min(missing_weights)

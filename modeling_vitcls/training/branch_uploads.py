@@ -22,7 +22,7 @@ from ..distributed import run_on_main
 from ..files import read_json
 from ..hub.card import build_checkpoint_card, build_common_metadata, get_license
 from ..hub.connection import format_hub_error, silence_transformers
-from ..hub.manifest import CARD, RECIPE
+from ..hub.manifest import CARD_FILE, RECIPE_FILE
 from ..hub.provenance import Provenance
 from ..hub.publish import push_folder
 from ..options import to_flags
@@ -121,7 +121,7 @@ class BranchUploads:
         if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
         try:
-            with silence_transformers(warnings=False):
+            with silence_transformers(hide_warnings=False):
                 action()
         except WRITE_ERRORS as error:
             self.last_failed_step = step
@@ -145,7 +145,7 @@ class BranchUploads:
     def fill_folder(self, step: int, weights: Tensors) -> None:
         """Write the model card, metrics, flags, license files, and the model with the given weights."""
         self.write_model(self.folder, weights)
-        for name in ("metrics.jsonl", RECIPE):
+        for name in ("metrics.jsonl", RECIPE_FILE):
             if (self.options.output_dir / name).is_file():
                 shutil.copyfile(self.options.output_dir / name, self.folder / name)
         architecture = read_json(self.folder / "config.json")["architectures"][0]
@@ -159,7 +159,7 @@ class BranchUploads:
             get_license(flags, self.provenance, self.teacher),
             self.run.hub_push_optimizer,
         )
-        card.save(self.folder / CARD)
+        card.save(self.folder / CARD_FILE)
         if self.provenance is not None:
             self.provenance.copy_license(self.folder)
 

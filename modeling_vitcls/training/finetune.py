@@ -29,7 +29,7 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
 from ..hub.card import build_card
-from ..hub.loading import MODEL_FILES
+from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import strip_folders
 from ..hub.provenance import Provenance
 from ..inference.evaluator import Evaluator
@@ -302,7 +302,7 @@ def describe_other_split(source: str, data: TrainingData) -> str | None:
     damaged."""
     if is_preset(source) or data.record.rule is None:
         return None
-    folder = resolve_checkpoint(source, [*MODEL_FILES, RESULTS_FILE])
+    folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
     record, rule = read_held_out_record(folder), data.record.rule
     if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None

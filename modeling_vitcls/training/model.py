@@ -27,7 +27,7 @@ from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
-from ..hub.adapters import LORA_TARGETS
+from ..hub.adapters import LORA_TARGET_MODULES
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
@@ -228,7 +228,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("--trainable lora requires PEFT: pip install peft") from error
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model)
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -34,9 +34,9 @@ from ..analysis.report import write_page
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..hub.local_paths import is_local
-from ..hub.manifest import REPORT
+from ..hub.manifest import REPORT_FILE
 from ..hub.provenance import Provenance, describe_license_conflict, find_provenance
-from ..hub.push_permissions import is_private
+from ..hub.push_permissions import is_private_repo
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
@@ -84,7 +84,7 @@ def build_model_report(
         {name: path in the folder} for the images and the report.
     """
     paths: dict[str, str] = {}
-    (folder / REPORT).unlink(missing_ok=True)
+    (folder / REPORT_FILE).unlink(missing_ok=True)
     with warn_on_error(warn, "the card has no images, because the images could not be drawn"):
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
@@ -93,14 +93,14 @@ def build_model_report(
             samples = select_samples(held_out, label_space) if use_samples else []
             paths |= write_card_images(folder, model, processor, results, samples)
             inspection = None
-            with warn_on_error(warn, f"{REPORT} could not be written"):
+            with warn_on_error(warn, f"{REPORT_FILE} could not be written"):
                 inspection = inspect_saved_model(folder, model, processor, results, held_out, label_space)
                 results["diagnosis"] = inspection.summary
             if track_images is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
                     track_images(collect_tracker_images(folder, paths, inspection))
             if inspection is not None:
-                paths["report"] = REPORT
+                paths["report"] = REPORT_FILE
     return paths
 
 
@@ -132,7 +132,7 @@ def inspect_saved_model(
         **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
         token_movement=results["token_movement"],
     )
-    write_page(folder / REPORT, inspection, folder.resolve().name, images.source)
+    write_page(folder / REPORT_FILE, inspection, folder.resolve().name, images.source)
     return inspection
 
 
@@ -173,7 +173,7 @@ def can_show_samples(
     published in a public repository. `repo_id` is the repository to push to, or None if the model is not pushed."""
     run, dataset = options.run, options.data.dataset
     requires_consent = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
-    if not requires_consent or run.hub_private or is_private(str(repo_id)):
+    if not requires_consent or run.hub_private or is_private_repo(str(repo_id)):
         return True
     warn(
         f"the card contains no held-out images, because {dataset} is local and {repo_id} is not known to be "

@@ -35,7 +35,7 @@ from ..checkpoints import CheckpointStore
 from ..data.image_folder import shorten_list
 from ..hub.adapters import ADAPTER_PATTERNS
 from ..hub.local_paths import is_local, split_prefix
-from ..hub.manifest import EXTRA_PATTERNS, MODEL_PATTERNS, RECIPE, is_match
+from ..hub.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
 from ..options import FinetuneOptions, PretrainOptions
 
 
@@ -53,7 +53,11 @@ CONFIG_FILE = "config.json"
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
 FINAL_FILES = (
-    *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
+    *(
+        RESULTS_FILE,
+        *MODEL_PATTERNS,
+        *(name for name in DOCUMENTATION_PATTERNS if name not in (METRICS_FILE, RECIPE_FILE)),
+    ),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
@@ -86,7 +90,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
 def check_no_other_files(folder: Path) -> None:
     """Raise ValueError if this run would replace files that were not written by an earlier run."""
     names = list_final_files(folder)
-    if (folder / METRICS_FILE).exists() and not (folder / RECIPE).exists():
+    if (folder / METRICS_FILE).exists() and not (folder / RECIPE_FILE).exists():
         names.append(METRICS_FILE)
     if names:
         raise ValueError(
@@ -111,7 +115,10 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
 
 def remove_run(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
-    if not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE)) and not store.list_steps():
+    if (
+        not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE))
+        and not store.list_steps()
+    ):
         return
     for name in (*list_final_files(folder), METRICS_FILE, NON_FINITE_FILE):
         (folder / name).unlink(missing_ok=True)
@@ -120,7 +127,7 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
     store.clear()
-    (folder / RECIPE).unlink(missing_ok=True)  # removed last, because this file marks a folder as a run
+    (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks a folder as a run
 
 
 def list_final_files(folder: Path) -> list[str]:

@@ -33,8 +33,8 @@ from ..distributed import (
 )
 from ..errors import is_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
-from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
-from ..hub.manifest import RECIPE
+from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name
+from ..hub.manifest import RECIPE_FILE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import output_folder
@@ -298,7 +298,7 @@ class Runner:
             if self.facts is None:
                 output_folder.remove_run(self.folder, self.store)
             flags = {name: value for name, value in self.get_flags().items() if name not in START_FLAGS}
-            (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+            (self.folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
             run_on_main(self.accelerator, claim)
@@ -478,7 +478,7 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
         if (
             name in CHANGEABLE_FLAGS
             or current_value == value
-            or (name in PATH_FLAGS and is_same_path(value, current_value))
+            or (name in PATH_FLAGS and is_same_source(value, current_value))
             or is_pinned(value, current_value)
             or (name in FLAGS_WITH_RUN_DEFAULTS and current_value is None)
         ):

@@ -53,7 +53,7 @@ from .distributed_state import gather_weights, get_unsupported_reason, reshard
 from .loop import Metrics
 from .losses import Objective
 from .model import merge_lora
-from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
+from .model_report import REPORT_FILE, build_model_report, can_show_samples, get_model_provenance, write_card
 from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
 from .reporter import describe_batches, describe_model, describe_run, format_duration, format_metric
 from .runner import Components, Runner, RunStopped, build_runner, resolve_names
@@ -251,7 +251,7 @@ def run_task(task: Task) -> dict[str, Any]:
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
-        report = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
+        report = f" {REPORT_FILE}," if (runner.folder / REPORT_FILE).exists() else ""
         reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS_FILE})")
         push_output(task)
         runner.accelerator.end_training()
@@ -349,7 +349,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 
     def write_and_convert_errors() -> None:
         try:
-            with silence_transformers(warnings=False):
+            with silence_transformers(hide_warnings=False):
                 write()
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error

@@ -37,7 +37,7 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..errors import format_error
-from ..hub.loading import get_any_model_folder, load_timm, split_revision
+from ..hub.loading import get_external_model_folder, load_timm_model, split_revision
 from ..options import AugmentationOptions
 
 
@@ -176,7 +176,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
     """Load a `float32` transformers classifier and its image processor."""
     try:
-        folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
+        folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
         raise OSError(f"cannot load the teacher: {error}") from error
     config = load_component(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
@@ -250,7 +250,7 @@ def load_timm_teacher(source: str, num_channels: int, height_width: tuple[int, i
 
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
-        model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
+        model: Any = load_timm_weights(name, file) if file else load_timm_model(name)[0]
     except Exception as error:  # for example, an unknown name, no network, or weights of another model
         raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))

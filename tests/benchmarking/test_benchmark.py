@@ -29,9 +29,9 @@ from modeling_vitcls.benchmarking.comparison import (
     Comparison,
     check_logits,
     check_tensors,
+    compare_peak_memory,
     compare_throughput,
     compute_quartiles,
-    measure_peaks,
     measure_throughput,
 )
 from modeling_vitcls.benchmarking.image_files import (
@@ -57,8 +57,8 @@ from modeling_vitcls.benchmarking.own_features import (
 from modeling_vitcls.benchmarking.peers import (
     FORWARD_PASSES,
     PEERS,
-    SMALL,
-    TOY,
+    SMALL_SIZE,
+    TOY_SIZE,
     TRAINING_STEPS,
     ForwardPass,
     build_model,
@@ -83,14 +83,14 @@ from modeling_vitcls.benchmarking.training_runs import (
     TRAINING_RUNS,
     LineWriter,
     SuspendedRun,
-    build_our_command,
-    build_their_command,
+    build_finetune_command,
+    build_trainer_command,
     build_transforms,
-    collate,
+    collate_images,
     load_dataset,
     save_models,
 )
-from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
+from modeling_vitcls.benchmarking.work import WORK_KINDS, run_benchmarks
 from modeling_vitcls.commands.parsing import parse
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.linear_probe import compute_features
@@ -133,7 +133,7 @@ def test_the_script_compares_forward_passes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = check_file(file, 3)
     assert [(each["name"], each["against"]) for each in found] == [(row, "transformers"), (row, "timm")]
-    assert "images per second" in done.stdout and "ratio to the faster peer" in done.stdout and "torch" in done.stdout
+    assert "images per second" in done.stdout and "ratio to the fastest peer" in done.stdout and "torch" in done.stdout
     (better,) = json.loads(file.read_text())["over_the_better"]
     assert better == {"work": "inference", "name": row, "ratio": min(each["ratio"] for each in found)}
     assert table.read_text().count("\n| ") == 1 and "torch" in table.read_text()
@@ -167,7 +167,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow)])
 def test_work_without_peers_is_compared(name: str) -> None:
-    found = list(compare((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
+    found = list(run_benchmarks((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
     assert [each.name for each in found] == list(WORK_KINDS[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
@@ -192,10 +192,10 @@ def test_the_probe_counts_the_images_of_all_epochs(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(own_features, "compute_features", encode)
     monkeypatch.setattr(own_features, "compare_throughput", measure)
-    (result,) = compare(("probe",), (), TOY_SETTINGS)
+    (result,) = run_benchmarks(("probe",), (), TOY_SETTINGS)
     assert measured == [(10 * 32, 1, True)] and result.details["num_epochs"] == 10 and result.difference < 1e-4
     row = replace(PROBE_ROWS["10 epochs, batch 16"], num_epochs=3)
-    model, images, labels = build_model(TOY), build_random_images(32, TOY.image_size), torch.arange(32) % 5
+    model, images, labels = build_model(TOY_SIZE), build_random_images(32, TOY_SIZE.image_size), torch.arange(32) % 5
     with torch.no_grad():
         features = model.vitcls(images).pooler_output
     classifier = copy.deepcopy(model.classifier)
@@ -217,15 +217,17 @@ def test_reading_attention_is_compared_with_a_forward_pass(monkeypatch: pytest.M
         requests.append(arguments)
         return 100 if "--theirs" in arguments else 250
 
-    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    monkeypatch.setattr(comparison, "measure_peak_memory_in_process", measure)
     names = ("token_attention, batch 1", "statistics, batch 16")
-    entries = [result.to_dict() for result in compare(("attention",), names, TOY_SETTINGS)]
+    entries = [result.to_dict() for result in run_benchmarks(("attention",), names, TOY_SETTINGS)]
     assert [entry["name"] for entry in entries] == list(names)
     assert {entry["against"] for entry in entries} == {"a plain forward pass"}
     assert [entry["batch_size"] for entry in entries] == [1, 16]
     for entry in entries:
         assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (250, 100)
-        assert entry["size"] == vars(TOY) and entry["pairs"] == 1 and entry["largest_difference_of_outputs"] < 1e-5
+        assert (
+            entry["size"] == vars(TOY_SIZE) and entry["pairs"] == 1 and entry["largest_difference_of_outputs"] < 1e-5
+        )
     module = "modeling_vitcls.benchmarking.own_features"
     assert requests == [(module, name, "--toy", *side) for name in names for side in ((), ("--theirs",))]
 
@@ -235,7 +237,7 @@ def test_reading_attention_is_compared_with_a_forward_pass(monkeypatch: pytest.M
 def test_compiled_models_are_compared(against: str) -> None:
     row = replace(FORWARD_PASSES["bf16, batch 16, compiled"], batch_size=2)
     assert row.use_compile
-    assert compare_forward_pass("row", row, PEERS[against](TOY), TOY_SETTINGS).difference < 0.1
+    assert compare_forward_pass("row", row, PEERS[against](TOY_SIZE), TOY_SETTINGS).difference < 0.1
 
 
 @pytest.mark.parametrize("name", ATTENTION_ROWS)
@@ -244,14 +246,16 @@ def test_attention_is_checked_before_it_is_measured(name: str) -> None:
     model, pixel_values = build_model_and_images(row.batch_size, is_toy=True)
     assert len(pixel_values) == row.batch_size and model.config.num_register_tokens == 4
     assert check_attention(row, model, pixel_values, name) < 1e-5
-    assert row.read(model, pixel_values[:1]).abs().max() > 0
+    assert row.compute(model, pixel_values[:1]).abs().max() > 0
     with torch.no_grad():
-        assert measure_throughput(lambda: row.read(model, pixel_values), row.batch_size, 0.0) > 0
+        assert measure_throughput(lambda: row.compute(model, pixel_values), row.batch_size, 0.0) > 0
     assert model.config._attn_implementation == "sdpa"
-    wrong = replace(row, read=lambda model, pixels: row.read(model, pixels) + 0.1, reference=row.read)
+    wrong = replace(row, compute=lambda model, pixels: row.compute(model, pixels) + 0.1, reference=row.compute)
     with raises_one_line(name, "differ by 0.1"):
         check_attention(wrong, model, pixel_values, name)
-    not_a_number = replace(row, read=lambda model, pixels: row.read(model, pixels) * float("nan"), reference=row.read)
+    not_a_number = replace(
+        row, compute=lambda model, pixels: row.compute(model, pixels) * float("nan"), reference=row.compute
+    )
     with raises_one_line("differ by nan"):
         check_attention(not_a_number, model, pixel_values, name)
 
@@ -335,7 +339,7 @@ def test_a_process_replies_to_each_request(
 @pytest.mark.parametrize("against", PEERS)
 @pytest.mark.parametrize("name", TRAINING_STEPS)
 def test_gradients_are_compared_before_steps_are_measured(name: str, against: str) -> None:
-    ours, theirs = build_step_runners(TRAINING_STEPS[name], PEERS[against](TOY))
+    ours, theirs = build_step_runners(TRAINING_STEPS[name], PEERS[against](TOY_SIZE))
     assert ours.model.training and theirs.model.training
     predict, logits = ours.predict, []
 
@@ -344,7 +348,7 @@ def test_gradients_are_compared_before_steps_are_measured(name: str, against: st
         return logits[-1]
 
     ours.predict = record
-    assert check_gradients(ours, theirs, name) < ours.row.limit
+    assert check_gradients(ours, theirs, name) < ours.row.gradient_limit
     gradient = ours.compute_patch_gradient(num_images=1)  # earlier gradients are discarded
     assert torch.allclose(ours.compute_patch_gradient(num_images=1), gradient, rtol=0.01)
     before = [parameter.detach().clone() for parameter in ours.model.parameters()]
@@ -360,7 +364,7 @@ def test_gradients_are_compared_before_steps_are_measured(name: str, against: st
 
 def test_pixels_that_differ_are_not_compared(tmp_path: Path) -> None:
     files = write_benchmark_files(tmp_path, is_toy=True)
-    ours, theirs = build_image_processors(TOY, tmp_path)
+    ours, theirs = build_image_processors(TOY_SIZE, tmp_path)
     name, row = next(iter(PIXEL_ROWS.items()))
     ours.resample = 3
     with raises_one_line(name, "the pixel values differ"):
@@ -372,7 +376,7 @@ def test_each_call_processes_all_files_in_batches(name: str, tmp_path: Path, mon
     row = PIXEL_ROWS[name]
     files = write_benchmark_files(tmp_path, is_toy=True) * (5 if row.num_files == 16 else 1)
     assert len(files) == (20 if row.num_files == 16 else 4)
-    ours, theirs = build_image_processors(TOY, tmp_path)
+    ours, theirs = build_image_processors(TOY_SIZE, tmp_path)
     calls: dict[str, list[Any]] = {"ours": [], "theirs": []}
 
     def record(side: str, processor: Any) -> Any:
@@ -410,7 +414,7 @@ def test_the_pipeline_predicts_sorted_files(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(
             Path, "rglob", lambda *arguments, reverse=is_reversed: sorted(list_files(*arguments), reverse=reverse)
         )
-        predictions.append(build_pipeline_predictor(TOY, tmp_path)(2))
+        predictions.append(build_pipeline_predictor(TOY_SIZE, tmp_path)(2))
     assert predictions[0] == predictions[1] and len({score for _, score in predictions[0]}) == 4
 
 
@@ -422,7 +426,7 @@ def test_vitcls_predict_is_compared_with_the_pipeline(monkeypatch: pytest.Monkey
     class Process:
         def __init__(self, program: str, folder: str, settings: BenchmarkSettings) -> None:
             self.program = program
-            self.predict = image_files.PREDICTORS[program](TOY, Path(folder))
+            self.predict = image_files.PREDICTORS[program](TOY_SIZE, Path(folder))
 
         def __enter__(self) -> Any:
             return self
@@ -441,12 +445,12 @@ def test_vitcls_predict_is_compared_with_the_pipeline(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         image_files, "Predictor", lambda *arguments: predictors.append(build(*arguments)) or predictors[-1]
     )
-    results = list(compare(("prediction",), (), TOY_SETTINGS))
+    results = list(run_benchmarks(("prediction",), (), TOY_SETTINGS))
     assert [(predictor.batch_size, predictor.num_workers) for predictor in predictors] == [(16, 3), (1, 3)]
     assert [result.name for result in results] == list(PREDICTION_ROWS)
     for result in results:
         assert result.ratios == [1.5] and 0 < result.difference < 1e-4
-        assert result.details == {"num_files": 4, "size": vars(TOY)}
+        assert result.details == {"num_files": 4, "size": vars(TOY_SIZE)}
     kinds = [("ours", "labels"), ("theirs", "labels"), ("ours", "speed"), ("theirs", "speed")]
     assert requests == [(*kind, batch_size) for batch_size in (16, 1) for kind in kinds]
 
@@ -492,7 +496,7 @@ def test_the_script_compares_training(tmp_path: Path) -> None:
 
 def test_wrong_flags_are_one_line() -> None:
     with raises_one_line("--rows: there is no row 'fp64'", "'bf16, batch 1'", "'10 epochs, batch 16'"):
-        next(compare(("inference", "probe"), ("fp32, batch 1", "fp64"), TOY_SETTINGS))
+        next(run_benchmarks(("inference", "probe"), ("fp32, batch 1", "fp64"), TOY_SETTINGS))
     done = run_fresh(SCRIPT, "--work", "training", "--pairs", "0")
     assert done.returncode == 2 and "--pairs is 0" in done.stderr
 
@@ -500,7 +504,7 @@ def test_wrong_flags_are_one_line() -> None:
 @pytest.mark.parametrize("against", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_that_differ_are_not_compared(against: str, dtype: torch.dtype) -> None:
-    peer = PEERS[against](TOY)
+    peer = PEERS[against](TOY_SIZE)
     found = compare_forward_pass("row", ForwardPass(dtype, 2), peer, TOY_SETTINGS)
     assert found.against == against and found.difference < 0.1
     with torch.no_grad():
@@ -510,7 +514,7 @@ def test_models_that_differ_are_not_compared(against: str, dtype: torch.dtype) -
 
 
 def test_throughputs_belong_to_their_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward passes, training steps and reading attention, each with the images per call."""
+    """Forward passes, training steps and attention maps, each with the images per call."""
     events: list[str] = []
     calls: list[tuple[list[str], list[str], int]] = []
     requests: list[tuple[str, ...]] = []
@@ -534,8 +538,8 @@ def test_throughputs_belong_to_their_side(monkeypatch: pytest.MonkeyPatch) -> No
 
     for module in (peers, own_features):
         monkeypatch.setattr(module, "compare_throughput", compare_sides)
-    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
-    peer = PEERS["timm"](TOY)
+    monkeypatch.setattr(comparison, "measure_peak_memory_in_process", measure)
+    peer = PEERS["timm"](TOY_SIZE)
     peer.ours.register_forward_hook(lambda *arguments: events.append("ours"))
     peer.theirs.register_forward_hook(lambda *arguments: events.append("theirs"))
     step = replace(TRAINING_STEPS["fp32, batch 16"], batch_size=5)
@@ -545,13 +549,13 @@ def test_throughputs_belong_to_their_side(monkeypatch: pytest.MonkeyPatch) -> No
         *own_features.compare_attention({"row": own_features.AttentionRow(read, 2)}, TOY_SETTINGS),
     ]
     assert calls == [(["ours"], ["theirs"], 3), (["ours"], ["theirs"], 5), (["read"], [], 2)]
-    size, peaks = {"size": vars(TOY)}, {"ours_peak_bytes": 4, "theirs_peak_bytes": 5}
+    size, peaks = {"size": vars(TOY_SIZE)}, {"ours_peak_bytes": 4, "theirs_peak_bytes": 5}
     assert [result.details for result in results] == [
         size | {"device": "cpu"},
         size | peaks | {"device": "cpu"},
         size | peaks | {"batch_size": 2},
     ]
-    assert all(result.ratios == [1.5] for result in results) and 0 < results[1].difference < step.limit
+    assert all(result.ratios == [1.5] for result in results) and 0 < results[1].difference < step.gradient_limit
     flags = (
         ("modeling_vitcls.benchmarking.peers", "row", "timm"),
         ("modeling_vitcls.benchmarking.own_features", "row"),
@@ -577,32 +581,32 @@ def test_pairs_are_measured_alternately(is_toy: bool, seconds: float, monkeypatc
 def test_inexact_features_are_compared_with_the_plain_model() -> None:
     """The plain model drops and merges nothing; the other one computes the same if its feature is set to 0."""
     names = [name for name in INEXACT_ROWS if " 4," in name or " 0.5," in name]
-    entries = [result.to_dict() for result in compare(("inexact",), tuple(names), TOY_SETTINGS)]
+    entries = [result.to_dict() for result in run_benchmarks(("inexact",), tuple(names), TOY_SETTINGS)]
     assert [(entry["name"], entry["against"]) for entry in entries] == [(name, "the plain model") for name in names]
     assert [entry.get("merged_patches_per_layer") for entry in entries] == [4, None]
     assert [entry.get("patch_drop_rate") for entry in entries] == [None, 0.5]
     assert all(entry["device"] == "cpu" and entry["largest_difference_of_outputs"] == 0 for entry in entries)
-    merging = build_model(TOY, merged_patches_per_layer=4)
+    merging = build_model(TOY_SIZE, merged_patches_per_layer=4)
     with raises_one_line(names[0], "set to 0", "the outputs differ"):
-        check_disabled_feature(INEXACT_ROWS[names[0]], merging, TOY, names[0])
+        check_disabled_feature(INEXACT_ROWS[names[0]], merging, TOY_SIZE, names[0])
 
 
 @pytest.mark.parametrize("name", INEXACT_ROWS)
 def test_inexact_models_have_the_field_of_their_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = INEXACT_ROWS[name]
-    computation, num_images = row.build_computation(build_model(TOY), TOY, "cpu")
+    computation, num_images = row.build_computation(build_model(TOY_SIZE), TOY_SIZE, "cpu")
     outputs: Any = computation()
     assert num_images == (4 if outputs else 16) and (outputs is None or outputs.logits.shape == (4, 5))
     build = lambda model, *others: (lambda: getattr(model.config, row.field), 9)  # noqa: E731
     measure = lambda ours, theirs, num_images, settings: ([ours()], [theirs() + num_images])  # noqa: E731
     monkeypatch.setitem(INEXACT_ROWS, name, replace(row, build_computation=build))
     monkeypatch.setattr(own_features, "compare_throughput", measure)
-    (result,) = compare(("inexact",), (name,), TOY_SETTINGS)
+    (result,) = run_benchmarks(("inexact",), (name,), TOY_SETTINGS)
     assert (result.ours, result.theirs) == ([row.value], [0 + 9])
 
 
 def test_nan_outputs_are_not_compared() -> None:
-    peer = PEERS["transformers"](TOY)
+    peer = PEERS["transformers"](TOY_SIZE)
     with torch.no_grad():
         peer.ours.get_parameter("classifier.bias").fill_(float("nan"))
     with raises_one_line("differ by nan"):
@@ -612,18 +616,18 @@ def test_nan_outputs_are_not_compared() -> None:
 def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> None:
     from modeling_vitcls import ViTCLSForImageClassification
 
-    run = replace(DIGITS_RUN, size=TOY)
+    run = replace(DIGITS_RUN, size=TOY_SIZE)
     names = ["a", "b", "c"]
     assert save_models(run, names, tmp_path, "row") < 1e-5
     ours = ViTCLSForImageClassification.from_pretrained(tmp_path / "our_model")
     assert ours.config.id2label == dict(enumerate(names))
-    assert ours.config.hidden_size == TOY.hidden_size
+    assert ours.config.hidden_size == TOY_SIZE.hidden_size
     theirs = ViTForImageClassification.from_pretrained(tmp_path / "their_model")
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "our_model")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    transform = build_transforms({"crop_scale": 1.0, "flip": False, "rotation": 0}, TOY.image_size)
+    transform = build_transforms({"crop_scale": 1.0, "flip": False, "rotation": 0}, TOY_SIZE.image_size)
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    batch = collate([(image, 2), (image, 1)], transform)
+    batch = collate_images([(image, 2), (image, 1)], transform)
     assert batch["labels"].tolist() == [2, 1] and torch.allclose(batch["pixel_values"][1:], pixel_values, atol=1e-6)
     with torch.no_grad():
         assert torch.allclose(ours(pixel_values).logits, theirs(pixel_values).logits, atol=1e-5)
@@ -632,7 +636,7 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", TRAINING_RUNS)
 def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_path: Path) -> None:
     run = TRAINING_RUNS[name]
-    command = build_our_command(run, "digits", tmp_path)
+    command = build_finetune_command(run, "digits", tmp_path)
     options = parse(FinetuneOptions, command[command.index("finetune") + 1 :])
     training = options.training
     assert training.evaluate_every >= training.max_steps == MAX_STEPS
@@ -643,8 +647,8 @@ def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_pa
 
 
 def test_their_run_has_the_settings_of_the_row(tmp_path: Path) -> None:
-    run = replace(DIGITS_RUN, size=TOY, num_workers=3)
-    *program, file = build_their_command(run, "digits", tmp_path)
+    run = replace(DIGITS_RUN, size=TOY_SIZE, num_workers=3)
+    *program, file = build_trainer_command(run, "digits", tmp_path)
     assert program[1:] == ["-m", "modeling_vitcls.benchmarking.training_runs"]
     settings = json.loads(Path(file).read_text())
     for name in ("batch_size", "mixed_precision", "num_workers", "log_every", "learning_rate", "augmentation"):
@@ -659,7 +663,7 @@ def test_both_runs_have_the_same_hyperparameters(
     mixed_precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is trained: Trainer is replaced by a function that returns its arguments."""
-    run = replace(DIGITS_RUN, size=TOY, mixed_precision=mixed_precision, num_workers=2)
+    run = replace(DIGITS_RUN, size=TOY_SIZE, mixed_precision=mixed_precision, num_workers=2)
     save_models(run, [str(digit) for digit in range(10)], tmp_path, "row")
     calls: list[dict[str, Any]] = []
 
@@ -667,9 +671,9 @@ def test_both_runs_have_the_same_hyperparameters(
         return SimpleNamespace(train=lambda: calls.append({"model": model, "arguments": arguments, **others}))
 
     monkeypatch.setattr(training_runs, "Trainer", build_trainer)
-    training_runs.main(json.loads(Path(build_their_command(run, "digits", tmp_path)[-1]).read_text()))
+    training_runs.main(json.loads(Path(build_trainer_command(run, "digits", tmp_path)[-1]).read_text()))
     (call,) = calls
-    command = build_our_command(run, "digits", tmp_path)
+    command = build_finetune_command(run, "digits", tmp_path)
     ours, theirs = parse(FinetuneOptions, command[command.index("finetune") + 1 :]).training, call["arguments"]
     assert (theirs.max_steps, theirs.per_device_train_batch_size) == (ours.max_steps, ours.batch_size)
     assert (theirs.learning_rate, theirs.weight_decay) == (ours.learning_rate, ours.weight_decay)
@@ -681,7 +685,7 @@ def test_both_runs_have_the_same_hyperparameters(
     assert (theirs.save_strategy.value, theirs.logging_strategy.value) == ("no", "no")
     batch = call["data_collator"]([call["train_dataset"][index] for index in (0, 5)])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].tolist() == [0, 5]
-    assert call["model"].config.hidden_size == TOY.hidden_size and len(call["train_dataset"]) == 1797
+    assert call["model"].config.hidden_size == TOY_SIZE.hidden_size and len(call["train_dataset"]) == 1797
     call["callbacks"][0].on_step_end(theirs, SimpleNamespace(global_step=run.log_every), None)
     assert (tmp_path / "theirs.jsonl").read_text().count("\n") == 1
 
@@ -700,7 +704,7 @@ def test_the_speed_is_measured_between_two_lines(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(training_runs, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
     monkeypatch.setattr(run, "send_signal", signals.append)
     file.write_text("line\n" * 7)
-    assert run.measure_speed() == 20 * 64 / 0.5
+    assert run.measure_throughput() == 20 * 64 / 0.5
     assert signals == [signal.SIGCONT, signal.SIGSTOP] and run.count_lines() == 7 + 1 + 3
     run.log.write(b"one\nthe last line\n")
     monkeypatch.setattr(training_runs, "MAX_WAIT_SECONDS", 10)
@@ -724,12 +728,12 @@ def test_both_runs_train_on_the_photographs(tmp_path: Path, monkeypatch: pytest.
         def __exit__(self, *exc_info: object) -> None:
             pass
 
-        def measure_speed(self) -> float:
+        def measure_throughput(self) -> float:
             return self.speed
 
     monkeypatch.setattr(training_runs, "SuspendedRun", Run)
     monkeypatch.setattr(training_runs, "PHOTOGRAPHS_PER_CLASS", 2)
-    run = replace(TRAINING_RUNS["ViT-S/16 at 224, fp32"], size=TOY)
+    run = replace(TRAINING_RUNS["ViT-S/16 at 224, fp32"], size=TOY_SIZE)
     result = training_runs.compare_runs("row", run, 2, tmp_path)
     assert (result.ours, result.theirs, result.details) == ([3.0] * 2, [2.0] * 2, asdict(run))
     assert 0 < result.difference < 1e-4
@@ -739,7 +743,7 @@ def test_both_runs_train_on_the_photographs(tmp_path: Path, monkeypatch: pytest.
     assert (our_metrics, their_metrics) == (tmp_path / "ours" / "metrics.jsonl", tmp_path / "theirs.jsonl")
     for folder in ("our_model", "their_model"):
         config = json.loads((tmp_path / folder / "config.json").read_text())
-        assert config["id2label"] == {"0": "china", "1": "flower"} and config["hidden_size"] == TOY.hidden_size
+        assert config["id2label"] == {"0": "china", "1": "flower"} and config["hidden_size"] == TOY_SIZE.hidden_size
     images = load_dataset(dataset, 0)
     assert [label for _, label in images] == [0, 0, 1, 1] and images[0][0].size == (500, 375)
 
@@ -778,13 +782,13 @@ def test_a_line_is_written_after_every_few_steps(tmp_path: Path) -> None:
 
 
 def test_the_plain_peer_has_no_cpu_kernels() -> None:
-    peer = PEERS["plain"](TOY)
+    peer = PEERS["plain"](TOY_SIZE)
     assert "cpu_kernels=True" in str(peer.ours) and "cpu_kernels=True" not in str(peer.theirs)
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_have_the_requested_size(name: str) -> None:
-    size = replace(TOY, image_size=40, num_hidden_layers=3, num_attention_heads=4, num_labels=7)
+    size = replace(TOY_SIZE, image_size=40, num_hidden_layers=3, num_attention_heads=4, num_labels=7)
     config = PEERS[name](size).ours.config
     assert {field: getattr(config, field) for field in vars(size)} == vars(size)
     assert config.intermediate_size == 4 * 32
@@ -793,7 +797,7 @@ def test_peers_have_the_requested_size(name: str) -> None:
 @pytest.mark.parametrize("name", PEERS)
 def test_no_parameter_of_a_peer_is_constant(name: str) -> None:
     """A bias of zeros or a scale of ones would hide differences between the two sides."""
-    for parameter_name, parameter in PEERS[name](TOY).theirs.named_parameters():
+    for parameter_name, parameter in PEERS[name](TOY_SIZE).theirs.named_parameters():
         assert parameter.numel() == 1 or parameter.std() > 0, parameter_name
 
 
@@ -878,9 +882,9 @@ def test_memory_is_read_from_the_last_line_of_a_process(tmp_path: Path, monkeypa
     code = "import os, sys\nprint('log', os.environ['MALLOC_MMAP_THRESHOLD_'])\nprint(7 if sys.argv[2:] else 5)"
     (tmp_path / "measured_module.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert measure_peaks("measured_module", "row") == {"ours_peak_bytes": 5, "theirs_peak_bytes": 7}
+    assert compare_peak_memory("measured_module", "row") == {"ours_peak_bytes": 5, "theirs_peak_bytes": 7}
     with raises_one_line("cannot measure the memory of row --toy", "No module named no_module"):
-        measure_peaks("no_module", "row", "--toy")
+        compare_peak_memory("no_module", "row", "--toy")
 
 
 def test_photographs_are_a_folder_per_label(tmp_path: Path) -> None:
@@ -913,7 +917,7 @@ def test_a_suspended_run_runs_only_in_its_turns(tmp_path: Path) -> None:
         before = run.count_lines()
         subprocess.run(["sleep", "0.2"], check=True)
         assert run.count_lines() - before <= 1  # suspended
-        assert run.measure_speed() > 0
+        assert run.measure_throughput() > 0
         assert run.count_lines() >= before + 1 + DIGITS_RUN.lines_per_turn
     assert run.process.poll() is not None
 
@@ -937,8 +941,8 @@ def test_ratios_are_of_pairs() -> None:
 
 
 def test_rows_are_selected_by_name() -> None:
-    assert SMALL.intermediate_size == 1536
-    (result,) = compare(("inference", "probe"), ("fp32, batch 1",), TOY_SETTINGS)
+    assert SMALL_SIZE.intermediate_size == 1536
+    (result,) = run_benchmarks(("inference", "probe"), ("fp32, batch 1",), TOY_SETTINGS)
     assert (result.work, result.name) == ("inference", "fp32, batch 1")
     with raises_one_line("--rows", "'digits'", "'digits, fp32'"):
-        next(compare(("training",), ("digits",), BenchmarkSettings(("timm",), 1)))
+        next(run_benchmarks(("training",), ("digits",), BenchmarkSettings(("timm",), 1)))

@@ -17,25 +17,25 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison, growth, work
-from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_in_process
+from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_memory_in_process
 from modeling_vitcls.benchmarking.growth import (
-    AXES,
     BASE_POINT,
+    GROWTH_AXES,
+    GROWTH_POINTS,
     LINE_STYLES,
-    MIN_BYTES,
-    OURS,
-    POINTS,
+    MIN_PLOTTED_BYTES,
+    PACKAGE_NAME,
     TOY_BASE_POINT,
-    TOY_POINTS,
+    TOY_GROWTH_POINTS,
     build_peer,
     compare_point,
     format_caption,
-    get_axis,
+    get_varied_field,
     plot_growth,
 )
-from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY, Peer
+from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY_SIZE, Peer
 from modeling_vitcls.benchmarking.tables import format_markdown, print_tables, write_reports
-from modeling_vitcls.benchmarking.work import compare
+from modeling_vitcls.benchmarking.work import run_benchmarks
 from modeling_vitcls.commands import benchmark
 
 
@@ -54,7 +54,7 @@ def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         requests.append(arguments)
         return 100 if "--theirs" in arguments else 90
 
-    monkeypatch.setattr(comparison, "measure_peak_in_process", measure)
+    monkeypatch.setattr(comparison, "measure_peak_memory_in_process", measure)
     return requests
 
 
@@ -62,35 +62,35 @@ def memory_requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 def test_every_axis_leads_away_from_one_base_point() -> None:
-    for table, base in ((POINTS, BASE_POINT), (TOY_POINTS, TOY_BASE_POINT)):
-        varied = [get_axis(point, base) for point in table.values()]
-        assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(AXES)
+    for table, base in ((GROWTH_POINTS, BASE_POINT), (TOY_GROWTH_POINTS, TOY_BASE_POINT)):
+        varied = [get_varied_field(point, base) for point in table.values()]
+        assert varied[0] is None and None not in varied[1:] and set(varied[1:]) == set(GROWTH_AXES)
         for point in table.values():
-            assert sum(getattr(point, field) != getattr(base, field) for field in AXES) <= 1
+            assert sum(getattr(point, field) != getattr(base, field) for field in GROWTH_AXES) <= 1
             assert point.image_size % point.patch_size == 0
-    assert POINTS["image size 448"].num_tokens == POINTS["patch size 8"].num_tokens == 785
-    assert POINTS["64 registers"].num_tokens == 197 + 64
-    assert {point.batch_size for point in POINTS.values()} >= {1, 32}
+    assert GROWTH_POINTS["image size 448"].num_tokens == GROWTH_POINTS["patch size 8"].num_tokens == 785
+    assert GROWTH_POINTS["64 registers"].num_tokens == 197 + 64
+    assert {point.batch_size for point in GROWTH_POINTS.values()} >= {1, 32}
 
 
 def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None:
     """In one precision, and with all peers of --against that support the row: transformers' ViT has no registers."""
     peers = ("timm", "transformers")
     settings = BenchmarkSettings(peers, 2, is_toy=True, precision="bf16")
-    entries = [result.to_dict() for result in compare(("growth",), (), settings)]
+    entries = [result.to_dict() for result in run_benchmarks(("growth",), (), settings)]
     expected = [
-        (name, peer) for name in TOY_POINTS for peer in peers if (name, peer) != ("4 registers", "transformers")
+        (name, peer) for name in TOY_GROWTH_POINTS for peer in peers if (name, peer) != ("4 registers", "transformers")
     ]
     assert [(entry["name"], entry["against"]) for entry in entries] == expected
     flags = ("--precision", "bf16", "--toy")
     assert memory_requests == [(*pair, *flags, *side) for pair in expected for side in ((), ("--theirs",))]
     for entry in entries:
-        point = TOY_POINTS[entry["name"]]
+        point = TOY_GROWTH_POINTS[entry["name"]]
         assert entry["work"] == "growth in bf16" and len(entry["ratios"]) == 2
         assert 0 < entry["largest_difference_of_outputs"] < 0.1
-        assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_axis(point, TOY_BASE_POINT)
+        assert entry["num_tokens"] == point.num_tokens and entry["axis"] == get_varied_field(point, TOY_BASE_POINT)
         assert (entry["ours_peak_bytes"], entry["theirs_peak_bytes"]) == (90, 100)
-        size = vars(replace(TOY, image_size=point.image_size, patch_size=point.patch_size))
+        size = vars(replace(TOY_SIZE, image_size=point.image_size, patch_size=point.patch_size))
         assert entry | vars(point) | {"precision": "bf16", "device": "cpu", "size": size} == entry
     assert json.dumps(entries)
 
@@ -99,12 +99,12 @@ def test_all_points_are_compared(memory_requests: list[tuple[str, ...]]) -> None
     "name, against",
     [
         (name, against)
-        for name, point in TOY_POINTS.items()
+        for name, point in TOY_GROWTH_POINTS.items()
         for against in (PEERS_WITH_REGISTERS if point.num_registers else PEERS)
     ],
 )
 def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None:
-    point = TOY_POINTS[name]
+    point = TOY_GROWTH_POINTS[name]
     peer = build_peer(point, against, is_toy=True)
     ours: Any = peer.ours
     assert ours.config.image_size == point.image_size and ours.config.patch_size == point.patch_size
@@ -116,7 +116,7 @@ def test_models_do_the_work_that_the_point_says(name: str, against: str) -> None
 
 @pytest.mark.parametrize("against", PEERS)
 def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
-    name, point = next(iter(TOY_POINTS.items()))
+    name, point = next(iter(TOY_GROWTH_POINTS.items()))
     peer = build_peer(point, against, is_toy=True)
     with torch.no_grad():
         peer.ours.get_parameter("vitcls.layers.1.mlp.fc1.weight").mul_(1.5)
@@ -126,12 +126,12 @@ def test_points_whose_outputs_differ_are_not_compared(against: str) -> None:
 
 def test_wrong_requests_are_one_line() -> None:
     with raises_one_line("--rows: there is no row 'batch 3'", "'batch 32'"):
-        next(compare(("growth",), ("batch 3",), BenchmarkSettings(("timm",), 1)))
+        next(run_benchmarks(("growth",), ("batch 3",), BenchmarkSettings(("timm",), 1)))
     with raises_one_line("64 registers", "Set --against timm"):
-        next(compare(("growth",), ("64 registers",), BenchmarkSettings(("transformers",), 1)))
+        next(run_benchmarks(("growth",), ("64 registers",), BenchmarkSettings(("transformers",), 1)))
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda", "finds no GPU"):
-            next(compare(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
+            next(run_benchmarks(("growth",), (), BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = BenchmarkSettings(("timm",), 1, is_toy=True, device="cuda")
     with raises_one_line("--work pixels probe", "inference, growth, step"):
-        next(compare(("inference", "pixels", "probe"), (), settings))
+        next(run_benchmarks(("inference", "pixels", "probe"), (), settings))
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_each_process_measures_the_side_of_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The outputs of the two sides differ, and are returned as their memory."""
-    peer = Peer("timm", TOY, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), lambda pixels: pixels + 2)
+    peer = Peer("timm", TOY_SIZE, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), lambda pixels: pixels + 2)
     monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
     monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
     inputs: list[tuple[Any, ...]] = []
@@ -186,7 +186,9 @@ def test_the_warm_up_of_memory_is_a_toy_model(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_memory_grows_with_the_batch() -> None:
     for side in ((), ("--theirs",)):
-        few, many = (measure_peak_in_process(growth.__name__, name, "timm", *side) for name in ("batch 1", "batch 8"))
+        few, many = (
+            measure_peak_memory_in_process(growth.__name__, name, "timm", *side) for name in ("batch 1", "batch 8")
+        )
         assert 2 < many / few < 9
 
 
@@ -212,14 +214,14 @@ def made_up_comparisons() -> list[Comparison]:
     """Return comparisons in which ours takes 10 ms per image next to timm, which is 2 times as slow, and 14 ms next to
     transformers, which is 3 times as slow."""
     results = []
-    for name, point in POINTS.items():
+    for name, point in GROWTH_POINTS.items():
         for against, ours, ratio in (("transformers", 14.0, 3.0), ("timm", 10.0, 2.0)):
             if point.num_registers == 0 or against in PEERS_WITH_REGISTERS:
                 speed = 1000 / ours
                 details = {
                     **vars(point),
                     "num_tokens": point.num_tokens,
-                    "axis": get_axis(point, BASE_POINT),
+                    "axis": get_varied_field(point, BASE_POINT),
                     "precision": "fp32",
                     "device": "cpu",
                     "size": {"hidden_size": 384, "num_hidden_layers": 12},
@@ -242,10 +244,10 @@ def test_the_figure_has_a_column_for_each_axis() -> None:
     figure = plot_growth([result.to_dict() for result in made_up_comparisons()], "Some machine")
     assert [axes.get_title() for axes in figure.axes[:4]] == ["Image size", "Patch size", "Tokens", "Batch"]
     time, memory = get_lines(figure, 0), get_lines(figure, 7)
-    assert set(time) == {OURS, "timm", "transformers"}
-    assert time[OURS] == ([112, 160, 224, 320, 448], [pytest.approx(12.0)] * 5)  # the median
+    assert set(time) == {PACKAGE_NAME, "timm", "transformers"}
+    assert time[PACKAGE_NAME] == ([112, 160, 224, 320, 448], [pytest.approx(12.0)] * 5)  # the median
     assert time["timm"][1] == [pytest.approx(24.0)] * 5 and time["transformers"][1] == [pytest.approx(36.0)] * 5
-    assert memory[OURS] == ([1, 4, 8, 32], [1, 4, 8, 32])
+    assert memory[PACKAGE_NAME] == ([1, 4, 8, 32], [1, 4, 8, 32])
     assert memory["timm"][1] == [2, 8, 16, 64]
     tokens = get_lines(figure, 2)
     assert tokens["timm"][0] == [197, 261, 325, 453] and tokens["transformers"][0] == [197]
@@ -279,7 +281,7 @@ def test_the_caption_describes_the_measurements() -> None:
     )
 
 
-@pytest.mark.parametrize("axes", [tuple(AXES), ("image_size",)])
+@pytest.mark.parametrize("axes", [tuple(GROWTH_AXES), ("image_size",)])
 def test_no_text_is_cut_off(axes: tuple[str, ...]) -> None:
     some = [each.to_dict() for each in made_up_comparisons() if each.details["axis"] in axes]
     figure = plot_growth(some, "Some processor with a long name, 2 threads on 2 cores; versions of many libraries")
@@ -294,7 +296,7 @@ def test_the_figure_shows_what_was_measured(tmp_path: Path) -> None:
     other = Comparison("inference", "row", "timm", [1.0], [1.0], 0.0, {})
     figure = plot_growth([each.to_dict() for each in (*some, other)], "Some machine")
     assert [axes.get_title() for axes in figure.axes] == ["Batch", ""]
-    assert set(get_lines(figure, 0)) == {OURS, "timm"}
+    assert set(get_lines(figure, 0)) == {PACKAGE_NAME, "timm"}
     assert "unless varied" not in figure.get_supxlabel() and "registers" not in figure.get_supxlabel()
     write_reports([*some, other], None, None, tmp_path / "folder" / "growth.svg")
     assert "<svg" in (tmp_path / "folder" / "growth.svg").read_text()
@@ -311,7 +313,7 @@ def test_memory_of_nothing_is_drawn_at_the_bottom() -> None:
     figure = plot_growth(found, "Some machine")
     FigureCanvasAgg(figure).draw()
     memory = get_lines(figure, 7)
-    assert memory[OURS][1] == [MIN_BYTES / MEBIBYTE] * 4 and memory["timm"][1] == [2, 8, 16, 64]
+    assert memory[PACKAGE_NAME][1] == [MIN_PLOTTED_BYTES / MEBIBYTE] * 4 and memory["timm"][1] == [2, 8, 16, 64]
     for each in found:
         each["theirs_peak_bytes"] = 0
     FigureCanvasAgg(plot_growth(found, "Some machine")).draw()
@@ -322,11 +324,11 @@ def test_the_command_writes_each_file_to_its_path(
 ) -> None:
     requests: list[tuple[Any, ...]] = []
 
-    def compare(*arguments: Any) -> Iterator[Comparison]:
+    def run_benchmarks(*arguments: Any) -> Iterator[Comparison]:
         requests.append(arguments)
         yield from made_up_comparisons()
 
-    monkeypatch.setattr(work, "compare", compare)
+    monkeypatch.setattr(work, "run_benchmarks", run_benchmarks)
     files = {name: tmp_path / f"{name}{suffix}" for name, suffix in WRITTEN_FILES.items()}
     flags: dict[str, Any] = {"against": ("timm",), "rows": ("batch 1",), "pairs": 2, "precision": "bf16", "toy": True}
     benchmark.run(benchmark.BenchmarkOptions(("growth",), **flags, **files))

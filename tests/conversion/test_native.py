@@ -135,9 +135,9 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(hub: LocalHub
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "certificate.json"} <= names
     assert "CODE_LICENSE" not in names and not [name for name in names if name.endswith(".py")]
     report = verify("ann/native", pushed.commit, tmp_path / "native")
-    assert report.classes["AutoModelForImageClassification"] == "Dinov2WithRegistersForImageClassification"
+    assert report.class_names["AutoModelForImageClassification"] == "Dinov2WithRegistersForImageClassification"
     assert "pipeline" in report.differences and max(report.differences.values()) == 0
-    assert "trust_remote_code" not in report.build_load_line() and report.code_comparison == "no code"
+    assert "trust_remote_code" not in report.format_loading_code() and report.code_comparison == "no code"
     assert verify("ann/native", pushed.commit).is_native
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls
-from modeling_vitcls.benchmarking.comparison import measure_peak_in_process
+from modeling_vitcls.benchmarking.comparison import measure_peak_memory_in_process
 from modeling_vitcls.blocks_vitcls import ViTCLSMLP
 from modeling_vitcls.cpu_kernels_vitcls import (
     CPUMLP,
@@ -728,8 +728,8 @@ def test_the_meta_device() -> None:
 @pytest.mark.parametrize("row", ["bf16 autocast, batch 16", "fp32, batch 16"])
 def test_a_training_step_uses_less_memory_than_other_packages(row: str) -> None:
     module = "modeling_vitcls.benchmarking.peers"
-    ours = measure_peak_in_process(module, row, "timm")
-    theirs = min(measure_peak_in_process(module, row, peer, "--theirs") for peer in ("timm", "transformers"))
+    ours = measure_peak_memory_in_process(module, row, "timm")
+    theirs = min(measure_peak_memory_in_process(module, row, peer, "--theirs") for peer in ("timm", "transformers"))
     assert ours <= 0.95 * theirs
 
 

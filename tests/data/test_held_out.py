@@ -28,7 +28,7 @@ from modeling_vitcls.data.splits import (
     load_training_data,
     load_unlabeled_data,
 )
-from modeling_vitcls.hub.loading import MODEL_FILES
+from modeling_vitcls.hub.loading import MODEL_FILE_PATTERNS
 from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_classifier
@@ -266,7 +266,7 @@ def test_a_model_trained_on_held_out_images_is_named(
 ) -> None:
     folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
     model.mkdir()
-    for file in MODEL_FILES:
+    for file in MODEL_FILE_PATTERNS:
         (model / file).touch()
     first, second = read(folder, **trained), read(folder, **other)
     results = {"dataset": first.name, "held_out": first.record.to_dict()}

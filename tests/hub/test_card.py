@@ -481,8 +481,11 @@ def test_the_utilization_has_its_peak() -> None:
         "training_flops_per_image": 6.6e9,
     }
     text = render_card(utilisation=measured).text
-    assert "was 43.2% of the peak throughput of large matrix products, 12,345 GFLOP/s in bfloat16" in text
-    assert "Each image counts as 6,600 million floating-point operations" in text
+    assert (
+        "was 43.2%. The reference is the peak throughput of large matrix multiplications, 12,345 GFLOP/s in bfloat16"
+        in text
+    )
+    assert "require 6,600 million floating-point operations" in text
     unknown = render_card(utilisation=measured | {"of_training_steps": None}).text
     assert "utilization is unknown, because other programs disturbed the peak measurement" in unknown
     assert "utilization" not in render_card().text

@@ -113,18 +113,18 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     assert certificate["source_revision"] == commit
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
-    assert loading.load_timm("hf_hub:ann/vit")[1] == commit  # the other spelling of timm
+    assert loading.load_timm_model("hf_hub:ann/vit")[1] == commit  # the other spelling of timm
     broken = files | {"model.safetensors": b"broken", "config.json": b"{}"}
     hub.repositories["ann/vit"].commit(
         "main", "broken", {name: hub.store(name, data) for name, data in broken.items()}
     )
-    pinned, pinned_commit = loading.load_timm(f"hf-hub:ann/vit@{commit}")
+    pinned, pinned_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}")
     assert pinned_commit == commit and pinned.num_classes == 3
-    random, random_commit = loading.load_timm(f"hf-hub:ann/vit@{commit}", pretrained=False)
+    random, random_commit = loading.load_timm_model(f"hf-hub:ann/vit@{commit}", pretrained=False)
     assert random_commit == commit and not torch.equal(random.cls_token, pinned.cls_token)
     stop_hub(monkeypatch)
     started = time.monotonic()
-    assert loading.load_timm("test_vit", pretrained=False)[1] is None
+    assert loading.load_timm_model("test_vit", pretrained=False)[1] is None
     convert_checkpoint(f"timm:hf-hub:ann/vit@{commit}", tmp_path / "again")
     for source in ("timm:hf-hub:ann/none", "timm:vit_tiny_patch16_224"):
         with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):

@@ -234,16 +234,16 @@ def test_only_images_in_the_request_are_read(monkeypatch: pytest.MonkeyPatch, tm
     assert decode_source(image) is image
     (tmp_path / "image.png").write_bytes(content)
     for source in (str(tmp_path / "image.png"), "file:///etc/hostname", "not base64!", "ü", f"{text[:-2]}*="):
-        with raises_one_line("an image that is a string must be base64 or a data URL"):
+        with raises_one_line("an image given as a string must be base64 or a data URL"):
             decode_source(source)
     for source in (tmp_path / "image.png", None, {"url": "x"}):
         with raises_one_line("an image must be bytes, base64 or a PIL image, but is"):
             decode_source(source)
-    monkeypatch.setattr(endpoint_handler, "MAX_BYTES", len(content) - 1)
+    monkeypatch.setattr(endpoint_handler, "MAX_IMAGE_BYTES", len(content) - 1)
     for source in (content, text):
         with raises_one_line(f"an image must have at most {len(content) - 1:,} bytes, but has {len(content):,}"):
             decode_source(source)
-    monkeypatch.setattr(endpoint_handler, "MAX_BYTES", len(content))
+    monkeypatch.setattr(endpoint_handler, "MAX_IMAGE_BYTES", len(content))
     assert decode_source(content) == content
 
 

@@ -518,18 +518,18 @@ def test_failed_downloads_are_named(
 def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub, tmp_path: Path) -> None:
     files = {"config.json": b"{}", "pytorch_model.bin": b"pickled", "notes.txt": b"x"}
     hub.create("ann/old", private=False, files=files)
-    folder = Path(loading.get_any_model_folder("ann/old"))
+    folder = Path(loading.get_external_model_folder("ann/old"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         name: content for name, content in files.items() if name != "notes.txt"
     }
     hub.create("ann/new", private=False, files=files | {"model.safetensors": b"weights"})
-    folder = Path(loading.get_any_model_folder("ann/new"))
+    folder = Path(loading.get_external_model_folder("ann/new"))
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
-    assert loading.get_any_model_folder(str(tmp_path)) == str(tmp_path)
+    assert loading.get_external_model_folder(str(tmp_path)) == str(tmp_path)
     old = hub.repositories["ann/old"].branches["main"]
     hub.repositories["ann/old"].commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
-    assert Path(loading.get_any_model_folder("ann/old", old), "pytorch_model.bin").read_bytes() == b"pickled"
-    assert not Path(loading.get_any_model_folder("ann/old"), "pytorch_model.bin").exists()
+    assert Path(loading.get_external_model_folder("ann/old", old), "pytorch_model.bin").read_bytes() == b"pickled"
+    assert not Path(loading.get_external_model_folder("ann/old"), "pytorch_model.bin").exists()
 
 
 def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.local_paths import (
     check_output_is_empty,
     is_local,
-    is_same_path,
+    is_same_source,
     make_relative,
     resolve_name,
     strip_folders,
 )
-from modeling_vitcls.hub.manifest import SAMPLE_IMAGES, collect_model_files, find_local_dataset_in_card
+from modeling_vitcls.hub.manifest import SAMPLE_IMAGES_FILE, collect_model_files, find_local_dataset_in_card
 from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.push_permissions import is_private
+from modeling_vitcls.hub.push_permissions import is_private_repo
 from modeling_vitcls.options import (
     DataOptions,
     DistillationOptions,
@@ -192,16 +192,16 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
 
 
 def test_names_on_the_hub_are_the_same_only_if_they_are_equal(here: Path) -> None:
-    assert is_same_path("acme/none", "acme/none") and not is_same_path("acme/none", "acme/other")
-    assert not is_same_path("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_path(None, "acme/none")
+    assert is_same_source("acme/none", "acme/none") and not is_same_source("acme/none", "acme/other")
+    assert not is_same_source("timm:resnet18", "timm:resnet18@/w.pt") and not is_same_source(None, "acme/none")
 
 
 def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:
     (here / "new/teach").mkdir(parents=True)
     for old, is_same in (("/gone/teach", True), (f"{here}/data/teach", False), ("gone/teach", False)):
-        assert is_same_path(old, f"{here}/new/teach") is is_same
-    assert is_same_path("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
-    assert not is_same_path("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")
+        assert is_same_source(old, f"{here}/new/teach") is is_same
+    assert is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
+    assert not is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")
 
 
 def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_local_images_are_not_published_without_a_flag(
         assert f"{here}/data/teach" in warning and str(repository) in warning and "--card-samples" in warning
     if repository == "ann/private":
         hub.fail("GET", "/api/models/ann/private", 500)
-        assert not is_private("ann/private") and is_private("ann/private")
+        assert not is_private_repo("ann/private") and is_private_repo("ann/private")
     quiet = replace(options, run=replace(options.run, report=False))
     assert can_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
 
@@ -262,12 +262,12 @@ def test_a_push_prints_who_can_see_the_images(
     folder = tmp_path / "run"
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
-    (folder / SAMPLE_IMAGES).parent.mkdir()
-    Image.new("L", (4, 4)).save(folder / SAMPLE_IMAGES)
+    (folder / SAMPLE_IMAGES_FILE).parent.mkdir()
+    Image.new("L", (4, 4)).save(folder / SAMPLE_IMAGES_FILE)
     with caplog.at_level(logging.WARNING):
         pushed = push_folder(folder, "ann/mine", private=private)
     assert pushed.summary == f"{pushed.url} ({'private' if private else 'public'})"
-    assert (SAMPLE_IMAGES in caplog.text) is not private
+    assert (SAMPLE_IMAGES_FILE in caplog.text) is not private
     if not private:
         (message,) = [record.getMessage() for record in caplog.records]
         assert "ann/mine is public" in message and f"{here}/data/teach" in message and "\n" not in message
@@ -276,5 +276,5 @@ def test_a_push_prints_who_can_see_the_images(
     ):
         (folder / "config.resolved.yaml").write_bytes(text.encode("latin-1"))
         assert find_local_dataset_in_card(folder) is None
-    (folder / SAMPLE_IMAGES).unlink()
+    (folder / SAMPLE_IMAGES_FILE).unlink()
     assert find_local_dataset_in_card(folder) is None

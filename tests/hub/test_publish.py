@@ -28,7 +28,7 @@ from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
 from modeling_vitcls.hub import connection, publish, push_permissions
 from modeling_vitcls.hub.card_renaming import replace_model_name
 from modeling_vitcls.hub.connection import set_hub_timeout
-from modeling_vitcls.hub.publish import PushFailed, build_push_command, push_folder
+from modeling_vitcls.hub.publish import PushError, build_push_command, push_folder
 from modeling_vitcls.hub.push_permissions import check_namespace, check_push_permissions, check_token
 
 
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_loaded_is_not_pushed(
 
 def test_invalid_metadata_of_the_card_stops_the_push(hub: LocalHub, folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    with raises_one_line("README.md", "vitcls push", error=PushFailed):
+    with raises_one_line("README.md", "vitcls push", error=PushError):
         push_folder(folder, "ann/model")
     assert hub.count_requests("POST", "/validate-yaml") == 1
     assert count_pushes(hub, "ann/model") == 0
@@ -462,7 +462,7 @@ def test_a_token_that_has_lost_its_permissions(
 ) -> None:
     before = snapshot(folder)
     monkeypatch.setenv("HF_TOKEN", token)
-    with raises_one_line("HTTP 40", f"finish with: {build_push_command(folder, 'ann/model')}", error=PushFailed):
+    with raises_one_line("HTTP 40", f"finish with: {build_push_command(folder, 'ann/model')}", error=PushError):
         push_folder(folder, "ann/model")
     assert not hub.repositories
     assert hub.count_requests("POST", "/repos/create") == 1  # a retry would not help
@@ -521,7 +521,7 @@ def test_a_failed_push_is_finished_by_the_printed_command(
     how: dict[str, Any] = {"private": True, "branch": "new", "message": message, "with_optimizer": True}
     how["with_handler"] = True
     command = build_push_command(folder, "ann/model", **how)
-    with raises_one_line("HTTP 500", f"finish with: {command}", error=PushFailed):
+    with raises_one_line("HTTP 500", f"finish with: {command}", error=PushError):
         push_folder(folder, "ann/model", **how)
     assert count_pushes(hub, "ann/model") == 0
     assert snapshot(folder) == before
@@ -579,7 +579,7 @@ def test_a_dead_endpoint_fails_in_seconds(folder: Path, monkeypatch: pytest.Monk
         started = time.perf_counter()
         with raises_one_line("does not respond", "HF_ENDPOINT", constants.ENDPOINT, error=OSError):
             check_push_permissions("ann/model", "my-run")
-        with raises_one_line("finish with: vitcls push", error=PushFailed):
+        with raises_one_line("finish with: vitcls push", error=PushError):
             push_folder(folder, "ann/model")
         assert time.perf_counter() - started < 5
 
@@ -591,7 +591,7 @@ def test_a_silent_endpoint_times_out(hub: LocalHub, folder: Path, monkeypatch: p
     hub.fail("POST", "/repos/create", "wait", times=4)
     with raises_one_line("does not respond", error=OSError):
         check_push_permissions("ann/model", "my-run")
-    with raises_one_line("finish with: ", error=PushFailed):
+    with raises_one_line("finish with: ", error=PushError):
         push_folder(folder, "ann/model")
 
 

@@ -37,7 +37,7 @@ from modeling_vitcls.demo.page import build_page, launch_page
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
 from modeling_vitcls.demo.text import build_loading_code
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.publish import PushFailed, push_folder
+from modeling_vitcls.hub.publish import PushError, push_folder
 from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.hub.space import (
     PACKAGE_FOLDER,
@@ -502,7 +502,7 @@ def test_the_pushed_space_runs_without_this_package(
     use_shared_code(mine, "ann/code")
     push_folder(mine, "ann/mine")
     model = find_published_model("ann/mine")
-    assert model.code is not None and model.code.commit == code
+    assert model.code_commit is not None and model.code_commit.sha == code
     flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
     assert run_in_process("push_space.py", *flags) == 0
     assert capsys.readouterr().out == f"pushed a Space for ann/mine at {model.commit}: {hub.url}/spaces/ann/try-mine\n"
@@ -554,7 +554,7 @@ def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
     push_space(build_space_files(model), model, "ann/demo")
     hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
     contents = build_space_files(model, title="Ann's own", examples=[photo])
-    with pytest.raises(PushFailed) as failed:
+    with pytest.raises(PushError) as failed:
         push_space(
             contents, model, "ann/other", private=True, flags=["--title", "Ann's own", "--examples", str(photo)]
         )

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.publish import PushFailed
+from modeling_vitcls.hub.publish import PushError
 from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
 from modeling_vitcls.hub.space import (
     PACKAGE_FOLDER,
@@ -65,7 +65,7 @@ def test_the_app_loads_the_commits_of_weights_and_code(code: HubCommit | None) -
         if isinstance(statement, ast.Assign):
             exec(compile(ast.Module([statement], []), "app.py", "exec"), names)
     assert (names["MODEL"], names["COMMIT"]) == ("ann/mine", "0" * 40)
-    assert names["CODE_COMMIT"] == (None if code is None else code.commit)
+    assert names["CODE_COMMIT"] == (None if code is None else code.sha)
     warning = "The app runs the code in ann/code." if code else "The app runs the model's code."
     assert warning in read(files, "app.py")
     settings, text = read_card(files)
@@ -199,7 +199,7 @@ def test_a_failed_push_names_the_command(hub: LocalHub, private: bool, monkeypat
     monkeypatch.setattr(connection, "RETRY_WAITS", (0.01,))
     hub.fail("POST", "/spaces/ann/demo/commit/", 403)
     command = f"vitcls space --model ann/mine --revision {'0' * 40} --space-id ann/demo --title 'a b'"
-    with pytest.raises(PushFailed, match="HTTP 403") as raised:
+    with pytest.raises(PushError, match="HTTP 403") as raised:
         push_space({"app.py": b"1"}, MODEL, "ann/demo", private=private, flags=["--title", "a b"])
     assert str(raised.value).endswith(f"Finish with: {command}{' --private' if private else ''}")
 
@@ -218,7 +218,7 @@ def test_models_that_a_space_cannot_load_are_errors(
     shared = config.replace(b'"modeling', b'"ann/code--modeling')
     hub.create("ann/code", private=False, files={})
     hub.create("ann/shared", private=False, files={"config.json": shared, "preprocessor_config.json": b"{}"})
-    assert find_published_model("ann/shared").code == resolve_commit("ann/code")
+    assert find_published_model("ann/shared").code_commit == resolve_commit("ann/code")
     for name, content in {
         "other": b'{"model_type": "vit", "auto_map": {"AutoModel": "modeling.Model"}}',
         "without-code": b'{"model_type": "vitcls"}',

@@ -40,7 +40,7 @@ from modeling_vitcls.hub.verification_script import (
     main,
 )
 from modeling_vitcls.hub.verify import (
-    NotVerified,
+    VerificationError,
     VerificationReport,
     build_clean_environment,
     check_script_report,
@@ -114,9 +114,9 @@ def test_any_published_model_is_verified_by_any_revision(hub: LocalHub, tmp_path
     certificate = verify("ann/model", "v1")
     assert certificate.revision == first != second
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
-    assert certificate.classes["AutoModelForImageClassification"] == "ViTCLSForMultiTaskClassification"
+    assert certificate.class_names["AutoModelForImageClassification"] == "ViTCLSForMultiTaskClassification"
     assert max(certificate.differences.values()) <= 1e-6
-    assert f'revision="{first}"' in certificate.build_load_line()
+    assert f'revision="{first}"' in certificate.format_loading_code()
 
 
 # Code in a separate repository ---------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_code_and_weights_may_be_in_different_repositories(hub: LocalHub, folder
     certificate = verify("ann/weights", pushed.commit, folder)
     assert certificate.code_comparison.endswith(f"modeling_vitcls {vitcls.__version__}: extra.py (added)")
     assert list(certificate.differences) == ["AutoModel", "AutoModelForImageClassification", *BACKENDS, "pipeline"]
-    assert f'revision="{pushed.commit}", code_revision="{newest}"' in certificate.build_load_line()
+    assert f'revision="{pushed.commit}", code_revision="{newest}"' in certificate.format_loading_code()
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -204,7 +204,7 @@ def test_published_code_with_other_outputs_is_detected(
     code.write_text(code.read_text() + CHANGES[kind] + spy)
     pushed = push_folder(folder, "ann/model")
     monkeypatch.setenv("MY_SECRET", "42")
-    with raises_one_line("differ from the reference", "the limit is", error=NotVerified):
+    with raises_one_line("differ from the reference", "the limit is", error=VerificationError):
         verify("ann/model", pushed.commit)
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
@@ -400,19 +400,19 @@ def test_the_new_process_receives_the_request_and_the_token_if_required(
         assert report == {"models": {}} and outputs.keys() == {"x"}
         assert requests.pop() == {
             "repo_id": "ann/model",
-            "revision": MODEL.commit,
+            "revision": MODEL.sha,
             "code_repo_id": code and "ann/code",
-            "code_revision": code and CODE.commit,
+            "code_revision": code and CODE.sha,
             "trust_remote_code": False,
             "num_threads": torch.get_num_threads(),
         }
         assert ("HF_TOKEN" in environments[-1]) is has_token
-    prefix = f"a new process cannot load ann/model at {MODEL.commit}: "
+    prefix = f"a new process cannot load ann/model at {MODEL.sha}: "
     for report, errors, message, error_class in (
         (None, "Traceback\nImportError: x\n", "ImportError: x", RuntimeError),
         (None, "", "exit status 3", RuntimeError),
         ({"error": "OSError: x", "can_retry": True}, "", "OSError: x", RuntimeError),
-        ({"error": "KeyError: x", "can_retry": False}, "", "KeyError: x", NotVerified),
+        ({"error": "KeyError: x", "can_retry": False}, "", "KeyError: x", VerificationError),
     ):
         results.append((report, errors))
         with raises_one_line(prefix + message, error=error_class):
@@ -420,7 +420,7 @@ def test_the_new_process_receives_the_request_and_the_token_if_required(
         assert "HF_TOKEN" in environments[-1]
     monkeypatch.setattr("modeling_vitcls.hub.verify.SHORT_RETRY_WAITS", (0.01, 0.01))
     results += [(None, "ImportError: x"), (None, "ImportError: y")]
-    with raises_one_line(f"{prefix}ImportError: y", error=NotVerified):
+    with raises_one_line(f"{prefix}ImportError: y", error=VerificationError):
         run_verification(MODEL, None, tmp_path)
     assert results == [] and list(tmp_path.glob("*/*")) == []
 
@@ -430,7 +430,7 @@ def test_code_that_imports_this_package_does_not_load(hub: LocalHub, folder: Pat
     code = folder / "modeling_vitcls.py"
     code.write_text("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n" + code.read_text())
     pushed = push_folder(folder, "ann/model")
-    with raises_one_line("a new process cannot load ann/model", "modeling_vitcls", error=NotVerified):
+    with raises_one_line("a new process cannot load ann/model", "modeling_vitcls", error=VerificationError):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -442,7 +442,7 @@ def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Pat
     save_checkpoint(folder)
     pushed = push_folder(folder, "ann/model", with_optimizer=True)
     hub.corrupt("ann/model", file)
-    with raises_one_line("is damaged on the Hub", file, error=NotVerified):
+    with raises_one_line("is damaged on the Hub", file, error=VerificationError):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -456,14 +456,14 @@ def test_the_optimizer_state_is_compared(hub: LocalHub, folder: Path) -> None:
     save_checkpoint(folder)
     commit = push_folder(folder, "ann/model", with_optimizer=True).commit
     save_checkpoint(folder, value=2.0)
-    with raises_one_line("checkpoints/step-00000002/", " differs from ", error=NotVerified):
+    with raises_one_line("checkpoints/step-00000002/", " differs from ", error=VerificationError):
         verify("ann/model", commit, folder)
     (folder / OPTIMIZER).rename(folder / "optimizer.safetensors")
     CheckpointStore(folder / "checkpoints", num_kept=1).save(3, {"model": {"x": torch.ones(2)}}, {"flags": {}}, False)
-    with raises_one_line("contains checkpoints/step-00000002/", "not a file of the newest", error=NotVerified):
+    with raises_one_line("contains checkpoints/step-00000002/", "not a file of the newest", error=VerificationError):
         verify("ann/model", commit, folder)
     pushed = push_folder(folder, "ann/model")  # which removes it
-    with raises_one_line("lacks checkpoints/step-00000003/", error=NotVerified):
+    with raises_one_line("lacks checkpoints/step-00000003/", error=VerificationError):
         verify("ann/model", pushed.commit, folder, with_optimizer=True)
     assert not pushed.with_optimizer
     lost = replace(pushed, with_optimizer=True)
@@ -474,11 +474,11 @@ def test_the_optimizer_state_is_compared(hub: LocalHub, folder: Path) -> None:
 def test_a_folder_that_changed_after_the_push_is_detected(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(folder, "ann/model")
     (folder / "README.md").write_text("# new\n")
-    with raises_one_line("lacks README.md", error=NotVerified):
+    with raises_one_line("lacks README.md", error=VerificationError):
         verify("ann/model", pushed.commit, folder)
     (folder / "README.md").unlink()
     save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
-    with raises_one_line(f"in {folder}", " differs from ", f"Push {folder} again", error=NotVerified):
+    with raises_one_line(f"in {folder}", " differs from ", f"Push {folder} again", error=VerificationError):
         verify("ann/model", pushed.commit, folder)
 
 
@@ -487,7 +487,7 @@ def test_missing_models_cannot_be_verified(hub: LocalHub, folder: Path, monkeypa
     hub.create("ann/other", private=False)
     with raises_one_line("has no revision v9"):
         verify("ann/model", "v9")
-    with raises_one_line("does not contain a vitcls model", error=NotVerified):
+    with raises_one_line("does not contain a vitcls model", error=VerificationError):
         verify("ann/other")
     with raises_one_line("ann/typo is not a folder, and the Hub has no such model"):
         verify("ann/typo")
@@ -536,7 +536,7 @@ def test_the_report_of_a_verification(
         hub.create("ann/code", private=True, files=files)
         comparison, code = f"code differs from {package}: extra.py (added)", resolve_commit("ann/code")
     commit = push_folder(folder, "ann/model").commit
-    code_commit = code and code.commit
+    code_commit = code and code.sha
     report = {"commits": [commit], "code_commits": [code_commit]}
     calls = verify_in_this_process(monkeypatch, PackageLoader(folder), report, "transformers_modules.x")
     names = ["AutoModel", "AutoModelForImageClassification", *BACKENDS]
@@ -546,7 +546,7 @@ def test_the_report_of_a_verification(
         revision=commit,
         reference=str(folder),
         num_files=len(hub.files("ann/model")) - 1,  # .gitattributes is not downloaded
-        classes=dict(zip(names, classes, strict=True)),
+        class_names=dict(zip(names, classes, strict=True)),
         differences=dict.fromkeys([*names, "pipeline"], 0.0),
         versions=get_versions("huggingface_hub"),
         code_comparison=comparison,
@@ -571,7 +571,7 @@ def test_models_of_transformers_are_verified_without_code(
     for reference in (folder, None):
         report = verify("ann/native", folder=reference)
         assert report.is_native and report.code_comparison == "no code"
-        assert report.classes["AutoModelForImageClassification"] == "ViTForImageClassification"
+        assert report.class_names["AutoModelForImageClassification"] == "ViTForImageClassification"
         assert report.differences == dict.fromkeys(names, 0.0)
     assert calls == [(HubCommit("ann/native", commit, needs_token=False), None, False)] * 2
 
@@ -581,8 +581,8 @@ CODE = HubCommit("ann/code", "c" * 40, needs_token=False)
 REMOTE_MODULES = "transformers_modules."  # prefix of the names of modules from the Hub
 SCRIPT_REPORT = {
     "has_package": False,
-    "commits": [MODEL.commit],
-    "code_commits": [CODE.commit],
+    "commits": [MODEL.sha],
+    "code_commits": [CODE.sha],
     "models": {
         "AutoModel": {"class": "ViTCLSModel", "module": "transformers_modules.x.modeling_vitcls", "missing": []}
     },
@@ -604,12 +604,12 @@ def replace_in_report(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "words"),
     [
         ("has_package", True, "imported modeling_vitcls, so it did not test the published code"),
-        ("commits", ["b" * 40], f"loaded {'b' * 40}, not only ann/model at {MODEL.commit}"),
-        ("commits", [MODEL.commit, "b" * 40], f"not only ann/model at {MODEL.commit}"),
-        ("commits", [], f"not only ann/model at {MODEL.commit}"),
-        ("code_commits", ["b" * 40], f"loaded code from {'b' * 40}, not only ann/code at {CODE.commit}"),
-        ("code_commits", [CODE.commit, "b" * 40], f"not only ann/code at {CODE.commit}"),
-        ("code_commits", [], f"not only ann/code at {CODE.commit}"),
+        ("commits", ["b" * 40], f"loaded {'b' * 40}, not only ann/model at {MODEL.sha}"),
+        ("commits", [MODEL.sha, "b" * 40], f"not only ann/model at {MODEL.sha}"),
+        ("commits", [], f"not only ann/model at {MODEL.sha}"),
+        ("code_commits", ["b" * 40], f"loaded code from {'b' * 40}, not only ann/code at {CODE.sha}"),
+        ("code_commits", [CODE.sha, "b" * 40], f"not only ann/code at {CODE.sha}"),
+        ("code_commits", [], f"not only ann/code at {CODE.sha}"),
         (
             "models.AutoModel.module",
             "modeling_vitcls.modeling_vitcls",
@@ -625,7 +625,7 @@ def replace_in_report(path: str, value: Any) -> dict[str, Any]:
 )
 def test_a_report_of_another_model_or_code_is_rejected(path: str, value: Any, words: str) -> None:
     check_script_report(MODEL, CODE, SCRIPT_REPORT, REMOTE_MODULES)
-    with raises_one_line(words, error=NotVerified):
+    with raises_one_line(words, error=VerificationError):
         check_script_report(MODEL, CODE, replace_in_report(path, value), REMOTE_MODULES)
 
 
@@ -636,7 +636,7 @@ def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> Non
 def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_folder(folder, "ann/model")
     verify_in_this_process(monkeypatch, PackageLoader(folder), {"commits": ["b" * 40]})
-    with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=NotVerified):
+    with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=VerificationError):
         verify("ann/model")
 
 
@@ -656,10 +656,10 @@ def test_outputs_may_differ_by_a_millionth(found: list[float], is_right: bool) -
     if is_right:
         assert compare_outputs("ann/model", answers, wanted)["AutoModel"] <= 1e-4
     else:
-        with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=NotVerified):
+        with raises_one_line("the outputs of ann/model", "AutoModel/logits", error=VerificationError):
             compare_outputs("ann/model", answers, wanted)
     for incomplete in ({}, {"AutoModel/logits": answers["AutoModel/logits"], "AutoModel/more": torch.ones(1)}):
-        with raises_one_line("missing or unexpected tensors: AutoModel/", error=NotVerified):
+        with raises_one_line("missing or unexpected tensors: AutoModel/", error=VerificationError):
             compare_outputs("ann/model", incomplete, wanted)
 
 
@@ -673,9 +673,9 @@ def test_the_largest_difference_of_each_loader_is_reported() -> None:
     }
     differences = compare_outputs("ann/model", found, wanted)
     assert differences == {"AutoModel": pytest.approx(4e-7), "pipeline": 0.0}
-    with raises_one_line("AutoModel/c has [1], not [0]", error=NotVerified):
+    with raises_one_line("AutoModel/c has [1], not [0]", error=VerificationError):
         compare_outputs("ann/model", found | {"AutoModel/c": torch.zeros(1)}, wanted)
-    with raises_one_line("AutoModel/a by 1.1e-06; the limit is 1e-06", error=NotVerified):
+    with raises_one_line("AutoModel/a by 1.1e-06; the limit is 1e-06", error=VerificationError):
         compare_outputs("ann/model", found | {"AutoModel/a": torch.tensor([0.0, 1.1e-6])}, wanted)
 
 
@@ -684,7 +684,7 @@ REPORT = VerificationReport(
     revision="a" * 40,
     reference="the reference",
     num_files=7,
-    classes={"AutoModel": "ViTCLSModel", "AutoImageProcessor, pil": "ViTCLSImageProcessorPil"},
+    class_names={"AutoModel": "ViTCLSModel", "AutoImageProcessor, pil": "ViTCLSImageProcessorPil"},
     differences={"AutoModel": 2.5e-7, "pipeline": 0.0},
     versions={"torch": "2.11.0"},
     code_comparison="code identical",
@@ -715,7 +715,7 @@ TRUST = "trust_remote_code=True"
 )
 def test_the_printed_line_loads_the_complete_verified_model(changes: dict[str, Any], line: str) -> None:
     report = replace(REPORT, **changes)
-    assert report.build_load_line() == line
+    assert report.format_loading_code() == line
     lines = report.format_lines()
     assert lines[0] == f"verified: ann/model at {'a' * 40}" and lines[-1] == f"  {line}"
     assert lines[1] == "  7 files match their hashes; code identical" and lines[2].endswith("with the reference:")

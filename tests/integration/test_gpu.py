@@ -91,13 +91,13 @@ def test_a_failed_part_does_not_stop_the_others(
 
 
 def test_a_failed_row_does_not_stop_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compare(work: tuple[str, ...], rows: tuple[str, ...], settings: Any) -> Iterator[Comparison]:
+    def run_benchmarks(work: tuple[str, ...], rows: tuple[str, ...], settings: Any) -> Iterator[Comparison]:
         if rows == ("fp32, batch 8",):
             raise ValueError("the outputs differ")
         yield Comparison(work[0], rows[0], "timm", [2.0, 2.0], [1.0, 1.0], 0.0, {"device": settings.device})
 
-    monkeypatch.setattr(gpu, "compare", compare)
-    monkeypatch.setattr("modeling_vitcls.benchmarking.tables.get_machine", lambda: MACHINE)
+    monkeypatch.setattr(gpu, "run_benchmarks", run_benchmarks)
+    monkeypatch.setattr("modeling_vitcls.benchmarking.tables.get_machine_properties", lambda: MACHINE)
     failed, empty, table = gpu.compare_models("inference")
     assert failed == "fp32, batch 8: failed: ValueError: the outputs differ" and not empty
     assert "| inference: fp32, batch 1 | 2.0 | timm 2.00 (2.00 to 2.00) |" in table and "GPU of the test" in table

@@ -484,4 +484,4 @@ def test_the_recipe_of_a_run_does_not_overwrite(finished: Path) -> None:
 def test_a_run_writes_only_listed_files(finished: Path) -> None:
     """A file that is not listed would stay next to the files of the next run."""
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
-    assert names == {*list_final_files(finished), output_folder.METRICS_FILE, output_folder.RECIPE}
+    assert names == {*list_final_files(finished), output_folder.METRICS_FILE, output_folder.RECIPE_FILE}
