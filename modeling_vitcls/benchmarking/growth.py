@@ -58,7 +58,7 @@ class GrowthPoint:
 
 @dataclass(frozen=True)
 class GrowthAxis:
-    """A field of `GrowthPoint` to vary, shown in one column of the figure."""
+    """One varied field of `GrowthPoint`, shown as a column of the figure."""
 
     row_name: str  # template of a row name, with {} for the value of the field
     title: str  # title of the column in the figure
@@ -246,21 +246,21 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
 def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) -> tuple[Costs, Costs]:
     """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
-    The costs of this package are medians over the comparisons with all peers. The time of a peer is
-    the time of this package multiplied by the median ratio of the pairs. The distance between two lines therefore
-    shows the ratio of paired measurements, even if the load of the machine changed between rows.
+    The costs of this package are medians over the comparisons with all peers. The time of a peer is the time of this
+    package multiplied by the median ratio of the pairs. The distance between two lines therefore shows the ratio of
+    paired measurements, even if the load of the machine changed between rows.
     """
     times: Costs = {PACKAGE_NAME: {}}
     peaks: Costs = {PACKAGE_NAME: {}}
     for value in sorted({comparison[growth_axis.x_key] for comparison in comparisons}):
-        group = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
+        value_comparisons = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
         times[PACKAGE_NAME][value] = statistics.median(
-            1000 / comparison["ours_images_per_second"] for comparison in group
+            1000 / comparison["ours_images_per_second"] for comparison in value_comparisons
         )
         peaks[PACKAGE_NAME][value] = statistics.median(
-            to_mebibytes(comparison["ours_peak_bytes"]) for comparison in group
+            to_mebibytes(comparison["ours_peak_bytes"]) for comparison in value_comparisons
         )
-        for comparison in group:
+        for comparison in value_comparisons:
             times.setdefault(comparison["against"], {})[value] = times[PACKAGE_NAME][value] * comparison["ratio"]
             peaks.setdefault(comparison["against"], {})[value] = to_mebibytes(comparison["theirs_peak_bytes"])
     return times, peaks

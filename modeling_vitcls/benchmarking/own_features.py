@@ -165,7 +165,7 @@ class AttentionRow:
 ATTENTION_ROWS = {
     "token_attention, batch 16": AttentionRow(ViTCLSForImageClassification.token_attention, 16, compute_eager_maps),
     "token_attention, batch 1": AttentionRow(ViTCLSForImageClassification.token_attention, 1, compute_eager_maps),
-    "whole maps of eager attention, batch 16": AttentionRow(
+    "eager attention maps, batch 16": AttentionRow(
         compute_eager_maps, 16, ViTCLSForImageClassification.token_attention
     ),
     "attention rollout, batch 16": AttentionRow(compute_attention_rollout, 16),

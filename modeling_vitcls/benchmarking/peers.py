@@ -268,7 +268,7 @@ class StepRunner:
         return kernel.grad.clone()
 
     def __call__(self, num_images: int | None = None) -> None:
-        """Take one training step with the first `num_images` images, or with all images."""
+        """Take one training step with the first `num_images` images (default: all images)."""
         self.compute_gradients(num_images or len(self.labels))
         self.optimizer.step()
 

@@ -15,7 +15,7 @@ from .comparison import Comparison, compute_quartiles
 from .growth import plot_growth
 
 
-MARKDOWN_HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls / other")
+MARKDOWN_HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory, vitcls / baseline")
 
 
 def get_machine_properties() -> dict[str, Any]:

@@ -14,9 +14,9 @@
     push_permissions.py        permissions of the token, checked before training
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards
     publish.py                 push: one commit, with retries
-    endpoint_handler.py        handler.py for Inference Endpoints, which does not import this package
+    endpoint_handler.py        handler.py for Inference Endpoints, independent of this package
     verify.py                  verification of a published model, which is loaded in a new process
-    verification_script.py     the script of the new process, which does not import this package
+    verification_script.py     the script that the new process runs, independent of this package
     verification_reference.py  the reference model for the comparison with the published model
     shared_code.py             one copy of the code for many models
     space.py                   a Space with the demo

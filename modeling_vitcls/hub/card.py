@@ -238,10 +238,10 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
         return [
             f"The classes of {task} are {format_class_list(names)}." for task, names in config.task_labels().items()
         ]
-    names = format_class_list([name for _, name in sorted((config.id2label or {}).items())])
+    class_list = format_class_list([name for _, name in sorted((config.id2label or {}).items())])
     if config.problem_type == "multi_label_classification":
-        return [f"The model predicts any number of these classes: {names}. Other image content is not predicted."]
-    return [f"The model predicts one of these classes, even if an image shows none of them: {names}."]
+        return [f"The model predicts any number of these classes: {class_list}. Other image content is not predicted."]
+    return [f"The model predicts one of these classes, even if an image shows none of them: {class_list}."]
 
 
 def format_class_list(class_names: list[str]) -> str:

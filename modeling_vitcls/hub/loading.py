@@ -95,7 +95,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, re
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
-    problem = f"{source} is not a folder, it is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
+    problem = f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
         folder = find_cached_folder(source, files, revision)
         if folder is None:
@@ -201,7 +201,7 @@ def fall_back_to_cache(
             yield None
     except Exception as error:  # libraries raise different errors for files that are not in the cache
         raise OSError(
-            f"{repo_id} is not a {PATH_NOUNS[repo_type]}, it is missing or incomplete in the cache, and {hub_error}"
+            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
         ) from error
     log.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 

@@ -300,6 +300,6 @@ def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
     """Return the warning that images of a local dataset were published."""
     return (
         f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES_FILE}). If the images are "
-        "confidential, make the repository private in the settings on the Hub, or delete the file on the Hub, remove "
-        f"{folder / SAMPLE_IMAGES_FILE} and push again"
+        "confidential, make the repository private in its settings on the Hub. To remove the images instead, delete "
+        f"the file on the Hub, delete {folder / SAMPLE_IMAGES_FILE}, and push again"
     )

@@ -175,7 +175,7 @@ def find_timm_provenance(name: str) -> Provenance:
         import timm
 
         config = timm.get_pretrained_cfg(name)
-    except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model of this name
+    except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model with this name
         config = None
     if config is None:
         return Provenance(f"timm:{name}")

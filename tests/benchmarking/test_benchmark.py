@@ -825,7 +825,7 @@ def test_the_lowest_ratio_is_that_of_the_faster_peer() -> None:
     single = Comparison("work", "other", "a", [1.0], [1.0], 0.0, {"ours_peak_bytes": 90, "theirs_peak_bytes": 100})
     assert compute_lowest_ratios([*results, single]) == {("work", "row"): 1.5}
     lines = format_markdown([*results, single]).splitlines()
-    assert lines[0] == "| work | images/s | times as fast (quartiles) | peak memory, vitcls / other |"
+    assert lines[0] == "| work | images/s | times as fast (quartiles) | peak memory, vitcls / baseline |"
     assert lines[2] == "| work: row | 6.0 | a 2.00 (2.00 to 2.00), b 1.50 (1.50 to 1.50) |  |"
     assert lines[3] == "| work: other | 1.0 | a 1.00 (1.00 to 1.00) | a 0.90 |"
     assert "Medians of 1 to 3 pairs" in lines[5]
