@@ -206,13 +206,13 @@ MIN_PLOTTED_BYTES = 2**12  # minimum memory in the figure (one page), because lo
 DEVICE_NAMES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
-def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
+def plot_growth(comparisons: list[ComparisonDict], machine_description: str) -> Figure:
     """Plot the time per image (upper row) and the peak memory of a batch (lower row), with one column per axis.
 
     Args:
         comparisons: Dicts returned by `Comparison.to_dict`, or read from the --output file. Comparisons of other
             kinds of work are skipped.
-        machine: Description of the hardware and the versions, for the caption.
+        machine_description: Hardware and library versions, for the caption.
 
     Raises:
         ValueError: If no axis was measured.
@@ -238,7 +238,9 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     projects = [name for name in LINE_STYLES if name in lines_by_project]
     handles = [lines_by_project[name] for name in projects]
     figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
-    caption = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
+    caption = textwrap.fill(
+        format_caption(comparisons, machine_description), int(CHARACTERS_PER_INCH * figure.get_figwidth())
+    )
     figure.supxlabel(caption, fontsize=9, color=INK)
     return figure
 
@@ -309,7 +311,7 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
+def format_caption(comparisons: list[ComparisonDict], machine_description: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
     size, device = comparisons[0]["size"], DEVICE_NAMES[comparisons[0]["device"]]
     model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
@@ -323,7 +325,7 @@ def format_caption(comparisons: list[ComparisonDict], machine: str) -> str:
     fields = {comparison["axis"] for comparison in comparisons}
     if "transformers" in peers and "num_registers" in fields:
         caption += "The ViT of transformers has no registers. "
-    return f"{caption}{machine}."
+    return f"{caption}{machine_description}."
 
 
 if __name__ == "__main__":

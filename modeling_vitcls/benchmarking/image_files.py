@@ -54,11 +54,9 @@ JPEG_SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def write_photographs(
-    folder: Path, num_images_per_class: int = 64, height_width: tuple[int, int] = (375, 500)
-) -> Path:
+def write_photographs(folder: Path, num_images_per_class: int = 64, crop_size: tuple[int, int] = (375, 500)) -> Path:
     """Write random crops as JPEG files to `folder`, with one subfolder per photograph, and return `folder`."""
-    height, width = height_width
+    height, width = crop_size
     generator = torch.Generator().manual_seed(0)
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         (folder / name).mkdir(parents=True)

@@ -1,6 +1,6 @@
 """LoRA adapters without the base model, in PEFT's format: adapter_config.json, adapter_model.safetensors and card.
 
-    write_adapter(Path("runs/mine/adapter"), weights, config, rank=8, base_model="someone/their-vit")
+    write_adapter(Path("runs/mine/adapter"), state_dict, config, rank=8, base_model="someone/their-vit")
     vitcls push --model runs/mine/adapter --hub-model-id me/my-adapter
 
     base = AutoModelForImageClassification.from_pretrained("someone/their-vit", num_labels=10, trust_remote_code=True)
@@ -36,7 +36,7 @@ LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern ex
 
 def write_adapter(
     folder: Path,
-    weights: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor],
     config: ViTCLSConfig,
     rank: int,
     base_model: str,
@@ -46,7 +46,7 @@ def write_adapter(
 
     Args:
         folder: Folder of the adapter; created if it does not exist.
-        weights: Complete, unsharded state dict of a classifier with PEFT's LoRA layers.
+        state_dict: Complete, unsharded state dict of a classifier with PEFT's LoRA layers.
         config: Configuration of the classifier.
         rank: Rank of the LoRA matrices.
         base_model: Hub id or folder of the base model.
@@ -55,7 +55,7 @@ def write_adapter(
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    saved_modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in weights)]
+    saved_modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in state_dict)]
     lora_config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -67,7 +67,7 @@ def write_adapter(
     lora_config.save_pretrained(str(folder))
     adapter_weights = {
         f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
-        for name, weight in weights.items()
+        for name, weight in state_dict.items()
         if ".lora_" in name or name.startswith(tuple(f"{module}." for module in saved_modules))
     }
     save_file(adapter_weights, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})

@@ -100,13 +100,13 @@ def build_use_section(
 # ONNX files ----------------------------------------------------------------------------------------------------------
 
 
-def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
+def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
     """Insert the section "ONNX files" before the citation of a card; return the card unchanged if it has the section.
 
     `report` is the parsed onnx/report.json.
     """
-    if "\n## ONNX files\n" in card:
-        return card
+    if "\n## ONNX files\n" in card_text:
+        return card_text
     labeled_scores = report["labeled"]
     rows = []
     for comparison in report["comparisons"]:
@@ -123,8 +123,8 @@ def insert_onnx_section(card: str, report: dict[str, Any]) -> str:
         metric=METRIC_NAMES[labeled_scores["metric"]].lower() if labeled_scores else None,
         model_score=format_percent(labeled_scores["model"]) if labeled_scores else None,
     ).strip()
-    before, heading, after = card.partition("\n## Citation\n")
-    return f"{before}\n{section}\n{heading}{after}" if heading else f"{card.rstrip()}\n\n{section}\n"
+    before, heading, after = card_text.partition("\n## Citation\n")
+    return f"{before}\n{section}\n{heading}{after}" if heading else f"{card_text.rstrip()}\n\n{section}\n"
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -76,12 +76,12 @@ class HubUnreachableError(OSError):
     """Raised if the Hub does not respond. The message is one line and names the remedy."""
 
 
-def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
+def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
     """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
     Args:
         source: A folder, or `namespace/name` on the Hub.
-        files: Patterns of the required file names.
+        patterns: Patterns of the required file names.
         revision: Commit hash, branch or tag on the Hub. Default: the newest commit of `main`.
 
     Raises:
@@ -97,7 +97,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, re
         raise OSError(describe_missing_repo(source))
     problem = f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
-        folder = find_cached_folder(source, files, revision)
+        folder = find_cached_folder(source, patterns, revision)
         if folder is None:
             raise OSError(
                 f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
@@ -107,7 +107,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, re
     try:
         fetch_repo_info(source, revision=revision)
     except HubUnreachableError as error:
-        folder = find_cached_folder(source, files, revision)
+        folder = find_cached_folder(source, patterns, revision)
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
         log.warning(
@@ -117,7 +117,7 @@ def get_model_folder(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS, re
             source,
         )
         return folder
-    return download_model(source, files, revision)
+    return download_model(source, patterns, revision)
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
@@ -239,21 +239,21 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-def find_cached_folder(repo_id: str, files: Sequence[str], revision: str | None) -> str | None:
+def find_cached_folder(repo_id: str, patterns: Sequence[str], revision: str | None) -> str | None:
     """Return the folder of a revision in the cache, or None if the revision (default: `main`) is not in the cache."""
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(files), local_files_only=True)
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     return folder if Path(folder, CONFIG_FILE).is_file() else None
 
 
-def download_model(repo_id: str, files: Sequence[str], revision: str | None) -> str:
+def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
     """Download the commit of the revision, by default the newest commit, and return the folder in the cache."""
     try:
         with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
             folder = retry(
-                lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(files)),
+                lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)),
                 f"downloading {repo_id}",
                 waits=(RETRY_WAIT,),
             )
