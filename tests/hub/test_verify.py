@@ -703,11 +703,11 @@ TRUST = "trust_remote_code=True"
         ),
         ({"is_native": True}, f"AutoModel.from_pretrained({PIN})"),
         (
-            {"classes": {"AutoModel": "x", "AutoBackbone": "y", "AutoImageProcessor, pil": "z"}},
+            {"class_names": {"AutoModel": "x", "AutoBackbone": "y", "AutoImageProcessor, pil": "z"}},
             f"AutoBackbone.from_pretrained({PIN}, {TRUST})",
         ),
         (
-            {"classes": {"AutoModel": "x", "AutoModelForMaskedImageModeling": "y"}},
+            {"class_names": {"AutoModel": "x", "AutoModelForMaskedImageModeling": "y"}},
             f"AutoModelForMaskedImageModeling.from_pretrained({PIN}, {TRUST})",
         ),
     ],
