@@ -9,10 +9,10 @@ from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
-from modeling_vitcls.training.defaults import RunFacts, format_defaults, get_run_facts, resolve_defaults
+from modeling_vitcls.training.defaults import RunProperties, format_defaults, get_run_properties, resolve_defaults
 
 
-SCRATCH = RunFacts("random weights", True, 96, 28, 2000)
+SCRATCH = RunProperties("random weights", True, 96, 28, 2000)
 
 
 def build_options(**groups: Any) -> FinetuneOptions:
@@ -88,19 +88,21 @@ def test_max_steps_replace_the_epochs() -> None:
 
 
 def test_facts_about_a_run(tmp_path: Path) -> None:
-    assert get_run_facts(
+    assert get_run_properties(
         build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7
-    ) == RunFacts("random weights", True, 96, 28, 7)
-    assert get_run_facts(build_options(), 7) == RunFacts("random weights", True, 192, 224, 7)
+    ) == RunProperties("random weights", True, 96, 28, 7)
+    assert get_run_properties(build_options(), 7) == RunProperties("random weights", True, 192, 224, 7)
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     model = ModelOptions(str(tmp_path), image_size=(48, 40))
-    assert get_run_facts(build_options(model=model), None) == RunFacts("pre-trained weights", False, 16, 48, None)
+    assert get_run_properties(build_options(model=model), None) == RunProperties(
+        "pre-trained weights", False, 16, 48, None
+    )
     for trainable, weights in (
         ("head", "new head on frozen weights"),
         ("lora", "LoRA"),
         ("last-1", "pre-trained weights"),
     ):
         options = build_options(model=model, training=TrainingOptions(trainable=trainable))
-        assert get_run_facts(options, 7).weights == weights
-    assert get_run_facts(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).weights == "masked images"
+        assert get_run_properties(options, 7).weights == weights
+    assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).weights == "masked images"
