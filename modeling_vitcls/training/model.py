@@ -32,7 +32,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, list_presets
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
-from .costs import get_first_trainable_layer
+from .costs import get_first_trainable_layer, has_trainable_parameters
 
 
 ENCODER_PREFIX = "vitcls."
@@ -211,7 +211,7 @@ def set_train_mode(model: nn.Module) -> None:
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
             module.patch_dropout.train(uses_patch_dropout(module))
         if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
-            module.train(any(parameter.requires_grad for parameter in module.parameters()))
+            module.train(has_trainable_parameters(module))
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:

@@ -69,7 +69,7 @@ NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the 
 
 
 class Task(ABC):
-    """Checked options and loaded objects of a run."""
+    """Options, data and model of a run."""
 
     options: Any  # FinetuneOptions or PretrainOptions, with absolute paths
     runner: Runner  # holds the lock of the output folder until `run_task` ends
@@ -82,7 +82,7 @@ class Task(ABC):
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
-        ValueError or OSError if data or models cannot be read or do not fit the options."""
+        ValueError or OSError if data or models cannot be read or do not match the options."""
         self.runner = build_runner(self.check_options(options))
         self.options = self.runner.options
         accelerator = self.runner.accelerator
@@ -152,7 +152,7 @@ class Task(ABC):
 
     @abstractmethod
     def format_result(self, metrics: Metrics) -> str:
-        """Format the result in one line."""
+        """Format the evaluation metrics as one line of text."""
 
     @abstractmethod
     def build_card(
@@ -204,7 +204,8 @@ class Task(ABC):
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images. See `get_num_views` for `num_views`."""
+        """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
+        every epoch."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed

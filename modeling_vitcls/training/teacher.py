@@ -292,7 +292,7 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
-    color to gray. Raise ValueError for other combinations of channels."""
+    color to gray. Raise ValueError for other numbers of channels."""
     num_student_channels = pixels.shape[1]
     if num_student_channels == num_channels:
         return pixels

@@ -48,18 +48,18 @@ def get_values(options: Any) -> dict[str, Any]:
         ({"num_training_images": 10_000}, {"batch_size": 64, "epochs": 30.0}),
         ({"num_training_images": None}, {"batch_size": 64, "epochs": 30.0}),
         (
-            {"weights": "pre-trained weights", "is_preset": False, "width": 768, "image_size": 224},
+            {"method": "pre-trained weights", "has_random_weights": False, "width": 768, "image_size": 224},
             {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
-        ({"weights": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
-        ({"weights": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
-        ({"weights": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
-        ({"weights": "pre-trained weights", "num_training_images": 9_999}, {"epochs": 30.0}),
-        ({"weights": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
-        ({"weights": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
-        ({"weights": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
-        ({"weights": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
-        ({"weights": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+        ({"method": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
+        ({"method": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
+        ({"method": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
+        ({"method": "pre-trained weights", "num_training_images": 9_999}, {"epochs": 30.0}),
+        ({"method": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
+        ({"method": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
+        ({"method": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
+        ({"method": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
+        ({"method": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
     ],
 )
 def test_values(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -104,5 +104,5 @@ def test_facts_about_a_run(tmp_path: Path) -> None:
         ("last-1", "pre-trained weights"),
     ):
         options = build_options(model=model, training=TrainingOptions(trainable=trainable))
-        assert get_run_properties(options, 7).weights == weights
-    assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).weights == "masked images"
+        assert get_run_properties(options, 7).method == weights
+    assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).method == "masked images"

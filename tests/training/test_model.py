@@ -219,7 +219,7 @@ def test_contradictory_flags_are_errors() -> None:
             "data": DataOptions("digits", streaming=True),
             "training": TrainingOptions(class_balance="sampling"),
         },
-        "--teacher-views caches the teacher's logits of each image": {
+        "--teacher-views caches the teacher's logits for each image": {
             "data": DataOptions("digits", streaming=True),
             "distillation": DistillationOptions(teacher_views=1),
         },

@@ -170,7 +170,9 @@ def test_trackers_get_images_of_the_last_step(tmp_path: Path) -> None:
     accelerator.trackers.append(SimpleNamespace(name="without images"))
     reporter = Reporter(tmp_path / "metrics.jsonl", accelerator)
     reporter.start_after(0, 7)
-    reporter.track_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
+    log_images = reporter.get_image_logger()
+    assert log_images is not None
+    log_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
     accelerator.trackers.pop()
     accelerator.end_training()
     events = event_files.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
