@@ -687,7 +687,7 @@ def test_signals_stop_training_at_the_next_check(
 def test_a_second_interrupt_ends_at_once() -> None:
     with SignalHandler(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
-        interruption.received_time -= 2
+        interruption.signal_time -= 2
         os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

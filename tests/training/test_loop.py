@@ -364,7 +364,7 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
 
 def test_learning_rate_and_weight_decay_reach_each_group() -> None:
     bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0, weight_decay=0.3)
-    bench.loop.run_optimizer_step(bench.batches(), with_health=False)
+    bench.loop.run_optimizer_step(bench.batches(), should_measure_tokens=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
     assert {group["weight_decay"] for group in bench.state.optimizer.param_groups} == {0.3, 0.0}
@@ -456,7 +456,7 @@ def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
     evaluate, bench.accuracies = bench.loop.callbacks.evaluate, iter([])
     with pytest.raises(StopIteration):
         bench.run()
-    assert bench.saved == [(3, False)] and bench.state.record["step"] == 3
+    assert bench.saved == [(3, False)] and bench.state.pending_record["step"] == 3
     bench.accuracies = iter([0.5, 0.75])
     bench.loop.callbacks.evaluate = evaluate
     bench.run()
