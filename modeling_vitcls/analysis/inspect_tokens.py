@@ -1,4 +1,4 @@
-"""The program `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
+"""The command `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
 summary."""
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """Inspect a saved model, write the report, and print the verdicts.
 
     Raises:
-        ValueError, OSError: with a one-line message, if the model or the images cannot be read or do not match, or the
-            report cannot be written.
+        ValueError, OSError: if the model or the images cannot be read, the images do not match the model, or the
+            report cannot be written. The message is one line.
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -94,7 +94,7 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
     """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
-    checks = [check.describe(name).capitalize() for name, check in inspection.map_checks.items()]
+    checks = [check.describe(name) for name, check in inspection.map_checks.items()]
     for text in (inspection.artifact_description, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
         console.print(text, markup=False)
     if inspection.patch_sizes:
@@ -103,9 +103,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         for sentence in patch_size_table["sentences"]:
             console.print(sentence, markup=False)
     size_in_mib = options.output.stat().st_size / 2**20
-    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
+    num_images_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
-        "" if num_with_heads == num_shown else f"; individual heads are shown for the first {num_with_heads} images"
+        ""
+        if num_images_with_heads == num_shown
+        else f"; individual heads are shown for the first {num_images_with_heads} images"
     )
     image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
     console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts})", markup=False)

@@ -103,8 +103,7 @@ def load_from_dataset(
 
 
 def load_unlabeled_images(data_options: DataOptions, split: str) -> tuple[Sequence[Image.Image], str]:
-    """Return the images of a split and the name of the split. If the dataset has a single split with another name,
-    load this split."""
+    """Return the images of a split and the name of the split. If the dataset has only one split, return this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:

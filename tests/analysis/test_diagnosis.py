@@ -219,7 +219,7 @@ def test_registers_with_nearly_equal_attention(model: Any) -> None:
 def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
     found = judge_tokens(model.vitcls, pixels=HELD_OUT[0], num_draws=NUM_NULL_DRAWS)
     cls = found["CLS"]
-    assert cls.word == "effect beyond the null" and "nearest images stay the same" in cls.reason
+    assert cls.word == "effect beyond the null" and "nearest neighbors stay the same" in cls.reason
     assert set(cls.numbers["information"]["cosine_change"]) == {"cls", "pooled", "patches"}
     assert (
         0 <= cls.numbers["information"]["knn_agreement"] < found["register 1"].numbers["information"]["knn_agreement"]
@@ -286,7 +286,7 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
     movement = build_movement(1) | {"registers[2]": 0.0}
     found = judge_tokens(model, movement)["register 3"]
     assert (found.word, found.rating) == ("not moved", "bad")
-    assert "did not move in this run (movement 0), but" in found.reason
+    assert "training did not move the token (movement 0), but" in found.reason
     few = judge_tokens(model, movement, PIXELS[:3])["register 3"]
     assert (few.word, few.rating) == ("not moved", "neutral") and "there are 3" in few.reason
 
@@ -321,7 +321,7 @@ def test_states_that_are_not_read_are_not_judged() -> None:
             channel_variation=lambda values: values[layer, 3:].fill_(0),
         )
         found = diagnose_tokens(model.config, planted)
-        where = "after layer 2, the last layer whose output is read,"
+        where = "after layer 2, the last layer whose output is used,"
         assert (where in found[1].reason) == (found[1].word == "collapsed")
         return [verdict.word for verdict in found]
 
@@ -486,7 +486,7 @@ def test_identical_tokens_are_compared_in_the_last_state_in_which_both_are_read(
     different = judge({(0, 4): 0.0019})  # the head reads CLS after layer 3
     assert list_identical(different) == ["register 3", None, None, None, "CLS"]
     for verdict in (different[0], different[4]):
-        assert verdict.reason.startswith("after layer 2, the last layer whose output is read, the token is identical")
+        assert verdict.reason.startswith("after layer 2, the last layer whose output is used, the token is identical")
 
 
 NORMS = torch.tensor([2.0, 2.0, 2.0, 4.0, 4.0])
@@ -554,7 +554,7 @@ def test_the_token_with_the_nearest_attention_maps_is_named() -> None:
     assert found[2].numbers["equal_attention_distance"] == pytest.approx(0.02 / 0.4)
     assert found[4].numbers["equal_attention_distance"] == pytest.approx(0.027 / 0.3)
     assert found[2].reason == (
-        "the attention maps are nearly equal to the maps of register 2 in all layers whose output is read "
+        "the attention maps are nearly equal to the maps of register 2 in all layers whose output is used "
         "(the distance between the maps is 0.05 times their distance from uniform attention)."
     )
     assert judge(0.041)[3].word == "not judged" and judge(0.041)[3].numbers["equal_attention_token"] is None
@@ -687,7 +687,7 @@ def test_an_unmoved_token_with_an_effect_is_frozen_or_already_trained() -> None:
     assert (unmeasured.word, unmeasured.rating) == ("not moved", "neutral")
     assert unmeasured.reason.endswith("it is frozen or receives no gradient.")
     all_frozen = diagnose_tokens(model.config, findings_of(model), ablations, dict.fromkeys(KEYS, 0.0))[3]
-    assert all_frozen.rating == "neutral" and "the token is frozen, like all tokens in this run" in all_frozen.reason
+    assert all_frozen.rating == "neutral" and "training did not move any special token" in all_frozen.reason
 
 
 @pytest.mark.parametrize(
@@ -721,7 +721,7 @@ def test_effects_on_features_in_words() -> None:
     ablations = build_ablations(dict.fromkeys([*KEYS, "registers"], ablation), [*KEYS, "registers"])
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
     text = "the cosine distance between the features before and after is cls 0.25, patches 0.12, and 80% of the "
-    text += "nearest images stay the same (95% interval 0.2 to 0.3; null: patches 0.1 to 0.1)"
+    text += "nearest neighbors stay the same (95% interval 0.2 to 0.3; null: random patches 0.1 to 0.1)"
     assert f"if replaced by its mean, {text}; if hidden" in found.reason
     assert found.reason.endswith("; the movement of the token in training is unknown.")
     assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
@@ -729,7 +729,7 @@ def test_effects_on_features_in_words() -> None:
         ablation, effect=dataclasses.replace(effect, knn_agreement=0)
     )
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
-    assert "and 0% of the nearest images stay the same" in found.reason
+    assert "and 0% of the nearest neighbors stay the same" in found.reason
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -761,9 +761,9 @@ def describe_planted_depth(counts: list[float], **fields: Any) -> str:
 def test_the_description_in_numbers() -> None:
     """The entropy is averaged over heads. Seven layers have thirds of 3, 2 and 2 layers."""
     assert describe_planted_depth([20.0, 18.0, 16.0, 10.0, 6.0, 3.6, 12.0]) == (
-        "CLS attends to 90%, 40%, 39% of the visible tokens in the first, middle and last layers (100% is uniform), "
-        "and is most selective in layer 6: 4 tokens. This is the expected pattern: nearly uniform in early layers, "
-        "selective in middle layers."
+        "CLS attends to 90%, 40%, 39% of the visible tokens in the first, middle and last third of the layers (100% "
+        "is uniform), and is most selective in layer 6: 4 tokens. This is the expected pattern: nearly uniform in "
+        "early layers, selective in middle layers."
     )
 
 
@@ -791,7 +791,7 @@ def test_limits_of_the_expected_pattern(counts: list[float], pattern: str) -> No
 def test_a_register_of_a_single_layer_is_not_read() -> None:
     model = build_classifier(num_hidden_layers=1, num_distillation_tokens=0, num_register_tokens=1)
     _, register = describe_depth(model.config, findings_of(model))
-    assert register == "register attends to other tokens only in layer 1, and its output is not read."
+    assert register == "register attends to other tokens only in layer 1, and its output is not used."
     verdict = diagnose_tokens(model.config, findings_of(model))[1]
     numbers = verdict.numbers
     assert verdict.word == "not judged"  # an embedding is the same for all images
