@@ -118,21 +118,25 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
+    generator, sampled_outputs_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
     effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
     outputs_without_tokens = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
             after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        sampled_after = after.select(sampled_indices)
-        effects["information"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
+        sampled_outputs_after = after.select(sampled_indices)
+        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
+        effects["information"][key] = compute_effect(before, after), sampled_effect.size
         after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs_without_tokens[tuple(indices)] = sampled_after = after.select(sampled_indices)
-        effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
+        outputs_without_tokens[tuple(indices)] = sampled_outputs_after = after.select(sampled_indices)
+        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
+        effects["presence"][key] = compute_effect(before, after), sampled_effect.size
     set_sizes = {len(indices) for indices in targets.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
-    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, outputs_without_tokens, generator)
+    patch_effects = measure_patch_effects(model, sample_batches, sampled_outputs_before, set_sizes, generator)
+    redraw_effects = measure_redraw_effects(
+        model, sample_batches, sampled_outputs_before, outputs_without_tokens, generator
+    )
     for kind, effects_by_key in effects.items():
         for key, (effect, effect_on_null_images) in effects_by_key.items():
             redraw_effect, redrawn_effects = redraw_effects[key]

@@ -18,9 +18,9 @@ from .token_statistics import Findings
 # Bin width of the histogram of the natural logarithms of norm ratios, and widths of the compared windows in bins
 BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
-MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
+MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
+MODE_FRACTION_RANGE = 0.001, 0.2  # fraction of patches in a second mode; larger modes are not outliers
 MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction if registers are hidden, in standard deviations
 
 
@@ -77,24 +77,25 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
     Args:
         ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
     """
-    logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
+    log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
-    counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+    counts = log_ratios[log_ratios > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
     best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
         scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
-        starts = torch.arange(len(windows))
-        is_valid_pair = (starts[:, None] >= math.ceil(MIN_VALLEY / BIN_WIDTH)) & (starts >= starts[:, None] + width)
+        window_starts = torch.arange(len(windows))
+        can_be_valley = window_starts >= math.ceil(MIN_VALLEY_LOG_RATIO / BIN_WIDTH)
+        is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
         scores = scores.where(is_valid_pair, -torch.inf)
         score = scores.max().item()
         valleys = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
-        is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
-        if is_mode and (best_mode is None or score > best_mode.score):
+        is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
+        if is_second_mode and (best_mode is None or score > best_mode.score):
             best_mode = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
     return best_mode
 

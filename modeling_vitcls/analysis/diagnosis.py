@@ -359,11 +359,11 @@ def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
 
 def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
     """Return the values of one ablation by name."""
-    effect, null = ablation.effect, ablation.null_interval
+    effect, null_interval = ablation.effect, ablation.null_interval
     values: dict[str, Any] = {
         "effect": effect.size,
         "interval": list(effect.interval),
-        "null": None if null is None else list(null),
+        "null": None if null_interval is None else list(null_interval),
         "null_patches": ablation.patch_effects,
         "null_redrawn": ablation.redrawn_effects,
         "effect_on_null_images": ablation.effect_on_null_images,
@@ -452,28 +452,28 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
-    num_attended = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
-    fractions = num_attended / findings.uniform_by_token["entropy"].exp()  # [L, S]
+    num_attended_tokens = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
+    fractions = num_attended_tokens / findings.uniform_by_token["entropy"].exp()  # [L, S]
     num_used_layers = count_used_layers(config, has_head)
-    texts = []
+    descriptions = []
     for index, name in enumerate(get_token_names(config)):
         num_layers = num_used_layers[index]
         if num_layers == 0:
-            texts.append(f"{name} attends to other tokens only in layer 1, and its output is not used.")
+            descriptions.append(f"{name} attends to other tokens only in layer 1, and its output is not used.")
             continue
         read_fractions = fractions[:num_layers, index]
         thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
         layer_names = "in the first, middle and last third of the layers" if len(thirds) == 3 else "layer by layer"
-        selective_layer = int(num_attended[:num_layers, index].argmin())
-        num_tokens = round(num_attended[selective_layer, index].item())
+        selective_layer = int(num_attended_tokens[:num_layers, index].argmin())
+        num_tokens = round(num_attended_tokens[selective_layer, index].item())
         is_register = index >= config.token_layout.registers.start
         pattern = "" if is_register else describe_depth_pattern(read_fractions, thirds)
-        texts.append(
+        descriptions.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible tokens "
             f"{layer_names} (100% is uniform), and is most selective in layer {selective_layer + 1}: "
             f"{num_tokens} token{'s' if num_tokens != 1 else ''}.{pattern}"
         )
-    return texts
+    return descriptions
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:

@@ -133,10 +133,10 @@ def build_group_header(config: ViTCLSConfig, group: str) -> str:
 def draw_box(axes: Axes, box: Box, rotation: int) -> None:
     """Draw the box of a token, with the name of the token."""
     corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
-    color, size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
+    color, font_size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
     rotation = 0 if box.name == ELLIPSIS else rotation
     axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
-    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), size, "white", rotation=rotation)
+    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
 
 
 def draw_arrow(axes: Axes, center: float) -> None:

@@ -80,22 +80,23 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     axes = figure.subplots()
     axes.set_title(f"Norms of the patches, {format_layer(layer)}", fontsize=11, color=DARK_GRAY)
     edges = np.geomspace(histogram.low, histogram.high, NUM_BINS + 1)
-    limit = math.inf if histogram.mode is None else histogram.mode.threshold
-    colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
+    threshold = math.inf if histogram.mode is None else histogram.mode.threshold
+    centers = np.sqrt(edges[1:] * edges[:-1])
+    colors = [OUTLIER_COLOR if center >= threshold else GROUP_COLORS["patches"] for center in centers]
     axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
     axes.set(xscale="log", yscale="log")
     axes.set(xlim=(histogram.low, histogram.high), ylim=(0.7, 2 * max(*histogram.counts, 5)))
     axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
     if histogram.mode is not None:
-        axes.axvline(limit, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)))
+        axes.axvline(threshold, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)))
         text = f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median"
         text_options: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         text_options |= {"rotation": 90, "ha": "right", "va": "top"}
-        axes.annotate(text, (limit, 0.97), (-4, 0), **text_options, fontsize=8, color=DARK_GRAY)
+        axes.annotate(text, (threshold, 0.97), (-4, 0), **text_options, fontsize=8, color=DARK_GRAY)
     if histogram.registers:
         heights = [0.97] * len(histogram.registers)
-        triangles: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
-        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **triangles)
+        marker_options: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
+        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **marker_options)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
     despine(axes)
     return figure

@@ -43,7 +43,7 @@ MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
+class CurveLabels(NamedTuple):
     """Labels of a figure that shows one attribute of `Findings` over depth."""
 
     title: str
@@ -54,12 +54,12 @@ class Curve(NamedTuple):
 # Attribute of `Findings` -> labels of its figure. Shapes are [L, H, S] for attention of tokens, [L, H] for attention
 # of patches, and [L + 1, S] for states.
 CURVES = {
-    "entropy": Curve("Entropy of attention", "nats"),
-    "spread": Curve("Spread of attention over the image", "pixels"),
-    "received": Curve("Attention received from patches", "fraction", is_percentage=True),
-    "patch_distance": Curve("Attention distance of patches", "pixels"),
-    "variation": Curve("Variation between images", "fraction of the norm", is_percentage=True),
-    "to_patches": Curve("Similarity to the mean patch", "cosine"),
+    "entropy": CurveLabels("Entropy of attention", "nats"),
+    "spread": CurveLabels("Spread of attention over the image", "pixels"),
+    "received": CurveLabels("Attention received from patches", "fraction", is_percentage=True),
+    "patch_distance": CurveLabels("Attention distance of patches", "pixels"),
+    "variation": CurveLabels("Variation between images", "fraction of the norm", is_percentage=True),
+    "to_patches": CurveLabels("Similarity to the mean patch", "cosine"),
 }
 
 
@@ -177,8 +177,10 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         despine(axes)
     figure.supxlabel("layer", fontsize=9, color=DARK_GRAY)
-    squares = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
-    figure.legend(handles=squares, loc="outside upper center", ncols=len(squares), frameon=False, fontsize=9)
+    legend_handles = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
+    figure.legend(
+        handles=legend_handles, loc="outside upper center", ncols=len(legend_handles), frameon=False, fontsize=9
+    )
     return figure
 
 

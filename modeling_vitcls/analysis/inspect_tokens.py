@@ -26,7 +26,7 @@ from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write
 from .report_data import count_images_with_heads
 
 
-SPEED_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
+SPEED_ESTIMATE_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -81,7 +81,7 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
     if not console.is_terminal:
         yield do_nothing
         return
-    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
+    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_ESTIMATE_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, num_finished, total: bar.update(
             task, description=description, completed=num_finished, total=total
@@ -94,8 +94,9 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
     """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
-    checks = [check.describe(name) for name, check in inspection.map_checks.items()]
-    for text in (inspection.artifact_description, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
+    check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
+    summary = f"Diagnosis: {inspection.summary}"
+    for text in (inspection.artifact_description, *inspection.depth, *check_descriptions, summary):
         console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_size_table = build_patch_size_table(inspection.patch_sizes)

@@ -160,7 +160,7 @@ def inspect_model(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # The outputs with hidden registers are reused.
+    # The outputs with hidden registers are computed together with the statistics.
     num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
@@ -168,22 +168,22 @@ def inspect_model(
         len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
     )
     watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, before, outputs_without_registers = collect_statistics(model, watched_batches)
+    findings, outputs, outputs_without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
         model,
         progress.watch(batches, "ablating tokens"),
         findings.mean_states,
-        before,
+        outputs,
         (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
         outputs_without_registers,
     )
     kinds_by_index = dict.fromkeys(range(len(images)))
     if num_shown is not None:
-        kinds_by_position = select_images(before, config, num_shown)
+        kinds_by_position = select_images(outputs, config, num_shown)
         kinds_by_index = {
             readable_indices[batches.order[position]]: kind for position, kind in kinds_by_position.items()
         }
-    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
+    has_head, predictions = is_classifier(model), outputs if isinstance(outputs, Predictions) else None
     label_space, image_reports = get_label_space(config), []
     for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
         on_progress("computing maps", num_finished, len(kinds_by_index))
@@ -230,20 +230,20 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
-def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
+def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
     Up to half of the selected images have the most confident wrong predictions, or more if there are too few other
     images. About a quarter have the least confident correct or unlabeled predictions. The remaining images are evenly
     spaced. For an encoder, all selected images are evenly spaced and have no kind.
     """
-    if not isinstance(before, Predictions):
-        return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
-    confidences = compute_confidences(before.logits, config).tolist()
-    sorted_indices = sorted(range(len(before)), key=lambda index: confidences[index])
-    is_wrong = torch.zeros(len(before), dtype=torch.bool)
-    if before.labels is not None:
-        is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
+    if not isinstance(outputs, Predictions):
+        return dict.fromkeys(select_evenly_spaced(range(len(outputs)), num_selected))
+    confidences = compute_confidences(outputs.logits, config).tolist()
+    sorted_indices = sorted(range(len(outputs)), key=lambda index: confidences[index])
+    is_wrong = torch.zeros(len(outputs), dtype=torch.bool)
+    if outputs.labels is not None:
+        is_wrong = ((outputs.predicted != outputs.labels) & (outputs.labels != IGNORED_LABEL)).any(dim=1)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]

@@ -23,8 +23,9 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_TIMED_BATCHES = 5  # minimum number of timed batches; batches are repeated if necessary
-MIN_GRID_SIZE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
-MAX_ATTENTION_SHARE = 0.5  # fraction of operations in attention maps above which a note is added
+# A note is added to patch sizes that exceed one of the next two limits.
+MIN_GRID_SIZE = 7  # minimum number of patches per side; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
+MAX_ATTENTION_SHARE = 0.5  # maximum fraction of operations in attention maps
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
 PatchSize = int | tuple[int, int]  # patch size in pixels; (height, width) if height and width differ
@@ -146,7 +147,7 @@ def resolve_patch_sizes(
     for size in patch_sizes:
         if size != native_size and (size < 1 or common_divisor % size):
             valid_sizes = ", ".join(
-                str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0
+                str(divisor) for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0
             )
             images = f"images of {image_size[0]} x {image_size[1]} pixels"
             raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")

@@ -2,7 +2,7 @@
 
     write_report("report.html", model, processor, images)   # inspects the model and writes the report
 
-    inspection = inspect_model(model, processor, images)    # the same in two steps
+    inspection = inspect_model(model, processor, images)    # the same report in two steps
     write_page("report.html", inspection)
 
     inspection.py      measurements
@@ -234,7 +234,7 @@ def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
 
-# Column header -> function that returns the text of a cell, which is empty if the value is unknown.
+# Column headers, and functions that return the text of a cell, or an empty string if the value is unknown.
 PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
     "patch": lambda row: format_patch_size(row.patch_size) + (" (the model's own)" if row.is_native else ""),
     "tokens": lambda row: f"{row.sequence_length:,}",

@@ -45,7 +45,9 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     config, findings = inspection.config, inspection.findings
     *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
-    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `overlay`
+    color_table = (
+        (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    )  # the colormap of `overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [

@@ -72,16 +72,16 @@ function getSimilarity(image, layer, count) {
   const length = scale.length;
   const start = layer * count * length;
   const rows = image.features.subarray(start, start + count * length);
-  const multiply = (one, other) => {
+  const multiply = (patch, otherPatch) => {
     let sum = offset;
-    for (let part = 0; part < length; part++)
-      sum += scale[part] ** 2 * rows[one * length + part] * rows[other * length + part];
+    for (let component = 0; component < length; component++)
+      sum += scale[component] ** 2 * rows[patch * length + component] * rows[otherPatch * length + component];
     return sum;
   };
-  const own = multiply(image.selected, image.selected);
+  const selectedSquare = multiply(image.selected, image.selected);
   const values = Float32Array.from(
     { length: count },
-    (_, patch) => multiply(patch, image.selected) / Math.sqrt(Math.max(own * multiply(patch, patch), 1e-12)),
+    (_, patch) => multiply(patch, image.selected) / Math.sqrt(Math.max(selectedSquare * multiply(patch, patch), 1e-12)),
   );
   return { values, largest: 1, sum: 0 };
 }

@@ -153,8 +153,8 @@ class TokenStatistics:
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
-            num_stored = sum(batch.shape[1] for batch in batches)
-            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
+            num_stored_norms = sum(batch.shape[1] for batch in batches)
+            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu())
         self.num_images += len(pixel_values)
         return outputs, outputs_without_registers
 
