@@ -136,8 +136,8 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
     neighbors_before, neighbors_after = before.find_neighbors(), after.find_neighbors()
     agreement = None
     if neighbors_before is not None and neighbors_after is not None:
-        pairs = zip(neighbors_before, neighbors_after, strict=True)
-        num_shared = sum(len(indices_before & indices_after) for indices_before, indices_after in pairs)
+        neighbor_pairs = zip(neighbors_before, neighbors_after, strict=True)
+        num_shared = sum(len(indices_before & indices_after) for indices_before, indices_after in neighbor_pairs)
         agreement = num_shared / (NUM_NEIGHBORS * len(before))
     largest_changes = max(cosine_changes.values(), key=lambda changes: changes.mean().item())
     mean_changes = {name: changes.mean().item() for name, changes in cosine_changes.items()}

@@ -23,7 +23,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 MIN_TIMED_BATCHES = 5  # minimum number of timed batches; batches are repeated if necessary
-# A note is added to patch sizes that exceed one of the next two limits.
+# Limits of `describe_patch_size_problems`.
 MIN_GRID_SIZE = 7  # minimum number of patches per side; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
 MAX_ATTENTION_SHARE = 0.5  # maximum fraction of operations in attention maps
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
