@@ -308,7 +308,7 @@ def test_a_token_with_equal_states_for_all_images() -> None:
 
 
 def test_states_that_are_not_read_are_not_judged() -> None:
-    """In the last layer, two registers are equal and do not depend on the image, but the head reads only CLS."""
+    """In the last layer, two registers are equal and do not depend on the image, but the head uses only CLS."""
     model = build_classifier(num_distillation_tokens=0)
     findings = findings_of(model)
 
@@ -441,7 +441,7 @@ def test_measured_values_of_each_token() -> None:
     findings = plant(findings_of(model), attention_fractions=lambda values: values[2, :, :, 3].fill_(0.99))
     found = diagnose_tokens(model.config, findings, None, {"registers[0]": 0.25})
     for index, verdict in enumerate(found):
-        last = 3 if index < 2 else 2  # the head reads the CLS and the distillation token
+        last = 3 if index < 2 else 2  # the head uses the CLS and the distillation token
         numbers = verdict.numbers
         assert numbers["read_layers"] == last and numbers["movement"] == (0.25 if index == 2 else None)
         assert numbers["variation"] == pytest.approx(findings.variation[last, index].item())
@@ -483,7 +483,7 @@ def test_identical_tokens_are_compared_in_the_last_state_in_which_both_are_read(
     assert list_identical(judge({(2, 3): 0.0019, (2, 4): 0.0009}))[2] == "register 3"  # the nearest token
     rounding = judge({(2, 3): 1.5e-6}, variation=0.0)
     assert list_identical(rounding) == [None, None, "register 2", "register 1", None]
-    different = judge({(0, 4): 0.0019})  # the head reads CLS after layer 3
+    different = judge({(0, 4): 0.0019})  # the head uses CLS after layer 3
     assert list_identical(different) == ["register 3", None, None, None, "CLS"]
     for verdict in (different[0], different[4]):
         assert verdict.reason.startswith("after layer 2, the last layer whose output is used, the token is identical")
@@ -561,7 +561,7 @@ def test_the_token_with_the_nearest_attention_maps_is_named() -> None:
 
 
 def test_attention_is_compared_in_the_layers_in_which_both_tokens_are_read() -> None:
-    """The head reads the CLS token after layer 3, but the register only after layer 2."""
+    """The head uses the CLS token after layer 3, but the register only after layer 2."""
     model = build_classifier(num_distillation_tokens=0, num_register_tokens=1)
 
     def change(distances: torch.Tensor) -> None:
@@ -595,7 +595,7 @@ def test_effects_in_words() -> None:
     findings = findings_of(model)
     found = diagnose_tokens(model.config, findings, ablations, build_movement(2) | {"cls[0]": 0.0})
     values = "4 of 16 (at most 25.0%) predictions change, and logits change by 0.5 (95% interval 0.4 to 0.6; null: "
-    values += "patches 0.1 to 0.1, random tokens 0.2 to 0.2)"
+    values += "random patches 0.1 to 0.1, random tokens 0.2 to 0.2)"
     moved = f"training moved the token by {2 * findings.token_norms[0, 2]:.3g} (2 times the norm of its embedding)."
     assert (found[2].word, found[2].rating, found[2].reason) == (
         "effect beyond the null",
@@ -824,5 +824,5 @@ def test_scoped_tokens_are_measured_within_their_scope() -> None:
             layer.attention.q_proj.bias.zero_()
     for story in describe_depth(model.config, findings_of(model), has_head=False):
         assert "attends to 100%, 100%, 100% of the visible tokens" in story and story.endswith("selects no patches.")
-    _, unread = describe_depth(model.config, findings_of(model))  # the head does not read the second token
+    _, unread = describe_depth(model.config, findings_of(model))  # the head does not use the second token
     assert "attends to 100%, 100% of the visible tokens layer by layer" in unread

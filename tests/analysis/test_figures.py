@@ -405,7 +405,7 @@ def test_attention_samples_show_the_last_layer_that_is_read_with_label_and_predi
     pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
     outputs = model.eval()(pixel_values, output_attentions=True)
     first, last = (layer[0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9)) for layer in outputs.attentions)
-    expected = torch.cat([last[:2], first[2:]])  # nothing reads the registers of the last layer
+    expected = torch.cat([last[:2], first[2:]])  # the registers of the last layer are not used
     assert torch.allclose(look.maps, expected, atol=1e-6)
     assert look.title == f"predicted LABEL_{outputs.logits.argmax()}"
     assert look.image.size == picture.size

@@ -212,7 +212,7 @@ def test_predictions_and_labels(read_only_page: Page, faulty_page: Any) -> None:
     assert found.accuracy == right / 2
 
 
-def test_the_layout_shows_the_tokens_that_are_read(read_only_page: Page, faulty_page: Any) -> None:
+def test_the_layout_shows_the_tokens_that_are_used(read_only_page: Page, faulty_page: Any) -> None:
     assert read_only_page.locator(".sequence .used").all_inner_texts()[0].startswith("CLS")
     assert read_only_page.locator(".sequence .used").count() == 1
     assert "16 patches" in read_only_page.locator(".sequence").inner_text()
@@ -469,8 +469,8 @@ def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_states_that_are_not_read_are_marked(browser: Browser, faulty_page: Any) -> None:
-    """A head that reads only the CLS token does not read the registers and patches of the last layer."""
+def test_states_that_are_not_used_are_marked(browser: Browser, faulty_page: Any) -> None:
+    """A head that uses only the CLS token does not use the registers and patches of the last layer."""
     with open_page(browser, faulty_page[0]) as page:
         scroll_into_view(find_cell(page, "register 1, layer 3"))
         expect(find_cell(page, "register 1, layer 3")).to_contain_text("not used")
@@ -900,7 +900,7 @@ def test_selected_images_are_grouped_by_kind(faulty_page: Any, tmp_path: Path) -
     assert re.findall(r'<span class="truth">([a-z ]+)</span>', text) == ["wrong predictions", "typical", "typical"]
 
 
-def test_only_tokens_that_a_head_reads_are_marked(faulty_page: Any) -> None:
+def test_only_tokens_that_a_head_uses_are_marked(faulty_page: Any) -> None:
     names = ["register 1", "register 2", "register 3"]
     for has_head in (True, False):
         layout = build_layout(faulty_page[2].config, has_head)
