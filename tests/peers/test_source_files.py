@@ -402,7 +402,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
         "several": (
             plain_weights(),
             None,
-            ("several families", "--family dino or ibot or msn or mae or deit or ijepa"),
+            ("several families", "--family to one of dino, ibot, msn, mae, deit, ijepa"),
         ),
         "beit": (
             {"blocks.0.attn.relative_position_bias_table": torch.zeros(3)},
