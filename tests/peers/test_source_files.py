@@ -283,7 +283,7 @@ def test_the_decoder_of_mae_and_rectangular_patches(tmp_path: Path) -> None:
 
 def test_the_classifier_of_four_layers_is_refused() -> None:
     weights = dinov2_weights() | {"linear_head.weight": torch.zeros(3, 5 * WIDTH), "linear_head.bias": torch.zeros(3)}
-    with raises_one_line("reads 4 layers", "linear4_head", error=ConversionError):
+    with raises_one_line("uses 4 layers", "linear4_head", error=ConversionError):
         convert_state_dict(weights, "dinov2", num_attention_heads=HEADS)
 
 
