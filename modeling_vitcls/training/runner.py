@@ -27,11 +27,11 @@ from ..data.splits import describe_change
 from ..distributed import (
     build_accelerator,
     check_deepspeed_flags,
+    configure_layer_sharding,
     run_on_main,
     set_deepspeed_training_options,
-    shard_by_layer,
 )
-from ..errors import is_on_all_processes, mark_errors_of_all_processes
+from ..errors import is_raised_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
@@ -80,10 +80,10 @@ TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the 
 class RunStopped(Exception):
     """Error that ends a run early, with a one-line message for the user."""
 
-    def __init__(self, message: str, exit_status: int = 1, on_all: bool = True) -> None:
+    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # exit status of the program
-        self.on_all = on_all  # whether all processes stop for the same reason
+        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Runner:
         if training.compile:
             model.compile()
         self.utilization = start_utilization(model, plan, accelerator, self.reporter.print_line)
-        shard_by_layer(accelerator, model)
+        configure_layer_sharding(accelerator, model)
         set_deepspeed_training_options(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
@@ -325,7 +325,9 @@ class Runner:
                     self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, state.shadow
                 )
             except ValueError as error:  # the checkpoint belongs to another model
-                raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
+                raise RunStopped(
+                    f"--resume: {error}", is_on_all_processes=is_raised_on_all_processes(error)
+                ) from error
             state.step = self.facts["step"]
             state.best_score = self.facts["best_score"]
             state.num_evaluations_since_best = self.facts.get("num_worse", 0)
@@ -392,7 +394,7 @@ class Runner:
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images
-            raise RunStopped(str(error), on_all=is_on_all_processes(error)) from error
+            raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
 
     def save_non_finite(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
