@@ -34,7 +34,7 @@ from .distributed import run_on_main
 Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
 # Suffixes of hidden folders that are incomplete or being replaced.
 PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
 WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
@@ -142,7 +142,7 @@ class CheckpointStore:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        matches = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        matches = [STEP_FOLDER_PATTERN.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def get_folder(self, step: int) -> Path:

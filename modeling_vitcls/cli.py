@@ -164,10 +164,10 @@ def exit_on_invalid_command(name: str) -> NoReturn:
         message = "error: vitcls env accepts no flags"
     else:
         similar_commands = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
-        advice = (
+        hint = (
             f"did you mean {similar_commands[0]}?" if similar_commands else f"choose from {', '.join(known_commands)}"
         )
-        message = f"error: vitcls has no command {name}: {advice}"
+        message = f"error: vitcls has no command {name}: {hint}"
     print(message, file=sys.stderr)
     raise SystemExit(2)
 

@@ -97,7 +97,7 @@ class Study:
         """Return the flags of each stage of a run, combined from the stages, the levels and the seed."""
         stages: dict[str, Flags | None] = {name: flags or {} for name, flags in self.stages.items()}
         for factor, level in levels.items():
-            for name, flags in split_by_stage(self.factors[factor][level]).items():
+            for name, flags in group_flags_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
         seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
         return {name: flags | seed_flags[name] for name in STAGES if (flags := stages.get(name)) is not None}
@@ -130,7 +130,7 @@ def load_study(file: Path) -> Study:
     return Study(**content | {"factors": factors, "baseline": baseline})
 
 
-def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
+def group_flags_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
     """Group the flags of a level by stage. Flags outside of a stage belong to `finetune`."""
     stages = {name: value for name, value in flags.items() if name in STAGES}
     finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
@@ -181,9 +181,7 @@ class StudyRunner:
         try:
             while pending_runs or running_processes:
                 while (
-                    pending_runs
-                    and len(running_processes) < self.num_jobs
-                    and self.fits_memory_limit(running_processes)
+                    pending_runs and len(running_processes) < self.num_jobs and self.can_start_run(running_processes)
                 ):
                     running_processes.append(self.start_run(pending_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
@@ -263,7 +261,7 @@ class StudyRunner:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
         return value.replace("{run}", str(self.get_run_folder(run))).replace("{folder}", str(self.folder))
 
-    def fits_memory_limit(self, running_processes: list[RunProcess]) -> bool:
+    def can_start_run(self, running_processes: list[RunProcess]) -> bool:
         """Return whether an additional run is expected to stay below the memory limit. The first run always starts."""
         if self.memory_limit is None or not running_processes:
             return True

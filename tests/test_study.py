@@ -495,10 +495,10 @@ def test_runs_start_only_if_they_fit_in_the_memory_limit(tmp_path: Path) -> None
     study = load_study(write_study(tmp_path))
     runner = StudyRunner(study, tmp_path / "out", memory_limit=9.0, max_run_bytes=3 * 2**30)
     running: Any = [None]
-    assert runner.fits_memory_limit(2 * running) and not runner.fits_memory_limit(3 * running)
+    assert runner.can_start_run(2 * running) and not runner.can_start_run(3 * running)
     unmeasured = StudyRunner(study, tmp_path / "out", memory_limit=9.0)
-    assert unmeasured.fits_memory_limit([]) and not unmeasured.fits_memory_limit(running)
-    assert StudyRunner(study, tmp_path / "out").fits_memory_limit(3 * running)
+    assert unmeasured.can_start_run([]) and not unmeasured.can_start_run(running)
+    assert StudyRunner(study, tmp_path / "out").can_start_run(3 * running)
 
 
 def test_the_memory_of_the_largest_run_is_measured(tmp_path: Path) -> None:

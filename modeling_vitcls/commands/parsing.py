@@ -130,8 +130,8 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
             similar_flag = EQUIVALENT_FLAGS.get(name) or next(
                 iter(difflib.get_close_matches(name, flag_names, n=1)), None
             )
-            advice = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
-            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {advice}")
+            hint = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
+            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {hint}")
     return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
 
 

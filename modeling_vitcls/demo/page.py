@@ -224,31 +224,31 @@ class AttentionView:
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         self.demo_model = demo_model
-        tokens, num_layers = demo_model.token_names, demo_model.num_layers
+        token_names, num_layers = demo_model.token_names, demo_model.num_layers
         gr.Markdown("## Attention of the special tokens")
-        token = gr.Radio(tokens, value=tokens[0], type="index", label="Token")
+        token_selector = gr.Radio(token_names, value=token_names[0], type="index", label="Token")
         with gr.Row():
-            layer = build_layer_slider("Layer", num_layers, min_width=240)
-            heads = [MEAN_OF_HEADS, *demo_model.head_names]
-            head = gr.Dropdown(heads, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
+            layer_slider = build_layer_slider("Layer", num_layers, min_width=240)
+            head_names = [MEAN_OF_HEADS, *demo_model.head_names]
+            head_selector = gr.Dropdown(head_names, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
         with gr.Row():
             with gr.Column():
                 map_image = build_output_image("Attention to the image", "map", ["download", "fullscreen"])
                 caption = gr.Markdown(elem_id="shares")
                 gr.HTML('<div class="scale"><span>0</span><i></i><span>maximum of the map</span></div>')
             with gr.Column():
-                layers = build_gallery("All layers for this token and head", "layers")
+                layer_gallery = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
-                rollouts = build_gallery("Through all layers", "through")
+                rollout_gallery = build_gallery("Through all layers", "through")
                 gr.Markdown("Attention rollout of the token, and attribution of the prediction, through all layers.")
-        self.inputs = [state, token, layer, head]
-        self.outputs = [map_image, caption, layers, rollouts]
-        for control in (token, head):
+        self.inputs = [state, token_selector, layer_slider, head_selector]
+        self.outputs = [map_image, caption, layer_gallery, rollout_gallery]
+        for control in (token_selector, head_selector):
             control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS)
-        layer.change(
+        layer_slider.change(
             self.draw_layer, self.inputs, [map_image, caption], show_progress="hidden", **DRAWING_LISTENER_OPTIONS
         )
-        layers.select(get_clicked_layer, None, layer, show_progress="hidden")
+        layer_gallery.select(get_clicked_layer, None, layer_slider, show_progress="hidden")
 
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
@@ -279,20 +279,20 @@ class PatchView:
         num_layers = demo_model.num_layers
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
-            layer = build_layer_slider("After layer", num_layers)
-            foreground_only = gr.Checkbox(label="Color only the foreground")
+            layer_slider = build_layer_slider("After layer", num_layers)
+            foreground_checkbox = gr.Checkbox(label="Color only the foreground")
         with gr.Row():
             with gr.Column():
-                colors = build_output_image("Patches as colors", "patches", ["fullscreen"])
+                color_image = build_output_image("Patches as colors", "patches", ["fullscreen"])
             with gr.Column():
-                similarity = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
+                similarity_image = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
                 caption = gr.Markdown(elem_id="similar")
-        patch = gr.State()
-        self.inputs = [state, layer, foreground_only, patch]
-        self.outputs = [colors, similarity, caption]
-        for trigger in (layer.change, foreground_only.input):
+        patch_state = gr.State()
+        self.inputs = [state, layer_slider, foreground_checkbox, patch_state]
+        self.outputs = [color_image, similarity_image, caption]
+        for trigger in (layer_slider.change, foreground_checkbox.input):
             trigger(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS)
-        colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
+        color_image.select(find_clicked_patch, [state, color_image], patch_state, show_progress="hidden").then(
             self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS
         )
 

@@ -137,7 +137,7 @@ def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
             return executor.submit(asyncio.run, store_async(address)).result()
 
     for address in ("http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"):
-        with pytest.raises(gr.Error, match="must be uploaded to this page"):
+        with pytest.raises(gr.Error, match="upload an image to this page"):
             store(address)
     assert list(uploads.iterdir()) == []
     stored = store(str(noise))

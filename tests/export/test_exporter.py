@@ -225,7 +225,7 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys
     assert notes == [
         "Accepts any batch size and images of at least 16 x 24 pixels",
         "The image size is fixed: positions",
-        "The weights are random, because a preset is untrained",
+        "The weights are random, because presets are untrained",
         "The checkpoint has no image processor",
     ]
     assert versions.startswith("Versions: opset 18, ")

@@ -1170,7 +1170,7 @@ def test_wrong_flags_end_before_torch_is_imported() -> None:
     ("flags", "words"),
     [
         (["a.png", "--features", "cls", "--output", "o.csv"], "CSV"),
-        (["a.png", "--features", "cls"], "a table"),
+        (["a.png", "--features", "cls"], "a printed table"),
         (["a.png", "--output", "o.txt"], "set a .csv, .json, .jsonl or"),
         (["a.png", "--dataset", "digits"], "Set exactly one of PATHS"),
         ([], "Set exactly one of PATHS"),
