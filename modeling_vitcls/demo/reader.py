@@ -23,7 +23,7 @@ from ..adaptation_vitcls import load_checkpoint
 from ..analysis.attribution import trace_attention
 from ..analysis.maps import (
     VisibleRegion,
-    count_read_layers,
+    count_used_layers,
     extract_patch_maps,
     get_head_names,
     get_visible_region,
@@ -283,7 +283,7 @@ class DemoModel:
 
     def is_token_output_used(self, token: int, layer: int) -> bool:
         """Return whether the model uses the output of a special token in a layer."""
-        return layer < count_read_layers(self.model.config, self.has_labels)[token]
+        return layer < count_used_layers(self.model.config, self.has_labels)[token]
 
 
 def resolve_commit(source: str, revision: str | None) -> str | None:

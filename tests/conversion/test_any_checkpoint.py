@@ -185,7 +185,7 @@ def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_vitcls.conversion.parity_report.LIMIT", -1.0)
+    monkeypatch.setattr("modeling_vitcls.conversion.parity_report.MAX_DIFFERENCE", -1.0)
     with pytest.raises(ValueError, match="differ"):
         resolve_checkpoint(str(source))
     assert not own_cache.exists() or not list(own_cache.iterdir())
