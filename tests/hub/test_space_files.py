@@ -212,7 +212,7 @@ def test_models_that_a_space_cannot_load_are_errors(
     hub.create("ann/mine", private=True, files={"config.json": config, "preprocessor_config.json": b"{}"})
     found = find_published_model("ann/mine")
     assert (found.repo_id, found.commit) == ("ann/mine", hub.repositories["ann/mine"].branches["main"])
-    assert found.code is None and found.needs_token
+    assert found.code_commit is None and found.needs_token
     hub.repositories["ann/mine"].commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
     assert find_published_model("ann/mine", found.commit) == found
     shared = config.replace(b'"modeling', b'"ann/code--modeling')
