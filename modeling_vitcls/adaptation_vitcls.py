@@ -225,15 +225,15 @@ def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
 
 def copy_prefix_tokens(context: AdaptationContext, new_weight: Tensor, initialization_note: str) -> AdaptedWeight:
     """Copy the first min(m, n) tokens of the old weight [1, m, D] to the first tokens of `new_weight` [1, n, D]."""
-    num_old = 0 if context.old_value is None else context.old_value.shape[1]
-    num_kept = min(num_old, new_weight.shape[1])
+    num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
+    num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
         new_weight[:, :num_kept] = context.old_value[:, :num_kept]
-    if num_old == num_kept == new_weight.shape[1]:
+    if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
     notes = [f"{num_kept} kept"]
-    if num_old > num_kept:
-        notes.append(f"{num_old - num_kept} dropped")
+    if num_old_tokens > num_kept:
+        notes.append(f"{num_old_tokens - num_kept} dropped")
     if new_weight.shape[1] > num_kept:
         notes.append(f"{new_weight.shape[1] - num_kept} added, {initialization_note}")
     return new_weight, ", ".join(notes)
@@ -270,17 +270,17 @@ def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
 def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     """Keep the gates [n] of kept tokens. New gates are closed for new tokens and open for existing tokens."""
     gates = context.initial_value.clone()
-    old_values = () if context.old_value is None else context.old_value
-    old_gates = dict(zip(list_gated_tokens(context.old_config), old_values, strict=True))
-    new_gates = list_gated_tokens(context.new_config)
+    old_gate_values = () if context.old_value is None else context.old_value
+    old_gates = dict(zip(list_gated_tokens(context.old_config), old_gate_values, strict=True))
+    gated_tokens = list_gated_tokens(context.new_config)
     old_counts = {group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()}
-    for gate_index, (group, token_index) in enumerate(new_gates):
+    for gate_index, (group, token_index) in enumerate(gated_tokens):
         if token_index < old_counts[group]:
             gates[gate_index] = old_gates.get((group, token_index), TokenGates.OPEN)
-    if set(new_gates) == set(old_gates):
+    if set(gated_tokens) == set(old_gates):
         return gates, ""
-    num_kept = len(old_gates.keys() & set(new_gates))
-    num_closed = sum(token_index >= old_counts[group] for group, token_index in new_gates)
+    num_kept = len(old_gates.keys() & set(gated_tokens))
+    num_closed = sum(token_index >= old_counts[group] for group, token_index in gated_tokens)
     return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_closed} closed"
 
 

@@ -239,18 +239,18 @@ class ViTCLSAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         self.recorder: AttentionRecorder | None = None
-        width, inner_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        width, inner_dim = config.hidden_size, config.num_attention_heads * config.head_dim
         query_bias, key_bias, value_bias = (
             config.qkv_bias if bias is None else bias
             for bias in (config.query_bias, config.key_bias, config.value_bias)
         )
-        self.q_proj = nn.Linear(width, inner_width, bias=query_bias)
-        self.k_proj = nn.Linear(width, inner_width, bias=key_bias)
-        self.v_proj = nn.Linear(width, inner_width, bias=value_bias)
-        self.o_proj = nn.Linear(inner_width, width, bias=config.projection_bias)
+        self.q_proj = nn.Linear(width, inner_dim, bias=query_bias)
+        self.k_proj = nn.Linear(width, inner_dim, bias=key_bias)
+        self.v_proj = nn.Linear(width, inner_dim, bias=value_bias)
+        self.o_proj = nn.Linear(inner_dim, width, bias=config.projection_bias)
         self.q_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
-        self.norm = build_norm(config, inner_width) if config.attention_norm else None
+        self.norm = build_norm(config, inner_dim) if config.attention_norm else None
 
     def forward(
         self,

@@ -414,9 +414,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
             if name not in known_names and (hint := _suggest_name(name, known_names, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
-        config_dict, names = dict(config_dict), config_dict.get("id2label")
-        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
-            config_dict |= {"id2label": None, "label2id": None}  # the stored names do not apply to the new labels
+        config_dict, labels = dict(config_dict), config_dict.get("id2label")
+        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(labels, dict) and len(labels)):
+            config_dict |= {"id2label": None, "label2id": None}  # stored labels do not apply to the new classifier
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
             config_dict |= {"out_features": None, "out_indices": None}  # stored stages do not apply to the new layers
         if changed_counts := {field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides}:
@@ -784,14 +784,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Unknown keywords ------------------------------------------------------------------------------------------------
     @classmethod
     def _is_known_keyword(cls, name: str) -> bool:
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return name in fields or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
+        field_names = {field.name for field in dataclasses.fields(cls)}
+        return name in field_names or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
 
     def _reject_unknown_keywords(self, kwargs: dict[str, Any]) -> None:
         for name in kwargs:
             if not self._is_known_keyword(name):
-                fields = [field.name for field in dataclasses.fields(self)]
-                raise ValueError(f"Unknown field {name!r}{_suggest_name(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
+                known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
+                raise ValueError(f"Unknown field {name!r}{_suggest_name(name, known_names)}")
 
 
 def update_gated_tokens(

@@ -69,8 +69,8 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
-        settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
-        if not isinstance(module, nn.Conv2d) or settings == [module.kernel_size, (0, 0), (1, 1), 1]:
+        conv_settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
+        if not isinstance(module, nn.Conv2d) or conv_settings == [module.kernel_size, (0, 0), (1, 1), 1]:
             module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 

@@ -119,5 +119,5 @@ def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list
     num_threads = min(torch.get_num_threads(), len(sources))
     if num_threads == 1:
         return [prepare(source) for source in sources]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(prepare, sources))
+    with ThreadPoolExecutor(num_threads) as executor:
+        return list(executor.map(prepare, sources))

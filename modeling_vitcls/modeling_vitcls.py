@@ -251,14 +251,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         layer_class, attention_class = get_layer_classes(config)  # ViTCLSLayer and ViTCLSAttention by default
-        last_index = max(config.num_hidden_layers - 1, 1)
+        last_layer_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
         self.view = RelativePositionBias(config) if config.relative_position_bias != "none" else None
         self.gates = TokenGates(config) if config.gated_tokens else None
         self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None
         self.layers = nn.ModuleList(
-            layer_class(config, config.drop_path_rate * index / last_index, attention_class)
+            layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
         add_register_neurons(self.layers, config)

@@ -103,15 +103,15 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
     Special tokens come first in the sequence and are not rotated. n is N or at most the number of special tokens.
     """
     cos, sin = position_embeddings
-    num_special = key.shape[-2] - cos.shape[-2]
+    num_prefix_tokens = key.shape[-2] - cos.shape[-2]
 
     def rotate(states: Tensor) -> Tensor:
-        special_tokens, patches = states.tensor_split([num_special], dim=-2)
+        special_tokens, patches = states.tensor_split([num_prefix_tokens], dim=-2)
         first_half, second_half = patches.chunk(2, dim=-1)
         patches = patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin  # may be float32 under autocast
         return torch.cat([special_tokens, patches.to(states.dtype)], dim=-2)
 
-    return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
+    return query if query.shape[-2] <= num_prefix_tokens else rotate(query), rotate(key)
 
 
 # Resampling ----------------------------------------------------------------------------------------------------------

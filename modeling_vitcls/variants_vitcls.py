@@ -179,7 +179,8 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
-        prefix_indices = torch.arange(self.num_prefix_tokens, device=kept_indices.device).expand(len(kept_indices), -1)
+        prefix_indices = torch.arange(self.num_prefix_tokens, device=hidden_states.device)
+        prefix_indices = prefix_indices.expand(hidden_states.shape[0], -1)
         indices = torch.cat([prefix_indices, kept_indices + self.num_prefix_tokens], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
@@ -252,7 +253,7 @@ def select_block_mask(mask: Any, indices: Tensor) -> Any:
 def select_position_embeddings(position_embeddings: PositionEmbeddings, indices: Tensor) -> PositionEmbeddings:
     """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
     index = indices[:, None, :, None]
-    cos, sin = (table.reshape(1, -1, *table.shape[-2:]) for table in position_embeddings)
+    cos, sin = (embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings)
     return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)
 
 
