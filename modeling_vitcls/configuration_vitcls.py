@@ -82,7 +82,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # even with default values
+ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
@@ -589,7 +589,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
-                f"`cls_scopes` has {len(scopes)} scopes, but num_cls_tokens is {self.num_cls_tokens}. Set one scope "
+                f"`cls_scopes` has length {len(scopes)}, but num_cls_tokens is {self.num_cls_tokens}. Set one scope "
                 "per CLS token."
             )
         for scope in scopes or ():

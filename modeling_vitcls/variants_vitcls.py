@@ -306,7 +306,7 @@ class MergedGroups:
         num_remaining = tokens.shape[1] - sources.shape[1]
         is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
         new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
-        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # index of the target
+        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
         kept_indices = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
