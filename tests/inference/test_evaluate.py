@@ -758,7 +758,7 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
     for number, shown in ((20, ", label 19$"), (21, r", label 19, \.\.\.$")):
         with pytest.raises(ValueError, match=shown):
             match_labels(pictures, build_single_label_space("noon"), build_single_label_space(*many[:number]))
-    with pytest.raises(ValueError, match=r"the label 'noon', but the model has only the labels dusk$"):
+    with pytest.raises(ValueError, match=r"the label 'noon', but the model has only the labels dusk\. Remove"):
         match_labels(pictures, build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
     # an unused name has no effect
     match_labels(
