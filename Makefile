@@ -1,24 +1,24 @@
-# make demo       set up, fine-tune on real handwritten digits, load the result back, show its predictions
+# make demo       set up, fine-tune a ViT on handwritten digits, load the saved model, print predictions
 # make cards      train the models of scripts/recipes/ again, and update their cards in model_cards/
-# make test-quick run the tests that start no processes and no browser, in under 90 s on two cores
-# make test       set up, lint, check types, run the tests that are not slow (CI runs `make browser test`)
-# make test-all   like `make test`, with the slow tests
-# make test-floor run the tests on the lowest versions that pyproject.toml allows
-# make browser    install Chromium for the tests of HTML pages, which are skipped without it
+# make test-quick run the tests that do not start processes or browsers, in under 90 s on two cores
+# make test       set up, lint, check types, run all tests except the slow ones (CI runs `make browser test`)
+# make test-all   like `make test`, including the slow tests
+# make test-floor run the tests with the lowest package versions that pyproject.toml allows
+# make browser    install Chromium for the tests of HTML pages, which are skipped without Chromium
 # make docs       test the documentation: links, flags and code blocks
 # make gpu        run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Number of test processes on two cores: tests also wait for servers, browsers and the processes that they start.
+# Number of test processes on two cores. Tests that wait for servers, browsers or subprocesses leave a core idle.
 WORKERS ?= 3
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
-# One thread per test process: with more threads than cores, the threads wait for each other.
+# One thread per test process, because more threads than cores make the tests slower
 test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 
-# Let Python cache bytecode: otherwise, every process that a test starts spends seconds on compiling libraries.
+# Let Python cache bytecode. Otherwise, each subprocess of a test compiles libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
@@ -26,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup
 	$(RUN) scripts/demo.py
 
-# The runs that model_cards/ describes. For one of them: make cards RECIPES=digits
+# Recipes of the cards in model_cards/. To run only one recipe: make cards RECIPES=digits
 RECIPES ?= digits fashion-mnist
 
 cards: setup
@@ -40,7 +40,7 @@ cards: setup
 test-quick: setup
 	$(RUN) -m pytest -n 2 --dist loadfile --quick
 
-# mypy runs at the same time as the tests, which do not always use all cores. Its errors are printed last.
+# mypy runs at the same time as the tests, which do not always use all cores. The errors of mypy are printed last.
 test: TESTS := -m "not slow"
 test test-all: lint
 	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
@@ -55,7 +55,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# HTML pages are tested in Chromium. It is installed by the system's package manager or by playwright.
+# HTML pages are tested in Chromium, which is installed with the system's package manager or with playwright.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 browser: setup

@@ -50,7 +50,7 @@ CITATION = f"""## Citation
 
 ```bibtex
 @software{{modeling_vitcls,
-  title = "modeling_vitcls: Vision Transformers whose CLS, register and distillation tokens are configuration",
+  title = "modeling_vitcls: Vision Transformers with configurable special tokens",
   author = "{{The modeling_vitcls maintainers}}",
   version = "{__version__}",
   year = "2026"

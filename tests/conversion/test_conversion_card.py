@@ -46,12 +46,14 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     text = card.text
     assert text.lstrip().startswith("# my-vit\n")
     assert str(tmp_path) not in text + (tmp_path / "my-vit" / "certificate.json").read_text()
-    assert "`theirs` as a ViTCLS model" in text and "was not trained further" in text
-    assert "[ CLS x 1 | patch x 16 ]\n\n17 tokens of width 32 for an image of 32 x 32 pixels" in text
+    assert "`theirs`, converted to a ViTCLS model" in text and "was not trained further" in text
+    assert "[ CLS x 1 | patch x 16 ]\n\nAn image of 32 x 32 pixels is represented by 17 tokens of width 32." in text
     assert "![The token sequence: 1 CLS and 16 patch tokens](pictures/token_layout.png)\n" in text
     num_parameters = build_vit_classifier().num_parameters()
-    assert f"with the same outputs. It has {num_parameters:,} parameters and was not trained further." in text
-    assert "heads. Other sizes work as well." in text
+    assert (
+        f"the same outputs. The converted model has {num_parameters:,} parameters and was not trained further." in text
+    )
+    assert " Other image sizes are also supported." in text
     assert "| | 32 x 32 pixels | 24 x 48 pixels | largest value |" in text
     for group in ("cls", "patches", "logits"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {group} |"))
@@ -82,7 +84,10 @@ def test_other_sizes_are_named_only_if_one_was_compared(tmp_path: Path) -> None:
     one = replace(report, comparisons=report.comparisons[:1], not_compared="the source refuses it")
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
     text = build_conversion_card("mine", config, 12345, one, Provenance("theirs")).text
-    assert "Other sizes" not in text and "There was no comparison at a second size: the source refuses it." in text
+    assert (
+        "Other image sizes" not in text
+        and "The models were not compared at a second size: the source refuses it." in text
+    )
     assert "12,345 parameters" in text
 
 
@@ -115,9 +120,13 @@ def test_the_names_of_timm_and_non_square_sizes(tmp_path: Path) -> None:
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine", image_size=[32, 48])
     provenance = Provenance("timm:test_vit", base_model="timm/test_vit.r160_in1k")
     card = build_conversion_card("mine", config, 12345, report, provenance)
-    assert "[`timm:test_vit`](https://huggingface.co/timm/test_vit.r160_in1k) as a ViTCLS model" in card.text
-    assert "so it may list this model as fine-tuned from its source" in card.text
-    assert "[ CLS x 1 | patch x 24 ]\n\n25 tokens of width 32 for an image of 32 x 48 pixels" in card.text
+    assert (
+        "[`timm:test_vit`](https://huggingface.co/timm/test_vit.r160_in1k), converted to a ViTCLS model" in card.text
+    )
+    assert "The Hub may list the converted model as fine-tuned from its source" in card.text
+    assert (
+        "[ CLS x 1 | patch x 24 ]\n\nAn image of 32 x 48 pixels is represented by 25 tokens of width 32." in card.text
+    )
     assert "vitcls convert --source timm:test_vit --output mine --family dino\n" in card.text
     report = replace(report, not_compared="one size")
     card = build_conversion_card("mine", config, 12345, report, provenance, is_native=True)
@@ -175,7 +184,7 @@ def test_an_encoder_without_pooler_and_processor(tmp_path: Path) -> None:
 
 def test_random_weights_have_no_license_and_no_base_model(tmp_path: Path) -> None:
     card = convert_and_load_card("timm:test_vit", tmp_path / "mine", random_init=True)
-    assert "\n**Every weight is a random number.** This is the architecture of" in card.text
+    assert "\n**All weights are random.** This ViTCLS model has the architecture of" in card.text
     assert "timm/test_vit.r160_in1k" in card.text
     assert "icence" not in card.text and "pipeline(" not in card.text
     assert "--source timm:test_vit --output mine --random-init\n" in card.text

@@ -73,7 +73,9 @@ def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
     assert card.data.tags == ["vision", "vit"] and "path/to/images" not in card.text
-    assert "`path/to/mine`, a ViTCLS model, as `Dinov2WithRegistersForImageClassification`" in card.text
+    assert (
+        "`path/to/mine`, converted to the transformers class `Dinov2WithRegistersForImageClassification`." in card.text
+    )
     report = json.loads((tmp_path / "native" / "certificate.json").read_text())
     assert (report["source"], report["source_class"]) == ("path/to/mine", "ViTCLSForImageClassification")
     assert (report["source_revision"], report["random_init"]) == (None, False)

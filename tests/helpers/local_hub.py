@@ -22,6 +22,7 @@ from pathlib import Path
 
 import local_hub_server as server
 import pytest
+import transformers.utils.hub
 from huggingface_hub import constants
 
 
@@ -240,6 +241,7 @@ def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # a client with the former address
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     if token is None:

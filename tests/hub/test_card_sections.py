@@ -65,7 +65,7 @@ def test_the_first_code_block_runs_and_prints_no_warnings(tmp_path: Path, kind: 
 
 def test_the_code_is_named_and_pinned() -> None:
     section = build_use_section("ann/x", "ViTCLSModel", has_pipeline=False)
-    assert f"modeling_vitcls {__version__}, with the SHA-256 `{compute_code_digest()}`" in section
+    assert f"modeling_vitcls {__version__} and have the SHA-256 `{compute_code_digest()}`" in section
     assert ", ".join(f"`{name}`" for name in READING_ORDER) in section
     newest, pinned = get_code_blocks(section)
     assert newest.count('revision="main"') == 2 and "<" not in newest
@@ -112,10 +112,10 @@ def test_the_onnx_section_is_inserted_once_before_the_citation() -> None:
     report = {"comparisons": comparisons, "labeled": labeled | {"files": scores}}
     section = insert_onnx_section("# mine\n", report).removeprefix("# mine\n\n## ONNX files\n")
     assert "evaluated on 1,234 images of `ann/pets` (test), one image at a time" in section
-    assert "The weights in PyTorch have the accuracy 75.00%." in section
+    assert "For the PyTorch model, the accuracy is 75.00%." in section
     assert "| `onnx/model_fp16.onnx` | 1.2e-02 | 98.44% | 50.00% |\n" in section
     report["labeled"]["metric"] = "mean_average_precision"
-    assert "The weights in PyTorch have the mean average precision 75.00%." in insert_onnx_section("# mine\n", report)
+    assert "For the PyTorch model, the mean average precision is 75.00%." in insert_onnx_section("# mine\n", report)
 
 
 def test_the_citation_equals_the_one_of_the_repository() -> None:

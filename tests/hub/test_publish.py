@@ -150,7 +150,7 @@ def test_onnx_files_are_pushed_if_their_report_matches_the_weights(
     push_folder(folder, "ann/model")
     card = hub.read("ann/model", "README.md").decode()
     assert (
-        "1,000 images of `digits` (test), one image at a time. The weights in PyTorch have the accuracy 97.40%" in card
+        "1,000 images of `digits` (test), one image at a time. For the PyTorch model, the accuracy is 97.40%" in card
     )
     assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and card.count("## ONNX files") == 1
     save_model(folder, num_register_tokens=2)

@@ -321,7 +321,7 @@ def read_table(page: Path, heading: str) -> list[list[str]]:
 
 def test_files_and_names_to_change_exist() -> None:
     """Each row of "to change X, look at Y" contains a file, and names that this file defines."""
-    rows = read_table(ROOT / "docs" / "architecture.md", "To change something")
+    rows = read_table(ROOT / "docs" / "architecture.md", "Where to make changes")
     assert len(rows) > 10
     for _, place in rows:
         codes = INLINE.findall(place)

@@ -66,7 +66,7 @@ def test_a_run_ends_with_a_model_results_and_a_card(
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(records) == 2 and not any("cls_attention_entropy" in record for record in records)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "merges the 3 pairs of most similar patches" in card and "outputs are approximate" in card
+    assert "merges the 3 most similar pairs of patches" in card and "outputs are approximate" in card
     output = capsys.readouterr()
     (warning,) = [line for line in (output.out + output.err).splitlines() if "WARNING" in line]
     assert "report.html" in warning and "merged_patches_per_layer=0" in warning
